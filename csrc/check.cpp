@@ -1,0 +1,111 @@
+#include "check.h"
+
+#include <c10/util/Exception.h>
+
+#include "activation.h"
+
+namespace dlk {
+namespace {
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble: return DType::f64;
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default: break;
+  }
+  TORCH_CHECK_TYPE(false, "linear_act: expected float64, float32, bfloat16 or float16 tensors, got ", t.scalar_type(),
+                   "; convert with .to(dtype)");
+}
+
+void check_layout(const at::Tensor& t, const char* name) {
+  TORCH_CHECK(t.layout() == at::kStrided, "linear_act: ", name, " must be a dense (strided) tensor, got layout ",
+              t.layout(), "; call .to_dense() first");
+  TORCH_CHECK(!t.is_quantized(), "linear_act: ", name, " must not be quantized; call .dequantize() first");
+}
+
+void check_like(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name) {
+  check_layout(t, name);
+  TORCH_CHECK(t.device() == x.device(), "linear_act: ", name, " is on ", t.device(), " but ", x_name, " is on ",
+              x.device(), "; move one of them with .to(device)");
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), "linear_act: ", name, " has dtype ", t.scalar_type(), " but ", x_name,
+              " has dtype ", x.scalar_type(), "; convert one of them, or run under torch.autocast");
+}
+
+Activation check_activation(int64_t act, double slope) {
+  TORCH_CHECK_VALUE(act >= 0 && act < kActivations, "linear_act: expected an activation code in [0, ", kActivations,
+                    "), got ", act);
+  TORCH_CHECK_VALUE(slope >= 0, "linear_act: negative_slope must be >= 0 (the gradient is read from the sign of y), got ",
+                    slope);
+  return {static_cast<Act>(act), slope};
+}
+
+Shape check_product(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(x.dim() >= 1, "linear_act: x must be [..., in_features], got a 0-dimensional tensor");
+  TORCH_CHECK(weight.dim() == 2, "linear_act: weight must be [out_features, in_features], got shape ", weight.sizes());
+  TORCH_CHECK(x.size(-1) == weight.size(1), "linear_act: x must be [..., in_features] with in_features = ",
+              weight.size(1), " (weight is ", weight.sizes(), "), got x of shape ", x.sizes());
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return {rows, weight.size(0), weight.size(1)};
+}
+
+}  // namespace
+
+Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
+                      double slope) {
+  check_layout(x, "x");
+  check_like(weight, "weight", x, "x");
+  const DType dtype = dtype_of(x);
+  const Shape shape = check_product(x, weight);
+  if (bias) {
+    check_like(*bias, "bias", x, "x");
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.n, "linear_act: bias must be [out_features] = [", shape.n,
+                "], got shape ", bias->sizes());
+  }
+  return {shape, dtype, check_activation(act, slope)};
+}
+
+Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                       const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
+                       bool need_x, bool need_weight) {
+  check_layout(grad_y, "grad_y");
+  const DType dtype = dtype_of(grad_y);
+  TORCH_CHECK(grad_y.dim() >= 1, "linear_act: grad_y must be [..., out_features], got a 0-dimensional tensor");
+  TORCH_CHECK(x || !need_weight, "linear_act: the gradient of weight needs x, got None");
+  TORCH_CHECK(weight || !need_x, "linear_act: the gradient of x needs weight, got None");
+  check_like(saved, "saved", grad_y, "grad_y");
+  TORCH_CHECK(saved.sizes() == grad_y.sizes(), "linear_act: saved must have grad_y's shape ", grad_y.sizes(), ", got ",
+              saved.sizes());
+  Shape shape{1, grad_y.size(-1), 0};
+  for (int64_t i = 0; i + 1 < grad_y.dim(); ++i) shape.m *= grad_y.size(i);
+  if (weight) {
+    check_like(*weight, "weight", grad_y, "grad_y");
+    TORCH_CHECK(weight->dim() == 2 && weight->size(0) == shape.n,
+                "linear_act: weight must be [out_features, in_features] with out_features = ", shape.n,
+                " (grad_y is ", grad_y.sizes(), "), got ", weight->sizes());
+    shape.k = weight->size(1);
+  }
+  if (x) {
+    check_like(*x, "x", grad_y, "grad_y");
+    bool same = x->dim() == grad_y.dim() && (!weight || x->size(-1) == shape.k);
+    for (int64_t i = 0; same && i + 1 < x->dim(); ++i) same = x->size(i) == grad_y.size(i);
+    TORCH_CHECK(same, "linear_act: x must be [..., in_features] with the leading sizes of grad_y (", grad_y.sizes(),
+                "), got ", x->sizes());
+    shape.k = x->size(-1);
+  }
+  return {shape, dtype, check_activation(act, slope)};
+}
+
+at::Tensor as_rows(const at::Tensor& t) {
+  if (t.dim() == 2) return t;
+  const int64_t last = t.size(-1);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return t.reshape({rows, last});
+}
+
+View view_of(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+
+}  // namespace dlk

@@ -1,0 +1,29 @@
+// The only checks on shapes, dtypes and devices: validate once, return what the kernels need.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "params.h"
+
+namespace dlk {
+
+struct Checked {
+  Shape shape;
+  DType dtype;
+  Activation act;
+};
+
+Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
+                      double slope);
+// x may be absent without need_weight, weight without need_x; shape.k is 0 when both are.
+Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                       const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
+                       bool need_x, bool need_weight);
+
+// The [rows, last] view of a tensor [..., last]; copies only when no such view exists.
+at::Tensor as_rows(const at::Tensor& t);
+View view_of(const at::Tensor& t);  // t is 2-D
+
+}  // namespace dlk

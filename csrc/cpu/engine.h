@@ -1,0 +1,70 @@
+// Engines: how one element type is packed and multiplied. `Cell` is what a panel holds and one FMA lane consumes.
+//
+//   Convert<T>   cells are f32 (f64 for T = double); 16-bit inputs are widened while packing
+//   Bf16Pairs    cells are two neighbours along k in bf16, multiplied by vdpbf16ps (only where the ISA has it)
+namespace dlk::cpu::DLK_ISA {
+
+template <class T>
+struct Convert {
+  using Elem = T;         // in the tensors
+  using Acc = DLK_ISA::Acc<T>;
+  using Packed = Acc;     // one k step in a panel
+  using Cell = Packed;
+  using V = Vec<Acc>;
+  static constexpr int kStep = 1;  // k steps per cell
+  static constexpr int kVL = DLK_VBYTES / sizeof(Acc);
+
+  DLK_INLINE void pack_store(Packed* p, V v) { store(p, v); }
+  DLK_INLINE void pack_store_some(Packed* p, V v, int64_t n) { store_some(p, v, n); }
+  // kVL cells that lie along k, n elements valid
+  DLK_INLINE V load_cells(const Elem* p, int64_t n) { return load_some(p, 1, n); }
+  DLK_INLINE void interleave_rows(Cell*, const Packed*, const Packed*, int64_t) {}
+  DLK_INLINE V fma(V acc, Cell a, V b) { return acc + a * b; }
+  DLK_INLINE V fma(V acc, V a, V b) { return acc + a * b; }
+};
+
+#ifdef DLK_BF16_PAIRS
+struct Bf16Pairs {
+  using Elem = Bf16;
+  using Acc = float;
+  using Packed = Bf16;
+  using Cell = uint32_t;
+  using V = VF32;
+  static constexpr int kStep = 2;
+  static constexpr int kVL = kF32Lanes;
+
+  // Flushes subnormals, as vdpbf16ps does with what it reads.
+  DLK_INLINE void pack_store(Packed* p, VF32 v) { store_bits(p, _mm512_cvtneps_pbh((__m512)v)); }
+  DLK_INLINE void pack_store_some(Packed* p, VF32 v, int64_t n) {
+    if (n >= kVL) return pack_store(p, v);
+    Packed some[kVL];
+    pack_store(some, v);
+    for (int64_t i = 0; i < n; ++i) p[i] = some[i];
+  }
+  DLK_INLINE V load_cells(const Elem* p, int64_t n) {
+    if (n >= 2 * kVL) return load_bits<V>(p);
+    Elem some[2 * kVL] = {};
+    for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+    return load_bits<V>(some);
+  }
+  // n cells from two runs, the even and the odd k step; reads and writes whole registers
+  DLK_INLINE void interleave_rows(Cell* out, const Packed* even, const Packed* odd, int64_t n) {
+    typedef uint16_t VU16x2 __attribute__((vector_size(2 * sizeof(VU16))));
+    int64_t i = 0;
+    for (; i + 2 * kVL <= n; i += 2 * kVL) {
+      const auto lo = load_bits<VU16x2>(even + i), hi = load_bits<VU16x2>(odd + i);
+      store_bits(out + i, interleave<0>(lo, hi));
+      store_bits(out + i + kVL, interleave<1>(lo, hi));
+    }
+    for (; i < n; i += kVL) {
+      const VU32 lo = __builtin_convertvector(load_bits<VU16>(even + i), VU32);
+      const VU32 hi = __builtin_convertvector(load_bits<VU16>(odd + i), VU32);
+      store_bits(out + i, lo | (hi << 16));
+    }
+  }
+  DLK_INLINE V fma(V acc, Cell a, V b) { return fma(acc, (V)(VU32{} + a), b); }
+  DLK_INLINE V fma(V acc, V a, V b) { return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
+}  // namespace dlk::cpu::DLK_ISA

@@ -1,0 +1,32 @@
+// The epilogue: what happens to a tile of C between the accumulators and memory, while it is in L1.
+namespace dlk::cpu::DLK_ISA {
+
+// rows × cols of accumulators at acc (padded to whole registers) → bias, activation, one rounding, store at (i0, j0).
+template <class T, class Act>
+void epilogue(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
+  using O = Ops<Acc<T>>;
+  constexpr int64_t kVL = kLanes<T>;
+  const auto slope = O::lit(p.act.slope);
+  for (int64_t j = 0; j < cols; j += kVL) {
+    const int64_t n = cols - j < kVL ? cols - j : kVL;
+    const auto bias = p.bias ? load_some((const T*)p.bias + j0 + j, 1, n) : O::lit(0);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (i0 + i) * p.n + j0 + j;
+      const auto z = load(acc + i * ld + j) + bias;
+      if (p.z) store_some((T*)p.z + at, z, n);
+      store_some((T*)p.c + at, Act::template value<O>(z, slope), n);
+    }
+  }
+}
+
+template <class T>
+using EpilogueFn = void (*)(const Gemm&, const Acc<T>*, int64_t, int64_t, int64_t, int64_t, int64_t);
+
+template <class T>
+EpilogueFn<T> epilogue_of(const Gemm& p) {
+  // In backward `act` belongs to dz, so the products leave as they are.
+  const Act kind = p.saved.data ? Act::none : p.act.kind;
+  return with_activation(kind, [](auto functor) -> EpilogueFn<T> { return &epilogue<T, decltype(functor)>; });
+}
+
+}  // namespace dlk::cpu::DLK_ISA

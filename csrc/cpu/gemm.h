@@ -1,0 +1,355 @@
+// The loop nest: C is cut in tiles that fit L2, each tile is one task, and a task packs what it multiplies.
+//
+//   task (tile of C)                          threads take tasks; no barrier, no shared buffer
+//     for each k block                        A block packed to thread-local scratch (dz is made here)
+//       for each B block                      packed likewise, lives in L2
+//         for each A micro-panel              stays in L1
+//           for each B micro-panel            streams from L2
+//             ukernel                         accumulators in registers
+//             epilogue                        on the last k block, micro-tile still in L1
+//
+// Every element of C is accumulated over k in one order whatever the tiling, so the result does not depend on the
+// number of threads.
+namespace dlk::cpu::DLK_ISA {
+
+DLK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+DLK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+DLK_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DLK_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Limits of a tile of C. 24 micro-panels high: a packed element of B serves 336 rows. An A block (dz is the dearer
+// one to make) serves up to kNC columns; between k blocks the accumulators of a tile cost 8 bytes per kKC FMAs, which
+// L3 carries. B blocks of kKC × kNB (256 KiB) stay in L2 beside the A block.
+constexpr int64_t kMC = 24 * kMR;
+constexpr int64_t kNC = 1024;
+constexpr int64_t kNB = 256;
+
+struct Tiling {
+  int64_t mc, nc;  // tile of C
+  int64_t nb;      // columns of a B block
+  int64_t mt, nt;  // tiles per direction
+  int64_t kc, kt;  // k elements per slice, slices
+  bool one_block;  // a slice is one k block: tiles below each other share their B block
+  DLK_HD int64_t tasks() const { return mt * nt * kt; }
+};
+
+// The tile that minimises the longest thread's work: FMAs plus the packing that smaller tiles repeat.
+template <class E>
+Tiling tile(const Gemm& p, int threads) {
+  constexpr int64_t nr = kNV * E::kVL;
+  constexpr int64_t kblock = kKC<E> * E::kStep;
+  const int64_t kt = max(1, p.splits);
+  const int64_t kc = round_up(ceil_div(p.k, kt), kSum * E::kStep);
+  const bool one_block = kc <= kblock;
+  // a B block that is shared must be there whole; a shallow one may be wider
+  const int64_t widest = one_block ? min(kNC, max(kNB, kKC<E> * kNB / ceil_div(max(kc, 1), E::kStep) / nr * nr)) : kNC;
+  Tiling best{};
+  int64_t best_cost = -1;
+  for (int64_t mt = ceil_div(p.m, kMC), mtries = 0; mtries < 4; ++mt, ++mtries) {
+    for (int64_t nt = ceil_div(p.n, widest), ntries = 0; ntries < 4; ++nt, ++ntries) {
+      const int64_t mc = min(kMC, round_up(ceil_div(p.m, mt), mt > 1 ? kMR : 1));
+      const int64_t nc = min(widest, round_up(ceil_div(p.n, nt), nr));
+      const int64_t tasks = ceil_div(p.m, mc) * ceil_div(p.n, nc) * kt;
+      const int64_t rounds = ceil_div(tasks, threads);
+      // per k: mc·nc/lanes FMAs, and about one cycle per packed register of either operand
+      const int64_t cost = rounds * (mc * round_up(nc, E::kVL) + 16 * (mc + nc));
+      if (best_cost < 0 || cost < best_cost) {
+        best_cost = cost;
+        best = {mc, nc, one_block ? nc : min(nc, kNB), ceil_div(p.m, mc), ceil_div(p.n, nc), kc, kt, one_block};
+      }
+    }
+  }
+  return best;
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------------
+
+// Panels of a block lie one cache line more than their size apart: at 32 KiB they would share an L1 set.
+template <class E>
+constexpr int64_t kPanelGap = 64 / sizeof(typename E::Cell);
+template <class E>
+DLK_INLINE int64_t panel_at(int64_t first, int64_t per_panel, int64_t cells) {
+  return first * cells + first / per_panel * kPanelGap<E>;
+}
+
+// Scratch of one thread, carved from one allocation.
+template <class E>
+struct Buffers {
+  using Cell = typename E::Cell;
+  Cell* a;                   // micro-panels of A
+  Cell* b;                   // micro-panels of B
+  typename E::Acc* acc;      // the tile between k blocks
+  ColumnSum<E> row_sum;      // [kMC]: columns of the runs, which are rows of A
+  typename E::Packed* run;   // two runs on their way into a panel
+
+  static constexpr int64_t kRun = (kMC > kNC ? kMC : kNC) + DLK_VBYTES;
+  static constexpr int64_t kA = kMC * kAStride<E>;
+  // the shallow wide block has as many panel gaps as columns allow
+  static constexpr int64_t kB = kKC<E> * (kNB + kNV * E::kVL) + kNC / E::kVL * kPanelGap<E>;
+  static constexpr int64_t kAcc = kMC * (kNC + kNV * E::kVL);
+
+  static Buffers get() {
+    constexpr int64_t bytes = sizeof(Cell) * (kA + kB) + sizeof(typename E::Acc) * kAcc + sizeof(Cell) * 3 * kRun +
+                              (sizeof(double) + sizeof(typename E::Acc)) * kRun;
+    char* at = (char*)scratch(bytes);
+    Buffers s;
+    s.a = (Cell*)at;
+    s.b = s.a + kA;
+    s.acc = (typename E::Acc*)(s.b + kB);
+    s.run = (typename E::Packed*)(s.acc + kAcc);
+    s.row_sum.total = (double*)((Cell*)s.run + 3 * kRun);
+    s.row_sum.block = (typename E::Acc*)(s.row_sum.total + kRun);
+    return s;
+  }
+};
+
+// A[i0.., p0..] as row-major micro-panels: row i of the block at i·kAStride, cells along k.
+template <class E>
+void pack_a_rows(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks) {
+  for (int64_t i = 0; i < rows; ++i) {
+    auto* row = (typename E::Packed*)(out + i * kAStride<E>);
+    Source<E>::along_row(a, row, i0 + i, p0, ks);
+    if (E::kStep == 2 && ks % 2) row[ks] = {};
+  }
+}
+
+template <class E>
+DLK_INLINE void copy_panel_row(typename E::Cell* to, const typename E::Cell* from) {
+  for (int64_t i = 0; i < kMR; i += E::kVL) store_bits(to + i, load_bits<typename E::V>(from + i));
+}
+
+// A[i0.., p0..] as k-major micro-panels: [panel][cell][kMR]. Adds the rows up on the way where asked (dbias).
+template <class E>
+void pack_a_cols(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks,
+                 typename E::Packed* run, ColumnSum<E>* row_sum) {
+  using Cell = typename E::Cell;
+  constexpr int64_t kRun = Buffers<E>::kRun;
+  const int64_t cells = ceil_div(ks, E::kStep);
+  Cell* line = (Cell*)(run + 2 * kRun);
+  for (int64_t q = 0; q < cells; ++q) {
+    for (int64_t s = 0; s < E::kStep; ++s) {
+      auto* r = run + s * kRun;
+      const int64_t p = q * E::kStep + s;
+      if (p < ks) {
+        Source<E>::along_col(a, r, i0, p0 + p, rows);
+        if (row_sum) row_sum->add(r, rows);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) r[i] = {};
+      }
+    }
+    if constexpr (E::kStep == 2)
+      E::interleave_rows(line, run, run + kRun, rows);
+    else
+      line = (Cell*)run;
+    // whole registers: what one writes too much, the next k step or the panel gap takes
+    static_assert(round_up(kMR, E::kVL) - kMR <= kPanelGap<E>);
+    for (int64_t i = 0; i < rows; i += kMR) copy_panel_row<E>(out + panel_at<E>(i, kMR, cells) + q * kMR, line + i);
+  }
+}
+
+// One row of B, zeros beyond its end: where it lies if nothing has to change, else in `run`.
+template <class E>
+DLK_INLINE const typename E::Packed* b_row(const View& b, const typename E::Elem* base, int64_t p, int64_t ks,
+                                           int64_t cols, int64_t padded, typename E::Packed* run) {
+  const auto* row = base + p * b.row_stride;
+  if constexpr (kSame<typename E::Packed, typename E::Elem>) {
+    if (b.col_stride == 1 && padded == cols && p < ks) {
+      for (int64_t j = 0; j < cols; j += 64 / sizeof(*row)) __builtin_prefetch(row + kAhead * b.row_stride + j);
+      return row;
+    }
+  }
+  if (p < ks) copy_run<E>(run, row, b.col_stride, cols);
+  for (int64_t j = p < ks ? cols : 0; j < padded; ++j) run[j] = {};
+  return run;
+}
+
+// B[p0.., j0..] as micro-panels [panel][cell][registers of that panel], zeros beyond the last column.
+template <class E>
+void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_t j0, int64_t cols,
+            typename E::Packed* run) {
+  using Cell = typename E::Cell;
+  using Elem = typename E::Elem;
+  constexpr int64_t nr = kNV * E::kVL;
+  constexpr int64_t kRun = Buffers<E>::kRun;
+  const Elem* base = (const Elem*)b.data + p0 * b.row_stride + j0 * b.col_stride;
+  const int64_t cells = ceil_div(ks, E::kStep);
+  const int64_t padded = round_up(cols, E::kVL);
+
+  if (b.row_stride == 1 && b.col_stride != 1) {  // contiguous along k: kVL × kVL transpositions
+    for (int64_t j = 0; j < padded; j += E::kVL) {
+      const int64_t panel = j / nr * nr;
+      const int64_t width = min(nr, padded - panel);
+      Cell* to = out + panel_at<E>(panel, nr, cells) + (j - panel);
+      for (int64_t q = 0; q < cells; q += E::kVL) {
+        typename E::V rows[E::kVL];
+        const int64_t left = ks - q * E::kStep;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < E::kVL; ++i) {
+          __builtin_prefetch(base + (j + i) * b.col_stride + (q + 2 * E::kVL) * E::kStep);
+          rows[i] = j + i < cols ? E::load_cells(base + (j + i) * b.col_stride + q * E::kStep, left) : typename E::V{};
+        }
+        transpose(rows);
+        const int64_t n = min(E::kVL, cells - q);
+        for (int64_t i = 0; i < n; ++i) store_bits(to + (q + i) * width, rows[i]);
+      }
+    }
+    return;
+  }
+  for (int64_t q = 0; q < cells; ++q) {  // rows as they are
+    const Cell* line;
+    if constexpr (E::kStep == 2) {
+      line = (Cell*)(run + 2 * kRun);
+      E::interleave_rows((Cell*)line, b_row<E>(b, base, 2 * q, ks, cols, padded, run),
+                         b_row<E>(b, base, 2 * q + 1, ks, cols, padded, run + kRun), padded);
+    } else {
+      line = (Cell*)b_row<E>(b, base, q, ks, cols, padded, run);
+    }
+    for (int64_t panel = 0; panel < padded; panel += nr) {
+      const int64_t width = min(nr, padded - panel);
+      Cell* to = out + panel_at<E>(panel, nr, cells) + q * width;
+      for (int64_t j = 0; j < width; j += E::kVL) store_bits(to + j, load_bits<typename E::V>(line + panel + j));
+    }
+  }
+}
+
+// ---- one tile ---------------------------------------------------------------------------------------------------
+
+template <class E>
+struct Plan {
+  const Gemm* p;
+  Tiling t;
+  Source<E> a;
+  AOrder order;
+  EpilogueFn<typename E::Elem> epilogue;
+};
+
+// What the thread's B block holds, so that neighbouring tasks which share it pack it once.
+struct PackedB {
+  int64_t j0 = -1, p0 = -1;
+};
+
+struct Block {
+  int64_t i0, j0, tk;          // where in C, and which slice
+  int64_t rows, cols, cells;
+  bool first, last;            // of the tile's k blocks
+};
+
+// The packed A block times the packed B block, into acc [rows, ld] or, on the last k block, out of it.
+template <class E>
+void multiply_block(const Plan<E>& plan, const Block& at, const Buffers<E>& s, typename E::Acc* acc, int64_t ld) {
+  using A = typename E::Acc;
+  constexpr int64_t nr = kNV * E::kVL;
+  const Gemm& p = *plan.p;
+  const int64_t padded = round_up(at.cols, E::kVL);
+  const bool row_major = plan.order == kRowMajor;
+  const bool one_block = at.first && at.last;  // then a micro-tile lives in one reused spot, in L1
+  for (int64_t i = 0; i < at.rows; i += kMR) {
+    const int64_t r = min(kMR, at.rows - i);
+    const auto* panel_a = s.a + (row_major ? i * kAStride<E> : panel_at<E>(i, kMR, at.cells));
+    for (int64_t j = 0; j < padded; j += nr) {
+      const int64_t width = min(nr, padded - j);
+      const auto* panel_b = s.b + panel_at<E>(j, nr, at.cells);
+      A* c = one_block ? acc : acc + i * ld + j;
+      const int64_t ldc = one_block ? nr : ld;
+      const auto uk = row_major ? ukernel_for<E, kRowMajor>(r, width / E::kVL)
+                                : ukernel_for<E, kKMajor>(r, width / E::kVL);
+      int64_t q = 0;
+      do {
+        uk(min(kSum, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, ldc,
+           !at.first || q > 0);
+        q += kSum;
+      } while (q < at.cells);
+      if (!at.last) continue;
+      const int64_t n = min(width, at.cols - j);
+      if (plan.t.kt == 1) {
+        plan.epilogue(p, c, ldc, at.i0 + i, at.j0 + j, r, n);
+      } else {
+        A* part = (A*)p.partials + (at.tk * p.m + at.i0 + i) * p.n + at.j0 + j;
+        for (int64_t x = 0; x < r; ++x)
+          for (int64_t y = 0; y < n; ++y) part[x * p.n + y] = c[x * ldc + y];
+      }
+    }
+  }
+}
+
+// One task: a tile of C over one slice of k.
+template <class E>
+void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, PackedB& have) {
+  using A = typename E::Acc;
+  constexpr int64_t kblock = kKC<E> * E::kStep;
+  const Gemm& p = *plan.p;
+  const Tiling& t = plan.t;
+  const int64_t i0 = ti * t.mc, rows = min(t.mc, p.m - i0);
+  const int64_t j0 = tj * t.nc, cols = min(t.nc, p.n - j0);
+  const int64_t k0 = min(tk * t.kc, p.k), k1 = min(k0 + t.kc, p.k);
+  const bool sum_rows = p.row_sum && tj == 0;
+  if (sum_rows) s.row_sum.clear(rows);
+
+  for (int64_t p0 = k0; p0 < k1 || p0 == k0; p0 += kblock) {  // an empty k still writes its tile
+    const int64_t ks = min(kblock, k1 - p0);
+    if (plan.order == kRowMajor)
+      pack_a_rows<E>(plan.a, s.a, i0, rows, p0, ks);
+    else
+      pack_a_cols<E>(plan.a, s.a, i0, rows, p0, ks, s.run, sum_rows ? &s.row_sum : nullptr);
+    for (int64_t jb = 0; jb < cols; jb += t.nb) {
+      const int64_t width = min(t.nb, cols - jb);
+      if (have.j0 != j0 + jb || have.p0 != p0) pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
+      have = {j0 + jb, p0};
+      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, ceil_div(ks, E::kStep), p0 == k0, p0 + kblock >= k1},
+                        s, s.acc + jb, round_up(cols, E::kVL));
+    }
+  }
+  if (sum_rows) {
+    s.row_sum.flush(rows);
+    if (t.kt == 1)
+      s.row_sum.store((typename E::Elem*)p.row_sum + i0, rows);
+    else  // behind the slices of C
+      s.row_sum.store((A*)p.partials + t.kt * p.m * p.n + tk * p.m + i0, rows);
+  }
+}
+
+// out[i] = Σ over slices, in slice order
+template <class T>
+void sum_slices(const Acc<T>* parts, int64_t count, int64_t n, T* out, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes<T>) {
+    const int64_t left = min(kLanes<T>, end - i);
+    auto sum = load_some(parts + i, 1, left);
+    for (int64_t s = 1; s < count; ++s) sum += load_some(parts + s * n + i, 1, left);
+    store_some(out + i, sum, left);
+  }
+}
+
+template <class E>
+void gemm_with(const Gemm& p, const Parallel& parallel) {
+  using Elem = typename E::Elem;
+  // dzᵀ is contiguous along its rows; everything else is read along k
+  const bool k_major = p.a.row_stride == 1 && p.a.col_stride != 1;
+  const AOrder order = k_major || p.row_sum ? kKMajor : kRowMajor;
+  const Plan<E> plan = {&p, tile<E>(p, parallel.threads), Source<E>::of(p.a, p.saved, p.act), order,
+                        epilogue_of<Elem>(p)};
+  parallel.run(plan.t.tasks(), &plan, [](const void* context, int64_t begin, int64_t end) {
+    const auto& plan = *(const Plan<E>*)context;
+    const Tiling& t = plan.t;
+    auto buffers = Buffers<E>::get();
+    PackedB have;
+    // One k block: go down, where tiles share their B block. Several: go sideways, where they share A in L3.
+    const bool down = t.one_block;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t tk = task / (t.mt * t.nt), c = task % (t.mt * t.nt);
+      const int64_t ti = down ? c % t.mt : c / t.nt, tj = down ? c / t.mt : c % t.nt;
+      run_tile<E>(plan, ti, tj, tk, buffers, have);
+    }
+  });
+  if (plan.t.kt == 1) return;
+  const int64_t chunk = 4096;
+  parallel.run(ceil_div(p.m * p.n, chunk), &plan, [](const void* context, int64_t begin, int64_t end) {
+    const auto& plan = *(const Plan<E>*)context;
+    const Gemm& p = *plan.p;
+    const int64_t total = p.m * p.n;
+    sum_slices<Elem>((Acc<Elem>*)p.partials, plan.t.kt, total, (Elem*)p.c, begin * chunk, min(end * chunk, total));
+  });
+  if (p.row_sum)
+    sum_slices<Elem>((Acc<Elem>*)p.partials + plan.t.kt * p.m * p.n, plan.t.kt, p.m, (Elem*)p.row_sum, 0, p.m);
+}
+
+}  // namespace dlk::cpu::DLK_ISA

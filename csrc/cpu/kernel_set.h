@@ -1,0 +1,23 @@
+// Everything above, for one instruction set: the entry points that isa.cpp chooses from.
+#define DLK_TEXT_(x) #x
+#define DLK_TEXT(x) DLK_TEXT_(x)
+
+#include "vec.h"
+#include "vmath.h"
+#include "engine.h"
+#include "runs.h"
+#include "epilogue.h"
+#include "ukernel.h"
+#include "gemm.h"
+#include "few_rows.h"
+#include "passes.h"
+
+namespace dlk::cpu::DLK_ISA {
+
+template <class E>
+constexpr Engine engine(const char* ukernel) {
+  return {ukernel, &act_pass_with<typename E::Elem>, &gemm_with<E>, &few_forward_with<E>,
+          &few_dgrad_with<typename E::Elem>, &few_wgrad_with<typename E::Elem>, &grad_pass_with<typename E::Elem>};
+}
+
+}  // namespace dlk::cpu::DLK_ISA

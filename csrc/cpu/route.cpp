@@ -1,0 +1,52 @@
+#include "route.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "isa.h"
+
+namespace dlk::cpu {
+namespace {
+
+// DLKERNELS_CPU_GEMM=own|aten takes the decision away from the table below: for tests, and to measure both.
+enum class Forced { no, own, aten };
+
+Forced forced() {
+  static const Forced value = [] {
+    const char* text = std::getenv("DLKERNELS_CPU_GEMM");
+    const std::string s = text ? text : "";
+    if (s.empty()) return Forced::no;
+    if (s == "own") return Forced::own;
+    if (s == "aten") return Forced::aten;
+    throw std::runtime_error("DLKERNELS_CPU_GEMM must be own or aten, got '" + s + "'");
+  }();
+  return value;
+}
+
+}  // namespace
+
+Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
+  const bool empty = shape.m == 0 || shape.n == 0 || shape.k == 0;
+  if (forced() == Forced::aten && !empty) return {Path::aten, "DLKERNELS_CPU_GEMM=aten"};
+  if (forced() == Forced::no && !empty && !isa_capped()) {
+    const CpuFeatures& cpu = cpu_features();
+    if ((dtype == DType::bf16 && cpu.amx_bf16) || (dtype == DType::f16 && cpu.amx_fp16))
+      return {Path::aten, "this CPU has AMX and dlkernels has no AMX micro-kernel yet: torch's GEMM, our passes around it"};
+  }
+  const int64_t few = op == Op::forward ? kFewRowsForward : kFewRows;
+  if (contiguous && shape.m <= few && shape.k >= 64 && !empty)
+    return {Path::few_rows, "few rows: packing weight would cost more than it saves"};
+  return {Path::packed, "our packed GEMM with the fused epilogue"};
+}
+
+const char* name(Path path) {
+  switch (path) {
+    case Path::packed: return "packed";
+    case Path::few_rows: return "few_rows";
+    case Path::aten: return "aten";
+  }
+  return "?";
+}
+
+}  // namespace dlk::cpu

@@ -1,0 +1,120 @@
+// Runs: contiguous stretches of values produced from strided memory. Packing, dbias and dz are made of them.
+namespace dlk::cpu::DLK_ISA {
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// dst[0..n) = src[0..n) at a stride, converted to what the engine packs.
+template <class E>
+DLK_INLINE void copy_run(typename E::Packed* dst, const typename E::Elem* src, int64_t stride, int64_t n) {
+  int64_t i = 0;
+  if (stride == 1) {
+    if constexpr (kSame<typename E::Packed, typename E::Elem>) {
+      __builtin_memcpy(dst, src, n * sizeof(*src));
+      return;
+    }
+    for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, load(src + i));
+  }
+  for (; i < n; i += E::kVL) {
+    int64_t left = n - i < E::kVL ? n - i : E::kVL;
+    E::pack_store_some(dst + i, load_some(src + i * stride, stride, left), left);
+  }
+}
+
+// dst[0..n) = g · act'(saved): the gradient at the pre-activation, never stored at full size.
+template <class E, class Act>
+void grad_run(typename E::Packed* dst, const typename E::Elem* g, int64_t g_stride, const typename E::Elem* saved,
+              int64_t saved_stride, int64_t n, double slope) {
+  using O = Ops<typename E::Acc>;
+  const typename E::V s = O::lit(slope);
+  int64_t i = 0;
+  if (g_stride == 1 && saved_stride == 1) {
+    for (; i + E::kVL <= n; i += E::kVL)
+      E::pack_store(dst + i, Act::template grad<O>(load(g + i), load(saved + i), s));
+  }
+  for (; i < n; i += E::kVL) {
+    int64_t left = n - i < E::kVL ? n - i : E::kVL;
+    auto gv = load_some(g + i * g_stride, g_stride, left);
+    auto sv = load_some(saved + i * saved_stride, saved_stride, left);
+    E::pack_store_some(dst + i, Act::template grad<O>(gv, sv, s), left);
+  }
+}
+
+// Sums of many runs, column by column (dbias): blocks of 16 runs in the accumulator type, the blocks in f64, which
+// errs less than torch's cascade at the price of one addition per element.
+template <class E>
+struct ColumnSum {
+  static constexpr int kBlock = 16;
+  double* total;
+  typename E::Acc* block;
+  int in_block = 0;
+
+  void clear(int64_t n) {
+    for (int64_t i = 0; i < n; ++i) total[i] = block[i] = 0;
+    in_block = 0;
+  }
+  void add(const typename E::Packed* run, int64_t n) {
+    for (int64_t i = 0; i < n; i += E::kVL) {
+      const int64_t left = n - i < E::kVL ? n - i : E::kVL;
+      store_some(block + i, load_some(block + i, 1, left) + load_some(run + i, 1, left), left);
+    }
+    if (++in_block == kBlock) flush(n);
+  }
+  void flush(int64_t n) {
+    for (int64_t i = 0; i < n; ++i) total[i] += block[i];
+    for (int64_t i = 0; i < n; ++i) block[i] = 0;
+    in_block = 0;
+  }
+  template <class T>
+  void store(T* out, int64_t n) const {
+    for (int64_t i = 0; i < n; i += E::kVL) {
+      typename E::Acc some[E::kVL] = {};
+      const int64_t left = n - i < E::kVL ? n - i : E::kVL;
+      for (int64_t c = 0; c < left; ++c) some[c] = (typename E::Acc)total[i + c];
+      store_some(out + i, load(some), left);
+    }
+  }
+};
+
+// Rows ahead of the one in hand that are asked for where rows lie pages apart and no hardware prefetcher follows.
+constexpr int64_t kAhead = 8;
+
+// The A operand as runs along its contiguous direction: plain values, or dz where `saved` is set.
+template <class E>
+struct Source {
+  using Elem = typename E::Elem;
+  using Packed = typename E::Packed;
+
+  View view, saved;
+  double slope;
+  void (*grad)(Packed*, const Elem*, int64_t, const Elem*, int64_t, int64_t, double);
+
+  static Source of(const View& view, const View& saved, const Activation& act) {
+    auto grad = with_activation(act.kind, [](auto functor) { return &grad_run<E, decltype(functor)>; });
+    return {view, saved, act.slope, saved.data ? grad : nullptr};
+  }
+
+  // dst[0..n) = A[row, col .. col + n)
+  DLK_INLINE void along_row(const Source& a, Packed* dst, int64_t row, int64_t col, int64_t n) {
+    const Elem* p = (const Elem*)a.view.data + row * a.view.row_stride + col * a.view.col_stride;
+    if (!a.grad) return copy_run<E>(dst, p, a.view.col_stride, n);
+    const Elem* s = (const Elem*)a.saved.data + row * a.saved.row_stride + col * a.saved.col_stride;
+    a.grad(dst, p, a.view.col_stride, s, a.saved.col_stride, n, a.slope);
+  }
+  DLK_INLINE void prefetch_row(const View& v, int64_t row, int64_t col, int64_t n) {
+    if (v.col_stride != 1) return;
+    const Elem* p = (const Elem*)v.data + col * v.row_stride + row;
+    for (int64_t i = 0; i < n; i += 64 / sizeof(Elem)) __builtin_prefetch(p + i);
+  }
+  // dst[0..n) = A[row .. row + n, col)
+  DLK_INLINE void along_col(const Source& a, Packed* dst, int64_t row, int64_t col, int64_t n) {
+    const Source t = {a.view.transposed(), a.saved.transposed(), a.slope, a.grad};
+    prefetch_row(t.view, row, col + kAhead, n);
+    if (t.grad) prefetch_row(t.saved, row, col + kAhead, n);
+    along_row(t, dst, col, row, n);
+  }
+};
+
+}  // namespace dlk::cpu::DLK_ISA

@@ -1,0 +1,96 @@
+// exp, tanh and erf on a vector register, and the `O` that activation.h is written against.
+//
+// f32: branch-free polynomials, coefficients from a minimax fit (Lawson iteration) whose own error is given beside
+// each; with rounding every function stays within 2 ulp (tests/test_activations.py measures it).
+// f64: libm lane by lane; double precision is for proofs, not for speed.
+#include <math.h>
+
+namespace dlk::cpu::DLK_ISA {
+
+template <class S>
+struct Ops;
+
+template <>
+struct Ops<double> {
+  using T = VF64;
+  DLK_INLINE T lit(double v) { return T{} + v; }
+  DLK_INLINE T exp(T x) { return lanes(x, ::exp); }
+  DLK_INLINE T tanh(T x) { return lanes(x, ::tanh); }
+  DLK_INLINE T erf(T x) { return lanes(x, ::erf); }
+  DLK_INLINE T lanes(T x, double (*f)(double)) {
+    for (int i = 0; i < kF64Lanes; ++i) x[i] = f(x[i]);
+    return x;
+  }
+};
+
+template <>
+struct Ops<float> {
+  using T = VF32;
+  DLK_INLINE T lit(double v) { return T{} + (float)v; }
+
+  // e^x = 2^n · e^r, n = round(x / ln 2), |r| <= ln(2)/2; e^r = 1 + r + r²·P(r), relative error 3.1e-9.
+  DLK_INLINE T exp(T x) {
+    x = x > 89.0f ? lit(89.0) : x;  // e^89 > FLT_MAX; e^-104 < half the smallest subnormal
+    x = x < -104.0f ? lit(-104.0) : x;
+    const float magic = 12582912.0f;  // 1.5·2^23: adding it leaves round(·) in the low mantissa bits
+    T shifted = x * 1.44269504f + magic;
+    VI32 n = (VI32)shifted - 0x4b400000;
+    T whole = shifted - magic;
+    T r = x - whole * 0.693359375f;  // ln 2 in two parts, the first with 9 bits: exact products
+    r = r - whole * -2.12194440e-4f;
+    T p = lit(1.3814559e-3);
+    p = p * r + 8.368735e-3f;
+    p = p * r + 4.166839e-2f;
+    p = p * r + 1.6666521e-1f;
+    p = p * r + 4.9999994e-1f;
+    T e = p * r * r + r + 1.0f;
+    VI32 half = n >> 1;  // 2^n in two factors: n reaches -150 and 128, beyond one exponent field
+    return e * (T)((half + 127) << 23) * (T)((n - half + 127) << 23);
+  }
+
+  // |x| < 0.63: x + x³·P(x²), relative error 4.8e-9; else 1 - 2/(e^2|x| + 1), with the sign put back.
+  DLK_INLINE T tanh(T x) {
+    T s = x * x;
+    T p = lit(-5.6669773e-3);
+    p = p * s + 2.0606177e-2f;
+    p = p * s + -5.3730007e-2f;
+    p = p * s + 1.3331331e-1f;
+    p = p * s + -3.3333278e-1f;
+    T small = p * s * x + x;
+    T a = abs(x);
+    T large = with_sign(1.0f - 2.0f / (exp(a + a) + 1.0f), x);
+    return a < 0.63f ? small : large;
+  }
+
+  // |x| < 1: x + x·P(x²), relative error 1.2e-9; else 1 - e^-Q(|x|), Q = -ln erfc, error 2.1e-11; 1 from 4 on.
+  DLK_INLINE T erf(T x) {
+    T s = x * x;
+    T p = lit(7.8538964e-5);
+    p = p * s + -8.0102053e-4f;
+    p = p * s + 5.188329e-3f;
+    p = p * s + -2.6853813e-2f;
+    p = p * s + 1.12835854e-1f;
+    p = p * s + -3.7612626e-1f;
+    p = p * s + 1.2837917e-1f;
+    T small = p * x + x;
+    T a = abs(x);
+    T c = a > 4.0f ? lit(4.0) : a;
+    T q = lit(2.1697628e-5);
+    q = q * c + -4.4147283e-4f;
+    q = q * c + 4.2052856e-3f;
+    q = q * c + -2.5210343e-2f;
+    q = q * c + 1.0842211e-1f;
+    q = q * c + 6.332164e-1f;
+    q = q * c + 1.1295803f;
+    q = q * c + -1.8846855e-4f;
+    T large = with_sign(1.0f - exp(-q), x);
+    return a < 1.0f ? small : large;
+  }
+
+  DLK_INLINE T abs(T x) { return (T)((VU32)x & 0x7fffffffu); }
+  DLK_INLINE T with_sign(T magnitude, T sign) {
+    return (T)((VU32)magnitude | ((VU32)sign & 0x80000000u));
+  }
+};
+
+}  // namespace dlk::cpu::DLK_ISA

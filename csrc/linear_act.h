@@ -1,0 +1,35 @@
+// Host entry points, CPU and CUDA twins side by side. Shapes: x [..., K], weight [N, K], bias [N], y [..., N].
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace dlk {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias; undefined where not asked for
+
+// y = act(x · weightᵀ + bias)
+at::Tensor linear_act_forward_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                  int64_t act, double slope);
+at::Tensor linear_act_forward_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                   int64_t act, double slope);
+
+// The same, and the pre-activation z [..., N] beside it, for activations whose gradient needs it.
+std::tuple<at::Tensor, at::Tensor> linear_act_forward_z_cpu(const at::Tensor& x, const at::Tensor& weight,
+                                                            const OptionalTensor& bias, int64_t act, double slope);
+std::tuple<at::Tensor, at::Tensor> linear_act_forward_z_cuda(const at::Tensor& x, const at::Tensor& weight,
+                                                             const OptionalTensor& bias, int64_t act, double slope);
+
+// With dz = grad_y · act'(saved): dx = dz · weight, dweight = dzᵀ · x, dbias = Σ dz. `saved` is y or z. x may be absent
+// without need_weight, weight without need_x.
+Gradients linear_act_backward_cpu(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& weight,
+                                  const at::Tensor& saved, int64_t act, double slope, bool need_x, bool need_weight,
+                                  bool need_bias);
+Gradients linear_act_backward_cuda(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& weight,
+                                   const at::Tensor& saved, int64_t act, double slope, bool need_x, bool need_weight,
+                                   bool need_bias);
+
+}  // namespace dlk

@@ -1,0 +1,110 @@
+// The Python module dlkernels._C: facts about this binary and this processor. The operators are registered in
+// binding.cpp and reached through torch.ops.dlkernels once this module is loaded.
+//
+// No torch header here: torch/extension.h alone costs half a minute and 1.6 GB.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/route.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// What setup.py decided (the macros) and what the compiler knows, as one dict:
+// torch "2.13.0+cpu", cuda "13.0" or None, cuda_archs "8.0+PTX;9.0a" or None, compiler, cxx_standard, openmp, sanitize.
+py::dict build_config() {
+  py::dict d;
+  d["torch"] = DLKERNELS_TORCH;
+#ifdef DLKERNELS_CUDA
+  d["cuda"] = DLKERNELS_CUDA;
+  d["cuda_archs"] = DLKERNELS_CUDA_ARCHS;
+#else
+  d["cuda"] = py::none();
+  d["cuda_archs"] = py::none();
+#endif
+#ifdef __clang__
+  d["compiler"] = "clang " __clang_version__;
+#else
+  d["compiler"] = "gcc " __VERSION__;
+#endif
+  d["cxx_standard"] = static_cast<int>(__cplusplus / 100 % 100);
+#ifdef _OPENMP
+  d["openmp"] = _OPENMP;
+#else
+  d["openmp"] = py::none();
+#endif
+#ifdef DLKERNELS_SANITIZE
+  d["sanitize"] = DLKERNELS_SANITIZE;
+#else
+  d["sanitize"] = py::none();
+#endif
+  return d;
+}
+
+// Instruction sets that the processor has and the operating system saves on a context switch.
+py::dict cpu_features() {
+  const dlk::cpu::CpuFeatures& cpu = dlk::cpu::cpu_features();
+  py::dict d;
+  d["avx2"] = cpu.avx2;
+  d["avx512"] = cpu.avx512;
+  d["avx512_bf16"] = cpu.avx512_bf16;
+  d["amx_bf16"] = cpu.amx_bf16;
+  d["amx_fp16"] = cpu.amx_fp16;
+  return d;
+}
+
+// The kernel set in use: its instruction set ("isa") and its micro-kernel per dtype.
+py::dict cpu_kernels() {
+  using dlk::DType;
+  const dlk::cpu::Kernels& set = dlk::cpu::kernels();
+  auto ukernel = [&](DType dtype) { return set.engine[static_cast<int>(dtype)].ukernel; };
+  py::dict d;
+  d["isa"] = set.isa;
+  d["float64"] = ukernel(DType::f64);
+  d["float32"] = ukernel(DType::f32);
+  d["bfloat16"] = ukernel(DType::bf16);
+  d["float16"] = ukernel(DType::f16);
+  return d;
+}
+
+// Rows of dlkernels.functional.Explanation for y = act(x · weightᵀ), x [m, k], weight [n, k]: the decision that the ops
+// take, asked here without running them.
+py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool x_contiguous, bool weight_contiguous) {
+  using namespace dlk;
+  const char* const dtypes[] = {"float64", "float32", "bfloat16", "float16"};
+  int index = 0;
+  while (index < 4 && dtype != dtypes[index]) ++index;
+  if (index == 4) throw py::type_error("expected float64, float32, bfloat16 or float16, got " + dtype);
+
+  py::list rows;
+  auto add = [&](const char* name, cpu::Op op, bool contiguous) {
+    const cpu::Route route = cpu::route(op, {m, n, k}, static_cast<DType>(index), contiguous);
+    const bool sliced = op == cpu::Op::wgrad && route.path == cpu::Path::packed;
+    py::dict row;
+    row["op"] = name;
+    row["path"] = cpu::name(route.path);
+    row["kernel"] = cpu::kernels().engine[index].ukernel;
+    row["splits"] = sliced ? cpu::gemm_splits(n, k, m) : 1;
+    row["why"] = route.why;
+    rows.append(row);
+  };
+  add("forward", cpu::Op::forward, x_contiguous && weight_contiguous);
+  add("dgrad", cpu::Op::dgrad, weight_contiguous);
+  add("wgrad", cpu::Op::wgrad, true);
+  return rows;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "dlkernels: compiled operators (torch.ops.dlkernels) and facts about this build";
+  m.def("build_config", &build_config, "What this binary was built from and for.");
+  m.def("cpu_features", &cpu_features, "Instruction sets usable on this machine.");
+  m.def("cpu_kernels", &cpu_kernels, "The CPU kernel set in use: its instruction set and its micro-kernel per dtype.");
+  m.def("explain", &explain, "Which path each product of a layer takes on CPU, and why.", py::arg("m"), py::arg("n"),
+        py::arg("k"), py::arg("dtype"), py::arg("x_contiguous"), py::arg("weight_contiguous"));
+}

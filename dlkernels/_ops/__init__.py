@@ -1,0 +1,1 @@
+"""The only package that touches ``torch.ops.dlkernels``: fake kernels and autograd Functions, one module per op family."""

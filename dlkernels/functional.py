@@ -1,0 +1,95 @@
+"""The fused layers as functions of tensors."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlkernels import _C
+from dlkernels._ops import linear_act as _linear_act
+from dlkernels._ops.activations import activation_named
+
+__all__ = ["Explanation", "explain", "linear_act", "linear_relu"]
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """``act(x @ weight.T + bias)`` in one pass, with fused backward kernels.
+
+    Equal to ``F.relu(F.linear(x, weight, bias))`` and its twins: NaN propagates, the gradient at exactly 0 is 0, double
+    backward, ``torch.func``, autocast, ``torch.compile`` and ``torch.export`` work.
+
+    Args:
+        x: ``[..., in_features]``, any strides.
+        weight: ``[out_features, in_features]``.
+        bias: ``[out_features]`` or None.
+        activation: ``"none"``, ``"relu"``, ``"leaky_relu"``, ``"relu2"`` (``relu(z)**2``), ``"gelu"`` (erf),
+            ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"sigmoid"``. Formulas: ``csrc/activation.h``.
+        negative_slope: of ``leaky_relu``; at least 0.
+
+    All tensors share one dtype (float64, float32, bfloat16, float16) and device. Products are accumulated in float32
+    (float64 for float64) and rounded once, after bias and activation.
+
+    Returns:
+        ``[..., out_features]``, in x's dtype.
+
+    Raises:
+        ValueError: unknown activation, or a negative ``negative_slope``.
+        TypeError: a dtype the kernels do not have.
+        RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
+
+    Third derivatives through ``backward`` are refused for the smooth activations (``torch.func`` has them).
+    """
+    return _linear_act.linear_act(x, weight, bias, activation_named(activation), negative_slope)
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``relu(x @ weight.T + bias)``: :func:`linear_act` with its default activation."""
+    return linear_act(x, weight, bias)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which path one product of a layer takes, and why.
+
+    ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` is "packed" (our
+    blocked GEMM), "few_rows" (our kernels for small batches) or "aten" (torch's GEMM with our elementwise passes).
+    ``kernel`` names dtype, tile and instruction set; ``splits`` is the number of slices its sum is cut in.
+    """
+
+    op: str
+    path: str
+    kernel: str
+    splits: int
+    threads: int
+    why: str
+
+
+def explain(x: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
+    """What :func:`linear_act` would run for these tensors, forward and backward. Nothing is computed.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``.
+
+    The answer comes from the same decision the ops take.
+    """
+    _linear_act.check_shapes(x, weight)
+    if x.device.type != "cpu":
+        raise NotImplementedError(f"explain() knows the CPU paths only, and x is on {x.device}")
+    rows = _C.explain(
+        math.prod(x.shape[:-1]),
+        weight.shape[0],
+        weight.shape[1],
+        str(x.dtype).removeprefix("torch."),
+        x.stride(-1) == 1,
+        weight.stride(1) == 1,
+    )
+    return tuple(Explanation(threads=torch.get_num_threads(), **row) for row in rows)

@@ -1,0 +1,179 @@
+"""The fused layers as modules. ``state_dict`` keys, shapes, initialisation and ``repr`` are ``nn.Linear``'s.
+
+They do not subclass ``nn.Linear``: tools that look for it and replace or wrap what they find (LoRA, quantisers) would
+put a plain linear map in place of layer and activation, without a word.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlkernels import functional
+from dlkernels._ops.activations import activation_named
+from dlkernels.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
+
+__all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearReLU", "MSELoss"]
+
+
+class LinearAct(nn.Module):
+    """``act(x @ weight.T + bias)``: an ``nn.Linear`` and its activation in one layer.
+
+    Args:
+        in_features, out_features: last sizes of input and output.
+        bias: whether to learn an additive bias.
+        activation: one of :func:`dlkernels.functional.linear_act`'s.
+        negative_slope: of ``leaky_relu``.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: ``[out_features, in_features]``, uniform in ±1/sqrt(in_features), as ``nn.Linear`` draws it.
+        bias: ``[out_features]`` from the same range, or None.
+
+    Input ``[..., in_features]``, output ``[..., out_features]``.
+
+    Raises:
+        ValueError: unknown activation, or a size below 0.
+    """
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+    ) -> None:
+        super().__init__()
+        activation_named(activation)  # a typing error should show here, not in the first forward
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size < 0:
+                raise ValueError(f"{name} must be at least 0, got {size}")
+        if negative_slope < 0:
+            raise ValueError(f"negative_slope must be at least 0, got {negative_slope}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, in ``nn.Linear``'s order and from its distributions: same seed, same numbers."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear_act(
+            x, self.weight, self.bias, self.activation, negative_slope=self.negative_slope
+        )
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"activation={self.activation}{slope}"
+        )
+
+
+class LinearReLU(LinearAct):
+    """``relu(x @ weight.T + bias)``: :class:`LinearAct` with its default activation, and ``nn.Linear``'s signature."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _Activation(nn.Module):
+    """An activation by itself, where a normalisation stands between it and its product."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, z: Tensor) -> Tensor:
+        return activation_named(self.name).value(z, 0.01)
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+_NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+
+
+class MLP(nn.Sequential):
+    """A multi-layer perceptron: fused hidden layers, and a last layer without activation.
+
+    ``MLP([784, 256, 10])`` computes what ``nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))`` does, and
+    its ``state_dict`` has the same keys ("0.weight", "0.bias", "2.weight", "2.bias"): either loads the other's.
+
+    Args:
+        sizes: features from input to output, at least two.
+        activation: of the hidden layers.
+        dropout: probability of zeroing a hidden feature, after the activation; in [0, 1).
+        norm: None, ``"batch"`` (``BatchNorm1d``) or ``"layer"`` (``LayerNorm``). It stands between a hidden layer's
+            product and its activation, which therefore runs as a module of its own.
+        device, dtype: of the parameters.
+
+    Input ``[..., sizes[0]]`` (``[batch, sizes[0]]`` with batch normalisation), output ``[..., sizes[-1]]``.
+
+    Raises:
+        ValueError: fewer than two sizes, dropout outside [0, 1), an unknown norm or activation.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: str = "relu",
+        dropout: float = 0.0,
+        norm: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(sizes) < 2:
+            raise ValueError(f"sizes must name at least an input and an output size, got {list(sizes)}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if norm is not None and norm not in _NORMS:
+            raise ValueError(f"norm must be None, {' or '.join(map(repr, _NORMS))}, got {norm!r}")
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        layers: list[nn.Module | None] = []  # None: where the stock network has its activation module
+        *hidden, last = zip(sizes[:-1], sizes[1:], strict=True)
+        for fan_in, fan_out in hidden:
+            if norm is None:
+                layers += [LinearAct(fan_in, fan_out, activation=activation, **placed), None]
+            else:
+                layers += [LinearAct(fan_in, fan_out, activation="none", **placed), _NORMS[norm](fan_out, **placed)]
+                layers += [_Activation(activation)]
+            if dropout:
+                layers += [nn.Dropout(dropout)]
+        layers += [LinearAct(*last, activation="none", **placed)]
+        for i, layer in enumerate(layers):
+            if layer is not None:
+                self.add_module(str(i), layer)
