@@ -19,8 +19,8 @@ struct Convert {
   // kVL cells that lie along k, n elements valid
   DLK_INLINE V load_cells(const Elem* p, int64_t n) { return load_some(p, 1, n); }
   DLK_INLINE void interleave_rows(Cell*, const Packed*, const Packed*, int64_t) {}
-  DLK_INLINE V fma(V acc, Cell a, V b) { return acc + a * b; }
-  DLK_INLINE V fma(V acc, V a, V b) { return acc + a * b; }
+  DLK_INLINE V multiply_add(V acc, Cell a, V b) { return fma(broadcast(a), b, acc); }
+  DLK_INLINE V multiply_add(V acc, V a, V b) { return fma(a, b, acc); }
 };
 
 #ifdef DLK_BF16_PAIRS
@@ -62,8 +62,8 @@ struct Bf16Pairs {
       store_bits(out + i, lo | (hi << 16));
     }
   }
-  DLK_INLINE V fma(V acc, Cell a, V b) { return fma(acc, (V)(VU32{} + a), b); }
-  DLK_INLINE V fma(V acc, V a, V b) { return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+  DLK_INLINE V multiply_add(V acc, Cell a, V b) { return multiply_add(acc, (V)(VU32{} + a), b); }
+  DLK_INLINE V multiply_add(V acc, V a, V b) { return (V)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 };
 #endif
 

@@ -27,13 +27,13 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
     for (int j = 0; j < C; ++j) {
       const V wv = E::load_cells(w + j * p.b.col_stride + k, span);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) acc[i * C + j] = E::fma(acc[i * C + j], xv[i], wv);
+      for (int i = 0; i < R; ++i) acc[i * C + j] = E::multiply_add(acc[i * C + j], xv[i], wv);
     }
   }
   if (k < p.k) {
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < C; ++j)
-        acc[i * C + j] = E::fma(acc[i * C + j], E::load_cells(x + i * p.a.row_stride + k, p.k - k),
+        acc[i * C + j] = E::multiply_add(acc[i * C + j], E::load_cells(x + i * p.a.row_stride + k, p.k - k),
                                 E::load_cells(w + j * p.b.col_stride + k, p.k - k));
   }
   typename E::Acc sums[kGroups * E::kVL];
@@ -104,7 +104,7 @@ DLK_INLINE void add_rows(const Acc<T>* dz, int64_t dz_stride, const T* w, int64_
     for (int u = 0; u < U; ++u) rows[u] = load_some(w + u * w_stride + j, 1, left);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      auto sum = rows[0] * dz[r * dz_stride];
+      auto sum = rows[0] * broadcast(dz[r * dz_stride]);
 #pragma GCC unroll 8
       for (int u = 1; u < U; ++u) sum += rows[u] * dz[r * dz_stride + u];
       store(dx + r * dx_stride + j, load(dx + r * dx_stride + j) + sum);
@@ -154,8 +154,8 @@ void few_wgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = N, p.n 
         const int64_t left = min(kLanes<T>, p.n - j);
         auto sum = Vec<Acc<T>>{};
         for (int64_t i = 0; i < p.k; ++i)
-          sum += load_some((const T*)p.b.data + i * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, left) *
-                 dz[i * p.m + n];
+          sum = fma(load_some((const T*)p.b.data + i * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, left),
+                    broadcast(dz[i * p.m + n]), sum);
         store_some(out + j, sum, left);
       }
       if (!p.row_sum) continue;

@@ -38,7 +38,7 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < C; ++j) acc[i][j] = E::fma(acc[i][j], a[i * row], bv[j]);
+      for (int j = 0; j < C; ++j) acc[i][j] = E::multiply_add(acc[i][j], a[i * row], bv[j]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)

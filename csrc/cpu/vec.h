@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__) && DLK_VBYTES >= 32
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define DLK_INLINE static inline __attribute__((always_inline))
@@ -51,6 +53,33 @@ template <class V, class T>
 DLK_INLINE void store_bits(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
+
+// ---- arithmetic whose rounding is stated ---------------------------------------------------------------------------
+// The sources are compiled with -ffp-contract=off: where a product and a sum round once, it says fma here. Left to the
+// compiler, two copies of one inlined formula may fuse different products, and a value would depend on its place in a
+// tile.
+
+#if defined(__x86_64__) && DLK_VBYTES == 64
+DLK_INLINE VF32 broadcast(float a) { return (VF32)_mm512_set1_ps(a); }
+DLK_INLINE VF64 broadcast(double a) { return (VF64)_mm512_set1_pd(a); }
+DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return (VF32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return (VF64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__x86_64__) && DLK_VBYTES == 32
+DLK_INLINE VF32 broadcast(float a) { return (VF32)_mm256_set1_ps(a); }
+DLK_INLINE VF64 broadcast(double a) { return (VF64)_mm256_set1_pd(a); }
+DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return (VF32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return (VF64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+DLK_INLINE VF32 broadcast(float a) { return VF32{a, a, a, a}; }
+DLK_INLINE VF64 broadcast(double a) { return VF64{a, a}; }
+#if defined(__aarch64__)
+DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return (VF32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return (VF64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+#else
+DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return a * b + c; }
+DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return a * b + c; }
+#endif
+#endif
 
 // ---- 16-bit formats ---------------------------------------------------------------------------------------------
 

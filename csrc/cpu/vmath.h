@@ -33,17 +33,17 @@ struct Ops<float> {
     x = x > 89.0f ? lit(89.0) : x;  // e^89 > FLT_MAX; e^-104 < half the smallest subnormal
     x = x < -104.0f ? lit(-104.0) : x;
     const float magic = 12582912.0f;  // 1.5·2^23: adding it leaves round(·) in the low mantissa bits
-    T shifted = x * 1.44269504f + magic;
+    T shifted = fma(x, lit(1.44269504), lit(magic));
     VI32 n = (VI32)shifted - 0x4b400000;
     T whole = shifted - magic;
-    T r = x - whole * 0.693359375f;  // ln 2 in two parts, the first with 9 bits: exact products
-    r = r - whole * -2.12194440e-4f;
+    T r = fma(whole, lit(-0.693359375), x);  // ln 2 in two parts, the first with 9 bits: exact products
+    r = fma(whole, lit(2.12194440e-4), r);
     T p = lit(1.3814559e-3);
-    p = p * r + 8.368735e-3f;
-    p = p * r + 4.166839e-2f;
-    p = p * r + 1.6666521e-1f;
-    p = p * r + 4.9999994e-1f;
-    T e = p * r * r + r + 1.0f;
+    p = fma(p, r, lit(8.368735e-3));
+    p = fma(p, r, lit(4.166839e-2));
+    p = fma(p, r, lit(1.6666521e-1));
+    p = fma(p, r, lit(4.9999994e-1));
+    T e = fma(p * r, r, r) + 1.0f;
     VI32 half = n >> 1;  // 2^n in two factors: n reaches -150 and 128, beyond one exponent field
     return e * (T)((half + 127) << 23) * (T)((n - half + 127) << 23);
   }
@@ -52,11 +52,11 @@ struct Ops<float> {
   DLK_INLINE T tanh(T x) {
     T s = x * x;
     T p = lit(-5.6669773e-3);
-    p = p * s + 2.0606177e-2f;
-    p = p * s + -5.3730007e-2f;
-    p = p * s + 1.3331331e-1f;
-    p = p * s + -3.3333278e-1f;
-    T small = p * s * x + x;
+    p = fma(p, s, lit(2.0606177e-2));
+    p = fma(p, s, lit(-5.3730007e-2));
+    p = fma(p, s, lit(1.3331331e-1));
+    p = fma(p, s, lit(-3.3333278e-1));
+    T small = fma(p * s, x, x);
     T a = abs(x);
     T large = with_sign(1.0f - 2.0f / (exp(a + a) + 1.0f), x);
     return a < 0.63f ? small : large;
@@ -66,23 +66,23 @@ struct Ops<float> {
   DLK_INLINE T erf(T x) {
     T s = x * x;
     T p = lit(7.8538964e-5);
-    p = p * s + -8.0102053e-4f;
-    p = p * s + 5.188329e-3f;
-    p = p * s + -2.6853813e-2f;
-    p = p * s + 1.12835854e-1f;
-    p = p * s + -3.7612626e-1f;
-    p = p * s + 1.2837917e-1f;
-    T small = p * x + x;
+    p = fma(p, s, lit(-8.0102053e-4));
+    p = fma(p, s, lit(5.188329e-3));
+    p = fma(p, s, lit(-2.6853813e-2));
+    p = fma(p, s, lit(1.12835854e-1));
+    p = fma(p, s, lit(-3.7612626e-1));
+    p = fma(p, s, lit(1.2837917e-1));
+    T small = fma(p, x, x);
     T a = abs(x);
     T c = a > 4.0f ? lit(4.0) : a;
     T q = lit(2.1697628e-5);
-    q = q * c + -4.4147283e-4f;
-    q = q * c + 4.2052856e-3f;
-    q = q * c + -2.5210343e-2f;
-    q = q * c + 1.0842211e-1f;
-    q = q * c + 6.332164e-1f;
-    q = q * c + 1.1295803f;
-    q = q * c + -1.8846855e-4f;
+    q = fma(q, c, lit(-4.4147283e-4));
+    q = fma(q, c, lit(4.2052856e-3));
+    q = fma(q, c, lit(-2.5210343e-2));
+    q = fma(q, c, lit(1.0842211e-1));
+    q = fma(q, c, lit(6.332164e-1));
+    q = fma(q, c, lit(1.1295803));
+    q = fma(q, c, lit(-1.8846855e-4));
     T large = with_sign(1.0f - exp(-q), x);
     return a < 1.0f ? small : large;
   }

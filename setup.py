@@ -1,0 +1,95 @@
+"""What to compile. Metadata is in pyproject.toml; CPU or CUDA, and for what, is decided in _build/plan.py.
+
+Environment: FORCE_CUDA, FORCE_CPU, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, and DLKERNELS_SANITIZE
+("address,undefined" or "thread") for an instrumented build.
+"""
+
+import json
+import os
+import sys
+from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _build.plan import Plan, PlanError, Torch, free_memory_gib, job_count, make_plan, usable_cores
+
+
+def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
+    """Arguments of setup() for the one extension module and the command that builds it."""
+    if plan.toolkit:
+        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch reads it once, at the import below
+        os.environ["TORCH_CUDA_ARCH_LIST"] = plan.archs
+    os.environ.setdefault("MAX_JOBS", str(job_count(usable_cores(), free_memory_gib(), plan.cuda)))
+    from torch.utils import cpp_extension
+
+    sanitize = os.environ.get("DLKERNELS_SANITIZE", "")
+    macros = [("DLKERNELS_TORCH", f'"{torch.version}"')]
+    # No -std: torch adds the one its headers need (17 or 20). No -march: kernels pick their instruction set
+    # at run time, so that a binary built here runs there.
+    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+    # Vector registers as arguments are always inlined (psabi); GCC 12 misreads its own intrinsics (maybe-uninitialized).
+    cxx += ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
+    link = ["-fopenmp"]
+    if sanitize:
+        macros.append(("DLKERNELS_SANITIZE", f'"{sanitize}"'))
+        cxx = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}", *cxx[2:]]
+        link.append(f"-fsanitize={sanitize}")
+
+    sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
+    flags = {"cxx": cxx}
+    make_extension = cpp_extension.CppExtension
+    if plan.toolkit:
+        sources += [*sorted(glob("csrc/cuda/*.cpp")), *sorted(glob("csrc/cuda/*.cu"))]
+        macros += [
+            ("DLKERNELS_CUDA", f'"{plan.toolkit.version}"'),
+            ("DLKERNELS_CUDA_ARCHS", f'"{plan.archs}"'),
+        ]
+        flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fopenmp,-fvisibility=hidden"]
+        make_extension = cpp_extension.CUDAExtension
+    module = make_extension(
+        "dlkernels._C",
+        sources,
+        include_dirs=[str(Path("csrc").absolute())],
+        define_macros=macros,
+        extra_compile_args=flags,
+        extra_link_args=link,
+    )
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Objects stay in the source tree, and ninja compares commands and headers: a second build of any
+            # kind (editable, wheel) compiles only what changed.
+            flavour = f"{torch.version}-{sys.implementation.cache_tag}{'-' + sanitize if sanitize else ''}"
+            self.build_temp = os.path.join("build", "objects", flavour.replace(",", "-"))
+            os.makedirs(self.build_temp, exist_ok=True)
+
+        def run(self) -> None:
+            print(f"dlkernels: building {plan}; {os.environ['MAX_JOBS']} job(s)", flush=True)
+            super().run()
+            # Read before the module is loaded (dlkernels/_load.py), hence a file of its own beside it.
+            built = {"torch": torch.version, "cuda": plan.archs or None, "plan": str(plan)}
+            Path(self.get_ext_fullpath(module.name)).with_name("_C.json").write_text(json.dumps(built) + "\n")
+
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def extension() -> dict[str, Any]:
+    if find_spec("torch") is None:
+        return {}  # an sdist or metadata; _build/backend.py stops a wheel that has come so far
+    import torch
+
+    # device_count and get_device_capability only look; neither is a reason to build CUDA or not.
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    found = Torch(torch.__version__, torch.version.cuda, torch.version.hip)
+    try:
+        return extension_for(make_plan(os.environ, found, gpus), found)
+    except PlanError as e:
+        sys.exit(f"dlkernels: {e}")
+
+
+setup(**extension())

@@ -1,0 +1,132 @@
+"""The float64 oracle and the tolerance rule. Tests and benchmarks import these and nothing else to judge numbers."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Every activation as a stock user writes it.
+STOCK = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "relu2": lambda z: F.relu(z).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def _tanh(z: Tensor) -> Tensor:
+    e = torch.exp(-2 * z.abs())
+    return z.sign() * -torch.expm1(-2 * z.abs()) / (1 + e)
+
+
+# The same functions by other, equally well-conditioned formulas: what rounding inside an activation may do.
+REWRITTEN = {
+    **STOCK,
+    "gelu": lambda z: z * 0.5 * torch.erfc(z * -(0.5**0.5)),
+    "gelu_tanh": lambda z: 0.5 * z * (1 + _tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
+    "silu": lambda z: z * (z.exp() / (1 + z.exp())),
+    "tanh": _tanh,
+    "sigmoid": lambda z: z.exp() / (1 + z.exp()),
+}
+
+
+@dataclass
+class Layer:
+    """One call: x [..., K], weight [N, K], bias [N] or None, g [..., N] the gradient of y."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    g: Tensor
+    activation: str
+
+    def run(self, op) -> dict[str, Tensor]:
+        """y and the gradients that op(x, weight, bias) gives, by name."""
+        names = ["dx", "dweight"] + ["dbias"] * (self.bias is not None)
+        leaves = [t.detach().requires_grad_() for t in (self.x, self.weight, self.bias) if t is not None]
+        y = op(*leaves, *[None] * (3 - len(leaves)))
+        return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, leaves, self.g), strict=True))}
+
+    def stock(self, activations=STOCK) -> dict[str, Tensor]:
+        return self.run(lambda x, w, b: activations[self.activation](F.linear(x, w, b)))
+
+
+def oracle(layer: Layer, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each result of ``layer`` in float64, and its scale: what one rounding error of every term may add up to.
+
+    ``y`` is the output under test: ReLU's gate is read from it, because a z within rounding of 0 may rightly fall on
+    either side of the kink.
+    """
+    act, k, n = STOCK[layer.activation], layer.x.shape[-1], layer.g.shape[-1]
+    x, w, g = layer.x.double().reshape(-1, k), layer.weight.double(), layer.g.double().reshape(-1, n)
+    b = layer.bias.double() if layer.bias is not None else w.new_zeros(n)
+    z = (x @ w.t() + b).requires_grad_()
+    size = x.abs() @ w.abs().t() + b.abs()  # Σ|terms| of z
+    value = act(z)
+    (d,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+    (dd,) = torch.autograd.grad(d.sum(), z) if d.requires_grad else (torch.zeros_like(z),)
+    if layer.activation in ("relu", "leaky_relu"):
+        closed = 0.01 if layer.activation == "leaky_relu" else 0.0
+        d = torch.where(y.double().reshape(-1, n) > 0, 1.0, closed)
+    z, value, d = z.detach(), value.detach(), d.detach()
+    dz, dz_size = g * d, g.abs() * (d.abs() + dd.abs() * size)
+    exact = {
+        "y": (value, value.abs() + d.abs() * size),
+        "dx": (dz @ w, dz_size @ w.abs()),
+        "dweight": (dz.t() @ x, dz_size.t() @ x.abs()),
+        "dbias": (dz.sum(0), dz_size.sum(0)),
+    }
+    shapes = {"y": layer.g.shape, "dx": layer.x.shape, "dweight": w.shape, "dbias": (n,)}
+    return {name: tuple(t.reshape(shapes[name]) for t in pair) for name, pair in exact.items()}
+
+
+def error(actual: Tensor, exact: Tensor, scale: Tensor) -> float:
+    """The largest error, elementwise in units of rounding errors of ``actual``'s dtype times ``scale``."""
+    if actual.numel() == 0:
+        return 0.0
+    info = torch.finfo(actual.dtype)
+    unit = scale * (info.eps / 2) + info.smallest_normal  # below the normal range the unit is absolute
+    return float(((actual.double() - exact).abs() / unit).max())
+
+
+def assert_no_worse(ours: Tensor, exact: Tensor, scale: Tensor, stock_error: float, what: str = "") -> None:
+    """The rule: at most twice stock torch's error against float64, elementwise on ``scale``.
+
+    ``stock_error`` is :func:`error` of stock's result. Where stock happens to be exact, one rounding error of each term
+    counts as its error.
+    """
+    mine, allowed = error(ours, exact, scale), 2 * max(1.0, stock_error)
+    assert mine <= allowed, f"{what}: error {mine:.3g} rounding units, twice stock's is {allowed:.3g}"
+
+
+def check(layer: Layer, op) -> None:
+    """op(x, weight, bias) and its gradients have stock's shapes and dtypes and follow the rule."""
+    ours, stock = layer.run(op), layer.stock()
+    for name, t in ours.items():
+        assert t.shape == stock[name].shape and t.dtype == stock[name].dtype, name
+    if layer.x.dtype == torch.float64:
+        stock = reordered_stock(layer)  # against an oracle of the same precision, stock itself shows no error
+    exact, stock_exact = oracle(layer, ours["y"]), oracle(layer, stock["y"])
+    for name, t in ours.items():
+        assert_no_worse(t, *exact[name], error(stock[name], *stock_exact[name]), name)
+
+
+def reordered_stock(layer: Layer) -> dict[str, Tensor]:
+    """Stock's results with every sum in another order and formula: in float64 they show what rounding may do."""
+    k, n = layer.x.shape[-1], layer.g.shape[-1]
+    x, g = layer.x.reshape(-1, k), layer.g.reshape(-1, n)
+    pm, pn, pk = (torch.randperm(size, device=x.device) for size in (x.shape[0], n, k))
+    bias = layer.bias[pn] if layer.bias is not None else None
+    r = Layer(x[pm][:, pk], layer.weight[pn][:, pk], bias, g[pm][:, pn], layer.activation).stock(REWRITTEN)
+    im, in_, ik = pm.argsort(), pn.argsort(), pk.argsort()
+    back = {"y": r["y"][im][:, in_], "dx": r["dx"][im][:, ik], "dweight": r["dweight"][in_][:, ik]}
+    if bias is not None:
+        back["dbias"] = r["dbias"][in_]
+    shapes = {"y": layer.g.shape, "dx": layer.x.shape}
+    return {name: t.reshape(shapes.get(name, t.shape)) for name, t in back.items()}
