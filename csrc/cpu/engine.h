@@ -18,7 +18,10 @@ struct Convert {
   DLK_INLINE void pack_store_some(Packed* p, V v, int64_t n) { store_some(p, v, n); }
   // kVL cells that lie along k, n elements valid
   DLK_INLINE V load_cells(const Elem* p, int64_t n) { return load_some(p, 1, n); }
-  DLK_INLINE void interleave_rows(Cell*, const Packed*, const Packed*, int64_t) {}
+  // n cells from the run of a k step; reads and writes whole registers
+  DLK_INLINE void make_cells(Cell* out, const Packed* run, const Packed*, int64_t n) {
+    for (int64_t i = 0; i < n; i += kVL) store(out + i, load(run + i));
+  }
   DLK_INLINE V multiply_add(V acc, Cell a, V b) { return fma(broadcast(a), b, acc); }
   DLK_INLINE V multiply_add(V acc, V a, V b) { return fma(a, b, acc); }
 };
@@ -33,22 +36,16 @@ struct Bf16Pairs {
   static constexpr int kStep = 2;
   static constexpr int kVL = kF32Lanes;
 
-  // Flushes subnormals, as vdpbf16ps does with what it reads.
-  DLK_INLINE void pack_store(Packed* p, VF32 v) { store_bits(p, _mm512_cvtneps_pbh((__m512)v)); }
-  DLK_INLINE void pack_store_some(Packed* p, VF32 v, int64_t n) {
-    if (n >= kVL) return pack_store(p, v);
-    Packed some[kVL];
-    pack_store(some, v);
-    for (int64_t i = 0; i < n; ++i) p[i] = some[i];
-  }
+  DLK_INLINE void pack_store(Packed* p, VF32 v) { store(p, v); }
+  DLK_INLINE void pack_store_some(Packed* p, VF32 v, int64_t n) { store_some(p, v, n); }
   DLK_INLINE V load_cells(const Elem* p, int64_t n) {
     if (n >= 2 * kVL) return load_bits<V>(p);
     Elem some[2 * kVL] = {};
     for (int64_t i = 0; i < n; ++i) some[i] = p[i];
     return load_bits<V>(some);
   }
-  // n cells from two runs, the even and the odd k step; reads and writes whole registers
-  DLK_INLINE void interleave_rows(Cell* out, const Packed* even, const Packed* odd, int64_t n) {
+  // n cells from the runs of an even and an odd k step; reads and writes whole registers
+  DLK_INLINE void make_cells(Cell* out, const Packed* even, const Packed* odd, int64_t n) {
     typedef uint16_t VU16x2 __attribute__((vector_size(2 * sizeof(VU16))));
     int64_t i = 0;
     for (; i + 2 * kVL <= n; i += 2 * kVL) {

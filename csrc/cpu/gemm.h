@@ -39,7 +39,7 @@ Tiling tile(const Gemm& p, int threads) {
   constexpr int64_t nr = kNV * E::kVL;
   constexpr int64_t kblock = kKC<E> * E::kStep;
   const int64_t kt = max(1, p.splits);
-  const int64_t kc = round_up(ceil_div(p.k, kt), kSum * E::kStep);
+  const int64_t kc = round_up(ceil_div(p.k, kt), kSum<E> * E::kStep);
   const bool one_block = kc <= kblock;
   // a B block that is shared must be there whole; a shallow one may be wider
   const int64_t widest = one_block ? min(kNC, max(kNB, kKC<E> * kNB / ceil_div(max(kc, 1), E::kStep) / nr * nr)) : kNC;
@@ -138,9 +138,9 @@ void pack_a_cols(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t 
       }
     }
     if constexpr (E::kStep == 2)
-      E::interleave_rows(line, run, run + kRun, rows);
+      E::make_cells(line, run, run + kRun, rows);
     else
-      line = (Cell*)run;
+      line = run;
     // whole registers: what one writes too much, the next k step or the panel gap takes
     static_assert(round_up(kMR, E::kVL) - kMR <= kPanelGap<E>);
     for (int64_t i = 0; i < rows; i += kMR) copy_panel_row<E>(out + panel_at<E>(i, kMR, cells) + q * kMR, line + i);
@@ -154,7 +154,7 @@ DLK_INLINE const typename E::Packed* b_row(const View& b, const typename E::Elem
   const auto* row = base + p * b.row_stride;
   if constexpr (kSame<typename E::Packed, typename E::Elem>) {
     if (b.col_stride == 1 && padded == cols && p < ks) {
-      for (int64_t j = 0; j < cols; j += 64 / sizeof(*row)) __builtin_prefetch(row + kAhead * b.row_stride + j);
+      for (int64_t j = 0; j < cols; j += 64 / sizeof(*row)) prefetch_l2(row + kAhead * b.row_stride + j);
       return row;
     }
   }
@@ -196,18 +196,11 @@ void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_
     return;
   }
   for (int64_t q = 0; q < cells; ++q) {  // rows as they are
-    const Cell* line;
-    if constexpr (E::kStep == 2) {
-      line = (Cell*)(run + 2 * kRun);
-      E::interleave_rows((Cell*)line, b_row<E>(b, base, 2 * q, ks, cols, padded, run),
-                         b_row<E>(b, base, 2 * q + 1, ks, cols, padded, run + kRun), padded);
-    } else {
-      line = (Cell*)b_row<E>(b, base, q, ks, cols, padded, run);
-    }
+    const auto* even = b_row<E>(b, base, q * E::kStep, ks, cols, padded, run);
+    const auto* odd = E::kStep == 2 ? b_row<E>(b, base, q * E::kStep + 1, ks, cols, padded, run + kRun) : nullptr;
     for (int64_t panel = 0; panel < padded; panel += nr) {
       const int64_t width = min(nr, padded - panel);
-      Cell* to = out + panel_at<E>(panel, nr, cells) + q * width;
-      for (int64_t j = 0; j < width; j += E::kVL) store_bits(to + j, load_bits<typename E::V>(line + panel + j));
+      E::make_cells(out + panel_at<E>(panel, nr, cells) + q * width, even + panel, odd + panel, width);
     }
   }
 }
@@ -255,9 +248,9 @@ void multiply_block(const Plan<E>& plan, const Block& at, const Buffers<E>& s, t
                                 : ukernel_for<E, kKMajor>(r, width / E::kVL);
       int64_t q = 0;
       do {
-        uk(min(kSum, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, ldc,
+        uk(min(kSum<E>, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, ldc,
            !at.first || q > 0);
-        q += kSum;
+        q += kSum<E>;
       } while (q < at.cells);
       if (!at.last) continue;
       const int64_t n = min(width, at.cols - j);

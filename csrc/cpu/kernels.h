@@ -7,6 +7,7 @@
 
 #include "../activation.h"
 #include "../params.h"
+#include "loss_kernels.h"
 
 namespace dlk::cpu {
 
@@ -73,6 +74,7 @@ struct Engine {
   void (*few_dgrad)(const Gemm&, const Parallel&);    // M <= kFewRows
   void (*few_wgrad)(const Gemm&, const Parallel&);    // M <= kFewRows
   void (*grad_pass)(const GradPass&, const Parallel&);
+  Losses losses;
 };
 
 // One instruction set's engines, indexed by DType.

@@ -1,41 +1,22 @@
 // The CPU ops: check, choose the path, describe the products to the kernels.
 #include "../linear_act.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
 #include "../activation.h"
 #include "../check.h"
-#include "isa.h"
+#include "host.h"
 #include "route.h"
 
 namespace dlk {
 namespace {
 
+using cpu::accumulators;
+using cpu::engine;
+using cpu::parallel_for_work;
 using cpu::Path;
-
-void run_parallel(int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-void run_serial(int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
-  if (tasks > 0) body(context, 0, tasks);
-}
-
-// torch's own threads. Waking them costs some microseconds, which is 100 thousand multiplications.
-cpu::Parallel parallel_for_work(int64_t operations) {
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (threads == 1 || operations < 100000) return {1, &run_serial};
-  return {threads, &run_parallel};
-}
-
-const cpu::Engine& engine(DType dtype) { return cpu::kernels().engine[static_cast<int>(dtype)]; }
-
-// Accumulators are f32, or f64 for f64.
-at::Tensor accumulators(int64_t count, const at::Tensor& like) {
-  return at::empty({count}, like.options().dtype(like.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
-}
 
 at::Tensor contiguous_bias(const OptionalTensor& bias) { return bias ? bias->contiguous() : at::Tensor(); }
 

@@ -10,8 +10,9 @@ constexpr int64_t kNV = DLK_NV;
 template <class E>
 constexpr int64_t kKC = 1024 / sizeof(typename E::Cell);
 // k cells per running sum. A sum of n terms errs like n, a sum of n/s sums of s terms like sqrt(n·s): at s = 128 and
-// n = 784 that is 2.5 times better, for one pass over the tile in L1 (2 % of its FMAs).
-constexpr int64_t kSum = 128;
+// n = 784 that is 2.5 times better, for one pass over the tile in L1 (2 % of its FMAs). bf16 products have error to spare.
+template <class E>
+constexpr int64_t kSum = 128 * E::kStep;
 // Row stride of a row-major A panel: one cache line more than the block, so that rows do not share an L1 set.
 template <class E>
 constexpr int64_t kAStride = kKC<E> + 64 / sizeof(typename E::Cell);

@@ -1,7 +1,7 @@
-// exp, tanh and erf on a vector register, and the `O` that activation.h is written against.
+// exp, log, tanh and erf on a vector register, and the `O` that activation.h is written against.
 //
 // f32: branch-free polynomials, coefficients from a minimax fit (Lawson iteration) whose own error is given beside
-// each; with rounding every function stays within 2 ulp (tests/test_activations.py measures it).
+// each; with rounding every function stays within 2 ulp (tests/test_accuracy.py measures it).
 // f64: libm lane by lane; double precision is for proofs, not for speed.
 #include <math.h>
 
@@ -15,6 +15,7 @@ struct Ops<double> {
   using T = VF64;
   DLK_INLINE T lit(double v) { return T{} + v; }
   DLK_INLINE T exp(T x) { return lanes(x, ::exp); }
+  DLK_INLINE T log(T x) { return lanes(x, ::log); }
   DLK_INLINE T tanh(T x) { return lanes(x, ::tanh); }
   DLK_INLINE T erf(T x) { return lanes(x, ::erf); }
   DLK_INLINE T lanes(T x, double (*f)(double)) {
@@ -48,6 +49,28 @@ struct Ops<float> {
     return e * (T)((half + 127) << 23) * (T)((n - half + 127) << 23);
   }
 
+  // ln x = n·ln 2 + ln(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f²/2 + f³·P(f), relative error 6.5e-9.
+  DLK_INLINE T log(T x) {
+    const VI32 subnormal = x < 1.17549435e-38f;
+    const T normal = subnormal ? x * 8388608.0f : x;
+    const VI32 bits = (VI32)normal - 0x3f3504f3;  // sqrt(1/2): a mantissa below it borrows from the exponent
+    const T n = __builtin_convertvector((bits >> 23) - (subnormal ? VI32{} + 23 : VI32{}), T);
+    const T f = (T)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    T p = lit(-7.634497e-2);
+    p = p * f + 1.2761576e-1f;
+    p = p * f + -1.3160183e-1f;
+    p = p * f + 1.4201757e-1f;
+    p = p * f + -1.6623357e-1f;
+    p = p * f + 2.0001227e-1f;
+    p = p * f + -2.500082e-1f;
+    p = p * f + 3.333333e-1f;
+    T y = f * f * (p * f - 0.5f) + n * -2.12194440e-4f;  // ln 2 in the two parts of exp
+    y = n * 0.693359375f + (f + y);
+    y = x < lit(__builtin_inf()) ? y : x;  // also NaN
+    y = x < 0.0f ? lit(__builtin_nan("")) : y;
+    return x == 0.0f ? lit(-__builtin_inf()) : y;
+  }
+
   // |x| < 0.63: x + x³·P(x²), relative error 4.8e-9; else 1 - 2/(e^2|x| + 1), with the sign put back.
   DLK_INLINE T tanh(T x) {
     T s = x * x;
@@ -56,10 +79,10 @@ struct Ops<float> {
     p = fma(p, s, lit(-5.3730007e-2));
     p = fma(p, s, lit(1.3331331e-1));
     p = fma(p, s, lit(-3.3333278e-1));
-    T small = fma(p * s, x, x);
     T a = abs(x);
-    T large = with_sign(1.0f - 2.0f / (exp(a + a) + 1.0f), x);
-    return a < 0.63f ? small : large;
+    T small = fma(p * s, a, a);
+    T large = 1.0f - 2.0f / (exp(a + a) + 1.0f);
+    return with_sign(a < 0.63f ? small : large, x);  // after the choice, so that tanh(-0) = -0
   }
 
   // |x| < 1: x + x·P(x²), relative error 1.2e-9; else 1 - e^-Q(|x|), Q = -ln erfc, error 2.1e-11; 1 from 4 on.

@@ -1,0 +1,34 @@
+// What the CPU host ops share: torch's threads, the kernels of a dtype, accumulators.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include "isa.h"
+
+namespace dlk::cpu {
+
+// torch's own threads. Waking them costs some microseconds, which is 100 thousand multiplications.
+inline Parallel parallel_for_work(int64_t operations) {
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads == 1 || operations < 100000)
+    return {1, [](int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
+              if (tasks > 0) body(context, 0, tasks);
+            }};
+  return {threads, [](int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
+            at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          }};
+}
+
+inline const Engine& engine(DType dtype) { return kernels().engine[static_cast<int>(dtype)]; }
+
+// Accumulators are f32, or f64 for f64.
+inline at::ScalarType accumulator_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+inline at::Tensor accumulators(int64_t count, const at::Tensor& like) {
+  return at::empty({count}, like.options().dtype(accumulator_type(like)));
+}
+
+}  // namespace dlk::cpu
