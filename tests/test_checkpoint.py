@@ -1,0 +1,179 @@
+"""Checkpoint files: damaged, foreign, of another run, or impossible to write."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from training import batches, make, network, stop_after
+
+from dlkernels.atomic import atomic_write, write_json
+from dlkernels.trainer import CheckpointError, Trainer, checkpoint
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    trainer = make(checkpoint=tmp_path / "run.pt", config={"lr": 0.001})
+    trainer.fit(1)
+    return tmp_path / "run.pt"
+
+
+def assert_refused(path: Path, match: str, **options) -> None:
+    """The error says so, and the trainer that asked is untouched."""
+    trainer = make(**{"config": {"lr": 0.001}, **options})
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=match):
+        trainer.load(path)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert trainer.history == []
+
+
+def test_missing(tmp_path):
+    assert_refused(tmp_path / "none.pt", r"no checkpoint at .*none\.pt")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_truncated(saved, share):
+    body = saved.read_bytes()
+    saved.write_bytes(body[: int(len(body) * share)])
+    assert_refused(saved, "cannot be read as a checkpoint")
+
+
+def test_any_flipped_byte_is_noticed_or_harmless(saved):
+    """Damage is refused, or is in bytes that mean nothing (padding, time stamps) and changes nothing."""
+    body = saved.read_bytes()
+    whole = pickle.dumps(comparable(checkpoint.load(saved)))
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(body)
+        damaged[generator.randrange(len(body))] ^= 1 << generator.randrange(8)
+        saved.write_bytes(damaged)
+        try:
+            state = checkpoint.load(saved)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert pickle.dumps(comparable(state)) == whole
+    assert refused > 30
+
+
+def comparable(value):
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: comparable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [comparable(item) for item in value]
+    return value
+
+
+def test_flipped_weight_is_named_as_damage(saved):
+    body = bytearray(saved.read_bytes())
+    weight = torch.load(saved, weights_only=True)["model"]["0.weight"].numpy().tobytes()
+    body[body.index(weight) + 100] ^= 1
+    saved.write_bytes(body)
+    assert torch.load(saved, weights_only=True)  # which torch itself does not notice
+    assert_refused(saved, "is damaged: .* fails its checksum")
+
+
+def test_foreign_files(saved, tmp_path):
+    torch.save(network().state_dict(), saved)
+    assert_refused(saved, r"not a dlkernels checkpoint: expected format .* a dict with keys \['0.weight'")
+    torch.save([1, 2], saved)
+    assert_refused(saved, "it holds a list")
+    saved.write_text("hello")
+    assert_refused(saved, "cannot be read as a checkpoint")
+    checkpoint.save(saved, {"model": network().state_dict()})
+    assert_refused(saved, "not a trainer's checkpoint: it lacks batch, ")
+
+
+def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "evil"),))
+
+    torch.save({"format": checkpoint.FORMAT, "version": 1, "x": Evil()}, saved)
+    assert_refused(saved, "cannot be read as a checkpoint")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_newer_version(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "VERSION", 0)
+    assert_refused(saved, "has checkpoint version 1; this dlkernels reads version 0")
+
+
+def test_another_model(saved):
+    wide = nn.Sequential(nn.Linear(64, 33), nn.BatchNorm1d(33), nn.ReLU(), nn.Dropout(0.2), nn.Linear(33, 10))
+    match = r"another model: 0\.weight: expected \[33, 64\] float32; got \[32, 64\] float32; .*and \d+ more"
+    assert_refused(saved, match, model=wide)
+    assert_refused(saved, "1.weight: not in the model", model=nn.Sequential(nn.Linear(64, 32)))
+    assert_refused(saved, "expected .*float64; got .*float32", model=network().double())
+
+
+def test_another_optimizer(saved):
+    model = network()
+    data = batches()
+    sgd = Trainer(
+        model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), data, config={"lr": 0.001}
+    )
+    with pytest.raises(CheckpointError, match="holds the state of Adam; expected SGD"):
+        sgd.load(saved)
+    groups = [{"params": [p]} for p in model.parameters()]
+    split = Trainer(model, nn.CrossEntropyLoss(), torch.optim.Adam(groups), data, config={"lr": 0.001})
+    with pytest.raises(CheckpointError, match=r"groups of \[6\] parameters; expected \[1, 1, 1, 1, 1, 1\]"):
+        split.load(saved)
+
+
+def test_another_configuration(saved):
+    assert_refused(saved, "made with lr = 0.001; this run has 0.01", config={"lr": 0.01})
+    assert_refused(saved, "made with lr = 0.001; this run has None", config={})
+
+
+def test_other_batches(saved, tmp_path):
+    with pytest.warns(UserWarning, match="training goes on, but not as it would have"):
+        make(batches(batch_size=32), config={"lr": 0.001}).load(saved)
+    trainer = make(checkpoint=tmp_path / "mid.pt", config={"lr": 0.001})
+    stop_after(trainer, epoch=0, batch=2)
+    assert_refused(tmp_path / "mid.pt", "within an epoch only the same batches", data=batches(batch_size=32))
+
+
+def test_unwritable_checkpoint_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        make(checkpoint=tmp_path / "file" / "run.pt").fit(1)
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    with atomic_write(path) as file:
+        file.write(b"old")
+
+    def write_half() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_half()
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_written_files_have_ordinary_permissions(tmp_path):
+    ordinary = tmp_path / "ordinary"
+    ordinary.write_text("")
+    write_json(tmp_path / "new.json", {"nan": float("nan"), "list": [1.5, float("inf")]})
+    assert (tmp_path / "new.json").stat().st_mode == ordinary.stat().st_mode
+    assert json.loads((tmp_path / "new.json").read_text()) == {"nan": None, "list": [1.5, None]}
+    (tmp_path / "new.json").chmod(0o600)
+    write_json(tmp_path / "new.json", {})
+    assert (tmp_path / "new.json").stat().st_mode & 0o777 == 0o600

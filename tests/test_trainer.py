@@ -1,0 +1,361 @@
+"""The trainer on stock modules: training, evaluation, losses that are not finite, displays, metrics."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from training import SPLITS, X, Y, assert_same, batches, make, network
+
+import dlkernels.trainer
+from dlkernels.data import TensorLoader
+from dlkernels.trainer import NonFiniteLoss, Trainer, adam, set_printoptions
+from dlkernels.trainer.metrics import Meter, count_correct
+
+
+def test_learns_and_keeps_history():
+    trainer = make()
+    before = trainer.evaluate()
+    history = trainer.fit(6)
+    assert before["accuracy"] < 0.3
+    assert history is trainer.history
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert history[-1]["val_accuracy"] > 0.8
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[-1]["val_accuracy"] == trainer.evaluate()["accuracy"]
+    assert set(history[0]) == {
+        "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "samples_per_second",
+    }  # fmt: skip
+    assert json.loads(json.dumps(history)) == history
+    assert len(trainer.batch_losses) == len(trainer.train_data)
+
+
+def test_is_the_loop_one_would_write_by_hand():
+    trainer = make()
+    trainer.fit(2)
+
+    model = network()
+    torch.manual_seed(1)
+    optimizer = adam(model.parameters(), lr=0.01)
+    loss_function = nn.CrossEntropyLoss()
+    losses, right = [], 0
+    for _ in range(2):
+        for x, y in (data := batches()).batches(_):
+            optimizer.zero_grad()
+            output = model(x)
+            loss = loss_function(output, y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            right += int((output.argmax(1) == y).sum())
+    for mine, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert trainer.batch_losses == losses[len(data) :]
+    weights = [64, 64, 64, 64, 44]
+    mean = sum(w * loss for w, loss in zip(weights, losses[len(data) :], strict=True)) / 300
+    assert trainer.history[1]["loss"] == pytest.approx(mean, rel=1e-12)
+    assert trainer.history[0]["accuracy"] + trainer.history[1]["accuracy"] == pytest.approx(right / 300)
+
+
+def test_fit_counts_epochs_in_all():
+    trainer = make()
+    trainer.fit(1)
+    assert len(trainer.fit(3)) == 3
+    assert len(trainer.fit(3)) == 3
+    assert len(trainer.fit(10, at_most=2)) == 5
+    whole = make()
+    whole.fit(5)
+    assert_same(trainer, whole)
+
+
+def test_validation_makes_no_difference_to_training():
+    with_validation = make()
+    with_validation.fit(2)
+    without = make(val_data=None)
+    without.fit(2)
+    for mine, theirs in zip(with_validation.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert "val_loss" not in without.history[0]
+
+
+def test_evaluate_restores_modes_and_random_state():
+    trainer = make()
+    trainer.model.train()
+    trainer.model[1].eval()  # a frozen layer stays frozen
+    state = torch.get_rng_state()
+    trainer.evaluate()
+    assert trainer.model.training
+    assert not trainer.model[1].training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_regression_has_no_accuracy():
+    torch.manual_seed(0)
+    x = torch.randn(64, 3)
+    model = nn.Linear(3, 1)
+    data = TensorLoader(x, x.sum(1, keepdim=True), batch_size=16)
+    trainer = Trainer(
+        model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), data, data, progress="silent"
+    )
+    trainer.fit(20)
+    assert trainer.history[-1]["val_loss"] < 1e-2
+    assert "accuracy" not in trainer.history[-1]
+    assert "val_accuracy" not in trainer.history[-1]
+    assert set(trainer.evaluate()) == {"loss"}
+
+
+def test_several_outputs_with_a_loss_that_takes_them_apart():
+    class MeanAndVariance(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x):
+            mean, log_variance = self.layer(x).unbind(1)
+            return mean, log_variance.exp()
+
+    torch.manual_seed(0)
+    x = torch.randn(200, 2)
+    data = TensorLoader(x, x[:, 0] * 2 + 0.1 * torch.randn(200), batch_size=50)
+    model = MeanAndVariance()
+    nll = nn.GaussianNLLLoss()
+    trainer = Trainer(
+        model,
+        lambda out, y: nll(out[0], y, out[1]),
+        adam(model.parameters(), lr=0.05),
+        data,
+        progress="silent",
+    )
+    history = trainer.fit(30)
+    assert history[-1]["loss"] < history[0]["loss"] - 0.5
+    assert "accuracy" not in history[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_weights_and_loss_in_float32(dtype):
+    seen = []
+
+    def loss(output, y):
+        seen.append(output.dtype)
+        return nn.functional.cross_entropy(output, y)
+
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    inner = []
+    model[2].register_forward_hook(lambda module, inputs, output: inner.append(output.dtype))
+    trainer = Trainer(model, loss, adam(model.parameters()), batches(), progress="silent", autocast=dtype)
+    trainer.fit(1)
+    assert set(inner) == {dtype}
+    assert set(seen) == {torch.float32}
+    assert model[0].weight.dtype == torch.float32
+
+
+def test_adam_is_fused_where_it_can_be():
+    fused = adam(nn.Linear(2, 2).parameters(), lr=0.5, betas=(0.8, 0.9))
+    assert fused.defaults["fused"] is True
+    assert (fused.defaults["lr"], fused.defaults["betas"]) == (0.5, (0.8, 0.9))
+    for options in ({"dtype": torch.complex64}, {"device": "meta"}):
+        plain = adam(nn.Linear(2, 2, **options).parameters())  # no fused kernel for those
+        assert not plain.defaults["fused"]
+        assert len(plain.param_groups[0]["params"]) == 2
+    model = nn.Linear(2, 2)
+    groups = [{"params": [model.weight], "lr": 0.1}, {"params": model.bias}]
+    assert adam(groups).param_groups[0]["lr"] == 0.1
+    assert not adam(model.parameters(), foreach=True).defaults["fused"]
+
+
+def test_data_loader_is_accepted():
+    torch.manual_seed(2)
+    data = DataLoader(TensorDataset(X, Y), batch_size=64, shuffle=True)
+    trainer = make(data, val_data=DataLoader(TensorDataset(SPLITS.test_x, SPLITS.test_y), batch_size=100))
+    trainer.fit(5)
+    assert trainer.history[-1]["val_accuracy"] > 0.8
+    assert "DataLoader, 5 batches" in trainer.summary()
+
+
+def test_stream_without_length_is_accepted():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(TensorDataset(X[:50], Y[:50]))
+
+    trainer = make(DataLoader(Stream(), batch_size=20))
+    trainer.fit(1)
+    assert trainer.history[0]["loss"] > 0
+    assert len(trainer.batch_losses) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        ([(X[:4],)], r"pairs \(input, target\); got a tuple of 1"),
+        ([X[:4]], "got a Tensor"),
+        ([], "at least one batch"),
+    ],
+)
+def test_batches_of_another_kind(data, error):
+    with pytest.raises(ValueError, match=error):
+        make(data).fit(1)
+
+
+def test_loss_that_is_no_scalar():
+    model = network()
+    trainer = Trainer(
+        model, nn.CrossEntropyLoss(reduction="none"), adam(model.parameters()), batches(), progress="silent"
+    )
+    with pytest.raises(ValueError, match=r"scalar \(reduction 'mean'\); got shape \[64\]"):
+        trainer.fit(1)
+
+
+def test_evaluate_without_data():
+    with pytest.raises(ValueError, match="got neither"):
+        make(val_data=None).evaluate()
+
+
+# --- not finite ---
+
+
+def test_nan_loss_stops_with_a_sentence_and_keeps_the_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    trainer = make(checkpoint=path)
+    trainer.fit(1)
+    kept = path.read_bytes()
+    bad = X.clone()
+    row = int(batches().order(1)[130])  # in the third batch of the second epoch
+    bad[row, 0] = float("nan")
+    trainer.train_data.tensors = (bad, Y)
+    with pytest.raises(
+        NonFiniteLoss, match=r"loss became nan at batch 3 of epoch 2; .*run\.pt is from before"
+    ):
+        trainer.fit(3)
+    assert path.read_bytes() == kept
+
+
+def test_spoiled_weights_are_not_saved_though_no_loss_showed_it(tmp_path):
+    trainer = make(checkpoint=tmp_path / "run.pt")
+    steps = []
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: steps.append(0) or (len(steps) == 5 and trainer.model[0].bias.data.fill_(float("inf")))
+    )
+    with pytest.raises(
+        NonFiniteLoss, match=r"parameter 0\.bias became NaN or infinite .*no checkpoint is kept"
+    ):
+        trainer.fit(2)
+    assert not (tmp_path / "run.pt").exists()
+
+
+# --- what people see ---
+
+
+def test_lines_without_a_terminal(capsys):
+    make(progress="auto").fit(2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for epoch, line in enumerate(lines, start=1):
+        metrics = (
+            r"loss \d\.\d{3}  accuracy 0\.\d{3}  val_loss \d\.\d{3}  val_accuracy 0\.\d{3}  [\d,]+ samples/s"
+        )
+        assert re.fullmatch(rf"train epoch {epoch}/2  {metrics}", line)
+
+
+def test_bar_shows_the_running_epoch(capsys, monkeypatch):
+    monkeypatch.setattr("dlkernels.trainer.loop.REFRESH_SECONDS", 0.0)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich's way to be told of a terminal
+    make(progress="bar", name="run").fit(2)
+    output = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert "2/5 loss" in output
+    assert re.search(r"run epoch 1/2  loss .* samples/s", output)
+    assert re.search(r"run epoch 2/2  loss .* samples/s", output)
+
+
+def test_refreshing_often_changes_nothing(monkeypatch):
+    calm = make()
+    calm.fit(2)
+    monkeypatch.setattr("dlkernels.trainer.loop.REFRESH_SECONDS", 0.0)
+    restless = make()
+    restless.fit(2)
+    assert_same(calm, restless)
+
+
+def test_unknown_progress():
+    with pytest.raises(ValueError, match="'auto', 'bar', 'lines' or 'silent'; got 'loud'"):
+        make(progress="loud").fit(1)
+
+
+def test_summary_and_repr():
+    trainer = make()
+    assert "done        0 epochs" in trainer.summary()
+    trainer.fit(1)
+    summary = trainer.summary()
+    assert re.search(r"^model +Sequential, 2,474 trainable parameters, float32, on cpu$", summary, re.M)
+    assert re.search(r"^loss +CrossEntropyLoss$", summary, re.M)
+    assert re.search(r"^optimizer +Adam, lr 0.01$", summary, re.M)
+    assert re.search(
+        r"^train +TensorLoader\(300 samples, 5 batches of 64, shuffled with seed 5\)$", summary, re.M
+    )
+    assert re.search(r"^last epoch +loss \d\.\d{3}, accuracy 0\.\d{3},", summary, re.M)
+    weight = trainer.model[0].weight
+    assert re.search(rf"^0\.weight +32x64 +2,048 .* {weight.std(correction=0):.3f}$", summary, re.M)
+    assert re.search(rf"^0\.weight .* {weight.std(correction=0):.6f}$", trainer.summary(precision=6), re.M)
+    assert re.fullmatch(r"Trainer\(Sequential on cpu, 1 epochs done, loss .* samples/s\)", repr(trainer))
+
+
+def test_set_printoptions(capsys):
+    try:
+        set_printoptions(precision=5)
+        make(progress="lines").fit(1)
+        assert re.search(r"loss \d\.\d{5}  accuracy", capsys.readouterr().out)
+    finally:
+        set_printoptions()
+    with pytest.raises(ValueError, match="0 to 17 digits; got -1"):
+        set_printoptions(precision=-1)
+
+
+# --- metrics ---
+
+
+def test_count_correct():
+    scores = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
+    correct = count_correct(scores, torch.tensor([1, 0, 0]))
+    assert correct is not None
+    assert (int(correct[0]), correct[1]) == (2, 3)
+    images = count_correct(scores[:, :, None].expand(3, 2, 4), torch.ones(3, 4, dtype=torch.long))
+    assert images is not None
+    assert (int(images[0]), images[1]) == (8, 12)
+    assert count_correct(scores, scores) is None  # soft labels
+    assert count_correct(scores[:, 0], torch.tensor([1, 0, 0])) is None  # regression on integers
+    assert count_correct((scores, scores), torch.tensor([1, 0, 0])) is None
+
+
+def test_meter_weighs_batches_by_their_samples():
+    meter = Meter()
+    assert (meter.loss, meter.accuracy) == (None, None)
+    meter.add(torch.tensor(1.0), 3, (torch.tensor(3), 3))
+    meter.add(torch.tensor(5.0), 1, (torch.tensor(0), 1))
+    assert (meter.loss, meter.accuracy, meter.losses) == (2.0, 0.75, [1.0, 5.0])
+    assert meter.first_non_finite() is None
+    meter.add(torch.tensor(float("inf")), 1, None)
+    assert meter.first_non_finite() == 2
+
+
+# --- architecture ---
+
+
+def test_trainer_and_data_know_nothing_of_operators():
+    """They work with any module and any loss: of this package they import themselves and the file writer."""
+    root = Path(dlkernels.trainer.__file__).parent.parent
+    allowed = {"trainer": ("trainer", "data", "atomic"), "data": ("data", "atomic")}
+    for folder, own in allowed.items():
+        for path in (root / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                for name in modules:
+                    package, _, rest = name.partition(".")
+                    assert package != "dlkernels" or rest.split(".")[0] in own, f"{path.name} imports {name}"
