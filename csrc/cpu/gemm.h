@@ -29,6 +29,7 @@ struct Tiling {
   int64_t nb;      // columns of a B block
   int64_t mt, nt;  // tiles per direction
   int64_t kc, kt;  // k elements per slice, slices
+  int64_t kb;      // k elements per block: a slice in equal parts
   bool one_block;  // a slice is one k block: tiles below each other share their B block
   DLK_HD int64_t tasks() const { return mt * nt * kt; }
 };
@@ -40,7 +41,8 @@ Tiling tile(const Gemm& p, int threads) {
   constexpr int64_t kblock = kKC<E> * E::kStep;
   const int64_t kt = max(1, p.splits);
   const int64_t kc = round_up(ceil_div(p.k, kt), kSum<E> * E::kStep);
-  const bool one_block = kc <= kblock;
+  const int64_t kb = round_up(ceil_div(kc, max(1, ceil_div(kc, kblock))), 16 * E::kStep);
+  const bool one_block = kc <= kb;
   // a B block that is shared must be there whole; a shallow one may be wider
   const int64_t widest = one_block ? min(kNC, max(kNB, kKC<E> * kNB / ceil_div(max(kc, 1), E::kStep) / nr * nr)) : kNC;
   Tiling best{};
@@ -55,7 +57,7 @@ Tiling tile(const Gemm& p, int threads) {
       const int64_t cost = rounds * (mc * round_up(nc, E::kVL) + 16 * (mc + nc));
       if (best_cost < 0 || cost < best_cost) {
         best_cost = cost;
-        best = {mc, nc, one_block ? nc : min(nc, kNB), ceil_div(p.m, mc), ceil_div(p.n, nc), kc, kt, one_block};
+        best = {mc, nc, one_block ? nc : min(nc, kNB), ceil_div(p.m, mc), ceil_div(p.n, nc), kc, kt, max(kb, 1), one_block};
       }
     }
   }
@@ -216,9 +218,16 @@ struct Plan {
   EpilogueFn<typename E::Elem> epilogue;
 };
 
-// What the thread's B block holds, so that neighbouring tasks which share it pack it once.
-struct PackedB {
-  int64_t j0 = -1, p0 = -1;
+// Where a thread's packed block comes from, so that neighbouring tasks which share it pack it once.
+struct Packed {
+  int64_t at = -1, p0 = -1;
+
+  // Whether the block at these coordinates is another one; from now on it is the packed one.
+  DLK_HD bool renew(int64_t new_at, int64_t new_p0) {
+    const bool same = at == new_at && p0 == new_p0;
+    at = new_at, p0 = new_p0;
+    return !same;
+  }
 };
 
 struct Block {
@@ -267,9 +276,8 @@ void multiply_block(const Plan<E>& plan, const Block& at, const Buffers<E>& s, t
 
 // One task: a tile of C over one slice of k.
 template <class E>
-void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, PackedB& have) {
+void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, Packed& a, Packed& b) {
   using A = typename E::Acc;
-  constexpr int64_t kblock = kKC<E> * E::kStep;
   const Gemm& p = *plan.p;
   const Tiling& t = plan.t;
   const int64_t i0 = ti * t.mc, rows = min(t.mc, p.m - i0);
@@ -278,17 +286,17 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
   const bool sum_rows = p.row_sum && tj == 0;
   if (sum_rows) s.row_sum.clear(rows);
 
-  for (int64_t p0 = k0; p0 < k1 || p0 == k0; p0 += kblock) {  // an empty k still writes its tile
-    const int64_t ks = min(kblock, k1 - p0);
-    if (plan.order == kRowMajor)
+  for (int64_t p0 = k0; p0 < k1 || p0 == k0; p0 += t.kb) {  // an empty k still writes its tile
+    const int64_t ks = min(t.kb, k1 - p0);
+    const bool new_a = a.renew(i0, p0) || sum_rows;
+    if (new_a && plan.order == kRowMajor)
       pack_a_rows<E>(plan.a, s.a, i0, rows, p0, ks);
-    else
+    else if (new_a)
       pack_a_cols<E>(plan.a, s.a, i0, rows, p0, ks, s.run, sum_rows ? &s.row_sum : nullptr);
     for (int64_t jb = 0; jb < cols; jb += t.nb) {
       const int64_t width = min(t.nb, cols - jb);
-      if (have.j0 != j0 + jb || have.p0 != p0) pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
-      have = {j0 + jb, p0};
-      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, ceil_div(ks, E::kStep), p0 == k0, p0 + kblock >= k1},
+      if (b.renew(j0 + jb, p0)) pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
+      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, ceil_div(ks, E::kStep), p0 == k0, p0 + t.kb >= k1},
                         s, s.acc + jb, round_up(cols, E::kVL));
     }
   }
@@ -324,13 +332,13 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
     const auto& plan = *(const Plan<E>*)context;
     const Tiling& t = plan.t;
     auto buffers = Buffers<E>::get();
-    PackedB have;
+    Packed a, b;
     // One k block: go down, where tiles share their B block. Several: go sideways, where they share A in L3.
     const bool down = t.one_block;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t tk = task / (t.mt * t.nt), c = task % (t.mt * t.nt);
       const int64_t ti = down ? c % t.mt : c / t.nt, tj = down ? c / t.mt : c % t.nt;
-      run_tile<E>(plan, ti, tj, tk, buffers, have);
+      run_tile<E>(plan, ti, tj, tk, buffers, a, b);
     }
   });
   if (plan.t.kt == 1) return;
