@@ -55,6 +55,7 @@ struct GradPass {
 // Where packing weight would cost more than it saves.
 constexpr int64_t kFewRowsForward = 32;
 constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewDz = 1 << 18;  // elements of dz that every thread then makes for itself: 1 MiB
 
 struct ActPass {
   int64_t count;

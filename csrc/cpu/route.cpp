@@ -34,8 +34,8 @@ Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
     if ((dtype == DType::bf16 && cpu.amx_bf16) || (dtype == DType::f16 && cpu.amx_fp16))
       return {Path::aten, "this CPU has AMX and dlkernels has no AMX micro-kernel yet: torch's GEMM, our passes around it"};
   }
-  const int64_t few = op == Op::forward ? kFewRowsForward : kFewRows;
-  if (contiguous && shape.m <= few && shape.k >= 64 && !empty)
+  const bool few = op == Op::forward ? shape.m <= kFewRowsForward : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
+  if (contiguous && few && shape.k >= 64 && !empty)
     return {Path::few_rows, "few rows: packing weight would cost more than it saves"};
   return {Path::packed, "our packed GEMM with the fused epilogue"};
 }

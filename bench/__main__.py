@@ -1,0 +1,65 @@
+"""``python -m bench``: the command line. It loads no torch; ``bench.command``, which follows it, does."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import isa
+from bench.grid import COLUMNS, DTYPES, MODES, SHAPES
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Time dlkernels beside stock torch; print tables, write OUT (JSON) and a PNG beside it.",
+        epilog="Without --quick: fp32, bf16 and fp64 in every mode and column, a quarter of an hour on two "
+        "cores. A contender whose results are wrong is not timed; the exit status is then 1.",
+    )
+    lists = {
+        "dtypes": f"out of {' '.join(DTYPES)}; fp16 only on request: on a CPU without instructions for it a "
+        "single step of stock torch can take half a minute",
+        "shapes": f"MxKxN, or out of {' '.join(SHAPES)}",
+        "activations": "of dlkernels.functional.linear_act (default: relu)",
+        "modes": "out of " + ", ".join(map(repr, MODES)),
+        "columns": f"out of {' '.join(COLUMNS)}",
+        "contenders": "out of stock in-place compile max-autotune dlkernels, or 'all' (default: all but "
+        "torch.compile's two, which take minutes to compile for each dtype)",
+    }
+    parser.add_argument("--quick", action="store_true", help="fp32 and bf16, hot: two minutes on two cores")
+    for name, meaning in lists.items():
+        parser.add_argument(f"--{name}", nargs="+", metavar=name[:-1].upper(), help=meaning)
+    parser.add_argument("--budget", type=float, help="seconds for a layer in one mode and column")
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--seed", type=int, help="of the data; default: another one each time, and recorded")
+    parser.add_argument("--isa", choices=tuple(isa.CAPS), help="cap everybody's instruction set")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: bench/results/CPU-THREADS.json; with --quick in results/local, which git ignores",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    line = parser()
+    args = line.parse_args(argv)
+    if args.isa:
+        isa.apply(args.isa)
+    # Otherwise torch's profiler writes two lines for each step that it weighs.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+    from bench import command
+
+    try:
+        settings = command.settings(args)
+    except ValueError as wrong:
+        line.error(str(wrong))
+    return command.execute(settings, args.out or command.default_path(args.quick, settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

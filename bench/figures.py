@@ -1,0 +1,160 @@
+"""What the times say: ratio to stock, ratio to the best of the others, share of the roofline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.contenders import OURS, REFERENCE
+from bench.grid import DTYPES, Shape
+from bench.harness import Timing
+from bench.record import Layer, Measurement, Record
+
+CLEARLY = 0.9  # a ratio below this one is more than noise: no shape of the grid may be there
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer in one mode and column, ours beside stock. Ratios above 1: ours is faster."""
+
+    shape: Shape
+    dtype: str
+    activation: str
+    mode: str
+    column: str
+    paths: str  # of forward, dgrad and wgrad; one word where they agree
+    ours: Timing
+    stock: Timing
+    best_other: str
+    vs_best: float
+    rate: float  # operations per second
+    share: float  # of the roofline: its floor over our median; see `roofline`
+    our_bytes: int | None  # peak of a step
+    stock_bytes: int | None
+
+    @property
+    def ratio(self) -> float:
+        return self.stock.median / self.ours.median
+
+    @property
+    def label(self) -> str:
+        return self.shape.name if self.activation == "relu" else f"{self.shape.name} {self.activation}"
+
+    @property
+    def loses(self) -> bool:
+        return self.ratio < 1
+
+
+def rows(record: Record) -> list[Row]:
+    """Every measurement that has both us and stock."""
+    rates = best_gemm_rates(record)
+    return [
+        _row(record, layer, measurement, rates[layer.dtype])
+        for layer in record.layers
+        for measurement in layer.measurements
+        if OURS in measurement.times and REFERENCE in measurement.times
+    ]
+
+
+def best_gemm_rates(record: Record) -> dict[str, float]:
+    """Operations per second by dtype: the fastest of the probes and of everything measured."""
+    rates = dict(record.peak.gemm)
+    for layer in record.layers:
+        for measurement in layer.measurements:
+            flops = _shape(layer).flops(measurement.mode)
+            for timing in measurement.times.values():
+                rates[layer.dtype] = max(rates[layer.dtype], flops / timing.median)
+    return rates
+
+
+def roofline(record: Record, shape: Shape, dtype: str, mode: str, column: str, rate: float) -> float:
+    """The floor in seconds: the larger of arithmetic over the best GEMM rate and bytes over bandwidth.
+
+    Hot buffers that fit in a cache are counted at that cache's bandwidth.
+    """
+    itemsize = DTYPES[dtype]
+    moved = shape.moved(mode, itemsize)
+    bandwidth = record.peak.bandwidth(moved, cold=column == "cold")
+    return max(shape.flops(mode) / rate, moved / bandwidth)
+
+
+def geomeans(table: Iterable[Row]) -> list[dict[str, Any]]:
+    """Geometric mean, worst and best ratio by dtype, mode and column; the mean of ``vs_best`` beside it."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in table:
+        groups.setdefault((row.dtype, row.mode, row.column), []).append(row)
+    return [
+        {
+            "dtype": dtype,
+            "mode": mode,
+            "column": column,
+            "geomean": _geomean(row.ratio for row in group),
+            "geomean_vs_best": _geomean(row.vs_best for row in group),
+            "worst": min(row.ratio for row in group),
+            "best": max(row.ratio for row in group),
+            "layers": len(group),
+        }
+        for (dtype, mode, column), group in groups.items()
+    ]
+
+
+def losses(table: Iterable[Row]) -> list[dict[str, Any]]:
+    """Where ours is slower than stock, worst first."""
+    return [
+        {
+            "layer": row.label,
+            "dtype": row.dtype,
+            "mode": row.mode,
+            "column": row.column,
+            "ratio": row.ratio,
+        }
+        for row in sorted((row for row in table if row.loses), key=lambda row: row.ratio)
+    ]
+
+
+def refused(record: Record) -> list[tuple[Layer, str, str]]:
+    """(layer, contender, why) for everyone who was not timed."""
+    return [(layer, name, why) for layer in record.layers for name, why in layer.refused.items()]
+
+
+def _row(record: Record, layer: Layer, measurement: Measurement, rate: float) -> Row:
+    times, shape = measurement.times, _shape(layer)
+    others = {name: timing.median for name, timing in times.items() if name != OURS}
+    best_other = min(others, key=others.__getitem__)
+    ours = times[OURS]
+    floor = roofline(record, shape, layer.dtype, measurement.mode, measurement.column, rate)
+    return Row(
+        shape=shape,
+        dtype=layer.dtype,
+        activation=layer.activation,
+        mode=measurement.mode,
+        column=measurement.column,
+        paths=_paths(layer, measurement.mode),
+        ours=ours,
+        stock=times[REFERENCE],
+        best_other=best_other,
+        vs_best=others[best_other] / ours.median,
+        rate=shape.flops(measurement.mode) / ours.median,
+        share=floor / ours.median,
+        our_bytes=measurement.peak_bytes.get(OURS),
+        stock_bytes=measurement.peak_bytes.get(REFERENCE),
+    )
+
+
+def _paths(layer: Layer, mode: str) -> str:
+    ran = {"forward": {"forward"}, "first layer": {"forward", "wgrad"}}.get(
+        mode, {"forward", "dgrad", "wgrad"}
+    )
+    paths = [product["path"] for product in layer.explain if product["op"] in ran]
+    return "/".join(paths if len(set(paths)) > 1 else paths[:1])
+
+
+def _shape(layer: Layer) -> Shape:
+    return Shape(layer.shape, layer.m, layer.k, layer.n)
+
+
+def _geomean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))

@@ -1,0 +1,172 @@
+"""How time is taken.
+
+* Contenders take turns within one process, each turn beginning with another one, so that a machine that slows
+  down or wakes up does so for all of them.
+* A turn is a few calls, each timed by itself; in the hot column an untimed call before them brings the
+  buffers back into the cache that the others have used meanwhile.
+* Before every call that computes gradients the weight's version counter is raised, outside the timed part: in
+  training each step changes the weights, so nobody may profit from work kept from an earlier step.
+* Reported are the median and the 20 % and 80 % quantiles over all calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.contenders import Op
+from bench.grid import Shape
+
+TURN = 5e-3  # seconds of calls in one turn ...
+TURN_CALLS = 50  # ... and at most so many
+LEAST_TURNS = 3
+REFILL = 20e-3  # calls longer than this do not notice what refilling the caches costs
+SLOW = 1.0  # calls longer than this are warmed up once
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """x [m, k], weight [n, k], bias [n] and g [m, n], the gradient of y."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    g: Tensor
+
+    def leaves(self, mode: str) -> Inputs:
+        """The same memory, with the gradients asked for that ``mode`` computes."""
+        train = mode != "forward"
+        return Inputs(
+            self.x.detach().requires_grad_(mode == "forward+backward"),
+            self.weight.detach().requires_grad_(train),
+            self.bias.detach().requires_grad_(train),
+            self.g,
+        )
+
+    def clone(self) -> Inputs:
+        return Inputs(self.x.clone(), self.weight.clone(), self.bias.clone(), self.g.clone())
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median, 20 % and 80 % quantile, and over how many calls."""
+
+    median: float
+    q20: float
+    q80: float
+    calls: int
+
+
+Step = Callable[[Inputs], Any]
+
+
+def draw(shape: Shape, dtype: str, seed: int) -> Inputs:
+    """Fresh random data: x and g normal, weight and bias uniform in ±1/sqrt(k) as in ``nn.Linear``."""
+    generator = torch.Generator().manual_seed(seed)
+    to, bound = DTYPES[dtype], shape.k**-0.5
+    weight = torch.empty(shape.n, shape.k).uniform_(-bound, bound, generator=generator)
+    bias = torch.empty(shape.n).uniform_(-bound, bound, generator=generator)
+    x = torch.randn(shape.m, shape.k, generator=generator)
+    g = torch.randn(shape.m, shape.n, generator=generator)
+    return Inputs(x.to(to), weight.to(to), bias.to(to), g.to(to))
+
+
+def step(op: Op, mode: str) -> Step:
+    """What is timed: one call of ``op`` and, where the mode has them, its gradients."""
+    if mode == "forward":
+        return lambda i: op(i.x, i.weight, i.bias)
+    if mode == "first layer":
+        return lambda i: torch.autograd.grad(op(i.x, i.weight, i.bias), (i.weight, i.bias), i.g)
+    return lambda i: torch.autograd.grad(op(i.x, i.weight, i.bias), (i.x, i.weight, i.bias), i.g)
+
+
+def measure(ops: Mapping[str, Op], inputs: Sequence[Inputs], mode: str, budget: float) -> dict[str, Timing]:
+    """Time every contender on these inputs; more than one set of inputs are gone round: the cold column.
+
+    ``budget``: seconds for all of them together. Every contender gets three turns all the same, or fewer once
+    ten times the budget is spent.
+    """
+    steps = {name: step(op, mode) for name, op in ops.items()}
+    ring = _Ring([i.leaves(mode) for i in inputs], raise_version=mode != "forward")
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    with torch.set_grad_enabled(mode != "forward"), _no_garbage_collection():
+        rough = {name: _warm_up(s, ring) for name, s in steps.items()}
+        calls = {name: max(1, min(TURN_CALLS, int(TURN / t))) for name, t in rough.items()}
+        start, turns = time.perf_counter(), 0
+        while (spent := time.perf_counter() - start) < budget or turns < LEAST_TURNS:
+            if turns and spent > 10 * budget:
+                break
+            first = turns % len(names)
+            for name in names[first:] + names[:first]:
+                if ring.hot and rough[name] < REFILL:
+                    steps[name](ring.next())
+                samples[name] += [_timed(steps[name], ring) for _ in range(calls[name])]
+            turns += 1
+    return {name: _summary(seconds) for name, seconds in samples.items()}
+
+
+class _Ring:
+    """Hands out the sets of inputs one after the other, over and over, for all contenders together."""
+
+    def __init__(self, sets: Sequence[Inputs], raise_version: bool) -> None:
+        self._sets, self._at, self._raise_version = sets, 0, raise_version
+        self.hot = len(sets) == 1
+
+    def next(self) -> Inputs:
+        self._at = (self._at + 1) % len(self._sets)
+        chosen = self._sets[self._at]
+        if self._raise_version:
+            torch.autograd.graph.increment_version(chosen.weight)
+        return chosen
+
+
+def _timed(step: Step, ring: _Ring) -> float:
+    inputs = ring.next()
+    start = time.perf_counter_ns()
+    step(inputs)
+    return max(1, time.perf_counter_ns() - start - CLOCK_COST) * 1e-9
+
+
+def _warm_up(step: Step, ring: _Ring) -> float:
+    """Seconds that a call takes, roughly."""
+    first = _timed(step, ring)
+    return first if first > SLOW else min(first, _timed(step, ring))
+
+
+def _clock_cost() -> int:
+    """Nanoseconds that reading the clock adds to a timed call."""
+    readings = [-(time.perf_counter_ns() - time.perf_counter_ns()) for _ in range(1001)]
+    return int(statistics.median(readings))
+
+
+CLOCK_COST = _clock_cost()
+
+
+def _summary(seconds: list[float]) -> Timing:
+    seconds.sort()
+    last = len(seconds) - 1
+    q20, q80 = seconds[round(0.2 * last)], seconds[round(0.8 * last)]
+    return Timing(statistics.median(seconds), q20, q80, len(seconds))
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

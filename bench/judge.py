@@ -1,0 +1,49 @@
+"""Right before fast: a contender whose results break the tests' own tolerance rule is refused, not timed."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.contenders import Op
+from tests.oracle import Layer, assert_no_worse, error, oracle, reordered_stock
+
+
+class Judge:
+    """Knows the float64 results of one layer and stock torch's own error against them.
+
+    The oracle, six products in float64, is the costly part; it is computed once, and again only for a
+    contender whose ReLU gates differ from stock's (the oracle reads them from the output under test).
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        if not __debug__:
+            raise RuntimeError(
+                "expected Python with assertions, which check the results; got python -O. Run it without"
+            )
+        self.layer = layer
+        # Against an oracle of its own precision stock shows no error; in another order of summation it does.
+        stock = reordered_stock(layer) if layer.x.dtype == torch.float64 else layer.stock()
+        self._gates = stock["y"] > 0
+        self._exact = oracle(layer, stock["y"])
+        self._stock_error = {name: error(t, *self._exact[name]) for name, t in stock.items()}
+
+    def objection(self, op: Op) -> str | None:
+        """Why ``op`` must not be timed, or None. It is run once, forward and backward."""
+        try:
+            results = self.layer.run(op)
+        except Exception as failure:  # whatever stops a contender must not stop the others
+            return f"{type(failure).__name__}: {(str(failure).strip() or '(no message)').splitlines()[0]}"
+        for name, t in results.items():
+            expected = self._exact[name][0].shape
+            if t.shape != expected or t.dtype != self.layer.x.dtype:
+                return (
+                    f"{name}: expected {self.layer.x.dtype} {tuple(expected)}, got {t.dtype} {tuple(t.shape)}"
+                )
+        same = torch.equal(results["y"] > 0, self._gates)
+        exact = self._exact if same else oracle(self.layer, results["y"])
+        try:
+            for name, t in results.items():
+                assert_no_worse(t, *exact[name], self._stock_error[name], name)
+        except AssertionError as wrong:
+            return str(wrong)
+        return None

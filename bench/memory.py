@@ -1,0 +1,40 @@
+"""Peak memory of a step: how many bytes beyond its inputs torch's allocator holds at once, results included.
+
+Counted by torch's profiler in a run of its own that is not timed: every tensor, exactly, and the same in each
+run. What libraries keep outside torch's allocator is not in it: the packing buffers of MKL, oneDNN and
+dlkernels, some of the size of the L2 cache per thread.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.harness import Inputs, Step
+
+
+def extra_bytes(step: Step, inputs: Inputs) -> int:
+    """Peak of the bytes that ``step`` allocates and has not freed yet."""
+    with torch.set_grad_enabled(inputs.weight.requires_grad):
+        step(inputs)  # what is allocated once and kept is no cost of a step
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+            step(inputs)
+    held = peak = 0
+    for change in _changes(run):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _changes(run: profile) -> list[int]:
+    """Bytes allocated (positive) and freed, in order of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        run.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = [e for e in events if e.get("name") == "[memory]"]
+    return [e["args"]["Bytes"] for e in sorted(changes, key=lambda e: e["ts"])]

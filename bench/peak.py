@@ -1,0 +1,84 @@
+"""What the machine can do, measured in the same run: the roof that "share of roofline" refers to.
+
+The arithmetic roof is no data-sheet figure and no register-only loop but the *best GEMM rate seen*: the
+fastest of several large products, torch's and ours, and of all the steps of the grid itself. A share of 1
+means "as good as the best GEMM on this machine", which may still be some way below its peak.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from bench import machine
+from bench.harness import DTYPES
+from dlkernels import functional
+
+_SIZES = (768, 1536, 2560)
+_SECONDS = 0.25  # for one probe
+_MOST = 2 << 30  # bytes in one copy, on machines with very large caches
+
+
+@dataclass(frozen=True)
+class Peak:
+    """gemm: operations per second by dtype. stream: (bytes touched, bytes per second), smallest first; the
+    last one is far larger than every cache."""
+
+    gemm: dict[str, float]
+    stream: list[tuple[int, float]]
+
+    def bandwidth(self, touched: int, cold: bool) -> float:
+        """Bytes per second for a step that touches so many bytes: of the smallest probe not below it."""
+        return next((rate for size, rate in self.stream if not cold and size >= touched), self.stream[-1][1])
+
+
+def probe(dtypes: Iterable[str]) -> Peak:
+    return Peak({dtype: _gemm(dtype) for dtype in dtypes}, _stream())
+
+
+def _gemm(dtype: str) -> float:
+    rates = []
+    for size in _SIZES:
+        a, b = (torch.randn(size, size).to(DTYPES[dtype]) for _ in range(2))
+        products: tuple[Callable[[], object], ...] = (
+            lambda a=a, b=b: torch.mm(a, b.t()),  # type: ignore[misc]
+            lambda a=a, b=b: functional.linear_act(a, b, None, "none"),  # type: ignore[misc]
+        )
+        rates += [2 * size**3 / _best(product) for product in products]
+    return max(rates)
+
+
+def _stream() -> list[tuple[int, float]]:
+    """The better of copying (half of the bytes read, half written) and summing (all read), at half of each
+    cache from L2 on and at four times the last one."""
+    levels = machine.caches() or {3: machine.last_level_cache()}
+    sizes = [size // 2 for level, size in sorted(levels.items()) if level >= 2]
+    sizes.append(min(_MOST, 4 * machine.last_level_cache()))
+    return [(size, max(_copying(size), _summing(size))) for size in sizes]
+
+
+def _copying(size: int) -> float:
+    source = torch.ones(size // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return size / _best(lambda: target.copy_(source))
+
+
+def _summing(size: int) -> float:
+    source = torch.ones(size // 4)
+    return size / _best(lambda: source.sum())
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest call."""
+    run()
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while True:
+        start = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return best

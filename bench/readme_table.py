@@ -1,0 +1,106 @@
+"""Put the measured ratios into README.md: ``python -m bench.readme_table bench/results/NAME.json``.
+
+The table stands between two marker lines; what is there is replaced, so figures are never copied by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import figures, record
+from bench.figures import Row
+from bench.machine import ROOT
+from bench.record import Record
+from bench.table import title
+from dlkernels.atomic import atomic_write
+
+BEGIN = "<!-- bench:begin -->"
+END = "<!-- bench:end -->"
+_MODES = ("forward", "forward+backward")
+
+
+def rewrite(text: str, table: str) -> str:
+    """``text`` with ``table`` between its markers; ValueError unless each marker is there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(
+            f"expected one line {BEGIN} and after it one line {END} around the table; put them in"
+        )
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table.strip()}\n{END}{rest.split(END)[1]}"
+
+
+def markdown(result: Record, source: str, column: str = "hot") -> str:
+    """Ratios to stock by layer (ReLU), dtype and mode, their geometric means, machine and commit.
+
+    Raises:
+        ValueError: the run is not complete, or has nothing for this column.
+    """
+    if not result.complete:
+        raise ValueError(f"expected a complete run, got one that was broken off: {source}")
+    rows = [
+        row
+        for row in figures.rows(result)
+        if row.column == column and row.activation == "relu" and row.mode in _MODES
+    ]
+    if not rows:
+        raise ValueError(f"expected measurements with ReLU in column {column!r}, got none in {source}")
+    heads = list(dict.fromkeys((row.dtype, row.mode) for row in rows))
+    cells = {(row.shape.name, row.dtype, row.mode): row for row in rows}
+    shapes = {row.shape.name: row.shape for row in rows}
+    means = {(m["dtype"], m["mode"]): m for m in figures.geomeans(rows)}
+    lines = [
+        "| layer | M, K→N |" + "".join(f" {dtype} {mode} |" for dtype, mode in heads),
+        "|---|---|" + "---:|" * len(heads),
+    ]
+    for name, shape in shapes.items():
+        lines.append(
+            f"| {name} | {shape} |" + "".join(f" {_cell(cells.get((name, *head)))} |" for head in heads)
+        )
+    lines.append(
+        "| **geometric mean** | |" + "".join(f" **{means[head]['geomean']:.2f}x** |" for head in heads)
+    )
+    return "\n".join([*lines, "", *_caption(result, rows, source, column)])
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{row.ratio:.2f}x" + (" (slower)" if row.loses else "")
+
+
+def _caption(result: Record, rows: Sequence[Row], source: str, column: str) -> list[str]:
+    slower = sum(row.loses for row in rows)
+    buffers = (
+        "the same buffers in every call" if column == "hot" else "buffers larger than the last-level cache"
+    )
+    return [
+        f"Time of stock `F.relu(F.linear(x, w, b))` over ours, medians, {buffers}; above 1 dlkernels is "
+        f"faster, and it is slower in {slower} of {len(rows)} cells. {title(result)}. All contenders, "
+        f"quantiles, memory and the machine's own peaks: [{Path(source).name}]({source}). Written by "
+        f"`python -m bench.readme_table {source}`.",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.readme_table", description=__doc__)
+    parser.add_argument("record", type=Path, help="a run's JSON")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--column", choices=("hot", "cold"), default="hot")
+    args = parser.parse_args(argv)
+    # As the README links to it; no folder of this machine gets into the file.
+    source = os.path.relpath(args.record.resolve(), args.readme.resolve().parent)
+    try:
+        table = markdown(record.load(args.record), Path(source).as_posix(), args.column)
+        text = rewrite(args.readme.read_text(), table)
+    except (OSError, ValueError) as wrong:
+        parser.error(str(wrong))
+    with atomic_write(args.readme) as file:
+        file.write(text.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

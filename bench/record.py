@@ -1,0 +1,87 @@
+"""A run as data: written to JSON and read back. All times in seconds, all sizes in bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.harness import Timing
+from bench.peak import Peak
+from dlkernels.atomic import write_json
+
+SCHEMA = 1
+
+
+@dataclass
+class Measurement:
+    """One layer in one mode and column: timing and peak memory by contender."""
+
+    mode: str
+    column: str
+    times: dict[str, Timing]
+    peak_bytes: dict[str, int]
+
+
+@dataclass
+class Layer:
+    """One shape, dtype and activation: the paths it takes, who was refused and why, and what was measured."""
+
+    shape: str
+    m: int
+    k: int
+    n: int
+    dtype: str
+    activation: str
+    explain: list[dict[str, Any]]
+    refused: dict[str, str]
+    measurements: list[Measurement] = field(default_factory=list)
+
+
+@dataclass
+class Record:
+    """Everything one run found. ``complete`` is False for a run that was broken off."""
+
+    created: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    commit: dict[str, Any]
+    machine: dict[str, Any]
+    peak: Peak
+    layers: list[Layer] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Atomically: a reader sees this record or the file as it was before."""
+        write_json(path, {"schema": SCHEMA, **dataclasses.asdict(self)})
+
+
+def load(path: str | os.PathLike[str]) -> Record:
+    """Raises ValueError where the file is no record of this schema, OSError where it cannot be read."""
+    text = Path(path).read_text()
+    try:
+        values = json.loads(text)
+        schema = values.pop("schema")
+        if schema != SCHEMA:
+            raise ValueError(f"schema {schema}")
+        peak = values.pop("peak")
+        layers = [_layer(**layer) for layer in values.pop("layers")]
+        stream = [(size, rate) for size, rate in peak["stream"]]
+        return Record(**values, layers=layers, peak=Peak(peak["gemm"], stream))
+    except (ValueError, KeyError, TypeError, AttributeError) as wrong:
+        raise ValueError(
+            f"expected a benchmark record of schema {SCHEMA} in {path}, got {wrong!r}; "
+            "make one with `python -m bench`"
+        ) from wrong
+
+
+def _layer(measurements: list[dict[str, Any]], **values: Any) -> Layer:
+    return Layer(**values, measurements=[_measurement(**measurement) for measurement in measurements])
+
+
+def _measurement(times: dict[str, dict[str, Any]], **values: Any) -> Measurement:
+    return Measurement(**values, times={name: Timing(**timing) for name, timing in times.items()})

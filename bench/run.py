@@ -1,0 +1,154 @@
+"""The run: for each layer judge the contenders, time who is right, weigh the memory, record it all."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import math
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import contenders, figures, harness, machine, memory, peak, record
+from bench.contenders import Op
+from bench.grid import COLUMNS, DTYPES, MODES, SHAPES, Shape, shape_named
+from bench.judge import Judge
+from dlkernels import functional
+from tests import oracle
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure; ValueError where a name is unknown.
+
+    ``budget``: seconds for one layer in one mode and column, all contenders together. ``threads``: 0 for
+    torch's own choice. ``seed``: of the data; None for another one each run.
+    """
+
+    dtypes: Sequence[str] = ("fp32", "bf16", "fp64")
+    shapes: Sequence[str] = tuple(SHAPES)
+    activations: Sequence[str] = ("relu",)
+    modes: Sequence[str] = MODES
+    columns: Sequence[str] = COLUMNS
+    contenders: Sequence[str] = contenders.DEFAULT
+    budget: float = 1.5
+    threads: int = 0
+    seed: int | None = None
+    isa: str | None = None
+
+    def __post_init__(self) -> None:
+        known: dict[str, Collection[str]] = {
+            "dtypes": DTYPES,
+            "activations": oracle.STOCK,
+            "modes": MODES,
+            "columns": COLUMNS,
+            "contenders": contenders.NAMES,
+        }
+        for field, names in known.items():
+            if unknown := [name for name in getattr(self, field) if name not in names]:
+                raise ValueError(
+                    f"{field}: expected names out of {', '.join(names)}; got {', '.join(unknown)}"
+                )
+        for name in self.shapes:
+            shape_named(name)
+        if missing := {contenders.OURS, contenders.REFERENCE} - set(self.contenders):
+            raise ValueError(f"contenders: {', '.join(sorted(missing))} must be among them, to be compared")
+
+    def layers(self) -> Iterator[tuple[Shape, str, str]]:
+        """(shape, dtype, activation), dtype by dtype."""
+        for dtype, activation, name in itertools.product(self.dtypes, self.activations, self.shapes):
+            yield shape_named(name), dtype, activation
+
+
+QUICK: dict[str, Any] = {
+    "dtypes": ("fp32", "bf16"),
+    "modes": ("forward", "forward+backward"),
+    "columns": ("hot",),
+    "budget": 0.4,
+}
+"""For a first look: about two minutes on two cores."""
+
+
+def run(
+    settings: Settings, out: Path, told: Callable[[str, float], None] = lambda what, done: None
+) -> tuple[record.Record, Path]:
+    """Measure, and save to ``out``. Returns the record and where it is.
+
+    After every layer what there is goes to ``out`` with ".partial" before its suffix; it stays there if the
+    run is broken off (Ctrl-C too), so that ``out`` only ever holds complete runs. ``told(what, done)`` is
+    called before each layer with the share done so far.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    seed = random.SystemRandom().randrange(2**31) if settings.seed is None else settings.seed
+    told("peak of the machine", 0)
+    result = record.Record(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        settings=dataclasses.asdict(settings) | {"seed": seed},
+        versions=machine.versions(),
+        commit=machine.commit(),
+        machine=machine.facts(),
+        peak=peak.probe(settings.dtypes),
+    )
+    partial = out.with_suffix(f".partial{out.suffix}")
+    layers = list(settings.layers())
+    work = [1 + sum(shape.flops(mode) for mode in settings.modes) / 1e10 for shape, _, _ in layers]
+    try:
+        for i, (shape, dtype, activation) in enumerate(layers):
+            told(f"{shape.name} {dtype} {activation}", sum(work[:i]) / sum(work))
+            ops = contenders.make(settings.contenders, activation)
+            result.layers.append(measure_layer(settings, shape, dtype, activation, ops, seed + i))
+            _save(result, partial)
+    except KeyboardInterrupt:
+        return result, partial
+    result.complete = True
+    _save(result, out)
+    partial.unlink(missing_ok=True)
+    return result, out
+
+
+def _save(result: record.Record, path: Path) -> None:
+    table = figures.rows(result)
+    result.summary = {
+        "best_gemm_rate": figures.best_gemm_rates(result),
+        "ratios": figures.geomeans(table),
+        "slower_than_stock": figures.losses(table),
+    }
+    result.save(path)
+
+
+def measure_layer(
+    settings: Settings, shape: Shape, dtype: str, activation: str, ops: Mapping[str, Op], seed: int
+) -> record.Layer:
+    """Judge every contender, then measure those who are right in every mode and column."""
+    inputs = harness.draw(shape, dtype, seed)
+    judge = Judge(oracle.Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
+    objections = {name: judge.objection(op) for name, op in ops.items()}
+    del judge  # its float64 tensors are several times the size of the inputs
+    right = {name: op for name, op in ops.items() if objections[name] is None}
+    layer = record.Layer(
+        shape=shape.name,
+        m=shape.m,
+        k=shape.k,
+        n=shape.n,
+        dtype=dtype,
+        activation=activation,
+        explain=[dataclasses.asdict(product) for product in functional.explain(inputs.x, inputs.weight)],
+        refused={name: why for name, why in objections.items() if why is not None},
+    )
+    if not right:
+        return layer
+    cold = math.ceil(2 * machine.last_level_cache() / shape.operands(DTYPES[dtype]))
+    for mode in settings.modes:
+        leaves = inputs.leaves(mode)
+        peaks = {name: memory.extra_bytes(harness.step(op, mode), leaves) for name, op in right.items()}
+        for column in settings.columns:
+            sets = [inputs] if column == "hot" else [inputs, *(inputs.clone() for _ in range(max(1, cold)))]
+            times = harness.measure(right, sets, mode, settings.budget)
+            layer.measurements.append(record.Measurement(mode, column, times, peaks))
+    return layer

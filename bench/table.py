@@ -1,0 +1,126 @@
+"""The record as tables for people: ``python -m bench.table bench/results/NAME.json`` shows one again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench import figures, record
+from bench.contenders import REFERENCE
+from bench.figures import CLEARLY, Row
+from bench.record import Record
+
+NOTES = """\
+ratio: stock's median over ours; above 1 we are faster. vs best: the fastest other contender's over ours.
+of roof: the floor over our median; the floor is the larger of arithmetic over the best GEMM rate seen in this
+run and bytes over the bandwidth of memory, or of the cache that hot buffers fit in. Above 100 % a step moves
+less than every operand once in forward and once in backward.
+MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
+
+
+def show(result: Record, console: Console | None = None) -> None:
+    """Tables by dtype, mode and column, then means, the layers where stock is faster, and who was refused."""
+    # A pipe or a file has no width; tables folded at 80 columns could not be read.
+    console = console or Console(width=None if sys.stdout.isatty() else 150, highlight=False, soft_wrap=True)
+    rows = figures.rows(result)
+    console.print(f"\n[bold]{escape(title(result))}[/]\n")
+    for group in dict.fromkeys((row.dtype, row.mode, row.column) for row in rows):
+        console.print(_table(group, [row for row in rows if (row.dtype, row.mode, row.column) == group]))
+    console.print(NOTES)
+    console.print(_roofs(result))
+    console.print("\n[bold]Geometric means[/]")
+    for mean in figures.geomeans(rows):
+        console.print(
+            f"  {mean['dtype']}, {mean['mode']}, {mean['column']}: {_ratio(mean['geomean'])} stock, "
+            f"{mean['geomean_vs_best']:.2f}x the best other; "
+            f"{mean['worst']:.2f}x to {mean['best']:.2f}x over {mean['layers']} layers"
+        )
+    lost = figures.losses(rows)
+    console.print(f"\n[bold]Slower than stock: {len(lost)} of {len(rows)}[/]")
+    for loss in lost:
+        where = ", ".join((loss["layer"], loss["dtype"], loss["mode"], loss["column"]))
+        console.print(f"  {_ratio(loss['ratio'])} {where}")
+    for layer, name, why in figures.refused(result):
+        what = f"{name} on {layer.shape} {layer.dtype} {layer.activation}"
+        console.print(f"[bold red]REFUSED[/] {what}, not timed: {escape(why)}")
+    if not result.complete:
+        console.print("[bold red]The run was broken off: not every layer is here.[/]")
+
+
+def title(result: Record) -> str:
+    """Machine, threads, instruction set, torch and commit in one line."""
+    where, commit = result.machine, result.commit
+    head = commit["hash"][:10] if commit["hash"] else "unknown"
+    changes = " with changes" if commit["dirty"] else ""
+    threads = f"{where['threads']} thread{'s' * (where['threads'] > 1)}"
+    return (
+        f"{where['cpu']}, {threads}, {where['isa']}; torch {result.versions['torch']}; "
+        f"commit {head}{changes}; {result.created[:10]}"
+    )
+
+
+def _table(group: tuple[str, str, str], rows: Sequence[Row]) -> Table:
+    table = Table(
+        title=", ".join(group), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    for heading in ("layer", "M, K→N", "path"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (
+        "stock ms",
+        "ours ms",
+        "20-80 %",
+        "ratio",
+        "vs best",
+        "GFLOP/s",
+        "of roof",
+        "MB",
+        "stock MB",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        ours = row.ours
+        table.add_row(
+            f"[red]{row.label} ◀[/]" if row.loses else row.label,
+            str(row.shape),
+            row.paths,
+            _ms(row.stock.median),
+            _ms(ours.median),
+            f"{_ms(ours.q20)}-{_ms(ours.q80)}",
+            _ratio(row.ratio),
+            ("" if row.best_other == REFERENCE else f"{row.best_other} ") + f"{row.vs_best:.2f}x",
+            f"{row.rate / 1e9:.0f}",
+            f"{row.share:.0%}",
+            _megabytes(row.our_bytes),
+            _megabytes(row.stock_bytes),
+        )
+    return table
+
+
+def _roofs(result: Record) -> str:
+    rates = figures.best_gemm_rates(result)
+    gemm = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items())
+    streams = ", ".join(f"{rate / 1e9:.0f} GB/s at {size / 2**20:g} MiB" for size, rate in result.peak.stream)
+    return f"Best GEMM rate seen: {gemm}. Bandwidth: {streams}."
+
+
+def _ratio(ratio: float) -> str:
+    style = "bold red" if ratio < CLEARLY else "red" if ratio < 1 else "green"
+    return f"[{style}]{ratio:.2f}x[/]"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.3g}"
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        show(record.load(path))
