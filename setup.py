@@ -30,25 +30,26 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
     macros = [("DLKERNELS_TORCH", f'"{torch.version}"')]
     # No -std: torch adds the one its headers need (17 or 20). No -march: kernels pick their instruction set
     # at run time, so that a binary built here runs there.
-    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-    # Vector registers as arguments are always inlined (psabi); GCC 12 misreads its own intrinsics (maybe-uninitialized).
+    cxx = ["-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+    # Functions with vector registers as arguments are always inlined, so their ABI does not matter (psabi);
+    # GCC 12 misreads its own intrinsics (maybe-uninitialized).
     cxx += ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
     link = ["-fopenmp"]
     if sanitize:
         macros.append(("DLKERNELS_SANITIZE", f'"{sanitize}"'))
-        cxx = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}", *cxx[2:]]
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"]
         link.append(f"-fsanitize={sanitize}")
+    else:
+        cxx += ["-O3", "-g0"]
 
     sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
     flags = {"cxx": cxx}
     make_extension = cpp_extension.CppExtension
     if plan.toolkit:
         sources += [*sorted(glob("csrc/cuda/*.cpp")), *sorted(glob("csrc/cuda/*.cu"))]
-        macros += [
-            ("DLKERNELS_CUDA", f'"{plan.toolkit.version}"'),
-            ("DLKERNELS_CUDA_ARCHS", f'"{plan.archs}"'),
-        ]
-        flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fopenmp,-fvisibility=hidden"]
+        macros.append(("DLKERNELS_CUDA", f'"{plan.toolkit.version}"'))
+        macros.append(("DLKERNELS_CUDA_ARCHS", f'"{plan.archs}"'))
+        flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
         make_extension = cpp_extension.CUDAExtension
     module = make_extension(
         "dlkernels._C",

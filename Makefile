@@ -1,0 +1,43 @@
+# One command per purpose; each makes what it needs, from a fresh clone on.
+#
+#   make test                        PYTHON=python3.12 make test        TORCH="torch==2.11.0" make test
+#
+# A torch that PYTHON already has is used as it is; TORCH names the one to install where there is none.
+
+export PYTHON ?= python3
+export TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py $(wildcard _build/*.py) $(shell find csrc -type f)
+
+.PHONY: demo test lint bench bench-full sanitize cuda-check gpu-check clean
+
+demo: .venv/.examples  ## train 784-256-10 on MNIST, fused beside stock
+	$(BIN)/python -m dlkernels train --dataset mnist --sizes 784 256 10 --batch-size 256 --epochs 10 --compare-stock --out runs/demo
+
+test: .venv/.dev  ## the whole suite
+	$(BIN)/pytest
+
+lint: .venv/.dev  ## formatting, style and types; the versions pinned in pyproject.toml
+	PATH="$(CURDIR)/$(BIN):$$PATH" _build/lint.sh
+
+bench: .venv/.examples  ## the quick benchmark
+	$(BIN)/python -m bench --quick
+
+bench-full: .venv/.examples  ## the whole grid
+	$(BIN)/python -m bench
+
+sanitize: .venv/.dev  ## kernel tests under AddressSanitizer and UBSan
+	_build/sanitize.sh address,undefined
+
+cuda-check:  ## compile every CUDA kernel for every architecture we ship; needs nvcc, no GPU
+	_build/cuda_check.sh
+
+gpu-check: .venv/.dev  ## build for the GPU here and run the suite on it
+	_build/gpu_check.sh
+
+clean:
+	rm -rf build dist *.egg-info dlkernels/_C*.so dlkernels/_C.json .venv
+
+.venv/.%: $(SOURCES)
+	_build/venv.sh .venv $*
+	touch $@

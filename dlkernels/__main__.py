@@ -1,0 +1,22 @@
+"""``python -m dlkernels``: a dispatcher. Every subcommand module has ``add_parser(subparsers)``, which adds
+its parser and sets ``run``: a function from the parsed arguments to the exit status."""
+
+import argparse
+import sys
+
+from dlkernels import info, train
+from dlkernels._version import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dlkernels", description="Fused layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"dlkernels {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (info, train):
+        command.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    return int(args.run(args) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

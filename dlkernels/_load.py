@@ -1,0 +1,44 @@
+"""Loads the compiled module, or says in one sentence why it cannot be loaded and what mends it.
+
+The check comes before the loading: under another torch the loader would stop at an undefined C++ symbol,
+which names neither version.
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import torch
+
+_REBUILD = "`pip install --force-reinstall --no-deps --no-cache-dir .` in the dlkernels source folder"
+
+
+def built_for(folder: Path) -> dict[str, str | None]:
+    """What the compiled module in ``folder`` was built for: keys "torch", "cuda" (architectures), "plan"."""
+    record = folder / "_C.json"
+    if not record.exists():
+        raise ImportError(
+            f"dlkernels is not compiled: {folder} holds sources only. Run `pip install -e .` in "
+            f"{folder.parent}, or import the installed package from another working directory."
+        )
+    return json.loads(record.read_text())
+
+
+def check_torch(built: str, have: str) -> None:
+    """Raise ImportError unless the module was built against exactly this torch.
+
+    Exactly: torch promises no C++ ABI between releases, patch releases included, and the local part tells
+    builds apart ("+cpu" has no CUDA libraries to link to, and under "+cu130" a module built for "+cpu" would
+    silently lack its CUDA kernels).
+    """
+    if built != have:
+        raise ImportError(
+            f"dlkernels was built for torch {built}, but this is torch {have}: rebuild it with {_REBUILD}, "
+            f"or go back with `pip install torch=={built.split('+')[0]}`."
+        )
+
+
+_folder = Path(__file__).parent
+BUILT_FOR = built_for(_folder)
+check_torch(str(BUILT_FOR["torch"]), torch.__version__)
+importlib.import_module("dlkernels._C")  # registers torch.ops.dlkernels

@@ -1,0 +1,84 @@
+"""``python -m dlkernels info``: what this build was made for, what this machine has, and what will run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from typing import Any
+
+import torch
+
+from dlkernels import _C
+from dlkernels._load import BUILT_FOR
+from dlkernels._version import __version__
+
+Facts = dict[str, dict[str, Any]]
+
+
+def collect() -> Facts:
+    """Facts by section, values printable; sections "dlkernels", "built for", "you have", "CPU", "CUDA"."""
+    built = _C.build_config()
+    return {
+        "dlkernels": {"version": __version__, "build": BUILT_FOR["plan"]},
+        "built for": {
+            "torch": built["torch"],
+            "CUDA": _or_none(built["cuda"]),
+            "architectures": _or_none(built["cuda_archs"]),
+            "compiler": f"{built['compiler']}, C++{built['cxx_standard']}",
+            "sanitizers": _or_none(built["sanitize"]),
+        },
+        "you have": {
+            "torch": torch.__version__,
+            "CUDA": _or_none(torch.version.cuda),
+            "Python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "CPU": _cpu(),
+        "CUDA": _cuda(built["cuda_archs"]),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    kernels = _C.cpu_kernels()
+    return {
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
+        "instruction sets": ", ".join(n for n, there in _C.cpu_features().items() if there) or "baseline",
+        "in use": kernels.pop("isa"),
+        **{f"{dtype} kernel": name for dtype, name in kernels.items()},
+    }
+
+
+def _cuda(archs: str | None) -> dict[str, Any]:
+    if archs is None:
+        return {"kernels": "not built"}
+    count = torch.cuda.device_count()
+    if count == 0:
+        return {"kernels": "built", "devices": "none visible"}
+    facts: dict[str, Any] = {"kernels": "built"}
+    for i in range(count):
+        major, minor = torch.cuda.get_device_capability(i)
+        facts[f"device {i}"] = f"{torch.cuda.get_device_name(i)}, architecture {major}.{minor}"
+    return facts
+
+
+def _or_none(value: Any) -> Any:
+    return "none" if value is None else value
+
+
+def render(facts: Facts) -> str:
+    width = max(len(name) for section in facts.values() for name in section)
+    lines: list[str] = []
+    for title, section in facts.items():
+        lines += [title, *(f"  {name:<{width}}  {value}" for name, value in section.items())]
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    print(render(collect()))
+    return 0
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("info", help="what was built, what is here, what will run")
+    parser.set_defaults(run=run)
