@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "linear_act.h"
+#include "losses.h"
 
 TORCH_LIBRARY(dlkernels, m) {
   m.def("_linear_act_forward(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
@@ -9,21 +10,37 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_linear_act_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor saved, int act, float slope, bool need_x, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("_mse_loss(Tensor input, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)");
+  m.def(
+      "_gaussian_nll_loss(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction, "
+      "bool need_input, bool need_var) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing, bool need_input, bool need_target) -> (Tensor, Tensor, Tensor)");
 }
 
-#define DLK_IMPLEMENT(key, suffix)                                             \
-  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                      \
-    m.impl("_linear_act_forward", &dlk::linear_act_forward_##suffix);          \
-    m.impl("_linear_act_forward_z", &dlk::linear_act_forward_z_##suffix);      \
-    m.impl("_linear_act_backward", &dlk::linear_act_backward_##suffix);        \
+#define DLK_IMPLEMENT(key, suffix)                                        \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                 \
+    m.impl("_linear_act_forward", &dlk::linear_act_forward_##suffix);     \
+    m.impl("_linear_act_forward_z", &dlk::linear_act_forward_z_##suffix); \
+    m.impl("_linear_act_backward", &dlk::linear_act_backward_##suffix);   \
   }
 
-DLK_IMPLEMENT(CPU, cpu)
+// The losses run on CPU; elsewhere dlkernels/_ops/losses.py calls torch's.
+#define DLK_IMPLEMENT_CPU(key)                                 \
+  DLK_IMPLEMENT(key, cpu)                                      \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                      \
+    m.impl("_mse_loss", &dlk::mse_loss_cpu);                   \
+    m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_cpu); \
+    m.impl("_cross_entropy", &dlk::cross_entropy_cpu);         \
+  }
+
+DLK_IMPLEMENT_CPU(CPU)
 // Layouts the kernels refuse: routed to the same checks, which say so better than the dispatcher would.
-DLK_IMPLEMENT(SparseCPU, cpu)
-DLK_IMPLEMENT(SparseCsrCPU, cpu)
-DLK_IMPLEMENT(QuantizedCPU, cpu)
-DLK_IMPLEMENT(MkldnnCPU, cpu)
+DLK_IMPLEMENT_CPU(SparseCPU)
+DLK_IMPLEMENT_CPU(SparseCsrCPU)
+DLK_IMPLEMENT_CPU(QuantizedCPU)
+DLK_IMPLEMENT_CPU(MkldnnCPU)
 
 #ifdef DLKERNELS_CUDA
 DLK_IMPLEMENT(CUDA, cuda)

@@ -5,9 +5,8 @@
 #include "activation.h"
 
 namespace dlk {
-namespace {
 
-DType dtype_of(const at::Tensor& t) {
+DType dtype_of(const at::Tensor& t, const char* op) {
   switch (t.scalar_type()) {
     case at::kDouble: return DType::f64;
     case at::kFloat: return DType::f32;
@@ -15,23 +14,28 @@ DType dtype_of(const at::Tensor& t) {
     case at::kHalf: return DType::f16;
     default: break;
   }
-  TORCH_CHECK_TYPE(false, "linear_act: expected float64, float32, bfloat16 or float16 tensors, got ", t.scalar_type(),
+  TORCH_CHECK_TYPE(false, op, ": expected float64, float32, bfloat16 or float16 tensors, got ", t.scalar_type(),
                    "; convert with .to(dtype)");
 }
 
-void check_layout(const at::Tensor& t, const char* name) {
-  TORCH_CHECK(t.layout() == at::kStrided, "linear_act: ", name, " must be a dense (strided) tensor, got layout ",
-              t.layout(), "; call .to_dense() first");
-  TORCH_CHECK(!t.is_quantized(), "linear_act: ", name, " must not be quantized; call .dequantize() first");
+void check_layout(const at::Tensor& t, const char* name, const char* op) {
+  TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a dense (strided) tensor, got layout ", t.layout(),
+              "; call .to_dense() first");
+  TORCH_CHECK(!t.is_quantized(), op, ": ", name, " must be floating point, got a quantized tensor (",
+              t.scalar_type(), "); call .dequantize() first");
 }
 
-void check_like(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name) {
-  check_layout(t, name);
-  TORCH_CHECK(t.device() == x.device(), "linear_act: ", name, " is on ", t.device(), " but ", x_name, " is on ",
-              x.device(), "; move one of them with .to(device)");
-  TORCH_CHECK(t.scalar_type() == x.scalar_type(), "linear_act: ", name, " has dtype ", t.scalar_type(), " but ", x_name,
+void check_like(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op) {
+  check_layout(t, name, op);
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), " but ", x_name, " is on ", x.device(),
+              "; move one of them with .to(device)");
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has dtype ", t.scalar_type(), " but ", x_name,
               " has dtype ", x.scalar_type(), "; convert one of them, or run under torch.autocast");
 }
+
+namespace {
+
+constexpr const char* kOp = "linear_act";
 
 Activation check_activation(int64_t act, double slope) {
   TORCH_CHECK_VALUE(act >= 0 && act < kActivations, "linear_act: expected an activation code in [0, ", kActivations,
@@ -55,12 +59,12 @@ Shape check_product(const at::Tensor& x, const at::Tensor& weight) {
 
 Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
                       double slope) {
-  check_layout(x, "x");
-  check_like(weight, "weight", x, "x");
-  const DType dtype = dtype_of(x);
+  check_layout(x, "x", kOp);
+  check_like(weight, "weight", x, "x", kOp);
+  const DType dtype = dtype_of(x, kOp);
   const Shape shape = check_product(x, weight);
   if (bias) {
-    check_like(*bias, "bias", x, "x");
+    check_like(*bias, "bias", x, "x", kOp);
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.n, "linear_act: bias must be [out_features] = [", shape.n,
                 "], got shape ", bias->sizes());
   }
@@ -70,25 +74,25 @@ Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::
 Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
                        const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
                        bool need_x, bool need_weight) {
-  check_layout(grad_y, "grad_y");
-  const DType dtype = dtype_of(grad_y);
+  check_layout(grad_y, "grad_y", kOp);
+  const DType dtype = dtype_of(grad_y, kOp);
   TORCH_CHECK(grad_y.dim() >= 1, "linear_act: grad_y must be [..., out_features], got a 0-dimensional tensor");
   TORCH_CHECK(x || !need_weight, "linear_act: the gradient of weight needs x, got None");
   TORCH_CHECK(weight || !need_x, "linear_act: the gradient of x needs weight, got None");
-  check_like(saved, "saved", grad_y, "grad_y");
+  check_like(saved, "saved", grad_y, "grad_y", kOp);
   TORCH_CHECK(saved.sizes() == grad_y.sizes(), "linear_act: saved must have grad_y's shape ", grad_y.sizes(), ", got ",
               saved.sizes());
   Shape shape{1, grad_y.size(-1), 0};
   for (int64_t i = 0; i + 1 < grad_y.dim(); ++i) shape.m *= grad_y.size(i);
   if (weight) {
-    check_like(*weight, "weight", grad_y, "grad_y");
+    check_like(*weight, "weight", grad_y, "grad_y", kOp);
     TORCH_CHECK(weight->dim() == 2 && weight->size(0) == shape.n,
                 "linear_act: weight must be [out_features, in_features] with out_features = ", shape.n,
                 " (grad_y is ", grad_y.sizes(), "), got ", weight->sizes());
     shape.k = weight->size(1);
   }
   if (x) {
-    check_like(*x, "x", grad_y, "grad_y");
+    check_like(*x, "x", grad_y, "grad_y", kOp);
     bool same = x->dim() == grad_y.dim() && (!weight || x->size(-1) == shape.k);
     for (int64_t i = 0; same && i + 1 < x->dim(); ++i) same = x->size(i) == grad_y.size(i);
     TORCH_CHECK(same, "linear_act: x must be [..., in_features] with the leading sizes of grad_y (", grad_y.sizes(),

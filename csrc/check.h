@@ -22,6 +22,11 @@ Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
                        const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
                        bool need_x, bool need_weight);
 
+// The pieces of such checks, for the other ops; `op` begins the message.
+DType dtype_of(const at::Tensor& t, const char* op);
+void check_layout(const at::Tensor& t, const char* name, const char* op);
+void check_like(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op);
+
 // The [rows, last] view of a tensor [..., last]; copies only when no such view exists.
 at::Tensor as_rows(const at::Tensor& t);
 View view_of(const at::Tensor& t);  // t is 2-D

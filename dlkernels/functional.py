@@ -1,7 +1,8 @@
-"""The fused layers as functions of tensors."""
+"""The fused layers and the losses as functions of tensors."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,17 @@ from torch import Tensor
 from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops.activations import activation_named
+from dlkernels.losses import cross_entropy, gaussian_nll_loss, mse_loss
 
-__all__ = ["Explanation", "explain", "linear_act", "linear_relu"]
+__all__ = [
+    "Explanation",
+    "cross_entropy",
+    "explain",
+    "gaussian_nll_loss",
+    "linear_act",
+    "linear_relu",
+    "mse_loss",
+]
 
 
 def linear_act(
@@ -42,12 +52,18 @@ def linear_act(
 
     Raises:
         ValueError: unknown activation, or a negative ``negative_slope``.
-        TypeError: a dtype the kernels do not have.
+        TypeError: a dtype the kernels do not have, or no tensor.
         RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
-
-    Third derivatives through ``backward`` are refused for the smooth activations (``torch.func`` has them).
     """
+    _check_tensors(x, weight, bias)
     return _linear_act.linear_act(x, weight, bias, activation_named(activation), negative_slope)
+
+
+def _check_tensors(x: Any, weight: Any, bias: Any = None) -> None:
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
+        return
+    got = ", ".join(type(t).__name__ for t in (x, weight, bias))
+    raise TypeError(f"linear_act: x and weight must be tensors, bias a tensor or None; got {got}")
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,15 +97,21 @@ def explain(x: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
 
     The answer comes from the same decision the ops take.
     """
+    _check_tensors(x, weight)
+    for name, t in (("x", x), ("weight", weight)):
+        if t.layout is not torch.strided or t.is_quantized:
+            raise TypeError(f"explain: {name} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
     _linear_act.check_shapes(x, weight)
     if x.device.type != "cpu":
         raise NotImplementedError(f"explain() knows the CPU paths only, and x is on {x.device}")
-    rows = _C.explain(
-        math.prod(x.shape[:-1]),
+    # the op's view of x as rows; where none exists it copies
+    rows = torch.empty_strided(x.shape, x.stride(), device="meta").reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    table = _C.explain(
+        rows.shape[0],
         weight.shape[0],
         weight.shape[1],
         str(x.dtype).removeprefix("torch."),
-        x.stride(-1) == 1,
+        rows.stride(1) == 1,
         weight.stride(1) == 1,
     )
-    return tuple(Explanation(threads=torch.get_num_threads(), **row) for row in rows)
+    return tuple(Explanation(threads=torch.get_num_threads(), **row) for row in table)

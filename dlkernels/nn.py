@@ -5,6 +5,7 @@ put a plain linear map in place of layer and activation, without a word.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,18 @@ from dlkernels._ops.activations import activation_named
 from dlkernels.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
 
 __all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearReLU", "MSELoss"]
+
+
+def _check_size(name: str, size: Any) -> None:
+    if isinstance(size, bool) or not hasattr(size, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {size!r} ({type(size).__name__})")
+    if size < 0:
+        raise ValueError(f"{name} must be at least 0, got {size}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
 
 
 class LinearAct(nn.Module):
@@ -35,7 +48,8 @@ class LinearAct(nn.Module):
     Input ``[..., in_features]``, output ``[..., out_features]``.
 
     Raises:
-        ValueError: unknown activation, or a size below 0.
+        ValueError: unknown activation, a size below 0, or a ``negative_slope`` below 0.
+        TypeError: a size that is no integer, or a ``negative_slope`` that is no number.
     """
 
     in_features: int
@@ -56,10 +70,10 @@ class LinearAct(nn.Module):
     ) -> None:
         super().__init__()
         activation_named(activation)  # a typing error should show here, not in the first forward
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if size < 0:
-                raise ValueError(f"{name} must be at least 0, got {size}")
-        if negative_slope < 0:
+        _check_size("in_features", in_features)
+        _check_size("out_features", out_features)
+        _check_number("negative_slope", negative_slope)
+        if not negative_slope >= 0:  # also NaN
             raise ValueError(f"negative_slope must be at least 0, got {negative_slope}")
         self.in_features = in_features
         self.out_features = out_features
@@ -143,7 +157,8 @@ class MLP(nn.Sequential):
     Input ``[..., sizes[0]]`` (``[batch, sizes[0]]`` with batch normalisation), output ``[..., sizes[-1]]``.
 
     Raises:
-        ValueError: fewer than two sizes, dropout outside [0, 1), an unknown norm or activation.
+        ValueError: fewer than two sizes, a size below 0, dropout outside [0, 1), an unknown norm or activation.
+        TypeError: sizes that are no integers, a dropout that is no number.
     """
 
     def __init__(
@@ -155,25 +170,33 @@ class MLP(nn.Sequential):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        if not isinstance(sizes, Sequence):
+            raise TypeError(f"sizes must be a sequence of integers, got {sizes!r} ({type(sizes).__name__})")
         if len(sizes) < 2:
             raise ValueError(f"sizes must name at least an input and an output size, got {list(sizes)}")
+        activation_named(activation)
+        _check_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if norm is not None and norm not in _NORMS:
+        if norm is not None and (not isinstance(norm, str) or norm not in _NORMS):
             raise ValueError(f"norm must be None, {' or '.join(map(repr, _NORMS))}, got {norm!r}")
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        layers: list[nn.Module | None] = []  # None: where the stock network has its activation module
+        layers: list[nn.Module] = []
         *hidden, last = zip(sizes[:-1], sizes[1:], strict=True)
         for fan_in, fan_out in hidden:
             if norm is None:
-                layers += [LinearAct(fan_in, fan_out, activation=activation, **placed), None]
+                # Identity holds the activation's place: positions, slices and append mean what they do in stock
+                layers += [LinearAct(fan_in, fan_out, activation=activation, **placed), nn.Identity()]
             else:
                 layers += [LinearAct(fan_in, fan_out, activation="none", **placed), _NORMS[norm](fan_out, **placed)]
                 layers += [_Activation(activation)]
             if dropout:
                 layers += [nn.Dropout(dropout)]
         layers += [LinearAct(*last, activation="none", **placed)]
-        for i, layer in enumerate(layers):
-            if layer is not None:
-                self.add_module(str(i), layer)
+        super().__init__(*layers)
+
+    def __getitem__(self, index: slice | int) -> Any:
+        """A layer, or for a slice an ``nn.Sequential`` of layers (``nn.Sequential`` itself would call our constructor)."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+        return super().__getitem__(index)

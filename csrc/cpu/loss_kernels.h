@@ -1,6 +1,7 @@
 // What a CPU kernel set offers for the losses, and the calls it answers (kernels.h has the rest). No torch here.
 //
-// One call makes the loss and, where asked for, its gradient for an incoming gradient of 1. Sums are cut in slices
+// One call makes the loss and, where asked for, its gradient for an incoming gradient of 1: in accumulators (f32, f64
+// for f64), because it is rounded when the incoming one has been applied. binary16 could not even hold 1/count. Sums are cut in slices
 // whose size depends on the shape alone; a slice is summed by one thread, and the caller adds the slices in order: the
 // same bits on any number of threads.
 #pragma once
@@ -20,9 +21,9 @@ struct ElementwiseLoss {
   int64_t rows, cols;
   View input, target, var;  // var: Gaussian only
   double eps, constant;
-  double scale;       // of the gradients: 1/count for the mean
+  double divisor;     // of the gradients: the count for the mean
   void* loss;         // [rows, cols] contiguous, or nullptr
-  void* grad_input;   // [rows, cols] contiguous, f32 for f16, or nullptr; the target's gradient is its negative
+  void* grad_input;   // [rows, cols] contiguous, or nullptr; the target's gradient is its negative
   void* grad_var;     // likewise
   double* sums;       // per slice
   uint8_t* negative;  // per slice: whether var has an entry below 0; Gaussian only
@@ -49,10 +50,11 @@ struct CrossEntropy {
   const void* soft;       // class probabilities t, or nullptr
   ClassStrides soft_strides;
   const void* weight;     // [classes], f32 (f64 for f64), or nullptr
+  double weight_sum;      // over the classes
   double smoothing;
   double scale;           // of the gradients: 1/denominator for the mean
   void* loss;             // [outer, inner] contiguous, or nullptr
-  void* grad;             // of x, f32 for f16, or nullptr
+  void* grad;             // of x, or nullptr
   void* grad_soft;        // of t, likewise
   ClassStrides grad_strides;
   double* sums;           // per slice

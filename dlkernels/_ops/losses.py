@@ -1,0 +1,315 @@
+"""Losses: fake kernels, autograd Functions, and the way to torch's own formulas.
+
+An op returns the loss and its gradients for an incoming gradient of 1, made in the same pass over the data and kept in
+float32 (float64 for float64); backward multiplies and rounds. What no kernel is for goes to torch's formulas (:func:`_stock_mse` and its neighbours): other devices than the
+CPU, ``torch.func`` transforms and forward-mode AD, and the backward of a backward, which differentiates them.
+
+``reduction`` is 0 "none", 1 "mean", 2 "sum", as in ``torch.nn._reduction``.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dlkernels._ops.modes import under_transform
+
+_mse_loss = torch.ops.dlkernels._mse_loss.default
+_gaussian_nll_loss = torch.ops.dlkernels._gaussian_nll_loss.default
+_cross_entropy = torch.ops.dlkernels._cross_entropy.default
+
+_NONE, _MEAN, _SUM = range(3)
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+# ---- fake kernels: shapes, strides and dtypes for compile, export and the meta device -------------------------------
+
+
+def _grad_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _check_like(op: str, t: Tensor, input: Tensor) -> None:
+    torch._check(
+        t.dtype == input.dtype and t.device == input.device,
+        lambda: f"{op}: expected {input.dtype} on {input.device}, as input; got {t.dtype} on {t.device}",
+    )
+
+
+def _fake_elementwise(
+    op: str, tensors: tuple[Tensor, ...], reduction: int, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    input = tensors[0]
+    for t in tensors[1:]:
+        _check_like(op, t, input)
+        torch._check_value(
+            t.shape == input.shape,
+            lambda t=t: f"{op}: expected tensors of one shape; got {tuple(input.shape)} and {tuple(t.shape)}",
+        )
+    # results lie in memory as the operands, where these lie alike and without gaps
+    like = torch.empty_like(input)
+    if all(t.is_contiguous() for t in tensors) or any(t.stride() != like.stride() for t in tensors):
+        like = input.new_empty(input.shape)
+    loss = torch.empty_like(like) if reduction == _NONE else input.new_empty(())
+    return loss, *(torch.empty_like(like, dtype=_grad_dtype(input)) if need else None for need in needs)
+
+
+@torch.library.register_fake("dlkernels::_mse_loss")
+def _(input: Tensor, target: Tensor, reduction: int, need_grad: bool) -> Any:
+    return _fake_elementwise("mse_loss", (input, target), reduction, (need_grad,))
+
+
+@torch.library.register_fake("dlkernels::_gaussian_nll_loss")
+def _(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor,
+    full: bool,
+    eps: float,
+    reduction: int,
+    need_input: bool,
+    need_var: bool,
+) -> Any:
+    return _fake_elementwise("gaussian_nll_loss", (input, target, var), reduction, (need_input, need_var))
+
+
+@torch.library.register_fake("dlkernels::_cross_entropy")
+def _(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    need_input: bool,
+    need_target: bool,
+) -> Any:
+    torch._check_value(
+        input.dim() >= 1,
+        lambda: "cross_entropy: input must be [C], [N, C] or [N, C, d1, ...], got a 0-dimensional tensor",
+    )
+    rows = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+    soft = input.shape == target.shape
+    torch._check_value(
+        soft or target.shape == rows or (rows == () and target.shape == (1,)),
+        lambda: (
+            f"cross_entropy: for input of shape {tuple(input.shape)} expected class indices of shape {tuple(rows)} or "
+            f"class probabilities of input's shape, got target of shape {tuple(target.shape)}"
+        ),
+    )
+    torch._check(
+        target.device == input.device,
+        lambda: f"cross_entropy: target is on {target.device}, but input is on {input.device}",
+    )
+    if weight is not None:
+        _check_like("cross_entropy", weight, input)
+    loss = input.new_empty(rows if reduction == _NONE else ())
+    needs = (need_input, need_target and soft)
+    return loss, *(input.new_empty(input.shape, dtype=_grad_dtype(input)) if need else None for need in needs)
+
+
+# ---- torch's formulas -----------------------------------------------------------------------------------------------
+
+
+def _stock_mse(input: Tensor, target: Tensor, reduction: int) -> Tensor:
+    return F.mse_loss(input, target, reduction=_REDUCTIONS[reduction])
+
+
+def _stock_gaussian_nll(
+    input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int
+) -> Tensor:
+    # The clamp is a constant to derivatives. F.gaussian_nll_loss looks at var's values, which vmap forbids.
+    var = torch.where(var < eps, var + (eps - var).detach(), var)
+    loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var) + (0.5 * math.log(2 * math.pi) if full else 0.0)
+    return loss if reduction == _NONE else loss.mean() if reduction == _MEAN else loss.sum()
+
+
+def _stock_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    return F.cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=_REDUCTIONS[reduction],
+        label_smoothing=label_smoothing,
+    )
+
+
+def _has_negative(var: Tensor) -> bool:
+    """Whether a value of ``var`` is negative; looks below transforms. False where values do not exist yet."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(var):
+        var = torch._C._functorch.get_unwrapped(var)
+    return var.device.type != "meta" and bool((var < 0).any())
+
+
+def _differentiable_gradients(
+    formula: Callable[..., Tensor], tensors: tuple[Tensor, ...], needs: tuple[bool, ...], g: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``formula(*tensors)`` that can themselves be differentiated, to any order."""
+    with torch.enable_grad():
+        # aliases, so that a tensor that comes twice gets the gradient of each place
+        places = [t.view_as(t) for t in tensors]
+        loss = formula(*places)
+    wanted = [t for t, need in zip(places, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
+    return [next(grads) if need else None for need in needs]
+
+
+# ---- autograd Functions ---------------------------------------------------------------------------------------------
+
+
+def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    return (grad * g).to(dtype)
+
+
+class _MSELoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: int) -> Tensor:  # type: ignore[override]
+        loss, grad = _mse_loss(input, target, reduction, True)
+        ctx.save_for_backward(input, target, grad)
+        ctx.reduction = reduction
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, target, grad = ctx.saved_tensors
+        need_input, need_target = needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            reduction = ctx.reduction
+            formula = lambda x, t: _stock_mse(x, t, reduction)  # noqa: E731
+            return *_differentiable_gradients(formula, (input, target), needs, g), None
+        d = _scaled(grad, g, input.dtype)
+        return d if need_input else None, -d if need_target else None, None
+
+
+class _GaussianNLLLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int
+    ) -> Tensor:
+        need_input, need_target, need_var = ctx.needs_input_grad[:3]
+        loss, grad, grad_var = _gaussian_nll_loss(
+            input, target, var, full, eps, reduction, need_input or need_target, need_var
+        )
+        ctx.save_for_backward(input, target, var, grad, grad_var)
+        ctx.settings = full, eps, reduction
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, target, var, grad, grad_var = ctx.saved_tensors
+        need_input, need_target, need_var = needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            settings = ctx.settings
+            formula = lambda x, t, v: _stock_gaussian_nll(x, t, v, *settings)  # noqa: E731
+            return *_differentiable_gradients(formula, (input, target, var), needs, g), None, None, None
+        d = _scaled(grad, g, input.dtype) if need_input or need_target else None
+        return (
+            d if need_input else None,
+            -d if need_target and d is not None else None,
+            _scaled(grad_var, g, var.dtype) if need_var else None,
+            None,
+            None,
+            None,
+        )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: int,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> Tensor:
+        settings = weight, reduction, ignore_index, label_smoothing
+        loss, grad, grad_target = _cross_entropy(input, target, *settings, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(input, target, weight, grad, grad_target)
+        ctx.settings = settings[1:]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, target, weight, grad, grad_target = ctx.saved_tensors
+        need_input, need_target = ctx.needs_input_grad[:2]
+        rest = (None,) * 4
+        if torch.is_grad_enabled():
+            settings = ctx.settings
+            if need_target:
+                formula = lambda x, t: _stock_cross_entropy(x, t, weight, *settings)  # noqa: E731
+                needs = (need_input, need_target)
+                return *_differentiable_gradients(formula, (input, target), needs, g), *rest
+            formula = lambda x: _stock_cross_entropy(x, target, weight, *settings)  # noqa: E731
+            return *_differentiable_gradients(formula, (input,), (True,), g), None, *rest
+        if input.dim() > 1 and g.dim() > 0:
+            g = g.unsqueeze(1)  # one value per row, for all its classes
+        return (
+            _scaled(grad, g, input.dtype) if need_input else None,
+            _scaled(grad_target, g, target.dtype) if need_target else None,
+            *rest,
+        )
+
+
+# ---- the entries ----------------------------------------------------------------------------------------------------
+
+
+def _plain_torch(t: Tensor) -> bool:
+    """Whether torch's formulas serve this call: no kernel for the device, or a transform that must see inside."""
+    return under_transform() or t.device.type not in ("cpu", "meta")
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def mse_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
+    """See :func:`dlkernels.losses.mse_loss`; both tensors of one shape and dtype."""
+    if _plain_torch(input):
+        return _stock_mse(input, target, reduction)
+    if _wants_grad(input, target):
+        return _MSELoss.apply(input, target, reduction)
+    return _mse_loss(input, target, reduction, False)[0]
+
+
+def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
+    """See :func:`dlkernels.losses.gaussian_nll_loss`; all tensors of one shape and dtype."""
+    if _plain_torch(input):
+        if _has_negative(var):
+            raise ValueError("var has negative entry/entries")
+        return _stock_gaussian_nll(input, target, var, full, eps, reduction)
+    if _wants_grad(input, target, var):
+        return _GaussianNLLLoss.apply(input, target, var, full, eps, reduction)
+    return _gaussian_nll_loss(input, target, var, full, eps, reduction, False, False)[0]
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """See :func:`dlkernels.losses.cross_entropy`; floating point tensors of one dtype."""
+    settings = weight, reduction, ignore_index, label_smoothing
+    # A weight that learns: torch has its gradient with class probabilities, and refuses with class indices.
+    if _plain_torch(input) or (weight is not None and _wants_grad(weight)):
+        return _stock_cross_entropy(input, target, *settings)
+    if _wants_grad(input, target):
+        return _CrossEntropy.apply(input, target, *settings)
+    return _cross_entropy(input, target, *settings, False, False)[0]

@@ -1,0 +1,25 @@
+"""What is going on around a call: function transforms, autocast."""
+
+import torch
+from torch import Tensor
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode AD is at work, torch's own or ``torch.func.jvp``; our ops would drop the tangents."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def under_transform() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode AD is at work; neither sees into an op of ours."""
+    return torch._C._are_functorch_transforms_active() or forward_mode()
+
+
+def autocast_active(t: Tensor) -> bool:
+    """Whether autocast is on for the device of ``t``."""
+    device = t.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises when asked about meta
+
+
+def autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` as autocast hands it to an op that runs in ``dtype``: floating point, but never float64."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t

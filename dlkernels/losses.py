@@ -1,0 +1,213 @@
+"""The losses of the three problems: regression, classification and probabilistic prediction.
+
+Signatures, semantics and errors are those of ``torch.nn.functional`` and ``torch.nn``; what is ours is how they run on
+CPU: one kernel makes the loss and its gradients in one pass, so that backward only multiplies. Sums are made in float32
+blocks (float64 for float64) added up in float64, in an order that depends on the shape alone: the same bits whatever the
+number of threads. Double backward, ``torch.func``, ``torch.compile(fullgraph=True)`` and ``torch.export`` work.
+
+All take float64, float32, bfloat16 and float16, tensors of any strides, and ``reduction``: ``"mean"``, ``"sum"`` or
+``"none"``. Where no kernel of ours serves, torch's does: on other devices than the CPU, inside ``torch.func`` transforms and
+forward-mode AD, for the ``weight`` of :func:`mse_loss`, and for a ``weight`` of :func:`cross_entropy` that requires a
+gradient. Unlike torch's, :func:`cross_entropy` keeps its input for backward, which therefore must not be changed in place.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import _reduction
+from torch.nn import functional as F
+
+from dlkernels._ops import losses as _losses
+from dlkernels._ops.modes import autocast, autocast_active
+
+__all__ = ["CrossEntropyLoss", "GaussianNLLLoss", "MSELoss", "cross_entropy", "gaussian_nll_loss", "mse_loss"]
+
+
+def _in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast these losses run in float32."""
+    if not autocast_active(tensors[0]):
+        return tensors
+    return tuple(autocast(t, torch.float32) for t in tensors)
+
+
+def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All of the dtype that the arithmetic of the first two, then the others, would give."""
+    first, second, *others = tensors
+    if all(t.dtype == first.dtype for t in tensors):
+        return tensors
+    dtype = torch.result_type(first, second)
+    for t in others:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Squared error ``(input - target)**2``, for regression. As :func:`torch.nn.functional.mse_loss`.
+
+    Args:
+        input: ``[...]``, the prediction.
+        target: of input's shape; another that broadcasts with it is taken with a warning, as in torch.
+        size_average, reduce: deprecated in torch; they override ``reduction``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        weight: of input's shape, by torch's own operations: ``"mean"`` is ``sum(weight * error) / sum(weight)``.
+
+    Returns:
+        ``[]``, or the broadcast shape with ``"none"``; in the dtype that input and target promote to.
+
+    Raises:
+        ValueError: unknown reduction, or a weight of another shape.
+        TypeError: a dtype the kernels do not have.
+        RuntimeError: shapes that do not broadcast, different devices, sparse or quantized tensors.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if weight is not None:
+        return F.mse_loss(input, target, reduction=reduction, weight=weight)
+    if target.size() != input.size():
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=2,
+        )
+        input, target = torch.broadcast_tensors(input, target)
+    input, target = _promoted(*_in_float32(input, target))
+    return _losses.mse_loss(input, target, _reduction.get_enum(reduction))
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``-log_softmax(input)[target]``, for classification. As :func:`torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]`` for C classes.
+        target: class indices in ``[0, C)``, int64 or uint8, ``[]``, ``[N]`` or ``[N, d1, ...]``; or class probabilities,
+            floating point, of input's shape.
+        weight: ``[C]``, a factor per class.
+        size_average, reduce: deprecated in torch; they override ``reduction``.
+        ignore_index: rows with this index have no loss and no gradient. Not with class probabilities.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``. The mean is over the weights of the indices that are not
+            ignored, NaN if there are none; with class probabilities over the rows.
+        label_smoothing: in [0, 1], the share of the target that is spread evenly over the classes.
+
+    Returns:
+        ``[]``, or one value per row with ``"none"``: input's shape without C.
+
+    Raises:
+        ValueError: unknown reduction, shapes that do not fit, ``label_smoothing`` above 1.
+        IndexError: a class index outside ``[0, C)``.
+        TypeError: a dtype the kernels do not have.
+        RuntimeError: indices of another dtype, different dtypes or devices, sparse or quantized tensors.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    soft = target.is_floating_point()
+    input, *others = _in_float32(input, *([target] if soft else []), *([] if weight is None else [weight]))
+    if soft:
+        input, *others = _promoted(input, *others)
+        target = others[0]
+    if weight is not None:
+        weight = others[-1]
+    code = _reduction.get_enum(reduction)
+    return _losses.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
+
+
+def gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """``(ln v + (input - target)**2 / v) / 2`` with ``v = max(var, eps)``: predicting a mean and its variance.
+
+    As :func:`torch.nn.functional.gaussian_nll_loss`; the formula is Nix & Weigend's (1994). Gradients do not see the
+    maximum: they are taken at v.
+
+    Args:
+        input: ``[...]``, the predicted mean.
+        target: of input's shape, or one that broadcasts with it.
+        var: at least 0. Of input's shape; or, one variance for many entries, with one of input's sizes replaced by 1 or
+            the last one missing; or a float.
+        full: add the constant ``ln(2 pi) / 2``.
+        eps: lower bound of the variance.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Returns:
+        ``[]``, or the broadcast shape with ``"none"``.
+
+    Raises:
+        ValueError: a negative variance, a ``var`` of another shape, unknown reduction.
+        TypeError: a dtype the kernels do not have, a ``var`` that is neither a tensor nor a float.
+        RuntimeError: shapes that do not broadcast, different devices, sparse or quantized tensors.
+    """
+    if isinstance(var, float):
+        if var < 0:
+            raise ValueError("var has negative entry/entries")
+        var = input.new_full((), var).expand_as(input)
+    elif not isinstance(var, Tensor):
+        raise TypeError(f"var must be a Tensor or a float, got {type(var).__name__}")
+    if var.size() != input.size():
+        if input.size()[:-1] == var.size():
+            var = var.unsqueeze(-1)
+        elif (
+            input.ndim != var.ndim
+            or sum(v for i, v in zip(input.size(), var.size(), strict=True) if i != v) != 1
+        ):
+            raise ValueError(
+                "var is of incorrect size: expected input's, "
+                f"{tuple(input.size())}, with one size 1 or the last one missing; got {tuple(var.size())}"
+            )
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not valid: reduction must be none, mean or sum")
+    input, target, var = _promoted(input, target, var)
+    if not input.shape == target.shape == var.shape:
+        input, target, var = torch.broadcast_tensors(input, target, var)
+    return _losses.gaussian_nll_loss(input, target, var, full, eps, _reduction.get_enum(reduction))
+
+
+class MSELoss(nn.MSELoss):
+    """:func:`mse_loss` as a module; arguments of :class:`torch.nn.MSELoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return mse_loss(input, target, reduction=self.reduction)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """:func:`cross_entropy` as a module; arguments and ``state_dict`` of :class:`torch.nn.CrossEntropyLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class GaussianNLLLoss(nn.GaussianNLLLoss):
+    """:func:`gaussian_nll_loss` as a module; arguments of :class:`torch.nn.GaussianNLLLoss`."""
+
+    def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+        return gaussian_nll_loss(
+            input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
+        )
