@@ -1,7 +1,7 @@
 """The activations by name: their code in the op schemas and their derivatives in plain torch.
 
 The kernels compute ``act`` and ``act'`` themselves (``csrc/activation.h``, one functor per activation). The formulas
-here serve what no kernel is for: second derivatives and tangents.
+here serve what no kernel is for: second derivatives and forward-mode AD.
 """
 
 import math
@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation. ``first`` and ``second`` take what the forward saves: y if ``saves_output``, else z."""
+    """One activation. ``first`` and ``bend`` take what the forward saves: y if ``saves_output``, else z."""
 
     name: str
     code: int
     saves_output: bool
     value: Callable[[Tensor, float], Tensor]
-    first: Callable[[Tensor, float], Tensor]
-    second: Callable[[Tensor, float], Tensor] | None  # None: zero wherever it exists
+    first: Callable[[Tensor, float], Tensor]  # d y / d z
+    bend: Callable[[Tensor, float], Tensor] | None  # d first / d saved; None: zero wherever it exists
 
 
 def _gate(s: Tensor, closed: float) -> Tensor:
@@ -104,20 +104,20 @@ _ALL = (
         True,
         lambda z, a: torch.tanh(z),
         lambda y, a: 1 - y * y,
-        lambda y, a: -2 * y * (1 - y * y),
+        lambda y, a: -2 * y,
     ),
     (
         "sigmoid",
         True,
         lambda z, a: torch.sigmoid(z),
         lambda y, a: y * (1 - y),
-        lambda y, a: y * (1 - y) * (1 - 2 * y),
+        lambda y, a: 1 - 2 * y,
     ),
 )
 
 ACTIVATIONS: dict[str, Activation] = {
-    name: Activation(name, code, saves_output, value, first, second)
-    for code, (name, saves_output, value, first, second) in enumerate(_ALL)
+    name: Activation(name, code, saves_output, value, first, bend)
+    for code, (name, saves_output, value, first, bend) in enumerate(_ALL)
 }
 
 

@@ -2,24 +2,26 @@
 
 Shapes throughout: x [..., K], weight [N, K], bias [N] or None, y, z and gradients of y [..., N].
 
-With d = act'(z), e = act''(z), g the gradient of y and q = g·d (all elementwise, [M, N] for M rows):
+With d = act'(z), s the saved y or z, g the gradient of y and q = g·d (all elementwise, [M, N] for M rows):
 
 * backward            dx = q W,   dW = qᵀ x,   db = Σ q
 * backward of that, for incoming (gx, gW, gb), with h = gx Wᵀ + x gWᵀ + gb:
-  g: h·d,   x: q gW + (h·g·e) W,   W: qᵀ gx + (h·g·e)ᵀ x,   b: Σ h·g·e
+  g: h·d,   x: q gW,   W: qᵀ gx,   s: h·g·∂d/∂s
 
-Two Functions do each step. The plain one (``ctx`` in forward) is the fast one, for eager, compile and export. Under a
-``torch.func`` transform or forward-mode AD the call goes to the one with ``setup_context``, ``vmap`` and ``jvp``, which
-recomputes z where a derivative is itself differentiated, so that every order is right.
+Two Functions do each step. The plain pair (``ctx`` in forward) is the fast one, for eager, compile and export; what its
+second derivative sends into s goes on through the first Function, whose output s is, so every order is right and no
+input is kept for it. Under a ``torch.func`` transform the call goes to the pair with ``setup_context`` and ``vmap``, which
+recomputes z where a derivative is itself differentiated. In forward-mode AD torch's own operators do the work: a
+Function's ``jvp`` does not see the tangents of an enclosing level, and forward over forward would be zero.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dlkernels._ops.activations import Activation
+from dlkernels._ops.activations import ACTIVATIONS, Activation
+from dlkernels._ops.modes import autocast, autocast_active, forward_mode, under_transform
 
 _forward = torch.ops.dlkernels._linear_act_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_forward_z.default
@@ -28,6 +30,23 @@ _backward = torch.ops.dlkernels._linear_act_backward.default
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # ---- fake kernels: shapes and dtypes for compile, export and the meta device ---------------------------------------
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_like(first_name: str, first: Tensor, *others: tuple[str, Tensor | None]) -> None:
+    torch._check_type(
+        first.dtype in _DTYPES,
+        lambda: f"linear_act: expected float64, float32, bfloat16 or float16 tensors, got {first.dtype}",
+    )
+    for name, t in others:
+        torch._check(
+            t is None or (t.dtype == first.dtype and t.device == first.device),
+            lambda name=name, t=t: (
+                f"linear_act: {name} is {t.dtype} on {t.device}, but {first_name} is {first.dtype} on {first.device}"
+            ),
+        )
 
 
 def _fake_y(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -42,11 +61,7 @@ def _fake_y(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0]),
         lambda: f"linear_act: bias must be [{weight.shape[0]}], got {tuple(bias.shape) if bias is not None else None}",
     )
-    for name, t in (("weight", weight), ("bias", bias)):
-        torch._check(
-            t is None or (t.dtype == x.dtype and t.device == x.device),
-            lambda name=name, t=t: f"linear_act: {name} is {t.dtype} on {t.device}, but x is {x.dtype} on {x.device}",
-        )
+    _check_like("x", x, ("weight", weight), ("bias", bias))
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -73,6 +88,7 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
+    _check_like("grad_y", grad_y, ("x", x), ("weight", weight), ("saved", saved))
     n = grad_y.shape[-1]
     dx = grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])) if need_x and weight is not None else None
     dweight = grad_y.new_empty((n, x.shape[-1])) if need_weight and x is not None else None
@@ -99,14 +115,14 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
 def _backward_of_backward(
     act: Activation,
     slope: float,
-    saved: Tensor,
     g: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
+    saved: Tensor,
     grads: Gradients,
-    needs: tuple[bool, ...],
+    needs: tuple[bool, ...] = (True, True, True, True),
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for (g, x, weight, bias) of the backward; see the module's docstring. None where not needed."""
+    """Gradients for (g, x, weight, saved) of the backward; see the module's docstring. None where zero or not needed."""
     gx, gw, gb = grads
     h = _sum(
         gx @ weight.t() if gx is not None and weight is not None else None,
@@ -117,24 +133,32 @@ def _backward_of_backward(
         return None, None, None, None
     h = h.expand_as(g)
     d = act.first(saved, slope)
-    r = h * g * act.second(saved, slope) if act.second is not None else None
     q = g * d
-    need_g, need_x, need_w, need_b = needs
+    need_g, need_x, need_w, need_saved = needs
     return (
         h * d if need_g else None,
-        _sum(
-            q @ gw if gw is not None else None,
-            r @ weight if r is not None and weight is not None else None,
-        )
-        if need_x
-        else None,
-        _sum(
-            _rows(q).t() @ _rows(gx) if gx is not None else None,
-            _rows(r).t() @ _rows(x) if r is not None and x is not None else None,
-        )
-        if need_w
-        else None,
-        _rows(r).sum(0) if need_b and r is not None else None,
+        q @ gw if need_x and gw is not None else None,
+        _rows(q).t() @ _rows(gx) if need_w and gx is not None else None,
+        h * g * act.bend(saved, slope) if need_saved and act.bend is not None else None,
+    )
+
+
+def _backward_in_torch(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor,
+    act: Activation,
+    slope: float,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> Gradients:
+    """The backward for a g with a tangent, which the op would drop."""
+    q = g * act.first(saved, slope)
+    need_x, need_weight, need_bias = needs
+    return (
+        q @ weight if need_x and weight is not None else None,
+        _rows(q).t() @ _rows(x) if need_weight and x is not None else None,
+        _rows(q).sum(0) if need_bias else None,
     )
 
 
@@ -142,7 +166,7 @@ def _backward_of_backward(
 
 
 class _LinearActBackward(torch.autograd.Function):
-    """(dx, dweight, dbias), differentiable once more. ``x`` or ``weight`` may be None where unused."""
+    """(dx, dweight, dbias), differentiable. ``x`` or ``weight`` may be None where unused."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -150,7 +174,6 @@ class _LinearActBackward(torch.autograd.Function):
         g: Tensor,
         x: Tensor | None,
         weight: Tensor | None,
-        bias: Tensor | None,
         saved: Tensor,
         act: Activation,
         slope: float,
@@ -165,61 +188,58 @@ class _LinearActBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         g, x, weight, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        out = _backward_of_backward(ctx.act, ctx.slope, saved, g, x, weight, grads, needs)  # type: ignore[arg-type]
-        return *out, None, None, None, None
-
-
-class _SmoothLinearActBackward(_LinearActBackward):
-    """For activations with act'' ≠ 0: z is a constant in the second derivative, so a third one must be refused."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _LinearActBackward.backward(ctx, *grads)
+        out = _backward_of_backward(ctx.act, ctx.slope, g, x, weight, saved, grads, needs)  # type: ignore[arg-type]
+        return *out, None, None, None
 
 
 class _LinearAct(torch.autograd.Function):
+    """y, or (y, z) where the gradient reads z: an output, so that a second derivative can come back through it."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
-    ) -> Tensor:
-        if act.saves_output:
-            y = saved = _forward(x, weight, bias, act.code, slope)
-        else:
-            y, saved = _forward_z(x, weight, bias, act.code, slope)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        outputs = (_forward if act.saves_output else _forward_z)(x, weight, bias, act.code, slope)
+        saved = outputs if act.saves_output else outputs[1]
         need_x, need_weight, _ = ctx.needs_input_grad[:3]
-        # Only what the gradients asked for will read. A closure over nothing else keeps memory at stock's.
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None, bias, saved)
+        # Only what the gradients asked for will read (the identity's read neither y nor z). What is not saved costs no
+        # memory and may be changed in place before backward, as in stock torch.
+        ctx.save_for_backward(
+            x if need_weight else None, weight if need_x else None, None if act.name == "none" else saved
+        )
+        ctx.set_materialize_grads(False)
         ctx.act, ctx.slope = act, slope
-        return y
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, bias, saved = ctx.saved_tensors
-        act, slope, needs = ctx.act, ctx.slope, ctx.needs_input_grad[:3]
-        if not torch.is_grad_enabled():
-            return *_backward(g, x, weight, saved, act.code, slope, *needs), None, None
-        function = _LinearActBackward if act.second is None else _SmoothLinearActBackward
-        return *function.apply(g, x, weight, bias, saved, act, slope, needs), None, None
+    def backward(  # type: ignore[override]
+        ctx: Any, g: Tensor | None, gz: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+
+        def gradients(g: Tensor, saved: Tensor, act: Activation) -> Gradients:
+            if forward_mode():
+                return _backward_in_torch(g, x, weight, saved, act, ctx.slope, needs)
+            if not torch.is_grad_enabled():
+                return _backward(g, x, weight, saved, act.code, ctx.slope, *needs)
+            return _LinearActBackward.apply(g, x, weight, saved, act, ctx.slope, needs)
+
+        # the identity reads nothing: g stands in for a tensor of its shape
+        from_y = gradients(g, g if saved is None else saved, ctx.act) if g is not None else (None, None, None)
+        if gz is None:
+            return *from_y, None, None
+        from_z = gradients(gz, gz, ACTIVATIONS["none"])
+        return *map(_sum, from_y, from_z), None, None
 
 
-# ---- the pair for torch.func transforms and forward-mode AD --------------------------------------------------------
+# ---- the pair for torch.func transforms ----------------------------------------------------------------------------
 
 
 def _recomputed(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """What the forward saves, as a differentiable function of its inputs."""
     z = torch.nn.functional.linear(x, weight, bias)
     return act.value(z, slope) if act.saves_output else z
-
-
-def _tangent_of_z(
-    x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
-) -> Tensor | None:
-    return _sum(
-        dx @ weight.t() if dx is not None else None,
-        x @ dweight.t() if dweight is not None else None,
-        dbias,
-    )
 
 
 def _unbatched(t: Any, dim: int | None, i: int) -> Any:
@@ -243,36 +263,25 @@ class _LinearActBackwardTransform(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         g, x, weight, bias, _saved, ctx.act, ctx.slope = inputs
         ctx.save_for_backward(g, x, weight, bias)
-        ctx.save_for_forward(g, x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         g, x, weight, bias = ctx.saved_tensors
-        saved = _recomputed(x, weight, bias, ctx.act, ctx.slope)
-        needs = (True, True, True, bias is not None)
-        out = _backward_of_backward(ctx.act, ctx.slope, saved, g, x, weight, grads, needs)  # type: ignore[arg-type]
-        return *out, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, Tensor]:
-        tg, tx, tw, tb = tangents[:4]
-        g, x, weight, bias = ctx.saved_tensors
         act: Activation = ctx.act
         saved = _recomputed(x, weight, bias, act, ctx.slope)
-        d = act.first(saved, ctx.slope)
-        tz = _tangent_of_z(x, weight, tx, tw, tb)
-        tq = _sum(
-            tg * d if tg is not None else None,
-            g * act.second(saved, ctx.slope) * tz if act.second is not None and tz is not None else None,
-        )
-        if tq is None:
-            tq = torch.zeros_like(g)
-        q = g * d
+        to_g, to_x, to_w, to_s = _backward_of_backward(act, ctx.slope, g, x, weight, saved, grads)  # type: ignore[arg-type]
+        if to_s is None:
+            return to_g, to_x, to_w, None, None, None, None
+        r = to_s * act.first(saved, ctx.slope) if act.saves_output else to_s  # gradient of z
         return (
-            _sum(tq @ weight, q @ tw if tw is not None else None),
-            _sum(_rows(tq).t() @ _rows(x), _rows(q).t() @ _rows(tx) if tx is not None else None),
-            _rows(tq).sum(0),
-        )  # type: ignore[return-value]
+            to_g,
+            _sum(to_x, r @ weight),
+            _sum(to_w, _rows(r).t() @ _rows(x)),
+            _rows(r).sum(0) if bias is not None else None,
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -300,20 +309,15 @@ class _LinearActTransform(torch.autograd.Function):
         y, z = output
         ctx.mark_non_differentiable(z)
         ctx.save_for_backward(x, weight, bias, y if ctx.act.saves_output else z)
-        ctx.save_for_forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _gz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, saved = ctx.saved_tensors
-        dx, dweight, dbias = _LinearActBackwardTransform.apply(g, x, weight, bias, saved, ctx.act, ctx.slope)
+        if forward_mode():
+            dx, dweight, dbias = _backward_in_torch(g, x, weight, saved, ctx.act, ctx.slope)
+        else:
+            dx, dweight, dbias = _LinearActBackwardTransform.apply(g, x, weight, bias, saved, ctx.act, ctx.slope)
         return dx, dweight, dbias if bias is not None else None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-        x, weight, bias = ctx.saved_tensors
-        tz = _tangent_of_z(x, weight, *tangents[:3])
-        d = ctx.act.first(_recomputed(x, weight, bias, ctx.act, ctx.slope), ctx.slope)
-        return (d * tz if tz is not None else torch.zeros_like(d)), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -332,24 +336,21 @@ class _LinearActTransform(torch.autograd.Function):
 # ---- the entry -----------------------------------------------------------------------------------------------------
 
 
-def _under_transform() -> bool:
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-def _autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    # torch's rule for lower-precision ops: floating point, but never float64
-    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-
-
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """See :func:`dlkernels.functional.linear_act`."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if autocast_active(x):
         # outside the Function, so that the casts are differentiated by torch
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = _autocast(x, dtype), _autocast(weight, dtype), _autocast(bias, dtype)  # type: ignore[assignment]
-    if _under_transform():
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = autocast(x, dtype), autocast(weight, dtype)
+        bias = autocast(bias, dtype) if bias is not None else None
+    if under_transform():
+        # A compiler that traces through a transform would drop the Function's backward, and gradients would be zero.
+        if forward_mode() or torch.compiler.is_dynamo_compiling():
+            # as rows: batched tangents of a 1-D x come out of torch's linear in the wrong shape
+            z = torch.nn.functional.linear(torch.atleast_2d(x), weight, bias).view(*x.shape[:-1], -1)
+            return act.value(z, slope)
         return _LinearActTransform.apply(x, weight, bias, act, slope)[0]
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return _LinearAct.apply(x, weight, bias, act, slope)
+        outputs = _LinearAct.apply(x, weight, bias, act, slope)
+        return outputs if act.saves_output else outputs[0]
     return _forward(x, weight, bias, act.code, slope)
