@@ -1,0 +1,138 @@
+"""Derivatives of every order and mode against finite differences and against stock torch, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import REWRITTEN, STOCK
+from torch.autograd import gradcheck, gradgradcheck
+
+from dlkernels import functional
+
+
+def arguments(lead=(3,), k=4, n=5, bias=True, device="cpu"):
+    """x, weight and bias in float64, no pre-activation near ReLU's kink, where no derivative exists."""
+    while True:
+        shapes = [(*lead, k), (n, k), *([(n,)] if bias else [])]
+        inputs = [torch.randn(*s, dtype=torch.float64, device=device) for s in shapes]
+        if F.linear(*inputs).abs().min() > 1e-2:
+            return tuple(t.requires_grad_() for t in inputs)
+
+
+def ours(activation):
+    return lambda x, w, b=None: functional.linear_act(x, w, b, activation)
+
+
+def stock(activation):
+    return lambda x, w, b=None: STOCK[activation](F.linear(x, w, b))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", STOCK)
+def test_first_derivative(activation, bias, lead, device):
+    """Reverse and forward mode, each also under vmap, column by column (not the random projection of fast mode)."""
+    inputs = arguments(lead, bias=bias, device=device)
+    assert gradcheck(
+        ours(activation), inputs, fast_mode=False, check_batched_grad=True, check_forward_ad=True,
+        check_batched_forward_grad=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", STOCK)
+def test_second_derivative(activation, bias, device):
+    inputs = arguments((2,), 3, 2, bias, device)
+    assert gradgradcheck(ours(activation), inputs, check_batched_grad=True, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "relu2", "tanh"])
+def test_second_derivative_with_frozen_inputs(activation, frozen, device):
+    """What is not kept for a frozen input must not be missed by the second derivative."""
+    inputs = arguments(device=device)
+    for i in frozen:
+        inputs[i].requires_grad_(False)
+    assert gradcheck(ours(activation), inputs) and gradgradcheck(ours(activation), inputs)
+
+
+def derivatives(op, inputs, order):
+    """Gradients of Σ y⁴ with respect to all inputs, then of their squares' sum, and so on ``order`` times."""
+    value, results = op(*inputs).pow(4).sum(), []
+    for i in range(order):
+        grads = torch.autograd.grad(value, inputs, create_graph=i + 1 < order)
+        results += grads
+        value = sum(g.square().sum() for g in grads)
+    return results
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("activation", STOCK)
+def test_create_graph_as_stock(activation, order, device):
+    inputs = arguments((40,), 33, 17, device=device)
+    inputs = tuple((t * 0.3).detach().requires_grad_() for t in inputs)
+    mine, expected = (derivatives(op(activation), inputs, order) for op in (ours, stock))
+    for got, want in zip(mine, expected, strict=True):
+        assert_close_in_norm(got, want)
+
+
+def assert_close_in_norm(got, want):
+    """Sums of some thousand products, each rounded: 2¹⁴ rounding errors of the largest."""
+    assert got.shape == want.shape
+    scale = want.abs().max()
+    assert scale > 0 and (got - want).abs().max() <= 2**14 * torch.finfo(got.dtype).eps * scale
+
+
+@pytest.mark.parametrize("activation", STOCK)
+def test_third_derivative_under_torch_func(activation, device):
+    x, w, b = (t.detach() for t in arguments(device=device))
+
+    def third(op):
+        def along_a_line(t):  # third derivative in one direction that moves every input
+            return op(x + t * x.flip(0), w + t * w.flip(1), b - t * b).pow(4).sum()
+
+        f = along_a_line
+        for _ in range(3):
+            f = torch.func.grad(f)
+        return f(torch.zeros((), dtype=torch.float64, device=x.device))
+
+    got, want = third(ours(activation)), third(stock(activation))
+    assert want.abs() > 0 and (got - want).abs() <= 2**14 * torch.finfo(torch.float64).eps * want.abs()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_second_backward_through_one_graph(activation, device):
+    inputs = arguments(device=device)
+    y = ours(activation)(*inputs)
+    first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    again = torch.autograd.grad(y.sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y.sum(), inputs)
+
+
+def test_gradient_penalty_in_training_dtypes(device):
+    """The common use of a second derivative (WGAN-GP): the penalty on |dy/dx| trains the weights."""
+    x, w, b = (t.detach().float().requires_grad_() for t in arguments((8,), 6, 5, device=device))
+    results = []
+    for op in (ours("silu"), stock("silu")):
+        (dx,) = torch.autograd.grad(op(x, w, b).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad((dx.norm(dim=1) - 1).square().sum(), (w, b)))
+    for got, want in zip(*results, strict=True):
+        assert_close_in_norm(got, want)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("activation", STOCK)
+def test_tangent_of_the_incoming_gradient(activation, create_graph, device):
+    """Forward mode begun after the forward pass: g alone carries a tangent through the backward."""
+    inputs = arguments(device=device)
+    results = []
+    for op in (ours(activation), lambda x, w, b: REWRITTEN[activation](F.linear(x, w, b))):  # no fused silu_backward
+        y = op(*inputs)
+        with torch.autograd.forward_ad.dual_level():
+            g = torch.autograd.forward_ad.make_dual(y.detach().cos(), y.detach().sin())
+            grads = torch.autograd.grad(y, inputs, g, create_graph=create_graph)
+            results.append([t for d in grads for t in torch.autograd.forward_ad.unpack_dual(d)])
+    assert all(t is not None for t in results[0])
+    for got, want in zip(*results, strict=True):
+        assert_close_in_norm(got, want)
