@@ -7,6 +7,8 @@
 export PYTHON ?= python3
 export TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# The environment's tools go first, ninja too: another version of it would compile everything anew.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := pyproject.toml setup.py $(wildcard _build/*.py) $(shell find csrc -type f)
 
 .PHONY: demo test lint bench bench-full sanitize cuda-check gpu-check clean
@@ -18,7 +20,7 @@ test: .venv/.dev  ## the whole suite
 	$(BIN)/pytest
 
 lint: .venv/.dev  ## formatting, style and types; the versions pinned in pyproject.toml
-	PATH="$(CURDIR)/$(BIN):$$PATH" _build/lint.sh
+	_build/lint.sh
 
 bench: .venv/.examples  ## the quick benchmark
 	$(BIN)/python -m bench --quick

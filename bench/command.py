@@ -21,9 +21,7 @@ def settings(args: argparse.Namespace) -> Settings:
     if args.contenders == ["all"]:
         given["contenders"] = contenders.NAMES
     chosen = QUICK | given if args.quick else given
-    return Settings(
-        **{name: value for name, value in chosen.items() if name in Settings.__dataclass_fields__}
-    )
+    return Settings(**{name: value for name, value in chosen.items() if name in Settings.__dataclass_fields__})
 
 
 def default_path(quick: bool, settings: Settings) -> Path:
@@ -39,9 +37,7 @@ def execute(settings: Settings, out: Path) -> int:
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
         task = progress.add_task("", total=1.0)
-        result, saved = run(
-            settings, out, lambda what, done: progress.update(task, description=what, completed=done)
-        )
+        result, saved = run(settings, out, lambda what, done: progress.update(task, description=what, completed=done))
     table.show(result)
     if figures.rows(result):
         plot.plot(result, saved.with_suffix(".png"))

@@ -144,9 +144,7 @@ def _row(record: Record, layer: Layer, measurement: Measurement, rate: float) ->
 
 
 def _paths(layer: Layer, mode: str) -> str:
-    ran = {"forward": {"forward"}, "first layer": {"forward", "wgrad"}}.get(
-        mode, {"forward", "dgrad", "wgrad"}
-    )
+    ran = {"forward": {"forward"}, "first layer": {"forward", "wgrad"}}.get(mode, {"forward", "dgrad", "wgrad"})
     paths = [product["path"] for product in layer.explain if product["op"] in ran]
     return "/".join(paths if len(set(paths)) > 1 else paths[:1])
 

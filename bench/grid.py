@@ -81,6 +81,4 @@ def shape_named(text: str) -> Shape:
         return SHAPES[text]
     if sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text):
         return Shape(text, *map(int, sizes.groups()))
-    raise ValueError(
-        f"expected a shape MxKxN, such as 256x784x256, or one of {', '.join(SHAPES)}; got {text!r}"
-    )
+    raise ValueError(f"expected a shape MxKxN, such as 256x784x256, or one of {', '.join(SHAPES)}; got {text!r}")

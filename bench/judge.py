@@ -36,9 +36,7 @@ class Judge:
         for name, t in results.items():
             expected = self._exact[name][0].shape
             if t.shape != expected or t.dtype != self.layer.x.dtype:
-                return (
-                    f"{name}: expected {self.layer.x.dtype} {tuple(expected)}, got {t.dtype} {tuple(t.shape)}"
-                )
+                return f"{name}: expected {self.layer.x.dtype} {tuple(expected)}, got {t.dtype} {tuple(t.shape)}"
         same = torch.equal(results["y"] > 0, self._gates)
         exact = self._exact if same else oracle(self.layer, results["y"])
         try:

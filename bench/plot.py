@@ -34,9 +34,7 @@ def plot(result: Record, path: str | os.PathLike[str]) -> None:
     modes = list(dict.fromkeys(row.mode for row in table))
     columns = list(dict.fromkeys(row.column for row in table))
     labels = list(dict.fromkeys(row.label for row in table))
-    figure = Figure(
-        figsize=(6.5 * len(modes), (1.6 + 0.34 * len(labels)) * len(columns) + 0.4), layout="constrained"
-    )
+    figure = Figure(figsize=(6.5 * len(modes), (1.6 + 0.34 * len(labels)) * len(columns) + 0.4), layout="constrained")
     figure.suptitle(title(result), fontsize=10)
     panels = figure.subplots(len(columns), len(modes), squeeze=False, sharex=True, sharey=True)
     for i, column in enumerate(columns):

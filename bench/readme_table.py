@@ -25,9 +25,7 @@ _MODES = ("forward", "forward+backward")
 def rewrite(text: str, table: str) -> str:
     """``text`` with ``table`` between its markers; ValueError unless each marker is there once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(
-            f"expected one line {BEGIN} and after it one line {END} around the table; put them in"
-        )
+        raise ValueError(f"expected one line {BEGIN} and after it one line {END} around the table; put them in")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{table.strip()}\n{END}{rest.split(END)[1]}"
 
@@ -41,9 +39,7 @@ def markdown(result: Record, source: str, column: str = "hot") -> str:
     if not result.complete:
         raise ValueError(f"expected a complete run, got one that was broken off: {source}")
     rows = [
-        row
-        for row in figures.rows(result)
-        if row.column == column and row.activation == "relu" and row.mode in _MODES
+        row for row in figures.rows(result) if row.column == column and row.activation == "relu" and row.mode in _MODES
     ]
     if not rows:
         raise ValueError(f"expected measurements with ReLU in column {column!r}, got none in {source}")
@@ -56,12 +52,8 @@ def markdown(result: Record, source: str, column: str = "hot") -> str:
         "|---|---|" + "---:|" * len(heads),
     ]
     for name, shape in shapes.items():
-        lines.append(
-            f"| {name} | {shape} |" + "".join(f" {_cell(cells.get((name, *head)))} |" for head in heads)
-        )
-    lines.append(
-        "| **geometric mean** | |" + "".join(f" **{means[head]['geomean']:.2f}x** |" for head in heads)
-    )
+        lines.append(f"| {name} | {shape} |" + "".join(f" {_cell(cells.get((name, *head)))} |" for head in heads))
+    lines.append("| **geometric mean** | |" + "".join(f" **{means[head]['geomean']:.2f}x** |" for head in heads))
     return "\n".join([*lines, "", *_caption(result, rows, source, column)])
 
 
@@ -73,9 +65,7 @@ def _cell(row: Row | None) -> str:
 
 def _caption(result: Record, rows: Sequence[Row], source: str, column: str) -> list[str]:
     slower = sum(row.loses for row in rows)
-    buffers = (
-        "the same buffers in every call" if column == "hot" else "buffers larger than the last-level cache"
-    )
+    buffers = "the same buffers in every call" if column == "hot" else "buffers larger than the last-level cache"
     return [
         f"Time of stock `F.relu(F.linear(x, w, b))` over ours, medians, {buffers}; above 1 dlkernels is "
         f"faster, and it is slower in {slower} of {len(rows)} cells. {title(result)}. All contenders, "

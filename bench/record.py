@@ -74,8 +74,7 @@ def load(path: str | os.PathLike[str]) -> Record:
         return Record(**values, layers=layers, peak=Peak(peak["gemm"], stream))
     except (ValueError, KeyError, TypeError, AttributeError) as wrong:
         raise ValueError(
-            f"expected a benchmark record of schema {SCHEMA} in {path}, got {wrong!r}; "
-            "make one with `python -m bench`"
+            f"expected a benchmark record of schema {SCHEMA} in {path}, got {wrong!r}; make one with `python -m bench`"
         ) from wrong
 
 

@@ -51,9 +51,7 @@ class Settings:
         }
         for field, names in known.items():
             if unknown := [name for name in getattr(self, field) if name not in names]:
-                raise ValueError(
-                    f"{field}: expected names out of {', '.join(names)}; got {', '.join(unknown)}"
-                )
+                raise ValueError(f"{field}: expected names out of {', '.join(names)}; got {', '.join(unknown)}")
         for name in self.shapes:
             shape_named(name)
         if missing := {contenders.OURS, contenders.REFERENCE} - set(self.contenders):

@@ -65,9 +65,7 @@ def title(result: Record) -> str:
 
 
 def _table(group: tuple[str, str, str], rows: Sequence[Row]) -> Table:
-    table = Table(
-        title=", ".join(group), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1)
-    )
+    table = Table(title=", ".join(group), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
     for heading in ("layer", "M, K→N", "path"):
         table.add_column(heading, no_wrap=True)
     for heading in (

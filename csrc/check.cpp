@@ -21,8 +21,8 @@ DType dtype_of(const at::Tensor& t, const char* op) {
 void check_layout(const at::Tensor& t, const char* name, const char* op) {
   TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " must be a dense (strided) tensor, got layout ", t.layout(),
               "; call .to_dense() first");
-  TORCH_CHECK(!t.is_quantized(), op, ": ", name, " must be floating point, got a quantized tensor (",
-              t.scalar_type(), "); call .dequantize() first");
+  TORCH_CHECK(!t.is_quantized(), op, ": ", name, " must be floating point, got a quantized tensor (", t.scalar_type(),
+              "); call .dequantize() first");
 }
 
 void check_like(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op) {
@@ -40,16 +40,17 @@ constexpr const char* kOp = "linear_act";
 Activation check_activation(int64_t act, double slope) {
   TORCH_CHECK_VALUE(act >= 0 && act < kActivations, "linear_act: expected an activation code in [0, ", kActivations,
                     "), got ", act);
-  TORCH_CHECK_VALUE(slope >= 0, "linear_act: negative_slope must be >= 0 (the gradient is read from the sign of y), got ",
-                    slope);
+  TORCH_CHECK_VALUE(slope >= 0,
+                    "linear_act: negative_slope must be >= 0 (the gradient is read from the sign of y), got ", slope);
   return {static_cast<Act>(act), slope};
 }
 
 Shape check_product(const at::Tensor& x, const at::Tensor& weight) {
   TORCH_CHECK(x.dim() >= 1, "linear_act: x must be [..., in_features], got a 0-dimensional tensor");
   TORCH_CHECK(weight.dim() == 2, "linear_act: weight must be [out_features, in_features], got shape ", weight.sizes());
-  TORCH_CHECK(x.size(-1) == weight.size(1), "linear_act: x must be [..., in_features] with in_features = ",
-              weight.size(1), " (weight is ", weight.sizes(), "), got x of shape ", x.sizes());
+  TORCH_CHECK(x.size(-1) == weight.size(1),
+              "linear_act: x must be [..., in_features] with in_features = ", weight.size(1), " (weight is ",
+              weight.sizes(), "), got x of shape ", x.sizes());
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
   return {rows, weight.size(0), weight.size(1)};
@@ -87,8 +88,8 @@ Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
   if (weight) {
     check_like(*weight, "weight", grad_y, "grad_y", kOp);
     TORCH_CHECK(weight->dim() == 2 && weight->size(0) == shape.n,
-                "linear_act: weight must be [out_features, in_features] with out_features = ", shape.n,
-                " (grad_y is ", grad_y.sizes(), "), got ", weight->sizes());
+                "linear_act: weight must be [out_features, in_features] with out_features = ", shape.n, " (grad_y is ",
+                grad_y.sizes(), "), got ", weight->sizes());
     shape.k = weight->size(1);
   }
   if (x) {

@@ -44,8 +44,7 @@ at::Reduction::Reduction check_reduction(int64_t reduction, const char* op) {
   return static_cast<at::Reduction::Reduction>(reduction);
 }
 
-DType check_elementwise_loss(const at::Tensor& input, const at::Tensor& target, const at::Tensor& var,
-                             const char* op) {
+DType check_elementwise_loss(const at::Tensor& input, const at::Tensor& target, const at::Tensor& var, const char* op) {
   check_layout(input, "input", op);
   const DType dtype = dtype_of(input, op);
   auto check = [&](const at::Tensor& t, const char* name) {

@@ -1,14 +1,15 @@
 """The losses of the three problems: regression, classification and probabilistic prediction.
 
 Signatures, semantics and errors are those of ``torch.nn.functional`` and ``torch.nn``; what is ours is how they run on
-CPU: one kernel makes the loss and its gradients in one pass, so that backward only multiplies. Sums are made in float32
-blocks (float64 for float64) added up in float64, in an order that depends on the shape alone: the same bits whatever the
-number of threads. Double backward, ``torch.func``, ``torch.compile(fullgraph=True)`` and ``torch.export`` work.
+CPU: one kernel makes the loss and its gradients in one pass, so that backward only multiplies. Sums over rows are made
+in float64, in an order that depends on the shape alone: the same bits whatever the number of threads. Double backward,
+``torch.func``, ``torch.compile(fullgraph=True)`` and ``torch.export`` work.
 
 All take float64, float32, bfloat16 and float16, tensors of any strides, and ``reduction``: ``"mean"``, ``"sum"`` or
-``"none"``. Where no kernel of ours serves, torch's does: on other devices than the CPU, inside ``torch.func`` transforms and
-forward-mode AD, for the ``weight`` of :func:`mse_loss`, and for a ``weight`` of :func:`cross_entropy` that requires a
-gradient. Unlike torch's, :func:`cross_entropy` keeps its input for backward, which therefore must not be changed in place.
+``"none"``. Where no kernel of ours serves, torch's does: on other devices than the CPU, inside ``torch.func``
+transforms and forward-mode AD, for the ``weight`` of :func:`mse_loss`, and for a ``weight`` of :func:`cross_entropy`
+that requires a gradient. Unlike torch's, :func:`cross_entropy` keeps its input for backward, which therefore must not
+be changed in place.
 """
 
 import warnings
@@ -70,7 +71,7 @@ def mse_loss(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if weight is not None:
-        return F.mse_loss(input, target, reduction=reduction, weight=weight)
+        return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
     if target.size() != input.size():
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
@@ -97,8 +98,8 @@ def cross_entropy(
 
     Args:
         input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]`` for C classes.
-        target: class indices in ``[0, C)``, int64 or uint8, ``[]``, ``[N]`` or ``[N, d1, ...]``; or class probabilities,
-            floating point, of input's shape.
+        target: class indices in ``[0, C)``, int64 or uint8, ``[]``, ``[N]`` or ``[N, d1, ...]``; or class
+            probabilities, floating point, of input's shape.
         weight: ``[C]``, a factor per class.
         size_average, reduce: deprecated in torch; they override ``reduction``.
         ignore_index: rows with this index have no loss and no gradient. Not with class probabilities.
@@ -161,26 +162,28 @@ def gaussian_nll_loss(
     if isinstance(var, float):
         if var < 0:
             raise ValueError("var has negative entry/entries")
-        var = input.new_full((), var).expand_as(input)
-    elif not isinstance(var, Tensor):
+        variance = input.new_full((), var).expand_as(input)
+    elif isinstance(var, Tensor):
+        variance = var
+    else:
         raise TypeError(f"var must be a Tensor or a float, got {type(var).__name__}")
-    if var.size() != input.size():
-        if input.size()[:-1] == var.size():
-            var = var.unsqueeze(-1)
+    if variance.size() != input.size():
+        if input.size()[:-1] == variance.size():
+            variance = variance.unsqueeze(-1)
         elif (
-            input.ndim != var.ndim
-            or sum(v for i, v in zip(input.size(), var.size(), strict=True) if i != v) != 1
+            input.ndim != variance.ndim
+            or sum(v for i, v in zip(input.size(), variance.size(), strict=True) if i != v) != 1
         ):
             raise ValueError(
                 "var is of incorrect size: expected input's, "
-                f"{tuple(input.size())}, with one size 1 or the last one missing; got {tuple(var.size())}"
+                f"{tuple(input.size())}, with one size 1 or the last one missing; got {tuple(variance.size())}"
             )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not valid: reduction must be none, mean or sum")
-    input, target, var = _promoted(input, target, var)
-    if not input.shape == target.shape == var.shape:
-        input, target, var = torch.broadcast_tensors(input, target, var)
-    return _losses.gaussian_nll_loss(input, target, var, full, eps, _reduction.get_enum(reduction))
+    input, target, variance = _promoted(input, target, variance)
+    if not input.shape == target.shape == variance.shape:
+        input, target, variance = torch.broadcast_tensors(input, target, variance)
+    return _losses.gaussian_nll_loss(input, target, variance, full, eps, _reduction.get_enum(reduction))
 
 
 class MSELoss(nn.MSELoss):
@@ -208,6 +211,4 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
     """:func:`gaussian_nll_loss` as a module; arguments of :class:`torch.nn.GaussianNLLLoss`."""
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
-        return gaussian_nll_loss(
-            input, target, var, full=self.full, eps=self.eps, reduction=self.reduction
-        )
+        return gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)

@@ -7,6 +7,7 @@ put a plain linear map in place of layer and activation, without a word.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,9 +95,7 @@ class LinearAct(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear_act(
-            x, self.weight, self.bias, self.activation, negative_slope=self.negative_slope
-        )
+        return functional.linear_act(x, self.weight, self.bias, self.activation, negative_slope=self.negative_slope)
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
@@ -143,7 +142,8 @@ _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 class MLP(nn.Sequential):
     """A multi-layer perceptron: fused hidden layers, and a last layer without activation.
 
-    ``MLP([784, 256, 10])`` computes what ``nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))`` does, and
+    ``MLP([784, 256, 10])`` computes what ``nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))`` does,
+    and
     its ``state_dict`` has the same keys ("0.weight", "0.bias", "2.weight", "2.bias"): either loads the other's.
 
     Args:
@@ -182,7 +182,7 @@ class MLP(nn.Sequential):
             raise ValueError(f"norm must be None, {' or '.join(map(repr, _NORMS))}, got {norm!r}")
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         layers: list[nn.Module] = []
-        *hidden, last = zip(sizes[:-1], sizes[1:], strict=True)
+        *hidden, last = pairwise(sizes)
         for fan_in, fan_out in hidden:
             if norm is None:
                 # Identity holds the activation's place: positions, slices and append mean what they do in stock
@@ -196,7 +196,8 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
     def __getitem__(self, index: slice | int) -> Any:
-        """A layer, or for a slice an ``nn.Sequential`` of layers (``nn.Sequential`` itself would call our constructor)."""
+        """A layer, or for a slice an ``nn.Sequential`` of layers (``nn.Sequential`` itself would call our
+        constructor)."""
         if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)

@@ -65,9 +65,7 @@ def add_parser(subparsers: Any) -> None:
     add("--out", type=Path, metavar="FOLDER", help="where to save (default: runs/DATASET)")
     add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE (default: OUT/checkpoint.pt)")
     add("--require-accuracy", type=float, metavar="A", help="exit status 1 if test accuracy ends below A")
-    add(
-        "--progress", choices=PROGRESS, default="auto", help="auto (default): a bar on a terminal, else lines"
-    )
+    add("--progress", choices=PROGRESS, default="auto", help="auto (default): a bar on a terminal, else lines")
     add("--precision", type=int, default=3, metavar="N", help="digits after the point, printed (default: 3)")
     parser.set_defaults(run=run)
 
@@ -213,9 +211,7 @@ class _Job:
         autocast: torch.dtype | None = None,
         checkpoint: Path | None = None,
     ) -> Trainer:
-        train = TensorLoader(
-            self.train_x, self.train_y, batch_size=self.batch_size, shuffle=True, seed=self.args.seed
-        )
+        train = TensorLoader(self.train_x, self.train_y, batch_size=self.batch_size, shuffle=True, seed=self.args.seed)
         return Trainer(
             network,
             loss,

@@ -87,7 +87,7 @@ def oracle(layer: Layer, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         "dbias": (dz.sum(0), dz_size.sum(0)),
     }
     shapes = {"y": layer.g.shape, "dx": layer.x.shape, "dweight": w.shape, "dbias": (n,)}
-    return {name: tuple(t.reshape(shapes[name]) for t in pair) for name, pair in exact.items()}
+    return {name: (t.reshape(shapes[name]), size.reshape(shapes[name])) for name, (t, size) in exact.items()}
 
 
 def error(actual: Tensor, exact: Tensor, scale: Tensor) -> float:

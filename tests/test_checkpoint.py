@@ -122,9 +122,7 @@ def test_another_model(saved):
 def test_another_optimizer(saved):
     model = network()
     data = batches()
-    sgd = Trainer(
-        model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), data, config={"lr": 0.001}
-    )
+    sgd = Trainer(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1), data, config={"lr": 0.001})
     with pytest.raises(CheckpointError, match="holds the state of Adam; expected SGD"):
         sgd.load(saved)
     groups = [{"params": [p]} for p in model.parameters()]

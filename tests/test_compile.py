@@ -1,4 +1,5 @@
-"""The layer under torch.compile, torch.export and opcheck. (Backend aot_eager where no generated code is in question.)"""
+"""The layer under torch.compile, torch.export and opcheck. (Backend aot_eager where no generated code is in
+question.)"""
 
 import io
 
@@ -149,9 +150,7 @@ SCHEMA_AND_FAKE = ("test_schema", "test_faketensor")
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3)], ids=str)
 def test_opcheck(lead, dtype, device):
     """Schemas tell the truth about mutation and aliasing; fake kernels about shapes, strides, dtypes."""
-    x, w, b, g = (
-        torch.randn(*s, device=device, dtype=dtype) for s in ((*lead, 4), (5, 4), (5,), (*lead, 5))
-    )
+    x, w, b, g = (torch.randn(*s, device=device, dtype=dtype) for s in ((*lead, 4), (5, 4), (5,), (*lead, 5)))
     for bias in (b, None):
         for op in (ops._linear_act_forward, ops._linear_act_forward_z):
             torch.library.opcheck(op.default, (x, w, bias, 4, 0.01), test_utils=SCHEMA_AND_FAKE)

@@ -1,4 +1,5 @@
-"""The layer among torch's other tools: torch.func, autocast, checkpointing, parametrisation, copying, the meta device."""
+"""The layer among torch's other tools: torch.func, autocast, checkpointing, parametrisation, copying, the meta
+device."""
 
 import copy
 import io
@@ -64,8 +65,11 @@ def test_func(activation, transform, device):
     assert_same(apply(ours(activation), args), apply(stock(activation), args))
 
 
-@pytest.mark.parametrize("in_dims", [(0, None, None), (1, None, None), (0, 0, None), (None, 1, 0), (0, 2, 1), (None, None, 0)],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "in_dims",
+    [(0, None, None), (1, None, None), (0, 0, None), (None, 1, 0), (0, 2, 1), (None, None, 0)],
+    ids=str,
+)
 @ACTIVATIONS
 def test_vmap(activation, in_dims, device):
     sizes = ((3, 4), (5, 4), (5,))
@@ -266,7 +270,7 @@ def test_inference_tensors_cannot_enter_a_graph_unnoticed(device):
         x = torch.randn(2, 4, device=device)
     layer = LinearReLU(4, 3).to(device)
     for module in (nn.Linear(4, 3, device=device), layer):
-        with pytest.raises(RuntimeError, match="[Ii]nference tensors cannot be saved"):
+        with pytest.raises(RuntimeError, match=r"[Ii]nference tensors cannot be saved"):
             module(x)
 
 

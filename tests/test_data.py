@@ -89,9 +89,7 @@ def use_wheel(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> list[
 
 def break_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(
-            command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n"
-        )
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n")
 
     monkeypatch.setattr(mnist.subprocess, "run", run)
 
@@ -303,9 +301,7 @@ def test_digits():
     assert splits.train_y.unique().tolist() == list(range(10))
     assert torch.equal(splits.test_x, load_digits().test_x)
     rows = {bytes(row.numpy()) for row in splits.train_x}
-    assert (
-        sum(bytes(row.numpy()) in rows for row in splits.test_x) < 5
-    )  # no sample is in both, but for true twins
+    assert sum(bytes(row.numpy()) in rows for row in splits.test_x) < 5  # no sample is in both, but for true twins
 
 
 def test_unknown_names_and_needless_folders():

@@ -34,9 +34,9 @@ FORMATS = "float64, float32, bfloat16 or float16"
 # name: (call, exception, what the message must say: expected, then got)
 CALLS = {
     # shapes
-    "x is a scalar": (lambda: act(torch.tensor(1.0)), RuntimeError, r"x must be \[\.\.\., in_features\].*0-dimensional"),
+    "x is a scalar": (lambda: act(torch.tensor(1.0)), RuntimeError, r"x must be \[\.\.\., in_.*0-dimensional"),
     "weight is a vector": (lambda: act(w=W[0]), RuntimeError, r"weight must be \[out_features, in_features\].*\[4\]"),
-    "weight is 3-D": (lambda: act(w=W[None]), RuntimeError, r"weight must be \[out_features, in_features\].*\[1, 5, 4\]"),
+    "weight is 3-D": (lambda: act(w=W[None]), RuntimeError, r"weight must be \[out_.*got shape \[1, 5, 4\]"),
     "features differ": (lambda: act(X[:, :3]), RuntimeError, r"in_features = 4 .*\[5, 4\].*\[3, 3\]"),
     "weight transposed": (lambda: act(w=W.t(), b=None), RuntimeError, r"in_features = 5.*\[3, 4\]"),
     "empty x": (lambda: act(X[:, :0]), RuntimeError, r"in_features = 4.*\[3, 0\]"),
@@ -73,7 +73,8 @@ CALLS = {
     "bias on meta": (lambda: act(b=B.to("meta")), RuntimeError, "bias is .* on meta, but x is .* on cpu"),
     "integers on meta": (lambda: act(X.int().to("meta"), W.int().to("meta"), None), TypeError,
                          f"expected {FORMATS} .*got torch.int32"),
-    "shapes on meta": (lambda: act(X[:, :3].to("meta"), W.to("meta"), None), RuntimeError, r"x must be.*\(3, 3\).*\(5, 4\)"),
+    "shapes on meta": (lambda: act(X[:, :3].to("meta"), W.to("meta"), None), RuntimeError,
+                       r"x must be.*\(3, 3\).*\(5, 4\)"),
     # no tensors
     "x is a list": (lambda: act([[1.0]]), TypeError, "must be tensors.*got list, Tensor, Tensor"),
     "x is None": (lambda: act(None), TypeError, "must be tensors.*got NoneType, Tensor, Tensor"),
@@ -131,16 +132,16 @@ CALLS = {
     "backward without x": (lambda: backward(x=None), RuntimeError, "gradient of weight needs x, got None"),
     "backward without weight": (lambda: backward(w=None), RuntimeError, "gradient of x needs weight, got None"),
     "backward, short saved": (lambda: backward(saved=G[:2]), RuntimeError, r"grad_y's shape \[3, 5\], got \[2, 5\]"),
-    "backward, short x": (lambda: backward(x=X[:2]), RuntimeError, r"leading sizes of grad_y \(\[3, 5\]\), got \[2, 4\]"),
+    "backward, short x": (lambda: backward(x=X[:2]), RuntimeError, r"sizes of grad_y \(\[3, 5\]\), got \[2, 4\]"),
     "backward, x of other features": (lambda: backward(x=X[:, :2]), RuntimeError, r"x must be .*got \[3, 2\]"),
     "backward, x of other rank": (lambda: backward(x=X[None]), RuntimeError, r"x must be .*got \[1, 3, 4\]"),
     "backward, weight transposed": (lambda: backward(w=W.t()), RuntimeError, r"out_features = 5.*got \[4, 5\]"),
     "backward, weight a vector": (lambda: backward(w=W[:, 0]), RuntimeError, r"weight must be .*got \[5\]"),
     "backward, g a scalar": (lambda: backward(g=G[0, 0]), RuntimeError, r"grad_y must be .*0-dimensional"),
-    "backward, g sparse": (lambda: backward(g=G.to_sparse()), RuntimeError, "grad_y must be a dense.*got layout Sparse"),
+    "backward, g sparse": (lambda: backward(g=G.to_sparse()), RuntimeError, "grad_y must be a dense.*layout Sparse"),
     "backward, saved sparse": (lambda: backward(saved=G.to_sparse()), RuntimeError, "saved must be a dense.*Sparse"),
-    "backward, saved on meta": (lambda: backward(saved=G.to("meta")), RuntimeError, "saved is .* on meta, but grad_y .* cpu"),
-    "backward, mixed dtypes": (lambda: backward(w=W.double()), RuntimeError, "weight has dtype Double but grad_y .*Float"),
+    "backward, saved on meta": (lambda: backward(saved=G.to("meta")), RuntimeError, "saved is .* meta, but grad_y"),
+    "backward, mixed dtypes": (lambda: backward(w=W.double()), RuntimeError, "weight has dtype Double but grad_y"),
     "backward of integers": (lambda: backward(G.int(), X.int(), W.int(), G.int()), TypeError, f"{FORMATS} .*got Int"),
 }  # fmt: skip
 

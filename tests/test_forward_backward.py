@@ -6,7 +6,7 @@ from oracle import STOCK, Layer, check
 
 from dlkernels import functional
 
-# M, K, N. Chosen against the tiles (14 × 32, few rows <= 8 and <= 32, k blocks of 128 and 256, wgrad slices): one below,
+# M, K, N. Chosen against the tiles (14 × 32, few rows <= 8 and <= 32, k blocks of 128 and 256, slices): one below,
 # at and above each edge, primes, ones, and what the landmark models use.
 SHAPES = [
     (1, 1, 1), (1, 1, 17), (1, 63, 5), (1, 64, 1), (1, 1024, 257), (2, 3, 5), (3, 100, 33), (4, 64, 24), (8, 65, 31),
@@ -22,9 +22,7 @@ def make(m, k, n, dtype, activation, bias=True, device="cpu"):
     def draw(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
 
-    return Layer(
-        draw(m, k), draw(n, k, scale=max(k, 1) ** -0.5), draw(n) if bias else None, draw(m, n), activation
-    )
+    return Layer(draw(m, k), draw(n, k, scale=max(k, 1) ** -0.5), draw(n) if bias else None, draw(m, n), activation)
 
 
 def ours(activation):

@@ -1,10 +1,11 @@
 """Installation as a user does it: real builds by pip in environments of their own, each seeing this torch.
 
-One full compilation serves them all: sdist → unpack → `pip install .`; what follows, in the same folder and for
-the same interpreter, reuses its objects.
+One full compilation serves them all: sdist → unpack → `pip install .`; what follows, in the same folder and
+for the same interpreter, reuses its objects.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from dlkernels import _C, _load
 ROOT = Path(__file__).parents[1]
 SITE = Path(torch.__file__).parents[1]
 
+SANITIZE = os.environ.get("DLKERNELS_SANITIZE", "")
+
 # The environment of these tests, less what would change the builds.
 VARIABLES = (
     "FORCE_CUDA",
@@ -37,6 +40,8 @@ VARIABLES = (
 def plain_environment(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    # One ninja for all builds: another version of it would compile everything anew.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
 
 
 def run(*command, ok=True, cwd=None, **kwargs) -> str:
@@ -72,9 +77,7 @@ def environment(folder: Path, *, with_torch: bool) -> Path:
 def checkout(tmp_path_factory):
     """The sources, without anything built."""
     folder = tmp_path_factory.mktemp("checkout") / "dlkernels"
-    unwanted = shutil.ignore_patterns(
-        ".*", "build", "dist", "runs", "*.egg-info", "_C*.so", "_C.json", "__pycache__"
-    )
+    unwanted = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "_C*.so", "_C.json", "__pycache__")
     return shutil.copytree(ROOT, folder, ignore=unwanted)
 
 
@@ -108,7 +111,7 @@ def facts(python: Path, cwd: Path) -> tuple[Path, Path, str, dict]:
 
 @pytest.fixture(scope="module")
 def installed(unpacked, tmp_path_factory):
-    """(interpreter, what pip said, facts): `pip install .`, no flags but the verbosity the assertions need."""
+    """(interpreter, what pip said, facts): `pip install .`, with no flags but the verbosity we read."""
     folder = tmp_path_factory.mktemp("env")
     python = environment(folder / "env", with_torch=True)
     said = pip_install(python, "--verbose", ".", cwd=unpacked)
@@ -212,6 +215,10 @@ def test_build_config_tells_the_truth():
         assert has_cuda == (config["cuda"] is not None)
     assert config["cxx_standard"] in (17, 20)
     assert config["openmp"]
+
+
+def test_sanitizers_are_those_asked_for():
+    assert (_C.build_config()["sanitize"] or "") == SANITIZE
 
 
 def test_isa_in_use_is_one_this_cpu_has():

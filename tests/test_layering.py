@@ -13,7 +13,13 @@ from dlkernels.stock import ACTIVATIONS as STOCK_MODULES
 ROOT = Path(__file__).parent.parent
 CSRC, PACKAGE = ROOT / "csrc", ROOT / "dlkernels"
 
-HOST = {"check.h", "check_losses.h", "host.h", "linear_act.h", "losses.h"}  # these speak of tensors: they stay at the door
+HOST = {
+    "check.h",
+    "check_losses.h",
+    "host.h",
+    "linear_act.h",
+    "losses.h",
+}  # these speak of tensors: they stay at the door
 KERNELS = [
     *sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh") and p.name not in HOST),
     *sorted((CSRC / "cpu").glob("ukernel_*.cpp")),

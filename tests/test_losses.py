@@ -1,8 +1,8 @@
-"""The losses against higher precision, on the oracle's rule (oracle.py); what torch does with them must work with ours.
+"""The losses against higher precision, on the oracle's rule (oracle.py); what torch does with them must work.
 
-The oracles here are the formulas in numpy's long double, because stock in float64 cannot judge float64. A loss is a sum of
-terms; ``scale`` is what one rounding error of each may add up to. For ``log_softmax`` these are the difference to the
-largest logit, the logarithm, and the sum in it (a relative error, hence absolute behind the logarithm).
+The oracles here are the formulas in numpy's long double, because stock in float64 cannot judge float64. A loss is a
+sum of terms; ``scale`` is what one rounding error of each may add up to. For ``log_softmax`` these are the difference
+to the largest logit, the logarithm, and the sum in it (a relative error, hence absolute behind the logarithm).
 """
 
 import copy
@@ -45,15 +45,28 @@ def incoming(loss: Tensor) -> Tensor:
     return 1.7 - 0.9 * torch.arange(loss.numel(), dtype=torch.float64).reshape(loss.shape).remainder(5).to(loss.dtype)
 
 
-def judge(ours, stock, tensors, exact) -> None:
-    """Ours has stock's shapes and dtypes and at most twice its error; exact: (value, scale) of loss and gradients."""
-    mine, theirs = run(ours, tensors, incoming), run(stock, tensors, incoming)
-    for i, (m, t, pair) in enumerate(zip(mine, theirs, exact, strict=True)):
-        value, scale = (torch.from_numpy(np.asarray(a, dtype=np.float64)) for a in pair)
-        assert m.shape == t.shape == value.shape
-        assert m.dtype == t.dtype
-        scale = scale.expand_as(value)
-        assert_no_worse(m, value, scale, error(t, value, scale), f"result {i}")
+class Judge:
+    """Stock's shapes and dtypes, and the rule over all problems of a test: one alone may find stock lucky."""
+
+    def __init__(self):
+        self.worst = {}  # result: [ours, stock's]
+
+    def see(self, ours, stock, tensors, exact) -> None:
+        """exact: (value, scale) of the loss and of each gradient."""
+        mine, theirs = run(ours, tensors, incoming), run(stock, tensors, incoming)
+        for i, (m, t, pair) in enumerate(zip(mine, theirs, exact, strict=True)):
+            value, scale = (torch.from_numpy(np.asarray(a, dtype=np.float64)) for a in pair)
+            assert m.shape == t.shape == value.shape
+            assert m.dtype == t.dtype
+            scale = scale.expand_as(value)
+            worst = self.worst.setdefault(i, [0.0, 0.0])
+            assert not m.isnan().any()
+            worst[:] = max(worst[0], error(m, value, scale)), max(worst[1], error(t, value, scale))
+
+    def decide(self) -> None:
+        assert self.worst
+        for i, (mine, stock) in self.worst.items():
+            assert mine <= 2 * max(1.0, stock), f"result {i}: {mine:.3g} rounding units, stock {stock:.3g}"
 
 
 def long(t: Tensor) -> np.ndarray:
@@ -123,7 +136,7 @@ def class_oracle(x, q, counted, reduction, denominator, soft_factor):
     ]
 
 
-def check_cross_entropy(x, target, weight, reduction, smoothing):
+def see_cross_entropy(judge, x, target, weight, reduction, smoothing):
     c = x.shape[1]
     w = long(weight) if weight is not None else np.ones(c, dtype=np.longdouble)
     by_class = w.reshape(1, c, *[1] * (x.dim() - 2))
@@ -141,7 +154,7 @@ def check_cross_entropy(x, target, weight, reduction, smoothing):
     def call(op):
         return lambda a, b=target: op(a, b, weight, reduction=reduction, label_smoothing=smoothing)
 
-    judge(call(losses.cross_entropy), call(F.cross_entropy), tensors, exact[: len(tensors) + 1])
+    judge.see(call(losses.cross_entropy), call(F.cross_entropy), tensors, exact[: len(tensors) + 1])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -149,9 +162,11 @@ def check_cross_entropy(x, target, weight, reduction, smoothing):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy_indices(dtype, reduction, weighted, smoothing):
+    judge = Judge()
     for shape in CLASS_SHAPES:
         x, index, _, weight = class_problem(shape, dtype, weighted)
-        check_cross_entropy(x, index, weight, reduction, smoothing)
+        see_cross_entropy(judge, x, index, weight, reduction, smoothing)
+    judge.decide()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -159,9 +174,11 @@ def test_cross_entropy_indices(dtype, reduction, weighted, smoothing):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy_probabilities(dtype, reduction, weighted, smoothing):
+    judge = Judge()
     for shape in CLASS_SHAPES:
         x, _, soft, weight = class_problem(shape, dtype, weighted)
-        check_cross_entropy(x, soft, weight, reduction, smoothing)
+        see_cross_entropy(judge, x, soft, weight, reduction, smoothing)
+    judge.decide()
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -302,6 +319,7 @@ SHAPES = [(), (1,), (7,), (16,), (33,), (3, 5), (64, 17), (2, 3, 4, 5), (40_000,
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mse(dtype, reduction):
+    judge = Judge()
     for shape in SHAPES:
         x, t = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
         d = long(x) - long(t)
@@ -309,12 +327,13 @@ def test_mse(dtype, reduction):
         loss = reduced(d * d, reduction, n)
         grad = 2 * d * gradient_of(loss, reduction, n, dtype)
         exact = [(loss, loss), (grad, abs(grad)), (-grad, abs(grad))]
-        judge(
+        judge.see(
             lambda *a: losses.mse_loss(*a, reduction=reduction),
             lambda *a: F.mse_loss(*a, reduction=reduction),
             [x, t],
             exact,
         )
+    judge.decide()
 
 
 def gaussian_oracle(x, t, var, full, reduction, eps=1e-6):
@@ -335,16 +354,18 @@ def gaussian_oracle(x, t, var, full, reduction, eps=1e-6):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gaussian_nll(dtype, reduction, full):
+    judge = Judge()
     for shape in SHAPES:
         x, t = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
         var = torch.randn(shape, dtype=torch.float64).exp().to(dtype)
         kw = {"reduction": reduction, "full": full}
-        judge(
+        judge.see(
             lambda *a, kw=kw: losses.gaussian_nll_loss(*a, **kw),
             lambda *a, kw=kw: F.gaussian_nll_loss(*a, **kw),
             [x, t, var],
             gaussian_oracle(x, t, var, full, reduction),
         )
+    judge.decide()
 
 
 def test_logarithm():
@@ -366,13 +387,15 @@ def test_logarithm():
 def test_gaussian_clamp_is_a_constant_to_gradients(dtype):
     x, t = (torch.randn(40).to(dtype) for _ in range(2))
     var = torch.linspace(0, 1, 40).to(dtype)
+    judge = Judge()
     for eps in (0.25, 0.5):
-        judge(
+        judge.see(
             lambda *a, eps=eps: losses.gaussian_nll_loss(*a, eps=eps),
             lambda *a, eps=eps: F.gaussian_nll_loss(*a, eps=eps),
             [x, t, var],
             gaussian_oracle(x, t, var, False, "mean", eps),
         )
+    judge.decide()
 
 
 def test_gaussian_shapes_of_var():
@@ -535,12 +558,16 @@ def autograd_cases():
     one_var = (torch.rand(4, 1, dtype=torch.float64) + 0.5).requires_grad_()
     for r in REDUCTIONS:
         for s in (0.0, 0.3):
-            yield f"index-{r}-{s}", lambda a, r=r, s=s: losses.cross_entropy(
-                a, index, weight, reduction=r, label_smoothing=s
-            ), (x,)
-            yield f"soft-{r}-{s}", lambda a, b, r=r, s=s: losses.cross_entropy(
-                a, b, weight, reduction=r, label_smoothing=s
-            ), (x, t)
+            yield (
+                f"index-{r}-{s}",
+                lambda a, r=r, s=s: losses.cross_entropy(a, index, weight, reduction=r, label_smoothing=s),
+                (x,),
+            )
+            yield (
+                f"soft-{r}-{s}",
+                lambda a, b, r=r, s=s: losses.cross_entropy(a, b, weight, reduction=r, label_smoothing=s),
+                (x, t),
+            )
         yield f"image-{r}", lambda a, r=r: losses.cross_entropy(a, places, reduction=r), (image,)
         yield f"mse-{r}", lambda a, b, r=r: losses.mse_loss(a, b, reduction=r), (x, t)
         yield f"gauss-{r}", lambda a, b, v, r=r: losses.gaussian_nll_loss(a, b, v, True, reduction=r), (x, t, var)
@@ -683,9 +710,9 @@ def test_compile_fullgraph(backend):
         for a, b in zip(run(compiled, inputs, torch.ones_like), run(op, inputs, torch.ones_like), strict=True):
             assert torch.equal(a, b), name
             assert a.stride() == b.stride(), name
-    with pytest.raises(Exception, match="negative"):
-        x, t, var = torch.zeros(3), torch.zeros(3), torch.tensor([1.0, -1.0, 1.0])
-        torch.compile(losses.gaussian_nll_loss, fullgraph=True, backend=backend)(x, t, var)
+    compiled = torch.compile(losses.gaussian_nll_loss, fullgraph=True, backend=backend)
+    with pytest.raises(ValueError, match="negative"):
+        compiled(torch.zeros(3), torch.zeros(3), torch.tensor([1.0, -1.0, 1.0]))
 
 
 def test_compile_dynamic_shapes():
@@ -724,7 +751,13 @@ def test_opcheck(dtype):
             (x[0], torch.tensor(2), None, reduction, -100, 0.0, True, False),
         ):
             torch.library.opcheck(ops._cross_entropy, args)
-        for a, b in ((x, soft), (x.t(), soft.t()), (x, soft.t().contiguous().t()), (x[:, ::2], soft[:, ::2]), (last, last)):
+        for a, b in (
+            (x, soft),
+            (x.t(), soft.t()),
+            (x, soft.t().contiguous().t()),
+            (x[:, ::2], soft[:, ::2]),
+            (last, last),
+        ):
             torch.library.opcheck(ops._mse_loss, (a, b, reduction, True))
             torch.library.opcheck(ops._gaussian_nll_loss, (a, a, b.square(), True, 1e-6, reduction, False, True))
 
@@ -781,7 +814,9 @@ def test_modules():
     torch.testing.assert_close(dnn.MSELoss(reduction="none")(x, soft), nn.MSELoss(reduction="none")(x, soft))
     args, kw = (x, soft, soft + 0.1), {"full": True, "eps": 0.2, "reduction": "sum"}
     torch.testing.assert_close(dnn.GaussianNLLLoss(**kw)(*args), nn.GaussianNLLLoss(**kw)(*args))
-    torch.testing.assert_close(dnn.GaussianNLLLoss()(x, soft, 0.5), nn.GaussianNLLLoss()(x, soft, torch.full_like(x, 0.5)))
+    torch.testing.assert_close(
+        dnn.GaussianNLLLoss()(x, soft, 0.5), nn.GaussianNLLLoss()(x, soft, torch.full_like(x, 0.5))
+    )
     assert repr(ce) == repr(stock)
     assert ce.state_dict().keys() == stock.state_dict().keys()
     for twin in (copy.deepcopy(ce), pickle.loads(pickle.dumps(ce))):
@@ -799,52 +834,54 @@ def test_modules():
 
 X, INDEX, PROBABILITIES = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), torch.full((4, 3), 1 / 3)
 
+CE, MSE, GAUSS = losses.cross_entropy, losses.mse_loss, losses.gaussian_nll_loss
+
 MALFORMED = {
-    "index too large": (lambda: losses.cross_entropy(X, INDEX + 1), IndexError, r"Target 3 is out of bounds.*\[0, 3\)"),
-    "index negative": (lambda: losses.cross_entropy(X, INDEX - 1), IndexError, "Target -1"),
-    "index far away": (lambda: losses.cross_entropy(X, INDEX + 2**40), IndexError, "Target 1099511627776"),
-    "ignored elsewhere": (lambda: losses.cross_entropy(X, INDEX - 100, ignore_index=-99), IndexError, "Target -100"),
-    "index in one row": (lambda: losses.cross_entropy(X[0], torch.tensor(3)), IndexError, "Target 3"),
-    "index with smoothing": (lambda: losses.cross_entropy(X, INDEX + 1, label_smoothing=0.1), IndexError, "Target 3"),
-    "rows differ": (lambda: losses.cross_entropy(X, INDEX[:3]), ValueError, r"\[4\].*got target of shape \[3\]"),
-    "target 2-D": (lambda: losses.cross_entropy(X, INDEX[:, None]), ValueError, r"got target of shape \[4, 1\]"),
-    "places differ": (lambda: losses.cross_entropy(torch.zeros(2, 3, 4), torch.zeros(2, 5).long()), ValueError, r"\[2, 4\]"),
-    "scalar input": (lambda: losses.cross_entropy(torch.tensor(1.0), torch.tensor(0.0)), ValueError, "0-dimensional"),
-    "int32 indices": (lambda: losses.cross_entropy(X, INDEX.int()), RuntimeError, "int64.*got Int"),
-    "float indices": (lambda: losses.cross_entropy(X, INDEX.float()), RuntimeError, "int64.*got Float"),
-    "integer probabilities": (lambda: losses.cross_entropy(X, X.long()), RuntimeError, "class probabilities.*got Long"),
-    "integer logits": (lambda: losses.cross_entropy(X.long(), INDEX), TypeError, "float64, float32.*got Long"),
-    "complex logits": (lambda: losses.cross_entropy(X.cfloat(), INDEX), TypeError, "got ComplexFloat"),
-    "weight size": (lambda: losses.cross_entropy(X, INDEX, torch.ones(4)), ValueError, r"\[3\], got shape \[4\]"),
-    "weight 2-D": (lambda: losses.cross_entropy(X, INDEX, torch.ones(1, 3)), ValueError, "one value per class"),
-    "weight dtype": (lambda: losses.cross_entropy(X, INDEX, torch.ones(3).double()), RuntimeError, "weight has dtype Double"),
-    "weight device": (lambda: losses.cross_entropy(X, INDEX, torch.ones(3, device="meta")), RuntimeError, "meta"),
-    "target device": (lambda: losses.cross_entropy(X, INDEX.to("meta")), RuntimeError, "meta"),
-    "smoothing above 1": (lambda: losses.cross_entropy(X, INDEX, label_smoothing=1.5), ValueError, "between 0 and 1, got 1.5"),
-    "smoothing NaN": (lambda: losses.cross_entropy(X, INDEX, label_smoothing=NAN), ValueError, "between 0 and 1"),
-    "ignore with soft": (lambda: losses.cross_entropy(X, PROBABILITIES, ignore_index=1), RuntimeError, "ignore_index"),
-    "reduction": (lambda: losses.cross_entropy(X, INDEX, reduction="avg"), ValueError, "avg"),
-    "sparse logits": (lambda: losses.cross_entropy(X.to_sparse(), INDEX), RuntimeError, "dense"),
-    "mse shapes": (lambda: losses.mse_loss(X, torch.zeros(4, 2)), RuntimeError, "size of tensor|broadcast"),
-    "mse integers": (lambda: losses.mse_loss(INDEX, INDEX), TypeError, "got Long"),
-    "mse complex": (lambda: losses.mse_loss(X.cfloat(), X.cfloat()), TypeError, "got ComplexFloat"),
-    "mse sparse": (lambda: losses.mse_loss(X.to_sparse(), X.to_sparse()), RuntimeError, "dense"),
-    "mse device": (lambda: losses.mse_loss(X, X.to("meta")), RuntimeError, "meta"),
-    "mse reduction": (lambda: losses.mse_loss(X, X, reduction="avg"), ValueError, "avg"),
-    "mse weight": (lambda: losses.mse_loss(X, X, weight=torch.ones(2)), ValueError, "same size"),
-    "var negative": (lambda: losses.gaussian_nll_loss(X, X, X - 1), ValueError, "negative"),
-    "var negative once": (lambda: losses.gaussian_nll_loss(X, X, X.index_fill(0, INDEX[1], -1e-30)), ValueError, "negative"),
-    "var float negative": (lambda: losses.gaussian_nll_loss(X, X, -1.0), ValueError, "negative"),
-    "var int": (lambda: losses.gaussian_nll_loss(X, X, 1), TypeError, "Tensor or a float, got int"),
-    "var shape": (lambda: losses.gaussian_nll_loss(X, X, torch.ones(3)), ValueError, r"incorrect size.*\(4, 3\).*\(3,\)"),
-    "var two sizes": (lambda: losses.gaussian_nll_loss(X, X, torch.ones(1, 1)), ValueError, "incorrect size"),
-    "gauss reduction": (lambda: losses.gaussian_nll_loss(X, X, X, reduction="avg"), ValueError, "avg is not valid"),
-    "gauss integers": (lambda: losses.gaussian_nll_loss(INDEX, INDEX, INDEX), TypeError, "got Long"),
-    "gauss target": (lambda: losses.gaussian_nll_loss(X, torch.zeros(5), X), RuntimeError, "size of tensor|broadcast"),
+    "index too large": (lambda: CE(X, INDEX + 1), IndexError, r"Target 3 is out of bounds.*\[0, 3\)"),
+    "index negative": (lambda: CE(X, INDEX - 1), IndexError, "Target -1"),
+    "index far away": (lambda: CE(X, INDEX + 2**40), IndexError, "Target 1099511627776"),
+    "ignored elsewhere": (lambda: CE(X, INDEX - 100, ignore_index=-99), IndexError, "Target -100"),
+    "index in one row": (lambda: CE(X[0], torch.tensor(3)), IndexError, "Target 3"),
+    "index with smoothing": (lambda: CE(X, INDEX + 1, label_smoothing=0.1), IndexError, "Target 3"),
+    "rows differ": (lambda: CE(X, INDEX[:3]), ValueError, r"\[4\].*got target of shape \[3\]"),
+    "target 2-D": (lambda: CE(X, INDEX[:, None]), ValueError, r"got target of shape \[4, 1\]"),
+    "places differ": (lambda: CE(torch.zeros(2, 3, 4), torch.zeros(2, 5).long()), ValueError, r"\[2, 4\]"),
+    "scalar input": (lambda: CE(torch.tensor(1.0), torch.tensor(0.0)), ValueError, "0-dimensional"),
+    "int32 indices": (lambda: CE(X, INDEX.int()), RuntimeError, "int64.*got Int"),
+    "float indices": (lambda: CE(X, INDEX.float()), RuntimeError, "int64.*got Float"),
+    "integer probabilities": (lambda: CE(X, X.long()), RuntimeError, "class probabilities.*got Long"),
+    "integer logits": (lambda: CE(X.long(), INDEX), TypeError, "float64, float32.*got Long"),
+    "complex logits": (lambda: CE(X.cfloat(), INDEX), TypeError, "got ComplexFloat"),
+    "weight size": (lambda: CE(X, INDEX, torch.ones(4)), ValueError, r"\[3\], got shape \[4\]"),
+    "weight 2-D": (lambda: CE(X, INDEX, torch.ones(1, 3)), ValueError, "one value per class"),
+    "weight dtype": (lambda: CE(X, INDEX, torch.ones(3).double()), RuntimeError, "weight has dtype Double"),
+    "weight device": (lambda: CE(X, INDEX, torch.ones(3, device="meta")), RuntimeError, "meta"),
+    "target device": (lambda: CE(X, INDEX.to("meta")), RuntimeError, "meta"),
+    "smoothing above 1": (lambda: CE(X, INDEX, label_smoothing=1.5), ValueError, "between 0 and 1, got 1.5"),
+    "smoothing NaN": (lambda: CE(X, INDEX, label_smoothing=NAN), ValueError, "between 0 and 1"),
+    "ignore with soft": (lambda: CE(X, PROBABILITIES, ignore_index=1), RuntimeError, "ignore_index"),
+    "reduction": (lambda: CE(X, INDEX, reduction="avg"), ValueError, "avg"),
+    "sparse logits": (lambda: CE(X.to_sparse(), INDEX), RuntimeError, "dense"),
+    "mse shapes": (lambda: MSE(X, torch.zeros(4, 2)), RuntimeError, "size of tensor|broadcast"),
+    "mse integers": (lambda: MSE(INDEX, INDEX), TypeError, "got Long"),
+    "mse complex": (lambda: MSE(X.cfloat(), X.cfloat()), TypeError, "got ComplexFloat"),
+    "mse sparse": (lambda: MSE(X.to_sparse(), X.to_sparse()), RuntimeError, "dense"),
+    "mse device": (lambda: MSE(X, X.to("meta")), RuntimeError, "meta"),
+    "mse reduction": (lambda: MSE(X, X, reduction="avg"), ValueError, "avg"),
+    "mse weight": (lambda: MSE(X, X, weight=torch.ones(2)), ValueError, "same size"),
+    "var negative": (lambda: GAUSS(X, X, X - 1), ValueError, "negative"),
+    "var negative once": (lambda: GAUSS(X, X, X.index_fill(0, INDEX[1], -1e-30)), ValueError, "negative"),
+    "var float negative": (lambda: GAUSS(X, X, -1.0), ValueError, "negative"),
+    "var int": (lambda: GAUSS(X, X, 1), TypeError, "Tensor or a float, got int"),
+    "var shape": (lambda: GAUSS(X, X, torch.ones(3)), ValueError, r"incorrect size.*\(4, 3\).*\(3,\)"),
+    "var two sizes": (lambda: GAUSS(X, X, torch.ones(1, 1)), ValueError, "incorrect size"),
+    "gauss reduction": (lambda: GAUSS(X, X, X, reduction="avg"), ValueError, "avg is not valid"),
+    "gauss integers": (lambda: GAUSS(INDEX, INDEX, INDEX), TypeError, "got Long"),
+    "gauss target": (lambda: GAUSS(X, torch.zeros(5), X), RuntimeError, "size of tensor|broadcast"),
     "raw shapes": (lambda: ops._mse_loss(X, X[0], 1, False), ValueError, "target must have input's shape"),
     "raw dtypes": (lambda: ops._mse_loss(X, X.double(), 1, False), RuntimeError, "dtype"),
     "raw reduction": (lambda: ops._mse_loss(X, X, 7, False), ValueError, "reduction code.*got 7"),
-    "fake shapes": (lambda: losses.cross_entropy(X.to("meta"), INDEX[:2].to("meta")), ValueError, "expected class indices"),
+    "fake shapes": (lambda: CE(X.to("meta"), INDEX[:2].to("meta")), ValueError, "expected class indices"),
 }  # fmt: skip
 
 

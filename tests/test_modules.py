@@ -2,6 +2,7 @@
 
 import copy
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_smallest_sizes(inputs, outputs, device):
     layers, warned = [], []
     for make in (LinearReLU, nn.Linear):
         torch.manual_seed(1)
-        with pytest.warns(UserWarning) if 0 in (inputs, outputs) else no_warning() as seen:
+        with pytest.warns(UserWarning, match="zero-element") if 0 in (inputs, outputs) else no_warning() as seen:
             layers.append(make(inputs, outputs, device=device))
         warned.append([str(w.message) for w in seen])
     assert warned[0] == warned[1]
@@ -110,7 +111,7 @@ def test_smallest_sizes(inputs, outputs, device):
     assert torch.equal(ours.bias.grad, stock.bias.grad)
 
 
-class no_warning:  # noqa: N801  used like pytest.warns
+class no_warning:
     def __enter__(self):
         return []
 
@@ -124,7 +125,7 @@ class no_warning:  # noqa: N801  used like pytest.warns
 def stock_mlp(sizes, activation, dropout, norm):
     """The network that MLP's documentation names."""
     layers = []
-    for fan_in, fan_out in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for fan_in, fan_out in pairwise(sizes[:-1]):
         layers += [nn.Linear(fan_in, fan_out)]
         layers += {"batch": [nn.BatchNorm1d(fan_out)], "layer": [nn.LayerNorm(fan_out)], None: []}[norm]
         layers += [STOCK_MODULES[activation]()]
@@ -178,7 +179,9 @@ def test_mlp_keys_and_last_layer(device):
 
 def test_mlp_fuses_its_hidden_layers():
     """Where no norm stands between, the activation is in the layer; and no activation module runs."""
-    kinds = [(type(m).__name__, getattr(m, "activation", None)) for m in MLP([4, 3, 3, 2], "gelu") if list(m.parameters())]
+    kinds = [
+        (type(m).__name__, getattr(m, "activation", None)) for m in MLP([4, 3, 3, 2], "gelu") if list(m.parameters())
+    ]
     assert kinds == [("LinearAct", "gelu"), ("LinearAct", "gelu"), ("LinearAct", "none")]
     assert "gelu" in repr(MLP([4, 3, 2], "gelu", norm="layer"))
 

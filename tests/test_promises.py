@@ -101,7 +101,7 @@ def saved_by(op, *args):
 @pytest.mark.parametrize("needs", SUBSETS[1:], ids=str)
 def test_keeps_no_more_than_the_gradients_need(needs, activation, device):
     x, w, b = leaves(device, needs)
-    y, kept = saved_by(ours(activation), x, w, b)
+    _, kept = saved_by(ours(activation), x, w, b)
     _, by_stock = saved_by(lambda *args: STOCK[activation](F.linear(*args)), x, w, b)
     addresses = [address for address, _ in kept]
     assert (x.data_ptr() in addresses) == needs[1], "x is needed for the gradient of weight, and for nothing else"
@@ -127,36 +127,39 @@ def test_graph_is_freed_with_its_output(activation, device):
         gc.enable()
 
 
-# For each tensor changed in place between forward and backward, who must object. Stock's leaky_relu keeps z, ours y (one
+# For each tensor changed in place between forward and backward, who must object. Stock's leaky_relu keeps z, ours y
+# (one
 # tensor less); there a changed y is refused, where stock does not look at it.
 CHANGED = ["x", "weight", "bias", "y"]
 STRICTER = {("leaky_relu", "y")}
 
 
-def objects_to_change(op, which, device):
-    """Whether backward refuses after ``which`` was changed in place; if not, its gradients."""
+def gradients_after_change(op, which, device):
+    """The gradients of op, computed after ``which`` was changed in place; None where backward refuses."""
     torch.manual_seed(1)
     x, w, b = leaves(device)
     y = op(x, w, b)
     with torch.no_grad():
         {"x": x, "weight": w, "bias": b, "y": y}[which].add_(1)
     try:
-        return False, torch.autograd.grad(y, (x, w, b), torch.ones_like(y))
+        return torch.autograd.grad(y, (x, w, b), torch.ones_like(y))
     except RuntimeError as e:
-        assert "modified by an inplace operation" in str(e)
-        return True, None
+        if "modified by an inplace operation" in str(e):
+            return None
+        raise
 
 
 @pytest.mark.parametrize("which", CHANGED)
 @pytest.mark.parametrize("activation", STOCK)
 def test_change_in_place_between_forward_and_backward(activation, which, device):
-    refused, gradients = objects_to_change(ours(activation), which, device)
-    stock_refused, expected = objects_to_change(lambda *a: STOCK[activation](F.linear(*a)), which, device)
+    gradients = gradients_after_change(ours(activation), which, device)
+    expected = gradients_after_change(lambda *a: STOCK[activation](F.linear(*a)), which, device)
     if (activation, which) in STRICTER:
-        assert refused and not stock_refused
+        assert gradients is None
+        assert expected is not None
         return
-    assert refused == stock_refused
-    if not refused:
+    assert (gradients is None) == (expected is None)
+    if gradients is not None:
         torch.testing.assert_close(gradients, expected)
 
 
@@ -196,22 +199,22 @@ from dlkernels import functional
 activation = sys.argv[1]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
 def step(m, n, k):
-    x = torch.randn(m, k, requires_grad=True); w = torch.randn(n, k, requires_grad=True); b = torch.randn(n, requires_grad=True)
+    x, w, b = (torch.randn(*s, requires_grad=True) for s in ((m, k), (n, k), (n,)))
     p0 = peak(); y = functional.linear_act(x, w, b, activation)
     p1 = peak(); torch.autograd.grad(y, (x, w, b), torch.ones(1, 1).expand(m, n))
     return p1 - p0, peak() - p1
 torch.set_num_threads(2)
 step(512, 512, 32)  # code, threads and their scratch
-print(*step(4096, 8192, 32))
+print(*step(4096, 4096, 32))
 """
 
 
 @pytest.mark.parametrize(("activation", "outputs"), [("relu", 1), ("gelu", 2)])
 def test_no_full_size_temporary(activation, outputs):
-    """y (and z) are 128 MiB each. The process's peak memory grows by them in forward, and by no third; backward makes
+    """y (and z) are 64 MiB each. The process's peak memory grows by them in forward, and by no third; backward makes
     its [M, N] gradient of z in registers, so that only the small gradients are new."""
     forward, backward = map(float, python("-c", _PEAK, activation, DLKERNELS_CPU_GEMM="own").split())
-    assert forward < outputs * 128 + 32, f"forward grew by {forward:.0f} MiB"
+    assert forward < outputs * 64 + 32, f"forward grew by {forward:.0f} MiB"
     assert backward < 32, f"backward grew by {backward:.0f} MiB"
 
 

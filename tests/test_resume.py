@@ -189,9 +189,7 @@ def test_sigint_to_a_process_of_its_own(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, str(script), str(torch.get_num_threads()), str(tmp_path / "run.pt")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     process.stdout.readline()  # the first epoch is over
     process.send_signal(signal.SIGINT)

@@ -43,9 +43,7 @@ def test_special_values_one_by_one(activation, dtype, g, device):
     mine, stock, exact = layer.run(ours(activation)), layer.stock(), wide.stock()
     for name in ("y", "dx"):
         rounded = exact[name].to(dtype)
-        for value, got, *allowed in zip(
-            specials(dtype), *map(kind, (mine[name], stock[name], rounded)), strict=True
-        ):
+        for value, got, *allowed in zip(specials(dtype), *map(kind, (mine[name], stock[name], rounded)), strict=True):
             assert got in allowed, f"{name} at {value} with gradient {g}: {got}, stock has {allowed[0]}"
         if activation in PIECEWISE:
             torch.testing.assert_close(mine[name], stock[name], rtol=0, atol=0, equal_nan=True)

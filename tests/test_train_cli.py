@@ -183,9 +183,7 @@ def compared(candidate: nn.Module, stock: nn.Sequential, epochs: int = 3, **opti
     def trainer(model: nn.Module, lr: float = 1e-3) -> Trainer:
         data = TensorLoader(splits.train_x, splits.train_y, batch_size=64, shuffle=True)
         validation = TensorLoader(splits.test_x, splits.test_y, batch_size=360)
-        return Trainer(
-            model, F.cross_entropy, adam(model.parameters(), lr=lr), data, validation, progress="silent"
-        )
+        return Trainer(model, F.cross_entropy, adam(model.parameters(), lr=lr), data, validation, progress="silent")
 
     return compare(
         trainer(candidate, **options),

@@ -101,9 +101,7 @@ def test_regression_has_no_accuracy():
     x = torch.randn(64, 3)
     model = nn.Linear(3, 1)
     data = TensorLoader(x, x.sum(1, keepdim=True), batch_size=16)
-    trainer = Trainer(
-        model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), data, data, progress="silent"
-    )
+    trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), data, data, progress="silent")
     trainer.fit(20)
     assert trainer.history[-1]["val_loss"] < 1e-2
     assert "accuracy" not in trainer.history[-1]
@@ -229,9 +227,7 @@ def test_nan_loss_stops_with_a_sentence_and_keeps_the_checkpoint(tmp_path):
     row = int(batches().order(1)[130])  # in the third batch of the second epoch
     bad[row, 0] = float("nan")
     trainer.train_data.tensors = (bad, Y)
-    with pytest.raises(
-        NonFiniteLoss, match=r"loss became nan at batch 3 of epoch 2; .*run\.pt is from before"
-    ):
+    with pytest.raises(NonFiniteLoss, match=r"loss became nan at batch 3 of epoch 2; .*run\.pt is from before"):
         trainer.fit(3)
     assert path.read_bytes() == kept
 
@@ -242,9 +238,7 @@ def test_spoiled_weights_are_not_saved_though_no_loss_showed_it(tmp_path):
     trainer.optimizer.register_step_post_hook(
         lambda *_: steps.append(0) or (len(steps) == 5 and trainer.model[0].bias.data.fill_(float("inf")))
     )
-    with pytest.raises(
-        NonFiniteLoss, match=r"parameter 0\.bias became NaN or infinite .*no checkpoint is kept"
-    ):
+    with pytest.raises(NonFiniteLoss, match=r"parameter 0\.bias became NaN or infinite .*no checkpoint is kept"):
         trainer.fit(2)
     assert not (tmp_path / "run.pt").exists()
 
@@ -257,9 +251,7 @@ def test_lines_without_a_terminal(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     for epoch, line in enumerate(lines, start=1):
-        metrics = (
-            r"loss \d\.\d{3}  accuracy 0\.\d{3}  val_loss \d\.\d{3}  val_accuracy 0\.\d{3}  [\d,]+ samples/s"
-        )
+        metrics = r"loss \d\.\d{3}  accuracy 0\.\d{3}  val_loss \d\.\d{3}  val_accuracy 0\.\d{3}  [\d,]+ samples/s"
         assert re.fullmatch(rf"train epoch {epoch}/2  {metrics}", line)
 
 
@@ -296,9 +288,7 @@ def test_summary_and_repr():
     assert re.search(r"^model +Sequential, 2,474 trainable parameters, float32, on cpu$", summary, re.M)
     assert re.search(r"^loss +CrossEntropyLoss$", summary, re.M)
     assert re.search(r"^optimizer +Adam, lr 0.01$", summary, re.M)
-    assert re.search(
-        r"^train +TensorLoader\(300 samples, 5 batches of 64, shuffled with seed 5\)$", summary, re.M
-    )
+    assert re.search(r"^train +TensorLoader\(300 samples, 5 batches of 64, shuffled with seed 5\)$", summary, re.M)
     assert re.search(r"^last epoch +loss \d\.\d{3}, accuracy 0\.\d{3},", summary, re.M)
     weight = trainer.model[0].weight
     assert re.search(rf"^0\.weight +32x64 +2,048 .* {weight.std(correction=0):.3f}$", summary, re.M)

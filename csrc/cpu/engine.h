@@ -6,9 +6,9 @@ namespace dlk::cpu::DLK_ISA {
 
 template <class T>
 struct Convert {
-  using Elem = T;         // in the tensors
+  using Elem = T;  // in the tensors
   using Acc = DLK_ISA::Acc<T>;
-  using Packed = Acc;     // one k step in a panel
+  using Packed = Acc;  // one k step in a panel
   using Cell = Packed;
   using V = Vec<Acc>;
   static constexpr int kStep = 1;  // k steps per cell

@@ -34,7 +34,7 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
     for (int i = 0; i < R; ++i)
       for (int j = 0; j < C; ++j)
         acc[i * C + j] = E::multiply_add(acc[i * C + j], E::load_cells(x + i * p.a.row_stride + k, p.k - k),
-                                E::load_cells(w + j * p.b.col_stride + k, p.k - k));
+                                         E::load_cells(w + j * p.b.col_stride + k, p.k - k));
   }
   typename E::Acc sums[kGroups * E::kVL];
 #pragma GCC unroll 4
@@ -128,7 +128,8 @@ void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n 
       int64_t n = 0;
       for (; n + 8 <= p.k; n += 8) {
         int64_t i = 0;
-        for (; i + 4 <= p.m; i += 4) add_rows<T, 4, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+        for (; i + 4 <= p.m; i += 4)
+          add_rows<T, 4, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
         for (; i < p.m; ++i) add_rows<T, 1, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
       }
       for (; n < p.k; ++n)

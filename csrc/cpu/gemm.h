@@ -57,7 +57,8 @@ Tiling tile(const Gemm& p, int threads) {
       const int64_t cost = rounds * (mc * round_up(nc, E::kVL) + 16 * (mc + nc));
       if (best_cost < 0 || cost < best_cost) {
         best_cost = cost;
-        best = {mc, nc, one_block ? nc : min(nc, kNB), ceil_div(p.m, mc), ceil_div(p.n, nc), kc, kt, max(kb, 1), one_block};
+        best = {mc,         nc,       one_block ? nc : min(nc, kNB), ceil_div(p.m, mc), ceil_div(p.n, nc), kc, kt,
+                max(kb, 1), one_block};
       }
     }
   }
@@ -78,11 +79,11 @@ DLK_INLINE int64_t panel_at(int64_t first, int64_t per_panel, int64_t cells) {
 template <class E>
 struct Buffers {
   using Cell = typename E::Cell;
-  Cell* a;                   // micro-panels of A
-  Cell* b;                   // micro-panels of B
-  typename E::Acc* acc;      // the tile between k blocks
-  ColumnSum<E> row_sum;      // [kMC]: columns of the runs, which are rows of A
-  typename E::Packed* run;   // two runs on their way into a panel
+  Cell* a;                  // micro-panels of A
+  Cell* b;                  // micro-panels of B
+  typename E::Acc* acc;     // the tile between k blocks
+  ColumnSum<E> row_sum;     // [kMC]: columns of the runs, which are rows of A
+  typename E::Packed* run;  // two runs on their way into a panel
 
   static constexpr int64_t kRun = (kMC > kNC ? kMC : kNC) + DLK_VBYTES;
   static constexpr int64_t kA = kMC * kAStride<E>;
@@ -231,9 +232,9 @@ struct Packed {
 };
 
 struct Block {
-  int64_t i0, j0, tk;          // where in C, and which slice
+  int64_t i0, j0, tk;  // where in C, and which slice
   int64_t rows, cols, cells;
-  bool first, last;            // of the tile's k blocks
+  bool first, last;  // of the tile's k blocks
 };
 
 // The packed A block times the packed B block, into acc [rows, ld] or, on the last k block, out of it.
@@ -253,8 +254,8 @@ void multiply_block(const Plan<E>& plan, const Block& at, const Buffers<E>& s, t
       const auto* panel_b = s.b + panel_at<E>(j, nr, at.cells);
       A* c = one_block ? acc : acc + i * ld + j;
       const int64_t ldc = one_block ? nr : ld;
-      const auto uk = row_major ? ukernel_for<E, kRowMajor>(r, width / E::kVL)
-                                : ukernel_for<E, kKMajor>(r, width / E::kVL);
+      const auto uk =
+          row_major ? ukernel_for<E, kRowMajor>(r, width / E::kVL) : ukernel_for<E, kKMajor>(r, width / E::kVL);
       int64_t q = 0;
       do {
         uk(min(kSum<E>, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, ldc,
@@ -296,8 +297,8 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
     for (int64_t jb = 0; jb < cols; jb += t.nb) {
       const int64_t width = min(t.nb, cols - jb);
       if (b.renew(j0 + jb, p0)) pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
-      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, ceil_div(ks, E::kStep), p0 == k0, p0 + t.kb >= k1},
-                        s, s.acc + jb, round_up(cols, E::kVL));
+      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, ceil_div(ks, E::kStep), p0 == k0, p0 + t.kb >= k1}, s,
+                        s.acc + jb, round_up(cols, E::kVL));
     }
   }
   if (sum_rows) {

@@ -72,7 +72,8 @@ const Kernels* choose() {
     if (level.usable && wanted.empty()) best = level.kernels;
     if (wanted == level.kernels->isa) {
       if (!level.usable)
-        throw std::runtime_error("DLKERNELS_CPU_ISA=" + wanted + " asks for instructions this CPU does not have; unset it");
+        throw std::runtime_error("DLKERNELS_CPU_ISA=" + wanted +
+                                 " asks for instructions this CPU does not have; unset it");
       best = level.kernels;
     }
   }

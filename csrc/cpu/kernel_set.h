@@ -17,8 +17,14 @@ namespace dlk::cpu::DLK_ISA {
 
 template <class E>
 constexpr Engine engine(const char* ukernel) {
-  return {ukernel, &act_pass_with<typename E::Elem>, &gemm_with<E>, &few_forward_with<E>,
-          &few_dgrad_with<typename E::Elem>, &few_wgrad_with<typename E::Elem>, &grad_pass_with<typename E::Elem>, losses<typename E::Elem>()};
+  return {ukernel,
+          &act_pass_with<typename E::Elem>,
+          &gemm_with<E>,
+          &few_forward_with<E>,
+          &few_dgrad_with<typename E::Elem>,
+          &few_wgrad_with<typename E::Elem>,
+          &grad_pass_with<typename E::Elem>,
+          losses<typename E::Elem>()};
 }
 
 }  // namespace dlk::cpu::DLK_ISA

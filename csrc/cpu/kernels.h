@@ -26,7 +26,7 @@ struct Parallel {
 //
 // dz = g · act'(saved) never exists in memory: it is made while A is packed.
 struct Gemm {
-  DType dtype;       // of every operand and output; accumulation is f32 (f64 for f64)
+  DType dtype;  // of every operand and output; accumulation is f32 (f64 for f64)
   int64_t m, n, k;
   View a;            // A[i, p], or the incoming gradient g in A's orientation when `saved` is set
   View saved;        // data == nullptr: A is plain
@@ -44,12 +44,12 @@ struct Gemm {
 struct GradPass {
   DType dtype;
   int64_t m, n;
-  View g;            // [m, n]
-  View saved;        // [m, n]
+  View g;      // [m, n]
+  View saved;  // [m, n]
   Activation act;
-  void* dz;          // [m, n] contiguous, or nullptr
-  void* dbias;       // [n], or nullptr
-  void* partials;    // slices(m) * n accumulators, f32 (f64 for f64), when dbias is set
+  void* dz;        // [m, n] contiguous, or nullptr
+  void* dbias;     // [n], or nullptr
+  void* partials;  // slices(m) * n accumulators, f32 (f64 for f64), when dbias is set
 };
 
 // Where packing weight would cost more than it saves.

@@ -63,7 +63,8 @@ cpu::Gemm gradient_product(const Checked& c, const at::Tensor& grad_y, const at:
   return p;
 }
 
-void dgrad(Path path, const Checked& c, const at::Tensor& grad_y, const at::Tensor& weight, const at::Tensor& saved, at::Tensor& dx) {
+void dgrad(Path path, const Checked& c, const at::Tensor& grad_y, const at::Tensor& weight, const at::Tensor& saved,
+           at::Tensor& dx) {
   const auto [m, n, k] = c.shape;
   cpu::Gemm p = gradient_product(c, grad_y, saved);
   p.m = m, p.n = k, p.k = n;
@@ -97,15 +98,22 @@ void grad_pass(const Checked& c, const at::Tensor& grad_y, const at::Tensor& sav
   const auto [m, n, k] = c.shape;
   at::Tensor partials;
   if (dbias) partials = accumulators(cpu::slices(m) * n, saved);
-  const cpu::GradPass p = {c.dtype, m, n, view_of(grad_y), view_of(saved), c.act, dz ? dz->data_ptr() : nullptr,
-                           dbias ? dbias->data_ptr() : nullptr, dbias ? partials.data_ptr() : nullptr};
+  const cpu::GradPass p = {c.dtype,
+                           m,
+                           n,
+                           view_of(grad_y),
+                           view_of(saved),
+                           c.act,
+                           dz ? dz->data_ptr() : nullptr,
+                           dbias ? dbias->data_ptr() : nullptr,
+                           dbias ? partials.data_ptr() : nullptr};
   engine(c.dtype).grad_pass(p, parallel_for_work(m * n * 16));
 }
 
 }  // namespace
 
-at::Tensor linear_act_forward_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t act,
-                                  double slope) {
+at::Tensor linear_act_forward_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                  int64_t act, double slope) {
   const Checked c = check_forward(x, weight, bias, act, slope);
   at::Tensor y = at::empty(resized_last(x, c.shape.n), x.options());
   forward(c, x, weight, contiguous_bias(bias), y, nullptr);

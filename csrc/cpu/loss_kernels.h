@@ -15,6 +15,18 @@ namespace dlk::cpu {
 
 struct Parallel;
 
+// A sum in f64 that keeps what each addition rounds away (Neumaier, 1974): thousands of terms cost f64 no digits either.
+struct ExactSum {
+  double sum = 0, lost = 0;
+
+  DLK_HD void add(double term) {
+    const double next = sum + term;
+    lost += (sum < 0 ? -sum : sum) >= (term < 0 ? -term : term) ? (sum - next) + term : (term - next) + sum;
+    sum = next;
+  }
+  DLK_HD double value() const { return lost == lost ? sum + lost : sum; }  // Inf - Inf was lost where sum is Inf
+};
+
 // Elementwise losses over [rows, cols]: squared error (x - t)², Gaussian negative log likelihood
 // (ln v + (x - t)²/v)/2 + constant with v = max(var, eps).
 struct ElementwiseLoss {
@@ -47,17 +59,17 @@ struct CrossEntropy {
   ClassStrides x_strides;
   const int64_t* target;  // [outer, inner] contiguous, every index checked; nullptr with class probabilities
   int64_t ignore_index;
-  const void* soft;       // class probabilities t, or nullptr
+  const void* soft;  // class probabilities t, or nullptr
   ClassStrides soft_strides;
-  const void* weight;     // [classes], f32 (f64 for f64), or nullptr
-  double weight_sum;      // over the classes
+  const void* weight;  // [classes], f32 (f64 for f64), or nullptr
+  double weight_sum;   // over the classes
   double smoothing;
-  double scale;           // of the gradients: 1/denominator for the mean
-  void* loss;             // [outer, inner] contiguous, or nullptr
-  void* grad;             // of x, or nullptr
-  void* grad_soft;        // of t, likewise
+  double scale;     // of the gradients: 1/denominator for the mean
+  void* loss;       // [outer, inner] contiguous, or nullptr
+  void* grad;       // of x, or nullptr
+  void* grad_soft;  // of t, likewise
   ClassStrides grad_strides;
-  double* sums;           // per slice
+  double* sums;  // per slice
 };
 
 // Rows per slice: about 64 thousand logits, in whole registers.

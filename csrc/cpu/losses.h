@@ -84,7 +84,7 @@ void elementwise_slice(const ElementwiseLoss& p, int64_t slice) {
   using V = Vec<A>;
   const Loss loss(p);
   const V divisor = O::lit(p.divisor);
-  double total = 0;
+  ExactSum total;
   V block{};
   int64_t in_block = 0;
   auto negative = V{} < V{};
@@ -108,14 +108,15 @@ void elementwise_slice(const ElementwiseLoss& p, int64_t slice) {
       if (p.grad_input) store_some((A*)p.grad_input + at + i, terms.grad_input / divisor, left);
       if (p.grad_var) store_some((A*)p.grad_var + at + i, terms.grad_var / divisor, left);
       if (++in_block == kSumBlock) {
-        total += sum_lanes(block)[0];
+        total.add(sum_lanes(block)[0]);
         block = V{};
         in_block = 0;
       }
     }
     at += n;
   }
-  p.sums[slice] = total + sum_lanes(block)[0];
+  total.add(sum_lanes(block)[0]);
+  p.sums[slice] = total.value();
   if constexpr (Loss::has_var) {
     p.negative[slice] = 0;
     for (int i = 0; i < kLanes<T>; ++i) p.negative[slice] |= negative[i] != 0;
@@ -125,7 +126,8 @@ void elementwise_slice(const ElementwiseLoss& p, int64_t slice) {
 template <class T, class Loss>
 void elementwise_with(const ElementwiseLoss& p, const Parallel& parallel) {
   parallel.run(loss_slices(p), &p, [](const void* context, int64_t begin, int64_t end) {
-    for (int64_t slice = begin; slice < end; ++slice) elementwise_slice<T, Loss>(*(const ElementwiseLoss*)context, slice);
+    for (int64_t slice = begin; slice < end; ++slice)
+      elementwise_slice<T, Loss>(*(const ElementwiseLoss*)context, slice);
   });
 }
 
@@ -169,9 +171,9 @@ struct AcrossRows {
   DLK_INLINE V of_classes(const A* value, int64_t) { return V{} + *value; }
 };
 
-// `rows` (at most L::kRows) rows from inner0 on; returns the sum of their losses.
+// `rows` (at most L::kRows) rows from inner0 on; adds their losses to total.
 template <class T, class L>
-double cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, int64_t rows) {
+void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, int64_t rows, ExactSum& total) {
   using A = Acc<T>;
   using O = Ops<A>;
   using V = Vec<A>;
@@ -192,17 +194,17 @@ double cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, 
       f(i, classes, L::lanes(classes, rows));
     }
   };
-  // The sums per row of what f(i, classes, lanes) returns.
+  // The sums per row of what f(i, classes, lanes) returns, with what each addition rounds away (Knuth's two-sum): many
+  // small terms are as good as few. Not where a term is infinite.
   auto sum = [&](auto&& f) {
-    V total{}, block{};
+    V total{}, lost{};
     each([&](int64_t i, int64_t classes, int64_t lanes) {
-      block += f(i, classes, lanes);
-      if (i % kSumBlock == kSumBlock - 1) {
-        total += block;
-        block = V{};
-      }
+      const V term = f(i, classes, lanes), next = total + term, added = next - total;
+      lost += (total - (next - added)) + (term - added);
+      total = next;
     });
-    return L::sum(total + block);
+    const V exact = L::sum(total) + L::sum(lost);
+    return exact == exact ? exact : L::sum(total);
   };
   auto class_weight = [&](int64_t i, int64_t classes) {
     return p.weight ? L::of_classes((const A*)p.weight + i * L::kClasses, classes) : V{} + weight_one;
@@ -219,11 +221,13 @@ double cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, 
 
   // q without the hard target's own term is dense with class probabilities or smoothing, else zero.
   const bool dense = soft || p.smoothing > 0;
-  const V uniform = O::lit(p.smoothing / p.classes), kept = O::lit(1 - p.smoothing);
-  auto dense_q = [&](int64_t i, int64_t classes, int64_t lanes) {
-    V q = uniform;
-    if (soft) q += kept * load_some(t + i * L::kClasses * p.soft_strides.cls, L::stride(p.soft_strides), lanes);
-    return class_weight(i, classes) * q;
+  auto dense_q = [&](double scale) {
+    const V uniform = O::lit(p.smoothing / p.classes * scale), kept = O::lit((1 - p.smoothing) * scale);
+    return [&, uniform, kept](int64_t i, int64_t classes, int64_t lanes) {
+      V q = uniform;
+      if (soft) q += kept * load_some(t + i * L::kClasses * p.soft_strides.cls, L::stride(p.soft_strides), lanes);
+      return class_weight(i, classes) * q;
+    };
   };
 
   const bool keep_exp = p.grad && !dense;
@@ -237,11 +241,12 @@ double cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, 
   // Of q without the hard target's own term: Σ q·(x - max), in units of `uniform` for class indices, and Σ q.
   V dot{}, q_sum{};
   if (soft) {
+    const auto q = dense_q(1);
     dot = sum([&](int64_t i, int64_t classes, int64_t lanes) {
-      return L::classes_only(dense_q(i, classes, lanes) * load(values + i * kVL), classes, A(0));
+      return L::classes_only(q(i, classes, lanes) * load(values + i * kVL), classes, A(0));
     });
     q_sum = sum([&](int64_t i, int64_t classes, int64_t lanes) {
-      return L::classes_only(dense_q(i, classes, lanes), classes, A(0));
+      return L::classes_only(q(i, classes, lanes), classes, A(0));
     });
   } else if (dense) {
     dot = sum([&](int64_t i, int64_t classes, int64_t) {
@@ -250,15 +255,14 @@ double cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, 
   }
 
   // What belongs to a row, in f64: a rounding here would be one of every term.
-  double total = 0;
-  A factor[kVL] = {}, scale[kVL] = {}, target_scale[kVL] = {};
+  A factor[kVL] = {}, live[kVL] = {}, target_grad[kVL] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const double log_s = log_sum[r];
     double loss = 0, all_q = 0;
     if (soft) {
       all_q = q_sum[r];
       loss = all_q * log_s - dot[r];
-      scale[r] = A(p.scale);
+      live[r] = 1;
     } else if (const int64_t target = p.target[first_row + r]; target != p.ignore_index) {
       const double x_target = load_some(x + target * p.x_strides.cls + r * p.x_strides.inner, 1, 1)[0];
       const double weight = p.weight ? ((const A*)p.weight)[target] : A(1), share = p.smoothing / p.classes;
@@ -266,16 +270,15 @@ double cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, 
       loss = target_q * (log_s - (x_target - highest[r]));
       if (dense) loss += share * (p.weight_sum * log_s - dot[r]);
       all_q = target_q + share * p.weight_sum;
-      target_scale[r] = A((target_q + share * weight) * p.scale);
-      scale[r] = A(p.scale);
+      target_grad[r] = A((target_q + share * weight) * p.scale);
+      live[r] = 1;
     }
-    factor[r] = A(all_q * scale[r] / exp_sum[r]);
-    total += loss;
+    factor[r] = A(all_q * (live[r] ? p.scale : 0) / exp_sum[r]);
+    total.add(loss);
     if (p.loss) store_some((T*)p.loss + first_row + r, O::lit(loss), 1);
   }
 
-  // d/dx = (softmax·Σq - q)·scale; in a row that is ignored scale is 0, and only NaN gets through, as in torch.
-  const V row_scale = L::of_rows(scale);
+  // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
   if (p.grad_soft) {
     A* grad = (A*)p.grad_soft + offset(p.grad_strides);
     const V kept_scale = O::lit(-(1 - p.smoothing) * p.scale);
@@ -286,13 +289,14 @@ double cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, 
   }
   if (p.grad) {
     A* grad = (A*)p.grad + offset(p.grad_strides);
-    const V row_factor = L::of_rows(factor);
+    const V row_factor = L::of_rows(factor), row_live = L::of_rows(live);
+    const auto scaled_q = dense_q(p.scale);
     each([&](int64_t i, int64_t classes, int64_t lanes) {
       V e = load(values + i * kVL), g;
       if (dense) {
         e = O::exp(e);
         store(values + i * kVL, e);
-        g = e * row_factor - dense_q(i, classes, lanes) * row_scale;
+        g = e * row_factor - (row_live > V{} ? scaled_q(i, classes, lanes) : V{});
       } else {
         g = e * row_factor;
       }
@@ -302,10 +306,9 @@ double cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, 
       const int64_t target = p.target[first_row + r];
       if (target == p.ignore_index) continue;
       grad[target * p.grad_strides.cls + r * p.grad_strides.inner] =
-          values[L::at(target, r)] * factor[r] - target_scale[r];
+          values[L::at(target, r)] * factor[r] - target_grad[r];
     }
   }
-  return total;
 }
 
 template <class T, class L>
@@ -314,9 +317,9 @@ void cross_entropy_slices(const CrossEntropy& p, int64_t begin, int64_t end) {
   for (int64_t slice = begin; slice < end; ++slice) {
     const int64_t outer = slice / per_outer, from = slice % per_outer * slice_rows;
     const int64_t to = min(from + slice_rows, p.inner);
-    p.sums[slice] = 0;
-    for (int64_t s = from; s < to; s += L::kRows)
-      p.sums[slice] += cross_entropy_rows<T, L>(p, outer, s, min(L::kRows, to - s));
+    ExactSum total;
+    for (int64_t s = from; s < to; s += L::kRows) cross_entropy_rows<T, L>(p, outer, s, min(L::kRows, to - s), total);
+    p.sums[slice] = total.value();
   }
 }
 
@@ -332,7 +335,8 @@ void cross_entropy_with(const CrossEntropy& p, const Parallel& parallel) {
 
 template <class T>
 constexpr Losses losses() {
-  return {&elementwise_with<T, SquaredError<Acc<T>>>, &elementwise_with<T, GaussianNLL<Acc<T>>>, &cross_entropy_with<T>};
+  return {&elementwise_with<T, SquaredError<Acc<T>>>, &elementwise_with<T, GaussianNLL<Acc<T>>>,
+          &cross_entropy_with<T>};
 }
 
 }  // namespace dlk::cpu::DLK_ISA

@@ -26,9 +26,10 @@ at::TensorOptions grad_options(const at::Tensor& t) { return t.options().dtype(c
 at::Tensor reduced(const at::Tensor& each, const std::vector<double>& sums, Reduction reduction, double denominator,
                    const at::Tensor& like) {
   if (reduction == at::Reduction::None) return each;
-  double sum = 0;
-  for (double s : sums) sum += s;
-  return at::scalar_tensor(reduction == at::Reduction::Mean ? sum / denominator : sum, like.options());
+  cpu::ExactSum total;
+  for (double sum : sums) total.add(sum);
+  const double value = total.value();
+  return at::scalar_tensor(reduction == at::Reduction::Mean ? value / denominator : value, like.options());
 }
 
 // ---- elementwise ----------------------------------------------------------------------------------------------------
@@ -91,30 +92,13 @@ LossAndGrads elementwise_loss(const char* op, const at::Tensor& input, const at:
   p.sums = sums.data(), p.negative = negative.data();
 
   const cpu::Losses& losses = cpu::engine(dtype).losses;
-  (var.defined() ? losses.gaussian_nll : losses.squared_error)(p, cpu::parallel_for_work(count * (var.defined() ? 32 : 4)));
+  (var.defined() ? losses.gaussian_nll : losses.squared_error)(
+      p, cpu::parallel_for_work(count * (var.defined() ? 32 : 4)));
   TORCH_CHECK_VALUE(std::count(negative.begin(), negative.end(), 1) == 0, "var has negative entry/entries");
   return {reduced(each, sums, reduction, count, input), grad_input, grad_var};
 }
 
 // ---- cross entropy --------------------------------------------------------------------------------------------------
-
-// A long sum of few kinds of terms, whose rounding errors would all go the same way: in blocks, to have few of them.
-class Sum {
- public:
-  void add(double term) {
-    block_ += term;
-    if (++in_block_ == 512) {
-      total_ += block_;
-      block_ = 0;
-      in_block_ = 0;
-    }
-  }
-  double value() const { return total_ + block_; }
-
- private:
-  double total_ = 0, block_ = 0;
-  int in_block_ = 0;
-};
 
 // f(class) for the weight of a class; 1 without weights.
 template <class F>
@@ -127,7 +111,7 @@ auto with_weights(const at::Tensor& weight, F&& f) {
 double weight_sum(const at::Tensor& weight, int64_t classes) {
   if (!weight.defined()) return classes;
   return with_weights(weight, [&](auto weight_of) {
-    Sum sum;
+    cpu::ExactSum sum;
     for (int64_t c = 0; c < classes; ++c) sum.add(weight_of(c));
     return sum.value();
   });
@@ -137,12 +121,13 @@ double weight_sum(const at::Tensor& weight, int64_t classes) {
 template <class WeightOf>
 double checked_denominator(const at::Tensor& target, WeightOf weight_of, int64_t classes, int64_t ignore_index) {
   const int64_t* index = target.const_data_ptr<int64_t>();
-  Sum sum;
+  cpu::ExactSum sum;
   for (int64_t i = 0, n = target.numel(); i < n; ++i) {
     const int64_t t = index[i];
     if (t == ignore_index) continue;
-    TORCH_CHECK_INDEX(t >= 0 && t < classes, "cross_entropy: Target ", t, " is out of bounds: expected a class index in [0, ",
-                      classes, ") or ignore_index = ", ignore_index);
+    TORCH_CHECK_INDEX(t >= 0 && t < classes, "cross_entropy: Target ", t,
+                      " is out of bounds: expected a class index in [0, ", classes,
+                      ") or ignore_index = ", ignore_index);
     sum.add(weight_of(t));
   }
   return sum.value();
@@ -214,7 +199,10 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   p.grad_soft = data_or_null(grad_target);
   std::vector<double> sums(cpu::loss_slices(p));
   p.sums = sums.data();
-  cpu::engine(dtype).losses.cross_entropy(p, cpu::parallel_for_work(input.numel() * 16));
+  if (classes > 0)
+    cpu::engine(dtype).losses.cross_entropy(p, cpu::parallel_for_work(input.numel() * 16));
+  else if (each.defined())
+    each.zero_();
   return {reduced(each, sums, reduction, denominator, input), grad, grad_target};
 }
 

@@ -32,7 +32,8 @@ Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
   if (forced() == Forced::no && !empty && !isa_capped()) {
     const CpuFeatures& cpu = cpu_features();
     if ((dtype == DType::bf16 && cpu.amx_bf16) || (dtype == DType::f16 && cpu.amx_fp16))
-      return {Path::aten, "this CPU has AMX and dlkernels has no AMX micro-kernel yet: torch's GEMM, our passes around it"};
+      return {Path::aten,
+              "this CPU has AMX and dlkernels has no AMX micro-kernel yet: torch's GEMM, our passes around it"};
   }
   const bool few = op == Op::forward ? shape.m <= kFewRowsForward : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
   if (contiguous && few && shape.k >= 64 && !empty)

@@ -31,8 +31,7 @@ void grad_run(typename E::Packed* dst, const typename E::Elem* g, int64_t g_stri
   const typename E::V s = O::lit(slope);
   int64_t i = 0;
   if (g_stride == 1 && saved_stride == 1) {
-    for (; i + E::kVL <= n; i += E::kVL)
-      E::pack_store(dst + i, Act::template grad<O>(load(g + i), load(saved + i), s));
+    for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, Act::template grad<O>(load(g + i), load(saved + i), s));
   }
   for (; i < n; i += E::kVL) {
     int64_t left = n - i < E::kVL ? n - i : E::kVL;

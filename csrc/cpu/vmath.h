@@ -111,9 +111,7 @@ struct Ops<float> {
   }
 
   DLK_INLINE T abs(T x) { return (T)((VU32)x & 0x7fffffffu); }
-  DLK_INLINE T with_sign(T magnitude, T sign) {
-    return (T)((VU32)magnitude | ((VU32)sign & 0x80000000u));
-  }
+  DLK_INLINE T with_sign(T magnitude, T sign) { return (T)((VU32)magnitude | ((VU32)sign & 0x80000000u)); }
 };
 
 }  // namespace dlk::cpu::DLK_ISA

@@ -10,7 +10,8 @@ With d = act'(z), s the saved y or z, g the gradient of y and q = g·d (all elem
 
 Two Functions do each step. The plain pair (``ctx`` in forward) is the fast one, for eager, compile and export; what its
 second derivative sends into s goes on through the first Function, whose output s is, so every order is right and no
-input is kept for it. Under a ``torch.func`` transform the call goes to the pair with ``setup_context`` and ``vmap``, which
+input is kept for it. Under a ``torch.func`` transform the call goes to the pair with ``setup_context`` and ``vmap``,
+which
 recomputes z where a derivative is itself differentiated. In forward-mode AD torch's own operators do the work: a
 Function's ``jvp`` does not see the tangents of an enclosing level, and forward over forward would be zero.
 """
@@ -122,7 +123,8 @@ def _backward_of_backward(
     grads: Gradients,
     needs: tuple[bool, ...] = (True, True, True, True),
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for (g, x, weight, saved) of the backward; see the module's docstring. None where zero or not needed."""
+    """Gradients for (g, x, weight, saved) of the backward; see the module's docstring. None where zero or not
+    needed."""
     gx, gw, gb = grads
     h = _sum(
         gx @ weight.t() if gx is not None and weight is not None else None,
@@ -169,7 +171,7 @@ class _LinearActBackward(torch.autograd.Function):
     """(dx, dweight, dbias), differentiable. ``x`` or ``weight`` may be None where unused."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         g: Tensor,
         x: Tensor | None,
@@ -185,7 +187,7 @@ class _LinearActBackward(torch.autograd.Function):
         return _backward(g, x, weight, saved, act.code, slope, *needs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, weight, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         out = _backward_of_backward(ctx.act, ctx.slope, g, x, weight, saved, grads, needs)  # type: ignore[arg-type]
@@ -196,7 +198,7 @@ class _LinearAct(torch.autograd.Function):
     """y, or (y, z) where the gradient reads z: an output, so that a second derivative can come back through it."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
     ) -> Tensor | tuple[Tensor, Tensor]:
         outputs = (_forward if act.saves_output else _forward_z)(x, weight, bias, act.code, slope)
@@ -212,9 +214,7 @@ class _LinearAct(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, g: Tensor | None, gz: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, gz: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
 
@@ -248,7 +248,7 @@ def _unbatched(t: Any, dim: int | None, i: int) -> Any:
 
 class _LinearActBackwardTransform(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         g: Tensor,
         x: Tensor,
         weight: Tensor,
@@ -265,7 +265,7 @@ class _LinearActBackwardTransform(torch.autograd.Function):
         ctx.save_for_backward(g, x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, weight, bias = ctx.saved_tensors
         act: Activation = ctx.act
         saved = _recomputed(x, weight, bias, act, ctx.slope)
@@ -298,9 +298,7 @@ class _LinearActTransform(torch.autograd.Function):
     """Returns (y, z); z is there to be saved, and is not differentiable."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> tuple[Tensor, Tensor]:
         return _forward_z(x, weight, bias, act.code, slope)
 
     @staticmethod
@@ -311,7 +309,7 @@ class _LinearActTransform(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, y if ctx.act.saves_output else z)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _gz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, _gz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, saved = ctx.saved_tensors
         if forward_mode():
             dx, dweight, dbias = _backward_in_torch(g, x, weight, saved, ctx.act, ctx.slope)
@@ -350,7 +348,9 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, 
             z = torch.nn.functional.linear(torch.atleast_2d(x), weight, bias).view(*x.shape[:-1], -1)
             return act.value(z, slope)
         return _LinearActTransform.apply(x, weight, bias, act, slope)[0]
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         outputs = _LinearAct.apply(x, weight, bias, act, slope)
         return outputs if act.saves_output else outputs[0]
     return _forward(x, weight, bias, act.code, slope)

@@ -1,8 +1,9 @@
 """Losses: fake kernels, autograd Functions, and the way to torch's own formulas.
 
-An op returns the loss and its gradients for an incoming gradient of 1, made in the same pass over the data and kept in
-float32 (float64 for float64); backward multiplies and rounds. What no kernel is for goes to torch's formulas (:func:`_stock_mse` and its neighbours): other devices than the
-CPU, ``torch.func`` transforms and forward-mode AD, and the backward of a backward, which differentiates them.
+An op returns the loss and its gradients for an incoming gradient of 1, made in the same pass over the data and kept
+in float32 (float64 for float64); backward multiplies and rounds. What no kernel is for goes to torch's formulas
+(:func:`_stock_mse` and its neighbours): other devices than the CPU, ``torch.func`` transforms and forward-mode AD, and
+the backward of a backward, which differentiates them.
 
 ``reduction`` is 0 "none", 1 "mean", 2 "sum", as in ``torch.nn._reduction``.
 """
@@ -118,9 +119,7 @@ def _stock_mse(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     return F.mse_loss(input, target, reduction=_REDUCTIONS[reduction])
 
 
-def _stock_gaussian_nll(
-    input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int
-) -> Tensor:
+def _stock_gaussian_nll(input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
     # The clamp is a constant to derivatives. F.gaussian_nll_loss looks at var's values, which vmap forbids.
     var = torch.where(var < eps, var + (eps - var).detach(), var)
     loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var) + (0.5 * math.log(2 * math.pi) if full else 0.0)
@@ -176,14 +175,14 @@ def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _MSELoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: int) -> Tensor:
         loss, grad = _mse_loss(input, target, reduction, True)
         ctx.save_for_backward(input, target, grad)
         ctx.reduction = reduction
         return loss
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         input, target, grad = ctx.saved_tensors
         need_input, need_target = needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
@@ -196,9 +195,7 @@ class _MSELoss(torch.autograd.Function):
 
 class _GaussianNLLLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
         need_input, need_target, need_var = ctx.needs_input_grad[:3]
         loss, grad, grad_var = _gaussian_nll_loss(
             input, target, var, full, eps, reduction, need_input or need_target, need_var
@@ -208,7 +205,7 @@ class _GaussianNLLLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         input, target, var, grad, grad_var = ctx.saved_tensors
         need_input, need_target, need_var = needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
@@ -228,7 +225,7 @@ class _GaussianNLLLoss(torch.autograd.Function):
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         target: Tensor,
@@ -244,18 +241,14 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, grad, grad_target = ctx.saved_tensors
         need_input, need_target = ctx.needs_input_grad[:2]
         rest = (None,) * 4
         if torch.is_grad_enabled():
             settings = ctx.settings
-            if need_target:
-                formula = lambda x, t: _stock_cross_entropy(x, t, weight, *settings)  # noqa: E731
-                needs = (need_input, need_target)
-                return *_differentiable_gradients(formula, (input, target), needs, g), *rest
-            formula = lambda x: _stock_cross_entropy(x, target, weight, *settings)  # noqa: E731
-            return *_differentiable_gradients(formula, (input,), (True,), g), None, *rest
+            formula = lambda x, t: _stock_cross_entropy(x, t, weight, *settings)  # noqa: E731
+            return *_differentiable_gradients(formula, (input, target), (need_input, need_target), g), *rest
         if input.dim() > 1 and g.dim() > 0:
             g = g.unsqueeze(1)  # one value per row, for all its classes
         return (

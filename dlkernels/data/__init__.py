@@ -28,8 +28,6 @@ def load(name: str, folder: str | None = None) -> Splits:
         return load_mnist(folder)
     if name == "digits":
         if folder:
-            raise ValueError(
-                f"expected no data folder for digits, which ship with scikit-learn; got {folder}"
-            )
+            raise ValueError(f"expected no data folder for digits, which ship with scikit-learn; got {folder}")
         return load_digits()
     raise ValueError(f"expected a data set out of {', '.join(DATASETS)}; got {name!r}")

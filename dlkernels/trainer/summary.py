@@ -17,9 +17,7 @@ def summarize(trainer: Trainer, precision: int | None = None) -> str:
     dtypes = ", ".join(sorted({_name(value.dtype) for value in parameters.values()}))
     mixed = f" with {_name(trainer.autocast)} autocast" if trainer.autocast is not None else ""
     defaults = trainer.optimizer.defaults
-    settings = [
-        f"{key} {defaults[key]:g}" for key in ("lr", "weight_decay") if isinstance(defaults.get(key), float)
-    ]
+    settings = [f"{key} {defaults[key]:g}" for key in ("lr", "weight_decay") if isinstance(defaults.get(key), float)]
     done = f"{number(trainer.epoch)} epochs"
     facts = {
         "model": f"{type(trainer.model).__name__}, {number(trainable)} trainable parameters, "

@@ -1,0 +1,80 @@
+"""float16 and bfloat16 on their way in and out of the kernels, exhaustively, bit for bit as torch converts."""
+
+import pytest
+import torch
+
+from dlkernels import _C, functional
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def patterns(dtype):
+    """All 65536 of them."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def through_subnormals(t):
+    """What is left of ``t`` where bf16 products are made by an instruction that reads subnormals as 0."""
+    if t.dtype == torch.bfloat16 and "avx512_bf16" in _C.cpu_kernels()["bfloat16"]:
+        return t.where(t.isnan() | (t.abs() >= torch.finfo(t.dtype).smallest_normal), 0)
+    return t
+
+
+def assert_same_numbers(y, expected):
+    """NaN where expected has NaN, else equal (a sum that starts at +0 has no -0)."""
+    assert y.dtype == expected.dtype
+    nan = expected.isnan()
+    assert torch.equal(y.isnan(), nan)
+    assert torch.equal(y[~nan], expected[~nan])
+
+
+@HALVES
+@pytest.mark.parametrize("columns", [1, 40])
+def test_every_pattern_as_x(columns, dtype):
+    """Into a panel and out through a tile's edge (1 column) and whole registers (40)."""
+    x = patterns(dtype)
+    y = functional.linear_act(x[:, None], torch.ones(columns, 1, dtype=dtype), None, "none")
+    for column in y.unbind(1):
+        assert_same_numbers(column, through_subnormals(x))
+
+
+@HALVES
+@pytest.mark.parametrize("rows", [1, 9])
+def test_every_pattern_as_weight_in_dot_products(rows, dtype):
+    """The path of few rows: x = (1, 0, 0, ...) picks the first column."""
+    weight = torch.zeros(2**16, 64, dtype=dtype)
+    weight[:, 0] = patterns(dtype)
+    x = torch.zeros(rows, 64, dtype=dtype)
+    x[:, 0] = 1
+    for row in functional.linear_act(x, weight, None, "none"):
+        assert_same_numbers(row, through_subnormals(patterns(dtype)))
+
+
+@HALVES
+def test_every_pattern_as_incoming_gradient(dtype):
+    g = patterns(dtype)[:, None]
+    x = torch.zeros_like(g).requires_grad_()
+    (dx,) = torch.autograd.grad(functional.linear_act(x, torch.ones(1, 1, dtype=dtype), None, "none"), x, g)
+    assert_same_numbers(dx, through_subnormals(g))
+
+
+@HALVES
+def test_rounding_of_sums(dtype):
+    """y = round(a + c), the sum in float32: a of every exponent and c of every power of two make ties, carries into the
+    next binade, overflow just above the largest number and results among the subnormals."""
+    info = torch.finfo(dtype)
+    normal = patterns(dtype)
+    normal = normal[normal.isfinite() & (normal.abs() >= info.smallest_normal)]
+    chosen = torch.randperm(len(normal))[:3000]
+    edges = torch.tensor(
+        [info.max, info.min, info.smallest_normal, -info.smallest_normal, 1.0, 1 + info.eps], dtype=dtype
+    )
+    a = torch.cat([normal[chosen], edges])
+    low, high = (torch.tensor([v], dtype=torch.float64).log2().floor().int().item() for v in (info.tiny, info.max))
+    powers = torch.tensor([2.0**e for e in range(low, high + 1)], dtype=torch.float64).to(dtype)
+    c = torch.cat([powers, -powers, edges, normal[:: len(normal) // 500]])
+    y = functional.linear_act(a[:, None], torch.ones(len(c), 1, dtype=dtype), c, "none")
+    expected = (a.float()[:, None] + c.float()).to(dtype)
+    assert expected.isinf().any()
+    assert ((expected != 0) & (expected.abs() < info.smallest_normal)).any()
+    assert_same_numbers(y, expected)

@@ -1,0 +1,95 @@
+"""explain() tells the truth: about the instruction set, the path, and why."""
+
+import json
+
+import pytest
+import torch
+from isolated import python
+from torch.profiler import ProfilerActivity, profile
+
+from dlkernels import _C, functional
+
+
+def paths(x, weight):
+    return {row.op: row.path for row in functional.explain(x, weight)}
+
+
+def layer(m, n, k, dtype=torch.float32):
+    return torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+
+
+def library_products(x, weight):
+    """How many products torch's own GEMM did in forward and in backward."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    counts, results = [], []
+    for step in (
+        lambda: functional.linear_relu(x, weight),
+        lambda: torch.autograd.grad(results[0].sum(), (x, weight)),
+    ):
+        with profile(activities=[ProfilerActivity.CPU]) as prof:
+            results.append(step())
+        counts.append(sum(e.count for e in prof.key_averages() if e.key in ("aten::mm", "aten::addmm")))
+    return tuple(counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 64), (8, 70, 100), (20, 70, 100), (40, 50, 30), (300, 64, 64)], ids=str)
+def test_path_is_the_one_taken(shape, dtype):
+    """Where it says aten torch's GEMM runs, and nowhere else."""
+    x, weight = layer(*shape, dtype)
+    told = paths(x, weight)
+    expected = (int(told["forward"] == "aten"), sum(told[op] == "aten" for op in ("dgrad", "wgrad")))
+    assert library_products(x, weight) == expected
+
+
+def test_rows_and_reasons():
+    for rows in (functional.explain(*layer(5, 100, 100)), functional.explain(*layer(500, 100, 100))):
+        assert [row.op for row in rows] == ["forward", "dgrad", "wgrad"]
+        for row in rows:
+            assert row.path in ("packed", "few_rows", "aten")
+            assert row.kernel == _C.cpu_kernels()["float32"]
+            assert len(row.why) > 10
+            assert row.splits >= 1
+    assert {row.path for row in functional.explain(*layer(1, 512, 512))} == {"few_rows"}
+    assert {row.path for row in functional.explain(*layer(512, 512, 512))} == {"packed"}
+    (_, _, wgrad) = functional.explain(*layer(65536, 64, 64))
+    assert wgrad.splits > 1, "a tall batch is cut"
+
+
+def test_a_batch_that_has_no_view_as_rows_is_copied_first():
+    """So that its own strides say nothing about the path."""
+    x = torch.randn(70, 3, 2).permute(2, 1, 0)
+    weight = torch.randn(9, 70)
+    assert x.stride(-1) != 1
+    assert functional.explain(x, weight) == functional.explain(x.contiguous(), weight)
+
+
+def test_strides_decide():
+    x, weight = layer(4, 100, 100)
+    assert paths(x, weight)["forward"] == "few_rows"
+    assert paths(x.t().contiguous().t(), weight)["forward"] == "packed"
+    assert paths(x, weight.t().contiguous().t())["dgrad"] == "packed"
+
+
+_ASK = """
+import dataclasses, json, torch
+from dlkernels import _C, functional
+rows = functional.explain(torch.ones(200, 64), torch.ones(50, 64))
+print(json.dumps([_C.cpu_kernels(), [dataclasses.asdict(r) for r in rows]]))
+"""
+
+
+def ask(**environment):
+    return json.loads(python("-c", _ASK, **environment))
+
+
+def test_library_gemm_on_request():
+    _, rows = ask(DLKERNELS_CPU_GEMM="aten")
+    assert {row["path"] for row in rows} == {"aten"}
+    assert all("DLKERNELS_CPU_GEMM=aten" in row["why"] for row in rows)
+
+
+def test_instruction_set_on_request():
+    kernels, rows = ask(DLKERNELS_CPU_ISA="portable", DLKERNELS_CPU_GEMM="own")
+    assert kernels["isa"] == "portable"
+    assert all("portable" in row["kernel"] and row["path"] == "packed" for row in rows)

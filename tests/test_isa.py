@@ -1,0 +1,45 @@
+"""The same tests under every instruction set this CPU can run, and over torch's GEMM."""
+
+import json
+import re
+
+import pytest
+from isolated import python
+
+from dlkernels import _C
+
+ISAS = ["portable", *(isa for isa in ("avx2", "avx512", "avx512_bf16") if _C.cpu_features()[isa])]
+FILES = ["test_forward_backward.py", "test_special_values.py", "test_conversions.py", "test_accuracy.py"]
+# Each activation and dtype in every path, tile edges, strides: what depends on the width of a register.
+SUBSET = "every_activation or (relu_over_shapes and (33 or 47 or 97)) or (strides_of and 40) or stride_zero or empty"
+CONVERSIONS = " or conversions or accuracy or subnormals"  # of numbers that torch's GEMM treats in its own way
+
+
+def run_subset(subset, **environment):
+    """How many tests passed; any that fails or is skipped fails here."""
+    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-k", subset, **environment)
+    assert "skipped" not in out
+    return int(re.search(r"(\d+) passed", out).group(1))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernels(isa):
+    used = python(
+        "-c", "import json; from dlkernels import _C; print(json.dumps(_C.cpu_kernels()))", DLKERNELS_CPU_ISA=isa
+    )
+    assert json.loads(used)["isa"] == isa
+    assert run_subset(SUBSET + CONVERSIONS, DLKERNELS_CPU_ISA=isa, DLKERNELS_CPU_GEMM="own") > 150
+
+
+def test_library_gemm():
+    """Our elementwise passes around torch's products."""
+    assert run_subset(SUBSET, DLKERNELS_CPU_GEMM="aten") > 100
+
+
+def test_isa_this_cpu_lacks_is_refused():
+    """Said, not crashed into. Every cap that is no instruction set here is refused in the same words."""
+    for isa in {"avx2", "avx512", "avx512_bf16"} - set(ISAS):
+        out = python("-c", "from dlkernels import _C; _C.cpu_kernels()", check=False, DLKERNELS_CPU_ISA=isa)
+        assert re.search(f"RuntimeError: DLKERNELS_CPU_ISA={isa} asks for instructions this CPU does not have", out)
+    out = python("-c", "from dlkernels import _C; _C.cpu_kernels()", check=False, DLKERNELS_CPU_ISA="neon")
+    assert "DLKERNELS_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16, got 'neon'" in out
