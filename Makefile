@@ -17,7 +17,7 @@ demo: .venv/.examples  ## train 784-256-10 on MNIST, fused beside stock
 	$(BIN)/python -m dlkernels train --dataset mnist --sizes 784 256 10 --batch-size 256 --epochs 10 --compare-stock --out runs/demo
 
 test: .venv/.dev  ## the whole suite
-	$(BIN)/pytest
+	$(BIN)/python -m pytest
 
 lint: .venv/.dev  ## formatting, style and types; the versions pinned in pyproject.toml
 	_build/lint.sh

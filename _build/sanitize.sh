@@ -19,4 +19,4 @@ DLKERNELS_SANITIZE=$kinds FORCE_CPU=1 .venv/bin/python setup.py --quiet build --
 LD_PRELOAD="$(g++ -print-file-name=$runtime) $(g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
   TSAN_OPTIONS=halt_on_error=1 DLKERNELS_SANITIZE=$kinds PYTHONPATH=$PWD/$out \
-  .venv/bin/pytest --capture=sys -o pythonpath="$out" tests/test_install.py::test_sanitizers_are_those_asked_for "$@"
+  .venv/bin/python -m pytest --capture=sys -o pythonpath="$out" tests/test_install.py::test_sanitizers_are_those_asked_for "$@"
