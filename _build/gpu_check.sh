@@ -11,5 +11,5 @@ if ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
 fi
 FORCE_CUDA=1 $python -m pip install --quiet --no-build-isolation --no-deps --editable .
 $python -m dlkernels info
-.venv/bin/pytest
-.venv/bin/pytest -m cuda  # by themselves too: no test collected is a failure here (exit status 5)
+.venv/bin/python -m pytest
+.venv/bin/python -m pytest -m cuda  # by themselves too: no test collected is a failure here (exit status 5)
