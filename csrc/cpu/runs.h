@@ -12,7 +12,7 @@ DLK_INLINE void copy_run(typename E::Packed* dst, const typename E::Elem* src, i
   int64_t i = 0;
   if (stride == 1) {
     if constexpr (kSame<typename E::Packed, typename E::Elem>) {
-      __builtin_memcpy(dst, src, n * sizeof(*src));
+      if (n > 0) __builtin_memcpy(dst, src, n * sizeof(*src));  // src of an empty tensor is null
       return;
     }
     for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, load(src + i));
