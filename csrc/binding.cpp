@@ -3,6 +3,7 @@
 
 #include "linear_act.h"
 #include "losses.h"
+#include "mlp.h"
 
 TORCH_LIBRARY(dlkernels, m) {
   m.def("_linear_act_forward(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
@@ -10,6 +11,10 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_linear_act_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor saved, int act, float slope, bool need_x, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, bool keep) -> Tensor[]");
+  m.def(
+      "_mlp_backward(Tensor grad_y, Tensor x, Tensor[] weights, Tensor? y, Tensor[] kept, int[] acts, float slope, "
+      "int[] needs) -> Tensor[]");
   m.def("_mse_loss(Tensor input, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)");
   m.def(
       "_gaussian_nll_loss(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction, "
@@ -26,10 +31,12 @@ TORCH_LIBRARY(dlkernels, m) {
     m.impl("_linear_act_backward", &dlk::linear_act_backward_##suffix);   \
   }
 
-// The losses run on CPU; elsewhere dlkernels/_ops/losses.py calls torch's.
+// Chains and losses run on CPU; elsewhere dlkernels/_ops runs a chain layer by layer and calls torch's losses.
 #define DLK_IMPLEMENT_CPU(key)                                 \
   DLK_IMPLEMENT(key, cpu)                                      \
   TORCH_LIBRARY_IMPL(dlkernels, key, m) {                      \
+    m.impl("_mlp_forward", &dlk::mlp_forward_cpu);             \
+    m.impl("_mlp_backward", &dlk::mlp_backward_cpu);           \
     m.impl("_mse_loss", &dlk::mse_loss_cpu);                   \
     m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_cpu); \
     m.impl("_cross_entropy", &dlk::cross_entropy_cpu);         \

@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <string>
+
 #include "activation.h"
 
 namespace dlk {
@@ -101,6 +103,37 @@ Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
     shape.k = x->size(-1);
   }
   return {shape, dtype, check_activation(act, slope)};
+}
+
+std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
+                               const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope) {
+  TORCH_CHECK(!weights.empty(), "mlp: expected at least one layer, got no weights");
+  TORCH_CHECK(biases.size() == weights.size() && acts.size() == weights.size(),
+              "mlp: expected one bias (or None) and one activation for each of ", weights.size(), " weights, got ",
+              biases.size(), " and ", acts.size());
+  std::vector<Checked> layers;
+  layers.reserve(weights.size());
+  check_layout(x, "x", "mlp");
+  const DType dtype = dtype_of(x, "mlp");
+  TORCH_CHECK(x.dim() >= 1, "mlp: x must be [..., in_features], got a 0-dimensional tensor");
+  Shape shape{1, x.size(-1), 0};
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.m *= x.size(i);
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const std::string weight = "weights[" + std::to_string(l) + "]", bias = "biases[" + std::to_string(l) + "]";
+    check_like(weights[l], weight.c_str(), x, "x", "mlp");
+    TORCH_CHECK(weights[l].dim() == 2 && weights[l].size(1) == shape.n, "mlp: ", weight,
+                " must be [out_features, in_features] with in_features = ", shape.n,
+                l ? " (what the layer before gives)" : " (the last size of x)", ", got shape ", weights[l].sizes());
+    shape.k = shape.n;
+    shape.n = weights[l].size(0);
+    if (const std::optional<at::Tensor> b = biases.get(l)) {
+      check_like(*b, bias.c_str(), x, "x", "mlp");
+      TORCH_CHECK(b->dim() == 1 && b->size(0) == shape.n, "mlp: ", bias, " must be [out_features] = [", shape.n,
+                  "], got shape ", b->sizes());
+    }
+    layers.push_back({shape, dtype, check_activation(acts[l], slope)});
+  }
+  return layers;
 }
 
 at::Tensor as_rows(const at::Tensor& t) {

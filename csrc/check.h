@@ -1,9 +1,11 @@
 // The only checks on shapes, dtypes and devices: validate once, return what the kernels need.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "params.h"
 
@@ -21,6 +23,10 @@ Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::
 Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
                        const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
                        bool need_x, bool need_weight);
+
+// One per layer of a chain: x [..., K], weights[l] [N_l, K_l], biases[l] [N_l] or None, acts[l] an activation's code.
+std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
+                               const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope);
 
 // The pieces of such checks, for the other ops; `op` begins the message.
 DType dtype_of(const at::Tensor& t, const char* op);

@@ -1,6 +1,7 @@
 """The fused layers and the losses as functions of tensors."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
+from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import activation_named
 from dlkernels.losses import cross_entropy, gaussian_nll_loss, mse_loss
 
@@ -19,6 +21,7 @@ __all__ = [
     "gaussian_nll_loss",
     "linear_act",
     "linear_relu",
+    "mlp",
     "mse_loss",
 ]
 
@@ -69,6 +72,55 @@ def _check_tensors(x: Any, weight: Any, bias: Any = None) -> None:
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``relu(x @ weight.T + bias)``: :func:`linear_act` with its default activation."""
     return linear_act(x, weight, bias)
+
+
+def mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    activation: str | Sequence[str] = "relu",
+    *,
+    last_activation: str = "none",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """A chain of :func:`linear_act` layers as one op: ``h = act(h @ weight.T + bias)``, weight after weight.
+
+    Equal to calling the layers one by one, every derivative included, and faster: a layer's gradient leaves its product
+    with the mask of the layer below applied, and layers of few features (up to 256; 128 in bfloat16) over many rows
+    (2,048 and more) take a block of rows through all of them while it is in cache. On devices other than the CPU, under
+    ``torch.compile`` and ``torch.func`` and with tensor subclasses the layers do run one by one.
+
+    Args:
+        x: ``[..., in_features]`` of the first layer, any strides.
+        weights: one ``[out_features, in_features]`` per layer, each taking what the one before gives.
+        biases: one ``[out_features]`` or None per layer; None for no biases at all.
+        activation: of all layers but the last, or a name for each of them; see :func:`linear_act`.
+        last_activation: of the last layer.
+        negative_slope: of ``leaky_relu``; at least 0.
+
+    All tensors share one dtype (float64, float32, bfloat16, float16) and device. What a layer hands to the next is
+    rounded to that dtype, as between the layers themselves.
+
+    Returns:
+        ``[..., out_features]`` of the last layer, in x's dtype.
+
+    Raises:
+        ValueError: unknown activation, a negative ``negative_slope``, or not as many biases or activations as layers.
+        TypeError: a dtype the kernels do not have, or no tensor.
+        RuntimeError: no layers, or shapes, dtypes, devices or layouts that do not fit together.
+    """
+    weights = tuple(weights)
+    biases = (None,) * len(weights) if biases is None else tuple(biases)
+    hidden = (activation,) * (len(weights) - 1) if isinstance(activation, str) else tuple(activation)
+    if len(biases) != len(weights) or len(hidden) != max(len(weights) - 1, 0):
+        raise ValueError(
+            f"mlp: {len(weights)} weights need as many biases and {max(len(weights) - 1, 0)} activations besides "
+            f"last_activation; got {len(biases)} and {len(hidden)}"
+        )
+    for weight, bias in zip(weights, biases, strict=True):
+        _check_tensors(x, weight, bias)
+    acts = tuple(activation_named(name) for name in (*hidden, last_activation))
+    return _mlp.mlp(x, weights, biases, acts, negative_slope)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,13 @@ class _Activation(nn.Module):
 _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+def _anybody_listens(attributes: dict[str, Any], prefix: str = "_") -> bool:
+    return any(attributes.get(prefix + name) for name in _HOOKS)
+
+
 class MLP(nn.Sequential):
     """A multi-layer perceptron: fused hidden layers, and a last layer without activation.
 
@@ -194,6 +201,39 @@ class MLP(nn.Sequential):
                 layers += [nn.Dropout(dropout)]
         layers += [LinearAct(*last, activation="none", **placed)]
         super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = None if torch.compiler.is_compiling() else self._chain()
+        if layers is None:
+            return super().forward(x)
+        *hidden, last = layers
+        return functional.mlp(
+            x,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            [layer.activation for layer in hidden],
+            last_activation=last.activation,
+            negative_slope=max(
+                (layer.negative_slope for layer in layers if layer.activation == "leaky_relu"), default=0
+            ),
+        )
+
+    def _chain(self) -> list[LinearAct] | None:
+        """The layers, where calling them one after the other is all that ``nn.Sequential`` would do: every module is of
+        our making, nobody listens in between, and nothing but product and activation happens."""
+        layers = []
+        if _anybody_listens(nn.modules.module.__dict__, "_global_"):
+            return None
+        for module in self._modules.values():
+            kind = type(module)
+            if _anybody_listens(module.__dict__) or "forward" in module.__dict__:
+                return None
+            if kind is LinearAct or kind is LinearReLU:
+                layers.append(cast(LinearAct, module))
+            elif not (kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p))):
+                return None
+        slopes = {layer.negative_slope for layer in layers if layer.activation == "leaky_relu"}
+        return layers if len(layers) > 1 and len(slopes) < 2 else None
 
     def __getitem__(self, index: slice | int) -> Any:
         """A layer, or for a slice an ``nn.Sequential`` of layers (``nn.Sequential`` itself would call our

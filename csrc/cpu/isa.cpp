@@ -107,6 +107,12 @@ int gemm_splits(int64_t m, int64_t n, int64_t k) {
 
 int64_t partials_size(const Gemm& p) { return p.splits < 2 ? 0 : p.splits * (p.m * p.n + (p.row_sum ? p.m : 0)); }
 
+int64_t chain_parameters(const Chain& p) {
+  int64_t count = 0;
+  for (int l = 0; l < p.layers; ++l) count += p.layer[l].n * chain_pitch(p.layer[l].k) + chain_pitch(p.layer[l].n);
+  return count;
+}
+
 void* scratch(size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }

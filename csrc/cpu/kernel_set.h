@@ -10,6 +10,7 @@
 #include "ukernel.h"
 #include "gemm.h"
 #include "few_rows.h"
+#include "chain.h"
 #include "passes.h"
 #include "losses.h"
 
@@ -24,6 +25,9 @@ constexpr Engine engine(const char* ukernel) {
           &few_dgrad_with<typename E::Elem>,
           &few_wgrad_with<typename E::Elem>,
           &grad_pass_with<typename E::Elem>,
+          kChainFeatures<E>,
+          &chain_forward_with<E>,
+          &chain_backward_with<E>,
           losses<typename E::Elem>()};
 }
 

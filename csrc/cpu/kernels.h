@@ -35,9 +35,11 @@ struct Gemm {
   const void* bias;  // [n] contiguous, or nullptr
   void* c;           // [m, n] contiguous
   void* z;           // [m, n] contiguous pre-activation, or nullptr
-  void* row_sum;     // [m] row sums of A, or nullptr
-  int splits;        // > 1: k is cut in this many slices, summed in order
-  void* partials;    // splits > 1: scratch of partials_size() accumulators, f32 (f64 for f64)
+  const void* gate;  // [m, n] contiguous: c is multiplied by gate_act'(gate), the layer below's mask; or nullptr
+  Activation gate_act;
+  void* row_sum;   // [m] row sums of A, or nullptr
+  int splits;      // > 1: k is cut in this many slices, summed in order
+  void* partials;  // splits > 1: scratch of partials_size() accumulators, f32 (f64 for f64)
 };
 
 // dz and dbias as one elementwise pass, for gradients that need no product.
@@ -51,6 +53,36 @@ struct GradPass {
   void* dbias;     // [n], or nullptr
   void* partials;  // slices(m) * n accumulators, f32 (f64 for f64), when dbias is set
 };
+
+// A chain of narrow layers, h[l+1] = act(h[l] · weightᵀ + bias), run block of rows by block of rows: what one layer hands
+// to the next is in cache, forward and backward.
+struct ChainLayer {
+  int64_t n, k;
+  View weight;       // [n, k]
+  const void* bias;  // [n] contiguous, or nullptr
+  Activation act;
+  void* h;        // act's output, [rows, n] contiguous: forward writes it where set, backward reads it
+  void* z;        // its input, likewise, where act' reads that
+  void* dweight;  // [n, k] contiguous, or nullptr
+  void* dbias;    // [n] contiguous, or nullptr
+};
+
+struct Chain {
+  int64_t rows;
+  int layers;
+  const ChainLayer* layer;
+  View x;       // [rows, layer[0].k]
+  View grad_y;  // backward: of y
+  void* dx;     // backward: [rows, layer[0].k] contiguous, or nullptr
+  // backward: the rows are cut in this many slices, whose gradients of the parameters are summed in order
+  int slices;
+  void* partials;  // slices * chain_parameters() accumulators, f32 (f64 for f64)
+};
+
+constexpr int kChainLayers = 16;
+// Accumulators of one slice: per layer dweight and behind it dbias, in rows of whole registers of any instruction set.
+DLK_HD int64_t chain_pitch(int64_t features) { return (features + 15) / 16 * 16; }
+int64_t chain_parameters(const Chain&);
 
 // Where packing weight would cost more than it saves.
 constexpr int64_t kFewRowsForward = 32;
@@ -75,6 +107,10 @@ struct Engine {
   void (*few_dgrad)(const Gemm&, const Parallel&);    // M <= kFewRows
   void (*few_wgrad)(const Gemm&, const Parallel&);    // M <= kFewRows
   void (*grad_pass)(const GradPass&, const Parallel&);
+  // Layers of at most chain_features in and out features.
+  int64_t chain_features;
+  void (*chain_forward)(const Chain&, const Parallel&);
+  void (*chain_backward)(const Chain&, const Parallel&);
   Losses losses;
 };
 

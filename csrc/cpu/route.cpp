@@ -24,6 +24,10 @@ Forced forced() {
   return value;
 }
 
+// Wider layers spend their time in products, and taller blocks of rows serve those better. Measured on AVX-512 BF16, forward
+// + backward, chain against layer by layer: f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192.
+int64_t chain_widest(DType dtype) { return dtype == DType::bf16 ? 128 : 256; }
+
 }  // namespace
 
 Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
@@ -45,6 +49,22 @@ Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
   if (contiguous && few && shape.k >= 64 && !empty)
     return {Path::few_rows, "few rows: packing weight would cost more than it saves"};
   return {Path::packed, "our packed GEMM with the fused epilogue"};
+}
+
+int chain_slices(const std::vector<Shape>& layers, DType dtype) {
+  const Engine& engine = kernels().engine[static_cast<int>(dtype)];
+  if (forced() == Forced::aten || layers.size() < 2 || layers.size() > kChainLayers) return 0;
+  int64_t parameters = 0;
+  for (const Shape& layer : layers) {
+    const int64_t widest = layer.n > layer.k ? layer.n : layer.k;
+    if (layer.n == 0 || layer.k == 0 || widest > engine.chain_features || widest > chain_widest(dtype)) return 0;
+    parameters += layer.n * layer.k;
+  }
+  // A slice is worth its copy of the gradients; more slices than cores fill the cores evenly.
+  const int64_t by_rows = layers[0].m / 1024, by_memory = (int64_t{1} << 22) / parameters;
+  const int64_t slices = by_rows < by_memory ? by_rows : by_memory;
+  if (forced() == Forced::own && slices < 2) return layers[0].m > 0;
+  return slices < 2 ? 0 : static_cast<int>(slices < 32 ? slices : 32);
 }
 
 const char* name(Path path) {

@@ -1,6 +1,8 @@
 // Which path each product of a layer takes on CPU, and why. The ops ask it before they run; explain() prints it.
 #pragma once
 
+#include <vector>
+
 #include "../params.h"
 #include "kernels.h"
 
@@ -16,6 +18,9 @@ struct Route {
 
 // `contiguous`: weight, and in forward x too, has its last stride 1, which few_rows needs.
 Route route(Op op, const Shape& shape, DType dtype, bool contiguous);
+
+// In how many slices of rows the chain kernels take these layers, a function of the shapes alone; 0: layer by layer.
+int chain_slices(const std::vector<Shape>& layers, DType dtype);
 
 const char* name(Path path);
 

@@ -12,7 +12,9 @@ DLK_INLINE void copy_run(typename E::Packed* dst, const typename E::Elem* src, i
   int64_t i = 0;
   if (stride == 1) {
     if constexpr (kSame<typename E::Packed, typename E::Elem>) {
-      if (n > 0) __builtin_memcpy(dst, src, n * sizeof(*src));  // src of an empty tensor is null
+      constexpr int64_t line = DLK_VBYTES / sizeof(*src);  // most runs are short: a call costs more than they do
+      for (; n <= 16 * line && i + line <= n; i += line) store_bits(dst + i, load_bits<VU32>(src + i));
+      if (n > i) __builtin_memcpy(dst + i, src + i, (n - i) * sizeof(*src));  // src of an empty tensor is null
       return;
     }
     for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, load(src + i));

@@ -17,22 +17,24 @@ constexpr int64_t kSum = 64 * E::kStep;
 template <class E>
 constexpr int64_t kAStride = kKC<E> + 64 / sizeof(typename E::Cell);
 
-// A panels come in the orientation their source is contiguous in: rows along k (x, dz), or k along rows (dzᵀ).
-enum AOrder { kRowMajor, kKMajor };
+// A panels come in the orientation their source is contiguous in: rows along k (x, dz), or k along rows (dzᵀ). In place,
+// neither operand is packed: both lie in row blocks of pitch kAStride, and k runs down the rows (wgrad of a chain).
+enum AOrder { kRowMajor, kKMajor, kInPlace };
 
 template <class E, AOrder order, int R, int C>
 void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, typename E::Acc* c, int64_t ldc,
              bool add) {
   using V = typename E::V;
   constexpr int64_t row = order == kRowMajor ? kAStride<E> : 1;
-  constexpr int64_t step = order == kRowMajor ? 1 : kMR;
+  constexpr int64_t step = order == kRowMajor ? 1 : order == kKMajor ? kMR : kAStride<E>;
+  constexpr int64_t step_b = order == kInPlace ? kAStride<E> : C * E::kVL;
   V acc[R][C];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) acc[i][j] = V{};
 #pragma GCC unroll 1
-  for (int64_t p = 0; p < cells; ++p, a += step, b += C * E::kVL) {
+  for (int64_t p = 0; p < cells; ++p, a += step, b += step_b) {
     V bv[C];
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) bv[j] = load_bits<V>(b + j * E::kVL);

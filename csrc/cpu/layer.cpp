@@ -1,0 +1,148 @@
+// A layer's products: choose the path of each, describe it to the kernels.
+#include "layer.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include "../activation.h"
+#include "route.h"
+
+namespace dlk::cpu {
+namespace {
+
+// The description that dgrad and wgrad share: A is dz, as [M, N].
+Gemm gradient_product(const Checked& c, const Incoming& in) {
+  Gemm p{};
+  p.dtype = c.dtype;
+  p.a = view_of(in.g);
+  if (in.saved.defined()) {
+    p.saved = view_of(in.saved);
+    p.act = c.act;
+  }
+  p.splits = 1;
+  return p;
+}
+
+void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& weight, at::Tensor& dx, Gate* below) {
+  const auto [m, n, k] = c.shape;
+  Gemm p = gradient_product(c, in);
+  p.m = m, p.n = k, p.k = n;
+  p.b = view_of(weight);
+  p.c = dx.data_ptr();
+  if (path == Path::few_rows) return engine(c.dtype).few_dgrad(p, parallel_for_work(m * n * k));
+  if (below) {
+    p.gate = below->saved.const_data_ptr();
+    p.gate_act = below->act;
+    below->applied = true;
+  }
+  engine(c.dtype).gemm(p, parallel_for_work(m * n * k));
+}
+
+void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2, at::Tensor& dweight,
+           at::Tensor* dbias) {
+  const auto [m, n, k] = c.shape;
+  Gemm p = gradient_product(c, in);
+  p.m = n, p.n = k, p.k = m;
+  p.a = p.a.transposed();
+  p.saved = p.saved.transposed();
+  p.b = view_of(x2);
+  p.c = dweight.data_ptr();
+  p.row_sum = dbias ? dbias->data_ptr() : nullptr;
+  if (path == Path::few_rows) return engine(c.dtype).few_wgrad(p, parallel_for_work(m * n * k));
+  p.splits = gemm_splits(p.m, p.n, p.k);
+  at::Tensor partials;
+  if (p.splits > 1) {
+    partials = accumulators(partials_size(p), x2);
+    p.partials = partials.data_ptr();
+  }
+  engine(c.dtype).gemm(p, parallel_for_work(m * n * k));
+}
+
+void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor* dbias) {
+  const auto [m, n, k] = c.shape;
+  at::Tensor partials;
+  if (dbias) partials = accumulators(slices(m) * n, in.g);
+  const Gemm described = gradient_product(c, in);
+  const GradPass p = {c.dtype,
+                      m,
+                      n,
+                      described.a,
+                      described.saved,
+                      described.act,
+                      dz ? dz->data_ptr() : nullptr,
+                      dbias ? dbias->data_ptr() : nullptr,
+                      dbias ? partials.data_ptr() : nullptr};
+  engine(c.dtype).grad_pass(p, parallel_for_work(m * n * 16));
+}
+
+}  // namespace
+
+std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes = t.sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                   at::Tensor& y, const at::Tensor* z) {
+  const auto [m, n, k] = c.shape;
+  if (m == 0 || n == 0) return;
+  const at::Tensor x2 = as_rows(x);
+  const Path path = route(Op::forward, c.shape, c.dtype, x2.stride(1) == 1 && weight.stride(1) == 1).path;
+  if (path == Path::aten) {
+    const at::Tensor pre = bias.defined() ? at::addmm(bias, x2, weight.t()) : at::mm(x2, weight.t());
+    if (z) z->view({m, n}).copy_(pre);
+    engine(c.dtype).act_pass({m * n, pre.const_data_ptr(), c.act, y.data_ptr()}, parallel_for_work(m * n * 16));
+    return;
+  }
+  Gemm p{};
+  p.dtype = c.dtype;
+  p.m = m, p.n = n, p.k = k;
+  p.a = view_of(x2);
+  p.b = view_of(weight).transposed();
+  p.act = c.act;
+  p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+  p.c = y.data_ptr();
+  p.z = z ? z->data_ptr() : nullptr;
+  p.splits = 1;
+  const auto run = path == Path::few_rows ? engine(c.dtype).few_forward : engine(c.dtype).gemm;
+  run(p, parallel_for_work(m * n * k));
+}
+
+Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
+                         bool need_x, bool need_weight, bool need_bias, Gate* below) {
+  const auto [m, n, k] = c.shape;
+  const auto options = in.g.options();
+  at::Tensor dx, dweight, dbias;
+  if (need_x) dx = at::empty(resized_last(in.g, k), options);
+  if (need_weight) dweight = at::empty({n, k}, options);
+  if (need_bias) dbias = at::empty({n}, options);
+
+  if (m == 0 || n == 0) {  // sums over nothing
+    for (at::Tensor* t : {&dx, &dweight, &dbias})
+      if (t->defined()) t->zero_();
+    return {dx, dweight, dbias};
+  }
+  const Incoming rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
+  const Path dx_path = route(Op::dgrad, c.shape, c.dtype, weight.defined() && weight.stride(1) == 1).path;
+  const Path dw_path = route(Op::wgrad, c.shape, c.dtype, true).path;
+  need_x = need_x && k > 0;
+  need_weight = need_weight && k > 0;
+  const bool dx_by_aten = need_x && dx_path == Path::aten, dw_by_aten = need_weight && dw_path == Path::aten;
+  const bool dw_by_us = need_weight && !dw_by_aten;  // and then dbias comes with it
+
+  if (dx_by_aten || dw_by_aten || (need_bias && !dw_by_us)) {
+    at::Tensor dz;
+    const bool keep = dx_by_aten || dw_by_aten;
+    if (keep) dz = at::empty({m, n}, options);
+    grad_pass(c, rows, keep ? &dz : nullptr, need_bias && !dw_by_us ? &dbias : nullptr);
+    if (dx_by_aten) dx = at::mm(dz, weight).view(dx.sizes());
+    if (dw_by_aten) dweight = at::mm(dz.t(), as_rows(x));
+  }
+  if (need_x && !dx_by_aten) dgrad(dx_path, c, rows, weight, dx, below);
+  if (dw_by_us) wgrad(dw_path, c, rows, as_rows(x), dweight, need_bias ? &dbias : nullptr);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace dlk::cpu
