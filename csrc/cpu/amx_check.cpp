@@ -31,7 +31,7 @@ Bf16 bf16(int value) {  // exact up to ±256
   return static_cast<Bf16>(bits >> 16);
 }
 
-// Numbers of -1, 0 and 1. Sums of 600 products of two stay far below 256 (their standard deviation is 16).
+// -1, 0 and 1. Sums of 600 of them, or of products of two, stay far below 256: their standard deviation is at most 20.
 std::vector<int> numbers(int64_t count, uint32_t seed) {
   std::vector<int> all(count);
   for (int& number : all) {
