@@ -52,10 +52,13 @@ py::dict cpu_features() {
   d["avx2"] = cpu.avx2;
   d["avx512"] = cpu.avx512;
   d["avx512_bf16"] = cpu.avx512_bf16;
-  d["amx_bf16"] = cpu.amx_bf16;
+  d["amx"] = cpu.amx;
   d["amx_fp16"] = cpu.amx_fp16;
   return d;
 }
+
+// Whether AMX is there and our products by it failed their self-check in this process.
+bool amx_refused() { return dlk::cpu::amx_refused(); }
 
 // The kernel set in use: its instruction set ("isa") and its micro-kernel per dtype.
 py::dict cpu_kernels() {
@@ -104,6 +107,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "dlkernels: compiled operators (torch.ops.dlkernels) and facts about this build";
   m.def("build_config", &build_config, "What this binary was built from and for.");
   m.def("cpu_features", &cpu_features, "Instruction sets usable on this machine.");
+  m.def("amx_refused", &amx_refused, "Whether AMX is there and our products by it failed their self-check.");
   m.def("cpu_kernels", &cpu_kernels, "The CPU kernel set in use: its instruction set and its micro-kernel per dtype.");
   m.def("explain", &explain, "Which path each product of a layer takes on CPU, and why.", py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("dtype"), py::arg("x_contiguous"), py::arg("weight_contiguous"));

@@ -44,7 +44,7 @@ def _cpu() -> dict[str, Any]:
     return {
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         "instruction sets": ", ".join(n for n, there in _C.cpu_features().items() if there) or "baseline",
-        "in use": kernels.pop("isa"),
+        "in use": kernels.pop("isa") + (" (the AMX kernels failed their self-check here)" if _C.amx_refused() else ""),
         **{f"{dtype} kernel": name for dtype, name in kernels.items()},
     }
 

@@ -15,7 +15,7 @@ def patterns(dtype):
 
 def through_subnormals(t):
     """What is left of ``t`` where bf16 products are made by an instruction that reads subnormals as 0."""
-    if t.dtype == torch.bfloat16 and "avx512_bf16" in _C.cpu_kernels()["bfloat16"]:
+    if t.dtype == torch.bfloat16 and _C.cpu_kernels()["isa"] in ("avx512_bf16", "amx"):
         return t.where(t.isnan() | (t.abs() >= torch.finfo(t.dtype).smallest_normal), 0)
     return t
 

@@ -8,7 +8,8 @@ from isolated import python
 
 from dlkernels import _C
 
-ISAS = ["portable", *(isa for isa in ("avx2", "avx512", "avx512_bf16") if _C.cpu_features()[isa])]
+LEVELS = ["avx2", "avx512", "avx512_bf16", "amx"]
+ISAS = ["portable", *(isa for isa in LEVELS if _C.cpu_features()[isa])]
 FILES = ["test_forward_backward.py", "test_special_values.py", "test_conversions.py", "test_accuracy.py", "test_mlp.py"]
 # Each activation and dtype in every path, tile edges, strides: what depends on the width of a register.
 SUBSET = "every_activation or (relu_over_shapes and (33 or 47 or 97)) or (strides_of and 40) or stride_zero or empty"
@@ -39,8 +40,8 @@ def test_library_gemm():
 
 def test_isa_this_cpu_lacks_is_refused():
     """Said, not crashed into. Every cap that is no instruction set here is refused in the same words."""
-    for isa in {"avx2", "avx512", "avx512_bf16"} - set(ISAS):
+    for isa in set(LEVELS) - set(ISAS):
         out = python("-c", "from dlkernels import _C; _C.cpu_kernels()", check=False, DLKERNELS_CPU_ISA=isa)
         assert re.search(f"RuntimeError: DLKERNELS_CPU_ISA={isa} asks for instructions this CPU does not have", out)
     out = python("-c", "from dlkernels import _C; _C.cpu_kernels()", check=False, DLKERNELS_CPU_ISA="neon")
-    assert "DLKERNELS_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16, got 'neon'" in out
+    assert "DLKERNELS_CPU_ISA must be one of portable, avx2, avx512, avx512_bf16, amx, got 'neon'" in out

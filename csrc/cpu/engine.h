@@ -2,6 +2,7 @@
 //
 //   Convert<T>   cells are f32 (f64 for T = double); 16-bit inputs are widened while packing
 //   Bf16Pairs    cells are two neighbours along k in bf16, multiplied by vdpbf16ps (only where the ISA has it)
+//   AmxPairs<T>  the same cells, multiplied 16 × 16 × 16 at a time (amx.h)
 namespace dlk::cpu::DLK_ISA {
 
 template <class T>
@@ -11,8 +12,10 @@ struct Convert {
   using Packed = Acc;  // one k step in a panel
   using Cell = Packed;
   using V = Vec<Acc>;
-  static constexpr int kStep = 1;  // k steps per cell
+  static constexpr int kStep = 1;   // k steps per cell
+  static constexpr int kDepth = 1;  // cells that a micro-kernel takes at once; panels are padded to whole ones
   static constexpr int kVL = DLK_VBYTES / sizeof(Acc);
+  struct Scope {};  // lives while a thread multiplies
 
   DLK_INLINE void pack_store(Packed* p, V v) { store(p, v); }
   DLK_INLINE void pack_store_some(Packed* p, V v, int64_t n) { store_some(p, v, n); }
@@ -34,7 +37,9 @@ struct Bf16Pairs {
   using Cell = uint32_t;
   using V = VF32;
   static constexpr int kStep = 2;
+  static constexpr int kDepth = 1;
   static constexpr int kVL = kF32Lanes;
+  struct Scope {};
 
   DLK_INLINE void pack_store(Packed* p, VF32 v) { store(p, v); }
   DLK_INLINE void pack_store_some(Packed* p, VF32 v, int64_t n) { store_some(p, v, n); }

@@ -17,10 +17,16 @@ DLK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 DLK_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DLK_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Limits of a tile of C. 24 micro-panels high: a packed element of B serves 336 rows. An A block (dz is the dearer
+// Cells along k of a block's panels: whole steps of the micro-kernel, zeros behind the last element.
+template <class E>
+DLK_INLINE int64_t cells_of(int64_t ks) {
+  return round_up(ceil_div(ks, E::kStep), E::kDepth);
+}
+
+// Limits of a tile of C. 24 micro-panels high (12 of AMX's): a packed element of B serves 336 rows. An A block (dz is the dearer
 // one to make) serves up to kNC columns; between k blocks the accumulators of a tile cost 8 bytes per kKC FMAs, which
 // L3 carries. B blocks of kKC × kNB (256 KiB) stay in L2 beside the A block.
-constexpr int64_t kMC = 24 * kMR;
+constexpr int64_t kMC = (kMR < 16 ? 24 : 12) * kMR;
 constexpr int64_t kNC = 1024;
 constexpr int64_t kNB = 256;
 
@@ -112,7 +118,7 @@ void pack_a_rows(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t 
   for (int64_t i = 0; i < rows; ++i) {
     auto* row = (typename E::Packed*)(out + i * kAStride<E>);
     Source<E>::along_row(a, row, i0 + i, p0, ks);
-    if (E::kStep == 2 && ks % 2) row[ks] = {};
+    for (int64_t p = ks; p < cells_of<E>(ks) * E::kStep; ++p) row[p] = {};
   }
 }
 
@@ -127,7 +133,7 @@ void pack_a_cols(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t 
                  typename E::Packed* run, ColumnSum<E>* row_sum) {
   using Cell = typename E::Cell;
   constexpr int64_t kRun = Buffers<E>::kRun;
-  const int64_t cells = ceil_div(ks, E::kStep);
+  const int64_t cells = cells_of<E>(ks);
   Cell* line = (Cell*)(run + 2 * kRun);
   for (int64_t q = 0; q < cells; ++q) {
     for (int64_t s = 0; s < E::kStep; ++s) {
@@ -146,7 +152,10 @@ void pack_a_cols(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t 
       line = run;
     // whole registers: what one writes too much, the next k step or the panel gap takes
     static_assert(round_up(kMR, E::kVL) - kMR <= kPanelGap<E>);
-    for (int64_t i = 0; i < rows; i += kMR) copy_panel_row<E>(out + panel_at<E>(i, kMR, cells) + q * kMR, line + i);
+    if constexpr (E::kDepth > 1)
+      E::put_line(out, line, q, rows);
+    else
+      for (int64_t i = 0; i < rows; i += kMR) copy_panel_row<E>(out + panel_at<E>(i, kMR, cells) + q * kMR, line + i);
   }
 }
 
@@ -175,7 +184,7 @@ void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_
   constexpr int64_t nr = kNV * E::kVL;
   constexpr int64_t kRun = Buffers<E>::kRun;
   const Elem* base = (const Elem*)b.data + p0 * b.row_stride + j0 * b.col_stride;
-  const int64_t cells = ceil_div(ks, E::kStep);
+  const int64_t cells = cells_of<E>(ks);
   const int64_t padded = round_up(cols, E::kVL);
 
   if (b.row_stride == 1 && b.col_stride != 1) {  // contiguous along k: kVL × kVL transpositions
@@ -244,7 +253,7 @@ void multiply_block(const Plan<E>& plan, const Block& at, const Buffers<E>& s, t
   constexpr int64_t nr = kNV * E::kVL;
   const Gemm& p = *plan.p;
   const int64_t padded = round_up(at.cols, E::kVL);
-  const bool row_major = plan.order == kRowMajor;
+  const bool row_major = plan.order == kRowMajor || E::kDepth > 1;
   const bool one_block = at.first && at.last;  // then a micro-tile lives in one reused spot, in L1
   for (int64_t i = 0; i < at.rows; i += kMR) {
     const int64_t r = min(kMR, at.rows - i);
@@ -258,9 +267,9 @@ void multiply_block(const Plan<E>& plan, const Block& at, const Buffers<E>& s, t
           row_major ? ukernel_for<E, kRowMajor>(r, width / E::kVL) : ukernel_for<E, kKMajor>(r, width / E::kVL);
       int64_t q = 0;
       do {
-        uk(min(kSum<E>, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, ldc,
+        uk(min(kCall<E>, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, ldc,
            !at.first || q > 0);
-        q += kSum<E>;
+        q += kCall<E>;
       } while (q < at.cells);
       if (!at.last) continue;
       const int64_t n = min(width, at.cols - j);
@@ -297,8 +306,8 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
     for (int64_t jb = 0; jb < cols; jb += t.nb) {
       const int64_t width = min(t.nb, cols - jb);
       if (b.renew(j0 + jb, p0)) pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
-      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, ceil_div(ks, E::kStep), p0 == k0, p0 + t.kb >= k1}, s,
-                        s.acc + jb, round_up(cols, E::kVL));
+      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, cells_of<E>(ks), p0 == k0, p0 + t.kb >= k1}, s, s.acc + jb,
+                        round_up(cols, E::kVL));
     }
   }
   if (sum_rows) {
@@ -333,6 +342,7 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
     const auto& plan = *(const Plan<E>*)context;
     const Tiling& t = plan.t;
     auto buffers = Buffers<E>::get();
+    [[maybe_unused]] const typename E::Scope scope;
     Packed a, b;
     // One k block: go down, where tiles share their B block. Several: go sideways, where they share A in L3.
     const bool down = t.one_block;

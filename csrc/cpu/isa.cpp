@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx_check.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -18,6 +20,7 @@ extern const Kernels k_portable;
 extern const Kernels k_avx2;
 extern const Kernels k_avx512;
 extern const Kernels k_avx512_bf16;
+void amx_gemm(const Gemm&, const Parallel&);
 #endif
 
 namespace {
@@ -32,16 +35,33 @@ CpuFeatures detect() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid_count(1, 0, &a, &b, &c, &d)) f.avx2 = f.avx2 && (c & (1u << 29));  // f16c
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
-    f.amx_bf16 = (d & (1u << 22)) && (d & (1u << 24));
+    const bool tiles_of_bf16 = (d & (1u << 22)) && (d & (1u << 24));
     const bool has_leaf_1 = a >= 1;
     if (has_leaf_1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
       f.avx512_bf16 = f.avx512 && (a & (1u << 5));
-      f.amx_fp16 = f.amx_bf16 && (a & (1u << 21));
+      f.amx = f.avx512_bf16 && tiles_of_bf16 && amx_permitted();
+      f.amx_fp16 = f.amx && (a & (1u << 21));
     }
   }
 #endif
   return f;
 }
+
+#if defined(__x86_64__)
+// AVX-512 BF16 with the packed bf16 product by AMX. Put together here: what ukernel_amx.cpp compiles may hold instructions
+// that this CPU has not.
+const Kernels& amx_kernels() {
+  static const Kernels set = [] {
+    Kernels amx = k_avx512_bf16;
+    amx.isa = "amx";
+    Engine& bf16 = amx.engine[static_cast<int>(DType::bf16)];
+    bf16.ukernel = "bf16 32x32 amx";
+    bf16.gemm = &amx_gemm;
+    return amx;
+  }();
+  return set;
+}
+#endif
 
 struct Level {
   const Kernels* kernels;
@@ -56,24 +76,27 @@ std::string cap() {
 
 const Kernels* choose() {
   const CpuFeatures& f = cpu_features();
+  const std::string wanted = cap();
   const Level levels[] = {
       {&k_portable, true},
 #if defined(__x86_64__)
       {&k_avx2, f.avx2},
       {&k_avx512, f.avx512},
       {&k_avx512_bf16, f.avx512_bf16},
+      {&amx_kernels(), f.amx && (wanted.empty() || wanted == "amx") && multiplies_exactly(&amx_gemm)},
 #endif
   };
-  const std::string wanted = cap();
   const Kernels* best = nullptr;
   std::string known;
   for (const Level& level : levels) {
     known += std::string(known.empty() ? "" : ", ") + level.kernels->isa;
     if (level.usable && wanted.empty()) best = level.kernels;
     if (wanted == level.kernels->isa) {
+      const bool defective = wanted == "amx" && f.amx;
       if (!level.usable)
         throw std::runtime_error("DLKERNELS_CPU_ISA=" + wanted +
-                                 " asks for instructions this CPU does not have; unset it");
+                                 (defective ? " asks for kernels that failed their self-check on this CPU; unset it"
+                                            : " asks for instructions this CPU does not have; unset it"));
       best = level.kernels;
     }
   }
@@ -94,6 +117,14 @@ const Kernels& kernels() {
 }
 
 bool isa_capped() { return !cap().empty(); }
+
+bool amx_refused() {
+#if defined(__x86_64__)
+  return cpu_features().amx && !isa_capped() && &kernels() != &amx_kernels();
+#else
+  return false;
+#endif
+}
 
 int gemm_splits(int64_t m, int64_t n, int64_t k) {
   // Few tiles and a long k, as in the wgrad of a tall batch: cut k so that about 16 tasks exist. Each slice keeps at

@@ -6,7 +6,7 @@
 namespace dlk::cpu {
 
 struct CpuFeatures {
-  bool avx2, avx512, avx512_bf16, amx_bf16, amx_fp16;
+  bool avx2, avx512, avx512_bf16, amx, amx_fp16;  // amx: tiles of bf16, and the operating system lets us use them
 };
 
 const CpuFeatures& cpu_features();
@@ -16,5 +16,8 @@ const Kernels& kernels();
 
 // Whether DLKERNELS_CPU_ISA is set.
 bool isa_capped();
+
+// Whether this process may use AMX and our products by it came out wrong, so that the next set is in use.
+bool amx_refused();
 
 }  // namespace dlk::cpu

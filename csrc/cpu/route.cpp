@@ -34,10 +34,11 @@ Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
   const bool empty = shape.m == 0 || shape.n == 0 || shape.k == 0;
   if (forced() == Forced::aten && !empty) return {Path::aten, "DLKERNELS_CPU_GEMM=aten"};
   if (forced() == Forced::no && !empty && !isa_capped()) {
-    const CpuFeatures& cpu = cpu_features();
-    if ((dtype == DType::bf16 && cpu.amx_bf16) || (dtype == DType::f16 && cpu.amx_fp16))
+    if (dtype == DType::f16 && cpu_features().amx_fp16)
       return {Path::aten,
-              "this CPU has AMX and dlkernels has no AMX micro-kernel yet: torch's GEMM, our passes around it"};
+              "this CPU has AMX-FP16 and dlkernels has no micro-kernel for it: torch's GEMM, our passes around it"};
+    if (dtype == DType::bf16 && amx_refused())
+      return {Path::aten, "our AMX micro-kernel failed its self-check on this CPU: torch's GEMM, our passes around it"};
   }
   // Measured on AVX-512 BF16 with 128 rows and weights of 17 and 38 million elements: ours 0.76 to 0.95 of torch's speed.
   const bool large_weight = shape.m <= 256 && shape.n * shape.k >= (int64_t{1} << 23);

@@ -13,6 +13,9 @@ constexpr int64_t kKC = 1024 / sizeof(typename E::Cell);
 // n = 784 that is 3.5 times better, for one pass over the tile in L1 (4 % of its FMAs). bf16 products have error to spare.
 template <class E>
 constexpr int64_t kSum = 64 * E::kStep;
+// k cells per call of the micro-kernel. A tile instruction starts a sum of its own, so there a call takes the whole block.
+template <class E>
+constexpr int64_t kCall = E::kDepth > 1 ? kKC<E> : kSum<E>;
 // Row stride of a row-major A panel: one cache line more than the block, so that rows do not share an L1 set.
 template <class E>
 constexpr int64_t kAStride = kKC<E> + 64 / sizeof(typename E::Cell);
@@ -58,10 +61,14 @@ using Ukernel = void (*)(int64_t, const typename E::Cell*, const typename E::Cel
 // Every edge tile has its own micro-kernel, so that no row is computed that does not exist.
 template <class E, AOrder order, int R = 1>
 Ukernel<E> ukernel_for(int64_t rows, int64_t registers) {
-  if constexpr (R < kMR) {
-    if (rows > R) return ukernel_for<E, order, R + 1>(rows, registers);
+  if constexpr (E::kDepth > 1) {
+    return E::ukernel_for(rows, registers);
+  } else {
+    if constexpr (R < kMR) {
+      if (rows > R) return ukernel_for<E, order, R + 1>(rows, registers);
+    }
+    return registers == 1 ? &ukernel<E, order, R, 1> : &ukernel<E, order, R, int(kNV)>;
   }
-  return registers == 1 ? &ukernel<E, order, R, 1> : &ukernel<E, order, R, int(kNV)>;
 }
 
 }  // namespace dlk::cpu::DLK_ISA

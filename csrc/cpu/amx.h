@@ -1,0 +1,112 @@
+// AmxPairs: bf16 pairs along k, multiplied by AMX. A tile is 16 rows of 64 bytes, and one instruction adds the product of
+// two tiles to a third: 16 × 16 sums of 32 products in bf16.
+//
+// Panels are what Bf16Pairs packs. A row of a B micro-panel is a row of a B tile (two k steps of each column), and A lies
+// row by row along k; a block that is contiguous the other way is transposed on its way into the panel. Panels end with
+// zeros up to whole tiles along k, so that one configuration serves every product. Rows beyond the last one are whatever
+// the scratch holds: no sum but their own sees them.
+namespace dlk::cpu::DLK_ISA {
+
+// Palette 1: eight tiles, each of the full size.
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+constexpr TileConfig kTileConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// The micro-kernel: R × C tiles of C in tmm0 to tmm3, A in tmm4 and tmm5, B in tmm6 and tmm7. At 2 × 2 that is four
+// products for four loads.
+template <class E, int R, int C>
+void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, float* c, int64_t ldc,
+                  bool add) {
+  constexpr int64_t size = 16;  // rows, and cells in one
+  constexpr int64_t a_bytes = kAStride<E> * sizeof(*a), b_bytes = C * size * sizeof(*b);
+  const int64_t c_bytes = ldc * sizeof(*c);
+  float* below = c + size * ldc;
+  __asm__ volatile("" ::: "memory");  // GCC 12 is not told that a tile load reads memory: what was packed is there now
+  if (add) {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (C > 1) _tile_loadd(1, c + size, c_bytes);
+    if constexpr (R > 1) _tile_loadd(2, below, c_bytes);
+    if constexpr (R > 1 && C > 1) _tile_loadd(3, below + size, c_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (C > 1) _tile_zero(1);
+    if constexpr (R > 1) _tile_zero(2);
+    if constexpr (R > 1 && C > 1) _tile_zero(3);
+  }
+#pragma GCC unroll 1
+  for (int64_t p = 0; p < cells; p += size, a += size, b += size * C * size) {
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(6, b, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (C > 1) {
+      _tile_loadd(7, b + size, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (R > 1) {
+      _tile_loadd(5, a + size * kAStride<E>, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (C > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (C > 1) _tile_stored(1, c + size, c_bytes);
+  if constexpr (R > 1) _tile_stored(2, below, c_bytes);
+  if constexpr (R > 1 && C > 1) _tile_stored(3, below + size, c_bytes);
+}
+
+// T is the element type of the tensors, rounded to bf16 while it is packed.
+template <class T>
+struct AmxPairs : Bf16Pairs {
+  using Elem = T;
+  static constexpr int kDepth = 16;
+  static_assert(kMR == 2 * kDepth && kNV == 2 && kVL == kDepth, "2 × 2 tiles");
+
+  // Tiles belong to a thread; released, they cost nothing where it is switched.
+  struct Scope {
+    Scope() { _tile_loadconfig(&kTileConfig); }
+    ~Scope() { _tile_release(); }
+    Scope(const Scope&) = delete;
+  };
+
+  DLK_INLINE V load_cells(const T* p, int64_t n) {
+    if constexpr (kSame<T, Packed>) {
+      return Bf16Pairs::load_cells(p, n);
+    } else {
+      Packed some[2 * kVL];
+      pack_store(some, load_some(p, 1, n));
+      pack_store(some + kVL, load_some(p + kVL, 1, n - kVL));
+      return load_bits<V>(some);
+    }
+  }
+
+  // One k step's cells of all rows into row-major panels. They wait as rows where 16 × 16 cells will be, and are transposed
+  // in place with the last of 16 steps.
+  static void put_line(Cell* out, const Cell* line, int64_t q, int64_t rows) {
+    constexpr int64_t stride = kAStride<AmxPairs>;
+    const int64_t step = q % kDepth;
+    for (int64_t i = 0; i < rows; i += kVL) {
+      Cell* block = out + i * stride + (q - step);
+      if (step + 1 < kDepth) {
+        store_bits(block + step * stride, load_bits<V>(line + i));
+        continue;
+      }
+      V square[kVL];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r + 1 < kVL; ++r) square[r] = load_bits<V>(block + r * stride);
+      square[kVL - 1] = load_bits<V>(line + i);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kVL; ++r) store_bits(block + r * stride, square[r]);
+    }
+  }
+
+  static Ukernel<AmxPairs> ukernel_for(int64_t rows, int64_t registers) {
+    if (rows > kDepth) return registers == 1 ? &tile_ukernel<AmxPairs, 2, 1> : &tile_ukernel<AmxPairs, 2, 2>;
+    return registers == 1 ? &tile_ukernel<AmxPairs, 1, 1> : &tile_ukernel<AmxPairs, 1, 2>;
+  }
+};
+
+}  // namespace dlk::cpu::DLK_ISA

@@ -1,0 +1,83 @@
+// csrc/cpu's AMX product, its choice and the tile instructions with C signatures, for ctypes.
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/route.h"
+
+namespace dlk::cpu {
+
+// The other sets are not under test here: their names are enough to be chosen.
+extern const Kernels k_portable, k_avx2, k_avx512, k_avx512_bf16;
+const Kernels k_portable = {"portable", {}}, k_avx2 = {"avx2", {}}, k_avx512 = {"avx512", {}},
+              k_avx512_bf16 = {"avx512_bf16", {}};
+
+void amx_gemm(const Gemm&, const Parallel&);
+void amx_gemm_of_floats(const Gemm&, const Parallel&);  // products.cpp
+
+namespace {
+
+int threads_in_use = 1;
+
+// Tasks in as many contiguous ranges as there are threads, each in a thread of its own; one thread is the caller's.
+void in_threads(int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
+  if (threads_in_use == 1) return body(context, 0, tasks);
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < threads_in_use; ++t) {
+    const int64_t begin = tasks * t / threads_in_use, end = tasks * (t + 1) / threads_in_use;
+    if (begin < end) threads.emplace_back(body, context, begin, end);
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace
+}  // namespace dlk::cpu
+
+using namespace dlk;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// dtype f32: float tensors multiplied in bf16.
+EXPORT int gemm(int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
+                const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row, int64_t b_col,
+                int act, double slope, const void* bias, void* c, void* z, void* row_sum, int splits, void* partials,
+                int threads) {
+  cpu::Gemm p{};
+  p.dtype = static_cast<DType>(dtype);
+  p.m = m, p.n = n, p.k = k;
+  p.a = {a, a_row, a_col};
+  p.saved = {saved, saved_row, saved_col};
+  p.b = {b, b_row, b_col};
+  p.act = {static_cast<Act>(act), slope};
+  p.bias = bias, p.c = c, p.z = z, p.row_sum = row_sum;
+  p.splits = splits, p.partials = partials;
+  cpu::threads_in_use = threads;
+  const cpu::Parallel parallel = {threads, &cpu::in_threads};
+  if (p.dtype == DType::f32)
+    cpu::amx_gemm_of_floats(p, parallel);
+  else
+    cpu::amx_gemm(p, parallel);
+  return amx_on_host::config.palette;  // nothing is left configured
+}
+
+EXPORT int gemm_splits(int64_t m, int64_t n, int64_t k) { return cpu::gemm_splits(m, n, k); }
+
+// What a process with this processor runs: the set, and the path and reason of a bf16 forward.
+EXPORT const char* chosen(int dtype) {
+  static std::string said;
+  try {
+    const auto route = cpu::route(cpu::Op::forward, {500, 500, 500}, static_cast<DType>(dtype), true);
+    said = std::string(cpu::kernels().isa) + " | " + cpu::name(route.path) + " | " + route.why;
+  } catch (const std::exception& e) {
+    said = e.what();
+  }
+  return said.c_str();
+}
+
+EXPORT void tile_loadconfig(const void* config) { _tile_loadconfig(config); }
+EXPORT void tile_release() { _tile_release(); }
+EXPORT void tile_zero(int tile) { _tile_zero(tile); }
+EXPORT void tile_loadd(int tile, const void* base, int64_t stride) { _tile_loadd(tile, base, stride); }
+EXPORT void tile_stored(int tile, void* base, int64_t stride) { _tile_stored(tile, base, stride); }
+EXPORT void tile_dpbf16ps(int c, int a, int b) { _tile_dpbf16ps(c, a, b); }
