@@ -1,8 +1,8 @@
 // The loop nest: C is cut in tiles that fit L2, each tile is one task, and a task packs what it multiplies.
 //
-//   task (tile of C)                          threads take tasks; no barrier, no shared buffer
+//   task (tile of C)                          threads take tasks; no barrier within
 //     for each k block                        A block packed to thread-local scratch (dz is made here)
-//       for each B block                      packed likewise, lives in L2
+//       for each B block                      packed likewise, or before, for all tasks; lives in L2
 //         for each A micro-panel              stays in L1
 //           for each B micro-panel            streams from L2
 //             ukernel                         accumulators in registers
@@ -29,6 +29,8 @@ DLK_INLINE int64_t cells_of(int64_t ks) {
 constexpr int64_t kMC = (kMR < 16 ? 24 : 12) * kMR;
 constexpr int64_t kNC = 1024;
 constexpr int64_t kNB = 256;
+// Tiles above each other from which on they share one packed B.
+constexpr int64_t kSharedTiles = 3;
 
 struct Tiling {
   int64_t mc, nc;  // tile of C
@@ -38,6 +40,14 @@ struct Tiling {
   int64_t kb;      // k elements per block: a slice in equal parts
   bool one_block;  // a slice is one k block: tiles below each other share their B block
   DLK_HD int64_t tasks() const { return mt * nt * kt; }
+
+  // B blocks, numbered by slice, k block, tile, block of the tile.
+  DLK_HD int64_t k_blocks() const { return max(1, ceil_div(kc, kb)); }
+  DLK_HD int64_t blocks_per_tile() const { return ceil_div(nc, nb); }
+  DLK_HD int64_t b_blocks() const { return kt * k_blocks() * nt * blocks_per_tile(); }
+  DLK_HD int64_t b_block(int64_t tk, int64_t k_block, int64_t tj, int64_t block) const {
+    return ((tk * k_blocks() + k_block) * nt + tj) * blocks_per_tile() + block;
+  }
 };
 
 // The tile that minimises the longest thread's work: FMAs plus the packing that smaller tiles repeat.
@@ -223,6 +233,7 @@ template <class E>
 struct Plan {
   const Gemm* p;
   Tiling t;
+  int64_t b_cells;  // of a B block in p->panels
   Source<E> a;
   AOrder order;
   EpilogueFn<typename E::Elem> epilogue;
@@ -248,7 +259,8 @@ struct Block {
 
 // The packed A block times the packed B block, into acc [rows, ld] or, on the last k block, out of it.
 template <class E>
-void multiply_block(const Plan<E>& plan, const Block& at, const Buffers<E>& s, typename E::Acc* acc, int64_t ld) {
+void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell* block_a,
+                    const typename E::Cell* block_b, typename E::Acc* acc, int64_t ld) {
   using A = typename E::Acc;
   constexpr int64_t nr = kNV * E::kVL;
   const Gemm& p = *plan.p;
@@ -257,10 +269,10 @@ void multiply_block(const Plan<E>& plan, const Block& at, const Buffers<E>& s, t
   const bool one_block = at.first && at.last;  // then a micro-tile lives in one reused spot, in L1
   for (int64_t i = 0; i < at.rows; i += kMR) {
     const int64_t r = min(kMR, at.rows - i);
-    const auto* panel_a = s.a + (row_major ? i * kAStride<E> : panel_at<E>(i, kMR, at.cells));
+    const auto* panel_a = block_a + (row_major ? i * kAStride<E> : panel_at<E>(i, kMR, at.cells));
     for (int64_t j = 0; j < padded; j += nr) {
       const int64_t width = min(nr, padded - j);
-      const auto* panel_b = s.b + panel_at<E>(j, nr, at.cells);
+      const auto* panel_b = block_b + panel_at<E>(j, nr, at.cells);
       A* c = one_block ? acc : acc + i * ld + j;
       const int64_t ldc = one_block ? nr : ld;
       const auto uk =
@@ -284,6 +296,25 @@ void multiply_block(const Plan<E>& plan, const Block& at, const Buffers<E>& s, t
   }
 }
 
+template <class E>
+DLK_INLINE typename E::Cell* shared_block(const Plan<E>& plan, int64_t block) {
+  return (typename E::Cell*)plan.p->panels + block * plan.b_cells;
+}
+
+// One B block into p.panels, for every task.
+template <class E>
+void pack_shared_block(const Plan<E>& plan, int64_t block, Buffers<E>& s) {
+  const Tiling& t = plan.t;
+  const Gemm& p = *plan.p;
+  const int64_t jb = block % t.blocks_per_tile(), tj = block / t.blocks_per_tile() % t.nt;
+  const int64_t k_block = block / t.blocks_per_tile() / t.nt % t.k_blocks();
+  const int64_t tk = block / t.blocks_per_tile() / t.nt / t.k_blocks();
+  const int64_t p0 = tk * t.kc + k_block * t.kb, j0 = tj * t.nc + jb * t.nb;
+  const int64_t ks = min(min(t.kb, (tk + 1) * t.kc - p0), p.k - p0);
+  const int64_t cols = min(min(t.nb, (tj + 1) * t.nc - j0), p.n - j0);
+  if (ks > 0 && cols > 0) pack_b<E>(p.b, shared_block(plan, block), p0, ks, j0, cols, s.run);
+}
+
 // One task: a tile of C over one slice of k.
 template <class E>
 void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, Packed& a, Packed& b) {
@@ -305,9 +336,13 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
       pack_a_cols<E>(plan.a, s.a, i0, rows, p0, ks, s.run, sum_rows ? &s.row_sum : nullptr);
     for (int64_t jb = 0; jb < cols; jb += t.nb) {
       const int64_t width = min(t.nb, cols - jb);
-      if (b.renew(j0 + jb, p0)) pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
-      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, cells_of<E>(ks), p0 == k0, p0 + t.kb >= k1}, s, s.acc + jb,
-                        round_up(cols, E::kVL));
+      const auto* block_b = s.b;
+      if (p.panels)
+        block_b = shared_block(plan, t.b_block(tk, (p0 - k0) / t.kb, tj, jb / t.nb));
+      else if (b.renew(j0 + jb, p0))
+        pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
+      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, cells_of<E>(ks), p0 == k0, p0 + t.kb >= k1}, s.a, block_b,
+                        s.acc + jb, round_up(cols, E::kVL));
     }
   }
   if (sum_rows) {
@@ -331,13 +366,31 @@ void sum_slices(const Acc<T>* parts, int64_t count, int64_t n, T* out, int64_t b
 }
 
 template <class E>
+int64_t b_block_cells(const Tiling& t) {
+  const int64_t cells = cells_of<E>(min(t.kb, t.kc)), cols = round_up(t.nb, E::kVL);
+  return round_up(cells * cols + ceil_div(cols, kNV * E::kVL) * kPanelGap<E>, kPanelGap<E>);
+}
+
+// Bytes of p.panels where packing B once for all tasks pays: where each block of it would be packed by several tiles.
+template <class E>
+int64_t panels_size(const Gemm& p, int threads) {
+  const Tiling t = tile<E>(p, threads);
+  return t.mt < kSharedTiles ? 0 : t.b_blocks() * b_block_cells<E>(t) * sizeof(typename E::Cell);
+}
+
+template <class E>
 void gemm_with(const Gemm& p, const Parallel& parallel) {
   using Elem = typename E::Elem;
   // dzᵀ is contiguous along its rows; everything else is read along k
   const bool k_major = p.a.row_stride == 1 && p.a.col_stride != 1;
   const AOrder order = k_major || p.row_sum ? kKMajor : kRowMajor;
-  const Plan<E> plan = {&p, tile<E>(p, parallel.threads), Source<E>::of(p.a, p.saved, p.act), order,
-                        epilogue_of<Elem>(p)};
+  const Tiling t = tile<E>(p, parallel.threads);
+  const Plan<E> plan = {&p, t, b_block_cells<E>(t), Source<E>::of(p.a, p.saved, p.act), order, epilogue_of<Elem>(p)};
+  if (p.panels)
+    parallel.run(t.b_blocks(), &plan, [](const void* context, int64_t begin, int64_t end) {
+      auto buffers = Buffers<E>::get();
+      for (int64_t block = begin; block < end; ++block) pack_shared_block<E>(*(const Plan<E>*)context, block, buffers);
+    });
   parallel.run(plan.t.tasks(), &plan, [](const void* context, int64_t begin, int64_t end) {
     const auto& plan = *(const Plan<E>*)context;
     const Tiling& t = plan.t;

@@ -31,4 +31,6 @@ inline at::Tensor accumulators(int64_t count, const at::Tensor& like) {
   return at::empty({count}, like.options().dtype(accumulator_type(like)));
 }
 
+inline at::Tensor scratch_tensor(int64_t bytes) { return at::empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
+
 }  // namespace dlk::cpu

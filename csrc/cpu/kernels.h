@@ -39,6 +39,7 @@ struct Gemm {
   Activation gate_act;
   void* row_sum;   // [m] row sums of A, or nullptr
   int splits;      // > 1: k is cut in this many slices, summed in order
+  void* panels;    // scratch of Engine::panels_size() bytes, or nullptr: every task packs the B it needs
   void* partials;  // splits > 1: scratch of partials_size() accumulators, f32 (f64 for f64)
 };
 
@@ -102,6 +103,7 @@ struct Engine {
   // y = act(z), elementwise over count contiguous elements; behind a library GEMM. z and y may be the same.
   void (*act_pass)(const ActPass&, const Parallel&);
   void (*gemm)(const Gemm&, const Parallel&);
+  int64_t (*panels_size)(const Gemm&, int threads);
   // The three products for few rows, without packing. forward: x and weight contiguous along k; dgrad: weight too.
   void (*few_forward)(const Gemm&, const Parallel&);  // M <= kFewRowsForward
   void (*few_dgrad)(const Gemm&, const Parallel&);    // M <= kFewRows

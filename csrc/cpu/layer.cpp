@@ -20,8 +20,23 @@ Gemm gradient_product(const Checked& c, const Incoming& in) {
     p.saved = view_of(in.saved);
     p.act = c.act;
   }
-  p.splits = 1;
   return p;
+}
+
+// The packed path: scratch, then the kernel.
+void gemm(Gemm& p) {
+  const Engine& e = engine(p.dtype);
+  const Parallel parallel = parallel_for_work(p.m * p.n * p.k);
+  at::Tensor panels, partials;
+  if (p.splits > 1) {
+    partials = scratch_tensor(partials_size(p) * (p.dtype == DType::f64 ? 8 : 4));
+    p.partials = partials.data_ptr();
+  }
+  if (const int64_t bytes = e.panels_size(p, parallel.threads)) {
+    panels = scratch_tensor(bytes);
+    p.panels = panels.data_ptr();
+  }
+  e.gemm(p, parallel);
 }
 
 void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& weight, at::Tensor& dx, Gate* below) {
@@ -36,7 +51,7 @@ void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& we
     p.gate_act = below->act;
     below->applied = true;
   }
-  engine(c.dtype).gemm(p, parallel_for_work(m * n * k));
+  gemm(p);
 }
 
 void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2, at::Tensor& dweight,
@@ -51,12 +66,7 @@ void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2
   p.row_sum = dbias ? dbias->data_ptr() : nullptr;
   if (path == Path::few_rows) return engine(c.dtype).few_wgrad(p, parallel_for_work(m * n * k));
   p.splits = gemm_splits(p.m, p.n, p.k);
-  at::Tensor partials;
-  if (p.splits > 1) {
-    partials = accumulators(partials_size(p), x2);
-    p.partials = partials.data_ptr();
-  }
-  engine(c.dtype).gemm(p, parallel_for_work(m * n * k));
+  gemm(p);
 }
 
 void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor* dbias) {
@@ -105,9 +115,8 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
   p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
   p.c = y.data_ptr();
   p.z = z ? z->data_ptr() : nullptr;
-  p.splits = 1;
-  const auto run = path == Path::few_rows ? engine(c.dtype).few_forward : engine(c.dtype).gemm;
-  run(p, parallel_for_work(m * n * k));
+  if (path == Path::few_rows) return engine(c.dtype).few_forward(p, parallel_for_work(m * n * k));
+  gemm(p);
 }
 
 Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
