@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dlkernels._ops.losses import (
     NONE,
     REDUCTIONS,
+    check_like,
     differentiable_gradients,
     grad_dtype,
     plain_torch,
@@ -43,7 +44,14 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, ...]:
-    F.linear(x, weight, bias)  # torch's checks of the three
+    for t in (weight, bias):
+        if t is not None:
+            check_like("linear_cross_entropy", t, x)
+    torch._check(
+        target.device == x.device,
+        lambda: f"linear_cross_entropy: target is on {target.device}, but x is on {x.device}",
+    )
+    F.linear(x, weight, bias)  # torch's checks of their shapes
     dtype = grad_dtype(x)
     return (
         x.new_empty(target.shape if reduction == NONE else (), dtype=dtype),
