@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.harness import Inputs
 from bench.memory import extra_bytes
-from dlkernels import functional
 from dlkernels.functional import linear_cross_entropy
+from dlkernels.nn import LinearCrossEntropy
 
 ops = torch.ops.dlkernels
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -484,6 +484,32 @@ def test_autocast(dtype, low):
     assert leaves[1].grad.abs().sum() > 0
 
 
+# ---- module ---------------------------------------------------------------------------------------------------------
+
+
+def test_module():
+    """Initialised as nn.Linear, with its checkpoint; its gradients are those of the two stock modules."""
+    class_weight = torch.rand(5)
+    torch.manual_seed(1)
+    head = LinearCrossEntropy(4, 5, class_weight=class_weight, label_smoothing=0.1, ignore_index=2)
+    torch.manual_seed(1)
+    linear = nn.Linear(4, 5)
+    assert torch.equal(head.weight, linear.weight)
+    assert torch.equal(head.bias, linear.bias)
+    assert list(head.state_dict()) == ["weight", "bias", "class_weight"]
+    assert list(LinearCrossEntropy(4, 5).state_dict()) == ["weight", "bias"]
+    assert list(LinearCrossEntropy(4, 5, bias=False).state_dict()) == ["weight"]
+    LinearCrossEntropy(4, 5).load_state_dict(linear.state_dict())
+    x, target = torch.randn(3, 6, 4), torch.randint(5, (3, 6))
+    criterion = nn.CrossEntropyLoss(class_weight, label_smoothing=0.1, ignore_index=2)
+    loss, expected = head(x, target), criterion(linear(x).flatten(0, 1), target.flatten())
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    close([head.weight.grad, head.bias.grad], [linear.weight.grad, linear.bias.grad])
+    assert repr(head) == "LinearCrossEntropy(in_features=4, out_features=5, bias=True)"
+
+
 # ---- malformed calls ------------------------------------------------------------------------------------------------
 
 X, W, B, T = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(5), torch.tensor([0, 4, 2, 0])
@@ -533,7 +559,3 @@ def test_malformed(name):
     call, kind, message = MALFORMED[name]
     with pytest.raises(kind, match=message):
         call()
-
-
-def test_it_is_where_the_other_losses_are():
-    assert "linear_cross_entropy" in functional.__all__
