@@ -90,7 +90,7 @@ def linear_cross_entropy(
     Equal to ``F.cross_entropy(F.linear(x, weight, bias), target, class_weight, ...)`` with gradients for x, weight and
     bias. On CPU the logits and their gradient exist for a block of rows at a time: as many rows as 4 million logits
     have (16 MiB in float32), and never fewer than 256 (512 in 16-bit dtypes). The idea is that of Liger Kernel's fused
-    linear cross entropy (Hsu et al. 2024).
+    linear cross entropy (Hsu et al. 2024). torch 2.13 has a function of this name with another order of arguments.
 
     Args:
         x: ``[..., in_features]``, any strides; every leading index is a row.

@@ -86,10 +86,10 @@ void add_column_sums(DType dtype, const at::Tensor& dlogits, at::Tensor& dbias) 
 double largest(const at::Tensor& t) { return t.defined() ? t.abs().max().item<double>() : 1; }
 
 // binary16 holds neither 1/count nor a softmax over many classes. While they are in it gradients are this power of two
-// larger, which brings the largest one can be, `bound`, to some thousands.
-double lift_of(DType dtype, double bound) {
-  const bool usable = bound > 0 && std::isfinite(bound);
-  return dtype == DType::f16 && usable ? std::exp2(12 - std::ilogb(bound)) : 1;
+// larger, which brings the largest one can be to some thousands.
+double lift_of(const at::Tensor& weights, const at::Tensor& row_grad, double denominator) {
+  const double bound = largest(weights) * largest(row_grad) / denominator;
+  return bound > 0 && std::isfinite(bound) ? std::exp2(std::min(12 - std::ilogb(bound), 60)) : 1;
 }
 
 }  // namespace
@@ -126,7 +126,7 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
   const bool need_grad = need_x || need_weight || need_bias;
   const bool rounds = x.scalar_type() != acc;
   const DType acc_dtype = rounds ? DType::f32 : dtype;
-  const double lift = need_grad ? lift_of(dtype, largest(weights) * largest(row_grad) / mean) : 1;
+  const double lift = need_grad && dtype == DType::f16 ? lift_of(weights, row_grad, mean) : 1;
   const int64_t block = std::min(m, block_rows(shape, rounds));
   const at::Tensor logits = at::empty({block, classes}, options);
   const at::Tensor rounded = rounds && need_grad ? at::empty({block, classes}, x.options()) : logits;
@@ -142,28 +142,30 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
   p.scale = lift / mean;
   p.grad = need_grad ? logits.data_ptr() : nullptr;  // in place
 
-  for (int64_t at = 0; at < m; at += block) {
-    const int64_t n = std::min(block, m - at);
+  for (int64_t first = 0; first < m; first += block) {
+    const int64_t n = std::min(block, m - first);
     const Shape layer = {n, classes, k};
-    const at::Tensor x_block = rows.narrow(0, at, n), z = logits.narrow(0, 0, n);
+    const at::Tensor x_block = rows.narrow(0, first, n), z = logits.narrow(0, 0, n);
     product(cpu::Op::forward, layer, dtype, x_block, weight.t(), bias_values, Store::accumulators, z);
 
     p.inner = n;
-    p.target = indices.const_data_ptr<int64_t>() + at;
-    p.loss = each.defined() ? each.view(m).narrow(0, at, n).data_ptr() : nullptr;
+    p.target = indices.const_data_ptr<int64_t>() + first;
+    p.loss = each.defined() ? each.view(m).narrow(0, first, n).data_ptr() : nullptr;
     const size_t before = sums.size();
     sums.resize(before + cpu::loss_slices(p));
     p.sums = sums.data() + before;
     cpu::engine(acc_dtype).losses.cross_entropy(p, parallel_for_work(n * classes * 16));
     if (!need_grad) continue;
 
-    if (row_grad.defined()) z.mul_(row_grad.narrow(0, at, n));
+    if (row_grad.defined()) z.mul_(row_grad.narrow(0, first, n));
     if (need_bias) add_column_sums(acc_dtype, z, dbias);
     const at::Tensor dlogits = rounds ? rounded.narrow(0, 0, n).copy_(z) : z;
     if (need_x)
-      product(cpu::Op::dgrad, layer, dtype, dlogits, weight, {}, Store::accumulators, dx.view({m, k}).narrow(0, at, n));
+      product(cpu::Op::dgrad, layer, dtype, dlogits, weight, {}, Store::accumulators,
+              dx.view({m, k}).narrow(0, first, n));
     if (need_weight)
-      product(cpu::Op::wgrad, layer, dtype, dlogits.t(), x_block, {}, at ? Store::added : Store::accumulators, dweight);
+      product(cpu::Op::wgrad, layer, dtype, dlogits.t(), x_block, {}, first ? Store::added : Store::accumulators,
+              dweight);
   }
   for (const at::Tensor& grad : {dx, dweight, dbias})
     if (lift != 1 && grad.defined()) grad.mul_(1 / lift);
