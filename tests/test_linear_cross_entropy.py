@@ -143,6 +143,16 @@ def test_oracle(dtype, reduction, settings):
         assert mine <= 2 * max(1.0, theirs), f"{name}: {mine:.3g} rounding units, stock {theirs:.3g}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_over_slices_of_several_blocks(dtype):
+    """Few classes and many rows: dweight is cut in slices of rows, which are added to what earlier blocks left."""
+    args = problem(9000, 900, 4, dtype)[:4]
+    ours = run(linear_cross_entropy, *args)
+    exact = run(stock, *(t.double() for t in args[:3]), args[3])
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=float(b.abs().max()) * 4 * torch.finfo(dtype).eps)
+
+
 def test_small_gradients_survive_in_float16():
     """1/count times a softmax over many classes is below binary16's range, and loss scaling comes only afterwards."""
     x, weight, bias, target, _ = problem(2048, 3000, 16, torch.float16, ignored=False)
