@@ -22,6 +22,10 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, bool need_input, bool need_target) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+      "Tensor? grad_loss, int reduction, int ignore_index, float label_smoothing, bool need_x, bool need_weight, "
+      "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 #define DLK_IMPLEMENT(key, suffix)                                        \
@@ -32,14 +36,15 @@ TORCH_LIBRARY(dlkernels, m) {
   }
 
 // Chains and losses run on CPU; elsewhere dlkernels/_ops runs a chain layer by layer and calls torch's losses.
-#define DLK_IMPLEMENT_CPU(key)                                 \
-  DLK_IMPLEMENT(key, cpu)                                      \
-  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                      \
-    m.impl("_mlp_forward", &dlk::mlp_forward_cpu);             \
-    m.impl("_mlp_backward", &dlk::mlp_backward_cpu);           \
-    m.impl("_mse_loss", &dlk::mse_loss_cpu);                   \
-    m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_cpu); \
-    m.impl("_cross_entropy", &dlk::cross_entropy_cpu);         \
+#define DLK_IMPLEMENT_CPU(key)                                       \
+  DLK_IMPLEMENT(key, cpu)                                            \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                            \
+    m.impl("_mlp_forward", &dlk::mlp_forward_cpu);                   \
+    m.impl("_mlp_backward", &dlk::mlp_backward_cpu);                 \
+    m.impl("_mse_loss", &dlk::mse_loss_cpu);                         \
+    m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_cpu);       \
+    m.impl("_cross_entropy", &dlk::cross_entropy_cpu);               \
+    m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_cpu); \
   }
 
 DLK_IMPLEMENT_CPU(CPU)

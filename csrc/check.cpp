@@ -27,10 +27,14 @@ void check_layout(const at::Tensor& t, const char* name, const char* op) {
               "); call .dequantize() first");
 }
 
-void check_like(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op) {
+void check_place(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op) {
   check_layout(t, name, op);
   TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), " but ", x_name, " is on ", x.device(),
               "; move one of them with .to(device)");
+}
+
+void check_like(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op) {
+  check_place(t, name, x, x_name, op);
   TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has dtype ", t.scalar_type(), " but ", x_name,
               " has dtype ", x.scalar_type(), "; convert one of them, or run under torch.autocast");
 }
@@ -47,30 +51,30 @@ Activation check_activation(int64_t act, double slope) {
   return {static_cast<Act>(act), slope};
 }
 
-Shape check_product(const at::Tensor& x, const at::Tensor& weight) {
-  TORCH_CHECK(x.dim() >= 1, "linear_act: x must be [..., in_features], got a 0-dimensional tensor");
-  TORCH_CHECK(weight.dim() == 2, "linear_act: weight must be [out_features, in_features], got shape ", weight.sizes());
-  TORCH_CHECK(x.size(-1) == weight.size(1),
-              "linear_act: x must be [..., in_features] with in_features = ", weight.size(1), " (weight is ",
-              weight.sizes(), "), got x of shape ", x.sizes());
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
-  return {rows, weight.size(0), weight.size(1)};
-}
-
 }  // namespace
+
+std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias, const char* op) {
+  check_layout(x, "x", op);
+  check_like(weight, "weight", x, "x", op);
+  const DType dtype = dtype_of(x, op);
+  TORCH_CHECK(x.dim() >= 1, op, ": x must be [..., in_features], got a 0-dimensional tensor");
+  TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got shape ", weight.sizes());
+  TORCH_CHECK(x.size(-1) == weight.size(1), op, ": x must be [..., in_features] with in_features = ", weight.size(1),
+              " (weight is ", weight.sizes(), "), got x of shape ", x.sizes());
+  Shape shape{1, weight.size(0), weight.size(1)};
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.m *= x.size(i);
+  if (bias) {
+    check_like(*bias, "bias", x, "x", op);
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.n, op, ": bias must be [out_features] = [", shape.n,
+                "], got shape ", bias->sizes());
+  }
+  return {shape, dtype};
+}
 
 Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
                       double slope) {
-  check_layout(x, "x", kOp);
-  check_like(weight, "weight", x, "x", kOp);
-  const DType dtype = dtype_of(x, kOp);
-  const Shape shape = check_product(x, weight);
-  if (bias) {
-    check_like(*bias, "bias", x, "x", kOp);
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.n, "linear_act: bias must be [out_features] = [", shape.n,
-                "], got shape ", bias->sizes());
-  }
+  const auto [shape, dtype] = check_linear(x, weight, bias, kOp);
   return {shape, dtype, check_activation(act, slope)};
 }
 

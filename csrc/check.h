@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "params.h"
@@ -29,8 +30,13 @@ std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
                                const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope);
 
 // The pieces of such checks, for the other ops; `op` begins the message.
+// x [..., in_features], weight [out_features, in_features], bias [out_features]: of one dtype and device.
+std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weight,
+                                     const std::optional<at::Tensor>& bias, const char* op);
 DType dtype_of(const at::Tensor& t, const char* op);
 void check_layout(const at::Tensor& t, const char* name, const char* op);
+// Layout and device; with check_like dtype too.
+void check_place(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op);
 void check_like(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op);
 
 // The [rows, last] view of a tensor [..., last]; copies only when no such view exists.

@@ -22,7 +22,17 @@ struct ClassProblem {
   DType dtype;
 };
 
-// All but the values of class indices.
+struct LinearClassProblem {
+  Shape shape;  // rows, classes, in_features
+  double smoothing;
+  DType dtype;
+};
+
+// Both: all but the values of class indices.
+LinearClassProblem check_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
+                                              const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                              const std::optional<at::Tensor>& class_weight,
+                                              const std::optional<at::Tensor>& grad_loss, double label_smoothing);
 ClassProblem check_cross_entropy(const at::Tensor& input, const at::Tensor& target,
                                  const std::optional<at::Tensor>& weight, int64_t ignore_index, double label_smoothing);
 

@@ -27,4 +27,15 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
                                int64_t reduction, int64_t ignore_index, double label_smoothing, bool need_input,
                                bool need_target);
 
+// Loss and gradients of x, weight and bias.
+using LossOfLinear = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// The cross entropy of the logits x · weightᵀ + bias, which never exist whole: x [..., K], weight [classes, K],
+// bias [classes], target [...] of class indices, class_weight [classes]. The loss too is in float32 (float64).
+// grad_loss [...]: without reduction, what the gradients of the rows are multiplied by.
+LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                      const at::Tensor& target, const OptionalTensor& class_weight,
+                                      const OptionalTensor& grad_loss, int64_t reduction, int64_t ignore_index,
+                                      double label_smoothing, bool need_x, bool need_weight, bool need_bias);
+
 }  // namespace dlk

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import _reduction
 
 from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
+from dlkernels._ops import linear_cross_entropy as _linear_cross_entropy
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import activation_named
 from dlkernels.losses import cross_entropy, gaussian_nll_loss, mse_loss
@@ -20,6 +22,7 @@ __all__ = [
     "explain",
     "gaussian_nll_loss",
     "linear_act",
+    "linear_cross_entropy",
     "linear_relu",
     "mlp",
     "mse_loss",
@@ -62,11 +65,11 @@ def linear_act(
     return _linear_act.linear_act(x, weight, bias, activation_named(activation), negative_slope)
 
 
-def _check_tensors(x: Any, weight: Any, bias: Any = None) -> None:
+def _check_tensors(x: Any, weight: Any, bias: Any = None, op: str = "linear_act") -> None:
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
         return
     got = ", ".join(type(t).__name__ for t in (x, weight, bias))
-    raise TypeError(f"linear_act: x and weight must be tensors, bias a tensor or None; got {got}")
+    raise TypeError(f"{op}: x and weight must be tensors, bias a tensor or None; got {got}")
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -121,6 +124,71 @@ def mlp(
         _check_tensors(x, weight, bias)
     acts = tuple(activation_named(name) for name in (*hidden, last_activation))
     return _mlp.mlp(x, weights, biases, acts, negative_slope)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``cross_entropy(linear(x, weight, bias), target)`` that never holds the logits, for large numbers of classes.
+
+    Equal to ``F.cross_entropy(F.linear(x, weight, bias), target, class_weight, ...)`` with gradients for x, weight and
+    bias. On CPU the logits and their gradient exist for a block of rows at a time: as many rows as 4 million logits
+    have (16 MiB in float32), and never fewer than 256 (512 in 16-bit dtypes). The idea is that of Liger Kernel's fused
+    linear cross entropy (Hsu et al. 2024). torch 2.13 has a function of this name with another order of arguments.
+
+    Args:
+        x: ``[..., in_features]``, any strides; every leading index is a row.
+        weight: ``[classes, in_features]``.
+        bias: ``[classes]`` or None.
+        target: class indices in ``[0, classes)``, int64 or uint8, of x's shape without the last size.
+        class_weight: ``[classes]``, a factor per class; in x's dtype or float32.
+        ignore_index: rows with this index have no loss and no gradient.
+        reduction: ``"mean"`` (over the weights of the indices that are not ignored, NaN if there are none), ``"sum"``,
+            or ``"none"``, with which backward makes every logit once more.
+        label_smoothing: in [0, 1], the share of the target that is spread evenly over the classes.
+
+    x, weight and bias share one dtype (float64, float32, bfloat16, float16) and device. Logits, losses and sums over
+    rows are in float32 (float64 for float64), as are all gradients until backward rounds them once.
+
+    Double backward, ``torch.func``, forward mode and other devices than the CPU work by torch's own functions, which do
+    hold the logits; so does a ``class_weight`` that requires a gradient, and gets torch's refusal. x, weight and bias
+    must not be changed in place before backward.
+
+    Returns:
+        ``[]``, or one value per row with ``"none"``: target's shape. In x's dtype; under autocast in float32.
+
+    Raises:
+        ValueError: unknown reduction, a target or ``class_weight`` of another shape, ``label_smoothing`` above 1.
+        IndexError: a class index outside ``[0, classes)``.
+        TypeError: a dtype the kernels do not have, class probabilities as target, or no tensor.
+        RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
+    """
+    _check_tensors(x, weight, bias, "linear_cross_entropy")
+    for name, t in (("target", target), ("class_weight", class_weight)):
+        if not isinstance(t, Tensor) and not (t is None and name == "class_weight"):
+            raise TypeError(f"linear_cross_entropy: {name} must be a tensor, got {type(t).__name__}")
+    if target.is_floating_point():
+        raise TypeError(
+            f"linear_cross_entropy: expected class indices (int64), got {target.dtype}. Class probabilities are as "
+            "large as the logits this function avoids: use cross_entropy(linear(x, weight, bias), target)"
+        )
+    if target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"linear_cross_entropy: target must hold one class index per row of x ({tuple(x.shape)}), so be of shape "
+            f"{tuple(x.shape[:-1])}; got {tuple(target.shape)}"
+        )
+    code = _reduction.get_enum(reduction)
+    return _linear_cross_entropy.linear_cross_entropy(
+        x, weight, bias, target, class_weight, code, ignore_index, label_smoothing
+    )
 
 
 @dataclass(frozen=True)

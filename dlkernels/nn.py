@@ -17,7 +17,7 @@ from dlkernels import functional
 from dlkernels._ops.activations import activation_named
 from dlkernels.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
 
-__all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearReLU", "MSELoss"]
+__all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearCrossEntropy", "LinearReLU", "MSELoss"]
 
 
 def _check_size(name: str, size: Any) -> None:
@@ -32,7 +32,36 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
 
 
-class LinearAct(nn.Module):
+class _Linear(nn.Module):
+    """The parameters of a linear map: ``nn.Linear``'s keys, shapes and initialisation."""
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        _check_size("in_features", in_features)
+        _check_size("out_features", out_features)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, in ``nn.Linear``'s order and from its distributions: same seed, same numbers."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+
+class LinearAct(_Linear):
     """``act(x @ weight.T + bias)``: an ``nn.Linear`` and its activation in one layer.
 
     Args:
@@ -53,11 +82,6 @@ class LinearAct(nn.Module):
         TypeError: a size that is no integer, or a ``negative_slope`` that is no number.
     """
 
-    in_features: int
-    out_features: int
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         in_features: int,
@@ -69,30 +93,13 @@ class LinearAct(nn.Module):
         activation: str = "relu",
         negative_slope: float = 0.01,
     ) -> None:
-        super().__init__()
         activation_named(activation)  # a typing error should show here, not in the first forward
-        _check_size("in_features", in_features)
-        _check_size("out_features", out_features)
         _check_number("negative_slope", negative_slope)
         if not negative_slope >= 0:  # also NaN
             raise ValueError(f"negative_slope must be at least 0, got {negative_slope}")
-        self.in_features = in_features
-        self.out_features = out_features
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
         self.negative_slope = negative_slope
-        self.weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw weight and bias anew, in ``nn.Linear``'s order and from its distributions: same seed, same numbers."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
-            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear_act(x, self.weight, self.bias, self.activation, negative_slope=self.negative_slope)
@@ -117,6 +124,65 @@ class LinearReLU(LinearAct):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class LinearCrossEntropy(_Linear):
+    """The last layer of a classifier and its loss in one: ``cross_entropy(linear(x), target)`` without the logits.
+
+    Its ``state_dict`` is ``nn.Linear(in_features, out_features)``'s, which makes the logits where they are wanted. To
+    share a weight, assign it (``head.weight = embedding.weight``) or call
+    :func:`dlkernels.functional.linear_cross_entropy`.
+
+    Args:
+        in_features: last size of x.
+        out_features: number of classes.
+        bias: whether to learn an additive bias.
+        device, dtype: of the parameters.
+        class_weight: ``[out_features]``, a factor per class; a buffer, and in the ``state_dict`` if there is one.
+        ignore_index, reduction, label_smoothing: :func:`dlkernels.functional.linear_cross_entropy`'s.
+
+    Input x ``[..., in_features]`` and class indices ``[...]``; output the loss.
+
+    Raises:
+        ValueError: a size below 0.
+        TypeError: a size that is no integer.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.register_buffer("class_weight", class_weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return functional.linear_cross_entropy(
+            x,
+            self.weight,
+            self.bias,
+            target,
+            self.class_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -20,6 +20,7 @@ HOST = {
     "layer.h",
     "linear_act.h",
     "losses.h",
+    "losses_host.h",
     "mlp.h",
 }  # these speak of tensors: they stay at the door
 KERNELS = [

@@ -2,7 +2,8 @@
 namespace dlk::cpu::DLK_ISA {
 
 // rows × cols of accumulators at acc (padded to whole registers) → bias, activation, one rounding, store at (i0, j0).
-template <class T, class Act>
+// C is of T, or of accumulators, which kAdd adds to.
+template <class T, class Act, class C = T, bool kAdd = false>
 void epilogue(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
   using O = Ops<Acc<T>>;
   constexpr int64_t kVL = kLanes<T>;
@@ -12,9 +13,10 @@ void epilogue(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t 
     const auto bias = p.bias ? load_some((const T*)p.bias + j0 + j, 1, n) : O::lit(0);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (i0 + i) * p.n + j0 + j;
-      const auto z = load(acc + i * ld + j) + bias;
+      auto z = load(acc + i * ld + j) + bias;
+      if constexpr (kAdd) z = load_some((const C*)p.c + at, 1, n) + z;
       if (p.z) store_some((T*)p.z + at, z, n);
-      store_some((T*)p.c + at, Act::template value<O>(z, slope), n);
+      store_some((C*)p.c + at, Act::template value<O>(z, slope), n);
     }
   }
 }
@@ -43,6 +45,8 @@ EpilogueFn<T> epilogue_of(const Gemm& p) {
   if (p.gate)
     return with_activation(p.gate_act.kind,
                            [](auto functor) -> EpilogueFn<T> { return &epilogue_gated<T, decltype(functor)>; });
+  if (p.store == Store::accumulators) return &epilogue<T, Identity, Acc<T>>;
+  if (p.store == Store::added) return &epilogue<T, Identity, Acc<T>, true>;
   // In backward `act` belongs to dz, so the products leave as they are.
   const Act kind = p.saved.data ? Act::none : p.act.kind;
   return with_activation(kind, [](auto functor) -> EpilogueFn<T> { return &epilogue<T, decltype(functor)>; });

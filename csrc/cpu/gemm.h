@@ -354,13 +354,14 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
   }
 }
 
-// out[i] = Σ over slices, in slice order
-template <class T>
-void sum_slices(const Acc<T>* parts, int64_t count, int64_t n, T* out, int64_t begin, int64_t end) {
+// out[i] = Σ over slices, in slice order; or out[i] += that
+template <class T, class C>
+void sum_slices(const Acc<T>* parts, int64_t count, int64_t n, C* out, int64_t begin, int64_t end, bool add = false) {
   for (int64_t i = begin; i < end; i += kLanes<T>) {
     const int64_t left = min(kLanes<T>, end - i);
     auto sum = load_some(parts + i, 1, left);
     for (int64_t s = 1; s < count; ++s) sum += load_some(parts + s * n + i, 1, left);
+    if (add) sum = load_some(out + i, 1, left) + sum;
     store_some(out + i, sum, left);
   }
 }
@@ -410,8 +411,10 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
   parallel.run(ceil_div(p.m * p.n, chunk), &plan, [](const void* context, int64_t begin, int64_t end) {
     const auto& plan = *(const Plan<E>*)context;
     const Gemm& p = *plan.p;
-    const int64_t total = p.m * p.n;
-    sum_slices<Elem>((Acc<Elem>*)p.partials, plan.t.kt, total, (Elem*)p.c, begin * chunk, min(end * chunk, total));
+    const int64_t total = p.m * p.n, from = begin * chunk, to = min(end * chunk, total);
+    const auto* parts = (const Acc<Elem>*)p.partials;
+    if (p.store == Store::rounded) return sum_slices<Elem>(parts, plan.t.kt, total, (Elem*)p.c, from, to);
+    sum_slices<Elem>(parts, plan.t.kt, total, (Acc<Elem>*)p.c, from, to, p.store == Store::added);
   });
   if (p.row_sum)
     sum_slices<Elem>((Acc<Elem>*)p.partials + plan.t.kt * p.m * p.n, plan.t.kt, p.m, (Elem*)p.row_sum, 0, p.m);

@@ -17,6 +17,9 @@ struct Parallel {
   void (*run)(int64_t tasks, const void* context, void (*body)(const void* context, int64_t begin, int64_t end));
 };
 
+// Where a product goes: rounded to its dtype, as the accumulators it was made in, or added to accumulators that are there.
+enum class Store : int32_t { rounded, accumulators, added };
+
 // The three products of one layer are one problem: C[m, n] = A[m, k] · B[k, n].
 //
 //            A                      B              C
@@ -34,6 +37,7 @@ struct Gemm {
   Activation act;    // of the epilogue (forward) or of dz (backward)
   const void* bias;  // [n] contiguous, or nullptr
   void* c;           // [m, n] contiguous
+  Store store;       // of c; other than rounded: no activation, and by gemm only
   void* z;           // [m, n] contiguous pre-activation, or nullptr
   const void* gate;  // [m, n] contiguous: c is multiplied by gate_act'(gate), the layer below's mask; or nullptr
   Activation gate_act;

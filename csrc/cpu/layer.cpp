@@ -23,22 +23,6 @@ Gemm gradient_product(const Checked& c, const Incoming& in) {
   return p;
 }
 
-// The packed path: scratch, then the kernel.
-void gemm(Gemm& p) {
-  const Engine& e = engine(p.dtype);
-  const Parallel parallel = parallel_for_work(p.m * p.n * p.k);
-  at::Tensor panels, partials;
-  if (p.splits > 1) {
-    partials = scratch_tensor(partials_size(p) * (p.dtype == DType::f64 ? 8 : 4));
-    p.partials = partials.data_ptr();
-  }
-  if (const int64_t bytes = e.panels_size(p, parallel.threads)) {
-    panels = scratch_tensor(bytes);
-    p.panels = panels.data_ptr();
-  }
-  e.gemm(p, parallel);
-}
-
 void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& weight, at::Tensor& dx, Gate* below) {
   const auto [m, n, k] = c.shape;
   Gemm p = gradient_product(c, in);
@@ -51,7 +35,7 @@ void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& we
     p.gate_act = below->act;
     below->applied = true;
   }
-  gemm(p);
+  packed_gemm(p);
 }
 
 void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2, at::Tensor& dweight,
@@ -66,7 +50,7 @@ void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2
   p.row_sum = dbias ? dbias->data_ptr() : nullptr;
   if (path == Path::few_rows) return engine(c.dtype).few_wgrad(p, parallel_for_work(m * n * k));
   p.splits = gemm_splits(p.m, p.n, p.k);
-  gemm(p);
+  packed_gemm(p);
 }
 
 void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor* dbias) {
@@ -94,6 +78,21 @@ std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last) {
   return sizes;
 }
 
+void packed_gemm(Gemm p) {
+  const Engine& e = engine(p.dtype);
+  const Parallel parallel = parallel_for_work(p.m * p.n * p.k);
+  at::Tensor panels, partials;
+  if (p.splits > 1) {
+    partials = scratch_tensor(partials_size(p) * (p.dtype == DType::f64 ? 8 : 4));
+    p.partials = partials.data_ptr();
+  }
+  if (const int64_t bytes = e.panels_size(p, parallel.threads)) {
+    panels = scratch_tensor(bytes);
+    p.panels = panels.data_ptr();
+  }
+  e.gemm(p, parallel);
+}
+
 void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                    at::Tensor& y, const at::Tensor* z) {
   const auto [m, n, k] = c.shape;
@@ -116,7 +115,7 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
   p.c = y.data_ptr();
   p.z = z ? z->data_ptr() : nullptr;
   if (path == Path::few_rows) return engine(c.dtype).few_forward(p, parallel_for_work(m * n * k));
-  gemm(p);
+  packed_gemm(p);
 }
 
 Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,

@@ -10,6 +10,9 @@ namespace dlk::cpu {
 // t's sizes with another last one.
 std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last);
 
+// Our packed product, with the scratch it wants.
+void packed_gemm(Gemm p);
+
 // y = act(x · weightᵀ + bias), and z where it is given; bias contiguous or undefined.
 void layer_forward(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& y,
                    const at::Tensor* z);

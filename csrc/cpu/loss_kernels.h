@@ -66,7 +66,7 @@ struct CrossEntropy {
   double smoothing;
   double scale;     // of the gradients: 1/denominator for the mean
   void* loss;       // [outer, inner] contiguous, or nullptr
-  void* grad;       // of x, or nullptr
+  void* grad;       // of x, or nullptr; may be x itself, where x holds accumulators that lie as grad_strides say
   void* grad_soft;  // of t, likewise
   ClassStrides grad_strides;
   double* sums;  // per slice

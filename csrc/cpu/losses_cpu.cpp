@@ -3,7 +3,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +11,7 @@
 #include "../check.h"
 #include "../check_losses.h"
 #include "host.h"
+#include "losses_host.h"
 
 namespace dlk {
 namespace {
@@ -21,16 +21,6 @@ using at::Reduction::Reduction;
 void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 at::TensorOptions grad_options(const at::Tensor& t) { return t.options().dtype(cpu::accumulator_type(t)); }
-
-// `each` where there is no reduction, else the sum of the slices, for the mean over `denominator`.
-at::Tensor reduced(const at::Tensor& each, const std::vector<double>& sums, Reduction reduction, double denominator,
-                   const at::Tensor& like) {
-  if (reduction == at::Reduction::None) return each;
-  cpu::ExactSum total;
-  for (double sum : sums) total.add(sum);
-  const double value = total.value();
-  return at::scalar_tensor(reduction == at::Reduction::Mean ? value / denominator : value, like.options());
-}
 
 // ---- elementwise ----------------------------------------------------------------------------------------------------
 
@@ -95,43 +85,10 @@ LossAndGrads elementwise_loss(const char* op, const at::Tensor& input, const at:
   (var.defined() ? losses.gaussian_nll : losses.squared_error)(
       p, cpu::parallel_for_work(count * (var.defined() ? 32 : 4)));
   TORCH_CHECK_VALUE(std::count(negative.begin(), negative.end(), 1) == 0, "var has negative entry/entries");
-  return {reduced(each, sums, reduction, count, input), grad_input, grad_var};
+  return {cpu::reduced(each, sums, reduction, count, input.options()), grad_input, grad_var};
 }
 
 // ---- cross entropy --------------------------------------------------------------------------------------------------
-
-// f(class) for the weight of a class; 1 without weights.
-template <class F>
-auto with_weights(const at::Tensor& weight, F&& f) {
-  if (!weight.defined()) return f([](int64_t) { return 1.0; });
-  if (weight.scalar_type() == at::kDouble) return f([w = weight.const_data_ptr<double>()](int64_t c) { return w[c]; });
-  return f([w = weight.const_data_ptr<float>()](int64_t c) { return double(w[c]); });
-}
-
-double weight_sum(const at::Tensor& weight, int64_t classes) {
-  if (!weight.defined()) return classes;
-  return with_weights(weight, [&](auto weight_of) {
-    cpu::ExactSum sum;
-    for (int64_t c = 0; c < classes; ++c) sum.add(weight_of(c));
-    return sum.value();
-  });
-}
-
-// What the mean divides by: the weights of the targets that count. Checks every class index on the way.
-template <class WeightOf>
-double checked_denominator(const at::Tensor& target, WeightOf weight_of, int64_t classes, int64_t ignore_index) {
-  const int64_t* index = target.const_data_ptr<int64_t>();
-  cpu::ExactSum sum;
-  for (int64_t i = 0, n = target.numel(); i < n; ++i) {
-    const int64_t t = index[i];
-    if (t == ignore_index) continue;
-    TORCH_CHECK_INDEX(t >= 0 && t < classes, "cross_entropy: Target ", t,
-                      " is out of bounds: expected a class index in [0, ", classes,
-                      ") or ignore_index = ", ignore_index);
-    sum.add(weight_of(t));
-  }
-  return sum.value();
-}
 
 // [N, C, d1, ...] as [outer, classes, inner]. Without d's the rows are `inner`, so that neighbours are worked on together.
 cpu::ClassStrides class_strides(const at::Tensor& t) {  // t is [N, C, d1·d2·...]
@@ -163,10 +120,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   const at::Tensor indices = soft ? at::Tensor() : target.to(at::kLong).contiguous();
   const at::Tensor weights = weight ? weight->to(cpu::accumulator_type(input)).contiguous() : at::Tensor();
   double denominator = input.numel() ? outer * inner : 0;
-  if (!soft)
-    denominator = with_weights(weights, [&, classes = classes](auto weight_of) {
-      return checked_denominator(indices, weight_of, classes, ignore_index);
-    });
+  if (!soft) denominator = cpu::checked_denominator(indices, weights, classes, ignore_index, "cross_entropy");
 
   std::vector<int64_t> row_sizes = input.sizes().vec();
   row_sizes.erase(row_sizes.begin() + (input.dim() > 1));
@@ -191,7 +145,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   }
   p.ignore_index = ignore_index;
   p.weight = weights.defined() ? weights.const_data_ptr() : nullptr;
-  p.weight_sum = weight_sum(weights, classes);
+  p.weight_sum = cpu::weight_sum(weights, classes);
   p.smoothing = smoothing;
   p.scale = reduction == at::Reduction::Mean ? 1 / denominator : 1;
   p.loss = data_or_null(each);
@@ -203,7 +157,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
     cpu::engine(dtype).losses.cross_entropy(p, cpu::parallel_for_work(input.numel() * 16));
   else if (each.defined())
     each.zero_();
-  return {reduced(each, sums, reduction, denominator, input), grad, grad_target};
+  return {cpu::reduced(each, sums, reduction, denominator, input.options()), grad, grad_target};
 }
 
 }  // namespace dlk

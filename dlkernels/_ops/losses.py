@@ -22,18 +22,18 @@ _mse_loss = torch.ops.dlkernels._mse_loss.default
 _gaussian_nll_loss = torch.ops.dlkernels._gaussian_nll_loss.default
 _cross_entropy = torch.ops.dlkernels._cross_entropy.default
 
-_NONE, _MEAN, _SUM = range(3)
-_REDUCTIONS = ("none", "mean", "sum")
+NONE, MEAN, SUM = range(3)
+REDUCTIONS = ("none", "mean", "sum")
 
 
 # ---- fake kernels: shapes, strides and dtypes for compile, export and the meta device -------------------------------
 
 
-def _grad_dtype(t: Tensor) -> torch.dtype:
+def grad_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _check_like(op: str, t: Tensor, input: Tensor) -> None:
+def check_like(op: str, t: Tensor, input: Tensor) -> None:
     torch._check(
         t.dtype == input.dtype and t.device == input.device,
         lambda: f"{op}: expected {input.dtype} on {input.device}, as input; got {t.dtype} on {t.device}",
@@ -45,7 +45,7 @@ def _fake_elementwise(
 ) -> tuple[Tensor | None, ...]:
     input = tensors[0]
     for t in tensors[1:]:
-        _check_like(op, t, input)
+        check_like(op, t, input)
         torch._check_value(
             t.shape == input.shape,
             lambda t=t: f"{op}: expected tensors of one shape; got {tuple(input.shape)} and {tuple(t.shape)}",
@@ -54,8 +54,8 @@ def _fake_elementwise(
     like = torch.empty_like(input)
     if all(t.is_contiguous() for t in tensors) or any(t.stride() != like.stride() for t in tensors):
         like = input.new_empty(input.shape)
-    loss = torch.empty_like(like) if reduction == _NONE else input.new_empty(())
-    return loss, *(torch.empty_like(like, dtype=_grad_dtype(input)) if need else None for need in needs)
+    loss = torch.empty_like(like) if reduction == NONE else input.new_empty(())
+    return loss, *(torch.empty_like(like, dtype=grad_dtype(input)) if need else None for need in needs)
 
 
 @torch.library.register_fake("dlkernels::_mse_loss")
@@ -106,24 +106,24 @@ def _(
         lambda: f"cross_entropy: target is on {target.device}, but input is on {input.device}",
     )
     if weight is not None:
-        _check_like("cross_entropy", weight, input)
-    loss = input.new_empty(rows if reduction == _NONE else ())
+        check_like("cross_entropy", weight, input)
+    loss = input.new_empty(rows if reduction == NONE else ())
     needs = (need_input, need_target and soft)
-    return loss, *(input.new_empty(input.shape, dtype=_grad_dtype(input)) if need else None for need in needs)
+    return loss, *(input.new_empty(input.shape, dtype=grad_dtype(input)) if need else None for need in needs)
 
 
 # ---- torch's formulas -----------------------------------------------------------------------------------------------
 
 
 def _stock_mse(input: Tensor, target: Tensor, reduction: int) -> Tensor:
-    return F.mse_loss(input, target, reduction=_REDUCTIONS[reduction])
+    return F.mse_loss(input, target, reduction=REDUCTIONS[reduction])
 
 
 def _stock_gaussian_nll(input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
     # The clamp is a constant to derivatives. F.gaussian_nll_loss looks at var's values, which vmap forbids.
     var = torch.where(var < eps, var + (eps - var).detach(), var)
     loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var) + (0.5 * math.log(2 * math.pi) if full else 0.0)
-    return loss if reduction == _NONE else loss.mean() if reduction == _MEAN else loss.sum()
+    return loss if reduction == NONE else loss.mean() if reduction == MEAN else loss.sum()
 
 
 def _stock_cross_entropy(
@@ -139,7 +139,7 @@ def _stock_cross_entropy(
         target,
         weight,
         ignore_index=ignore_index,
-        reduction=_REDUCTIONS[reduction],
+        reduction=REDUCTIONS[reduction],
         label_smoothing=label_smoothing,
     )
 
@@ -153,7 +153,7 @@ def _has_negative(var: Tensor) -> bool:
     return var.device.type != "meta" and bool((var < 0).any())
 
 
-def _differentiable_gradients(
+def differentiable_gradients(
     formula: Callable[..., Tensor], tensors: tuple[Tensor, ...], needs: tuple[bool, ...], g: Tensor
 ) -> list[Tensor | None]:
     """Gradients of ``formula(*tensors)`` that can themselves be differentiated, to any order."""
@@ -169,7 +169,7 @@ def _differentiable_gradients(
 # ---- autograd Functions ---------------------------------------------------------------------------------------------
 
 
-def _scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return (grad * g).to(dtype)
 
 
@@ -188,8 +188,8 @@ class _MSELoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             reduction = ctx.reduction
             formula = lambda x, t: _stock_mse(x, t, reduction)  # noqa: E731
-            return *_differentiable_gradients(formula, (input, target), needs, g), None
-        d = _scaled(grad, g, input.dtype)
+            return *differentiable_gradients(formula, (input, target), needs, g), None
+        d = scaled(grad, g, input.dtype)
         return d if need_input else None, -d if need_target else None, None
 
 
@@ -211,12 +211,12 @@ class _GaussianNLLLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             settings = ctx.settings
             formula = lambda x, t, v: _stock_gaussian_nll(x, t, v, *settings)  # noqa: E731
-            return *_differentiable_gradients(formula, (input, target, var), needs, g), None, None, None
-        d = _scaled(grad, g, input.dtype) if need_input or need_target else None
+            return *differentiable_gradients(formula, (input, target, var), needs, g), None, None, None
+        d = scaled(grad, g, input.dtype) if need_input or need_target else None
         return (
             d if need_input else None,
             -d if need_target and d is not None else None,
-            _scaled(grad_var, g, var.dtype) if need_var else None,
+            scaled(grad_var, g, var.dtype) if need_var else None,
             None,
             None,
             None,
@@ -248,12 +248,12 @@ class _CrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             settings = ctx.settings
             formula = lambda x, t: _stock_cross_entropy(x, t, weight, *settings)  # noqa: E731
-            return *_differentiable_gradients(formula, (input, target), (need_input, need_target), g), *rest
+            return *differentiable_gradients(formula, (input, target), (need_input, need_target), g), *rest
         if input.dim() > 1 and g.dim() > 0:
             g = g.unsqueeze(1)  # one value per row, for all its classes
         return (
-            _scaled(grad, g, input.dtype) if need_input else None,
-            _scaled(grad_target, g, target.dtype) if need_target else None,
+            scaled(grad, g, input.dtype) if need_input else None,
+            scaled(grad_target, g, target.dtype) if need_target else None,
             *rest,
         )
 
@@ -261,31 +261,31 @@ class _CrossEntropy(torch.autograd.Function):
 # ---- the entries ----------------------------------------------------------------------------------------------------
 
 
-def _plain_torch(t: Tensor) -> bool:
+def plain_torch(t: Tensor) -> bool:
     """Whether torch's formulas serve this call: no kernel for the device, or a transform that must see inside."""
     return under_transform() or t.device.type not in ("cpu", "meta")
 
 
-def _wants_grad(*tensors: Tensor) -> bool:
+def wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     """See :func:`dlkernels.losses.mse_loss`; both tensors of one shape and dtype."""
-    if _plain_torch(input):
+    if plain_torch(input):
         return _stock_mse(input, target, reduction)
-    if _wants_grad(input, target):
+    if wants_grad(input, target):
         return _MSELoss.apply(input, target, reduction)
     return _mse_loss(input, target, reduction, False)[0]
 
 
 def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
     """See :func:`dlkernels.losses.gaussian_nll_loss`; all tensors of one shape and dtype."""
-    if _plain_torch(input):
+    if plain_torch(input):
         if _has_negative(var):
             raise ValueError("var has negative entry/entries")
         return _stock_gaussian_nll(input, target, var, full, eps, reduction)
-    if _wants_grad(input, target, var):
+    if wants_grad(input, target, var):
         return _GaussianNLLLoss.apply(input, target, var, full, eps, reduction)
     return _gaussian_nll_loss(input, target, var, full, eps, reduction, False, False)[0]
 
@@ -301,8 +301,8 @@ def cross_entropy(
     """See :func:`dlkernels.losses.cross_entropy`; floating point tensors of one dtype."""
     settings = weight, reduction, ignore_index, label_smoothing
     # A weight that learns: torch has its gradient with class probabilities, and refuses with class indices.
-    if _plain_torch(input) or (weight is not None and _wants_grad(weight)):
+    if plain_torch(input) or (weight is not None and wants_grad(weight)):
         return _stock_cross_entropy(input, target, *settings)
-    if _wants_grad(input, target):
+    if wants_grad(input, target):
         return _CrossEntropy.apply(input, target, *settings)
     return _cross_entropy(input, target, *settings, False, False)[0]

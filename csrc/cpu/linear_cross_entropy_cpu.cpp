@@ -1,0 +1,170 @@
+// The cross entropy of a linear layer. Its logits [M, classes] and their gradient exist for a block of rows at a time:
+//
+//   for each block of rows
+//     logits  = x · weightᵀ + bias           gemm, left in accumulators
+//     dlogits = their gradient, in place     the loss kernel, which also adds up the losses
+//     dbias  += Σ dlogits                    grad_pass
+//     dx      = dlogits · weight             gemm on dlogits rounded to the dtype, as are all its operands
+//     dweight += dlogitsᵀ · x                gemm that adds to accumulators
+//
+// Blocks are cut by the shape alone and follow each other, so the bits do not depend on the number of threads.
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../check.h"
+#include "../check_losses.h"
+#include "../losses.h"
+#include "layer.h"
+#include "losses_host.h"
+#include "route.h"
+
+namespace dlk {
+namespace {
+
+using cpu::parallel_for_work;
+using cpu::Store;
+
+constexpr const char* kOp = "linear_cross_entropy";
+
+// Rows per block: 2²² logits, 16 MiB in float32. But never fewer than 256 (16-bit products, which are faster: 512), for
+// each block packs all of weight and passes over all of dweight: with 128 thousand classes a block has 128 MiB.
+constexpr int64_t kBlockLogits = int64_t{1} << 22;
+
+int64_t block_rows(const Shape& shape, bool rounds) {
+  const int64_t most = std::max<int64_t>(kBlockLogits / shape.n, rounds ? 512 : 256);
+  const int64_t blocks = (shape.m + most - 1) / most;
+  return ((shape.m + blocks - 1) / blocks + 15) / 16 * 16;  // of equal size
+}
+
+// c = a · b + bias or, with Store::added, c += a · b; c holds accumulators.
+void product(cpu::Op op, const Shape& layer, DType dtype, const at::Tensor& a, const at::Tensor& b,
+             const at::Tensor& bias, Store store, const at::Tensor& c) {
+  if (c.numel() == 0) return;
+  // float16 gradients leave its range in torch's products, which round. A block's few rows have no path of their own.
+  if (dtype != DType::f16 && cpu::route(op, layer, dtype, false).path == cpu::Path::aten) {
+    const at::Tensor rounded = bias.defined() ? at::addmm(bias, a, b) : at::mm(a, b);
+    store == Store::added ? c.add_(rounded) : c.copy_(rounded);
+    return;
+  }
+  cpu::Gemm p{};
+  p.dtype = dtype;
+  p.m = a.size(0), p.n = b.size(1), p.k = a.size(1);
+  p.a = view_of(a);
+  p.b = view_of(b);
+  p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+  p.c = c.data_ptr();
+  p.store = store;
+  p.splits = op == cpu::Op::forward ? 1 : cpu::gemm_splits(p.m, p.n, p.k);
+  cpu::packed_gemm(p);
+}
+
+// dbias += the sums of the columns of dlogits, both accumulators.
+void add_column_sums(DType dtype, const at::Tensor& dlogits, at::Tensor& dbias) {
+  const int64_t rows = dlogits.size(0), classes = dlogits.size(1);
+  const at::Tensor sums = at::empty_like(dbias), partials = cpu::accumulators(cpu::slices(rows) * classes, dlogits);
+  cpu::GradPass p{};
+  p.dtype = dtype;
+  p.m = rows, p.n = classes;
+  p.g = p.saved = view_of(dlogits);  // the identity's gradient reads no saved value
+  p.dbias = sums.data_ptr();
+  p.partials = partials.data_ptr();
+  cpu::engine(dtype).grad_pass(p, parallel_for_work(rows * classes * 16));
+  dbias.add_(sums);
+}
+
+double largest(const at::Tensor& t) { return t.defined() ? t.abs().max().item<double>() : 1; }
+
+// binary16 holds neither 1/count nor a softmax over many classes. While they are in it gradients are this power of two
+// larger, which brings the largest one can be to some thousands.
+double lift_of(const at::Tensor& weights, const at::Tensor& row_grad, double denominator) {
+  const double bound = largest(weights) * largest(row_grad) / denominator;
+  return bound > 0 && std::isfinite(bound) ? std::exp2(std::min(12 - std::ilogb(bound), 60)) : 1;
+}
+
+}  // namespace
+
+LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                      const at::Tensor& target, const OptionalTensor& class_weight,
+                                      const OptionalTensor& grad_loss, int64_t reduction_code, int64_t ignore_index,
+                                      double label_smoothing, bool need_x, bool need_weight, bool need_bias) {
+  const auto reduction = check_reduction(reduction_code, kOp);
+  const auto [shape, smoothing, dtype] =
+      check_linear_cross_entropy(x, weight, bias, target, class_weight, grad_loss, label_smoothing);
+  const auto [m, classes, k] = shape;
+  const at::ScalarType acc = cpu::accumulator_type(x);
+  const at::TensorOptions options = x.options().dtype(acc);
+  const at::Tensor rows = as_rows(x), indices = target.to(at::kLong).contiguous();
+  const at::Tensor bias_values = bias ? bias->contiguous() : at::Tensor();
+  const at::Tensor weights = class_weight ? class_weight->to(acc).contiguous() : at::Tensor();
+  const at::Tensor row_grad = grad_loss ? grad_loss->to(acc).contiguous().view({m, 1}) : at::Tensor();
+  const double denominator = cpu::checked_denominator(indices, weights, classes, ignore_index, kOp);
+  const double mean = reduction == at::Reduction::Mean ? denominator : 1;
+
+  at::Tensor each, dx, dweight, dbias;
+  if (reduction == at::Reduction::None) each = at::zeros(target.sizes(), options);
+  if (need_x) dx = at::empty(x.sizes(), options);
+  if (need_weight) dweight = at::empty(weight.sizes(), options);
+  if (need_bias) dbias = at::zeros({classes}, options);
+  std::vector<double> sums;
+  if (m == 0 || classes == 0) {  // sums over nothing
+    if (need_x) dx.zero_();
+    if (need_weight) dweight.zero_();
+    return {cpu::reduced(each, sums, reduction, mean, options), dx, dweight, dbias};
+  }
+
+  const bool need_grad = need_x || need_weight || need_bias;
+  const bool rounds = x.scalar_type() != acc;
+  const DType acc_dtype = rounds ? DType::f32 : dtype;
+  const double lift = need_grad && dtype == DType::f16 ? lift_of(weights, row_grad, mean) : 1;
+  const int64_t block = std::min(m, block_rows(shape, rounds));
+  const at::Tensor logits = at::empty({block, classes}, options);
+  const at::Tensor rounded = rounds && need_grad ? at::empty({block, classes}, x.options()) : logits;
+
+  cpu::CrossEntropy p{};
+  p.outer = 1, p.classes = classes;
+  p.x = logits.const_data_ptr();
+  p.x_strides = p.grad_strides = {0, 1, classes};
+  p.ignore_index = ignore_index;
+  p.weight = weights.defined() ? weights.const_data_ptr() : nullptr;
+  p.weight_sum = cpu::weight_sum(weights, classes);
+  p.smoothing = smoothing;
+  p.scale = lift / mean;
+  p.grad = need_grad ? logits.data_ptr() : nullptr;  // in place
+
+  for (int64_t first = 0; first < m; first += block) {
+    const int64_t n = std::min(block, m - first);
+    const Shape layer = {n, classes, k};
+    const at::Tensor x_block = rows.narrow(0, first, n), z = logits.narrow(0, 0, n);
+    product(cpu::Op::forward, layer, dtype, x_block, weight.t(), bias_values, Store::accumulators, z);
+
+    p.inner = n;
+    p.target = indices.const_data_ptr<int64_t>() + first;
+    p.loss = each.defined() ? each.view(m).narrow(0, first, n).data_ptr() : nullptr;
+    const size_t before = sums.size();
+    sums.resize(before + cpu::loss_slices(p));
+    p.sums = sums.data() + before;
+    cpu::engine(acc_dtype).losses.cross_entropy(p, parallel_for_work(n * classes * 16));
+    if (!need_grad) continue;
+
+    if (row_grad.defined()) z.mul_(row_grad.narrow(0, first, n));
+    if (need_bias) add_column_sums(acc_dtype, z, dbias);
+    const at::Tensor dlogits = rounds ? rounded.narrow(0, 0, n).copy_(z) : z;
+    if (need_x)
+      product(cpu::Op::dgrad, layer, dtype, dlogits, weight, {}, Store::accumulators,
+              dx.view({m, k}).narrow(0, first, n));
+    if (need_weight)
+      product(cpu::Op::wgrad, layer, dtype, dlogits.t(), x_block, {}, first ? Store::added : Store::accumulators,
+              dweight);
+  }
+  for (const at::Tensor& grad : {dx, dweight, dbias})
+    if (lift != 1 && grad.defined()) grad.mul_(1 / lift);
+  return {cpu::reduced(each, sums, reduction, mean, options), dx, dweight, dbias};
+}
+
+}  // namespace dlk
