@@ -76,7 +76,9 @@ py::dict cpu_kernels() {
 
 // Rows of dlkernels.functional.Explanation for y = act(x · weightᵀ), x [m, k], weight [n, k]: the decision that the ops
 // take, asked here without running them.
-py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool x_contiguous, bool weight_contiguous) {
+// `in_bf16`: torch lets f32 products run in bf16.
+py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool x_contiguous, bool weight_contiguous,
+                 bool in_bf16) {
   using namespace dlk;
   const char* const dtypes[] = {"float64", "float32", "bfloat16", "float16"};
   int index = 0;
@@ -90,7 +92,9 @@ py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool
     py::dict row;
     row["op"] = name;
     row["path"] = cpu::name(route.path);
-    row["kernel"] = cpu::kernels().engine[index].ukernel;
+    const char* rounded = cpu::kernels().f32_in_bf16.ukernel;
+    const bool rounds = in_bf16 && dtype == "float32" && route.path == cpu::Path::packed && rounded;
+    row["kernel"] = rounds ? rounded : cpu::kernels().engine[index].ukernel;
     row["splits"] = sliced ? cpu::gemm_splits(n, k, m) : 1;
     row["why"] = route.why;
     rows.append(row);
@@ -110,5 +114,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("amx_refused", &amx_refused, "Whether AMX is there and our products by it failed their self-check.");
   m.def("cpu_kernels", &cpu_kernels, "The CPU kernel set in use: its instruction set and its micro-kernel per dtype.");
   m.def("explain", &explain, "Which path each product of a layer takes on CPU, and why.", py::arg("m"), py::arg("n"),
-        py::arg("k"), py::arg("dtype"), py::arg("x_contiguous"), py::arg("weight_contiguous"));
+        py::arg("k"), py::arg("dtype"), py::arg("x_contiguous"), py::arg("weight_contiguous"), py::arg("in_bf16"));
 }

@@ -33,7 +33,10 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("amx_on_host") / "kernels.so"
-    sources = [*HERE.glob("*.cpp"), *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("amx_check", "isa", "route"))]
+    sources = [
+        *HERE.glob("*.cpp"),
+        *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("amx_check", "isa", "route", "ukernel_amx")),
+    ]
     subprocess.run(
         f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -ffp-contract=off -fno-math-errno -fno-trapping-math "
         f"-Wno-psabi -Wno-ignored-attributes -shared -fPIC -pthread -I {ROOT}/csrc -include {HERE}/processor.h "

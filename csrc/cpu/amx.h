@@ -57,10 +57,12 @@ void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Ce
   if constexpr (R > 1 && C > 1) _tile_stored(3, below + size, c_bytes);
 }
 
-// T is the element type of the tensors, rounded to bf16 while it is packed.
 template <class T>
-struct AmxPairs : Bf16Pairs {
-  using Elem = T;
+struct AmxPairs : Bf16Pairs<T> {
+  using Base = Bf16Pairs<T>;
+  using Base::kVL;
+  using typename Base::Cell;
+  using typename Base::V;
   static constexpr int kDepth = 16;
   static_assert(kMR == 2 * kDepth && kNV == 2 && kVL == kDepth, "2 × 2 tiles");
 
@@ -70,17 +72,6 @@ struct AmxPairs : Bf16Pairs {
     ~Scope() { _tile_release(); }
     Scope(const Scope&) = delete;
   };
-
-  DLK_INLINE V load_cells(const T* p, int64_t n) {
-    if constexpr (kSame<T, Packed>) {
-      return Bf16Pairs::load_cells(p, n);
-    } else {
-      Packed some[2 * kVL];
-      pack_store(some, load_some(p, 1, n));
-      pack_store(some + kVL, load_some(p + kVL, 1, n - kVL));
-      return load_bits<V>(some);
-    }
-  }
 
   // One k step's cells of all rows into row-major panels. They wait as rows where 16 × 16 cells will be, and are transposed
   // in place with the last of 16 steps.

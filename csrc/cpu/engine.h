@@ -1,7 +1,7 @@
 // Engines: how one element type is packed and multiplied. `Cell` is what a panel holds and one FMA lane consumes.
 //
 //   Convert<T>   cells are f32 (f64 for T = double); 16-bit inputs are widened while packing
-//   Bf16Pairs    cells are two neighbours along k in bf16, multiplied by vdpbf16ps (only where the ISA has it)
+//   Bf16Pairs<T> cells are two neighbours along k in bf16, multiplied by vdpbf16ps (only where the ISA has it)
 //   AmxPairs<T>  the same cells, multiplied 16 × 16 × 16 at a time (amx.h)
 namespace dlk::cpu::DLK_ISA {
 
@@ -30,8 +30,10 @@ struct Convert {
 };
 
 #ifdef DLK_BF16_PAIRS
+// T is the element type of the tensors: Bf16, or float rounded to bf16 while it is packed.
+template <class T>
 struct Bf16Pairs {
-  using Elem = Bf16;
+  using Elem = T;
   using Acc = float;
   using Packed = Bf16;
   using Cell = uint32_t;
@@ -43,10 +45,16 @@ struct Bf16Pairs {
 
   DLK_INLINE void pack_store(Packed* p, VF32 v) { store(p, v); }
   DLK_INLINE void pack_store_some(Packed* p, VF32 v, int64_t n) { store_some(p, v, n); }
-  DLK_INLINE V load_cells(const Elem* p, int64_t n) {
+  DLK_INLINE V load_cells(const Bf16* p, int64_t n) {
     if (n >= 2 * kVL) return load_bits<V>(p);
-    Elem some[2 * kVL] = {};
+    Bf16 some[2 * kVL] = {};
     for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+    return load_bits<V>(some);
+  }
+  DLK_INLINE V load_cells(const float* p, int64_t n) {
+    Packed some[2 * kVL];
+    pack_store(some, load_some(p, 1, n));
+    pack_store(some + kVL, load_some(p + kVL, 1, n - kVL));
     return load_bits<V>(some);
   }
   // n cells from the runs of an even and an odd k step; reads and writes whole registers

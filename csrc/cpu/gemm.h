@@ -420,4 +420,9 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
     sum_slices<Elem>((Acc<Elem>*)p.partials + plan.t.kt * p.m * p.n, plan.t.kt, p.m, (Elem*)p.row_sum, 0, p.m);
 }
 
+template <class E>
+constexpr PackedProduct packed_product() {
+  return {&gemm_with<E>, &panels_size<E>, sizeof(typename E::Packed) >= sizeof(typename E::Elem)};
+}
+
 }  // namespace dlk::cpu::DLK_ISA

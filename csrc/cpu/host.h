@@ -1,6 +1,7 @@
 // What the CPU host ops share: torch's threads, the kernels of a dtype, accumulators.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -22,6 +23,17 @@ inline Parallel parallel_for_work(int64_t operations) {
 }
 
 inline const Engine& engine(DType dtype) { return kernels().engine[static_cast<int>(dtype)]; }
+
+// Whether torch lets f32 products run in bf16: set_float32_matmul_precision("medium"), torch.backends.mkldnn.
+inline bool bf16_products_allowed() {
+  return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
+         at::Float32Precision::BF16;
+}
+inline const PackedProduct& packed_product(DType dtype) {
+  const Kernels& set = kernels();
+  const bool in_bf16 = dtype == DType::f32 && set.f32_in_bf16.ukernel && bf16_products_allowed();
+  return in_bf16 ? set.f32_in_bf16.packed : engine(dtype).packed;
+}
 
 // Accumulators are f32, or f64 for f64.
 inline at::ScalarType accumulator_type(const at::Tensor& t) {

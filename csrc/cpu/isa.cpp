@@ -20,7 +20,7 @@ extern const Kernels k_portable;
 extern const Kernels k_avx2;
 extern const Kernels k_avx512;
 extern const Kernels k_avx512_bf16;
-void amx_gemm(const Gemm&, const Parallel&);
+extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
 #endif
 
 namespace {
@@ -56,7 +56,8 @@ const Kernels& amx_kernels() {
     amx.isa = "amx";
     Engine& bf16 = amx.engine[static_cast<int>(DType::bf16)];
     bf16.ukernel = "bf16 32x32 amx";
-    bf16.gemm = &amx_gemm;
+    bf16.packed = k_amx_bf16;
+    amx.f32_in_bf16 = {"f32 rounded to bf16 32x32 amx", k_amx_f32_in_bf16};
     return amx;
   }();
   return set;
@@ -83,7 +84,7 @@ const Kernels* choose() {
       {&k_avx2, f.avx2},
       {&k_avx512, f.avx512},
       {&k_avx512_bf16, f.avx512_bf16},
-      {&amx_kernels(), f.amx && (wanted.empty() || wanted == "amx") && multiplies_exactly(&amx_gemm)},
+      {&amx_kernels(), f.amx && (wanted.empty() || wanted == "amx") && multiplies_exactly(k_amx_bf16.gemm)},
 #endif
   };
   const Kernels* best = nullptr;

@@ -20,8 +20,7 @@ template <class E>
 constexpr Engine engine(const char* ukernel) {
   return {ukernel,
           &act_pass_with<typename E::Elem>,
-          &gemm_with<E>,
-          &panels_size<E>,
+          packed_product<E>(),
           &few_forward_with<E>,
           &few_dgrad_with<typename E::Elem>,
           &few_wgrad_with<typename E::Elem>,

@@ -101,13 +101,19 @@ struct ActPass {
   void* y;
 };
 
+struct PackedProduct {
+  void (*gemm)(const Gemm&, const Parallel&);
+  int64_t (*panels_size)(const Gemm&, int threads);
+  // Whether packing leaves values as they are, so that the row sums of A are those of what came.
+  bool exact;
+};
+
 // The entry points for one element type.
 struct Engine {
   const char* ukernel;  // dtype, tile and ISA, as explain() prints it
   // y = act(z), elementwise over count contiguous elements; behind a library GEMM. z and y may be the same.
   void (*act_pass)(const ActPass&, const Parallel&);
-  void (*gemm)(const Gemm&, const Parallel&);
-  int64_t (*panels_size)(const Gemm&, int threads);
+  PackedProduct packed;
   // The three products for few rows, without packing. forward: x and weight contiguous along k; dgrad: weight too.
   void (*few_forward)(const Gemm&, const Parallel&);  // M <= kFewRowsForward
   void (*few_dgrad)(const Gemm&, const Parallel&);    // M <= kFewRows
@@ -120,10 +126,17 @@ struct Engine {
   Losses losses;
 };
 
+// f32 tensors multiplied in bf16, where torch's settings allow it and the instruction set has such products.
+struct InBf16 {
+  const char* ukernel;  // nullptr: it has none
+  PackedProduct packed;
+};
+
 // One instruction set's engines, indexed by DType.
 struct Kernels {
   const char* isa;
   Engine engine[4];
+  InBf16 f32_in_bf16;
 };
 
 // How many k slices wgrad uses: a function of the shape alone, so that the bits do not depend on the thread count.

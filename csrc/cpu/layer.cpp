@@ -79,18 +79,18 @@ std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last) {
 }
 
 void packed_gemm(Gemm p) {
-  const Engine& e = engine(p.dtype);
+  const PackedProduct product = packed_product(p.dtype);
   const Parallel parallel = parallel_for_work(p.m * p.n * p.k);
   at::Tensor panels, partials;
   if (p.splits > 1) {
     partials = scratch_tensor(partials_size(p) * (p.dtype == DType::f64 ? 8 : 4));
     p.partials = partials.data_ptr();
   }
-  if (const int64_t bytes = e.panels_size(p, parallel.threads)) {
+  if (const int64_t bytes = product.panels_size(p, parallel.threads)) {
     panels = scratch_tensor(bytes);
     p.panels = panels.data_ptr();
   }
-  e.gemm(p, parallel);
+  product.gemm(p, parallel);
 }
 
 void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
@@ -138,18 +138,19 @@ Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor&
   need_x = need_x && k > 0;
   need_weight = need_weight && k > 0;
   const bool dx_by_aten = need_x && dx_path == Path::aten, dw_by_aten = need_weight && dw_path == Path::aten;
-  const bool dw_by_us = need_weight && !dw_by_aten;  // and then dbias comes with it
+  const bool dw_by_us = need_weight && !dw_by_aten;
+  const bool dbias_with_dw = dw_by_us && (dw_path == Path::few_rows || packed_product(c.dtype).exact);
 
-  if (dx_by_aten || dw_by_aten || (need_bias && !dw_by_us)) {
+  if (dx_by_aten || dw_by_aten || (need_bias && !dbias_with_dw)) {
     at::Tensor dz;
     const bool keep = dx_by_aten || dw_by_aten;
     if (keep) dz = at::empty({m, n}, options);
-    grad_pass(c, rows, keep ? &dz : nullptr, need_bias && !dw_by_us ? &dbias : nullptr);
+    grad_pass(c, rows, keep ? &dz : nullptr, need_bias && !dbias_with_dw ? &dbias : nullptr);
     if (dx_by_aten) dx = at::mm(dz, weight).view(dx.sizes());
     if (dw_by_aten) dweight = at::mm(dz.t(), as_rows(x));
   }
   if (need_x && !dx_by_aten) dgrad(dx_path, c, rows, weight, dx, below);
-  if (dw_by_us) wgrad(dw_path, c, rows, as_rows(x), dweight, need_bias ? &dbias : nullptr);
+  if (dw_by_us) wgrad(dw_path, c, rows, as_rows(x), dweight, need_bias && dbias_with_dw ? &dbias : nullptr);
   return {dx, dweight, dbias};
 }
 

@@ -18,7 +18,9 @@
 
 namespace dlk::cpu {
 
-void amx_gemm(const Gemm& p, const Parallel& parallel) { amx::gemm_with<amx::AmxPairs<amx::Bf16>>(p, parallel); }
+extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
+constexpr PackedProduct k_amx_bf16 = amx::packed_product<amx::AmxPairs<amx::Bf16>>();
+constexpr PackedProduct k_amx_f32_in_bf16 = amx::packed_product<amx::AmxPairs<float>>();
 
 }  // namespace dlk::cpu
 #endif

@@ -1,4 +1,6 @@
 // csrc/cpu's AMX product, its choice and the tile instructions with C signatures, for ctypes.
+#include <cstdlib>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -13,8 +15,7 @@ extern const Kernels k_portable, k_avx2, k_avx512, k_avx512_bf16;
 const Kernels k_portable = {"portable", {}}, k_avx2 = {"avx2", {}}, k_avx512 = {"avx512", {}},
               k_avx512_bf16 = {"avx512_bf16", {}};
 
-void amx_gemm(const Gemm&, const Parallel&);
-void amx_gemm_of_floats(const Gemm&, const Parallel&);  // products.cpp
+extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
 
 namespace {
 
@@ -54,10 +55,11 @@ EXPORT int gemm(int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64
   p.splits = splits, p.partials = partials;
   cpu::threads_in_use = threads;
   const cpu::Parallel parallel = {threads, &cpu::in_threads};
-  if (p.dtype == DType::f32)
-    cpu::amx_gemm_of_floats(p, parallel);
-  else
-    cpu::amx_gemm(p, parallel);
+  const cpu::PackedProduct& product = p.dtype == DType::f32 ? cpu::k_amx_f32_in_bf16 : cpu::k_amx_bf16;
+  const int64_t panels = product.panels_size(p, threads);
+  const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, (panels + 63) / 64 * 64), &std::free);
+  p.panels = panels ? memory.get() : nullptr;
+  product.gemm(p, parallel);
   return amx_on_host::config.palette;  // nothing is left configured
 }
 
