@@ -67,7 +67,7 @@ class Timing:
     calls: int
 
 
-Step = Callable[[Inputs], Any]
+Step = Callable[[Any], Any]
 
 
 def draw(shape: Shape, dtype: str, seed: int) -> Inputs:
@@ -98,10 +98,21 @@ def measure(ops: Mapping[str, Op], inputs: Sequence[Inputs], mode: str, budget: 
     """
     steps = {name: step(op, mode) for name, op in ops.items()}
     ring = _Ring([i.leaves(mode) for i in inputs], raise_version=mode != "forward")
+    with torch.set_grad_enabled(mode != "forward"):
+        return take_turns(steps, ring.next, budget, refill=ring.hot)
+
+
+def take_turns(
+    steps: Mapping[str, Step], argument: Callable[[], Any], budget: float, refill: bool
+) -> dict[str, Timing]:
+    """Time ``step(argument())`` of every contender in turns; what ``argument`` does is not timed.
+
+    ``refill``: an untimed call before each turn brings back into the cache what the others have displaced.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    with torch.set_grad_enabled(mode != "forward"), _no_garbage_collection():
-        rough = {name: _warm_up(s, ring) for name, s in steps.items()}
+    with _no_garbage_collection():
+        rough = {name: _warm_up(s, argument) for name, s in steps.items()}
         calls = {name: max(1, min(TURN_CALLS, int(TURN / t))) for name, t in rough.items()}
         start, turns = time.perf_counter(), 0
         while (spent := time.perf_counter() - start) < budget or turns < LEAST_TURNS:
@@ -109,9 +120,9 @@ def measure(ops: Mapping[str, Op], inputs: Sequence[Inputs], mode: str, budget: 
                 break
             first = turns % len(names)
             for name in names[first:] + names[:first]:
-                if ring.hot and rough[name] < REFILL:
-                    steps[name](ring.next())
-                samples[name] += [_timed(steps[name], ring) for _ in range(calls[name])]
+                if refill and rough[name] < REFILL:
+                    steps[name](argument())
+                samples[name] += [_timed(steps[name], argument) for _ in range(calls[name])]
             turns += 1
     return {name: _summary(seconds) for name, seconds in samples.items()}
 
@@ -131,17 +142,17 @@ class _Ring:
         return chosen
 
 
-def _timed(step: Step, ring: _Ring) -> float:
-    inputs = ring.next()
+def _timed(step: Step, argument: Callable[[], Any]) -> float:
+    value = argument()
     start = time.perf_counter_ns()
-    step(inputs)
+    step(value)
     return max(1, time.perf_counter_ns() - start - CLOCK_COST) * 1e-9
 
 
-def _warm_up(step: Step, ring: _Ring) -> float:
+def _warm_up(step: Step, argument: Callable[[], Any]) -> float:
     """Seconds that a call takes, roughly."""
-    first = _timed(step, ring)
-    return first if first > SLOW else min(first, _timed(step, ring))
+    first = _timed(step, argument)
+    return first if first > SLOW else min(first, _timed(step, argument))
 
 
 def _clock_cost() -> int:

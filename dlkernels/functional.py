@@ -235,6 +235,6 @@ def explain(x: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
         str(x.dtype).removeprefix("torch."),
         rows.stride(1) == 1,
         weight.stride(1) == 1,
-        torch.backends.mkldnn.matmul.fp32_precision == "bf16",
+        torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
     )
     return tuple(Explanation(threads=torch.get_num_threads(), **row) for row in table)

@@ -217,6 +217,8 @@ class _LinearAct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, gz: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        if gz is None and g is not None and not torch.is_grad_enabled() and not forward_mode():  # what training does
+            return *_backward(g, x, weight, g if saved is None else saved, ctx.act.code, ctx.slope, *needs), None, None
 
         def gradients(g: Tensor, saved: Tensor, act: Activation) -> Gradients:
             if forward_mode():

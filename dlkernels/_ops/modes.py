@@ -16,6 +16,9 @@ def under_transform() -> bool:
 
 def autocast_active(t: Tensor) -> bool:
     """Whether autocast is on for the device of ``t``."""
+    # one cheap question for the usual answer; a compiler could not answer it
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
     device = t.device.type
     return device != "meta" and torch.is_autocast_enabled(device)  # torch raises when asked about meta
 

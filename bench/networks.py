@@ -1,0 +1,202 @@
+"""Whole networks beside stock: ``python -m bench.networks``.
+
+* chains: forward, and forward with the gradients of every parameter, of multi-layer perceptrons; the same through
+  ``nn.Sequential`` of our layers, and the time of the products alone, into buffers that are there already.
+* training: whole steps (zero_grad, forward, cross entropy, backward, fused Adam) over tensors in memory.
+* heads: ``cross_entropy(linear(x, weight), target)`` and its gradients for many classes.
+
+Every contender is compared with float64 before it is timed, and refused if it is further off than twice stock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench import harness, machine
+from bench.harness import DTYPES
+from dlkernels import functional, losses
+from dlkernels.atomic import write_json
+from dlkernels.nn import MLP
+
+CHAINS = {
+    "5 x 64": (65536, [64] * 6),
+    "5 x 128": (65536, [128] * 6),
+    "mnist": (256, [784, 256, 10]),
+    "mnist-deep, batch 64": (64, [784, 512, 512, 10]),
+    "mnist-deep, batch 256": (256, [784, 512, 512, 10]),
+}
+HEADS = {"32k classes": (1024, 256, 32768), "128k classes": (256, 256, 131072)}
+OURS, STOCK, FLOOR = "dlkernels", "stock", "products alone"
+
+Calls = dict[str, Callable[[], Any]]
+
+
+class Network:
+    """One multi-layer perceptron with the same parameters in every contender, and its data."""
+
+    def __init__(self, rows: int, sizes: Sequence[int], dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.sizes = sizes
+        self.x = torch.randn(rows, sizes[0], dtype=dtype)
+        self.g = torch.randn(rows, sizes[-1], dtype=dtype)
+        self.labels = torch.randint(sizes[-1], (rows,))
+        ours = MLP(sizes, dtype=dtype)
+        self.models: dict[str, nn.Module] = {
+            STOCK: stock(sizes, dtype, inplace=False),
+            "in-place": stock(sizes, dtype, inplace=True),
+            "our layers": nn.Sequential(*MLP(sizes, dtype=dtype)),
+            OURS: ours,
+        }
+        for model in self.models.values():
+            model.load_state_dict(ours.state_dict())
+
+    def gradients(self, model: nn.Module) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(self.x), list(model.parameters()), self.g)
+
+    def refuse_wrong(self) -> None:
+        """AssertionError naming a contender whose results are further from float64 than twice stock's."""
+        exact = stock(self.sizes, torch.float64, inplace=False)
+        exact.load_state_dict(self.models[STOCK].state_dict())
+        want = (
+            exact(self.x.double()),
+            *torch.autograd.grad(exact(self.x.double()), list(exact.parameters()), self.g.double()),
+        )
+        errors = {}
+        for name, model in self.models.items():
+            got = (model(self.x), *self.gradients(model))
+            errors[name] = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
+        for name, error in errors.items():
+            assert error <= 2 * errors[STOCK], f"{name}: error {error:.2g}, stock {errors[STOCK]:.2g}"
+
+    def forward(self) -> Calls:
+        def call(model: nn.Module) -> Callable[[], Any]:
+            return torch.no_grad()(lambda: model(self.x))
+
+        return {**{name: call(model) for name, model in self.models.items()}, FLOOR: self.products(backward=False)}
+
+    def forward_backward(self) -> Calls:
+        calls: Calls = {name: lambda model=model: self.gradients(model) for name, model in self.models.items()}  # type: ignore[misc]
+        return {**calls, FLOOR: self.products(backward=True)}
+
+    def products(self, backward: bool) -> Callable[[], Any]:
+        """Every matrix product of a step by torch, and nothing else: no bias, no activation, no allocation."""
+        operands = []
+        for layer, (k, n) in enumerate(pairwise(self.sizes)):
+            h, w, g = (torch.randn(s, dtype=self.x.dtype) for s in ((len(self.x), k), (n, k), (len(self.x), n)))
+            operands += [(h, w.t(), torch.empty_like(g))]
+            if backward:
+                operands += [(g.t(), h, torch.empty_like(w))] + [(g, w, torch.empty_like(h))] * (layer > 0)
+
+        def run() -> None:
+            for a, b, out in operands:
+                torch.mm(a, b, out=out)
+
+        return run
+
+    def training(self) -> Calls:
+        def steps(name: str, model: nn.Module) -> Callable[[], Any]:
+            loss = losses.cross_entropy if name in (OURS, "our layers") else F.cross_entropy
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+            def run() -> None:
+                optimizer.zero_grad()
+                loss(model(self.x), self.labels).backward()
+                optimizer.step()
+
+            return run
+
+        return {name: steps(name, model) for name, model in self.models.items()}
+
+
+def stock(sizes: Sequence[int], dtype: torch.dtype, inplace: bool) -> nn.Sequential:
+    modules: list[nn.Module] = []
+    for k, n in pairwise(sizes):
+        modules += [nn.Linear(k, n, dtype=dtype), nn.ReLU(inplace)]
+    return nn.Sequential(*modules[:-1])
+
+
+def head(rows: int, features: int, classes: int, dtype: torch.dtype) -> Calls:
+    torch.manual_seed(0)
+    x, target = torch.randn(rows, features, dtype=dtype, requires_grad=True), torch.randint(classes, (rows,))
+    weight = (torch.randn(classes, features) / features**0.5).to(dtype).requires_grad_()
+    ops: dict[str, Callable[[], Tensor]] = {
+        STOCK: lambda: F.cross_entropy(F.linear(x, weight), target),
+        OURS: lambda: functional.linear_cross_entropy(x, weight, None, target),
+    }
+    if torchs := getattr(F, "linear_cross_entropy", None):  # torch 2.13 on
+        ops["torch's fused"] = lambda: torchs(x, weight, target)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    want = torch.autograd.grad(F.cross_entropy(F.linear(*exact), target), exact)
+
+    def gradients(op: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(op(), (x, weight))
+
+    errors = {
+        name: max(float((a.double() - b).norm() / b.norm()) for a, b in zip(gradients(op), want, strict=True))
+        for name, op in ops.items()
+    }
+    assert errors[OURS] <= 2 * errors[STOCK], f"error {errors[OURS]:.2g}, stock's {errors[STOCK]:.2g}"
+    return {name: lambda op=op: gradients(op) for name, op in ops.items()}  # type: ignore[misc]
+
+
+def cases(dtypes: Sequence[str]) -> Iterator[tuple[str, str, str, Calls]]:
+    """Network, dtype, what is timed, and the contenders."""
+    for dtype in dtypes:
+        for name, (rows, sizes) in CHAINS.items():
+            network = Network(rows, sizes, DTYPES[dtype])
+            network.refuse_wrong()
+            yield name, dtype, "forward", network.forward()
+            yield name, dtype, "forward+backward", network.forward_backward()
+            if sizes[-1] == 10:
+                yield name, dtype, "training step", network.training()
+        for name, (rows, features, classes) in HEADS.items():
+            yield name, dtype, "loss head", head(rows, features, classes, DTYPES[dtype])
+
+
+def measure(dtypes: Sequence[str], budget: float) -> Iterator[dict[str, Any]]:
+    for name, dtype, what, calls in cases(dtypes):
+        times = harness.take_turns({k: lambda _, f=f: f() for k, f in calls.items()}, lambda: None, budget, refill=True)  # type: ignore[misc]
+        yield {"network": name, "dtype": dtype, "timed": what, "times": {k: asdict(t) for k, t in times.items()}}
+
+
+def ratio(row: Mapping[str, Any], of: str) -> str:
+    times = row["times"]
+    return f"{times[of]['median'] / times[OURS]['median']:.2f}x" if of in times else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.networks", description=__doc__.split("\n")[0])
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds for each row (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    args = parser.parse_args(argv)
+    others = (STOCK, "in-place", "our layers", "torch's fused", FLOOR)
+    table = Table("network", "dtype", "timed", "ours ms", *(f"{name} / ours" for name in others))
+    rows = []
+    for row in measure(args.dtypes, args.budget):
+        rows.append(row)
+        ours = row["times"][OURS]["median"]
+        table.add_row(row["network"], row["dtype"], row["timed"], f"{ours * 1e3:.3g}", *(ratio(row, o) for o in others))
+    Console(width=160).print(table)
+    if args.out:
+        facts = {"created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": rows}
+        write_json(
+            args.out, {**facts, "versions": machine.versions(), "commit": machine.commit(), "machine": machine.facts()}
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
