@@ -163,9 +163,9 @@ def test_change_in_place_between_forward_and_backward(activation, which, device)
         torch.testing.assert_close(gradients, expected)
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("precision", ["highest", "high"])
 def test_matmul_precision_setting(precision, device):
-    """Lower settings allow lower precision; they must not break anything. "highest" is float32."""
+    """Lower settings allow lower precision; "highest" is float32. "medium" is in tests/test_precision.py."""
     before = torch.get_float32_matmul_precision()
     layers = [make(64, 300, 40, torch.float32, "relu", device=device), make(3, 100, 33, torch.float32, "gelu")]
     highest = [layer.run(ours(layer.activation)) for layer in layers]
