@@ -2,7 +2,7 @@
 //
 //   forward   x block → h[1] → … → y             what backward needs goes to memory on the way
 //   backward  dz of the last layer → … → dx
-//               wgrad    sums[l] += dzᵀ · h[l]                      float: both operands where they lie
+//               wgrad    sums[l] += dzᵀ · h[l]                      dz where it lies, or as pairs of rows; h packed
 //               dgrad    dz' = (dz · weight[l]) · act'(h[l])        mask and dbias in the epilogue
 //
 // Weights are packed once per thread. A block row has the pitch of a packed A panel (kAStride), so an activation that an
@@ -28,6 +28,20 @@ struct Arena {
   }
 };
 
+inline int64_t chain_widest(const Chain& p) {
+  int64_t widest = p.layer[0].k;
+  for (int l = 0; l < p.layers; ++l) widest = max(widest, p.layer[l].n);
+  return widest;
+}
+
+// Rows of a block: two blocks and what wgrad packs take half of a 1 MiB L2. Whole micro-tiles, and pairs of rows.
+template <class E>
+int64_t chain_rows(const Chain& p) {
+  constexpr int64_t step = 2 * kMR, most = 224;
+  const int64_t fit = (int64_t{1} << 17) / (chain_widest(p) * sizeof(typename E::Packed));
+  return max(min(fit, most) / step, 2) * step;
+}
+
 template <class E>
 struct ChainBuffers {
   using Packed = typename E::Packed;
@@ -36,42 +50,33 @@ struct ChainBuffers {
 
   Cell* weight[kChainLayers];    // forward's B: panels of weightᵀ
   Cell* weight_t[kChainLayers];  // dgrad's B: panels of weight
-  Packed* h[kChainLayers + 1];   // inputs of the layers, and y: [rows, kPitch]
-  Packed* z[kChainLayers];       // pre-activations, where act' reads them
-  Packed* dz[2];
-  Cell *wgrad_a, *wgrad_b;             // E::kStep > 1: pairs of rows have to be made
-  Packed* run;                         // on their way into a panel
-  A* acc;                              // a micro-tile
-  ColumnSum<E> row_sum[kChainLayers];  // dbias
+  Packed* block[2];              // what one layer hands to the next, h or dz: [rows, kPitch]
+  Cell* wgrad_a;                 // E::kStep > 1: dz in pairs of rows
+  Cell* wgrad_b;
+  Packed* run;  // on their way into a panel
+  A* acc;       // a micro-tile
+  double* dbias[kChainLayers];
 
   static int64_t panels(int64_t k, int64_t n) {
     return round_up(n, E::kVL) * ceil_div(k, E::kStep) + ceil_div(n, E::kVL) * kPanelGap<E>;
   }
   static ChainBuffers carve(Arena& arena, const Chain& p, int64_t rows, bool backward) {
     ChainBuffers s{};
-    int64_t widest = p.layer[0].k;
-    auto block = [&] { return arena.take<Packed>(rows * kPitch<E> + kNV * E::kVL); };
-    s.h[0] = block();
+    const int64_t widest = chain_widest(p), cells = ceil_div(rows, E::kStep);
+    for (Packed*& block : s.block) block = arena.take<Packed>(rows * kPitch<E> + kNV * E::kVL);
     for (int l = 0; l < p.layers; ++l) {
       const ChainLayer& layer = p.layer[l];
-      widest = max(widest, layer.n);
-      s.h[l + 1] = !backward && l > 0 ? s.h[l - 1] : block();  // forward needs two, in turn
       if (!backward) {
         s.weight[l] = arena.take<Cell>(panels(layer.k, layer.n));
         continue;
       }
       s.weight_t[l] = arena.take<Cell>(panels(layer.n, layer.k));
-      if (!saves_output(layer.act.kind)) s.z[l] = block();
-      s.row_sum[l].total = arena.take<double>(layer.n + E::kVL);
-      s.row_sum[l].block = arena.take<A>(layer.n + E::kVL);
+      s.dbias[l] = arena.take<double>(layer.n + E::kVL);
     }
     if (backward) {
-      s.dz[0] = block(), s.dz[1] = block();
-      if (E::kStep > 1) {
-        const int64_t cells = ceil_div(rows, E::kStep);
+      if (E::kStep > 1)
         s.wgrad_a = arena.take<Cell>(cells * round_up(widest, kMR) + ceil_div(widest, kMR) * kPanelGap<E> + kMR);
-        s.wgrad_b = arena.take<Cell>(panels(rows, widest));
-      }
+      s.wgrad_b = arena.take<Cell>(panels(rows, widest));
     }
     s.run = arena.take<Packed>(3 * Buffers<E>::kRun * E::kStep);
     s.acc = arena.take<A>(kMR * kNV * E::kVL);
@@ -90,16 +95,6 @@ struct ChainBuffers {
     return s;
   }
 };
-
-// Rows of a block: the blocks of all layers share half of a 1 MiB L2; whole micro-tiles, and pairs of rows.
-template <class E>
-int64_t chain_rows(const Chain& p, bool backward) {
-  constexpr int64_t step = 2 * kMR;
-  int64_t blocks = backward ? p.layers + 3 : 2;
-  for (int l = 0; backward && l < p.layers; ++l) blocks += !saves_output(p.layer[l].act.kind);
-  const int64_t fit = (int64_t{1} << 19) / (blocks * kPitch<E> * sizeof(typename E::Packed));
-  return min(max(fit / step, 2), 8) * step;
-}
 
 // ---- what happens to a micro-tile ------------------------------------------------------------------------------------
 
@@ -148,21 +143,26 @@ void chain_value(const ChainLayer& layer, const MicroTile& t, const typename E::
 }
 
 // dz = g · act'(saved), and its column sums. g [t.rows, ld]: a micro-tile's sums, or a block, which may be dz itself.
+// saved: h or z of the layer, rows i0.. of its tensor.
 template <class E, class Act, class G>
-void chain_grad(const Activation& act, const MicroTile& t, const G* g, int64_t ld, const typename E::Packed* saved,
-                typename E::Packed* dz, ColumnSum<E>& sum) {
+void chain_grad(const ChainLayer& layer, const MicroTile& t, const G* g, int64_t ld, int64_t i0, typename E::Packed* dz,
+                double* sum) {
   using O = Ops<typename E::Acc>;
-  const auto slope = O::lit(act.slope);
+  const auto slope = O::lit(layer.act.slope);
+  const auto* saved = (const typename E::Elem*)(Act::saves_output ? layer.h : layer.z) + (i0 + t.i) * layer.n + t.j;
   for (int64_t j = 0; j < t.cols; j += E::kVL) {
     const int64_t n = min(E::kVL, t.cols - j);
-    auto total = load_some(sum.block + t.j + j, 1, n);
+    typename E::V total{};  // of a micro-tile's rows, then in f64
     for (int64_t i = 0; i < t.rows; ++i) {
-      const int64_t at = (t.i + i) * kPitch<E> + t.j + j;
-      const auto d = Act::template grad<O>(load(g + i * ld + j), load(saved + at), slope);
-      put<E>(dz + at, d, n);
+      auto d = load(g + i * ld + j);
+      if constexpr (!kSame<Act, Identity>)  // which saves nothing
+        d = Act::template grad<O>(d, load_some(saved + i * layer.n + j, 1, n), slope);
+      put<E>(dz + (t.i + i) * kPitch<E> + t.j + j, d, n);
       total += d;
     }
-    store_some(sum.block + t.j + j, total, n);
+    typename E::Acc lanes[E::kVL];
+    store(lanes, total);
+    for (int64_t c = 0; c < E::kVL; ++c) sum[t.j + j + c] += lanes[c];
   }
 }
 
@@ -175,8 +175,8 @@ ChainValueFn<E> chain_value_of(Act kind) {
 }
 
 template <class E, class G>
-using ChainGradFn = void (*)(const Activation&, const MicroTile&, const G*, int64_t, const typename E::Packed*,
-                             typename E::Packed*, ColumnSum<E>&);
+using ChainGradFn = void (*)(const ChainLayer&, const MicroTile&, const G*, int64_t, int64_t, typename E::Packed*,
+                             double*);
 template <class E, class G>
 ChainGradFn<E, G> chain_grad_of(Act kind) {
   return with_activation(kind, [](auto act) -> ChainGradFn<E, G> { return &chain_grad<E, decltype(act), G>; });
@@ -204,31 +204,28 @@ DLK_INLINE void chain_product(const typename E::Packed* a, const typename E::Cel
   }
 }
 
-// sums[n, k] (pitch) (+)= dzᵀ · h over the rows of a block.
+// sums[n, k] (pitch) (+)= dzᵀ · h, h being rows i0.. of the layer's input.
 template <class E>
-void chain_wgrad(const ChainBuffers<E>& s, const typename E::Packed* dz, const typename E::Packed* h, int64_t rows,
+void chain_wgrad(const ChainBuffers<E>& s, const typename E::Packed* dz, const View& h, int64_t i0, int64_t rows,
                  const ChainLayer& layer, typename E::Acc* sums, bool add) {
   constexpr int64_t nr = kNV * E::kVL;
-  const int64_t pitch = chain_pitch(layer.k), padded = round_up(layer.k, E::kVL), cells = ceil_div(rows, E::kStep);
   constexpr bool in_place = E::kStep == 1;
-  if constexpr (!in_place) {
-    const View dz_t = {dz, 1, kPitch<E>}, h_rows = {h, kPitch<E>, 1};
-    pack_a_cols<E>(Source<E>::of(dz_t, View{}, {}), s.wgrad_a, 0, layer.n, 0, rows, s.run, nullptr);
-    pack_b<E>(h_rows, s.wgrad_b, 0, rows, 0, layer.k, s.run);
-  }
+  const int64_t pitch = chain_pitch(layer.k), padded = round_up(layer.k, E::kVL), cells = ceil_div(rows, E::kStep);
+  if constexpr (!in_place)
+    pack_a_cols<E>(Source<E>::of({dz, 1, kPitch<E>}, View{}, {}), s.wgrad_a, 0, layer.n, 0, rows, s.run, nullptr);
+  pack_b<E>(h, s.wgrad_b, i0, rows, 0, layer.k, s.run);
   for (int64_t j = 0; j < padded; j += nr) {
     const int64_t width = min(nr, padded - j);
     for (int64_t i = 0; i < layer.n; i += kMR) {
-      const int64_t r = min(kMR, layer.n - i);
-      const auto uk = ukernel_for<E, in_place ? kInPlace : kKMajor>(r, width / E::kVL);
+      const auto uk = ukernel_for<E, in_place ? kInPlace : kKMajor>(min(kMR, layer.n - i), width / E::kVL);
       for (int64_t q = 0; q < cells; q += kSum<E>) {
-        const int64_t count = min(kSum<E>, cells - q);
-        auto* c = sums + i * pitch + j;
+        const typename E::Cell* a;
         if constexpr (in_place)
-          uk(count, dz + q * kPitch<E> + i, h + q * kPitch<E> + j, c, pitch, add || q > 0);
+          a = dz + q * kPitch<E> + i;
         else
-          uk(count, s.wgrad_a + panel_at<E>(i, kMR, cells) + q * kMR, s.wgrad_b + panel_at<E>(j, nr, cells) + q * width,
-             c, pitch, add || q > 0);
+          a = s.wgrad_a + panel_at<E>(i, kMR, cells) + q * kMR;
+        uk(min(kSum<E>, cells - q), a, s.wgrad_b + panel_at<E>(j, nr, cells) + q * width, sums + i * pitch + j, pitch,
+           add || q > 0);
       }
     }
   }
@@ -236,21 +233,23 @@ void chain_wgrad(const ChainBuffers<E>& s, const typename E::Packed* dz, const t
 
 // ---- a block of rows -------------------------------------------------------------------------------------------------
 
-// Rows of a tensor [·, n] into a block.
+// Rows i0.. of a matrix into a block.
 template <class E>
-void chain_load(const void* from, int64_t n, typename E::Packed* block, int64_t i0, int64_t rows) {
-  pack_a_rows<E>(Source<E>::of({from, n, 1}, View{}, {}), (typename E::Cell*)block, i0, rows, 0, n);
+void chain_load(const View& from, int64_t i0, int64_t rows, int64_t cols, typename E::Packed* block) {
+  pack_a_rows<E>(Source<E>::of(from, View{}, {}), (typename E::Cell*)block, i0, rows, 0, cols);
 }
 
 template <class E>
 void chain_block_forward(const Chain& p, const ChainBuffers<E>& s, int64_t i0, int64_t rows) {
-  pack_a_rows<E>(Source<E>::of(p.x, View{}, {}), (typename E::Cell*)s.h[0], i0, rows, 0, p.layer[0].k);
+  auto *h = s.block[0], *next = s.block[1];
+  chain_load<E>(p.x, i0, rows, p.layer[0].k, h);
   for (int l = 0; l < p.layers; ++l) {
     const ChainLayer& layer = p.layer[l];
     const auto value = chain_value_of<E>(layer.act.kind);
-    auto* h = l + 1 < p.layers ? s.h[l + 1] : nullptr;
-    chain_product<E>(s.h[l], s.weight[l], rows, layer.n, layer.k, s.acc,
-                     [&](const MicroTile& t) { value(layer, t, s.acc, h, i0); });
+    auto* out = l + 1 < p.layers ? next : nullptr;
+    chain_product<E>(h, s.weight[l], rows, layer.n, layer.k, s.acc,
+                     [&](const MicroTile& t) { value(layer, t, s.acc, out, i0); });
+    next = h, h = out;
   }
 }
 
@@ -258,36 +257,30 @@ template <class E>
 void chain_block_backward(const Chain& p, ChainBuffers<E>& s, int64_t i0, int64_t rows, typename E::Acc* sums,
                           bool first) {
   using Packed = typename E::Packed;
-  pack_a_rows<E>(Source<E>::of(p.x, View{}, {}), (typename E::Cell*)s.h[0], i0, rows, 0, p.layer[0].k);
-  for (int l = 0; l < p.layers; ++l) {
-    if (p.layer[l].h) chain_load<E>(p.layer[l].h, p.layer[l].n, s.h[l + 1], i0, rows);
-    if (p.layer[l].z) chain_load<E>(p.layer[l].z, p.layer[l].n, s.z[l], i0, rows);
-  }
-  auto saved_by = [&](int l) { return s.z[l] ? s.z[l] : s.h[l + 1]; };
-  const ChainLayer& top = p.layer[p.layers - 1];
-  auto *dz = s.dz[0], *next = s.dz[1];
-  pack_a_rows<E>(Source<E>::of(p.grad_y, View{}, {}), (typename E::Cell*)dz, i0, rows, 0, top.n);
-  chain_grad_of<E, Packed>(top.act.kind)(top.act, {0, 0, rows, top.n}, dz, kPitch<E>,
-                                         top.act.kind == Act::none ? dz : saved_by(p.layers - 1), dz,
-                                         s.row_sum[p.layers - 1]);
-  for (int l = p.layers - 1; l >= 0; --l) {
+  const int last = p.layers - 1;
+  auto *dz = s.block[0], *next = s.block[1];
+  chain_load<E>(p.grad_y, i0, rows, p.layer[last].n, dz);
+  const auto top = chain_grad_of<E, Packed>(p.layer[last].act.kind);
+  for (int64_t i = 0; i < rows; i += kMR)
+    top(p.layer[last], {i, 0, min(kMR, rows - i), p.layer[last].n}, dz + i * kPitch<E>, kPitch<E>, i0, dz,
+        s.dbias[last]);
+  for (int l = last; l >= 0; --l) {
     const ChainLayer& layer = p.layer[l];
-    s.row_sum[l].flush(layer.n);
-    if (layer.dweight) chain_wgrad<E>(s, dz, s.h[l], rows, layer, sums, !first);
-    sums -= l > 0 ? p.layer[l - 1].n * chain_pitch(p.layer[l - 1].k) + chain_pitch(p.layer[l - 1].n) : 0;
+    const View input = l > 0 ? View{p.layer[l - 1].h, layer.k, 1} : p.x;
+    if (layer.dweight) chain_wgrad<E>(s, dz, input, i0, rows, layer, sums, !first);
     if (l > 0) {
-      const auto grad = chain_grad_of<E, typename E::Acc>(p.layer[l - 1].act.kind);
-      chain_product<E>(dz, s.weight_t[l], rows, layer.k, layer.n, s.acc, [&](const MicroTile& t) {
-        grad(p.layer[l - 1].act, t, s.acc, kNV * E::kVL, saved_by(l - 1), next, s.row_sum[l - 1]);
-      });
+      const ChainLayer& below = p.layer[l - 1];
+      sums -= below.n * chain_pitch(below.k) + chain_pitch(below.n);
+      const auto grad = chain_grad_of<E, typename E::Acc>(below.act.kind);
+      chain_product<E>(dz, s.weight_t[l], rows, layer.k, layer.n, s.acc,
+                       [&](const MicroTile& t) { grad(below, t, s.acc, kNV * E::kVL, i0, next, s.dbias[l - 1]); });
       auto* swap = dz;
       dz = next, next = swap;
     } else if (p.dx) {
-      ChainLayer input{};
-      input.n = layer.k;
-      input.h = p.dx;
+      ChainLayer x{};
+      x.n = layer.k, x.h = p.dx;
       chain_product<E>(dz, s.weight_t[0], rows, layer.k, layer.n, s.acc,
-                       [&](const MicroTile& t) { chain_value<E, Identity>(input, t, s.acc, nullptr, i0); });
+                       [&](const MicroTile& t) { chain_value<E, Identity>(x, t, s.acc, nullptr, i0); });
     }
   }
 }
@@ -296,10 +289,10 @@ void chain_block_backward(const Chain& p, ChainBuffers<E>& s, int64_t i0, int64_
 
 template <class E>
 void chain_forward_with(const Chain& p, const Parallel& parallel) {
-  const int64_t rows = chain_rows<E>(p, false);
+  const int64_t rows = chain_rows<E>(p);
   parallel.run(ceil_div(p.rows, rows), &p, [](const void* context, int64_t begin, int64_t end) {
     const auto& p = *(const Chain*)context;
-    const int64_t rows = chain_rows<E>(p, false);
+    const int64_t rows = chain_rows<E>(p);
     const auto s = ChainBuffers<E>::get(p, rows, false);
     for (int64_t block = begin; block < end; ++block)
       chain_block_forward<E>(p, s, block * rows, min(rows, p.rows - block * rows));
@@ -312,20 +305,20 @@ void chain_backward_with(const Chain& p, const Parallel& parallel) {
   using T = typename E::Elem;
   parallel.run(p.slices, &p, [](const void* context, int64_t begin, int64_t end) {
     const auto& p = *(const Chain*)context;
-    const int64_t rows = chain_rows<E>(p, true), blocks = ceil_div(p.rows, rows);
+    const int64_t rows = chain_rows<E>(p), blocks = ceil_div(p.rows, rows);
     auto s = ChainBuffers<E>::get(p, rows, true);
     const int64_t top = p.layers - 1, parameters = chain_parameters(p);
     const int64_t to_top = parameters - p.layer[top].n * chain_pitch(p.layer[top].k) - chain_pitch(p.layer[top].n);
     for (int64_t slice = begin; slice < end; ++slice) {
       A* sums = (A*)p.partials + slice * parameters;
-      for (int l = 0; l < p.layers; ++l) s.row_sum[l].clear(p.layer[l].n);
+      for (int l = 0; l < p.layers; ++l) __builtin_memset(s.dbias[l], 0, p.layer[l].n * sizeof(double));
       const int64_t first = slice * blocks / p.slices, last = (slice + 1) * blocks / p.slices;
       for (int64_t b = first; b < last; ++b)
         chain_block_backward<E>(p, s, b * rows, min(rows, p.rows - b * rows), sums + to_top, b == first);
       for (int l = 0; l < p.layers; ++l) {
         const ChainLayer& layer = p.layer[l];
         sums += layer.n * chain_pitch(layer.k);
-        s.row_sum[l].store(sums, layer.n);
+        for (int64_t i = 0; i < layer.n; ++i) sums[i] = (A)s.dbias[l][i];
         sums += chain_pitch(layer.n);
       }
     }

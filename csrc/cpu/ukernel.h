@@ -20,8 +20,8 @@ constexpr int64_t kCall = E::kDepth > 1 ? kKC<E> : kSum<E>;
 template <class E>
 constexpr int64_t kAStride = kKC<E> + 64 / sizeof(typename E::Cell);
 
-// A panels come in the orientation their source is contiguous in: rows along k (x, dz), or k along rows (dzᵀ). In place,
-// neither operand is packed: both lie in row blocks of pitch kAStride, and k runs down the rows (wgrad of a chain).
+// A panels come in the orientation their source is contiguous in: rows along k (x, dz), or k along rows (dzᵀ). In place, A
+// is not packed: it lies in a block of rows of pitch kAStride, and k runs down them (dzᵀ of a chain).
 enum AOrder { kRowMajor, kKMajor, kInPlace };
 
 template <class E, AOrder order, int R, int C>
@@ -30,14 +30,13 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
   using V = typename E::V;
   constexpr int64_t row = order == kRowMajor ? kAStride<E> : 1;
   constexpr int64_t step = order == kRowMajor ? 1 : order == kKMajor ? kMR : kAStride<E>;
-  constexpr int64_t step_b = order == kInPlace ? kAStride<E> : C * E::kVL;
   V acc[R][C];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) acc[i][j] = V{};
 #pragma GCC unroll 1
-  for (int64_t p = 0; p < cells; ++p, a += step, b += step_b) {
+  for (int64_t p = 0; p < cells; ++p, a += step, b += C * E::kVL) {
     V bv[C];
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) bv[j] = load_bits<V>(b + j * E::kVL);

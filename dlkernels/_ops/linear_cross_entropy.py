@@ -97,21 +97,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         reduction: int,
         ignore_index: int,
         label_smoothing: float,
-        dtype: torch.dtype,
     ) -> Tensor:
         settings = reduction, ignore_index, label_smoothing
         now = (need and reduction != NONE for need in ctx.needs_input_grad[:3])
         loss, *grads = _linear_cross_entropy(x, weight, bias, target, class_weight, None, *settings, *now)
         ctx.save_for_backward(x, weight, bias, target, class_weight, *grads)
-        ctx.settings, ctx.dtype = settings, dtype
-        return loss.to(dtype)
+        ctx.settings = settings
+        return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, target, class_weight, *grads = ctx.saved_tensors
-        needs, rest = ctx.needs_input_grad[:3], (None,) * 6
+        needs, rest = ctx.needs_input_grad[:3], (None,) * 5
         reduction, ignore_index, label_smoothing = settings = ctx.settings
-        dtype = ctx.dtype
+        dtype = grad_dtype(x)  # of the loss
         if torch.is_grad_enabled() or under_transform():
             inputs = (x, weight) if bias is None else (x, weight, bias)
 
@@ -150,6 +149,7 @@ def linear_cross_entropy(
         return _stock(x, weight, bias, target, class_weight, *settings, dtype)
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if wants_grad(*inputs):
-        return _LinearCrossEntropy.apply(x, weight, bias, target, class_weight, *settings, dtype)
+        # the cast is outside: torch 2.11's compiler loses the gradient of an output that a cast returned as it was
+        return _LinearCrossEntropy.apply(x, weight, bias, target, class_weight, *settings).to(dtype)
     needs = False, False, False
     return _linear_cross_entropy(x, weight, bias, target, class_weight, None, *settings, *needs)[0].to(dtype)
