@@ -12,9 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dlkernels import functional
 from dlkernels._ops.activations import activation_named
+from dlkernels._ops.mlp import mlp
 from dlkernels.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
 
 __all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearCrossEntropy", "LinearReLU", "MSELoss"]
@@ -205,11 +207,16 @@ class _Activation(nn.Module):
 _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-
-
-def _anybody_listens(attributes: dict[str, Any], prefix: str = "_") -> bool:
-    return any(attributes.get(prefix + name) for name in _HOOKS)
+def _untouched(module: nn.Module) -> bool:
+    """Whether calling this module does what its class says: nobody listens, and ``forward`` is the class's own."""
+    state = module.__dict__
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
 
 
 class MLP(nn.Sequential):
@@ -272,34 +279,28 @@ class MLP(nn.Sequential):
         layers = None if torch.compiler.is_compiling() else self._chain()
         if layers is None:
             return super().forward(x)
-        *hidden, last = layers
-        return functional.mlp(
-            x,
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers],
-            [layer.activation for layer in hidden],
-            last_activation=last.activation,
-            negative_slope=max(
-                (layer.negative_slope for layer in layers if layer.activation == "leaky_relu"), default=0
-            ),
-        )
+        slope = next((layer.negative_slope for layer in layers if layer.activation == "leaky_relu"), 0.0)
+        acts = tuple([activation_named(layer.activation) for layer in layers])
+        return mlp(x, [layer.weight for layer in layers], [layer.bias for layer in layers], acts, slope)
 
     def _chain(self) -> list[LinearAct] | None:
         """The layers, where calling them one after the other is all that ``nn.Sequential`` would do: every module is of
         our making, nobody listens in between, and nothing but product and activation happens."""
-        layers = []
-        if _anybody_listens(nn.modules.module.__dict__, "_global_"):
+        if _has_any_global_hook():
             return None
+        layers: list[LinearAct] = []
         for module in self._modules.values():
             kind = type(module)
-            if _anybody_listens(module.__dict__) or "forward" in module.__dict__:
-                return None
             if kind is LinearAct or kind is LinearReLU:
                 layers.append(cast(LinearAct, module))
             elif not (kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p))):
                 return None
+            if not _untouched(module):
+                return None
+        if len(layers) < 2:
+            return None
         slopes = {layer.negative_slope for layer in layers if layer.activation == "leaky_relu"}
-        return layers if len(layers) > 1 and len(slopes) < 2 else None
+        return layers if len(slopes) < 2 else None
 
     def __getitem__(self, index: slice | int) -> Any:
         """A layer, or for a slice an ``nn.Sequential`` of layers (``nn.Sequential`` itself would call our

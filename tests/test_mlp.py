@@ -264,10 +264,10 @@ def test_mlp_refuses(call, error, message):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often functional.mlp ran."""
+    """How often nn.MLP ran as a chain."""
     counted = []
-    real = dlkernels.functional.mlp
-    monkeypatch.setattr(dlkernels.functional, "mlp", lambda *a, **k: (counted.append(1), real(*a, **k))[1])
+    real = dlkernels.nn.mlp
+    monkeypatch.setattr(dlkernels.nn, "mlp", lambda *a, **k: (counted.append(1), real(*a, **k))[1])
     return counted
 
 

@@ -146,8 +146,11 @@ Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor&
     const bool keep = dx_by_aten || dw_by_aten;
     if (keep) dz = at::empty({m, n}, options);
     grad_pass(c, rows, keep ? &dz : nullptr, need_bias && !dbias_with_dw ? &dbias : nullptr);
-    if (dx_by_aten) dx = at::mm(dz, weight).view(dx.sizes());
-    if (dw_by_aten) dweight = at::mm(dz.t(), as_rows(x));
+    if (dx_by_aten) {
+      at::Tensor out = dx.view({m, k});
+      at::mm_out(out, dz, weight);
+    }
+    if (dw_by_aten) at::mm_out(dweight, dz.t(), as_rows(x));
   }
   if (need_x && !dx_by_aten) dgrad(dx_path, c, rows, weight, dx, below);
   if (dw_by_us) wgrad(dw_path, c, rows, as_rows(x), dweight, need_bias && dbias_with_dw ? &dbias : nullptr);

@@ -21,6 +21,7 @@ _backward = torch.ops.dlkernels._mlp_backward.default
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
+_PLAIN = {Tensor, torch.nn.Parameter}  # no subclass that wants to see the layers
 
 
 class _MLP(torch.autograd.Function):
@@ -66,10 +67,10 @@ def layer_by_layer(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[A
 
 def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...], slope: float) -> Tensor:
     """See :func:`dlkernels.functional.mlp`."""
-    tensors = [x, *weights, *(b for b in biases if b is not None)]
     if not weights:
         raise RuntimeError("mlp: expected at least one layer, got no weights")
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    tensors = [x, *weights, *[b for b in biases if b is not None]]
+    plain = x.is_cpu and {type(t) for t in tensors} <= _PLAIN
     if not plain or torch.compiler.is_compiling() or under_transform():
         return layer_by_layer(x, weights, biases, acts, slope)
     if autocast_active(x):
