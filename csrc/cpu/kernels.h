@@ -43,7 +43,7 @@ struct Gemm {
   Activation gate_act;
   void* row_sum;   // [m] row sums of A, or nullptr
   int splits;      // > 1: k is cut in this many slices, summed in order
-  void* panels;    // scratch of Engine::panels_size() bytes, or nullptr: every task packs the B it needs
+  void* panels;    // scratch of panels_size() bytes, or nullptr: every task packs the B it needs
   void* partials;  // splits > 1: scratch of partials_size() accumulators, f32 (f64 for f64)
 };
 
