@@ -4,8 +4,11 @@
 // No torch header here: torch/extension.h alone costs half a minute and 1.6 GB.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/route.h"
@@ -74,16 +77,21 @@ py::dict cpu_kernels() {
   return d;
 }
 
+int dtype_index(const std::string& dtype) {  // a DType
+  const char* const dtypes[] = {"float64", "float32", "bfloat16", "float16"};
+  int index = 0;
+  while (index < 4 && dtype != dtypes[index]) ++index;
+  if (index == 4) throw py::type_error("expected float64, float32, bfloat16 or float16, got " + dtype);
+  return index;
+}
+
 // Rows of dlkernels.functional.Explanation for y = act(x · weightᵀ), x [m, k], weight [n, k]: the decision that the ops
 // take, asked here without running them.
 // `in_bf16`: torch lets f32 products run in bf16.
 py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool x_contiguous, bool weight_contiguous,
                  bool in_bf16) {
   using namespace dlk;
-  const char* const dtypes[] = {"float64", "float32", "bfloat16", "float16"};
-  int index = 0;
-  while (index < 4 && dtype != dtypes[index]) ++index;
-  if (index == 4) throw py::type_error("expected float64, float32, bfloat16 or float16, got " + dtype);
+  const int index = dtype_index(dtype);
 
   py::list rows;
   auto add = [&](const char* name, cpu::Op op, bool contiguous) {
@@ -105,6 +113,15 @@ py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool
   return rows;
 }
 
+// In how many slices of rows the chain kernels take layers of these [m, n, k], and their micro-kernel; 0: layer by layer.
+py::tuple explain_chain(const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
+  using namespace dlk;
+  std::vector<Shape> shapes;
+  for (const auto& [m, n, k] : layers) shapes.push_back({m, n, k});
+  const int index = dtype_index(dtype);
+  return py::make_tuple(cpu::chain_slices(shapes, static_cast<DType>(index)), cpu::kernels().engine[index].ukernel);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -115,4 +132,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_kernels", &cpu_kernels, "The CPU kernel set in use: its instruction set and its micro-kernel per dtype.");
   m.def("explain", &explain, "Which path each product of a layer takes on CPU, and why.", py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("dtype"), py::arg("x_contiguous"), py::arg("weight_contiguous"), py::arg("in_bf16"));
+  m.def("explain_chain", &explain_chain,
+        "Slices and micro-kernel of the chain kernels for these layers; 0 slices: not.", py::arg("layers"),
+        py::arg("dtype"));
 }

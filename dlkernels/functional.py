@@ -20,6 +20,7 @@ __all__ = [
     "Explanation",
     "cross_entropy",
     "explain",
+    "explain_mlp",
     "gaussian_nll_loss",
     "linear_act",
     "linear_cross_entropy",
@@ -198,7 +199,8 @@ class Explanation:
     """Which path one product of a layer takes, and why.
 
     ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` is "packed" (our
-    blocked GEMM), "few_rows" (our kernels for small batches) or "aten" (torch's GEMM with our elementwise passes).
+    blocked GEMM), "few_rows" (our kernels for small batches), "aten" (torch's GEMM with our elementwise passes) or
+    "chain" (a block of rows through all layers, see :func:`mlp`).
     ``kernel`` names dtype, tile and instruction set; ``splits`` is the number of slices its sum is cut in.
     """
 
@@ -228,13 +230,45 @@ def explain(x: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
         raise NotImplementedError(f"explain() knows the CPU paths only, and x is on {x.device}")
     # the op's view of x as rows; where none exists it copies
     rows = torch.empty_strided(x.shape, x.stride(), device="meta").reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _explain_rows(rows.shape[0], rows.stride(1) == 1, weight)
+
+
+def _explain_rows(m: int, x_contiguous: bool, weight: Tensor) -> tuple[Explanation, ...]:
     table = _C.explain(
-        rows.shape[0],
+        m,
         weight.shape[0],
         weight.shape[1],
-        str(x.dtype).removeprefix("torch."),
-        rows.stride(1) == 1,
+        str(weight.dtype).removeprefix("torch."),
+        x_contiguous,
         weight.stride(1) == 1,
         torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
     )
     return tuple(Explanation(threads=torch.get_num_threads(), **row) for row in table)
+
+
+def explain_mlp(x: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[Explanation, ...], ...]:
+    """What :func:`mlp` would run for these tensors: rows as :func:`explain`'s for each layer. Nothing is computed.
+
+    Args:
+        x: ``[..., in_features]`` of the first layer.
+        weights: one ``[out_features, in_features]`` per layer, each taking what the one before gives.
+
+    The answer comes from the same decision the op takes.
+    """
+    first, *others = weights
+    layers = [explain(x, first)]
+    m, features = math.prod(x.shape[:-1]), first.shape[0]
+    for weight in others:
+        explain(x.new_empty((0, features)), weight)  # its checks
+        layers.append(_explain_rows(m, True, weight))
+        features = weight.shape[0]
+    slices, kernel = _C.explain_chain([(m, *w.shape) for w in weights], str(x.dtype).removeprefix("torch."))
+    if not slices:
+        return tuple(layers)
+    why = "narrow layers and many rows: a block of rows goes through all of them while it is in cache"
+    return tuple(
+        tuple(
+            Explanation(row.op, "chain", kernel, slices if row.op == "wgrad" else 1, row.threads, why) for row in rows
+        )
+        for rows in layers
+    )

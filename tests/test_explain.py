@@ -1,6 +1,7 @@
 """explain() tells the truth: about the instruction set, the path, and why."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -93,3 +94,21 @@ def test_instruction_set_on_request():
     kernels, rows = ask(DLKERNELS_CPU_ISA="portable", DLKERNELS_CPU_GEMM="own")
     assert kernels["isa"] == "portable"
     assert all("portable" in row["kernel"] and row["path"] == "packed" for row in rows)
+
+
+def test_explain_mlp_names_the_chain_where_it_runs():
+    def paths_of(m, sizes, **kind):
+        weights = [torch.randn(n, k, **kind) for k, n in pairwise(sizes)]
+        return [
+            {row.path for row in rows} for rows in functional.explain_mlp(torch.randn(m, sizes[0], **kind), weights)
+        ]
+
+    assert paths_of(4096, [64, 32, 10]) == [{"chain"}, {"chain"}]
+    assert paths_of(4096, [64, 128, 10], dtype=torch.bfloat16) == [{"chain"}, {"chain"}]
+    assert paths_of(300, [64, 32, 10]) == [{"packed"}, {"packed"}]
+    assert paths_of(4096, [784, 32, 10]) == [{"packed"}, {"packed"}]
+    assert paths_of(4096, [64, 32]) == [{"packed"}]
+    (rows,) = functional.explain_mlp(*(t := layer(300, 400, 500))[:1], t[1:])
+    assert rows == functional.explain(*t)
+    with pytest.raises(RuntimeError):
+        functional.explain_mlp(torch.randn(3, 4), [torch.randn(5, 4), torch.randn(6, 7)])
