@@ -43,6 +43,12 @@ namespace {
 
 constexpr const char* kOp = "linear_act";
 
+int64_t rows_of(const at::Tensor& t) {  // every index but the last one, one after the other
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
 Activation check_activation(int64_t act, double slope) {
   TORCH_CHECK_VALUE(act >= 0 && act < kActivations, "linear_act: expected an activation code in [0, ", kActivations,
                     "), got ", act);
@@ -62,8 +68,7 @@ std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weig
   TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got shape ", weight.sizes());
   TORCH_CHECK(x.size(-1) == weight.size(1), op, ": x must be [..., in_features] with in_features = ", weight.size(1),
               " (weight is ", weight.sizes(), "), got x of shape ", x.sizes());
-  Shape shape{1, weight.size(0), weight.size(1)};
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.m *= x.size(i);
+  const Shape shape{rows_of(x), weight.size(0), weight.size(1)};
   if (bias) {
     check_like(*bias, "bias", x, "x", op);
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.n, op, ": bias must be [out_features] = [", shape.n,
@@ -89,8 +94,7 @@ Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
   check_like(saved, "saved", grad_y, "grad_y", kOp);
   TORCH_CHECK(saved.sizes() == grad_y.sizes(), "linear_act: saved must have grad_y's shape ", grad_y.sizes(), ", got ",
               saved.sizes());
-  Shape shape{1, grad_y.size(-1), 0};
-  for (int64_t i = 0; i + 1 < grad_y.dim(); ++i) shape.m *= grad_y.size(i);
+  Shape shape{rows_of(grad_y), grad_y.size(-1), 0};
   if (weight) {
     check_like(*weight, "weight", grad_y, "grad_y", kOp);
     TORCH_CHECK(weight->dim() == 2 && weight->size(0) == shape.n,
@@ -120,8 +124,7 @@ std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
   check_layout(x, "x", "mlp");
   const DType dtype = dtype_of(x, "mlp");
   TORCH_CHECK(x.dim() >= 1, "mlp: x must be [..., in_features], got a 0-dimensional tensor");
-  Shape shape{1, x.size(-1), 0};
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.m *= x.size(i);
+  Shape shape{rows_of(x), x.size(-1), 0};
   for (size_t l = 0; l < weights.size(); ++l) {
     const std::string weight = "weights[" + std::to_string(l) + "]", bias = "biases[" + std::to_string(l) + "]";
     check_like(weights[l], weight.c_str(), x, "x", "mlp");
@@ -142,10 +145,7 @@ std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
 
 at::Tensor as_rows(const at::Tensor& t) {
   if (t.dim() == 2) return t;
-  const int64_t last = t.size(-1);
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return t.reshape({rows, last});
+  return t.reshape({rows_of(t), t.size(-1)});
 }
 
 View view_of(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }

@@ -124,7 +124,7 @@ def mlp(
             f"last_activation; got {len(biases)} and {len(hidden)}"
         )
     for weight, bias in zip(weights, biases, strict=True):
-        _check_tensors(x, weight, bias)
+        _check_tensors(x, weight, bias, "mlp")
     acts = tuple(activation_named(name) for name in (*hidden, last_activation))
     return _mlp.mlp(x, weights, biases, acts, negative_slope)
 

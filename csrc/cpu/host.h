@@ -43,6 +43,10 @@ inline at::Tensor accumulators(int64_t count, const at::Tensor& like) {
   return at::empty({count}, like.options().dtype(accumulator_type(like)));
 }
 
+inline at::Tensor accumulators(int64_t count, DType dtype) {
+  return at::empty({count}, at::TensorOptions().dtype(dtype == DType::f64 ? at::kDouble : at::kFloat));
+}
+
 inline at::Tensor scratch_tensor(int64_t bytes) { return at::empty({bytes}, at::TensorOptions().dtype(at::kByte)); }
 
 }  // namespace dlk::cpu

@@ -83,7 +83,7 @@ void packed_gemm(Gemm p) {
   const Parallel parallel = parallel_for_work(p.m * p.n * p.k);
   at::Tensor panels, partials;
   if (p.splits > 1) {
-    partials = scratch_tensor(partials_size(p) * (p.dtype == DType::f64 ? 8 : 4));
+    partials = accumulators(partials_size(p), p.dtype);
     p.partials = partials.data_ptr();
   }
   if (const int64_t bytes = product.panels_size(p, parallel.threads)) {

@@ -2,9 +2,8 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
-#include <thread>
-#include <vector>
 
+#include "../threads/in_threads.h"
 #include "cpu/isa.h"
 #include "cpu/route.h"
 
@@ -17,22 +16,6 @@ const Kernels k_portable = {"portable", {}}, k_avx2 = {"avx2", {}}, k_avx512 = {
 
 extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
 
-namespace {
-
-int threads_in_use = 1;
-
-// Tasks in as many contiguous ranges as there are threads, each in a thread of its own; one thread is the caller's.
-void in_threads(int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
-  if (threads_in_use == 1) return body(context, 0, tasks);
-  std::vector<std::thread> threads;
-  for (int64_t t = 0; t < threads_in_use; ++t) {
-    const int64_t begin = tasks * t / threads_in_use, end = tasks * (t + 1) / threads_in_use;
-    if (begin < end) threads.emplace_back(body, context, begin, end);
-  }
-  for (std::thread& thread : threads) thread.join();
-}
-
-}  // namespace
 }  // namespace dlk::cpu
 
 using namespace dlk;
@@ -53,8 +36,8 @@ EXPORT int gemm(int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64
   p.act = {static_cast<Act>(act), slope};
   p.bias = bias, p.c = c, p.z = z, p.row_sum = row_sum;
   p.splits = splits, p.partials = partials;
-  cpu::threads_in_use = threads;
-  const cpu::Parallel parallel = {threads, &cpu::in_threads};
+  threads_in_use = threads;
+  const cpu::Parallel parallel = {threads, &in_threads};
   const cpu::PackedProduct& product = p.dtype == DType::f32 ? cpu::k_amx_f32_in_bf16 : cpu::k_amx_bf16;
   const int64_t panels = product.panels_size(p, threads);
   const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, (panels + 63) / 64 * 64), &std::free);

@@ -3,10 +3,10 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "in_threads.h"
 
 namespace dlk::cpu {
 
@@ -21,17 +21,6 @@ using namespace dlk;
 using namespace dlk::cpu;
 
 namespace {
-
-int threads_in_use = 1;
-
-void in_threads(int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
-  std::vector<std::thread> threads;
-  for (int64_t t = 0; t < threads_in_use; ++t) {
-    const int64_t begin = tasks * t / threads_in_use, end = tasks * (t + 1) / threads_in_use;
-    if (begin < end) threads.emplace_back(body, context, begin, end);
-  }
-  for (std::thread& thread : threads) thread.join();
-}
 
 std::vector<float> normal(int64_t count, unsigned seed) {
   std::mt19937 generator(seed);
