@@ -11,12 +11,6 @@
 
 #include "params.h"
 
-#ifdef __CUDACC__
-#define DLK_HD __host__ __device__ __forceinline__
-#else
-#define DLK_HD inline __attribute__((always_inline))
-#endif
-
 namespace dlk {
 
 struct Identity {
@@ -147,8 +141,11 @@ struct Sigmoid {
 };
 
 // The run-time to compile-time switch: calls f with the functor of `kind`. The only list of activations in C++.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // f runs where its caller does
+#endif
 template <class F>
-inline auto with_activation(Act kind, F&& f) {
+DLK_HD auto with_activation(Act kind, F&& f) {
   switch (kind) {
     case Act::relu: return f(ReLU{});
     case Act::leaky_relu: return f(LeakyReLU{});

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define DLK_HD __host__ __device__ __forceinline__
+#else
+#define DLK_HD inline __attribute__((always_inline))
+#endif
+
 namespace dlk {
 
 enum class DType : int32_t { f64, f32, bf16, f16 };
@@ -21,13 +27,80 @@ struct View {
   int64_t row_stride;
   int64_t col_stride;
 
-  View transposed() const { return {data, col_stride, row_stride}; }
+  DLK_HD View transposed() const { return {data, col_stride, row_stride}; }
 };
 
 // An activation and the one parameter any of them has (leaky_relu's negative slope).
 struct Activation {
   Act kind;
   double slope;
+};
+
+// Where a product goes: rounded to its dtype, as the accumulators it was made in, or added to accumulators that are there.
+enum class Store : int32_t { rounded, accumulators, added };
+
+// The three products of one layer are one problem: C[m, n] = A[m, k] · B[k, n].
+//
+//            A                      B              C
+//   forward  x  [M, K]              weightᵀ [K, N]  y  [M, N]   epilogue: bias, activation
+//   dgrad    dz [M, N]              weight [N, K]   dx [M, K]
+//   wgrad    dzᵀ [N, M]             x [M, K]        dw [N, K]   row sums of A: dbias [N]
+//
+// dz = g · act'(saved) never exists in memory: it is made while A is packed.
+struct Gemm {
+  DType dtype;  // of every operand and output; accumulation is f32 (f64 for f64)
+  int64_t m, n, k;
+  View a;            // A[i, p], or the incoming gradient g in A's orientation when `saved` is set
+  View saved;        // data == nullptr: A is plain
+  View b;            // B[p, j]
+  Activation act;    // of the epilogue (forward) or of dz (backward)
+  const void* bias;  // [n] contiguous, or nullptr
+  void* c;           // [m, n] contiguous
+  Store store;       // of c; other than rounded: no activation, and by gemm only
+  void* z;           // [m, n] contiguous pre-activation, or nullptr
+  const void* gate;  // [m, n] contiguous: c is multiplied by gate_act'(gate), the layer below's mask; or nullptr
+  Activation gate_act;
+  void* row_sum;   // [m] row sums of A, or nullptr
+  int splits;      // > 1: k is cut in this many slices, summed in order
+  void* panels;    // scratch of panels_size() bytes, or nullptr: every task packs the B it needs
+  void* partials;  // splits > 1: scratch of partials_size() accumulators, f32 (f64 for f64)
+};
+
+// dz and dbias as one elementwise pass, for gradients that need no product.
+struct GradPass {
+  DType dtype;
+  int64_t m, n;
+  View g;      // [m, n]
+  View saved;  // [m, n]
+  Activation act;
+  void* dz;        // [m, n] contiguous, or nullptr
+  void* dbias;     // [n], or nullptr
+  void* partials;  // slices(m) * n accumulators of the twin that runs it, f32 (f64 for f64), when dbias is set
+};
+
+// A chain of narrow layers, h[l+1] = act(h[l] · weightᵀ + bias), run block of rows by block of rows: what one layer hands
+// to the next is in cache, forward and backward.
+struct ChainLayer {
+  int64_t n, k;
+  View weight;       // [n, k]
+  const void* bias;  // [n] contiguous, or nullptr
+  Activation act;
+  void* h;        // act's output, [rows, n] contiguous: forward writes it where set, backward reads it
+  void* z;        // its input, likewise, where act' reads that
+  void* dweight;  // [n, k] contiguous, or nullptr
+  void* dbias;    // [n] contiguous, or nullptr
+};
+
+struct Chain {
+  int64_t rows;
+  int layers;
+  const ChainLayer* layer;
+  View x;       // [rows, layer[0].k]
+  View grad_y;  // backward: of y
+  void* dx;     // backward: [rows, layer[0].k] contiguous, or nullptr
+  // backward: the rows are cut in this many slices, whose gradients of the parameters are summed in order
+  int slices;
+  void* partials;  // slices * chain_parameters() accumulators, f32 (f64 for f64)
 };
 
 }  // namespace dlk

@@ -1,21 +1,15 @@
-"""The CUDA kernels' arithmetic, executed without a GPU: csrc/cuda compiled for the host (tests/cuda_on_host).
-
-Index arithmetic, masks, epilogues, edges, barriers and determinism are the real code's; what stays unproven
-here is what only a GPU does (memory coalescing, occupancy, speed).
-"""
+"""The CUDA products' arithmetic, executed without a GPU (tests/cuda_on_host), against float64."""
 
 import ctypes
 import itertools
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-ROOT = Path(__file__).parents[1]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the order of DType in csrc/params.h
+from tests.cuda_on_host.library import DTYPES, ILLEGAL_ADDRESS, Call, accumulator, assert_within, tensor
+from tests.cuda_on_host.library import kernels as compiled_kernels
+
 SLOPE = 0.1
 # In the order of Act in csrc/params.h: the activation, and whether its gradient reads y (else z).
 ACTIVATIONS = {
@@ -37,162 +31,208 @@ GRADIENT_FROM_Y = {
     "tanh": lambda g, y: g * (1 - y * y),
     "sigmoid": lambda g, y: g * (1 - y) * y,
 }
+# A path and the dtypes it takes. Tensor cores (mma, and the side of a block's tile) round float32 operands to TF32.
+SIDES = {"simt": 0, "mma64": 64, "mma128": 128}
+PATHS = [(path, dtype) for path in SIDES for dtype in DTYPES[path != "simt" :]]
+# The large tile shares its epilogue with the small one: two activations, one of y and one of z, reach all of it.
+OF_PATHS_AND_ACTIVATIONS = pytest.mark.parametrize(
+    ("path", "dtype", "act"),
+    [(p, d, a) for p, d in PATHS for a in ACTIVATIONS if p != "mma128" or a in ("relu", "gelu")],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
+OF_PATHS = pytest.mark.parametrize(("path", "dtype"), PATHS, ids=[f"{p}-{str(d)[6:]}" for p, d in PATHS])
+# the last three are whole tiles of 16-byte rows, which the tensor-core kernels bring asynchronously
+SHAPES = [(1, 1, 1), (7, 5, 3), (65, 63, 17), (130, 10, 40), (3, 129, 33), (64, 64, 32), (72, 136, 104), (16, 8, 160)]
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    library = tmp_path_factory.mktemp("cuda_on_host") / "kernels.so"
-    here = ROOT / "tests" / "cuda_on_host"
-    subprocess.run(
-        f"{os.environ.get('CXX', 'g++')} -std=c++17 -O1 -shared -fPIC -I {here} -I {ROOT}/csrc "
-        f"-x c++ {ROOT}/csrc/cuda/gemm.cu {here}/entry.cpp -o {library}",
-        shell=True,
-        check=True,
-    )
-    return ctypes.CDLL(str(library))
+def kernels():
+    return compiled_kernels()
 
 
-def view(t):
-    """(pointer, row stride, column stride) as ctypes arguments; null for None."""
-    strides = (0, 0) if t is None else t.stride()
-    return [pointer(t), *map(ctypes.c_int64, strides)]
-
-
-def pointer(t):
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
-
-
-def gemm(kernels, a, b, act, *, saved=None, bias=None, z=None, row_sum=None, splits=1, columns=True):
-    """c = A · B (see csrc/cpu/kernels.h), written over a NaN-filled tensor."""
-    (m, k), n = a.shape, b.shape[1] if columns else 0
-    c = torch.full((m, n), float("nan"), dtype=a.dtype)
-    acc = torch.float64 if a.dtype == torch.float64 else torch.float32
-    partials = torch.full((splits * (m * n + m),), float("nan"), dtype=acc)
+def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, gate=None, wants=(), splits=1):
+    """c = A · B (see csrc/params.h), and of "z", "row_sum", "column_sum" those in ``wants``; fresh, guarded memory."""
+    (m, k), n = a.shape, b.shape[1] if b is not None else 0
+    call = Call(kernels)
+    outputs = {"c": call.output(m, n, dtype=a.dtype)}
+    sizes = {"z": (m, n), "row_sum": (m,), "column_sum": (n,)}
+    outputs |= {name: call.output(*sizes[name], dtype=a.dtype) for name in wants}
+    null = (None, None)
+    partials, _ = call.output(max(splits * (m * n + m), -(-m // 32) * n), dtype=accumulator(a.dtype))
+    gate_saved, gate_act = gate or (None, "none")
     status = kernels.gemm(
+        SIDES[path],
         DTYPES.index(a.dtype),
         *map(ctypes.c_int64, (m, n, k)),
-        *view(a),
-        *view(saved),
-        *view(b),
+        *call.view(a),
+        *call.view(saved),
+        *call.view(b),
         list(ACTIVATIONS).index(act),
         ctypes.c_double(SLOPE),
-        *map(pointer, (bias, c, z, row_sum)),
+        call.pointer(bias),
+        outputs["c"][0],
+        outputs.get("z", null)[0],
+        call.pointer(gate_saved),
+        list(ACTIVATIONS).index(gate_act),
+        outputs.get("row_sum", null)[0],
+        outputs.get("column_sum", null)[0],
         splits,
-        pointer(partials),
+        partials,
     )
+    assert status != ILLEGAL_ADDRESS, "touched memory beyond its operands"
     assert status == 0
-    return c
+    results = [t.clone() for _, t in outputs.values()]
+    return results if wants else results[0]
 
 
-def tensor(*shape, dtype, seed=0):
-    generator = torch.Generator().manual_seed(hash((shape, seed)) % 2**31)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+def gradient(act, g, saved):
+    """What forward saved of pre-activations ``saved``, and the exact g · act'."""
+    function, saves_y = ACTIVATIONS[act]
+    if saves_y:
+        y = function(saved.double()).to(saved.dtype)
+        return y, GRADIENT_FROM_Y[act](g.double(), y.double())
+    z = saved.double().requires_grad_()
+    return saved, torch.autograd.grad(function(z), z, g.double())[0]
 
 
-def assert_within(got, want, scale, k, dtype):
-    """|got - want| ≤ one rounding to dtype, plus k roundings of the accumulator on terms whose absolute
-    values add up to ``scale`` (and a few for the activation itself)."""
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    bound = torch.finfo(dtype).eps * want.abs() + (k + 16) * torch.finfo(acc).eps * (scale + want.abs())
-    bound += torch.finfo(dtype).smallest_normal
-    error = (got.double() - want).abs()
-    assert (error <= bound).all(), f"largest error {(error / bound).max():.2f} times its bound"
+def operand_eps(path, dtype, *, made=False):
+    """What rounding the operands costs: TF32 for float32 on tensor cores (two operands); dz, made there in 16 bits."""
+    if path == "simt":
+        return 0.0
+    return 2 * 2**-11 if dtype == torch.float32 else torch.finfo(dtype).eps * made
 
 
-SHAPES = [(1, 1, 1), (7, 5, 3), (64, 64, 16), (65, 63, 17), (130, 10, 40), (3, 129, 33)]
-
-
-@pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(kernels, dtype, act):
+@OF_PATHS_AND_ACTIVATIONS
+def test_forward(kernels, path, dtype, act):
     function, _ = ACTIVATIONS[act]
     for (m, n, k), with_bias in itertools.product(SHAPES, (True, False)):
         x, weight = tensor(m, k, dtype=dtype), tensor(n, k, dtype=dtype, seed=1)
         bias = tensor(n, dtype=dtype, seed=2) if with_bias else None
-        z = torch.full((m, n), float("nan"), dtype=dtype)
-        y = gemm(kernels, x, weight.T, act, bias=bias, z=z)
+        y, z = gemm(kernels, path, x, weight.T, act, bias=bias, wants=["z"])
         want_z = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
         scale = x.double().abs() @ weight.double().abs().T + (bias.double().abs() if with_bias else 0)
-        assert_within(z, want_z, scale, k, dtype)
+        eps = operand_eps(path, dtype)
+        assert_within(z, want_z, scale, k, operand_eps=eps)
         steepest = 2 * want_z.abs() + 2  # above |act'| between the exact and the computed z
-        assert_within(y, function(want_z), scale * steepest, k, dtype)
+        assert_within(y, function(want_z), scale * steepest, k, operand_eps=eps)
 
 
-@pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward(kernels, dtype, act):
-    function, saves_y = ACTIVATIONS[act]
+@OF_PATHS_AND_ACTIVATIONS
+def test_backward(kernels, path, dtype, act):
     for m, n, k in SHAPES:
         x, weight = tensor(m, k, dtype=dtype), tensor(n, k, dtype=dtype, seed=1)
-        g, saved = tensor(m, n, dtype=dtype, seed=3), tensor(m, n, dtype=dtype, seed=4)
-        if saves_y:
-            saved = function(saved.double()).to(dtype)
-            dz = GRADIENT_FROM_Y[act](g.double(), saved.double())
-        else:
-            z = saved.double().requires_grad_()
-            [dz] = torch.autograd.grad(function(z), z, g.double())
+        g = tensor(m, n, dtype=dtype, seed=3)
+        saved, dz = gradient(act, g, tensor(m, n, dtype=dtype, seed=4))
         margin = dz.abs() + g.double().abs()  # the activation's gradient cancels terms of the size of g
-
-        dx = gemm(kernels, g, weight, act, saved=saved)
-        assert_within(dx, dz @ weight.double(), margin @ weight.double().abs(), n, dtype)
+        eps = operand_eps(path, dtype, made=True)
+        dx = gemm(kernels, path, g, weight, act, saved=saved)
+        assert_within(dx, dz @ weight.double(), margin @ weight.double().abs(), n, operand_eps=eps)
         for splits in (1, 3):
-            db = torch.full((n,), float("nan"), dtype=dtype)
-            dw = gemm(kernels, g.T, x, act, saved=saved.T, row_sum=db, splits=splits)
-            assert_within(dw, dz.T @ x.double(), margin.T @ x.double().abs(), m, dtype)
-            assert_within(db, dz.sum(0), margin.sum(0), m, dtype)
+            dw, db = gemm(kernels, path, g.T, x, act, saved=saved.T, splits=splits, wants=["row_sum"])
+            assert_within(dw, dz.T @ x.double(), margin.T @ x.double().abs(), m, operand_eps=eps)
+            assert_within(db, dz.sum(0), margin.sum(0), m)
+
+
+@OF_PATHS_AND_ACTIVATIONS
+def test_mask_of_the_layer_below(kernels, path, dtype, act):
+    """dgrad of a chain: dx times the derivative of the layer below, and that layer's dbias."""
+    for m, n, k in SHAPES:
+        dz, weight = tensor(m, n, dtype=dtype), tensor(n, k, dtype=dtype, seed=1)
+        dx = dz.double() @ weight.double()
+        saved, want = gradient(act, dx, tensor(m, k, dtype=dtype, seed=2))
+        scale = dz.double().abs() @ weight.double().abs()
+        scale = scale * 3  # above |act'|
+        eps = operand_eps(path, dtype)
+        wants = ["column_sum"] if path != "simt" else []
+        got = gemm(kernels, path, dz, weight, gate=(saved, act), wants=wants)
+        assert_within(got[0] if wants else got, want, scale, n, operand_eps=eps)
+        if wants:
+            assert_within(got[1], want.sum(0), scale.sum(0), n + m, operand_eps=eps)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_row_sums_alone(kernels, splits):
     g, y = tensor(70, 66, dtype=torch.float32), tensor(70, 66, dtype=torch.float32, seed=1).relu()
-    db = torch.full((66,), float("nan"))
-    gemm(kernels, g.T, g, "relu", saved=y.T, row_sum=db, splits=splits, columns=False)
+    _, db = gemm(kernels, "simt", g.T, None, "relu", saved=y.T, splits=splits, wants=["row_sum"])
     dz = torch.where(y > 0, g, 0.0).double()
-    assert_within(db, dz.sum(0), dz.abs().sum(0), 70, torch.float32)
+    assert_within(db, dz.sum(0), dz.abs().sum(0), 70)
 
 
-def test_strides(kernels):
-    x = tensor(20, 30, dtype=torch.float64)[::2, ::3]
-    weight = tensor(10, 7, dtype=torch.float64, seed=1).T
-    row = tensor(1, 10, dtype=torch.float64, seed=2)
-    for a, w in ((x, weight), (row.expand(9, 10), weight), (x, row.expand(4, 10))):
-        got = gemm(kernels, a, w.T, "none")
-        torch.testing.assert_close(got, a @ w.T, rtol=1e-14, atol=1e-13)
+@OF_PATHS
+def test_epilogue_behind_slices_of_k(kernels, path, dtype):
+    x, weight, bias = (
+        tensor(40, 200, dtype=dtype),
+        tensor(24, 200, dtype=dtype, seed=1),
+        tensor(24, dtype=dtype, seed=2),
+    )
+    want = torch.relu(x.double() @ weight.double().T + bias.double())
+    scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    got = gemm(kernels, path, x, weight.T, "relu", bias=bias, splits=3)
+    assert_within(got, want, scale, 200, operand_eps=operand_eps(path, dtype))
 
 
-def test_nothing_to_sum_is_zero(kernels):
+@OF_PATHS
+def test_strides(kernels, path, dtype):
+    x = tensor(20, 30, dtype=dtype)[::2, ::3]
+    weight = tensor(10, 7, dtype=dtype, seed=1).T
+    row = tensor(1, 10, dtype=dtype, seed=2)
+    aligned = tensor(16, 64, dtype=dtype, seed=3)[:, :40]
+    pairs = [
+        (x, weight),
+        (row.expand(9, 10), weight),
+        (x, row.expand(4, 10)),
+        (aligned, aligned),
+        (x.T, weight.T[:, :10]),
+    ]
+    for a, w in pairs:
+        a, b = (a, w.T) if a.shape[1] == w.shape[1] else (a, w)
+        got = gemm(kernels, path, a, b)
+        scale = a.double().abs() @ b.double().abs()
+        assert_within(got, a.double() @ b.double(), scale, a.shape[1], operand_eps=operand_eps(path, dtype))
+
+
+@OF_PATHS
+def test_several_tiles_and_slices(kernels, path, dtype):
+    m, n, k = 260, 200, 136
+    a, b = tensor(m, k, dtype=dtype), tensor(k, n, dtype=dtype, seed=1)
+    for splits in (1, 5):
+        got = gemm(kernels, path, a, b, splits=splits)
+        scale = a.double().abs() @ b.double().abs()
+        assert_within(got, a.double() @ b.double(), scale, k, operand_eps=operand_eps(path, dtype))
+
+
+@pytest.mark.parametrize("path", SIDES)
+def test_nothing_to_sum_is_zero(kernels, path):
     bias = tensor(5, dtype=torch.float32)
-    y = gemm(kernels, torch.empty(3, 0), torch.empty(0, 5), "relu", bias=bias)
+    y = gemm(kernels, path, torch.empty(3, 0), torch.empty(0, 5), "relu", bias=bias)
     assert torch.equal(y, bias.relu().expand(3, 5))
-    db = torch.full((4,), float("nan"))
-    dw = gemm(kernels, torch.empty(4, 0), torch.empty(0, 6), "none", saved=torch.empty(4, 0), row_sum=db)
+    dw, db = gemm(kernels, path, torch.empty(4, 0), torch.empty(0, 6), saved=torch.empty(4, 0), wants=["row_sum"])
     assert torch.equal(dw, torch.zeros(4, 6))
     assert torch.equal(db, torch.zeros(4))
-    assert gemm(kernels, torch.empty(0, 3), torch.empty(3, 5), "none").shape == (0, 5)
+    assert gemm(kernels, path, torch.empty(0, 3), torch.empty(3, 5)).shape == (0, 5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_and_zero_as_in_torch(kernels, dtype):
+@OF_PATHS
+def test_nan_and_zero_as_in_torch(kernels, path, dtype):
     x = torch.tensor([[float("nan")], [float("inf")], [0.0], [-1.0]], dtype=dtype)
     one = torch.ones(1, 1, dtype=dtype)
-    y = gemm(kernels, x, one, "relu")
+    y = gemm(kernels, path, x, one, "relu")
     assert torch.equal(y.isnan(), torch.relu(x).isnan())
     assert torch.equal(y.nan_to_num(5.0), torch.relu(x).nan_to_num(5.0))
     inf = float("inf")
-    dx = gemm(kernels, torch.full_like(x, inf), one, "relu", saved=y)
-    assert dx.flatten().tolist() == [
-        inf,
-        inf,
-        0.0,
-        0.0,
-    ]  # a closed gate gives 0, even of an infinite gradient
+    dx = gemm(kernels, path, torch.full_like(x, inf), one, "relu", saved=y)
+    assert dx.flatten().tolist() == [inf, inf, 0.0, 0.0]  # a closed gate gives 0, even of an infinite gradient
+    dx = gemm(kernels, path, torch.full_like(x, inf), one, gate=(y, "relu"))
+    assert dx.flatten().tolist() == [inf, inf, 0.0, 0.0]
 
 
-def test_same_bits_every_time(kernels):
-    g, x = tensor(3000, 20, dtype=torch.float32), tensor(3000, 30, dtype=torch.float32, seed=1)
+@pytest.mark.parametrize("path", SIDES)
+def test_same_bits_every_time(kernels, path):
+    dtype = torch.bfloat16 if path != "simt" else torch.float32
+    g, x = tensor(3000, 20, dtype=dtype), tensor(3000, 30, dtype=dtype, seed=1)
     splits = kernels.gemm_splits(ctypes.c_int64(20), ctypes.c_int64(30), ctypes.c_int64(3000))
     assert splits == 2
-    runs = [gemm(kernels, g.T, x, "none", saved=g.T, splits=splits) for _ in range(3)]
+    runs = [gemm(kernels, path, g.T, x, saved=g.T, splits=splits) for _ in range(3)]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
 

@@ -28,7 +28,6 @@ namespace dlk {
 namespace {
 
 using cpu::parallel_for_work;
-using cpu::Store;
 
 constexpr const char* kOp = "linear_cross_entropy";
 
@@ -52,7 +51,7 @@ void product(cpu::Op op, const Shape& layer, DType dtype, const at::Tensor& a, c
     store == Store::added ? c.add_(rounded) : c.copy_(rounded);
     return;
   }
-  cpu::Gemm p{};
+  Gemm p{};
   p.dtype = dtype;
   p.m = a.size(0), p.n = b.size(1), p.k = a.size(1);
   p.a = view_of(a);
@@ -68,7 +67,7 @@ void product(cpu::Op op, const Shape& layer, DType dtype, const at::Tensor& a, c
 void add_column_sums(DType dtype, const at::Tensor& dlogits, at::Tensor& dbias) {
   const int64_t rows = dlogits.size(0), classes = dlogits.size(1);
   const at::Tensor sums = at::empty_like(dbias), partials = cpu::accumulators(cpu::slices(rows) * classes, dlogits);
-  cpu::GradPass p{};
+  GradPass p{};
   p.dtype = dtype;
   p.m = rows, p.n = classes;
   p.g = p.saved = view_of(dlogits);  // the identity's gradient reads no saved value

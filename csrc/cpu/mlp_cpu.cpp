@@ -11,8 +11,6 @@
 namespace dlk {
 namespace {
 
-using cpu::Chain;
-using cpu::ChainLayer;
 using cpu::engine;
 
 bool keeps_z(const Checked& c) { return !saves_output(c.act.kind); }

@@ -1,21 +1,35 @@
 // What the CUDA kernels offer. No torch here: raw pointers and a stream in, a status out.
+//
+// Everything runs on the stream it is given, of the current device; nothing is synchronised or allocated, so that any
+// of it can be captured in a CUDA graph. All pointers are device memory. Sizes may be 0: sums over nothing are 0, and
+// an empty output launches nothing.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "../cpu/kernels.h"
+#include "../params.h"
 
 namespace dlk::cuda {
 
-using cpu::Gemm;  // one description of a layer's three products for both twins
-using cpu::partials_size;
+struct Gemm : dlk::Gemm {
+  // With a gate: [n] sums of c's columns, dbias of the layer below; or nullptr.
+  void* column_sum;
+  int tile;  // tensor cores: side of a block's tile of C, 64 or 128; 0: by the size of C
+};
 
-// Runs p on the stream of the current device. All pointers are device memory; nothing is synchronised.
-// m, n and k may be 0: sums over nothing are 0, and an empty C launches no product.
-cudaError_t gemm(const Gemm& p, cudaStream_t stream);
+// Scratch that `partials` must hold, in accumulators: slices of C and of the row sums, or of the column sums.
+int64_t partials_size(const Gemm&);
 
-// How many slices k is cut in, so that a small C with a long k still fills the device: a function of the shape
-// alone, hence the same bits on every run. 1 for products with an epilogue.
+// Any shape, stride and dtype, on plain FMAs. No column sums.
+cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream);
+
+// bf16, fp16, and fp32 rounded to TF32, on tensor cores (sm_80 and later). Any shape and stride, and fast where an
+// operand lies contiguous along one of its dimensions and 16-byte aligned (`takes_fast`).
+cudaError_t mma_gemm(const Gemm& p, cudaStream_t stream);
+bool mma_takes_fast(const View& operand, DType dtype);
+
+// How many slices k is cut in, so that a small C with a long k still fills the device: a function of the shape alone,
+// hence the same bits on every run.
 int gemm_splits(int64_t m, int64_t n, int64_t k);
 
 }  // namespace dlk::cuda

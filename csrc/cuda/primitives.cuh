@@ -1,6 +1,6 @@
-// The few things a kernel needs from CUDA: element types and their conversions, the scalar `Ops`.
+// The few things a kernel needs from CUDA: element types and their conversions, the scalar `Ops`, and PTX.
 //
-// tests/cuda_on_host/ holds stand-ins for the CUDA headers included here and in gemm.cuh, with which g++ compiles the
+// tests/cuda_on_host/ holds stand-ins for the CUDA headers included here, and for ptx.cuh, with which g++ compiles the
 // kernels for the host, and the tests run them where there is no GPU. What a kernel newly uses must be added there.
 #pragma once
 
@@ -53,4 +53,16 @@ struct Ops {
   DLK_DEVICE static T erf(T v) { return std::erf(v); }
 };
 
+// Consecutive elements that travel as one load or store, which their address is aligned for.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T at[kCount];
+};
+
 }  // namespace dlk::cuda
+
+#ifdef __CUDACC__
+#include "ptx.cuh"
+#else
+#include <ptx_on_host.h>
+#endif

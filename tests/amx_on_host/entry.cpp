@@ -27,7 +27,7 @@ EXPORT int gemm(int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64
                 const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row, int64_t b_col,
                 int act, double slope, const void* bias, void* c, void* z, void* row_sum, int splits, void* partials,
                 int threads) {
-  cpu::Gemm p{};
+  Gemm p{};
   p.dtype = static_cast<DType>(dtype);
   p.m = m, p.n = n, p.k = k;
   p.a = {a, a_row, a_col};

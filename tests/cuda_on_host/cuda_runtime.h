@@ -1,19 +1,14 @@
-// A stand-in for CUDA's header of this name: g++ compiles kernels for the host with it, one block at a time, its
-// threads as fibers that switch at __syncthreads(). Between two barriers the fibers run one after another in a
-// shuffled order, so that a missing barrier shows as a wrong answer. Enough for csrc/cuda, and no more.
+// A stand-in for CUDA's header of this name: g++ compiles kernels for the host with it, block after block, a block's
+// threads as fibers (fibers.h). Enough for csrc/cuda, and no more.
 #pragma once
-
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <functional>
-#include <memory>
-#include <numeric>
 #include <random>
-#include <vector>
+
+#include "fibers.h"
+#include "guarded.h"
 
 #define __global__
 #define __device__
@@ -30,8 +25,18 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorIllegalAddress = 700,
+};
 using cudaStream_t = void*;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -42,69 +47,37 @@ struct cudaLaunchConfig_t {
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace cuda_on_host {
-
-constexpr size_t kStack = 64 * 1024;
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};  // not cleared: pages never touched cost nothing
-  bool done = false;
-};
-
-inline ucontext_t scheduler;
-inline Fiber* current = nullptr;
-inline const std::function<void()>* body = nullptr;
-
-inline void fiber_main() {
-  (*body)();
-  current->done = true;
-  swapcontext(&current->context, &scheduler);
-}
-
-inline void run_block(unsigned threads, std::mt19937& shuffle) {
-  static std::vector<Fiber> fibers;  // kept, for their stacks
-  if (fibers.size() < threads) fibers.resize(threads);
-  for (Fiber& fiber : fibers) {
-    fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    makecontext(&fiber.context, fiber_main, 0);
-  }
-  std::vector<unsigned> order(threads);
-  std::iota(order.begin(), order.end(), 0u);
-  for (size_t done = 0; done < threads;) {
-    std::shuffle(order.begin(), order.end(), shuffle);
-    for (const unsigned thread : order) {
-      current = &fibers[thread];
-      threadIdx = dim3(thread, 0, 0);
-      swapcontext(&scheduler, &current->context);
-    }
-    done = std::count_if(fibers.begin(), fibers.begin() + threads, [](const Fiber& f) { return f.done; });
-    if (done != 0 && done != threads) {
-      std::fprintf(stderr, "cuda_on_host: %zu of %u threads ended while the others wait at a barrier\n", done, threads);
-      std::abort();
-    }
-  }
-}
-
+constexpr size_t kMostShared = 227 * 1024;  // of a block on sm_90
+inline Guarded dynamic_shared;
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { swapcontext(&cuda_on_host::current->context, &cuda_on_host::scheduler); }
+inline void __syncthreads() { cuda_on_host::block_barrier(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { cuda_on_host::exchange(0, "syncwarp"); }
+template <class T>
+T __shfl_xor_sync(unsigned, T v, int mask) {
+  return cuda_on_host::exchange(v, "shfl_xor")[(threadIdx.x % cuda_on_host::kWarp) ^ mask];
+}
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  using namespace cuda_on_host;
   const dim3 grid = config->gridDim, block = config->blockDim;
   if (!grid.x || grid.y != 1 || !grid.z || grid.z > 65535 || !block.x || block.x > 1024)
     return cudaErrorInvalidConfiguration;
+  if (config->dynamicSmemBytes > kMostShared) return cudaErrorInvalidValue;
   const std::function<void()> thread = [&] { kernel(static_cast<Params>(args)...); };
-  cuda_on_host::body = &thread;
+  body = &thread;
   gridDim = grid, blockDim = block;
-  std::mt19937 shuffle(1);
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = dim3(x, 0, z);
-      cuda_on_host::run_block(block.x, shuffle);
-    }
-  return cudaSuccess;
+  std::mt19937 lot(1);
+  const size_t shared_bytes = (config->dynamicSmemBytes + 127) / 128 * 128;
+  const bool legal = without_fault([&] {
+    dynamic_shared.allocate(shared_bytes);
+    for (unsigned z = 0; z < grid.z; ++z)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = dim3(x, 0, z);
+        if (shared_bytes) std::memset(dynamic_shared.data, 0xff, shared_bytes);
+        run_block(block.x, lot, [](unsigned t) { threadIdx = dim3(t, 0, 0); });
+      }
+  });
+  return legal ? cudaSuccess : cudaErrorIllegalAddress;
 }

@@ -1,10 +1,23 @@
-// dlk::cuda::gemm with a C signature, for ctypes.
+// The CUDA kernels with C signatures, for ctypes.
 #include "cuda/kernels.h"
+#include "guarded.h"
 
-extern "C" int gemm(int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
-                    const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row,
-                    int64_t b_col, int act, double slope, const void* bias, void* c, void* z, void* row_sum, int splits,
-                    void* partials) {
+extern "C" {
+
+// Memory that may be touched from its first byte to its last and not beyond; see guarded.h.
+void* guarded_new(size_t bytes) {
+  auto* memory = new cuda_on_host::Guarded;
+  memory->allocate(bytes);
+  return memory;
+}
+void* guarded_data(void* memory) { return static_cast<cuda_on_host::Guarded*>(memory)->data; }
+void guarded_delete(void* memory) { delete static_cast<cuda_on_host::Guarded*>(memory); }
+
+// path: 0 simt_gemm, else mma_gemm with tiles of this side
+int gemm(int path, int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
+         const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row, int64_t b_col, int act,
+         double slope, const void* bias, void* c, void* z, const void* gate, int gate_act, void* row_sum,
+         void* column_sum, int splits, void* partials) {
   dlk::cuda::Gemm p{};
   p.dtype = static_cast<dlk::DType>(dtype);
   p.m = m, p.n = n, p.k = k;
@@ -12,9 +25,13 @@ extern "C" int gemm(int dtype, int64_t m, int64_t n, int64_t k, const void* a, i
   p.saved = {saved, saved_row, saved_col};
   p.b = {b, b_row, b_col};
   p.act = {static_cast<dlk::Act>(act), slope};
-  p.bias = bias, p.c = c, p.z = z, p.row_sum = row_sum;
+  p.bias = bias, p.c = c, p.z = z, p.gate = gate, p.row_sum = row_sum, p.column_sum = column_sum;
+  p.gate_act = {static_cast<dlk::Act>(gate_act), slope};
   p.splits = splits, p.partials = partials;
-  return dlk::cuda::gemm(p, nullptr);
+  p.tile = path;
+  return path == 0 ? dlk::cuda::simt_gemm(p, nullptr) : dlk::cuda::mma_gemm(p, nullptr);
 }
 
-extern "C" int gemm_splits(int64_t m, int64_t n, int64_t k) { return dlk::cuda::gemm_splits(m, n, k); }
+int gemm_splits(int64_t m, int64_t n, int64_t k) { return dlk::cuda::gemm_splits(m, n, k); }
+
+}  // extern "C"

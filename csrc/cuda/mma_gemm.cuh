@@ -1,0 +1,227 @@
+// C = epilogue(A · B) on tensor cores (sm_80 and later): the three products of a layer, table in params.h.
+//
+// A block makes a tile of C. Tiles of A and B of kTileK steps come through shared memory, kStages deep: while one is
+// multiplied the next ones are under way (cp.async). Sums are f32, k is summed in one fixed order, nothing is atomic.
+#pragma once
+
+#include "epilogue.cuh"
+#include "operand.cuh"
+
+namespace dlk::cuda {
+
+template <class T_, bool kAAlongK_, bool kBAlongK_, int kWarpM_, int kWarpN_>
+struct MmaTraits {
+  using T = T_;
+  static constexpr bool kAAlongK = kAAlongK_, kBAlongK = kBAlongK_;
+  static constexpr int kWarpM = kWarpM_, kWarpN = kWarpN_;  // of C per warp
+  static constexpr int kWarpsM = 2, kWarpsN = 2, kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kTileM = kWarpM * kWarpsM, kTileN = kWarpN * kWarpsN;
+  static constexpr int kTileK = 64 / sizeof(T);  // rows of 64 bytes: two steps of mma
+  static constexpr int kStages = 4;
+  using A = Operand<T, kAAlongK, kTileM, kTileK, kThreads>;
+  using B = Operand<T, kBAlongK, kTileN, kTileK, kThreads>;
+  static constexpr int kStageBytes = A::kBytes + B::kBytes;
+  // The epilogue passes strips of 16 rows through shared memory; 4 floats of padding put neighbouring rows in other banks.
+  static constexpr int kStripPitch = kWarpN + 4;
+  static constexpr int kStripBytes = 16 * kStripPitch * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
+  static_assert(kThreads / 32 * kStripBytes <= kSharedBytes);
+  // A thread of the large tile holds 128 sums: two such blocks, 255 registers each, fill the registers of an SM.
+  static constexpr int kBlocksPerSM = kWarpM * kWarpN > 32 * 32 ? 2 : 3;
+};
+
+// Blocks that run together share rows of A and columns of B: kGroup tiles down, then one to the right.
+struct TileAt {
+  int64_t i, j;
+};
+DLK_DEVICE TileAt tile_at(int64_t tile, int64_t tiles_m, int64_t tiles_n) {
+  constexpr int64_t kGroup = 8;
+  const int64_t group = tile / (kGroup * tiles_n), first = group * kGroup;
+  const int64_t height = min(kGroup, tiles_m - first), within = tile - first * tiles_n;
+  return {first + within % height, within / height};
+}
+
+// One stage's worth of multiplications for the tile of this warp.
+template <class Traits>
+DLK_DEVICE void multiply(const unsigned char* a, const unsigned char* b, int warp_m, int warp_n,
+                         float (&acc)[Traits::kWarpM / 16][Traits::kWarpN / 8][4]) {
+  using T = typename Traits::T;
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    uint32_t fa[Traits::kWarpM / 16][4], fb[Traits::kWarpN / 16][4];
+#pragma unroll
+    for (int i = 0; i < Traits::kWarpM / 16; ++i)
+      Traits::A::fragment_a(a, warp_m * Traits::kWarpM + i * 16, step, fa[i]);
+#pragma unroll
+    for (int j = 0; j < Traits::kWarpN / 16; ++j)
+      Traits::B::fragment_b(b, warp_n * Traits::kWarpN + j * 16, step, fb[j]);
+#pragma unroll
+    for (int i = 0; i < Traits::kWarpM / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < Traits::kWarpN / 8; ++j) {
+        const uint32_t half[2] = {fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]};
+        mma(acc[i][j], fa[i], half, T{});
+      }
+    }
+  }
+}
+
+// Sums of A's rows as they pass (A not along k): every thread has the same kPack rows of A in each stage, the block's
+// threads that share them add up at the end, in one order.
+template <class Traits>
+DLK_DEVICE void store_row_sums(const Gemm& p, int64_t i0, unsigned char* shared,
+                               const float (&mine)[kPack<typename Traits::T>]) {
+  using T = typename Traits::T;
+  constexpr int kSharers = Traits::kThreads / Traits::A::kChunks;
+  auto* sums = reinterpret_cast<float*>(shared);  // [kSharers][kTileM]
+  static_assert(kSharers * Traits::kTileM * sizeof(float) <= Traits::kSharedBytes);
+  const int thread = threadIdx.x, chunk = thread % Traits::A::kChunks, sharer = thread / Traits::A::kChunks;
+#pragma unroll
+  for (int e = 0; e < kPack<T>; ++e) sums[sharer * Traits::kTileM + chunk * kPack<T> + e] = mine[e];
+  __syncthreads();
+  for (int i = thread; i < Traits::kTileM && i0 + i < p.m; i += Traits::kThreads) {
+    float sum = 0;
+    for (int s = 0; s < kSharers; ++s) sum += sums[s * Traits::kTileM + i];
+    if (p.splits > 1)
+      static_cast<float*>(p.partials)[p.splits * p.m * p.n + blockIdx.z * p.m + i0 + i] = sum;
+    else
+      narrow(sum, static_cast<T*>(p.row_sum) + i0 + i);
+  }
+  __syncthreads();
+}
+
+// The tile of this warp, strip of 16 rows by strip: from the scattered registers of mma through shared memory to rows
+// that are finished and stored 16 bytes at a time.
+template <class Traits>
+DLK_DEVICE void store_tile(const Gemm& p, int64_t i0, int64_t j0, float* strip,
+                           const float (&acc)[Traits::kWarpM / 16][Traits::kWarpN / 8][4]) {
+  using T = typename Traits::T;
+  constexpr int kWidth = kPack<T>, kLanesPerRow = Traits::kWarpN / kWidth, kRowsAtOnce = 32 / kLanesPerRow;
+  static_assert(32 % kLanesPerRow == 0 && 16 % kRowsAtOnce == 0);
+  const int lane = threadIdx.x % 32;
+  const int col = lane % kLanesPerRow * kWidth;
+  const int64_t j = j0 + col;
+  const bool packs = in_packs<T>(p);
+  float column_sum[kWidth] = {};
+
+#pragma unroll
+  for (int s = 0; s < Traits::kWarpM / 16; ++s) {
+#pragma unroll
+    for (int f = 0; f < Traits::kWarpN / 8; ++f) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<Pack<float, 2>*>(strip + (lane / 4 + half * 8) * Traits::kStripPitch + f * 8 +
+                                           lane % 4 * 2) = {acc[s][f][half * 2], acc[s][f][half * 2 + 1]};
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int r = lane / kLanesPerRow; r < 16; r += kRowsAtOnce) {
+      const int64_t i = i0 + s * 16 + r;
+      if (i >= p.m || j >= p.n) continue;
+      const float* from = strip + r * Traits::kStripPitch + col;
+      if (p.splits > 1) {
+        auto* partials = static_cast<float*>(p.partials) + (blockIdx.z * p.m + i) * p.n + j;
+        for (int e = 0; e < kWidth && j + e < p.n; ++e) partials[e] = from[e];
+      } else if (packs) {
+        float v[kWidth];
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) v[e] = from[e];
+        finish<T>(p, i, j, v);
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) column_sum[e] += v[e];
+      } else {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) {
+          float v[1] = {from[e]};
+          if (j + e < p.n) finish<T>(p, i, j + e, v), column_sum[e] += v[0];
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  if (p.column_sum) {  // one row of partials per warp tile
+    auto* partials = static_cast<float*>(p.partials) + i0 / Traits::kWarpM * p.n;
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+#pragma unroll
+      for (int other = kLanesPerRow; other < 32; other *= 2)
+        column_sum[e] += __shfl_xor_sync(0xffffffffu, column_sum[e], other);
+      if (lane < kLanesPerRow && i0 < p.m && j + e < p.n) partials[j + e] = column_sum[e];
+    }
+  }
+}
+
+// blockIdx.x is the tile of C, blockIdx.z the slice of k.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_gemm_kernel(const Gemm p) {
+  using T = typename Traits::T;
+  unsigned char* shared = dynamic_shared();
+  const int warp = threadIdx.x / 32, warp_m = warp / Traits::kWarpsN, warp_n = warp % Traits::kWarpsN;
+  const TileAt at = tile_at(blockIdx.x, ceil_div(p.m, Traits::kTileM), ceil_div(p.n, Traits::kTileN));
+  const int64_t i0 = at.i * Traits::kTileM, j0 = at.j * Traits::kTileN;
+  const int64_t slice = ceil_div(ceil_div(p.k, Traits::kTileK), p.splits) * Traits::kTileK;
+  const int64_t k_begin = blockIdx.z * slice, k_end = min(p.k, k_begin + slice);
+  const int64_t steps = max(int64_t{0}, ceil_div(k_end - k_begin, Traits::kTileK));
+
+  const auto a = Traits::A::source(p.a, p.m, k_end);
+  const auto b = Traits::B::source(p.b.transposed(), p.n, k_end);
+  const bool sums_rows = p.row_sum && j0 == 0;
+  const bool a_async = a.asynchronous && !p.saved.data && !p.row_sum;
+  float row_sum[kPack<T>] = {};
+
+  auto load_stage = [&](int64_t step) {
+    if (step < steps) {
+      unsigned char* stage = shared + step % Traits::kStages * Traits::kStageBytes;
+      const int64_t k0 = k_begin + step * Traits::kTileK;
+      if (a_async) {
+        Traits::A::load_async(stage, a, i0, k0);
+      } else if constexpr (!Traits::kAAlongK) {  // wgrad: dz and dbias are made on the way
+        auto plain_or_masked = [&](auto act) {
+          Traits::A::load_made(stage, a, i0, k0, [&](int64_t row, int64_t col, int e) {
+            float v = widen(a.data[row * a.row_stride + col * a.col_stride]);
+            if (p.saved.data) {
+              const T* saved = static_cast<const T*>(p.saved.data);
+              v = decltype(act)::template grad<Ops<float>>(
+                  v, widen(saved[row * p.saved.col_stride + col * p.saved.row_stride]),
+                  static_cast<float>(p.act.slope));
+            }
+            if (sums_rows) row_sum[e] += v;
+            return v;
+          });
+        };
+        with_activation(p.act.kind, plain_or_masked);
+      } else {
+        Traits::A::load_plain(stage, a, i0, k0);
+      }
+      if (b.asynchronous)
+        Traits::B::load_async(stage + Traits::A::kBytes, b, j0, k0);
+      else
+        Traits::B::load_plain(stage + Traits::A::kBytes, b, j0, k0);
+    }
+    cp_async_commit();  // also where there was nothing to load: groups are counted
+  };
+
+  float acc[Traits::kWarpM / 16][Traits::kWarpN / 8][4] = {};
+#pragma unroll 1
+  for (int step = 0; step < Traits::kStages - 1; ++step) load_stage(step);
+#pragma unroll 1
+  for (int64_t step = 0; step < steps; ++step) {
+    cp_async_wait<Traits::kStages - 2>();
+    __syncthreads();  // this stage is there, and the one before it, which is loaded next, has been read by all
+    load_stage(step + Traits::kStages - 1);
+    const unsigned char* stage = shared + step % Traits::kStages * Traits::kStageBytes;
+    multiply<Traits>(stage, stage + Traits::A::kBytes, warp_m, warp_n, acc);
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // the stages are free: what follows reuses them
+
+  if constexpr (!Traits::kAAlongK) {
+    if (sums_rows) store_row_sums<Traits>(p, i0, shared, row_sum);
+  }
+  auto* strip = reinterpret_cast<float*>(shared + warp * Traits::kStripBytes);
+  store_tile<Traits>(p, i0 + warp_m * Traits::kWarpM, j0 + warp_n * Traits::kWarpN, strip, acc);
+}
+
+}  // namespace dlk::cuda

@@ -1,0 +1,132 @@
+"""csrc/cuda compiled for the host, and what tests need to call it: guarded memory, pointers, bounds.
+
+Index arithmetic, masks, epilogues, edges, barriers and determinism are the real code's; what stays unproven here is
+what only a GPU does (memory coalescing, occupancy, speed).
+"""
+
+import ctypes
+import functools
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the order of DType in csrc/params.h
+ILLEGAL_ADDRESS = 700
+
+
+def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None) -> ctypes.CDLL:
+    """Every kernel in one library. ``changes``: file name → (text, its replacement), for tests of the tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = CSRC
+        if changes:
+            source = Path(folder) / "csrc"
+            _changed_copy(source, changes)
+        here = Path(folder)
+        # fortified longjmp refuses to switch stacks
+        command = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE -I {HERE} -I {source}"
+
+        def compiled(path: Path) -> Path:
+            output = here / f"{path.stem}.o"
+            subprocess.run(f"{command} -x c++ -c {path} -o {output}", shell=True, check=True)
+            return output
+
+        files = [*sorted((source / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = " ".join(map(str, pool.map(compiled, files)))
+        library = here / "kernels.so"
+        subprocess.run(f"{command} -shared {objects} -o {library}", shell=True, check=True)
+        loaded = ctypes.CDLL(str(library))
+    loaded.guarded_new.restype = loaded.guarded_data.restype = ctypes.c_void_p
+    return loaded
+
+
+def _changed_copy(to: Path, changes: Mapping[str, tuple[str, str]]) -> None:
+    for path in CSRC.rglob("*"):
+        if path.suffix in {".h", ".cuh", ".cu"}:
+            text = path.read_text()
+            if path.name in changes:
+                old, new = changes[path.name]
+                assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {path.name}"
+                text = text.replace(old, new)
+            copy = to / path.relative_to(CSRC)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    return compile_kernels()
+
+
+class Guarded:
+    """A copy of a tensor, strides and all, whose memory ends where none may be touched. ``tensor`` views it."""
+
+    def __init__(self, library: ctypes.CDLL, t: Tensor) -> None:
+        self._library = library
+        span = (
+            1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+        )
+        bytes_ = span * t.element_size()
+        self._memory = ctypes.c_void_p(library.guarded_new(ctypes.c_size_t(bytes_)))
+        self.pointer = ctypes.c_void_p(library.guarded_data(self._memory))
+        self.strides = t.stride()
+        if span:
+            buffer = (ctypes.c_char * bytes_).from_address(self.pointer.value)
+            self.tensor = torch.frombuffer(buffer, dtype=t.dtype).as_strided(t.shape, t.stride())
+            flat = torch.as_strided(t, (span,), (1,), t.storage_offset())
+            torch.frombuffer(buffer, dtype=t.dtype).copy_(flat)
+        else:
+            self.tensor = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+
+    def __del__(self) -> None:
+        self._library.guarded_delete(self._memory)
+
+
+class Call:
+    """The arguments of one call. Outputs are filled with NaN before it, and read back after it."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self._held: list[Guarded] = []
+
+    def _guarded(self, t: Tensor) -> Guarded:
+        self._held.append(Guarded(self.library, t))
+        return self._held[-1]
+
+    def pointer(self, t: Tensor | None) -> ctypes.c_void_p:
+        return ctypes.c_void_p(None) if t is None else self._guarded(t).pointer
+
+    def view(self, t: Tensor | None) -> list:
+        """(pointer, row stride, column stride); null for None."""
+        return [self.pointer(t), *map(ctypes.c_int64, (0, 0) if t is None else t.stride())]
+
+    def output(self, *shape: int, dtype: torch.dtype) -> tuple[ctypes.c_void_p, Tensor]:
+        guarded = self._guarded(torch.full(shape, float("nan"), dtype=dtype))
+        return guarded.pointer, guarded.tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_within(got: Tensor, want: Tensor, scale: Tensor, k: int, *, operand_eps: float = 0.0) -> None:
+    """|got - want| ≤ one rounding to got's dtype, plus k roundings of the accumulator on terms whose absolute values
+    add up to ``scale`` (and a few for the activation itself), plus one rounding of ``operand_eps`` of every term."""
+    acc = torch.finfo(accumulator(got.dtype)).eps
+    bound = torch.finfo(got.dtype).eps * want.abs() + (k + 16) * acc * (scale + want.abs()) + operand_eps * scale
+    bound += torch.finfo(got.dtype).smallest_normal
+    error = (got.double() - want).abs()
+    assert (error <= bound).all(), f"largest error {(error / bound).max():.2f} times its bound"
+
+
+def tensor(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(hash((shape, seed)) % 2**31)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
