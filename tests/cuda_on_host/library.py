@@ -31,7 +31,9 @@ def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None) -> cty
             _changed_copy(source, changes)
         here = Path(folder)
         # fortified longjmp refuses to switch stacks
-        command = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE -I {HERE} -I {source}"
+        command = (
+            f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE -I {HERE} -I {source}"
+        )
 
         def compiled(path: Path) -> Path:
             output = here / f"{path.stem}.o"
