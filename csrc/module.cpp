@@ -12,6 +12,10 @@
 
 #include "cpu/isa.h"
 #include "cpu/route.h"
+#ifdef DLKERNELS_CUDA
+#include "cuda/kernels.h"
+#include "cuda/route.h"
+#endif
 
 namespace py = pybind11;
 
@@ -94,9 +98,9 @@ py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool
   const int index = dtype_index(dtype);
 
   py::list rows;
-  auto add = [&](const char* name, cpu::Op op, bool contiguous) {
+  auto add = [&](const char* name, Op op, bool contiguous) {
     const cpu::Route route = cpu::route(op, {m, n, k}, static_cast<DType>(index), contiguous);
-    const bool sliced = op == cpu::Op::wgrad && route.path == cpu::Path::packed;
+    const bool sliced = op == Op::wgrad && route.path == cpu::Path::packed;
     py::dict row;
     row["op"] = name;
     row["path"] = cpu::name(route.path);
@@ -107,9 +111,9 @@ py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool
     row["why"] = route.why;
     rows.append(row);
   };
-  add("forward", cpu::Op::forward, x_contiguous && weight_contiguous);
-  add("dgrad", cpu::Op::dgrad, weight_contiguous);
-  add("wgrad", cpu::Op::wgrad, true);
+  add("forward", Op::forward, x_contiguous && weight_contiguous);
+  add("dgrad", Op::dgrad, weight_contiguous);
+  add("wgrad", Op::wgrad, true);
   return rows;
 }
 
@@ -121,6 +125,38 @@ py::tuple explain_chain(const std::vector<std::array<int64_t, 3>>& layers, const
   const int index = dtype_index(dtype);
   return py::make_tuple(cpu::chain_slices(shapes, static_cast<DType>(index)), cpu::kernels().engine[index].ukernel);
 }
+
+#ifdef DLKERNELS_CUDA
+// (address, row stride, column stride) of a 2-D view, strides in elements.
+using PyView = std::array<int64_t, 3>;
+
+// As explain(), on a device of compute capability `arch` (90 for 9.0). `tf32`: torch lets f32 products run in TF32.
+py::list explain_cuda(int64_t m, int64_t n, int64_t k, const std::string& dtype, const PyView& x, const PyView& weight,
+                      bool tf32, int arch) {
+  using namespace dlk;
+  const DType type = static_cast<DType>(dtype_index(dtype));
+  auto aligned = [&](const PyView& v) {
+    return cuda::mma_takes_fast({reinterpret_cast<const void*>(v[0]), v[1], v[2]}, type);
+  };
+  const bool dz_aligned = cuda::mma_takes_fast({nullptr, n, 1}, type);
+  py::list rows;
+  auto add = [&](const char* name, Op op, bool operands_aligned) {
+    const cuda::Route route = cuda::route({op, {m, n, k}, type, type == DType::f32 && tf32, operands_aligned, arch});
+    const bool sliced = op == Op::wgrad && route.path != cuda::Path::cublas;
+    py::dict row;
+    row["op"] = name;
+    row["path"] = cuda::name(route.path);
+    row["kernel"] = cuda::kernel(route.path, type);
+    row["splits"] = sliced ? cuda::gemm_splits(n, k, m) : 1;
+    row["why"] = route.why;
+    rows.append(row);
+  };
+  add("forward", Op::forward, aligned(x) && aligned(weight));
+  add("dgrad", Op::dgrad, dz_aligned && aligned(weight));
+  add("wgrad", Op::wgrad, dz_aligned && aligned(x));
+  return rows;
+}
+#endif
 
 }  // namespace
 
@@ -135,4 +171,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_chain", &explain_chain,
         "Slices and micro-kernel of the chain kernels for these layers; 0 slices: not.", py::arg("layers"),
         py::arg("dtype"));
+#ifdef DLKERNELS_CUDA
+  m.def("explain_cuda", &explain_cuda, "Which path each product of a layer takes on CUDA, and why.", py::arg("m"),
+        py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("x"), py::arg("weight"), py::arg("tf32"),
+        py::arg("arch"));
+  m.attr("cuda_paths") = py::make_tuple("simt", "mma", "hopper", "cublas");  // values of DLKERNELS_CUDA_GEMM
+#endif
 }

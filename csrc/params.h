@@ -16,6 +16,9 @@ enum class DType : int32_t { f64, f32, bf16, f16 };
 // The order is the wire format of the op schemas: dlkernels/_ops/activations.py lists the same names.
 enum class Act : int32_t { none, relu, leaky_relu, relu2, gelu, gelu_tanh, silu, tanh, sigmoid };
 
+// One of a layer's three products.
+enum class Op : int32_t { forward, dgrad, wgrad };
+
 // y[m, n] = act(x[m, k] · weight[n, k]ᵀ + bias[n])
 struct Shape {
   int64_t m, n, k;
@@ -76,6 +79,14 @@ struct GradPass {
   void* dz;        // [m, n] contiguous, or nullptr
   void* dbias;     // [n], or nullptr
   void* partials;  // slices(m) * n accumulators of the twin that runs it, f32 (f64 for f64), when dbias is set
+};
+
+// y = act(z), elementwise over count contiguous elements; behind a library's GEMM. z and y may be the same.
+struct ActPass {
+  int64_t count;
+  const void* z;
+  Activation act;
+  void* y;
 };
 
 // A chain of narrow layers, h[l+1] = act(h[l] · weightᵀ + bias), run block of rows by block of rows: what one layer hands

@@ -198,10 +198,12 @@ def linear_cross_entropy(
 class Explanation:
     """Which path one product of a layer takes, and why.
 
-    ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` is "packed" (our
-    blocked GEMM), "few_rows" (our kernels for small batches), "aten" (torch's GEMM with our elementwise passes) or
+    ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` on CPU is "packed"
+    (our blocked GEMM), "few_rows" (our kernels for small batches) or "aten" (torch's GEMM with our elementwise passes);
+    on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma) or "cublas" (with our passes); on both
     "chain" (a block of rows through all layers, see :func:`mlp`).
-    ``kernel`` names dtype, tile and instruction set; ``splits`` is the number of slices its sum is cut in.
+    ``kernel`` names dtype, tile and instruction set; ``splits`` is the number of slices its sum is cut in; ``threads``
+    are the CPU's, 0 on CUDA.
     """
 
     op: str
@@ -226,11 +228,28 @@ def explain(x: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
         if t.layout is not torch.strided or t.is_quantized:
             raise TypeError(f"explain: {name} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
     _linear_act.check_shapes(x, weight)
-    if x.device.type != "cpu":
-        raise NotImplementedError(f"explain() knows the CPU paths only, and x is on {x.device}")
+    if x.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"explain() knows the paths on cpu and cuda, and x is on {x.device}")
     # the op's view of x as rows; where none exists it copies
     rows = torch.empty_strided(x.shape, x.stride(), device="meta").reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if x.device.type == "cuda":
+        return _explain_rows_cuda(x.data_ptr(), rows, weight)
     return _explain_rows(rows.shape[0], rows.stride(1) == 1, weight)
+
+
+def _explain_rows_cuda(x: int, rows: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
+    major, minor = torch.cuda.get_device_capability(weight.device)
+    table = _C.explain_cuda(
+        rows.shape[0],
+        weight.shape[0],
+        weight.shape[1],
+        str(weight.dtype).removeprefix("torch."),
+        (x, *rows.stride()),
+        (weight.data_ptr(), *weight.stride()),
+        torch.backends.cuda.matmul.fp32_precision == "tf32",
+        major * 10 + minor,
+    )
+    return tuple(Explanation(threads=0, **row) for row in table)
 
 
 def _explain_rows(m: int, x_contiguous: bool, weight: Tensor) -> tuple[Explanation, ...]:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.cuda_on_host.library import DTYPES, ILLEGAL_ADDRESS, Call, accumulator, assert_within, tensor
+from tests.cuda_on_host.library import (
+    DTYPES,
+    ILLEGAL_ADDRESS,
+    Call,
+    accumulator,
+    assert_within,
+    compile_kernels,
+    tensor,
+)
 from tests.cuda_on_host.library import kernels as compiled_kernels
 
 SLOPE = 0.1
@@ -242,3 +250,46 @@ def test_splits_are_a_legal_grid(kernels, shape):
     splits = kernels.gemm_splits(*map(ctypes.c_int64, shape))
     assert 1 <= splits <= 512
     assert splits == 1 or splits <= shape[2] // 1024
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_act_pass(kernels, dtype):
+    for (act, (function, _)), count in itertools.product(ACTIVATIONS.items(), (1, 31, 4096)):
+        z = tensor(count, dtype=dtype)
+        call = Call(kernels)
+        pointer, y = call.output(count, dtype=dtype)
+        arguments = (ctypes.c_int64(count), call.pointer(z), list(ACTIVATIONS).index(act), ctypes.c_double(SLOPE))
+        assert kernels.act_pass(DTYPES.index(dtype), *arguments, pointer) == 0
+        assert_within(y, function(z.double()), z.double().abs() + 1, 1)
+
+
+ROUTES = {
+    # op, (m, n, k), dtype, tf32, aligned, arch: path, where nothing was measured
+    (0, (0, 5, 5), "float32", 0, 1, 90): "simt",
+    (0, (256, 256, 784), "float32", 0, 1, 90): "simt",
+    (0, (256, 256, 784), "float32", 1, 1, 90): "mma",
+    (0, (4096, 3072, 768), "float32", 0, 1, 80): "cublas",
+    (1, (4096, 3072, 768), "float64", 1, 1, 80): "cublas",
+    (2, (256, 256, 784), "bfloat16", 0, 1, 80): "mma",
+    (2, (256, 10, 257), "float16", 0, 0, 90): "mma",
+    (0, (4096, 1001, 777), "bfloat16", 0, 0, 90): "cublas",
+    (0, (16384, 4096, 1024), "bfloat16", 0, 1, 90): "cublas",
+    (0, (16384, 4096, 1024), "bfloat16", 0, 1, 80): "mma",
+}
+
+
+@pytest.mark.parametrize(("asked", "path"), ROUTES.items(), ids=str)
+def test_route_where_nothing_was_measured(kernels, asked, path):
+    op, shape, dtype, *rest = asked
+    index = DTYPES.index(getattr(torch, dtype))
+    assert kernels.route(op, *map(ctypes.c_int64, shape), index, *rest).decode() == path
+
+
+def test_route_follows_the_measured_table():
+    row = "// dispatch:begin\n{90, DType::bf16, 8, 8, 9, Op::forward, Path::cublas},"
+    kernels = compile_kernels({"dispatch_table.inc": ("// dispatch:begin", row)}, ["route.cpp", "entry_route.cpp"])
+    sizes = {(256, 256, 784): "cublas", (511, 300, 512): "cublas", (512, 256, 784): "mma", (256, 256, 1024): "mma"}
+    for shape, path in sizes.items():
+        assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 90).decode() == path
+    assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 90) == b"mma"
+    assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 80) == b"mma"

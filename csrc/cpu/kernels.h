@@ -27,13 +27,6 @@ constexpr int64_t kFewRowsForward = 32;
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kFewDz = 1 << 18;  // elements of dz that every thread then makes for itself: 1 MiB
 
-struct ActPass {
-  int64_t count;
-  const void* z;
-  Activation act;
-  void* y;
-};
-
 struct PackedProduct {
   void (*gemm)(const Gemm&, const Parallel&);
   int64_t (*panels_size)(const Gemm&, int threads);
@@ -44,7 +37,6 @@ struct PackedProduct {
 // The entry points for one element type.
 struct Engine {
   const char* ukernel;  // dtype, tile and ISA, as explain() prints it
-  // y = act(z), elementwise over count contiguous elements; behind a library GEMM. z and y may be the same.
   void (*act_pass)(const ActPass&, const Parallel&);
   PackedProduct packed;
   // The three products for few rows, without packing. forward: x and weight contiguous along k; dgrad: weight too.

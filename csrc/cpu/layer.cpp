@@ -72,12 +72,6 @@ void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor*
 
 }  // namespace
 
-std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last) {
-  std::vector<int64_t> sizes = t.sizes().vec();
-  sizes.back() = last;
-  return sizes;
-}
-
 void packed_gemm(Gemm p) {
   const PackedProduct product = packed_product(p.dtype);
   const Parallel parallel = parallel_for_work(p.m * p.n * p.k);

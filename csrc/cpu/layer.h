@@ -7,27 +7,12 @@
 
 namespace dlk::cpu {
 
-// t's sizes with another last one.
-std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last);
-
 // Our packed product, with the scratch it wants.
 void packed_gemm(Gemm p);
 
 // y = act(x · weightᵀ + bias), and z where it is given; bias contiguous or undefined.
 void layer_forward(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& y,
                    const at::Tensor* z);
-
-// The gradient of a layer's pre-activation: g · act'(saved), or g itself where `saved` is undefined.
-struct Incoming {
-  at::Tensor g, saved;
-};
-
-// The layer below, whose act' the dgrad epilogue may apply on the way out.
-struct Gate {
-  at::Tensor saved;
-  Activation act;
-  bool applied = false;
-};
 
 // x may be undefined without need_weight, weight without need_x.
 Gradients layer_backward(const Checked&, const Incoming&, const at::Tensor& x, const at::Tensor& weight, bool need_x,

@@ -15,7 +15,7 @@ at::Tensor contiguous_or_none(const OptionalTensor& t) { return t ? t->contiguou
 at::Tensor linear_act_forward_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                   int64_t act, double slope) {
   const Checked c = check_forward(x, weight, bias, act, slope);
-  at::Tensor y = at::empty(cpu::resized_last(x, c.shape.n), x.options());
+  at::Tensor y = at::empty(resized_last(x, c.shape.n), x.options());
   cpu::layer_forward(c, x, weight, contiguous_or_none(bias), y, nullptr);
   return y;
 }
@@ -23,7 +23,7 @@ at::Tensor linear_act_forward_cpu(const at::Tensor& x, const at::Tensor& weight,
 std::tuple<at::Tensor, at::Tensor> linear_act_forward_z_cpu(const at::Tensor& x, const at::Tensor& weight,
                                                             const OptionalTensor& bias, int64_t act, double slope) {
   const Checked c = check_forward(x, weight, bias, act, slope);
-  at::Tensor y = at::empty(cpu::resized_last(x, c.shape.n), x.options());
+  at::Tensor y = at::empty(resized_last(x, c.shape.n), x.options());
   at::Tensor z = at::empty(y.sizes(), x.options());
   cpu::layer_forward(c, x, weight, contiguous_or_none(bias), y, &z);
   return {y, z};

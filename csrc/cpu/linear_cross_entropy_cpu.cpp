@@ -42,8 +42,8 @@ int64_t block_rows(const Shape& shape, bool rounds) {
 }
 
 // c = a · b + bias or, with Store::added, c += a · b; c holds accumulators.
-void product(cpu::Op op, const Shape& layer, DType dtype, const at::Tensor& a, const at::Tensor& b,
-             const at::Tensor& bias, Store store, const at::Tensor& c) {
+void product(Op op, const Shape& layer, DType dtype, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias,
+             Store store, const at::Tensor& c) {
   if (c.numel() == 0) return;
   // float16 gradients leave its range in torch's products, which round. A block's few rows have no path of their own.
   if (dtype != DType::f16 && cpu::route(op, layer, dtype, false).path == cpu::Path::aten) {
@@ -59,14 +59,14 @@ void product(cpu::Op op, const Shape& layer, DType dtype, const at::Tensor& a, c
   p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
   p.c = c.data_ptr();
   p.store = store;
-  p.splits = op == cpu::Op::forward ? 1 : cpu::gemm_splits(p.m, p.n, p.k);
+  p.splits = op == Op::forward ? 1 : cpu::gemm_splits(p.m, p.n, p.k);
   cpu::packed_gemm(p);
 }
 
 // dbias += the sums of the columns of dlogits, both accumulators.
 void add_column_sums(DType dtype, const at::Tensor& dlogits, at::Tensor& dbias) {
   const int64_t rows = dlogits.size(0), classes = dlogits.size(1);
-  const at::Tensor sums = at::empty_like(dbias), partials = cpu::accumulators(cpu::slices(rows) * classes, dlogits);
+  const at::Tensor sums = at::empty_like(dbias), partials = accumulators(cpu::slices(rows) * classes, dlogits);
   GradPass p{};
   p.dtype = dtype;
   p.m = rows, p.n = classes;
@@ -96,7 +96,7 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
   const auto [shape, smoothing, dtype] =
       check_linear_cross_entropy(x, weight, bias, target, class_weight, grad_loss, label_smoothing);
   const auto [m, classes, k] = shape;
-  const at::ScalarType acc = cpu::accumulator_type(x);
+  const at::ScalarType acc = accumulator_type(x);
   const at::TensorOptions options = x.options().dtype(acc);
   const at::Tensor rows = as_rows(x), indices = target.to(at::kLong).contiguous();
   const at::Tensor bias_values = bias ? bias->contiguous() : at::Tensor();
@@ -140,7 +140,7 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
     const int64_t n = std::min(block, m - first);
     const Shape layer = {n, classes, k};
     const at::Tensor x_block = rows.narrow(0, first, n), z = logits.narrow(0, 0, n);
-    product(cpu::Op::forward, layer, dtype, x_block, weight.t(), bias_values, Store::accumulators, z);
+    product(Op::forward, layer, dtype, x_block, weight.t(), bias_values, Store::accumulators, z);
 
     p.inner = n;
     p.target = indices.const_data_ptr<int64_t>() + first;
@@ -155,11 +155,9 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
     if (need_bias) add_column_sums(acc_dtype, z, dbias);
     const at::Tensor dlogits = rounds ? rounded.narrow(0, 0, n).copy_(z) : z;
     if (need_x)
-      product(cpu::Op::dgrad, layer, dtype, dlogits, weight, {}, Store::accumulators,
-              dx.view({m, k}).narrow(0, first, n));
+      product(Op::dgrad, layer, dtype, dlogits, weight, {}, Store::accumulators, dx.view({m, k}).narrow(0, first, n));
     if (need_weight)
-      product(cpu::Op::wgrad, layer, dtype, dlogits.t(), x_block, {}, first ? Store::added : Store::accumulators,
-              dweight);
+      product(Op::wgrad, layer, dtype, dlogits.t(), x_block, {}, first ? Store::added : Store::accumulators, dweight);
   }
   for (const at::Tensor& grad : {dx, dweight, dbias})
     if (lift != 1 && grad.defined()) grad.mul_(1 / lift);

@@ -20,7 +20,7 @@ using at::Reduction::Reduction;
 
 void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
-at::TensorOptions grad_options(const at::Tensor& t) { return t.options().dtype(cpu::accumulator_type(t)); }
+at::TensorOptions grad_options(const at::Tensor& t) { return t.options().dtype(accumulator_type(t)); }
 
 // ---- elementwise ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   const at::Tensor x = input.reshape({outer, classes, inner});
   const at::Tensor probabilities = soft ? target.reshape({outer, classes, inner}) : at::Tensor();
   const at::Tensor indices = soft ? at::Tensor() : target.to(at::kLong).contiguous();
-  const at::Tensor weights = weight ? weight->to(cpu::accumulator_type(input)).contiguous() : at::Tensor();
+  const at::Tensor weights = weight ? weight->to(accumulator_type(input)).contiguous() : at::Tensor();
   double denominator = input.numel() ? outer * inner : 0;
   if (!soft) denominator = cpu::checked_denominator(indices, weights, classes, ignore_index, "cross_entropy");
 

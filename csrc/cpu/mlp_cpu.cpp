@@ -63,7 +63,7 @@ std::vector<at::Tensor> mlp_forward_cpu(const at::Tensor& x, at::TensorList weig
   Activations a{std::vector<at::Tensor>(count), std::vector<at::Tensor>(count)};
   std::vector<at::Tensor> bias(count);
   for (size_t l = 0; l < count; ++l) {
-    auto make = [&] { return at::empty(cpu::resized_last(x, layers[l].shape.n), x.options()); };
+    auto make = [&] { return at::empty(resized_last(x, layers[l].shape.n), x.options()); };
     if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
     if (keep || !as_chain || l + 1 == count) a.h[l] = make();
     if (keep && keeps_z(layers[l])) a.z[l] = make();
@@ -95,7 +95,7 @@ std::vector<at::Tensor> mlp_backward_cpu(const at::Tensor& grad_y, const at::Ten
   const size_t count = layers.size();
   const Checked& last = layers.back();
   check_like(grad_y, "grad_y", x, "x", "mlp");
-  const std::vector<int64_t> y_sizes = cpu::resized_last(x, last.shape.n);
+  const std::vector<int64_t> y_sizes = resized_last(x, last.shape.n);
   TORCH_CHECK(grad_y.sizes() == at::IntArrayRef(y_sizes), "mlp: grad_y must have y's shape ", y_sizes, ", got ",
               grad_y.sizes());
   TORCH_CHECK(needs.size() == 1 + 2 * count, "mlp: expected ", 1 + 2 * count, " entries in needs, got ", needs.size());
@@ -124,7 +124,7 @@ std::vector<at::Tensor> mlp_backward_cpu(const at::Tensor& grad_y, const at::Ten
     p.grad_y = view_of(g2);
     p.dx = needs[0] ? make(0, x.sizes()) : nullptr;
     p.slices = slices;
-    const at::Tensor partials = cpu::accumulators(slices * cpu::chain_parameters(p), x);
+    const at::Tensor partials = accumulators(slices * cpu::chain_parameters(p), x);
     p.partials = partials.data_ptr();
     engine(layers[0].dtype).chain_backward(p, parallel_for(layers));
     return grads;
@@ -135,9 +135,9 @@ std::vector<at::Tensor> mlp_backward_cpu(const at::Tensor& grad_y, const at::Ten
   };
   size_t deepest = 0;  // the first layer that has a gradient to give
   while (needs[0] == 0 && deepest + 1 < count && !need_weight(deepest) && !need_bias(deepest)) ++deepest;
-  cpu::Incoming in = {grad_y, saved_by(count - 1)};
+  Incoming in = {grad_y, saved_by(count - 1)};
   for (size_t l = count; l-- > deepest;) {
-    cpu::Gate gate;
+    Gate gate;
     if (l > 0) gate = {saved_by(l - 1), layers[l - 1].act};
     const auto [dx, dweight, dbias] =
         cpu::layer_backward(layers[l], in, l ? a.h[l - 1] : x, weights[l], l > deepest || needs[0] != 0, need_weight(l),

@@ -8,7 +8,6 @@
 
 namespace dlk::cpu {
 
-enum class Op { forward, dgrad, wgrad };
 enum class Path { packed, few_rows, aten };
 
 struct Route {

@@ -28,6 +28,16 @@ cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream);
 cudaError_t mma_gemm(const Gemm& p, cudaStream_t stream);
 bool mma_takes_fast(const View& operand, DType dtype);
 
+// The same products by TMA and wgmma, on compute capability 9.0. Its operands are aligned and contiguous along one
+// dimension, without masks in the load and without row sums (`hopper_takes`).
+cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream);
+
+// dz and dbias in one pass over g and saved; dbias in two stages, in a fixed order.
+cudaError_t grad_pass(const GradPass& p, cudaStream_t stream);
+int64_t grad_pass_partials(const GradPass& p);  // accumulators of scratch
+
+cudaError_t act_pass(DType dtype, const ActPass& p, cudaStream_t stream);
+
 // How many slices k is cut in, so that a small C with a long k still fills the device: a function of the shape alone,
 // hence the same bits on every run.
 int gemm_splits(int64_t m, int64_t n, int64_t k);

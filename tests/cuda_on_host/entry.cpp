@@ -34,4 +34,9 @@ int gemm(int path, int dtype, int64_t m, int64_t n, int64_t k, const void* a, in
 
 int gemm_splits(int64_t m, int64_t n, int64_t k) { return dlk::cuda::gemm_splits(m, n, k); }
 
+int act_pass(int dtype, int64_t count, const void* z, int act, double slope, void* y) {
+  return dlk::cuda::act_pass(static_cast<dlk::DType>(dtype), {count, z, {static_cast<dlk::Act>(act), slope}, y},
+                             nullptr);
+}
+
 }  // extern "C"

@@ -9,7 +9,7 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,37 +22,51 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the or
 ILLEGAL_ADDRESS = 700
 
 
-def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None) -> ctypes.CDLL:
-    """Every kernel in one library. ``changes``: file name → (text, its replacement), for tests of the tests."""
+ENTRIES = ("*.cu", "route.cpp", "entry*.cpp")
+
+
+def compile_kernels(
+    changes: Mapping[str, tuple[str, str]] | None = None, files: Sequence[str] = ENTRIES
+) -> ctypes.CDLL:
+    """The kernels and their C entry points in one library.
+
+    ``changes``, for tests of the tests: file name → (text, its replacement). ``files``: patterns, out of csrc/cuda and
+    of this folder; by default everything.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
         source = CSRC
         if changes:
-            source = Path(folder) / "csrc"
+            source = here / "csrc"
             _changed_copy(source, changes)
-        here = Path(folder)
         # fortified longjmp refuses to switch stacks
-        command = (
-            f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE -I {HERE} -I {source}"
-        )
+        flags = f"-std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE -I {HERE} -I {source}"
+        command = f"{os.environ.get('CXX', 'g++')} {flags}"
 
         def compiled(path: Path) -> Path:
             output = here / f"{path.stem}.o"
             subprocess.run(f"{command} -x c++ -c {path} -o {output}", shell=True, check=True)
             return output
 
-        files = [*sorted((source / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+        paths = [path for pattern in files for place in (source / "cuda", HERE) for path in sorted(place.glob(pattern))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = " ".join(map(str, pool.map(compiled, files)))
+            objects = " ".join(map(str, pool.map(compiled, paths)))
         library = here / "kernels.so"
         subprocess.run(f"{command} -shared {objects} -o {library}", shell=True, check=True)
         loaded = ctypes.CDLL(str(library))
-    loaded.guarded_new.restype = loaded.guarded_data.restype = ctypes.c_void_p
+    for name, result in (
+        ("guarded_new", ctypes.c_void_p),
+        ("guarded_data", ctypes.c_void_p),
+        ("route", ctypes.c_char_p),
+    ):
+        if hasattr(loaded, name):
+            getattr(loaded, name).restype = result
     return loaded
 
 
 def _changed_copy(to: Path, changes: Mapping[str, tuple[str, str]]) -> None:
     for path in CSRC.rglob("*"):
-        if path.suffix in {".h", ".cuh", ".cu"}:
+        if path.suffix in {".h", ".cuh", ".cu", ".cpp", ".inc"}:
             text = path.read_text()
             if path.name in changes:
                 old, new = changes[path.name]

@@ -1,0 +1,182 @@
+// A layer's products: choose the path of each, describe it to the kernels, launch on torch's current stream.
+// Plain C++: nvcc compiles only the torch-free kernels, torch's headers would cost it 90 s and 3 GB.
+#include "layer.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "kernels.h"
+
+namespace dlk::cuda {
+namespace {
+
+cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+Route route_of(Op op, const Checked& c, const View& a, const View& b) {
+  const bool aligned = mma_takes_fast(a, c.dtype) && mma_takes_fast(b, c.dtype);
+  return route({op, c.shape, c.dtype, c.dtype == DType::f32 && tf32_allowed(), aligned, current_arch()});
+}
+
+// One of our kernels, with the scratch it wants. `like` is on the device and of the dtype.
+void launch(Path path, Gemm p, const at::Tensor& like) {
+  at::Tensor partials;
+  if (const int64_t count = partials_size(p)) {
+    partials = accumulators(count, like);
+    p.partials = partials.data_ptr();
+  }
+  cudaError_t (*const kernel)(const Gemm&, cudaStream_t) = path == Path::simt  ? simt_gemm
+                                                           : path == Path::mma ? mma_gemm
+                                                                               : hopper_gemm;
+  C10_CUDA_CHECK(kernel(p, stream()));
+}
+
+void pass(const Checked& c, const Incoming& in, const at::Tensor& dz, const at::Tensor& dbias) {
+  GradPass p{};
+  p.dtype = c.dtype;
+  p.m = c.shape.m, p.n = c.shape.n;
+  p.g = view_of(in.g);
+  if (in.saved.defined()) p.saved = view_of(in.saved), p.act = c.act;
+  p.dz = dz.defined() ? dz.data_ptr() : nullptr;
+  p.dbias = dbias.defined() ? dbias.data_ptr() : nullptr;
+  at::Tensor partials;
+  if (const int64_t count = grad_pass_partials(p)) {
+    partials = accumulators(count, in.g);
+    p.partials = partials.data_ptr();
+  }
+  C10_CUDA_CHECK(grad_pass(p, stream()));
+}
+
+// The description that dgrad and wgrad share: A is dz, as [M, N].
+Gemm gradient_product(const Checked& c, const Incoming& in) {
+  Gemm p{};
+  p.dtype = c.dtype;
+  p.a = view_of(in.g);
+  if (in.saved.defined()) p.saved = view_of(in.saved), p.act = c.act;
+  p.splits = 1;
+  return p;
+}
+
+void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& weight, at::Tensor& dx, Gate* below) {
+  const auto [m, n, k] = c.shape;
+  if (path == Path::cublas) {
+    at::Tensor out = dx.view({m, k});
+    at::mm_out(out, in.g, weight);
+    return;
+  }
+  Gemm p = gradient_product(c, in);
+  p.m = m, p.n = k, p.k = n;
+  p.b = view_of(weight);
+  p.c = dx.data_ptr();
+  if (below) {
+    p.gate = below->saved.const_data_ptr();
+    p.gate_act = below->act;
+    below->applied = true;
+    below->summed = below->dbias.defined() && path != Path::simt;
+    if (below->summed) p.column_sum = below->dbias.data_ptr();
+  }
+  launch(path, p, dx);
+}
+
+void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2, at::Tensor& dweight,
+           const at::Tensor& dbias) {
+  const auto [m, n, k] = c.shape;
+  if (path == Path::cublas) {
+    at::mm_out(dweight, in.g.t(), x2);
+    return;
+  }
+  Gemm p = gradient_product(c, in);
+  p.m = n, p.n = k, p.k = m;
+  p.a = p.a.transposed();
+  p.saved = p.saved.transposed();
+  p.b = view_of(x2);
+  p.c = dweight.data_ptr();
+  p.row_sum = dbias.defined() ? dbias.data_ptr() : nullptr;
+  p.splits = gemm_splits(p.m, p.n, p.k);
+  launch(path, p, dweight);
+}
+
+}  // namespace
+
+int current_arch() {
+  int device = 0, major = 0, minor = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major * 10 + minor;
+}
+
+bool tf32_allowed() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
+void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                   at::Tensor& y, const at::Tensor* z) {
+  const auto [m, n, k] = c.shape;
+  if (m == 0 || n == 0) return;
+  const at::Tensor x2 = as_rows(x);
+  Gemm p{};
+  p.dtype = c.dtype;
+  p.m = m, p.n = n, p.k = k;
+  p.a = view_of(x2);
+  p.b = view_of(weight).transposed();
+  p.act = c.act;
+  p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+  p.c = y.data_ptr();
+  p.z = z ? z->data_ptr() : nullptr;
+  p.splits = 1;
+  const Path path = route_of(Op::forward, c, p.a, p.b).path;
+  if (path != Path::cublas) return launch(path, p, y);
+
+  at::Tensor pre = z ? z->view({m, n}) : y.view({m, n});
+  if (bias.defined())
+    at::addmm_out(pre, bias, x2, weight.t());
+  else
+    at::mm_out(pre, x2, weight.t());
+  if (z || c.act.kind != Act::none)
+    C10_CUDA_CHECK(act_pass(c.dtype, {m * n, pre.const_data_ptr(), c.act, y.data_ptr()}, stream()));
+}
+
+Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
+                         bool need_x, bool need_weight, bool need_bias, Gate* below) {
+  const auto [m, n, k] = c.shape;
+  const auto options = in.g.options();
+  at::Tensor dx, dweight, dbias;
+  if (need_x) dx = at::empty(resized_last(in.g, k), options);
+  if (need_weight) dweight = at::empty({n, k}, options);
+  if (need_bias) dbias = at::empty({n}, options);
+
+  if (m == 0 || n == 0) {  // sums over nothing
+    for (at::Tensor* t : {&dx, &dweight, &dbias})
+      if (t->defined()) t->zero_();
+    return {dx, dweight, dbias};
+  }
+  need_x = need_x && k > 0;
+  need_weight = need_weight && k > 0;
+  Incoming rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
+  const at::Tensor x2 = need_weight ? as_rows(x) : at::Tensor();
+  const View dz_view = in.saved.defined() ? View{nullptr, n, 1} : view_of(rows.g);  // as it would come to exist
+  const Path dx_path = need_x ? route_of(Op::dgrad, c, dz_view, view_of(weight)).path : Path::simt;
+  const Path dw_path = need_weight ? route_of(Op::wgrad, c, dz_view, view_of(x2)).path : Path::simt;
+
+  // Three ways to dz. simt: made in each product's operand load, which counts least launches. A lone wgrad on tensor
+  // cores, as in a network's first layer: likewise, with dbias on the way. Otherwise one pass makes dz and dbias.
+  const bool all_simt = dx_path == Path::simt && dw_path == Path::simt;
+  const bool lone_wgrad = !need_x && dw_path == Path::mma && in.saved.defined();
+  const bool in_load = need_weight && (all_simt || lone_wgrad) && (in.saved.defined() || need_bias);
+  const bool dz_wanted = (need_x || need_weight) && in.saved.defined() && !all_simt && !in_load;
+  const bool bias_in_load = in_load && need_bias;
+  if (dz_wanted || (need_bias && !bias_in_load)) {
+    const at::Tensor dz = dz_wanted ? at::empty({m, n}, options) : at::Tensor();
+    pass(c, rows, dz, bias_in_load ? at::Tensor() : dbias);
+    if (dz_wanted) rows = {dz, at::Tensor()};
+  }
+  if (need_x) dgrad(dx_path, c, rows, weight, dx, below);
+  if (need_weight) wgrad(dw_path, c, rows, x2, dweight, bias_in_load ? dbias : at::Tensor());
+  return {dx, dweight, dbias};
+}
+
+}  // namespace dlk::cuda

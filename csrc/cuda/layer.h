@@ -1,0 +1,24 @@
+// One layer's products on CUDA, described to the kernels: what linear_act and mlp share.
+#pragma once
+
+#include "../check.h"
+#include "../host.h"
+#include "../linear_act.h"
+#include "route.h"
+
+namespace dlk::cuda {
+
+// y = act(x · weightᵀ + bias), and z where it is given; bias contiguous or undefined. On the current device.
+void layer_forward(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& y,
+                   const at::Tensor* z);
+
+// x may be undefined without need_weight, weight without need_x.
+Gradients layer_backward(const Checked&, const Incoming&, const at::Tensor& x, const at::Tensor& weight, bool need_x,
+                         bool need_weight, bool need_bias, Gate* below = nullptr);
+
+// Compute capability of the current device, 90 for 9.0.
+int current_arch();
+// Whether torch lets f32 products round their operands to TF32.
+bool tf32_allowed();
+
+}  // namespace dlk::cuda

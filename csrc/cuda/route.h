@@ -1,0 +1,30 @@
+// Which path each product of a layer takes on CUDA, and why. The ops ask it before they run; explain() prints it.
+// No torch, no device: what it needs to know comes in.
+#pragma once
+
+#include "../params.h"
+
+namespace dlk::cuda {
+
+enum class Path : int32_t { simt, mma, hopper, cublas };
+
+struct Asked {
+  Op op;
+  Shape shape;
+  DType dtype;
+  bool tf32;     // torch lets f32 products round their operands to TF32
+  bool aligned;  // both operands can be read 16 bytes at a time (mma_takes_fast)
+  int arch;      // compute capability, 90 for 9.0
+};
+
+struct Route {
+  Path path;
+  const char* why;
+};
+
+Route route(const Asked&);
+
+const char* name(Path path);
+const char* kernel(Path path, DType dtype);  // as explain() prints it
+
+}  // namespace dlk::cuda
