@@ -74,12 +74,9 @@ def _own_pairs(module: nn.Module, path: str, linears: dict[int, Any], reasons: d
             source = method_source(cls, name)
             if not (_names(source.function.__code__) & mine or isinstance(module, nn.Sequential | nn.ModuleList)):
                 continue
-            checked = False
             for pattern in patterns(source.node):
                 for pair in _pairs(module, path, name, source, pattern, linears):
-                    if not checked:
-                        check(source)
-                        checked = True
+                    check(source)
                     yield pair
             _note_shared(module, source, linears, reasons)
         except NoSource as missing:
@@ -99,7 +96,7 @@ def _methods(cls: type) -> list[str]:
             break
         for name, value in vars(base).items():
             names.setdefault(name, value)
-    return [name for name, value in names.items() if isinstance(value, FunctionType) and name != "__init__"]
+    return [n for n, value in names.items() if n == "forward" or (isinstance(value, FunctionType) and n != "__init__")]
 
 
 def _names(code: CodeType) -> set[str]:
@@ -123,36 +120,34 @@ def _pairs(
                 if id(linear) in linears:
                     yield pair(linear, act, *_judged(linear, act, (), {}))
         return
-    acts = [METHODS[pattern.activation]] if isinstance(pattern.activation, str) else names.of(pattern.activation)
-    values = names.of(pattern.linear)
+    layers, acts, together = _meant(names, pattern)
     args = [names.of(a) for a in pattern.args]
     kwargs = {name: names.of(a) for name, a in pattern.kwargs}
-    layers = None if values is None else [v for v in values if id(v) in linears]
-    if layers == []:
+    if layers is not None and not any(id(v) in linears for v in layers):
         return
-    if acts is None or any(a is None or len(a) != 1 for a in [*args, *kwargs.values()]):
+    if acts is None or any(a is None or len(a) != 1 for a in [*args, *kwargs.values()]) or (layers and together is None):
         for linear in layers or ():
-            yield pair(linear, None, "", why_not_linear(linear))
+            if id(linear) in linears:
+                yield pair(linear, None, "", why_not_linear(linear))
         return
     given = tuple(a[0] for a in args if a), {k: v[0] for k, v in kwargs.items() if v}
-    for act in dict.fromkeys(map(_Once, acts)):
-        for linear in layers if layers is not None else [None]:
-            if linear is None and why_not_activation(act.value, *given):
-                continue
-            yield pair(linear, act.value, *_judged(linear, act.value, *given))
+    if layers is None:
+        for act in acts:
+            if not why_not_activation(act, *given):
+                yield pair(None, act, *_judged(None, act, *given))
+        return
+    for linear, act in together or ():
+        if id(linear) in linears:
+            yield pair(linear, act, *_judged(linear, act, *given))
 
 
-class _Once:
-    """A value that equals itself only, hashable or not."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Once) and other.value is self.value
+def _meant(names: Namespace, pattern: Pattern) -> tuple[list[Any] | None, list[Any] | None, list[tuple[Any, Any]] | None]:
+    """What is called as layer, what as activation, and which goes with which; None where only the call will show."""
+    layers = names.of(pattern.linear)
+    if isinstance(pattern.activation, str):
+        method = METHODS[pattern.activation]
+        return layers, [method], None if layers is None else [(layer, method) for layer in layers]
+    return layers, names.of(pattern.activation), names.pairs(pattern.linear, pattern.activation)
 
 
 def _judged(linear: Any, act: Any, args: Any, kwargs: Any) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dlkernels import functional
 from dlkernels.fusion import call
-from dlkernels.fusion.rules import activation_of
+from dlkernels.fusion.rules import activation_of, linear_rule
 
 PERTURBATIONS = 3
 SECONDS = 0.1  # for timing one shape
@@ -131,17 +131,18 @@ def observe(model: nn.Module, example_inputs: Any) -> Seen:
     seen: Seen = WeakKeyDictionary()
     timed: dict[Any, float] = {}
 
-    def watch(linear: Any, act: Any, x: Any, decision: call.Decision, args: Any, kwargs: Any) -> None:
+    def watch(linear: Any, act: Any, x: Any, decision: str | call.Ready, args: Any, kwargs: Any) -> None:
         if linear not in mine:
             return
         known = activation_of(act, args, kwargs)
         gain = None
-        if not decision.why:
-            shape = (tuple(x.shape), tuple(decision.weight.shape), x.dtype, x.device, decision.activation, type(linear))
+        if not isinstance(decision, str):
+            weight, _, name, _ = decision
+            shape = (tuple(x.shape), tuple(weight.shape), x.dtype, x.device, name, type(linear))
             if shape not in timed:
                 timed[shape] = _gain(linear, lambda z: act(z, *args, **kwargs), x, decision)
             gain = timed[shape]
-        event = Event(known[0] if known else call.describe(act), decision.why, gain)
+        event = Event(known[0] if known else call.describe(act), decision if isinstance(decision, str) else "", gain)
         events = seen.setdefault(mine[linear], [])
         if event not in events:
             events.append(event)
@@ -161,8 +162,11 @@ def _watching(watch: Callable[..., None]) -> Iterator[None]:
         call.watcher = None
 
 
-def _gain(linear: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor, decision: call.Decision) -> float:
+def _gain(linear: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor, ready: call.Ready) -> float:
     """Stock's time over the kernel's, forward and, where a parameter learns, backward; in turns, the best of each."""
+    _, _, name, slope = ready
+    rule = linear_rule(type(linear))
+    assert rule is not None  # it was fused
     learns = any(p.requires_grad for p in linear.parameters())
     leaf = x.detach().requires_grad_(learns)
 
@@ -178,9 +182,11 @@ def _gain(linear: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor, decisio
             torch.cuda.synchronize(x.device)
         return time.perf_counter() - begin
 
-    ways = (lambda: act(linear(leaf)), lambda: functional.linear_act(
-        leaf, *call.parameters_of(linear), decision.activation, negative_slope=decision.slope
-    ))  # fmt: skip
+    def fused() -> Tensor:
+        weight, bias = rule(linear) or ready[:2]
+        return functional.linear_act(leaf, weight, bias, name, negative_slope=slope)
+
+    ways = lambda: act(linear(leaf)), fused  # noqa: E731
     best = [float("inf"), float("inf")]
     watcher, call.watcher = call.watcher, None
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,9 @@ from dlkernels.fusion.source import FunctionNode
 Position = tuple[int, int, int, int]
 _Scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 _LOOKS_AT_NAMES = ("locals", "vars", "dir", "eval", "exec")
-_SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)
+_BETWEEN = (ast.Assign, ast.AnnAssign, ast.AugAssign)  # may stand between; a call for its effect alone may not
+_SIMPLE = (*_BETWEEN, ast.Expr, ast.Return)
+_MODES = ("set_grad_enabled", "_set_grad_enabled", "set_autocast_enabled")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +46,13 @@ def position(node: ast.AST) -> Position:
     return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset  # type: ignore[attr-defined]
 
 
-def patterns(function: FunctionNode) -> list[Pattern]:
+@functools.lru_cache(maxsize=1024)
+def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
     """Every place in ``function`` that has one of the three forms, whatever the names mean."""
     if not function.args.posonlyargs and not function.args.args:
-        return []
+        return ()
     if _self_name(function) in _stored(function) or any(_loads(function, name) for name in _LOOKS_AT_NAMES):
-        return []
+        return ()
     found: list[Pattern] = []
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and (parts := _activation_call(node)):
@@ -59,19 +63,24 @@ def patterns(function: FunctionNode) -> list[Pattern]:
             found.append(Pattern("chain", node.iter, node.iter, position(node), position(node)))
     for block in _blocks(function):
         found += _named(block, function)
-    return found
+    return tuple(found)
 
 
 def shared(function: FunctionNode) -> Iterator[tuple[ast.expr, int, ast.expr | str]]:
-    """Where ``h = callee(x)`` and h is read more than once: callee, how often, and each thing h is given to."""
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call) and _one_argument(node.value):
-            target = _target(node)
-            if target and (count := _loads(function, target)) > 1:
-                for other in ast.walk(function):
-                    if isinstance(other, ast.Call) and other is not node.value and (parts := _activation_call(other)):
-                        if isinstance(parts[1], ast.Name) and parts[1].id == target:
-                            yield node.value.func, count, parts[0]
+    """Where ``h = callee(x)`` and h is read more than once before its name means something else: callee, how often, and
+    each thing that h is given to."""
+    for block in _blocks(function):
+        for i, first in enumerate(block):
+            call = first.value if isinstance(first, ast.Assign | ast.AnnAssign) else None
+            if not (isinstance(call, ast.Call) and _one_argument(call) and (name := _target(first))):
+                continue
+            last = next((n for n in range(i + 1, len(block)) if _target(block[n]) == name), len(block) - 1)
+            reading = block[i + 1 : last + 1]
+            count = sum(_loads(statement, name) for statement in reading)
+            for node in (n for statement in reading for n in ast.walk(statement)) if count > 1 else ():
+                if isinstance(node, ast.Call) and (parts := _activation_call(node)):
+                    if isinstance(parts[1], ast.Name) and parts[1].id == name:
+                        yield call.func, count, parts[0]
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
@@ -99,6 +108,8 @@ def _one_argument(call: ast.Call) -> bool:
 
 def _is_settled(node: ast.expr) -> bool:
     """Whether it is all the same when this is evaluated."""
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.operand, ast.Constant)
     return isinstance(node, ast.Constant | ast.Name) or (isinstance(node, ast.Attribute) and _is_settled(node.value))
 
 
@@ -165,14 +176,15 @@ def _named(block: list[ast.stmt], function: FunctionNode) -> Iterator[Pattern]:
                 break
             if _loads(later, target):
                 act = _only_use(later, target)
-                if act is not None and (_target(later) == target or _loads(function, target) == 1):
+                last = _target(later) == target or isinstance(later, ast.Return) or _loads(function, target) == 1
+                if act is not None and last:
                     parts = _activation_call(act)
                     assert parts is not None
                     if _unchanged_between(parts[0], act, block[i + 1 : block.index(later)], target):
                         rest = _rest(act, parts[0])
                         yield Pattern("named", call.func, parts[0], position(act), position(call), *rest)
                 break
-            if target in _stored(later):
+            if target in _stored(later) or not isinstance(later, _BETWEEN):
                 break
 
 
@@ -216,6 +228,8 @@ def _unchanged_between(act: ast.expr | str, call: ast.Call, between: list[ast.st
         return False
     for statement in between:
         for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute) and node.attr in _MODES:
+                return False
             if isinstance(node, ast.Name | ast.Attribute) and not isinstance(node.ctx, ast.Load):
                 if (node.id in names) if isinstance(node, ast.Name) else (node.attr in attributes):
                     return False

@@ -88,13 +88,9 @@ _linears: dict[Any, Callable[[Any], Parameters]] = {
 }
 
 
-def _dotted(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _found(table: dict[Any, Any], cls: type) -> Any:
     rule = table.get(cls)
-    return table.get(_dotted(cls)) if rule is None else rule
+    return table.get(f"{cls.__module__}.{cls.__qualname__}") if rule is None else rule
 
 
 def register_fusion(
@@ -157,7 +153,7 @@ def activation_of(act: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] |
                 return None
         else:
             known = rule()
-    return (known, 0.01) if isinstance(known, str) else known
+    return (known, 0.0) if isinstance(known, str) else known
 
 
 def _function_rule(act: Any) -> Rule | None:
@@ -167,17 +163,24 @@ def _function_rule(act: Any) -> Rule | None:
         return None
 
 
-def is_activation_class(cls: type) -> bool:
-    return _found(_modules, cls) is not None
+def linear_rule(cls: type) -> Callable[[Any], Parameters | None] | None:
+    """From a module of this class to its parameters (None: they are no plain parameters), if the class is a linear map
+    and nothing else."""
+    if cls is nn.Linear:
+        return _own_parameters
+    if (rule := _found(_linears, cls)) is not None:
+        return rule
+    if issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward and cls.__call__ is nn.Module.__call__:
+        return _own_parameters
+    return None
+
+
+def _own_parameters(linear: nn.Linear) -> Parameters | None:
+    own = linear._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]  # type: ignore[return-value]
+    return None
 
 
 def is_linear(module: Any) -> bool:
-    """Whether the class of ``module`` is a linear map and nothing else."""
-    cls = type(module)
-    return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward or _found(_linears, cls) is not None
-
-
-def parameters_of(linear: Any) -> Parameters:
-    """Weight ``[out_features, in_features]`` and bias of a module that :func:`is_linear`."""
-    rule = _found(_linears, type(linear))
-    return (linear.weight, linear.bias) if rule is None else rule(linear)
+    return linear_rule(type(module)) is not None

@@ -24,7 +24,7 @@ class NoSource(Exception):
     """The function cannot be rewritten; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """A function, its node, and the nodes around it from the module inwards."""
 
@@ -44,6 +44,7 @@ class Source:
         return new
 
 
+@functools.lru_cache(maxsize=1024)
 def source_of(function: FunctionType) -> Source:
     """What stands in the file where the function says it comes from; raises :class:`NoSource`."""
     code = function.__code__
@@ -56,6 +57,7 @@ def source_of(function: FunctionType) -> Source:
     return Source(function, node, around)
 
 
+@functools.lru_cache(maxsize=1024)
 def check(source: Source) -> None:
     """Raise :class:`NoSource` unless the source is that of the code that runs."""
     if not _same(_compiled(source, source.node), source.function.__code__):

@@ -42,8 +42,11 @@ class Namespace:
         self.busy: set[str] = set()
 
     def of(self, node: ast.expr) -> Values:
-        if isinstance(node, ast.Constant):
-            return [node.value]
+        if isinstance(node, ast.Constant | ast.UnaryOp):
+            try:
+                return [ast.literal_eval(node)]
+            except ValueError:
+                return None
         if isinstance(node, ast.Name):
             return self._name(node.id)
         if isinstance(node, ast.Attribute):
@@ -53,6 +56,19 @@ class Namespace:
         if isinstance(node, ast.IfExp):
             return _together([self.of(node.body), self.of(node.orelse)])
         return None
+
+    def pairs(self, first: ast.expr, second: ast.expr) -> list[tuple[Any, Any]] | None:
+        """What two expressions may be at the same time; None where that is not known."""
+        if isinstance(first, ast.Name) and isinstance(second, ast.Name):
+            loops = self.bound.get(first.id, [])
+            if loops == self.bound.get(second.id) and len(loops) == 1 and isinstance(loops[0], ast.For):
+                loop = loops[0]
+                both = [(_unpacked(loop.target, [i], first.id), _unpacked(loop.target, [i], second.id)) for i in self.items(loop.iter) or ()]
+                return [(a[0], b[0]) for a, b in both] if all(a and b for a, b in both) else None  # type: ignore[index]
+        several = self.of(first), self.of(second)
+        if None in several or min(map(len, several)) > 1:  # type: ignore[arg-type]
+            return None
+        return [(a, b) for a in several[0] for b in several[1]]  # type: ignore[union-attr]
 
     def items(self, node: ast.expr) -> Values:
         """The elements of what a loop goes over; of tuples as tuples."""
