@@ -1,7 +1,8 @@
 """dlkernels: fused linear + activation layers for PyTorch, on CPU and CUDA, with stock semantics.
 
 ``functional`` has the layers as functions, ``nn`` as modules, ``losses`` the fused losses, ``Trainer`` a
-training loop for any module, ``fuse`` puts the layers into models that know nothing of them; ``python -m dlkernels info`` says what this build is for.
+training loop for any module; ``fuse`` puts the layers into a model that was written without them;
+``python -m dlkernels info`` says what this build is for.
 """
 
 from dlkernels import _load, functional, losses, nn  # noqa: F401  _load first: the rest needs the operators

@@ -40,8 +40,8 @@ def add_parser(subparsers: Any) -> None:
         "--model",
         required=True,
         metavar="SPEC",
-        help="torchvision:NAME (alexnet), transformers:TYPE (bert), or package.module:FACTORY, where FACTORY() returns a "
-        "model and its example inputs (a tensor, a tuple or a dict)",
+        help="torchvision:NAME (alexnet), transformers:TYPE (bert), or package.module:FACTORY, where FACTORY() "
+        "returns a model and its example inputs (a tensor, a tuple or a dict)",
     )
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model or its configuration")
     add("--batch-size", type=int, default=8, metavar="N", help="default: 8")
@@ -65,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fuse(args: argparse.Namespace) -> int:
-    if args.batch_size < 1 or (args.size is not None and args.size < 1) or (args.threads is not None and args.threads < 1):
+    if (
+        args.batch_size < 1
+        or (args.size is not None and args.size < 1)
+        or (args.threads is not None and args.threads < 1)
+    ):
         raise SettingError("expected --batch-size, --size and --threads of at least 1")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -80,8 +84,8 @@ def _fuse(args: argparse.Namespace) -> int:
     print(report(fused))
     found = agreement(stock, fused, inputs)
     print(
-        f"\nfused and stock {'agree' if found else 'DO NOT AGREE'}: the fused outputs are {found.error:.3g} rounding errors "
-        f"from float64's, {found.allowed:.3g} are allowed (twice stock's)"
+        f"\nfused and stock {'agree' if found else 'DO NOT AGREE'}: the fused outputs are {found.error:.3g} rounding "
+        f"errors from float64's, {found.allowed:.3g} are allowed (twice stock's)"
     )
     times = time_both(stock, fused, inputs, args.train)
     what = "forward and backward" if args.train else "forward"
@@ -170,7 +174,9 @@ def _factory(module: str, name: str, settings: dict[str, Any], batch_size: int, 
         raise SettingError(f"{module} has no {name}")
     made = factory(**settings)
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
-        raise SettingError(f"expected {module}:{name}() to return a model and its example inputs; got {type(made).__name__}")
+        raise SettingError(
+            f"expected {module}:{name}() to return a model and its example inputs; got {type(made).__name__}"
+        )
     return made
 
 

@@ -1,4 +1,4 @@
-"""``fuse`` on models written for it to stumble over: every form it finds, everything it must refuse, all it must keep."""
+"""``fuse`` on models written for it to stumble over: what it finds, what it must refuse, what it must keep."""
 
 import copy
 import functools
@@ -232,7 +232,9 @@ def test_every_form_is_found_and_computes_the_same(cls, sites, training):
 
 
 def test_neighbours_in_sequential():
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)
+    ).double()
     expected = numbers(model, X)
     there = linear_outputs_into_activations(copy.deepcopy(model), lambda m: m(X))
     assert len(report(fuse(model)).fused) == len(there) == 2
@@ -370,7 +372,7 @@ def activation_before(self, x):
     return self.drop(self.fc1(F.relu(x)))
 
 
-@refused("decorated in a way")
+@refused("has no Python source")
 @cached
 def decorated_by_a_cache(self, x):
     return F.relu(self.fc1(x))
@@ -537,7 +539,9 @@ def test_tensors_that_want_to_see_the_operators(cls):
 
 
 @THREE
-@pytest.mark.parametrize("x", [torch.randn(5, 7).double(), torch.randn(5, 6), torch.tensor(1.0)], ids=["shape", "dtype", "0-d"])
+@pytest.mark.parametrize(
+    "x", [torch.randn(5, 7).double(), torch.randn(5, 6), torch.tensor(1.0)], ids=["shape", "dtype", "0-d"]
+)
 def test_errors_are_stocks(cls, x):
     model = made(cls)
     errors = []

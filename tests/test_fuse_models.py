@@ -27,7 +27,9 @@ def build(name, make=None):
         model, inputs = (make or MODELS[name])()
     except ImportError as error:
         pytest.skip(f"{name}: {error}")
-    return model.double().eval(), tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    return model.double().eval(), tree_map_only(
+        torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs
+    )
 
 
 def run(model, inputs):

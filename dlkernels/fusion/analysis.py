@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -58,11 +59,11 @@ def analyse(model: nn.Module) -> Analysis:
 
 def _own_pairs(module: nn.Module, path: str, linears: dict[int, Any], reasons: dict[int, str]) -> Iterator[Pair]:
     cls = _original(module)
-    mine = {name for name, child in module._modules.items() if child and any(id(m) in linears for m in child.modules())}
+    mine = {n for n, child in module._modules.items() if child and any(id(m) in linears for m in child.modules())}
     direct = [child for child in module._modules.values() if id(child) in linears]
     if isinstance(module, torch.jit.ScriptModule):
-        for child in module.modules():
-            reasons.setdefault(id(child), "it is part of a ScriptModule")
+        for inside in module.modules():
+            reasons.setdefault(id(inside), "it is part of a ScriptModule")
         return
     if "forward" in module.__dict__:
         for child in direct:
@@ -86,7 +87,7 @@ def _own_pairs(module: nn.Module, path: str, linears: dict[int, Any], reasons: d
 
 
 def _original(module: nn.Module) -> type[nn.Module]:
-    return type(module)._fused_from if is_fused(module) else type(module)  # type: ignore[return-value]
+    return type(module)._fused_from if is_fused(module) else type(module)  # type: ignore[attr-defined]
 
 
 def _methods(cls: type) -> list[str]:
@@ -115,8 +116,8 @@ def _pairs(
         return Pair(module, path, method, pattern, linear, act, activation, why, where)
 
     if pattern.kind == "chain":
-        for layers in names.chains(pattern.linear) or ():
-            for linear, act in zip(layers, layers[1:], strict=False):
+        for modules in names.chains(pattern.linear) or ():
+            for linear, act in pairwise(modules):
                 if id(linear) in linears:
                     yield pair(linear, act, *_judged(linear, act, (), {}))
         return
@@ -125,7 +126,11 @@ def _pairs(
     kwargs = {name: names.of(a) for name, a in pattern.kwargs}
     if layers is not None and not any(id(v) in linears for v in layers):
         return
-    if acts is None or any(a is None or len(a) != 1 for a in [*args, *kwargs.values()]) or (layers and together is None):
+    if (
+        acts is None
+        or any(a is None or len(a) != 1 for a in [*args, *kwargs.values()])
+        or (layers and together is None)
+    ):
         for linear in layers or ():
             if id(linear) in linears:
                 yield pair(linear, None, "", why_not_linear(linear))
@@ -141,7 +146,9 @@ def _pairs(
             yield pair(linear, act, *_judged(linear, act, *given))
 
 
-def _meant(names: Namespace, pattern: Pattern) -> tuple[list[Any] | None, list[Any] | None, list[tuple[Any, Any]] | None]:
+def _meant(
+    names: Namespace, pattern: Pattern
+) -> tuple[list[Any] | None, list[Any] | None, list[tuple[Any, Any]] | None]:
     """What is called as layer, what as activation, and which goes with which; None where only the call will show."""
     layers = names.of(pattern.linear)
     if isinstance(pattern.activation, str):

@@ -40,8 +40,8 @@ def fuse(
     The places are found in the source of the modules' methods, whatever way they are written in, and replaced there:
     ``F.relu(self.fc(x))``, ``self.act(self.fc(x))``, ``self.fc(x).relu()``, ``h = self.fc(x)`` with ``h = self.act(h)``
     later, neighbours in ``nn.Sequential``, ``for layer in self.layers: x = layer(x)``. All other statements run as they
-    are. Modules, parameters, ``state_dict``, hooks and optimizers stay what they were; a module's class becomes a subclass
-    of the one it had. Whether a place is a layer and an activation that nobody listens to is asked anew at every call:
+    are. Modules, parameters, ``state_dict``, hooks and optimizers stay what they were; a module's class becomes a
+    subclass of the one it had. Whether a place is a layer and an activation that nobody listens to is asked anew at every call:
     what is hooked, wrapped or replaced later runs as in stock.
 
     Fusing a fused model starts again from the stock model. ``docs/fuse.md`` has what is found and what is refused.
@@ -50,8 +50,8 @@ def fuse(
         model: any module.
         inplace: change ``model`` itself, or a deep copy.
         activations: names of :func:`dlkernels.functional.linear_act` to fuse with; all of them by default.
-        include: fuse these layers only. Each is a pattern for the layer's path (``"encoder.*"``, as ``fnmatch`` has it),
-            a class of layers, or a function of path and layer.
+        include: fuse these layers only. Each is a pattern for the layer's path (``"encoder.*"``, as ``fnmatch`` has
+            it), a class of layers, or a function of path and layer.
         exclude: leave these layers as they are, in the same three forms.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. With them a copy of the model
             runs, in eval mode: outputs are compared with the stock model's, and :func:`report` knows which places were
@@ -138,7 +138,11 @@ def report(model: nn.Module) -> Report:
 
 def _any(which: Iterable[Which], path: str, layer: nn.Module) -> bool:
     return any(
-        fnmatch.fnmatchcase(path, w) if isinstance(w, str) else isinstance(layer, w) if isinstance(w, type) else w(path, layer)
+        fnmatch.fnmatchcase(path, w)
+        if isinstance(w, str)
+        else isinstance(layer, w)
+        if isinstance(w, type)
+        else w(path, layer)
         for w in ((which,) if isinstance(which, str | type) or callable(which) else which)
     )
 
@@ -195,7 +199,7 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
 
 def _with_seen(site: Site, pair: Pair, seen: Seen | None) -> Site:
     """The row, with what example inputs showed at it."""
-    if seen is None or site.status == "left":
+    if seen is None or pair.linear is None or site.status == "left":
         return site
     events = [e for e in seen.get(pair.linear, ()) if pair.act is None or e.activation == pair.activation]
     if not events:

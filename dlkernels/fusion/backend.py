@@ -16,7 +16,7 @@ from dlkernels import functional
 from dlkernels.fusion.call import DEVICES, DTYPES
 from dlkernels.fusion.rules import METHODS, Activation, activation_of
 
-_LINEAR = (F.linear, torch._C._nn.linear)  # type: ignore[attr-defined]
+_LINEAR = (F.linear, torch._C._nn.linear)
 
 
 def dlkernels(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
@@ -33,7 +33,7 @@ def dlkernels(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: 
     if unknown := sorted(set(settings) - {"then"}):
         raise ValueError(f"backend dlkernels: expected the option 'then' only; got {', '.join(map(repr, unknown))}")
     fuse_graph(graph)
-    compiler = torch._dynamo.lookup_backend(settings["then"])  # type: ignore[attr-defined]
+    compiler = torch._dynamo.lookup_backend(settings["then"])
     return compiler(graph, list(example_inputs))
 
 
@@ -93,7 +93,7 @@ def _effects_between(first: fx.Node, last: fx.Node) -> bool:
 def _is_linear(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in _LINEAR or len(node.users) != 1:
         return False
-    tensors = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in _parameters(node)]
+    tensors: list[Any] = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in _parameters(node)]
     x, weight, bias = tensors
     if not all(isinstance(t, Tensor) and not t.is_nested and t.layout is torch.strided for t in (x, weight)):
         return False
@@ -118,5 +118,3 @@ def _parameters(linear: fx.Node) -> tuple[Any, Any, Any]:
     names: tuple[str, ...] = ("input", "weight", "bias")
     given = dict(zip(names, linear.args, strict=False)) | dict(linear.kwargs)
     return given.get("input"), given.get("weight"), given.get("bias")
-
-

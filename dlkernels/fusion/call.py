@@ -94,6 +94,8 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
         return "not asked for"
     if _has_any_global_hook():
         return "there is a global module hook"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records stock operators only"
     if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
         return f"the kernels do not take its input, a {type(x).__name__}"
     # Stock shall say what is wrong with a call that is; under autocast dtypes may differ.
@@ -102,8 +104,6 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
         return "input and weight do not fit together"
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return "input and weight do not fit together"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace records stock operators only"
     return weight, bias, name, slope
 
 

@@ -58,7 +58,7 @@ def as_dtype(example_inputs: Any, dtype: torch.dtype) -> Any:
 
 
 def perturbed(model: nn.Module, seed: int) -> nn.Module:
-    """A copy whose parameters differ by one rounding each, up or down: every result it has could rightly be the model's."""
+    """A copy whose parameters differ by one rounding each, up or down: what it computes, the model might have."""
     again = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -78,7 +78,9 @@ def distance(t: Tensor, exact: Tensor) -> float:
     if not torch.equal(t.isfinite(), exact.isfinite()):
         return float("inf")
     finite = exact[exact.isfinite()].abs()
-    return float(difference.max()) / ((float(finite.max()) if finite.numel() else 0.0) * info.eps / 2 + info.smallest_normal)
+    return float(difference.max()) / (
+        (float(finite.max()) if finite.numel() else 0.0) * info.eps / 2 + info.smallest_normal
+    )
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def _gain(linear: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor, ready: 
         weight, bias = rule(linear) or ready[:2]
         return functional.linear_act(leaf, weight, bias, name, negative_slope=slope)
 
-    ways = lambda: act(linear(leaf)), fused  # noqa: E731
+    ways = lambda: act(linear(leaf)), fused
     best = [float("inf"), float("inf")]
     watcher, call.watcher = call.watcher, None
     try:

@@ -4,8 +4,8 @@
 * named: ``h = self.fc(x)`` and, later in the same block, ``h = self.act(h)`` or another only use of h
 * chain: ``for layer in self.layers: x = layer(x)``, which is also what ``nn.Sequential`` does
 
-Whether it *is* a layer and an activation is not seen here but by ``values`` before, and by ``call`` at each call. Nothing
-but these calls is changed, and their parts are evaluated where they were.
+Whether it *is* a layer and an activation is not seen here but by ``values`` before, and by ``call`` at each call.
+Nothing but these calls is changed, and their parts are evaluated where they were.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from dlkernels.fusion.rules import METHODS
 from dlkernels.fusion.source import FunctionNode
 
 Position = tuple[int, int, int, int]
-_Scope = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+_Scope = (
+    ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+)
 _LOOKS_AT_NAMES = ("locals", "vars", "dir", "eval", "exec")
 _BETWEEN = (ast.Assign, ast.AnnAssign, ast.AugAssign)  # may stand between; a call for its effect alone may not
 _SIMPLE = (*_BETWEEN, ast.Expr, ast.Return)
@@ -78,9 +80,8 @@ def shared(function: FunctionNode) -> Iterator[tuple[ast.expr, int, ast.expr | s
             reading = block[i + 1 : last + 1]
             count = sum(_loads(statement, name) for statement in reading)
             for node in (n for statement in reading for n in ast.walk(statement)) if count > 1 else ():
-                if isinstance(node, ast.Call) and (parts := _activation_call(node)):
-                    if isinstance(parts[1], ast.Name) and parts[1].id == name:
-                        yield call.func, count, parts[0]
+                if act := _applied_to(node, name):
+                    yield call.func, count, act
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
@@ -143,12 +144,16 @@ def _is_chain(loop: ast.For, function: FunctionNode) -> bool:
         and isinstance(value.args[0], ast.Name)
         and value.args[0].id == x != layer
         and _loads(loop.iter, x) == 0
-        and _loads(function, layer) == sum(_loads(f, f.target.id) for f in _loops_over(function, layer))
+        and _loads(function, layer) == sum(_loads(other, layer) for other in _loops_over(function, layer))
     )
 
 
 def _loops_over(function: FunctionNode, name: str) -> list[ast.For]:
-    return [n for n in ast.walk(function) if isinstance(n, ast.For) and isinstance(n.target, ast.Name) and n.target.id == name]
+    return [
+        n
+        for n in ast.walk(function)
+        if isinstance(n, ast.For) and isinstance(n.target, ast.Name) and n.target.id == name
+    ]
 
 
 def _blocks(function: FunctionNode) -> Iterator[list[ast.stmt]]:
@@ -202,9 +207,9 @@ def _in_scope(function: FunctionNode, name: str) -> bool:
     for node in ast.walk(function):
         if isinstance(node, ast.Global | ast.Nonlocal) and name in node.names:
             return True
-        if node is not function and isinstance(node, _Scope):
-            if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(node)):
-                return True
+        inside = ast.walk(node) if node is not function and isinstance(node, _Scope) else ()
+        if any(isinstance(n, ast.Name) and n.id == name for n in inside):
+            return True
     return False
 
 
@@ -213,10 +218,15 @@ def _only_use(statement: ast.stmt, name: str) -> ast.Call | None:
     if _loads(statement, name) != 1:
         return None
     for node in ast.walk(statement):
-        if isinstance(node, ast.Call) and (parts := _activation_call(node)):
-            if isinstance(parts[1], ast.Name) and parts[1].id == name:
-                return node
+        if isinstance(node, ast.Call) and _applied_to(node, name):
+            return node
     return None
+
+
+def _applied_to(node: ast.AST, name: str) -> ast.expr | str | None:
+    """What is called, if the node may be an activation's call with ``name``."""
+    parts = _activation_call(node) if isinstance(node, ast.Call) else None
+    return parts[0] if parts and isinstance(parts[1], ast.Name) and parts[1].id == name else None
 
 
 def _unchanged_between(act: ast.expr | str, call: ast.Call, between: list[ast.stmt], target: str) -> bool:
@@ -230,9 +240,9 @@ def _unchanged_between(act: ast.expr | str, call: ast.Call, between: list[ast.st
         for node in ast.walk(statement):
             if isinstance(node, ast.Attribute) and node.attr in _MODES:
                 return False
-            if isinstance(node, ast.Name | ast.Attribute) and not isinstance(node.ctx, ast.Load):
-                if (node.id in names) if isinstance(node, ast.Name) else (node.attr in attributes):
-                    return False
+            stored = isinstance(node, ast.Name | ast.Attribute) and not isinstance(node.ctx, ast.Load)
+            if stored and (node.id in names if isinstance(node, ast.Name) else node.attr in attributes):  # type: ignore[attr-defined]
+                return False
     return True
 
 

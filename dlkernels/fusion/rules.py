@@ -48,11 +48,11 @@ def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activati
 # Functions: a rule takes the arguments behind the tensor.
 _functions: dict[Any, Rule] = {
     F.relu: _may_be_inplace("relu"),
-    F.relu_: _plain("relu"),  # type: ignore[attr-defined]
+    F.relu_: _plain("relu"),
     torch.relu: _plain("relu"),
     torch.relu_: _plain("relu"),
     F.leaky_relu: _leaky_relu,
-    F.leaky_relu_: _leaky_relu,  # type: ignore[attr-defined]
+    F.leaky_relu_: _leaky_relu,
     F.gelu: _gelu,
     F.silu: _may_be_inplace("silu"),
     F.tanh: _plain("tanh"),

@@ -1,11 +1,10 @@
 """From a function to its syntax tree, and from a changed tree to a function that differs in nothing else.
 
-Before a tree is believed, it is compiled unchanged and compared with the code that runs: a file edited since its import,
-an import hook that rewrites code, a decorator that hides the function, all end there, with a reason.
+Before a tree is believed, it is compiled unchanged and compared with the code that runs: a file edited since its
+import, an import hook that rewrites code, a decorator that hides the function, all end there, with a reason.
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -17,7 +16,9 @@ from types import CellType, CodeType, FunctionType
 from typing import Any
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
-_FUTURE = functools.reduce(lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0)
+_FUTURE = functools.reduce(
+    lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0
+)
 
 
 class NoSource(Exception):
@@ -37,10 +38,12 @@ class Source:
         old = self.function
         code = _compiled(self, node)
         cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
-        new = FunctionType(code, old.__globals__, old.__name__, old.__defaults__, tuple(cells[n] for n in code.co_freevars))
+        new = FunctionType(
+            code, old.__globals__, old.__name__, old.__defaults__, tuple(cells[n] for n in code.co_freevars)
+        )
         new.__kwdefaults__ = old.__kwdefaults__
         functools.update_wrapper(new, old)
-        del new.__wrapped__
+        del new.__wrapped__  # type: ignore[attr-defined]
         return new
 
 
@@ -82,7 +85,7 @@ def undecorated(function: Any) -> FunctionType:
     """The function that ``def`` made, below decorators of the ``functools.wraps`` kind; raises :class:`NoSource`."""
     while True:
         if not isinstance(function, FunctionType):
-            raise NoSource(f"{function!r} is no Python function")
+            raise NoSource(f"its method is a {type(function).__name__}, which has no Python source")
         inner = function.__dict__.get("__wrapped__")
         if inner is None:
             return function
@@ -117,7 +120,9 @@ def _functions(tree: ast.Module) -> dict[tuple[str, int], tuple[tuple[ast.AST, .
             line = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             found[node.name, line] = around, node
         inside = (*around, node)
-        waiting += [(inside, child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler)]
+        waiting += [
+            (inside, child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler)
+        ]
     return found
 
 
@@ -131,7 +136,10 @@ def _imports(tree: ast.Module) -> list[ast.stmt]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             found.append(node)
         elif not isinstance(node, FunctionNode | ast.ClassDef):
-            waiting = [*(n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt | ast.excepthandler)), *waiting]
+            waiting = [
+                *(n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt | ast.excepthandler)),
+                *waiting,
+            ]
     return found
 
 
@@ -153,7 +161,7 @@ def _compiled(source: Source, node: FunctionNode) -> CodeType:
         old, new = outer, changed
     code = source.function.__code__
     filename, flags = code.co_filename, code.co_flags & _FUTURE
-    whole = compile(new, filename, "exec", flags=flags, dont_inherit=True)  # type: ignore[arg-type]
+    whole = compile(new, filename, "exec", flags=flags, dont_inherit=True)  # type: ignore[call-overload]
     waiting = [whole]
     while waiting:
         candidate = waiting.pop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -37,7 +37,7 @@ class Fused(nn.Module):
         """Not the original's: it registers the classes its author wrote, and this is none of them."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made, args, *rest = super().__reduce_ex__(protocol)
+        made, args, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         cls, original = type(self), type(self)._fused_from
         args = tuple(original if a is cls else a for a in args)
         return (_again, (original, cls._fused_plan, made, args), *rest)
@@ -94,7 +94,7 @@ def is_fused(module: nn.Module) -> bool:
 
 def swap_back(module: nn.Module) -> None:
     if is_fused(module):
-        object.__setattr__(module, "__class__", type(module)._fused_from)
+        object.__setattr__(module, "__class__", type(module)._fused_from)  # type: ignore[attr-defined]
     elif isinstance(module, Fused):
         raise RuntimeError(
             f"unfuse: {type(module).__name__} was made from a fused class by another tool (a parametrization, FSDP); "

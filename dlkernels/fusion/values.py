@@ -63,7 +63,10 @@ class Namespace:
             loops = self.bound.get(first.id, [])
             if loops == self.bound.get(second.id) and len(loops) == 1 and isinstance(loops[0], ast.For):
                 loop = loops[0]
-                both = [(_unpacked(loop.target, [i], first.id), _unpacked(loop.target, [i], second.id)) for i in self.items(loop.iter) or ()]
+                both = [
+                    (_unpacked(loop.target, [i], first.id), _unpacked(loop.target, [i], second.id))
+                    for i in self.items(loop.iter) or ()
+                ]
                 return [(a[0], b[0]) for a, b in both] if all(a and b for a, b in both) else None  # type: ignore[index]
         several = self.of(first), self.of(second)
         if None in several or min(map(len, several)) > 1:  # type: ignore[arg-type]
@@ -84,7 +87,9 @@ class Namespace:
             return None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
             if node.func.attr in ("children", "values"):
-                return _each(self.of(node.func.value), lambda v: list(v._modules.values()) if _is_container(v) else None)
+                return _each(
+                    self.of(node.func.value), lambda v: list(v._modules.values()) if _is_container(v) else None
+                )
             return None
         if isinstance(node, ast.Tuple | ast.List):
             return _together([self.of(e) for e in node.elts])
