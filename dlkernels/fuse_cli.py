@@ -129,7 +129,11 @@ def _torchvision(name: str, settings: dict[str, Any], batch_size: int, size: int
 
 
 def import_torchvision() -> Any:
-    """torchvision; beside a CPU torch too, where the index's wheel stops at operators that its C++ part would define."""
+    """torchvision; beside a CPU torch too, where the index's wheel stops at operators that its C++ part would define.
+
+    Raises:
+        ImportError: it is not there, or stops at something else.
+    """
     with contextlib.suppress(RuntimeError, ImportError):
         return importlib.import_module("torchvision")
     for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:

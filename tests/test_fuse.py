@@ -677,6 +677,7 @@ def test_fusing_again_and_undoing():
         ({"exclude": "0"}, ["2", "4.0"]),
         ({"exclude": [lambda path, layer: layer.out_features == 8]}, ["4.0"]),
         ({"exclude": nn.Linear}, []),
+        ({"activations": ["relu", "none"], "exclude": "0"}, ["2", "4.0"]),
         ({"include": nn.Linear, "exclude": ["2", "4.0"]}, ["0"]),
     ],
     ids=str,

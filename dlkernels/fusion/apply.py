@@ -41,15 +41,16 @@ def fuse(
     ``F.relu(self.fc(x))``, ``self.act(self.fc(x))``, ``self.fc(x).relu()``, ``h = self.fc(x)`` with ``h = self.act(h)``
     later, neighbours in ``nn.Sequential``, ``for layer in self.layers: x = layer(x)``. All other statements run as they
     are. Modules, parameters, ``state_dict``, hooks and optimizers stay what they were; a module's class becomes a
-    subclass of the one it had. Whether a place is a layer and an activation that nobody listens to is asked anew at every call:
-    what is hooked, wrapped or replaced later runs as in stock.
+    subclass of the one it had. Whether a place is a layer and an activation that nobody listens to is asked anew at
+    every call: what is hooked, wrapped or replaced later runs as in stock.
 
     Fusing a fused model starts again from the stock model. ``docs/fuse.md`` has what is found and what is refused.
 
     Args:
         model: any module.
         inplace: change ``model`` itself, or a deep copy.
-        activations: names of :func:`dlkernels.functional.linear_act` to fuse with; all of them by default.
+        activations: names of :func:`dlkernels.functional.linear_act` to fuse with; by default all but ``"none"``, with
+            which ``nn.Linear`` layers run as kernels of ours wherever they stand, activation or not.
         include: fuse these layers only. Each is a pattern for the layer's path (``"encoder.*"``, as ``fnmatch`` has
             it), a class of layers, or a function of path and layer.
         exclude: leave these layers as they are, in the same three forms.
@@ -86,6 +87,10 @@ def fuse(
                 swap(module, plan)
             except (NoSource, TypeError) as refusal:  # TypeError: a class that cannot be derived from, or swapped
                 _refused[module] = str(refusal)
+    if "none" in chosen:
+        for path, layer in analysis.linears.values():
+            if type(layer) is nn.Linear and path not in left:
+                swap(layer, Plan(frozenset(), ("none",), alone=True))
     if stock is not None:
         try:
             check_against_stock(stock, model, example_inputs)
@@ -129,6 +134,8 @@ def report(model: nn.Module) -> Report:
             where = next((site.where for pair, site in loose if pair.activation == event.activation), "")
             status: Status = "left" if event.why else "fused"
             rows[key].append(Site(path, event.activation, where, status, event.why, True, event.gain))
+        if is_fused(layer) and not any(site.status == "fused" for site in rows[key]):
+            rows[key] = [Site(path, "none", f"{type(layer).__name__}.forward", "fused")]
         if not rows[key]:
             why = analysis.reasons.get(key) or "no activation takes its output"
             rows[key].append(Site(path, "", "", "left", why))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dlkernels import _C, functional
-from dlkernels.fusion.rules import activation_of, linear_rule
+from dlkernels.fusion.rules import activation_of, identity, linear_rule
 from dlkernels.nn import untouched
 
 _PLAIN = (Tensor, nn.Parameter)  # no subclass that wants to see the operators: DTensor, quantised, fake, traced
@@ -130,6 +130,12 @@ def head(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any)
 
 def tail(self: Any, act: Any, done: bool, h: Any, /, *args: Any, **kwargs: Any) -> Any:
     return h if done else act(h, *args, **kwargs)
+
+
+def alone(self: Any, input: Any) -> Any:
+    """The forward of a linear layer that no activation follows."""
+    decision = decide(self, identity, self, input, (), {})
+    return type(self)._fused_from.forward(self, input) if isinstance(decision, str) else _run(input, decision)
 
 
 def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:

@@ -45,8 +45,13 @@ def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activati
     return ("leaky_relu", float(negative_slope)) if negative_slope >= 0 else None
 
 
+def identity(z: Tensor) -> Tensor:
+    return z
+
+
 # Functions: a rule takes the arguments behind the tensor.
 _functions: dict[Any, Rule] = {
+    identity: _plain("none"),
     F.relu: _may_be_inplace("relu"),
     F.relu_: _plain("relu"),
     torch.relu: _plain("relu"),
@@ -168,6 +173,8 @@ def linear_rule(cls: type) -> Callable[[Any], Parameters | None] | None:
     and nothing else."""
     if cls is nn.Linear:
         return _own_parameters
+    if "_fused_from" in cls.__dict__:
+        return linear_rule(cls._fused_from)  # type: ignore[attr-defined]
     if (rule := _found(_linears, cls)) is not None:
         return rule
     if issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward and cls.__call__ is nn.Module.__call__:

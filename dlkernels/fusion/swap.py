@@ -25,6 +25,7 @@ class Plan:
     places: frozenset[tuple[str, Position]]
     activations: tuple[str, ...]
     without: tuple[str, ...] = ()
+    alone: bool = False  # the module is a linear layer with no activation, and its forward is the kernel's
 
 
 class Fused(nn.Module):
@@ -81,6 +82,8 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
         chosen = [p for p in patterns(source.node) if (name, p.at) in plan.places]
         new = source.rebuilt(rewritten(source.node, chosen))
         body[name] = rewrap(getattr(cls, name), source.function, new)
+    if plan.alone:
+        body["forward"] = call.alone
     return types.new_class(cls.__name__, (Fused, cls), {}, lambda namespace: namespace.update(body))
 
 
