@@ -5,6 +5,7 @@ The class differs in the rewritten methods alone, and bears the same name.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class Fused(nn.Module):
 def _again(original: type[nn.Module], plan: Plan, made: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     module = made(*args)
     if type(module) is original:
-        swap(module, plan)
+        with contextlib.suppress(NoSource):  # another version of its code: it is the stock module then
+            swap(module, plan)
     return module
 
 
