@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dlkernels.fusion import fuse, report
-from dlkernels.fusion.observe import agreement, arguments
+from dlkernels.fusion.observe import Disagreement, arguments
 
 SECONDS = 5.0  # for timing both
 Made = tuple[nn.Module, Any]  # a model and its example inputs
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit status: 0; 1 where fused and stock do not agree, or a setting cannot be."""
     try:
         return _fuse(args)
-    except SettingError as error:
+    except (SettingError, Disagreement) as error:
         print(f"python -m dlkernels fuse: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -82,15 +82,10 @@ def _fuse(args: argparse.Namespace) -> int:
     )
     fused = fuse(copy.deepcopy(stock), example_inputs=inputs)
     print(report(fused))
-    found = agreement(stock, fused, inputs)
-    print(
-        f"\nfused and stock {'agree' if found else 'DO NOT AGREE'}: the fused outputs are {found.error:.3g} rounding "
-        f"errors from float64's, {found.allowed:.3g} are allowed (twice stock's)"
-    )
     times = time_both(stock, fused, inputs, args.train)
     what = "forward and backward" if args.train else "forward"
     print(f"{what}: stock {times[0] * 1e3:.3g} ms, fused {times[1] * 1e3:.3g} ms: {times[0] / times[1]:.2f}x as fast")
-    return 0 if found else 1
+    return 0
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:

@@ -416,6 +416,23 @@ def test_source_that_is_not_what_runs(tmp_path):
     assert [s.why for s in report(model)] == ["the source of Edited.forward is not the code that runs"]
 
 
+def test_a_file_that_is_edited_and_loaded_again(tmp_path):
+    path = tmp_path / "edited_again.py"
+    for slope in ("0.1", "0.25"):
+        path.write_text(
+            "import torch.nn.functional as F\nfrom torch import nn\nclass Edited(nn.Module):\n"
+            "    def __init__(self):\n        super().__init__()\n        self.fc = nn.Linear(6, 8)\n"
+            f"    def forward(self, x):\n        return F.leaky_relu(self.fc(x), {slope})\n"
+        )
+        spec = importlib.util.spec_from_file_location("edited_again", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model = module.Edited().double()
+        expected = model(X)
+        assert len(report(fuse(model)).fused) == 1
+        torch.testing.assert_close(model(X), expected)
+
+
 def test_no_source():
     scope = {"nn": nn, "F": F}
     exec("class Hidden(nn.Module):\n    def forward(self, x):\n        return F.relu(self.fc(x))", scope)
@@ -653,9 +670,9 @@ def test_fusing_again_and_undoing():
     fuse(model, activations=["tanh"])
     assert type(model) is Nested and report(model).fused == ()
     fuse(model)
-    parametrize.register_parametrization(model, "scaled", nn.Identity()) if hasattr(model, "scaled") else None
     model.register_parameter("extra", nn.Parameter(torch.ones(2)))
     parametrize.register_parametrization(model, "extra", Doubled())
+    assert len(report(model).fused) == 1 and runs_fused(model)
     with pytest.raises(RuntimeError, match="undo that first"):
         unfuse(model)
     parametrize.remove_parametrizations(model, "extra")

@@ -6,6 +6,7 @@ from torch import nn
 
 from dlkernels import fuse_cli
 from dlkernels.__main__ import main
+from dlkernels.fusion import rules
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,12 @@ def test_factory(capsys):
     assert main(["fuse", "--model", f"{__name__}:factory", "--set", "hidden=16", "--train"]) == 0
     out = capsys.readouterr().out
     assert "1 fused, 1 left" in out and "fused and stock agree" in out and "forward and backward: stock" in out
+
+
+def test_disagreement_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(rules, "_modules", {**rules._modules, nn.ReLU: lambda m: ("tanh", 0.0)})  # a wrong rule
+    assert main(["fuse", "--model", f"{__name__}:factory"]) == 1
+    assert "DO NOT AGREE" in capsys.readouterr().err
 
 
 def test_torchvision(capsys):

@@ -15,7 +15,7 @@ from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
 from dlkernels.fusion.patterns import Pattern, patterns, shared
 from dlkernels.fusion.rules import METHODS, activation_of, is_linear
 from dlkernels.fusion.source import NoSource, Source, check
-from dlkernels.fusion.swap import is_fused, method_source
+from dlkernels.fusion.swap import method_source, original_class
 from dlkernels.fusion.values import Namespace
 
 
@@ -58,7 +58,7 @@ def analyse(model: nn.Module) -> Analysis:
 
 
 def _own_pairs(module: nn.Module, path: str, linears: dict[int, Any], reasons: dict[int, str]) -> Iterator[Pair]:
-    cls = _original(module)
+    cls = original_class(module)
     mine = {n for n, child in module._modules.items() if child and any(id(m) in linears for m in child.modules())}
     direct = [child for child in module._modules.values() if id(child) in linears]
     if isinstance(module, torch.jit.ScriptModule):
@@ -86,10 +86,6 @@ def _own_pairs(module: nn.Module, path: str, linears: dict[int, Any], reasons: d
                     reasons.setdefault(id(child), str(missing))
 
 
-def _original(module: nn.Module) -> type[nn.Module]:
-    return type(module)._fused_from if is_fused(module) else type(module)  # type: ignore[attr-defined]
-
-
 def _methods(cls: type) -> list[str]:
     names: dict[str, Any] = {}
     for base in cls.__mro__:
@@ -110,7 +106,7 @@ def _pairs(
 ) -> Iterator[Pair]:
     names = Namespace(source, module)
     line = pattern.first[0]
-    where = f"{_original(module).__name__}.{method}:{line}"
+    where = f"{original_class(module).__name__}.{method}:{line}"
 
     def pair(linear: Any, act: Any, activation: str, why: str) -> Pair:
         return Pair(module, path, method, pattern, linear, act, activation, why, where)

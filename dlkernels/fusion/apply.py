@@ -13,10 +13,10 @@ from torch import nn
 
 from dlkernels._ops.activations import ACTIVATIONS, activation_named
 from dlkernels.fusion.analysis import Analysis, Pair, analyse
-from dlkernels.fusion.observe import Seen, check_against_stock, observe
+from dlkernels.fusion.observe import Events, Seen, check_against_stock, observe
 from dlkernels.fusion.sites import Report, Site, Status
 from dlkernels.fusion.source import NoSource
-from dlkernels.fusion.swap import Plan, is_fused, swap, swap_back
+from dlkernels.fusion.swap import Plan, plan_of, swap, swap_back
 
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -64,8 +64,8 @@ def fuse(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: an unknown activation.
-        RuntimeError: with ``example_inputs``: the outputs differ from stock's by more than rounding explains; the model
-            is stock again.
+        Disagreement: a RuntimeError; with ``example_inputs``: the outputs differ from stock's by more than rounding
+            explains. The model is stock again.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a module, got {type(model).__name__}")
@@ -93,11 +93,11 @@ def fuse(
                 swap(layer, Plan(frozenset(), ("none",), alone=True))
     if stock is not None:
         try:
-            check_against_stock(stock, model, example_inputs)
+            agreement = check_against_stock(stock, model, example_inputs)
+            _seen[model] = Seen(agreement, observe(model, example_inputs))
         except BaseException:
             unfuse(model)
             raise
-        _seen[model] = observe(model, example_inputs)
     return model
 
 
@@ -120,7 +120,8 @@ def report(model: nn.Module) -> Report:
     Rows come in the order of the layers. ``str(report(model))`` is a table.
     """
     analysis = analyse(model)
-    seen = _seen.get(model)
+    shown = _seen.get(model)
+    seen = shown.events if shown is not None else None
     rows: dict[int, list[Site]] = {key: [] for key in analysis.linears}
     loose: list[tuple[Pair, Site]] = []
     for pair in analysis.pairs:
@@ -134,13 +135,15 @@ def report(model: nn.Module) -> Report:
             where = next((site.where for pair, site in loose if pair.activation == event.activation), "")
             status: Status = "left" if event.why else "fused"
             rows[key].append(Site(path, event.activation, where, status, event.why, True, event.gain))
-        if is_fused(layer) and not any(site.status == "fused" for site in rows[key]):
+        if plan_of(layer) and not any(site.status == "fused" for site in rows[key]):
             rows[key] = [Site(path, "none", f"{type(layer).__name__}.forward", "fused")]
         if not rows[key]:
             why = analysis.reasons.get(key) or "no activation takes its output"
             rows[key].append(Site(path, "", "", "left", why))
     unknown = () if seen is not None else (site for _, site in loose)
-    return Report((*(site for sites in rows.values() for site in sites), *unknown))
+    return Report(
+        (*(site for sites in rows.values() for site in sites), *unknown), shown.agreement if shown is not None else None
+    )
 
 
 def _any(which: Iterable[Which], path: str, layer: nn.Module) -> bool:
@@ -193,7 +196,7 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
         return row
     if pair.owner in _refused:
         return replace(row, why=_refused[pair.owner])
-    plan: Plan | None = type(pair.owner)._fused_plan if is_fused(pair.owner) else None  # type: ignore[attr-defined]
+    plan = plan_of(pair.owner)
     if plan is None or (pair.method, pair.pattern.at) not in plan.places:
         return row
     relative = path.removeprefix(f"{pair.owner_path}.") if pair.owner_path else path
@@ -204,7 +207,7 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
     return replace(row, status="fused", why="")
 
 
-def _with_seen(site: Site, pair: Pair, seen: Seen | None) -> Site:
+def _with_seen(site: Site, pair: Pair, seen: Events | None) -> Site:
     """The row, with what example inputs showed at it."""
     if seen is None or pair.linear is None or site.status == "left":
         return site

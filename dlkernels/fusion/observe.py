@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from dlkernels import functional
 from dlkernels.fusion import call
 from dlkernels.fusion.rules import activation_of, linear_rule
+from dlkernels.fusion.sites import Agreement
 
 PERTURBATIONS = 3
 SECONDS = 0.1  # for timing one shape
@@ -31,7 +32,17 @@ class Event:
     gain: float | None
 
 
-Seen = WeakKeyDictionary[nn.Module, list[Event]]  # by linear layer
+Events = WeakKeyDictionary[nn.Module, list[Event]]  # by linear layer
+
+
+@dataclass(frozen=True)
+class Seen:
+    agreement: Agreement
+    events: Events
+
+
+class Disagreement(RuntimeError):
+    """A fused model's outputs are further from stock's than rounding explains."""
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -83,17 +94,6 @@ def distance(t: Tensor, exact: Tensor) -> float:
     )
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Errors against float64 in rounding units, the worst of all outputs beside what it may be."""
-
-    error: float
-    allowed: float
-
-    def __bool__(self) -> bool:
-        return self.error <= self.allowed
-
-
 def agreement(stock: nn.Module, fused: nn.Module, example_inputs: Any) -> Agreement:
     """Whether the fused model's outputs are as near to float64's as stock's are: at most at twice the distance.
 
@@ -112,25 +112,24 @@ def agreement(stock: nn.Module, fused: nn.Module, example_inputs: Any) -> Agreem
     return worst
 
 
-def check_against_stock(stock: nn.Module, fused: nn.Module, example_inputs: Any) -> None:
-    """Raises RuntimeError if they do not agree."""
+def check_against_stock(stock: nn.Module, fused: nn.Module, example_inputs: Any) -> Agreement:
+    """Raises :class:`Disagreement`."""
     found = agreement(copy.deepcopy(stock), copy.deepcopy(fused), example_inputs)
     if not found:
-        raise RuntimeError(
-            f"fuse: the fused model's outputs are {found.error:.3g} rounding errors from float64's, and "
-            f"{found.allowed:.3g} are allowed (twice stock's). A rule given to register_fusion may be wrong; otherwise "
-            "this is a bug of dlkernels"
+        raise Disagreement(
+            f"fuse: {found}. A rule given to register_fusion may be wrong; otherwise this is a bug of dlkernels"
         )
+    return found
 
 
 # ---- observation -----------------------------------------------------------------------------------------------------
 
 
-def observe(model: nn.Module, example_inputs: Any) -> Seen:
+def observe(model: nn.Module, example_inputs: Any) -> Events:
     """Run a copy of a fused model in eval mode, and time both ways at each place where a layer meets an activation."""
     again = copy.deepcopy(model).eval()
     mine = dict(zip(again.modules(), model.modules(), strict=True))
-    seen: Seen = WeakKeyDictionary()
+    seen: Events = WeakKeyDictionary()
     timed: dict[Any, float] = {}
 
     def watch(linear: Any, act: Any, x: Any, decision: str | call.Ready, args: Any, kwargs: Any) -> None:

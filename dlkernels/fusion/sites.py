@@ -34,10 +34,32 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How far a fused model's outputs are from float64's, in rounding errors, and how far they may be: for the output
+    where the two are closest. True if all are near enough."""
+
+    error: float
+    allowed: float
+
+    def __bool__(self) -> bool:
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        return (
+            f"fused and stock {'agree' if self else 'DO NOT AGREE'}: the fused outputs are {self.error:.3g} rounding "
+            f"errors from float64's, {self.allowed:.3g} are allowed (twice stock's)"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
-    """All sites of a model. ``str()`` makes a table, in which rows that differ in numbers of their paths are one."""
+    """All sites of a model. ``str()`` makes a table, in which rows that differ in numbers of their paths are one.
+
+    ``agreement`` is what example inputs showed; None without them.
+    """
 
     sites: tuple[Site, ...]
+    agreement: Agreement | None = None
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -71,7 +93,7 @@ class Report:
         shown = [i for i, width in enumerate(widths) if width and (i == 1 or any(row[i] for row in rows[1:]))]
         lines = ["  ".join(row[i].ljust(widths[i]) for i in shown).rstrip() for row in rows]
         counts = f"{len(self.fused)} fused, {len(self.left)} left" + (f", {len(self.open)} open" if self.open else "")
-        return "\n".join([counts, *(lines if self.sites else [])])
+        return "\n".join([counts, *(lines if self.sites else []), *([str(self.agreement)] if self.agreement else [])])
 
 
 def _row(key: Site, sites: list[Site]) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ class Source:
 def source_of(function: FunctionType) -> Source:
     """What stands in the file where the function says it comes from; raises :class:`NoSource`."""
     code = function.__code__
+    linecache.checkcache(code.co_filename)  # edited and reloaded
     tree = _parsed(code.co_filename, tuple(linecache.getlines(code.co_filename, function.__globals__)))
     if tree is None:
         raise NoSource(f"there is no source of {function.__qualname__}")

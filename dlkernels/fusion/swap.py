@@ -93,12 +93,17 @@ def swap(module: nn.Module, plan: Plan) -> None:
     object.__setattr__(module, "__class__", fused_class(type(module), plan))
 
 
-def is_fused(module: nn.Module) -> bool:
-    return "_fused_plan" in type(module).__dict__
+def plan_of(module: nn.Module) -> Plan | None:
+    """What is fused in this module's own methods; also where another tool (FSDP) has made a class from the fused one."""
+    return type(module)._fused_plan if isinstance(module, Fused) else None
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    return type(module)._fused_from if isinstance(module, Fused) else type(module)
 
 
 def swap_back(module: nn.Module) -> None:
-    if is_fused(module):
+    if "_fused_plan" in type(module).__dict__:
         object.__setattr__(module, "__class__", type(module)._fused_from)  # type: ignore[attr-defined]
     elif isinstance(module, Fused):
         raise RuntimeError(
