@@ -94,7 +94,7 @@ def swap(module: nn.Module, plan: Plan) -> None:
 
 
 def plan_of(module: nn.Module) -> Plan | None:
-    """What is fused in this module's own methods; also where another tool (FSDP) has made a class from the fused one."""
+    """What is fused in this module's own methods; also where another tool (FSDP) made a class from the fused one."""
     return type(module)._fused_plan if isinstance(module, Fused) else None
 
 
