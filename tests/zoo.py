@@ -3,6 +3,7 @@
 ``MODELS`` maps a name to a function that returns a model and its inputs (a tensor or a dict of keyword arguments).
 """
 
+import contextlib
 import importlib
 from functools import partial
 
@@ -93,7 +94,8 @@ _SIZES = {
 
 
 def _language(kind, **settings):
-    import_torchvision()  # transformers imports it
+    with contextlib.suppress(ImportError):  # transformers imports it where it is installed, and would stop there
+        import_torchvision()
     transformers = importlib.import_module("transformers")
     config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **settings})
     model = transformers.AutoModel.from_config(config, attn_implementation="eager")
