@@ -17,3 +17,11 @@ if ! "$venv/bin/python" -c "$has_torch" 2>/dev/null; then
   "$venv/bin/python" -m pip install --quiet $TORCH
 fi
 "$venv/bin/python" -m pip install --quiet --editable ".[$extra]"
+
+# The tests of `fuse` use torchvision's models. Its wheels pin one torch, which may not be this one: so without their
+# dependencies, in the release that goes with torch 2.N. Where there is none, those tests are skipped and say so.
+if [[ $extra == dev ]]; then
+  release=$("$venv/bin/python" -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)')
+  "$venv/bin/python" -m pip install --quiet --no-deps "torchvision==0.$release.*" pillow ||
+    echo "no torchvision 0.$release for this torch: the tests of its models will be skipped" >&2
+fi

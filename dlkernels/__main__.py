@@ -4,7 +4,7 @@ its parser and sets ``run``: a function from the parsed arguments to the exit st
 import argparse
 import sys
 
-from dlkernels import info, train
+from dlkernels import fuse_cli, info, train
 from dlkernels._version import __version__
 
 
@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dlkernels", description="Fused layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"dlkernels {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (info, train):
+    for command in (info, train, fuse_cli):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     return int(args.run(args) or 0)

@@ -207,7 +207,7 @@ class _Activation(nn.Module):
 _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
-def _untouched(module: nn.Module) -> bool:
+def untouched(module: nn.Module) -> bool:
     """Whether calling this module does what its class says: nobody listens, and ``forward`` is the class's own."""
     state = module.__dict__
     return not (
@@ -295,7 +295,7 @@ class MLP(nn.Sequential):
                 layers.append(cast(LinearAct, module))
             elif not (kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p))):
                 return None
-            if not _untouched(module):
+            if not untouched(module):
                 return None
         if len(layers) < 2:
             return None

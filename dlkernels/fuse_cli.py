@@ -1,0 +1,209 @@
+"""``python -m dlkernels fuse``: fuse a model, check it against stock, time both, print the report."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from dlkernels.fusion import fuse, report
+from dlkernels.fusion.observe import Disagreement, arguments
+
+SECONDS = 5.0  # for timing both
+Made = tuple[nn.Module, Any]  # a model and its example inputs
+
+
+class SettingError(ValueError):
+    """A setting on the command line that cannot be; the message says what can."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``fuse`` to the command's subparsers."""
+    parser = subparsers.add_parser(
+        "fuse",
+        help="fuse a model, check it against stock, time both",
+        description="Fuse a model with random weights; compare outputs with stock's; time both; print every site.",
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        metavar="SPEC",
+        help="torchvision:NAME (alexnet), transformers:TYPE (bert), or package.module:FACTORY, where FACTORY() "
+        "returns a model and its example inputs (a tensor, a tuple or a dict)",
+    )
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model or its configuration")
+    add("--batch-size", type=int, default=8, metavar="N", help="default: 8")
+    add("--size", type=int, metavar="N", help="pixels or tokens (default: 224, or the configuration's; 128)")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="default: float32")
+    add("--device", default="cpu", help="cpu (default), cuda, ...")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--train", action="store_true", help="time forward and backward (default: forward only)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0; 1 where fused and stock do not agree, or a setting cannot be."""
+    try:
+        return _fuse(args)
+    except (SettingError, Disagreement) as error:
+        print(f"python -m dlkernels fuse: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fuse(args: argparse.Namespace) -> int:
+    if (
+        args.batch_size < 1
+        or (args.size is not None and args.size < 1)
+        or (args.threads is not None and args.threads < 1)
+    ):
+        raise SettingError("expected --batch-size, --size and --threads of at least 1")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    stock, inputs = make(args.model, _settings(args.set), args.batch_size, args.size)
+    stock = stock.to(args.device, dtype).eval()
+    inputs = tree_map_only(
+        Tensor, lambda t: t.to(args.device, dtype) if t.is_floating_point() else t.to(args.device), inputs
+    )
+    fused = fuse(copy.deepcopy(stock), example_inputs=inputs)
+    print(report(fused))
+    times = time_both(stock, fused, inputs, args.train)
+    what = "forward and backward" if args.train else "forward"
+    print(f"{what}: stock {times[0] * 1e3:.3g} ms, fused {times[1] * 1e3:.3g} ms: {times[0] / times[1]:.2f}x as fast")
+    return 0
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise SettingError(f"expected --set KEY=VALUE; got {pair!r}")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def make(spec: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
+    """The model that ``spec`` names, with random weights, and inputs for it; raises :class:`SettingError`."""
+    kind, colon, name = spec.partition(":")
+    if not (kind and colon and name):
+        raise SettingError(
+            f"expected --model torchvision:NAME, transformers:TYPE or package.module:FACTORY; got {spec!r}"
+        )
+    make_it: Callable[..., Made] = {"torchvision": _torchvision, "transformers": _transformers}.get(kind, _factory)
+    try:
+        return make_it(*([kind] if make_it is _factory else []), name, settings, batch_size, size)
+    except ImportError as error:
+        raise SettingError(f"cannot import {kind} ({error})") from error
+
+
+def _torchvision(name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
+    models = import_torchvision().models
+    if name not in models.list_models():
+        raise SettingError(f"torchvision has no model {name!r}; it has {', '.join(models.list_models())}")
+    pixels = size or settings.get("image_size", 224)
+    return models.get_model(name, weights=None, **settings), torch.randn(batch_size, 3, pixels, pixels)
+
+
+def import_torchvision() -> Any:
+    """torchvision; beside a CPU torch too, where the index's wheel stops at operators that its C++ part would define.
+
+    Raises:
+        ImportError: it is not there, or stops at something else.
+    """
+    with contextlib.suppress(RuntimeError, ImportError):
+        return importlib.import_module("torchvision")
+    for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    for op in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # it is there already
+            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        raise ImportError(str(error).splitlines()[0]) from error
+
+
+def _transformers(name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
+    with contextlib.suppress(ImportError):  # transformers imports it where it is installed, and would stop there
+        import_torchvision()
+    transformers = importlib.import_module("transformers")
+    try:
+        config = transformers.AutoConfig.for_model(name, **settings)
+        model = transformers.AutoModel.from_config(config)
+    except ValueError as error:
+        raise SettingError(f"transformers:{name}: {str(error).splitlines()[0]}") from error
+    if model.main_input_name == "pixel_values":
+        pixels = size or getattr(config, "image_size", 224)
+        height, width = pixels if isinstance(pixels, list | tuple) else (pixels, pixels)
+        return model, {"pixel_values": torch.randn(batch_size, getattr(config, "num_channels", 3), height, width)}
+    if model.main_input_name != "input_ids":
+        raise SettingError(
+            f"transformers:{name} takes {model.main_input_name}, for which we have no example: write a factory"
+        )
+    tokens = torch.randint(config.vocab_size, (batch_size, size or 128))
+    return model, {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
+
+
+def _factory(module: str, name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
+    sys.path.insert(0, "")  # as `python -m` does for the module it runs: a file beside the user
+    try:
+        factory = getattr(importlib.import_module(module), name, None)
+    finally:
+        sys.path.remove("")
+    if factory is None:
+        raise SettingError(f"{module} has no {name}")
+    made = factory(**settings)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise SettingError(
+            f"expected {module}:{name}() to return a model and its example inputs; got {type(made).__name__}"
+        )
+    return made
+
+
+def time_both(stock: nn.Module, fused: nn.Module, inputs: Any, train: bool) -> tuple[float, float]:
+    """Median seconds of a step of each, taking turns. With ``train`` the sum of all outputs is differentiated."""
+    args, kwargs = arguments(inputs)
+    seconds: tuple[list[float], list[float]] = ([], [])
+
+    def step(model: nn.Module) -> float:
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(train):
+            leaves, _ = tree_flatten(model(*args, **kwargs))
+        if train:
+            outputs = [t.float().sum() for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+            model.zero_grad()
+            torch.stack(outputs).sum().backward()
+        for t in leaves:
+            if isinstance(t, Tensor) and t.is_cuda:
+                torch.cuda.synchronize(t.device)
+                break
+        return time.perf_counter() - begin
+
+    end = time.perf_counter() + SECONDS
+    for turn in range(1000):
+        for model, times in zip((stock, fused), seconds, strict=True):
+            found = step(model)
+            if turn:  # the first warms up
+                times.append(found)
+        if turn >= 3 and time.perf_counter() > end:
+            break
+    return statistics.median(seconds[0]), statistics.median(seconds[1])

@@ -1,0 +1,120 @@
+"""``torch.compile(model, backend="dlkernels")``: the same fusion in the graph that Dynamo makes, whatever wrote it.
+
+Dynamo has resolved every name and branch by then, and guards what it relied on; parameters are inputs of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from dlkernels import functional
+from dlkernels.fusion.call import DEVICES, DTYPES
+from dlkernels.fusion.rules import METHODS, Activation, activation_of
+
+_LINEAR = (F.linear, torch._C._nn.linear)
+
+
+def dlkernels(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
+    """The backend: fuse, then hand on to another one.
+
+    Args:
+        options: ``{"then": name}``: the backend that compiles the fused graph (default ``"inductor"``; ``"eager"`` runs
+            it as it is).
+
+    Raises:
+        ValueError: another option.
+    """
+    settings = {"then": "inductor", **(options or {})}
+    if unknown := sorted(set(settings) - {"then"}):
+        raise ValueError(f"backend dlkernels: expected the option 'then' only; got {', '.join(map(repr, unknown))}")
+    fuse_graph(graph)
+    compiler = torch._dynamo.lookup_backend(settings["then"])
+    return compiler(graph, list(example_inputs))
+
+
+def fuse_graph(graph: fx.GraphModule) -> int:
+    """Replace every linear call whose only user is an activation; returns how many.
+
+    The graph's nodes carry example values (``node.meta``), as those that Dynamo makes do.
+    """
+    count = 0
+    for node in list(graph.graph.nodes):
+        if (found := _activation(node)) is None:
+            continue
+        linear, (name, slope) = found
+        with graph.graph.inserting_before(linear):  # not later: x or a parameter may be changed in place in between
+            fused = graph.graph.call_function(
+                functional.linear_act, _parameters(linear), {"activation": name, "negative_slope": slope}
+            )
+        fused.meta = dict(node.meta)
+        node.replace_all_uses_with(fused)
+        graph.graph.erase_node(node)
+        graph.graph.erase_node(linear)
+        count += 1
+    if count:
+        graph.graph.lint()
+        graph.recompile()
+    for inner in graph.children():  # bodies of checkpoints, conditions and loops
+        if isinstance(inner, fx.GraphModule):
+            count += fuse_graph(inner)
+    return count
+
+
+def _activation(node: fx.Node) -> tuple[fx.Node, Activation] | None:
+    """The linear call whose output this node applies an activation to, and which."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    act: Any = METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+    x, *rest = node.args
+    if act is None or len(node.all_input_nodes) != 1 or not isinstance(x, fx.Node) or not _is_linear(x):
+        return None
+    known = activation_of(act, tuple(rest), dict(node.kwargs))
+    return (x, known) if known and not _effects_between(x, node) else None
+
+
+_HARMLESS = ("_log_api_usage_once", "_are_functorch_transforms_active")
+
+
+def _effects_between(first: fx.Node, last: fx.Node) -> bool:
+    """Whether a call in between is there for what it does, such as switching gradients or autocast off or on."""
+    node = first.next
+    while node is not last:
+        if node.op.startswith("call") and not node.users and getattr(node.target, "__name__", "") not in _HARMLESS:
+            return True
+        node = node.next
+    return False
+
+
+def _is_linear(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target not in _LINEAR or len(node.users) != 1:
+        return False
+    tensors: list[Any] = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in _parameters(node)]
+    x, weight, bias = tensors
+    if not all(isinstance(t, Tensor) and not t.is_nested and t.layout is torch.strided for t in (x, weight)):
+        return False
+    if bias is not None and not (isinstance(bias, Tensor) and bias.dim() == 1):
+        return False
+    return (
+        weight.dim() == 2
+        and x.dim() >= 1
+        and weight.dtype in DTYPES
+        and x.dtype in DTYPES
+        and weight.device.type in DEVICES
+        and (_same_dtype(tensors) or torch.is_autocast_enabled(x.device.type))
+    )
+
+
+def _same_dtype(tensors: Sequence[Any]) -> bool:
+    return len({t.dtype for t in tensors if t is not None}) == 1
+
+
+def _parameters(linear: fx.Node) -> tuple[Any, Any, Any]:
+    """x, weight and bias of a linear call, however they are given."""
+    names: tuple[str, ...] = ("input", "weight", "bias")
+    given = dict(zip(names, linear.args, strict=False)) | dict(linear.kwargs)
+    return given.get("input"), given.get("weight"), given.get("bias")

@@ -1,0 +1,202 @@
+"""What example inputs show: that fused and stock agree, which places are reached, and what each gains there."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from dlkernels import functional
+from dlkernels.fusion import call
+from dlkernels.fusion.rules import activation_of, linear_rule
+from dlkernels.fusion.sites import Agreement
+
+PERTURBATIONS = 3
+SECONDS = 0.1  # for timing one shape
+
+
+@dataclass(frozen=True)
+class Event:
+    """A layer met an activation. ``gain`` is stock's time over the fused one's; None where it is not fused."""
+
+    activation: str
+    why: str
+    gain: float | None
+
+
+Events = WeakKeyDictionary[nn.Module, list[Event]]  # by linear layer
+
+
+@dataclass(frozen=True)
+class Seen:
+    agreement: Agreement
+    events: Events
+
+
+class Disagreement(RuntimeError):
+    """A fused model's outputs are further from stock's than rounding explains."""
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple of arguments or a dict of keyword arguments, as args and kwargs."""
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """All floating point tensors in what the model returns, in eval mode and without gradients."""
+    args, kwargs = arguments(example_inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        leaves, _ = tree_flatten(model.eval()(*args, **kwargs))
+    return [t.detach() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def as_dtype(example_inputs: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(Tensor, lambda t: t.detach().to(dtype) if t.is_floating_point() else t, example_inputs)
+
+
+def perturbed(model: nn.Module, seed: int) -> nn.Module:
+    """A copy whose parameters differ by one rounding each, up or down: what it computes, the model might have."""
+    again = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in again.parameters():
+            if p.is_floating_point():
+                signs = torch.randint(0, 2, p.shape, generator=generator).mul_(2).sub_(1).to(p.device)
+                p.add_(p * signs * torch.finfo(p.dtype).eps)
+    return again
+
+
+def distance(t: Tensor, exact: Tensor) -> float:
+    """The largest difference, in rounding errors of ``t``'s dtype at ``exact``'s largest element."""
+    if t.numel() == 0:
+        return 0.0
+    info = torch.finfo(t.dtype)
+    difference = (t.double() - exact).abs().nan_to_num(0.0)  # what is infinite or NaN in both
+    if not torch.equal(t.isfinite(), exact.isfinite()):
+        return float("inf")
+    finite = exact[exact.isfinite()].abs()
+    return float(difference.max()) / (
+        (float(finite.max()) if finite.numel() else 0.0) * info.eps / 2 + info.smallest_normal
+    )
+
+
+def agreement(stock: nn.Module, fused: nn.Module, example_inputs: Any) -> Agreement:
+    """Whether the fused model's outputs are as near to float64's as stock's are: at most at twice the distance.
+
+    Stock's distance is the largest of its own and those of copies whose parameters are off by one rounding. Both models
+    are left in eval mode.
+    """
+    exact = outputs(copy.deepcopy(stock).double(), as_dtype(example_inputs, torch.float64))
+    ours = outputs(fused, example_inputs)
+    stocks = [outputs(stock, example_inputs)]
+    stocks += [outputs(perturbed(stock, seed), example_inputs) for seed in range(PERTURBATIONS)]
+    worst = Agreement(0.0, 2.0)
+    for i, (t, e) in enumerate(zip(ours, exact, strict=True)):
+        found = Agreement(distance(t, e), 2 * max(1.0, *(distance(s[i], e) for s in stocks)))
+        if found.error / found.allowed > worst.error / worst.allowed:
+            worst = found
+    return worst
+
+
+def check_against_stock(stock: nn.Module, fused: nn.Module, example_inputs: Any) -> Agreement:
+    """Raises :class:`Disagreement`."""
+    found = agreement(copy.deepcopy(stock), copy.deepcopy(fused), example_inputs)
+    if not found:
+        raise Disagreement(
+            f"fuse: {found}. A rule given to register_fusion may be wrong; otherwise this is a bug of dlkernels"
+        )
+    return found
+
+
+# ---- observation -----------------------------------------------------------------------------------------------------
+
+
+def observe(model: nn.Module, example_inputs: Any) -> Events:
+    """Run a copy of a fused model in eval mode, and time both ways at each place where a layer meets an activation."""
+    again = copy.deepcopy(model).eval()
+    mine = dict(zip(again.modules(), model.modules(), strict=True))
+    seen: Events = WeakKeyDictionary()
+    timed: dict[Any, float] = {}
+
+    def watch(linear: Any, act: Any, x: Any, decision: str | call.Ready, args: Any, kwargs: Any) -> None:
+        if linear not in mine:
+            return
+        known = activation_of(act, args, kwargs)
+        gain = None
+        if not isinstance(decision, str):
+            weight, _, name, _ = decision
+            shape = (tuple(x.shape), tuple(weight.shape), x.dtype, x.device, name, type(linear))
+            if shape not in timed:
+                timed[shape] = _gain(linear, lambda z: act(z, *args, **kwargs), x, decision)
+            gain = timed[shape]
+        event = Event(known[0] if known else call.describe(act), decision if isinstance(decision, str) else "", gain)
+        events = seen.setdefault(mine[linear], [])
+        if event not in events:
+            events.append(event)
+
+    args, kwargs = arguments(example_inputs)
+    with _watching(watch), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        again(*args, **kwargs)
+    return seen
+
+
+@contextmanager
+def _watching(watch: Callable[..., None]) -> Iterator[None]:
+    call.watcher = watch
+    try:
+        yield
+    finally:
+        call.watcher = None
+
+
+def _gain(linear: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor, ready: call.Ready) -> float:
+    """Stock's time over the kernel's, forward and, where a parameter learns, backward; in turns, the best of each."""
+    _, _, name, slope = ready
+    rule = linear_rule(type(linear))
+    assert rule is not None  # it was fused
+    learns = any(p.requires_grad for p in linear.parameters())
+    leaf = x.detach().requires_grad_(learns)
+
+    def step(forward: Callable[[], Tensor]) -> float:
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(learns):
+            y = forward()
+        if learns:
+            torch.autograd.grad(y, [leaf, *(p for p in linear.parameters() if p.requires_grad)], torch.ones_like(y))
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter() - begin
+
+    def fused() -> Tensor:
+        weight, bias = rule(linear) or ready[:2]
+        return functional.linear_act(leaf, weight, bias, name, negative_slope=slope)
+
+    ways = lambda: act(linear(leaf)), fused
+    best = [float("inf"), float("inf")]
+    watcher, call.watcher = call.watcher, None
+    try:
+        end = time.perf_counter() + SECONDS
+        for turn in range(1000):
+            for i, way in enumerate(ways):
+                best[i] = min(best[i], step(way))
+            if turn >= 2 and time.perf_counter() > end:
+                break
+    finally:
+        call.watcher = watcher
+    return best[0] / best[1]

@@ -1,0 +1,193 @@
+"""What counts as a linear layer and what as an activation. Everything class-specific is one entry of these tables.
+
+Classes of libraries that may not be installed are named by their dotted name, so that nothing is imported for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlkernels._ops.activations import activation_named
+
+Parameters = tuple[Tensor, Tensor | None]  # weight [out_features, in_features], bias [out_features]
+Activation = tuple[str, float]  # a name of functional.linear_act, and leaky_relu's slope
+Rule = Callable[..., Activation | None]  # None: not a form there is a kernel for
+
+# The names that methods of a tensor go by: `self.fc(x).relu()`.
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda t, *args, **kwargs: t.relu(*args, **kwargs),
+    "relu_": lambda t, *args, **kwargs: t.relu_(*args, **kwargs),
+    "tanh": lambda t, *args, **kwargs: t.tanh(*args, **kwargs),
+    "tanh_": lambda t, *args, **kwargs: t.tanh_(*args, **kwargs),
+    "sigmoid": lambda t, *args, **kwargs: t.sigmoid(*args, **kwargs),
+    "sigmoid_": lambda t, *args, **kwargs: t.sigmoid_(*args, **kwargs),
+}
+
+
+def _plain(name: str) -> Rule:
+    return lambda: (name, 0.0)
+
+
+def _may_be_inplace(name: str) -> Rule:
+    return lambda inplace=False: (name, 0.0)  # what it would overwrite is the product, which nobody else sees
+
+
+def _gelu(*, approximate: str = "none") -> Activation | None:
+    return {"none": ("gelu", 0.0), "tanh": ("gelu_tanh", 0.0)}.get(approximate)
+
+
+def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activation | None:
+    return ("leaky_relu", float(negative_slope)) if negative_slope >= 0 else None
+
+
+def identity(z: Tensor) -> Tensor:
+    return z
+
+
+# Functions: a rule takes the arguments behind the tensor.
+_functions: dict[Any, Rule] = {
+    identity: _plain("none"),
+    F.relu: _may_be_inplace("relu"),
+    F.relu_: _plain("relu"),
+    torch.relu: _plain("relu"),
+    torch.relu_: _plain("relu"),
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: _leaky_relu,
+    F.gelu: _gelu,
+    F.silu: _may_be_inplace("silu"),
+    F.tanh: _plain("tanh"),
+    torch.tanh: _plain("tanh"),
+    torch.tanh_: _plain("tanh"),
+    F.sigmoid: _plain("sigmoid"),
+    torch.sigmoid: _plain("sigmoid"),
+    torch.sigmoid_: _plain("sigmoid"),
+    **{function: _plain(name.rstrip("_")) for name, function in METHODS.items()},
+}
+
+# Modules, by exact class: a rule takes the module.
+_modules: dict[Any, Rule] = {
+    nn.ReLU: lambda m: ("relu", 0.0),
+    nn.LeakyReLU: lambda m: _leaky_relu(m.negative_slope),
+    nn.GELU: lambda m: _gelu(approximate=m.approximate),
+    nn.SiLU: lambda m: ("silu", 0.0),
+    nn.Tanh: lambda m: ("tanh", 0.0),
+    nn.Sigmoid: lambda m: ("sigmoid", 0.0),
+    "dlkernels.stock.SquaredReLU": lambda m: ("relu2", 0.0),
+    # gelu_fast is left out: its constant has ten digits, so in float64 it is another function
+    "transformers.activations.GELUActivation": lambda m: ("gelu", 0.0),
+    "transformers.activations.GELUTanh": lambda m: ("gelu_tanh", 0.0),
+    "transformers.activations.NewGELUActivation": lambda m: ("gelu_tanh", 0.0),
+    "transformers.activations.AccurateGELUActivation": lambda m: ("gelu_tanh", 0.0),
+    "transformers.activations.SiLUActivation": lambda m: ("silu", 0.0),
+    "transformers.activations.ReLUSquaredActivation": lambda m: ("relu2", 0.0),
+}
+
+# Linear layers besides nn.Linear and its subclasses that inherit its forward.
+_linears: dict[Any, Callable[[Any], Parameters]] = {
+    "transformers.pytorch_utils.Conv1D": lambda m: (m.weight.t(), m.bias),
+}
+
+
+def _found(table: dict[Any, Any], cls: type) -> Any:
+    rule = table.get(cls)
+    return table.get(f"{cls.__module__}.{cls.__qualname__}") if rule is None else rule
+
+
+def register_fusion(
+    what: Any,
+    *,
+    activation: str | Callable[..., Any] | None = None,
+    linear: Callable[[Any], Parameters] | None = None,
+) -> None:
+    """Tell :func:`dlkernels.fuse` of one more activation or linear layer. Exactly one keyword is given.
+
+    Args:
+        what: a module class, its dotted name (``"package.module.Class"``, not imported until it is met), or, for an
+            activation, a function.
+        activation: what it computes: a name of :func:`dlkernels.functional.linear_act`, or a function that returns a
+            name, a pair (``"leaky_relu"``, slope), or None where there is no kernel. It is called with the module, or
+            for a function with the arguments behind the tensor.
+        linear: a function from the module to ``(weight, bias)``, weight ``[out_features, in_features]`` of any strides,
+            bias ``[out_features]`` or None. The module's forward must be ``F.linear(x, weight, bias)``.
+
+    A rule is a statement about values: if it is wrong, so are the results of the fused model. Give ``fuse``
+    ``example_inputs`` to have them compared.
+
+    Raises:
+        TypeError: not exactly one keyword, or ``what`` is neither a class, a name nor a function.
+        ValueError: an unknown name of an activation.
+    """
+    if (activation is None) == (linear is None):
+        raise TypeError("register_fusion: give activation= or linear=, and not both")
+    is_module = isinstance(what, str) or (isinstance(what, type) and issubclass(what, nn.Module))
+    if linear is not None:
+        if not is_module:
+            raise TypeError(f"register_fusion: linear= is for module classes and their dotted names, got {what!r}")
+        _linears[what] = linear
+        return
+    if not is_module and (isinstance(what, type) or not callable(what)):
+        raise TypeError(f"register_fusion: expected a module class, its dotted name or a function, got {what!r}")
+    if isinstance(activation, str):
+        name = activation_named(activation).name
+        rule: Rule = (lambda m: name) if is_module else (lambda: name)  # type: ignore[assignment,return-value]
+    else:
+        rule = activation  # type: ignore[assignment]
+    (_modules if is_module else _functions)[what] = rule
+
+
+def activation_of(act: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Activation | None:
+    """What ``act(z, *args, **kwargs)`` computes, if there is a kernel for it."""
+    if isinstance(act, nn.Module):
+        rule = _found(_modules, type(act))
+        if rule is None or args or kwargs:
+            return None
+        known = rule(act)
+    else:
+        rule = _function_rule(act)
+        if rule is None:
+            return None
+        if args or kwargs:
+            try:
+                known = rule(*args, **(kwargs or {}))
+            except TypeError:  # arguments the rule does not know: the function itself shall judge them
+                return None
+        else:
+            known = rule()
+    return (known, 0.0) if isinstance(known, str) else known
+
+
+def _function_rule(act: Any) -> Rule | None:
+    try:
+        return _functions.get(act)
+    except TypeError:  # not hashable
+        return None
+
+
+def linear_rule(cls: type) -> Callable[[Any], Parameters | None] | None:
+    """From a module of this class to its parameters (None: they are no plain parameters), if the class is a linear map
+    and nothing else."""
+    if cls is nn.Linear:
+        return _own_parameters
+    if "_fused_from" in cls.__dict__:
+        return linear_rule(cls._fused_from)  # type: ignore[attr-defined]
+    if (rule := _found(_linears, cls)) is not None:
+        return rule
+    if issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward and cls.__call__ is nn.Module.__call__:
+        return _own_parameters
+    return None
+
+
+def _own_parameters(linear: nn.Linear) -> Parameters | None:
+    own = linear._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]  # type: ignore[return-value]
+    return None
+
+
+def is_linear(module: Any) -> bool:
+    return linear_rule(type(module)) is not None

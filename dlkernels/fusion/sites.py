@@ -1,0 +1,104 @@
+"""What a report holds: one row for every place where a linear layer's output could meet an activation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Status = Literal["fused", "left", "open"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer and what its output goes to.
+
+    Attributes:
+        path: of the layer in the model, as ``named_modules`` has it.
+        activation: the kernel's name for it, or what stands in its place; empty if nothing does.
+        where: class, method and line of the call.
+        status: "fused", "left", or "open" where only a call shows what the source's names mean.
+        why: the reason of "left" and "open"; empty for "fused".
+        reached: whether example inputs came here; None without them.
+        gain: stock's time over the fused one's, measured here with example inputs; None without them.
+    """
+
+    path: str
+    activation: str
+    where: str
+    status: Status
+    why: str = ""
+    reached: bool | None = None
+    gain: float | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a fused model's outputs are from float64's, in rounding errors, and how far they may be: for the output
+    where the two are closest. True if all are near enough."""
+
+    error: float
+    allowed: float
+
+    def __bool__(self) -> bool:
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        return (
+            f"fused and stock {'agree' if self else 'DO NOT AGREE'}: the fused outputs are {self.error:.3g} rounding "
+            f"errors from float64's, {self.allowed:.3g} are allowed (twice stock's)"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sites of a model. ``str()`` makes a table, in which rows that differ in numbers of their paths are one.
+
+    ``agreement`` is what example inputs showed; None without them.
+    """
+
+    sites: tuple[Site, ...]
+    agreement: Agreement | None = None
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def _with(self, status: Status) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.status == status)
+
+    @property
+    def fused(self) -> tuple[Site, ...]:
+        return self._with("fused")
+
+    @property
+    def left(self) -> tuple[Site, ...]:
+        return self._with("left")
+
+    @property
+    def open(self) -> tuple[Site, ...]:
+        return self._with("open")
+
+    def __str__(self) -> str:
+        groups: dict[Site, list[Site]] = {}
+        for site in self.sites:
+            key = replace(site, path=re.sub(r"(?<![^.])\d+(?=\.)", "*", site.path), gain=None)
+            groups.setdefault(key, []).append(site)
+        header = ("layer", "", "activation", "status", "gain", "why", "where")
+        rows = [header, *(_row(key, sites) for key, sites in groups.items())]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        shown = [i for i, width in enumerate(widths) if width and (i == 1 or any(row[i] for row in rows[1:]))]
+        lines = ["  ".join(row[i].ljust(widths[i]) for i in shown).rstrip() for row in rows]
+        counts = f"{len(self.fused)} fused, {len(self.left)} left" + (f", {len(self.open)} open" if self.open else "")
+        return "\n".join([counts, *(lines if self.sites else []), *([str(self.agreement)] if self.agreement else [])])
+
+
+def _row(key: Site, sites: list[Site]) -> tuple[str, ...]:
+    gains = [site.gain for site in sites if site.gain is not None]
+    path = key.path if len(sites) > 1 else sites[0].path
+    gain = f"{min(gains):.2f}-{max(gains):.2f}x" if len(gains) > 1 else f"{gains[0]:.2f}x" if gains else ""
+    why = key.why or ("not reached by the example inputs" if key.reached is False else "")
+    return path, f"×{len(sites)}" if len(sites) > 1 else "", key.activation, key.status, gain, why, key.where
