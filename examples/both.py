@@ -1,0 +1,111 @@
+"""Every example trains twice, stock and fused, from one seed; this runs the two side by side and compares them.
+
+An example is a generator function: it builds its model, hands it to ``prepare``, yields the loss of each step, and
+returns its result. ``prepare`` is :func:`dlkernels.fuse` for one of the two, and leaves the model alone for the other.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy
+import torch
+from torch import nn
+
+import dlkernels
+
+Result = TypeVar("Result")
+Prepare = Callable[[nn.Module], nn.Module]
+Training = Generator[float, None, Result]  # yields losses, returns the result
+
+BEGINNING = 20  # steps over which rounding has not yet grown
+
+
+def _random_state() -> tuple[Any, ...]:
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    numpy.random.set_state(state[2])
+
+
+@dataclass
+class Side(Generic[Result]):
+    """One of the two trainings: it keeps its own random numbers, so that taking turns changes neither."""
+
+    training: Training[Result]
+    random_state: tuple[Any, ...]
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # per step
+    result: Result | None = None
+    done: bool = False
+
+    def step(self) -> None:
+        _set_random_state(self.random_state)
+        begin = time.perf_counter()
+        try:
+            self.losses.append(next(self.training))
+            self.seconds.append(time.perf_counter() - begin)
+        except StopIteration as end:
+            self.result, self.done = end.value, True
+        self.random_state = _random_state()
+
+
+@dataclass(frozen=True)
+class Both(Generic[Result]):
+    """What the two trainings showed. ``reports`` are dlkernels.report's, one for each model that was prepared."""
+
+    stock: Side[Result]
+    fused: Side[Result]
+    reports: tuple[dlkernels.fusion.Report, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Median time of a stock step over that of a fused one; above 1 fused is faster."""
+        return statistics.median(self.stock.seconds) / statistics.median(self.fused.seconds)
+
+    @property
+    def apart(self) -> float:
+        """The largest relative distance of the two loss curves over the beginning."""
+        pairs = list(zip(self.stock.losses, self.fused.losses, strict=False))[:BEGINNING]
+        return max(abs(s - f) / max(abs(s), 1e-12) for s, f in pairs)
+
+    def __str__(self) -> str:
+        sites = sum(len(report.fused) for report in self.reports)
+        return (
+            f"{sites} fused layers; stock and fused losses at most {self.apart:.1e} apart over the first "
+            f"{min(BEGINNING, len(self.stock.losses))} steps; a step of stock takes {self.ratio:.2f} times that of fused "
+            f"({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
+        )
+
+
+def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0) -> Both[Result]:
+    """Train stock and fused from ``seed``, in turns of one step each, and print how they compare."""
+    reports: list[dlkernels.fusion.Report] = []
+
+    def fused(model: nn.Module) -> nn.Module:
+        model = dlkernels.fuse(model)
+        reports.append(dlkernels.report(model))
+        return model
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
+    start = _random_state()
+    sides = [Side(train(prepare), start) for prepare in (lambda model: model, fused)]
+    turn = 0
+    while not all(side.done for side in sides):
+        turn += 1
+        for side in sides if turn % 2 else reversed(sides):  # neither is always first
+            if not side.done:
+                side.step()
+    outcome = Both(*sides, tuple(reports))
+    print(outcome)
+    return outcome
