@@ -292,7 +292,7 @@ def test_table_and_plot(tmp_path):
 @pytest.fixture
 def small_machine(monkeypatch):
     monkeypatch.setattr(peak, "_SECONDS", 0.001)
-    monkeypatch.setattr(peak, "_SIZES", (64,))
+    monkeypatch.setattr(peak, "_SIZES", {"cpu": (64,)})
     monkeypatch.setattr(machine, "caches", lambda: {2: 1 << 16})  # so that cold takes few buffers
 
 
@@ -431,7 +431,7 @@ def test_quick_and_full_defaults():
     assert (full.dtypes, full.columns, full.modes) == (("fp32", "bf16", "fp64"), ("hot", "cold"), MODES)
     assert list(full.shapes) == list(quick.shapes) == list(SHAPES)
     assert command.settings(parse(["--quick", "--dtypes", "fp64"])).dtypes == ["fp64"]
-    assert command.settings(parse(["--contenders", "all"])).contenders == contenders.NAMES
+    assert command.settings(parse(["--contenders", "all"])).contenders == contenders.names("cpu")
     assert command.default_path(True, quick).parent.name == "local"
     assert command.default_path(False, full).parent.name == "results"
 
