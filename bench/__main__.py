@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Time dlkernels beside stock torch; print tables, write OUT (JSON) and a PNG beside it.",
         epilog="Without --quick: fp32, bf16 and fp64 in every mode and column, a quarter of an hour on two "
-        "cores. A contender whose results are wrong is not timed; the exit status is then 1.",
+        "cores. A contender whose results are wrong is not timed; the exit status is 1 where that is dlkernels.",
     )
     lists = {
         "dtypes": f"out of {' '.join(DTYPES)}; fp16 only on request: on a CPU without instructions for it a "

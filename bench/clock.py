@@ -44,11 +44,11 @@ class CudaClock:
         self,
         repeats: int = 1,
         event: Callable[[], Any] | None = None,
-        synchronize: Callable[[], None] = torch.cuda.synchronize,
+        synchronize: Callable[[], None] | None = None,
     ) -> None:
         self.repeats = repeats
         self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
-        self._synchronize = synchronize
+        self._synchronize = synchronize or torch.cuda.synchronize
 
     def sample(self, step: Step, argument: Callable[[], Any], calls: int) -> list[float]:
         pairs = [(self._event(), self._event()) for _ in range(calls)]
