@@ -5,16 +5,18 @@
 #   build     the extension for the GPU that is here, in place; one kernel is launched
 #   test      the suite on the GPU (free memory full of NaN, every test synchronised), then the rest of it
 #   sanitize  compute-sanitizer's memcheck, racecheck and synccheck on small shapes
-#   bench     layers and networks: bench/results/GPU.json, GPU-networks.json and their tables
-#   autotune  a few layers beside torch.compile's max-autotune, which tunes for minutes
+#   bench     every layer of the GPU's grid: bench/results/GPU.json and its table
+#   networks  whole networks, their graphs and the floor of chains: bench/results/GPU-networks.json
+#   autotune  a few layers beside torch.compile's max-autotune, which tunes for minutes: GPU-max-autotune.json
 #   dispatch  times every path of the CUDA dispatcher and writes csrc/cuda/dispatch_table.inc; build and bench follow
 #
-# Without a stage all of them run, in this order. Each takes less than 10 minutes on 16 cores.
+# Without a stage all of them run, in this order. Each is meant to take less than 10 minutes on 16 cores; a benchmark
+# stops after STAGE_SECONDS (590).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-build/gpu-check}
-all=(build test sanitize bench autotune dispatch)
+all=(build test sanitize bench networks autotune dispatch)
 readonly SKIPPED=77
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 note=$(mktemp)
@@ -35,7 +37,7 @@ stage_build() {
     say "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda, and nothing was built for CUDA before: install the toolkit"
     return 1
   fi
-  FORCE_CUDA=1 "$python" setup.py --quiet build_ext --inplace || { say "the compiler's message is in the log" && return 1; }
+  FORCE_CUDA=1 "$python" setup.py --quiet egg_info build_ext --inplace || { say "the compiler's message is in the log" && return 1; }
   "$python" -m dlkernels info || return 1
   "$python" - <<'EOF' || { say "it was built, and does not run: see the log" && return 1; }
 import torch
@@ -75,16 +77,19 @@ stage_sanitize() {
     say "no compute-sanitizer on PATH or in $home"
     return $SKIPPED
   fi
-  # Only our kernels are instrumented; torch asks CUDA questions whose failure it expects, so API errors are not ours.
-  local options=(--error-exitcode 9 --report-api-errors no --kernel-regex kns=dlk)
-  if ! "$tool" "${options[@]}" "$python" -c 'import torch; torch.ones(3, device="cuda").add(1).cpu()'; then
+  local options=(--error-exitcode 9 --kernel-regex kns=dlk) # only our kernels are instrumented
+  # torch asks CUDA questions whose failure it expects: API errors are not ours.
+  local -A own=([memcheck]="--report-api-errors no")
+  # shellcheck disable=SC2086  # several words
+  if ! "$tool" ${own[memcheck]} "${options[@]}" "$python" -c 'import torch; torch.ones(3, device="cuda").add(1).cpu()'; then
     say "compute-sanitizer does not work on this machine: see the log"
     return $SKIPPED
   fi
   for check in memcheck racecheck synccheck; do
     echo "== $check"
     # Without its cache torch allocates each tensor by itself, so that memcheck sees where one ends.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 170 "$tool" --tool "$check" "${options[@]}" \
+    # shellcheck disable=SC2086  # several words, or none
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 170 "$tool" --tool "$check" ${own[$check]-} "${options[@]}" \
       "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k small_shapes
     case $? in
       0) results+=("$check clean") ;;
@@ -96,24 +101,26 @@ stage_sanitize() {
   return $status
 }
 
-stage_bench() {
-  "$python" _build/gpu.py numpy rich 2>"$note" || { cat "$note" && return 1; }
-  local slug status=0
-  slug=$(gpu_slug) || return 1
-  "$python" -m bench --device cuda --out "bench/results/$slug.json" || status=1
-  "$python" -m bench.networks --device cuda --budget 0.5 --out "bench/results/$slug-networks.json" || status=1
-  cp "bench/results/$slug"{,-networks}.json "$out" || status=1
-  say "bench/results/$slug.json and $slug-networks.json; tables in the log"
+# measured SUFFIX COMMAND...: runs the command with --out, and keeps what it wrote as the result for this GPU.
+measured() {
+  "$python" _build/gpu.py numpy rich triton 2>"$note" || { cat "$note" && return 1; }
+  local name status=0
+  name=$("$python" -c 'import torch; from bench import machine; print(machine.slug(torch.cuda.get_device_name()))')$1 || return 1
+  timeout "${STAGE_SECONDS:-590}" "${@:2}" --out "$out/$name.json" || status=$?
+  [[ $status == 124 ]] && say "ran past its time; what there was by then: $out/$name.partial.json"
+  [[ -e $out/$name.json ]] || return 1
+  cp "$out/$name.json" bench/results/ || status=1
+  say "bench/results/$name.json; its table is in the log"
   return $status
 }
 
+stage_bench() { measured "" "$python" -m bench --device cuda; }
+
+stage_networks() { measured -networks "$python" -m bench.networks --device cuda --budget 0.5; }
+
 stage_autotune() {
-  "$python" _build/gpu.py numpy rich triton 2>"$note" || { cat "$note" && return 1; }
-  local slug
-  slug=$(gpu_slug) || return 1
-  timeout 570 "$python" -m bench --device cuda --contenders stock "max-autotune, no graphs" dlkernels --dtypes bf16 \
-    --shapes mnist-1 bert-ffn tall-128 llm-up llm-square --out "bench/results/$slug-max-autotune.json" || return 1
-  cp "bench/results/$slug-max-autotune.json" "$out" && say "bench/results/$slug-max-autotune.json"
+  measured -max-autotune "$python" -m bench --device cuda --contenders stock "max-autotune, no graphs" dlkernels \
+    --dtypes bf16 --shapes mnist-1 bert-ffn tall-128 llm-up llm-square
 }
 
 stage_dispatch() {
@@ -123,11 +130,9 @@ stage_dispatch() {
     0) say "csrc/cuda/dispatch_table.inc; now build and bench again" ;;
     "$SKIPPED") say "this build has one path per product: nothing to choose from" ;;
   esac
-  cp csrc/cuda/dispatch_table.inc "$out" 2>/dev/null
+  cp csrc/cuda/dispatch_table.inc "$out"
   return $status
 }
-
-gpu_slug() { "$python" -c 'import torch; from bench import machine; print(machine.slug(torch.cuda.get_device_name()))'; }
 
 ((${#@})) || set -- "${all[@]}"
 for stage in "$@"; do

@@ -12,7 +12,10 @@ HAS_GPU = torch.cuda.is_available() and _C.build_config()["cuda"] is not None
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_GPU else [])]
 
 # Machines with a GPU may have no registry to install from: what else is there is still tested.
-NEEDS = {"test_property.py": "hypothesis"}
+NEEDS = {
+    "test_property.py": "hypothesis",
+    **dict.fromkeys(("test_checkpoint.py", "test_resume.py", "test_trainer.py", "test_training.py"), "sklearn"),
+}
 LEFT_OUT = {file: package for file, package in NEEDS.items() if find_spec(package) is None}
 collect_ignore = list(LEFT_OUT)
 
