@@ -125,6 +125,8 @@ def measure_replays(
                 graphs[name] = Graph([lambda one=one, i=i: one(i) for i in sets])  # type: ignore[misc]
             except Exception as failure:  # whatever stops a contender must not stop the others
                 refused[name] = reason(failure)
+    if not graphs:
+        return {}, refused
     steps: dict[str, Step] = {name: lambda _, graph=graph: graph.replay() for name, graph in graphs.items()}  # type: ignore[misc]
     return take_turns(steps, lambda: None, budget, refill=False, clock=CudaClock(repeats=len(sets))), refused
 

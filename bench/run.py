@@ -126,6 +126,10 @@ def _save(result: record.Record, path: Path) -> None:
         "best_gemm_rate": figures.best_gemm_rates(result),
         "ratios": figures.geomeans(table),
         "slower_than_stock": figures.losses(table),
+        "slower_than_best": [
+            {"where": row.where, "best": row.best_other, "ratio": row.vs_best}
+            for row in figures.slower_than_best(table)
+        ],
     }
     result.save(path)
 

@@ -324,7 +324,7 @@ def test_the_command_line_writes_record_and_plot(tmp_path, small_machine, capsys
             assert m["times"].keys() == m["peak_bytes"].keys() == who
             for t in m["times"].values():
                 assert 0 < t["q20"] <= t["median"] <= t["q80"]
-    assert {"best_gemm_rate", "ratios", "slower_than_stock"} == values["summary"].keys()
+    assert {"best_gemm_rate", "ratios", "slower_than_stock", "slower_than_best"} == values["summary"].keys()
     assert "mnist-2 gelu" in capsys.readouterr().out
     again = records.load(out)
     assert shown(again).startswith("\n" + str(machine.facts()["cpu"]))

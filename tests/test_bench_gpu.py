@@ -311,6 +311,16 @@ def test_the_whole_run_of_a_gpu(host_as_gpu, tmp_path, capsys, monkeypatch):
     assert all(t.q20 <= t.median <= t.q80 for m in layer.measurements for t in m.times.values())
 
 
+def test_nothing_to_replay_is_no_timing(host_as_gpu, monkeypatch):
+    def no_graph(steps):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(harness, "Graph", no_graph)
+    sets = [harness.draw(Shape("s", 8, 16, 32), "fp32", 1, "cuda")]
+    times, refused = harness.measure_replays({"a": lambda x, w, b: x}, sets, "forward", 0.01)
+    assert (times, refused) == ({}, {"a": "RuntimeError: operation not permitted when stream is capturing"})
+
+
 def refuses_capture(activation):
     """Right when called one by one; as what is captured it waits for the device."""
 
