@@ -13,7 +13,7 @@
 # Without a stage all of them run, in this order. Each is meant to take less than 10 minutes on 16 cores; a benchmark
 # stops after STAGE_SECONDS (590).
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 out=${OUT:-build/gpu-check}
 all=(build test sanitize bench networks autotune dispatch)
@@ -25,12 +25,17 @@ trap 'rm -f "$note"' EXIT
 has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
 say() { echo "$*" >"$note"; } # what the summary says about the stage
 
+built() { # otherwise every test would be skipped, and pass
+  "$python" -c 'import sys; from dlkernels import _C; sys.exit(_C.build_config()["cuda"] is None)' ||
+    { say "dlkernels is not built for CUDA here: run the build stage first" && return 1; }
+}
+
 stage_build() {
   "$python" _build/gpu.py setuptools 2>"$note" || { cat "$note" && return 1; }
   local toolkit
   toolkit=$("$python" -c 'import os; from _build.plan import find_toolkit; print(find_toolkit(os.environ) or "")')
   if [[ -z $toolkit ]]; then
-    if "$python" -c 'import sys; from dlkernels import _C; sys.exit(_C.build_config()["cuda"] is None)'; then
+    if built; then
       say "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda; what was built before is used"
       return $SKIPPED
     fi
@@ -51,6 +56,7 @@ EOF
 
 stage_test() {
   "$python" _build/gpu.py pytest numpy rich 2>"$note" || { cat "$note" && return 1; }
+  built || return 1
   local options=() status=0 workers results=() part
   workers=$(($(nproc) / 2 < 8 ? $(nproc) / 2 : 8))
   has xdist && ((workers > 1)) && options+=(-n "$workers")
@@ -68,6 +74,7 @@ stage_test() {
 
 stage_sanitize() {
   "$python" _build/gpu.py pytest numpy 2>"$note" || { cat "$note" && return 1; }
+  built || return 1
   local tool status=0 home results=()
   home=$("$python" -c 'import os; from _build.plan import find_toolkit; t = find_toolkit(os.environ); print(t.home if t else "/usr/local/cuda")')
   for tool in "$(command -v compute-sanitizer)" {"$home",/usr/local/cuda}/{bin,compute-sanitizer}/compute-sanitizer; do
