@@ -52,13 +52,13 @@ Times = dict[Class, float]
 
 
 def paths() -> tuple[str, ...]:
-    """The values of DLKERNELS_CUDA_GEMM that this build and this GPU can take; () where there is no choice."""
-    return tuple(getattr(_C, "cuda_paths", tuple)())
+    """The values of DLKERNELS_CUDA_GEMM that this build knows; () in one without CUDA."""
+    return tuple(getattr(_C, "cuda_paths", ()))
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
 
-_ROW = re.compile(r"\{(\d+), DType::(\w+), (\d+), (\d+), (\d+), Product::(\w+), Path::(\w+)\},")
+_ROW = re.compile(r"\{(\d+), DType::(\w+), (\d+), (\d+), (\d+), Op::(\w+), Path::(\w+)\},")
 _NAMES = {"fp64": "f64", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # DType in csrc/params.h
 
 
@@ -81,8 +81,7 @@ def render(text: str, rows: Rows, comment: str) -> str:
     """``text`` with these rows, sorted, between its markers."""
     lines = [f"// {comment}"] if comment else []
     for c in sorted(rows):
-        product = f"Product::{c.product}, Path::{rows[c]}"
-        lines.append(f"{{{c.arch}, DType::{_NAMES[c.dtype]}, {c.m}, {c.n}, {c.k}, {product}}},")
+        lines.append(f"{{{c.arch}, DType::{_NAMES[c.dtype]}, {c.m}, {c.n}, {c.k}, Op::{c.product}, Path::{rows[c]}}},")
     return "\n".join([text.split(BEGIN)[0] + BEGIN, *lines, END + text.split(END)[1]])
 
 
@@ -120,15 +119,22 @@ def classes(arch: int, dtype: str, shape: Shape) -> list[Class]:
 def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
     """Seconds of each product on the path that the environment chose: graphs over buffers larger than the L2 cache.
 
-    dgrad and wgrad are what a step with that gradient takes beyond its forward.
+    dgrad and wgrad are what a step with that gradient takes beyond its forward. Products that the path does not take, and
+    that therefore go another way, are left out.
     """
+    path = os.environ[VARIABLE]
     major, minor = torch.cuda.get_device_capability()
     cache = machine.last_level_cache("cuda")
     for dtype, shape in itertools.product(dtypes, shapes()):
-        sets = harness.rotation(harness.draw(shape, dtype, 0, "cuda"), DTYPES[dtype], cache)[:64]
-        forward, *steps = (_median(product, sets) for product in PRODUCTS)
-        for c, seconds in zip(classes(10 * major + minor, dtype, shape), (forward, *steps), strict=True):
-            yield c, seconds if c.product == "forward" else max(seconds - forward, 1e-9)
+        inputs = harness.draw(shape, dtype, 0, "cuda")
+        taken = {row.op for row in functional.explain(inputs.x, inputs.weight) if row.path == path}
+        if not taken:
+            continue
+        sets = harness.rotation(inputs, DTYPES[dtype], cache)[:64]
+        forward = _median("forward", sets)
+        for c in classes(10 * major + minor, dtype, shape):
+            if c.product in taken:
+                yield c, forward if c.product == "forward" else max(_median(c.product, sets) - forward, 1e-9)
 
 
 def _median(product: str, sets: Sequence[harness.Inputs]) -> float:
@@ -166,8 +172,15 @@ def update(
     """Time every path ``rounds`` times, the rounds interleaved, and write the table. The rows, and how many changed."""
     times: dict[str, Times] = {name: {} for name in names}
     for _, name in itertools.product(range(rounds), names):
-        for c, seconds in measure(name).items():
-            times[name][c] = min(seconds, times[name].get(c, float("inf")))
+        if name in times:
+            try:
+                found = measure(name)
+            except RuntimeError as failure:  # one path that fails must not keep the others from being measured
+                print(f"bench.dispatch: {name} is left out: {failure}", file=sys.stderr)
+                del times[name]
+                continue
+            for c, seconds in found.items():
+                times[name][c] = min(seconds, times[name].get(c, float("inf")))
     text = table.read_text()
     old = parse(text)
     rows = choose(old, times)

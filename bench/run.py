@@ -150,7 +150,7 @@ def measure_layer(
         n=shape.n,
         dtype=dtype,
         activation=activation,
-        explain=_explain(inputs),
+        explain=[dataclasses.asdict(product) for product in functional.explain(inputs.x, inputs.weight)],
         refused={name: why for name, why in objections.items() if why is not None},
     )
     if not right:
@@ -169,10 +169,3 @@ def measure_layer(
                 times = harness.measure(able, sets, mode, settings.budget)
             layer.measurements.append(record.Measurement(mode, column, times, peaks))
     return layer
-
-
-def _explain(inputs: harness.Inputs) -> list[dict[str, Any]]:
-    try:
-        return [dataclasses.asdict(product) for product in functional.explain(inputs.x, inputs.weight)]
-    except NotImplementedError:  # of this device it knows nothing, and says so
-        return []

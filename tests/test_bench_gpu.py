@@ -346,9 +346,9 @@ def test_rows_are_sorted_and_read_back():
         "// head",
         BEGIN,
         "// a GPU",
-        "{80, DType::f32, 3, 4, 5, Product::dgrad, Path::cublas},",
-        "{90, DType::bf16, 8, 8, 9, Product::forward, Path::mma},",
-        "{90, DType::bf16, 8, 8, 9, Product::wgrad, Path::simt},",
+        "{80, DType::f32, 3, 4, 5, Op::dgrad, Path::cublas},",
+        "{90, DType::bf16, 8, 8, 9, Op::forward, Path::mma},",
+        "{90, DType::bf16, 8, 8, 9, Op::wgrad, Path::simt},",
         END,
     ]
     assert dispatch.parse(text) == rows
@@ -386,6 +386,19 @@ def test_update_takes_the_better_of_two_rounds(tmp_path):
     assert dispatch.update(table, ("simt", "mma"), measure, "here") == ({ONE: "simt"}, 1)
     assert asked == ["simt", "mma", "simt", "mma"]
     assert dispatch.parse(table.read_text()) == {ONE: "simt"}
+
+
+def test_a_path_that_fails_is_left_out(tmp_path, capsys):
+    table = tmp_path / "t.inc"
+    table.write_text(EMPTY)
+
+    def measure(path):
+        if path == "hopper":
+            raise RuntimeError("no such kernel")
+        return {ONE: 2.0}
+
+    assert dispatch.update(table, ("hopper", "mma"), measure, "") == ({ONE: "mma"}, 1)
+    assert "bench.dispatch: hopper is left out: no such kernel" in capsys.readouterr().err
 
 
 def test_every_class_is_timed_once():
