@@ -119,8 +119,8 @@ def classes(arch: int, dtype: str, shape: Shape) -> list[Class]:
 def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
     """Seconds of each product on the path that the environment chose: graphs over buffers larger than the L2 cache.
 
-    dgrad and wgrad are what a step with that gradient takes beyond its forward. Products that the path does not take, and
-    that therefore go another way, are left out.
+    dgrad and wgrad are what a step with that gradient takes beyond its forward. Products that the path does not take,
+    and that therefore go another way, are left out.
     """
     path = os.environ[VARIABLE]
     major, minor = torch.cuda.get_device_capability()
