@@ -34,7 +34,7 @@ sanitize: .venv/.dev  ## kernel tests under AddressSanitizer and UBSan
 cuda-check:  ## compile every CUDA kernel for every architecture we ship; needs nvcc, no GPU
 	_build/cuda_check.sh
 
-gpu-check: .venv/.dev  ## build for the GPU here and run the suite on it
+gpu-check:  ## on a machine with a GPU: build, tests, sanitizers, benchmark; PYTHON's torch, no network
 	_build/gpu_check.sh
 
 clean:

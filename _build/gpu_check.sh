@@ -1,15 +1,180 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: build for it and run the whole suite, its cuda tests included.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-python=.venv/bin/python
+# gpu_check.sh [STAGE...]: turn a machine with a GPU into evidence. No network, no virtual environment: PYTHON (python3)
+# is the one whose torch is a CUDA build. Logs, results and the summary go to OUT (build/gpu-check).
+#
+#   build     the extension for the GPU that is here, in place; one kernel is launched
+#   test      the suite on the GPU (free memory full of NaN, every test synchronised), then the rest of it
+#   sanitize  compute-sanitizer's memcheck, racecheck and synccheck on small shapes
+#   bench     every layer of the GPU's grid: bench/results/GPU.json and its table
+#   networks  whole networks, their graphs and the floor of chains: bench/results/GPU-networks.json
+#   autotune  a few layers beside torch.compile's max-autotune, which tunes for minutes: GPU-max-autotune.json
+#   dispatch  times every path of the CUDA dispatcher and writes csrc/cuda/dispatch_table.inc; build and bench follow
+#
+# Without a stage all of them run, in this order. Each is meant to take less than 10 minutes on 16 cores; a benchmark
+# stops after STAGE_SECONDS (590).
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+python=${PYTHON:-python3}
+out=${OUT:-build/gpu-check}
+all=(build test sanitize bench networks autotune dispatch)
+readonly SKIPPED=77
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+note=$(mktemp)
+trap 'rm -f "$note"' EXIT
 
-if ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "gpu-check: torch $($python -c 'import torch; print(torch.__version__)') sees no GPU here:" \
-    "run it on a machine with one, in an environment whose torch is a CUDA build." >&2
+has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+say() { echo "$*" >"$note"; } # what the summary says about the stage
+
+built() { # otherwise every test would be skipped, and pass
+  "$python" -c 'import sys; from dlkernels import _C; sys.exit(_C.build_config()["cuda"] is None)' ||
+    { say "dlkernels is not built for CUDA here: run the build stage first" && return 1; }
+}
+
+stage_build() {
+  "$python" _build/gpu.py setuptools 2>"$note" || { cat "$note" && return 1; }
+  local toolkit
+  toolkit=$("$python" -c 'import os; from _build.plan import find_toolkit; print(find_toolkit(os.environ) or "")')
+  if [[ -z $toolkit ]]; then
+    if built; then
+      say "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda; what was built before is used"
+      return $SKIPPED
+    fi
+    say "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda, and nothing was built for CUDA before: install the toolkit"
+    return 1
+  fi
+  FORCE_CUDA=1 "$python" setup.py --quiet egg_info build_ext --inplace || { say "the compiler's message is in the log" && return 1; }
+  "$python" -m dlkernels info || return 1
+  "$python" - <<'EOF' || { say "it was built, and does not run: see the log" && return 1; }
+import torch
+from dlkernels import functional
+
+x, w, b = (torch.randn(*s, device="cuda") for s in ((65, 33), (17, 33), (17,)))
+torch.testing.assert_close(functional.linear_relu(x, w, b).cpu(), torch.relu(x @ w.t() + b).cpu())
+print("a kernel ran")
+EOF
+}
+
+stage_test() {
+  "$python" _build/gpu.py pytest numpy rich 2>"$note" || { cat "$note" && return 1; }
+  built || return 1
+  local options=() status=0 workers results=() part
+  workers=$(($(nproc) / 2 < 8 ? $(nproc) / 2 : 8))
+  has xdist && ((workers > 1)) && options+=(-n "$workers")
+  has pytest_timeout && options+=(--timeout 300)
+  part=$(mktemp)
+  for which in "cuda and not slow" "not cuda and not slow"; do  # no test collected is a failure too (exit status 5)
+    OMP_NUM_THREADS=2 "$python" -m pytest -q -m "$which" "${options[@]}" 2>&1 | tee "$part"
+    ((PIPESTATUS[0] == 0)) || status=1
+    results+=("$which: $(tail -1 "$part" | tr -d =)")
+  done
+  rm -f "$part"
+  say "$(printf '%s; ' "${results[@]}")"
+  return $status
+}
+
+stage_sanitize() {
+  "$python" _build/gpu.py pytest numpy 2>"$note" || { cat "$note" && return 1; }
+  built || return 1
+  local tool status=0 home results=()
+  home=$("$python" -c 'import os; from _build.plan import find_toolkit; t = find_toolkit(os.environ); print(t.home if t else "/usr/local/cuda")')
+  for tool in "$(command -v compute-sanitizer)" {"$home",/usr/local/cuda}/{bin,compute-sanitizer}/compute-sanitizer; do
+    [[ -x $tool ]] && break
+  done
+  if [[ ! -x $tool ]]; then
+    say "no compute-sanitizer on PATH or in $home"
+    return $SKIPPED
+  fi
+  local options=(--error-exitcode 9 --kernel-regex kns=dlk) # only our kernels are instrumented
+  # torch asks CUDA questions whose failure it expects: API errors are not ours.
+  local -A own=([memcheck]="--report-api-errors no")
+  # shellcheck disable=SC2086  # several words
+  if ! "$tool" ${own[memcheck]} "${options[@]}" "$python" -c 'import torch; torch.ones(3, device="cuda").add(1).cpu()'; then
+    say "compute-sanitizer does not work on this machine: see the log"
+    return $SKIPPED
+  fi
+  for check in memcheck racecheck synccheck; do
+    echo "== $check"
+    # Without its cache torch allocates each tensor by itself, so that memcheck sees where one ends.
+    # shellcheck disable=SC2086  # several words, or none
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 170 "$tool" --tool "$check" ${own[$check]-} "${options[@]}" \
+      "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k small_shapes
+    case $? in
+      0) results+=("$check clean") ;;
+      124) results+=("$check ran past 170 s") && status=1 ;;
+      *) results+=("$check FAILED") && status=1 ;;
+    esac
+  done
+  say "$(printf '%s; ' "${results[@]}")"
+  return $status
+}
+
+# measured SUFFIX COMMAND...: runs the command with --out, and keeps what it wrote as the result for this GPU.
+measured() {
+  "$python" _build/gpu.py numpy rich triton 2>"$note" || { cat "$note" && return 1; }
+  local name status=0
+  name=$("$python" -c 'import torch; from bench import machine; print(machine.slug(torch.cuda.get_device_name()))')$1 || return 1
+  timeout "${STAGE_SECONDS:-590}" "${@:2}" --out "$out/$name.json" || status=$?
+  [[ $status == 124 ]] && say "ran past its time; what there was by then: $out/$name.partial.json"
+  [[ -e $out/$name.json ]] || return 1
+  cp "$out/$name.json" bench/results/ || status=1
+  say "bench/results/$name.json; its table is in the log"
+  return $status
+}
+
+stage_bench() { measured "" "$python" -m bench --device cuda; }
+
+stage_networks() { measured -networks "$python" -m bench.networks --device cuda --budget 0.5; }
+
+stage_autotune() {
+  measured -max-autotune "$python" -m bench --device cuda --contenders stock "max-autotune, no graphs" dlkernels \
+    --dtypes bf16 --shapes mnist-1 bert-ffn tall-128 llm-up llm-square
+}
+
+stage_dispatch() {
+  "$python" -m bench.dispatch
+  local status=$?
+  case $status in
+    0) say "csrc/cuda/dispatch_table.inc; now build and bench again" ;;
+    "$SKIPPED") say "this build has one path per product: nothing to choose from" ;;
+  esac
+  cp csrc/cuda/dispatch_table.inc "$out"
+  return $status
+}
+
+((${#@})) || set -- "${all[@]}"
+for stage in "$@"; do
+  if [[ " ${all[*]} " != *" $stage "* ]]; then
+    echo "gpu-check: expected stages out of ${all[*]}; got $stage" >&2
+    exit 2
+  fi
+done
+if ! here=$("$python" _build/gpu.py 2>&1); then
+  echo "gpu-check: $here" >&2
   exit 1
 fi
-FORCE_CUDA=1 $python -m pip install --quiet --no-build-isolation --no-deps --editable .
-$python -m dlkernels info
-.venv/bin/python -m pytest
-.venv/bin/python -m pytest -m cuda  # by themselves too: no test collected is a failure here (exit status 5)
+mkdir -p "$out"
+summary=()
+failed=0 skipped=0
+for stage in "$@"; do
+  echo "==== $stage"
+  : >"$note"
+  start=$SECONDS
+  "stage_$stage" 2>&1 | tee "$out/$stage.log"
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) word=passed ;;
+    "$SKIPPED") word=SKIPPED && ((++skipped)) ;;
+    *) word=FAILED && ((++failed)) ;;
+  esac
+  summary+=("$(printf '  %-9s %-8s %4ds  %s' "$stage" "$word" $((SECONDS - start)) "$(head -1 "$note")")")
+  if [[ $stage == build && $word == FAILED && $# -gt 1 ]]; then
+    summary+=("  nothing else was run: there is nothing to run")
+    break
+  fi
+done
+{
+  echo "gpu-check on $here; commit $(git rev-parse --short HEAD 2>/dev/null || echo "${DLKERNELS_COMMIT:-unknown}")"
+  printf '%s\n' "${summary[@]}"
+  echo "  $failed of ${#} stages failed, $skipped skipped; logs in $out"
+} | tee "$out/summary.txt"
+((failed == 0))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import isa
-from bench.grid import COLUMNS, DTYPES, MODES, SHAPES
+from bench.grid import COLUMNS, DTYPES, GPU_SHAPES, MODES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,18 +17,20 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Time dlkernels beside stock torch; print tables, write OUT (JSON) and a PNG beside it.",
         epilog="Without --quick: fp32, bf16 and fp64 in every mode and column, a quarter of an hour on two "
-        "cores. A contender whose results are wrong is not timed; the exit status is then 1.",
+        "cores. A contender whose results are wrong is not timed; the exit status is 1 where that is dlkernels.",
     )
     lists = {
         "dtypes": f"out of {' '.join(DTYPES)}; fp16 only on request: on a CPU without instructions for it a "
         "single step of stock torch can take half a minute",
-        "shapes": f"MxKxN, or out of {' '.join(SHAPES)}",
+        "shapes": f"MxKxN, or out of {' '.join(GPU_SHAPES)}",
         "activations": "of dlkernels.functional.linear_act (default: relu)",
         "modes": "out of " + ", ".join(map(repr, MODES)),
-        "columns": f"out of {' '.join(COLUMNS)}",
-        "contenders": "out of stock in-place compile max-autotune dlkernels, or 'all' (default: all but "
-        "torch.compile's two, which take minutes to compile for each dtype)",
+        "columns": "; ".join(f"on {device} out of {' '.join(columns)}" for device, columns in COLUMNS.items()),
+        "contenders": "out of stock in-place compile max-autotune dlkernels, on a GPU 'max-autotune, no graphs' "
+        "addmm_activation and the fused peers that are installed, or 'all' (default: all but those that compile for "
+        "minutes: torch.compile on a CPU, max-autotune on a GPU)",
     }
+    parser.add_argument("--device", choices=tuple(COLUMNS), default="cpu", help="what is timed (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="fp32 and bf16, hot: two minutes on two cores")
     for name, meaning in lists.items():
         parser.add_argument(f"--{name}", nargs="+", metavar=name[:-1].upper(), help=meaning)
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="default: bench/results/CPU-THREADS.json; with --quick in results/local, which git ignores",
+        help="default: bench/results/CPU-THREADS.json or GPU.json; with --quick in results/local, which git ignores",
     )
     return parser
 
@@ -52,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Otherwise torch's profiler writes two lines for each step that it weighs.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-    from bench import command
+    from bench import command, machine
 
+    if args.device == "cuda" and (why := machine.no_gpu()):
+        print(f"bench: {why}", file=sys.stderr)
+        return 1
     try:
         settings = command.settings(args)
     except ValueError as wrong:

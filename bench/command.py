@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import contenders, figures, machine, plot, table
-from bench.run import QUICK, Settings, run
+from bench.run import GPU, QUICK, Settings, run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -19,29 +18,40 @@ def settings(args: argparse.Namespace) -> Settings:
     """What the command line names, the rest from QUICK or the defaults; ValueError as Settings raises it."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     if args.contenders == ["all"]:
-        given["contenders"] = contenders.NAMES
-    chosen = QUICK | given if args.quick else given
+        given["contenders"] = contenders.names(args.device)
+    defaults = QUICK if args.quick else {}
+    if args.device == "cuda":
+        tuned = [name for name in contenders.names("cuda") if "max-autotune" not in name]
+        defaults = GPU | {"contenders": tuned} | ({"columns": ("graph",), "budget": 0.1} if args.quick else {})
+    chosen = defaults | given
     return Settings(**{name: value for name, value in chosen.items() if name in Settings.__dataclass_fields__})
 
 
 def default_path(quick: bool, settings: Settings) -> Path:
-    """Named after processor, threads and cap: what makes two results incomparable."""
-    where = machine.facts()
-    cpu = re.sub(r"[^a-z0-9]+", "-", str(where["cpu"]).lower()).strip("-")
-    name = "-".join(filter(None, (cpu, f"{settings.threads or where['threads']}t", settings.isa)))
+    """Named after the GPU, or after processor, threads and cap: what makes two results incomparable."""
+    where = machine.facts(settings.device)
+    if settings.device == "cuda":
+        name = machine.slug(str(where["gpu"]))
+    else:
+        cpu, threads = machine.slug(str(where["cpu"])), settings.threads or where["threads"]
+        name = "-".join(filter(None, (cpu, f"{threads}t", settings.isa)))
     return (RESULTS / "local" if quick else RESULTS) / f"{name}.json"
 
 
 def execute(settings: Settings, out: Path) -> int:
-    """Exit status: 0, 1 where a contender was refused, 130 where the run was broken off."""
+    """Exit status: 0, 1 where dlkernels was refused, 130 where the run was broken off."""
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
         task = progress.add_task("", total=1.0)
         result, saved = run(settings, out, lambda what, done: progress.update(task, description=what, completed=done))
     table.show(result)
     if figures.rows(result):
-        plot.plot(result, saved.with_suffix(".png"))
-        print(f"\nwrote {saved} and {saved.with_suffix('.png').name}")
+        picture = f"and {saved.with_suffix('.png').name}"
+        try:
+            plot.plot(result, saved.with_suffix(".png"))
+        except ImportError as missing:
+            picture = f"and no picture: {missing}"
+        print(f"\nwrote {saved} {picture}")
     if not result.complete:
         return 130
-    return 1 if figures.refused(result) else 0
+    return 1 if any(name.startswith(contenders.OURS) for _, name, _ in figures.refused(result)) else 0

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench import peers
+from bench.peers import Op
 from dlkernels import functional
 from tests.oracle import STOCK
-
-Op = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -37,24 +37,44 @@ def _compiled(mode: str) -> Callable[[str], Op]:
     return lambda activation: torch.compile(_stock(activation), mode=mode, fullgraph=True, dynamic=False)
 
 
+def _addmm_activation(activation: str) -> Op | None:
+    """torch's private GEMM with an epilogue (cuBLASLt's). It has no backward."""
+    if activation != "relu":
+        return None
+    return lambda x, weight, bias: torch._addmm_activation(bias, x, weight.t())  # type: ignore[arg-type]
+
+
 def _dlkernels(activation: str) -> Op:
     return lambda x, weight, bias: functional.linear_act(x, weight, bias, activation)
 
 
 OURS = "dlkernels"
 REFERENCE = "stock"
-COMPILED = ("compile", "max-autotune")
+COMPILED = ("compile", "max-autotune", "max-autotune, no graphs")
+FORWARD_ONLY = ("addmm_activation", *peers.FORWARD_ONLY)
 
 _MAKERS: dict[str, Callable[[str], Op | None]] = {
     REFERENCE: _stock,
     "in-place": _in_place,
     "compile": _compiled("default"),
     "max-autotune": _compiled("max-autotune"),
+    # On a GPU the other one replays graphs of its own, into which every new buffer is first copied: going round
+    # buffers would time those copies. Graphs are our column "graph".
+    "max-autotune, no graphs": _compiled("max-autotune-no-cudagraphs"),
+    "addmm_activation": _addmm_activation,
+    **peers.MAKERS,
     OURS: _dlkernels,
 }
 
-NAMES = tuple(_MAKERS)
-DEFAULT = tuple(name for name in NAMES if name not in COMPILED)
+DEFAULT = (REFERENCE, "in-place", OURS)
+
+
+def names(device: str) -> tuple[str, ...]:
+    """Who can run here, in the order of the table above."""
+    if device == "cpu":
+        return (REFERENCE, "in-place", "compile", "max-autotune", OURS)
+    fused = ("addmm_activation", *peers.installed())
+    return (REFERENCE, "in-place", "compile", "max-autotune, no graphs", *fused, OURS)
 
 
 def make(names: Iterable[str], activation: str) -> dict[str, Op]:

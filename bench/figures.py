@@ -1,4 +1,5 @@
-"""What the times say: ratio to stock, ratio to the best of the others, share of the roofline."""
+"""What the times say: ratio to stock, ratio to the best of the others, share of the roofline or, on a GPU, of the
+floors (a) and (b) of ``bench/floors.py``."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bench import floors
 from bench.contenders import OURS, REFERENCE
 from bench.grid import DTYPES, Shape
 from bench.harness import Timing
@@ -30,7 +32,8 @@ class Row:
     best_other: str
     vs_best: float
     rate: float  # operations per second
-    share: float  # of the roofline: its floor over our median; see `roofline`
+    share: float  # of the roofline, on a GPU of floor (a): that floor over our median
+    share_b: float | None  # on a GPU, of floor (b)
     our_bytes: int | None  # peak of a step
     stock_bytes: int | None
 
@@ -45,6 +48,10 @@ class Row:
     @property
     def loses(self) -> bool:
         return self.ratio < 1
+
+    @property
+    def where(self) -> str:
+        return ", ".join((self.label, self.dtype, self.mode, self.column))
 
 
 def rows(record: Record) -> list[Row]:
@@ -114,6 +121,15 @@ def losses(table: Iterable[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def slower_than_best(table: Iterable[Row]) -> list[Row]:
+    """Where some other contender is faster than ours, worst first."""
+    return sorted((row for row in table if row.vs_best < 1), key=lambda row: row.vs_best)
+
+
+def on_gpu(record: Record) -> bool:
+    return "gpu" in record.machine
+
+
 def refused(record: Record) -> list[tuple[Layer, str, str]]:
     """(layer, contender, why) for everyone who was not timed."""
     return [(layer, name, why) for layer in record.layers for name, why in layer.refused.items()]
@@ -124,7 +140,14 @@ def _row(record: Record, layer: Layer, measurement: Measurement, rate: float) ->
     others = {name: timing.median for name, timing in times.items() if name != OURS}
     best_other = min(others, key=others.__getitem__)
     ours = times[OURS]
-    floor = roofline(record, shape, layer.dtype, measurement.mode, measurement.column, rate)
+    floor_b = None
+    if on_gpu(record):
+        rates = floors.Rates(rate, record.peak.bandwidth(0, cold=True))
+        floor, floor_b = (
+            floors.step(shape, measurement.mode, DTYPES[layer.dtype], rates, chained) for chained in (False, True)
+        )
+    else:
+        floor = roofline(record, shape, layer.dtype, measurement.mode, measurement.column, rate)
     return Row(
         shape=shape,
         dtype=layer.dtype,
@@ -138,6 +161,7 @@ def _row(record: Record, layer: Layer, measurement: Measurement, rate: float) ->
         vs_best=others[best_other] / ours.median,
         rate=shape.flops(measurement.mode) / ours.median,
         share=floor / ours.median,
+        share_b=None if floor_b is None else floor_b / ours.median,
         our_bytes=measurement.peak_bytes.get(OURS),
         stock_bytes=measurement.peak_bytes.get(REFERENCE),
     )

@@ -15,8 +15,9 @@ MODES = ("forward", "forward+backward", "first layer")
 """forward: without autograd. forward+backward: gradients of x, weight and bias. first layer: of weight and
 bias only, as in the first layer of a network, whose input needs none."""
 
-COLUMNS = ("hot", "cold")
-"""hot: the same buffers in every call. cold: a round of buffers larger than the last-level cache."""
+COLUMNS = {"cpu": ("hot", "cold"), "cuda": ("plain", "graph")}
+"""By device. hot: the same buffers in every call. cold: a round of buffers larger than the last-level cache.
+plain and graph: such a round too, launched call by call or replayed as a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,16 @@ SHAPES = {
 }
 """The standard grid, from well-known models."""
 
+GPU_SHAPES = SHAPES | {
+    shape.name: shape for shape in (Shape("llm-square", 8192, 4096, 4096), Shape("llm-up", 16384, 1024, 4096))
+}
+"""The grid of a GPU: two layers more, on either side of where its products stop hiding the memory traffic."""
+
 
 def shape_named(text: str) -> Shape:
     """One of the grid, or "MxKxN" for any other; ValueError for the rest."""
-    if text in SHAPES:
-        return SHAPES[text]
+    if text in GPU_SHAPES:
+        return GPU_SHAPES[text]
     if sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text):
         return Shape(text, *map(int, sizes.groups()))
-    raise ValueError(f"expected a shape MxKxN, such as 256x784x256, or one of {', '.join(SHAPES)}; got {text!r}")
+    raise ValueError(f"expected a shape MxKxN, such as 256x784x256, or one of {', '.join(GPU_SHAPES)}; got {text!r}")

@@ -6,6 +6,8 @@
   buffers back into the cache that the others have used meanwhile.
 * Before every call that computes gradients the weight's version counter is raised, outside the timed part: in
   training each step changes the weights, so nobody may profit from work kept from an earlier step.
+* On a GPU every column goes round buffers twice as large as its L2 cache. "plain" calls are launched one by one;
+  "graph" replays a CUDA graph of one step per set of buffers, which takes the host out of the time.
 * Reported are the median and the 20 % and 80 % quantiles over all calls.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.clock import Clock, CudaClock, Graph, HostClock, Step, clock_of
 from bench.contenders import Op
 from bench.grid import Shape
 
@@ -30,6 +34,7 @@ TURN_CALLS = 50  # ... and at most so many
 LEAST_TURNS = 3
 REFILL = 20e-3  # calls longer than this do not notice what refilling the caches costs
 SLOW = 1.0  # calls longer than this are warmed up once
+MOST_COPIES = 2000  # of inputs: enough for every shape of the grid and 128 MB of cache
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -67,18 +72,23 @@ class Timing:
     calls: int
 
 
-Step = Callable[[Any], Any]
-
-
-def draw(shape: Shape, dtype: str, seed: int) -> Inputs:
+def draw(shape: Shape, dtype: str, seed: int, device: str = "cpu") -> Inputs:
     """Fresh random data: x and g normal, weight and bias uniform in ±1/sqrt(k) as in ``nn.Linear``."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     to, bound = DTYPES[dtype], shape.k**-0.5
-    weight = torch.empty(shape.n, shape.k).uniform_(-bound, bound, generator=generator)
-    bias = torch.empty(shape.n).uniform_(-bound, bound, generator=generator)
-    x = torch.randn(shape.m, shape.k, generator=generator)
-    g = torch.randn(shape.m, shape.n, generator=generator)
+    weight = torch.empty(shape.n, shape.k, device=device).uniform_(-bound, bound, generator=generator)
+    bias = torch.empty(shape.n, device=device).uniform_(-bound, bound, generator=generator)
+    x = torch.randn(shape.m, shape.k, generator=generator, device=device)
+    g = torch.randn(shape.m, shape.n, generator=generator, device=device)
     return Inputs(x.to(to), weight.to(to), bias.to(to), g.to(to))
+
+
+def rotation(inputs: Inputs, itemsize: int, cache: int) -> list[Inputs]:
+    """These inputs and as many copies as make a round through them larger than twice ``cache`` bytes."""
+    tensors = (inputs.x, inputs.weight, inputs.bias, inputs.g)
+    size = itemsize * sum(t.numel() for t in tensors)
+    copies = min(MOST_COPIES, max(1, math.ceil(2 * cache / size)))
+    return [inputs, *(inputs.clone() for _ in range(copies))]
 
 
 def step(op: Op, mode: str) -> Step:
@@ -99,21 +109,49 @@ def measure(ops: Mapping[str, Op], inputs: Sequence[Inputs], mode: str, budget: 
     steps = {name: step(op, mode) for name, op in ops.items()}
     ring = _Ring([i.leaves(mode) for i in inputs], raise_version=mode != "forward")
     with torch.set_grad_enabled(mode != "forward"):
-        return take_turns(steps, ring.next, budget, refill=ring.hot)
+        return take_turns(steps, ring.next, budget, refill=ring.hot, clock=clock_of(inputs[0].x.device.type))
+
+
+def measure_replays(
+    ops: Mapping[str, Op], inputs: Sequence[Inputs], mode: str, budget: float
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """The same as CUDA graphs of one step per set of inputs; and by name why others could not be captured."""
+    sets = [i.leaves(mode) for i in inputs]
+    graphs, refused = {}, {}
+    with torch.set_grad_enabled(mode != "forward"):
+        for name, op in ops.items():
+            one = step(op, mode)
+            try:
+                graphs[name] = Graph([lambda one=one, i=i: one(i) for i in sets])  # type: ignore[misc]
+            except Exception as failure:  # whatever stops a contender must not stop the others
+                refused[name] = reason(failure)
+    if not graphs:
+        return {}, refused
+    steps: dict[str, Step] = {name: lambda _, graph=graph: graph.replay() for name, graph in graphs.items()}  # type: ignore[misc]
+    return take_turns(steps, lambda: None, budget, refill=False, clock=CudaClock(repeats=len(sets))), refused
+
+
+def reason(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {(str(failure).strip() or '(no message)').splitlines()[0]}"
 
 
 def take_turns(
-    steps: Mapping[str, Step], argument: Callable[[], Any], budget: float, refill: bool
+    steps: Mapping[str, Step],
+    argument: Callable[[], Any],
+    budget: float,
+    refill: bool,
+    clock: Clock | None = None,
 ) -> dict[str, Timing]:
     """Time ``step(argument())`` of every contender in turns; what ``argument`` does is not timed.
 
     ``refill``: an untimed call before each turn brings back into the cache what the others have displaced.
     """
+    clock = clock or HostClock()
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     with _no_garbage_collection():
-        rough = {name: _warm_up(s, argument) for name, s in steps.items()}
-        calls = {name: max(1, min(TURN_CALLS, int(TURN / t))) for name, t in rough.items()}
+        rough = {name: _warm_up(s, argument, clock) for name, s in steps.items()}
+        calls = {name: max(1, min(TURN_CALLS, int(TURN / (t * clock.repeats)))) for name, t in rough.items()}
         start, turns = time.perf_counter(), 0
         while (spent := time.perf_counter() - start) < budget or turns < LEAST_TURNS:
             if turns and spent > 10 * budget:
@@ -122,7 +160,7 @@ def take_turns(
             for name in names[first:] + names[:first]:
                 if refill and rough[name] < REFILL:
                     steps[name](argument())
-                samples[name] += [_timed(steps[name], argument) for _ in range(calls[name])]
+                samples[name] += clock.sample(steps[name], argument, calls[name])
             turns += 1
     return {name: _summary(seconds) for name, seconds in samples.items()}
 
@@ -142,26 +180,10 @@ class _Ring:
         return chosen
 
 
-def _timed(step: Step, argument: Callable[[], Any]) -> float:
-    value = argument()
-    start = time.perf_counter_ns()
-    step(value)
-    return max(1, time.perf_counter_ns() - start - CLOCK_COST) * 1e-9
-
-
-def _warm_up(step: Step, argument: Callable[[], Any]) -> float:
+def _warm_up(step: Step, argument: Callable[[], Any], clock: Clock) -> float:
     """Seconds that a call takes, roughly."""
-    first = _timed(step, argument)
-    return first if first > SLOW else min(first, _timed(step, argument))
-
-
-def _clock_cost() -> int:
-    """Nanoseconds that reading the clock adds to a timed call."""
-    readings = [-(time.perf_counter_ns() - time.perf_counter_ns()) for _ in range(1001)]
-    return int(statistics.median(readings))
-
-
-CLOCK_COST = _clock_cost()
+    (first,) = clock.sample(step, argument, 1)
+    return first if first > SLOW else min(first, *clock.sample(step, argument, 1))
 
 
 def _summary(seconds: list[float]) -> Timing:

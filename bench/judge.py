@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from bench.contenders import Op
+from bench.harness import reason
 from tests.oracle import Layer, assert_no_worse, error, oracle, reordered_stock
 
 
@@ -24,21 +26,26 @@ class Judge:
         # Against an oracle of its own precision stock shows no error; in another order of summation it does.
         stock = reordered_stock(layer) if layer.x.dtype == torch.float64 else layer.stock()
         self._gates = stock["y"] > 0
-        self._exact = oracle(layer, stock["y"])
+        self._exact = self._oracle(stock["y"])
         self._stock_error = {name: error(t, *self._exact[name]) for name, t in stock.items()}
 
-    def objection(self, op: Op) -> str | None:
-        """Why ``op`` must not be timed, or None. It is run once, forward and backward."""
+    def _oracle(self, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        # Where the layer is: on a GPU's grid a CPU would take minutes for it.
+        return oracle(self.layer, y, self.layer.x.device)
+
+    def objection(self, op: Op, backward: bool = True) -> str | None:
+        """Why ``op`` must not be timed, or None. It is run once, forward and (but for ``backward``) backward."""
+        one = self.layer
         try:
-            results = self.layer.run(op)
+            results = one.run(op) if backward else {"y": op(one.x, one.weight, one.bias)}
         except Exception as failure:  # whatever stops a contender must not stop the others
-            return f"{type(failure).__name__}: {(str(failure).strip() or '(no message)').splitlines()[0]}"
+            return reason(failure)
         for name, t in results.items():
             expected = self._exact[name][0].shape
             if t.shape != expected or t.dtype != self.layer.x.dtype:
                 return f"{name}: expected {self.layer.x.dtype} {tuple(expected)}, got {t.dtype} {tuple(t.shape)}"
         same = torch.equal(results["y"] > 0, self._gates)
-        exact = self._exact if same else oracle(self.layer, results["y"])
+        exact = self._exact if same else self._oracle(results["y"])
         try:
             for name, t in results.items():
                 assert_no_worse(t, *exact[name], self._stock_error[name], name)

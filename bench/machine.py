@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from _build import gpu
 from bench import isa
 from dlkernels import _C
 from dlkernels._version import __version__
@@ -21,18 +23,22 @@ _CACHE = ("level", "type", "shared_cpu_list", "size")
 
 
 def versions() -> dict[str, str]:
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     return {
         "dlkernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiler": str(_C.build_config()["compiler"]),
+        **cuda,
     }
 
 
 def commit() -> dict[str, Any]:
-    """``hash`` and ``dirty``: whether the sources differ from it. Both None outside a git checkout."""
+    """``hash`` and ``dirty``: whether the sources differ from it, None outside a git checkout. There DLKERNELS_COMMIT
+    may name the commit that the sources were copied from."""
     head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", ":!bench/results")
-    return {"hash": head, "dirty": None if changes is None else bool(changes)}
+    named = head or os.environ.get("DLKERNELS_COMMIT") or None
+    return {"hash": named, "dirty": None if changes is None else bool(changes)}
 
 
 def _git(*arguments: str) -> str | None:
@@ -43,9 +49,10 @@ def _git(*arguments: str) -> str | None:
     return run.stdout.strip()
 
 
-def facts() -> dict[str, Any]:
-    """The processor and what of it is in use."""
+def facts(device: str = "cpu") -> dict[str, Any]:
+    """The processor and what of it is in use, and the GPU where that is what is measured."""
     return {
+        **(_gpu() if device == "cuda" else {}),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -56,6 +63,41 @@ def facts() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "environment": isa.in_force(),
     }
+
+
+def no_gpu() -> str | None:
+    """Why no GPU can be measured here, in one sentence; None where one can."""
+    if why := gpu.absence():
+        return why
+    if _C.build_config()["cuda"] is None:
+        return "dlkernels was built here without CUDA kernels: `_build/gpu_check.sh build` builds them."
+    return None
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "architecture": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory": properties.total_memory,
+        "gpu_l2": properties.L2_cache_size,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def slug(name: str) -> str:
+    """As a file is named: "NVIDIA H200" becomes nvidia-h200."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def caches() -> dict[int, int]:
@@ -73,8 +115,10 @@ def caches() -> dict[int, int]:
     return levels
 
 
-def last_level_cache() -> int:
+def last_level_cache(device: str = "cpu") -> int:
     """Bytes; 32 MiB where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     levels = caches()
     return levels[max(levels)] if levels else 32 << 20
 

@@ -4,6 +4,7 @@
   ``nn.Sequential`` of our layers, and the time of the products alone, into buffers that are there already.
 * training: whole steps (zero_grad, forward, cross entropy, backward, fused Adam) over tensors in memory.
 * heads: ``cross_entropy(linear(x, weight), target)`` and its gradients for many classes.
+* with ``--device cuda`` each once more as a CUDA graph, and the share of a chain's floor (``bench/floors.py``).
 
 Every contender is compared with float64 before it is timed, and refused if it is further off than twice stock.
 """
@@ -24,7 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import harness, machine
+from bench import floors, grid, harness, machine, peak
+from bench.clock import Graph, clock_of
 from bench.harness import DTYPES
 from dlkernels import functional, losses
 from dlkernels.atomic import write_json
@@ -37,8 +39,10 @@ CHAINS = {
     "mnist-deep, batch 64": (64, [784, 512, 512, 10]),
     "mnist-deep, batch 256": (256, [784, 512, 512, 10]),
 }
+GPU_CHAINS = {"16384 x 1024-4096": (16384, [1024, 4096, 1024, 4096])}
 HEADS = {"32k classes": (1024, 256, 32768), "128k classes": (256, 256, 131072)}
 OURS, STOCK, FLOOR = "dlkernels", "stock", "products alone"
+GRAPH = ", graph"
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -46,12 +50,12 @@ Calls = dict[str, Callable[[], Any]]
 class Network:
     """One multi-layer perceptron with the same parameters in every contender, and its data."""
 
-    def __init__(self, rows: int, sizes: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
         torch.manual_seed(0)
         self.sizes = sizes
-        self.x = torch.randn(rows, sizes[0], dtype=dtype)
-        self.g = torch.randn(rows, sizes[-1], dtype=dtype)
-        self.labels = torch.randint(sizes[-1], (rows,))
+        self.x = torch.randn(rows, sizes[0]).to(device, dtype)
+        self.g = torch.randn(rows, sizes[-1]).to(device, dtype)
+        self.labels = torch.randint(sizes[-1], (rows,)).to(device)
         ours = MLP(sizes, dtype=dtype)
         self.models: dict[str, nn.Module] = {
             STOCK: stock(sizes, dtype, inplace=False),
@@ -61,13 +65,14 @@ class Network:
         }
         for model in self.models.values():
             model.load_state_dict(ours.state_dict())
+            model.to(device)
 
     def gradients(self, model: nn.Module) -> tuple[Tensor, ...]:
         return torch.autograd.grad(model(self.x), list(model.parameters()), self.g)
 
     def refuse_wrong(self) -> None:
         """AssertionError naming a contender whose results are further from float64 than twice stock's."""
-        exact = stock(self.sizes, torch.float64, inplace=False)
+        exact = stock(self.sizes, torch.float64, inplace=False).to(self.x.device)
         exact.load_state_dict(self.models[STOCK].state_dict())
         want = (
             exact(self.x.double()),
@@ -94,7 +99,8 @@ class Network:
         """Every matrix product of a step by torch, and nothing else: no bias, no activation, no allocation."""
         operands = []
         for layer, (k, n) in enumerate(pairwise(self.sizes)):
-            h, w, g = (torch.randn(s, dtype=self.x.dtype) for s in ((len(self.x), k), (n, k), (len(self.x), n)))
+            shapes = ((len(self.x), k), (n, k), (len(self.x), n))
+            h, w, g = (torch.randn(s, dtype=self.x.dtype, device=self.x.device) for s in shapes)
             operands += [(h, w.t(), torch.empty_like(g))]
             if backward:
                 operands += [(g.t(), h, torch.empty_like(w))] + [(g, w, torch.empty_like(h))] * (layer > 0)
@@ -108,7 +114,7 @@ class Network:
     def training(self) -> Calls:
         def steps(name: str, model: nn.Module) -> Callable[[], Any]:
             loss = losses.cross_entropy if name in (OURS, "our layers") else F.cross_entropy
-            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=self.x.is_cuda)
 
             def run() -> None:
                 optimizer.zero_grad()
@@ -132,10 +138,22 @@ def stock(sizes: Sequence[int], dtype: torch.dtype, inplace: bool) -> nn.Sequent
     return nn.Sequential(*modules[:-1])
 
 
-def head(rows: int, features: int, classes: int, dtype: torch.dtype) -> Calls:
+def floor_b(rows: int, sizes: Sequence[int], itemsize: int, backward: bool, rates: floors.Rates) -> float:
+    """Seconds that the chain's products, with masks and dbias in their epilogues, take at best."""
+    total = 0.0
+    for i, (k, n) in enumerate(pairwise(sizes)):
+        shape, last = grid.Shape("", rows, k, n), i == len(sizes) - 2
+        total += floors.forward(shape, itemsize, rates, keeps_mask=backward and not last)
+        if backward:
+            total += floors.backward_b(shape, itemsize, rates, need_dx=i > 0)
+    return total
+
+
+def head(rows: int, features: int, classes: int, dtype: torch.dtype, device: str) -> Calls:
     torch.manual_seed(0)
-    x, target = torch.randn(rows, features, dtype=dtype, requires_grad=True), torch.randint(classes, (rows,))
-    weight = (torch.randn(classes, features) / features**0.5).to(dtype).requires_grad_()
+    x = torch.randn(rows, features).to(device, dtype).requires_grad_()
+    target = torch.randint(classes, (rows,)).to(device)
+    weight = (torch.randn(classes, features) / features**0.5).to(device, dtype).requires_grad_()
     ops: dict[str, Callable[[], Tensor]] = {
         STOCK: lambda: F.cross_entropy(F.linear(x, weight), target),
         OURS: lambda: functional.linear_cross_entropy(x, weight, None, target),
@@ -153,24 +171,48 @@ def head(rows: int, features: int, classes: int, dtype: torch.dtype) -> Calls:
     return {name: lambda op=op: gradients(op) for name, op in ops.items()}  # type: ignore[misc]
 
 
-def cases(dtypes: Sequence[str]) -> Iterator[tuple[str, str, str, Calls]]:
+def cases(dtypes: Sequence[str], device: str) -> Iterator[tuple[str, str, str, Calls]]:
     """Network, dtype, what is timed, and the contenders."""
     for dtype in dtypes:
-        for name, (rows, sizes) in CHAINS.items():
-            network = Network(rows, sizes, DTYPES[dtype])
+        for name, (rows, sizes) in chains(device).items():
+            network = Network(rows, sizes, DTYPES[dtype], device)
             network.refuse_wrong()
             yield name, dtype, "forward", network.forward()
             yield name, dtype, "forward+backward", network.forward_backward()
             if sizes[-1] == 10:
                 yield name, dtype, "training step", network.training()
         for name, (rows, features, classes) in HEADS.items():
-            yield name, dtype, "loss head", head(rows, features, classes, DTYPES[dtype])
+            yield name, dtype, "loss head", head(rows, features, classes, DTYPES[dtype], device)
 
 
-def measure(dtypes: Sequence[str], budget: float) -> Iterator[dict[str, Any]]:
-    for name, dtype, what, calls in cases(dtypes):
-        times = harness.take_turns({k: lambda _, f=f: f() for k, f in calls.items()}, lambda: None, budget, refill=True)  # type: ignore[misc]
-        yield {"network": name, "dtype": dtype, "timed": what, "times": {k: asdict(t) for k, t in times.items()}}
+def chains(device: str) -> dict[str, tuple[int, list[int]]]:
+    return CHAINS | GPU_CHAINS if device == "cuda" else CHAINS
+
+
+def measure(dtypes: Sequence[str], budget: float, device: str) -> Iterator[dict[str, Any]]:
+    probed = peak.probe(dtypes, device) if device == "cuda" else None
+    for name, dtype, what, calls in cases(dtypes, device):
+        row: dict[str, Any] = {"network": name, "dtype": dtype, "timed": what}
+        if probed:
+            calls, row["not captured"] = with_graphs(calls)
+            if name in chains(device) and what != "training step":
+                rates = floors.Rates(probed.gemm[dtype], probed.bandwidth(0, cold=True))
+                row["floor"] = floor_b(*chains(device)[name], grid.DTYPES[dtype], what == "forward+backward", rates)
+        steps = {k: lambda _, f=f: f() for k, f in calls.items()}
+        times = harness.take_turns(steps, lambda: None, budget, refill=device == "cpu", clock=clock_of(device))
+        yield {**row, "times": {k: asdict(t) for k, t in times.items()}}
+
+
+def with_graphs(calls: Calls) -> tuple[Calls, dict[str, str]]:
+    """These calls, each once more as a CUDA graph; and by name why others could not be captured."""
+    graphs: Calls = {}
+    refused = {}
+    for name, call in calls.items():
+        try:
+            graphs[name + GRAPH] = Graph([call]).replay
+        except Exception as failure:  # whatever stops a contender must not stop the others
+            refused[name] = harness.reason(failure)
+    return calls | graphs, refused
 
 
 def ratio(row: Mapping[str, Any], of: str) -> str:
@@ -178,24 +220,47 @@ def ratio(row: Mapping[str, Any], of: str) -> str:
     return f"{times[of]['median'] / times[OURS]['median']:.2f}x" if of in times else ""
 
 
+def share(row: Mapping[str, Any]) -> str:
+    """Of floor (b), by the graph."""
+    times = row["times"]
+    return f"{row['floor'] / times[OURS + GRAPH]['median']:.0%}" if "floor" in row and OURS + GRAPH in times else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.networks", description=__doc__.split("\n")[0])
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for each row (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument("--device", choices=tuple(grid.COLUMNS), default="cpu", help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    others = (STOCK, "in-place", "our layers", "torch's fused", FLOOR)
-    table = Table("network", "dtype", "timed", "ours ms", *(f"{name} / ours" for name in others))
+    if args.device == "cuda" and (why := machine.no_gpu()):
+        parser.exit(1, f"bench.networks: {why}\n")
+    others = [STOCK, "in-place", "our layers", "torch's fused", FLOOR]
+    graphs = [OURS + GRAPH, STOCK + GRAPH] if args.device == "cuda" else []
+    heads = [f"{name} / ours" for name in others + graphs] + ["floor (b) / our graph"] * bool(graphs)
+    table = Table("network", "dtype", "timed", "ours ms", *heads)
     rows = []
-    for row in measure(args.dtypes, args.budget):
+    for row in measure(args.dtypes, args.budget, args.device):
         rows.append(row)
         ours = row["times"][OURS]["median"]
-        table.add_row(row["network"], row["dtype"], row["timed"], f"{ours * 1e3:.3g}", *(ratio(row, o) for o in others))
-    Console(width=160).print(table)
+        cells = [f"{ours * 1e3:.3g}", *(ratio(row, o) for o in others + graphs)]
+        if graphs:
+            cells.append(share(row))
+        table.add_row(row["network"], row["dtype"], row["timed"], *cells)
+    Console(width=200).print(table)
+    for row in rows:
+        for name, reason in row.get("not captured", {}).items():
+            print(f"{name}, {row['network']} {row['dtype']} {row['timed']}: not captured as a graph: {reason}")
     if args.out:
         facts = {"created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": rows}
         write_json(
-            args.out, {**facts, "versions": machine.versions(), "commit": machine.commit(), "machine": machine.facts()}
+            args.out,
+            {
+                **facts,
+                "versions": machine.versions(),
+                "commit": machine.commit(),
+                "machine": machine.facts(args.device),
+            },
         )
     return 0
 

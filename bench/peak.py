@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from bench import machine
+from bench.clock import clock_of
 from bench.harness import DTYPES
 from dlkernels import functional
 
-_SIZES = (768, 1536, 2560)
+_SIZES = {"cpu": (768, 1536, 2560), "cuda": (4096, 8192)}
 _SECONDS = 0.25  # for one probe
 _MOST = 2 << 30  # bytes in one copy, on machines with very large caches
+_COPY = 8 << 30  # bytes in one copy on a GPU that has four times as many
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,19 @@ class Peak:
         return next((rate for size, rate in self.stream if not cold and size >= touched), self.stream[-1][1])
 
 
-def probe(dtypes: Iterable[str]) -> Peak:
-    return Peak({dtype: _gemm(dtype) for dtype in dtypes}, _stream())
+def probe(dtypes: Iterable[str], device: str = "cpu") -> Peak:
+    return Peak({dtype: _gemm(dtype, device) for dtype in dtypes}, _stream() if device == "cpu" else _device_copy())
 
 
-def _gemm(dtype: str) -> float:
+def _gemm(dtype: str, device: str) -> float:
     rates = []
-    for size in _SIZES:
-        a, b = (torch.randn(size, size).to(DTYPES[dtype]) for _ in range(2))
+    for size in _SIZES[device]:
+        a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
         products: tuple[Callable[[], object], ...] = (
             lambda a=a, b=b: torch.mm(a, b.t()),  # type: ignore[misc]
             lambda a=a, b=b: functional.linear_act(a, b, None, "none"),  # type: ignore[misc]
         )
-        rates += [2 * size**3 / _best(product) for product in products]
+        rates += [2 * size**3 / _best(product, device) for product in products]
     return max(rates)
 
 
@@ -60,25 +62,27 @@ def _stream() -> list[tuple[int, float]]:
     return [(size, max(_copying(size), _summing(size))) for size in sizes]
 
 
-def _copying(size: int) -> float:
-    source = torch.ones(size // 2, dtype=torch.uint8)
+def _device_copy() -> list[tuple[int, float]]:
+    """A large copy within the GPU's memory."""
+    size = min(_COPY, torch.cuda.mem_get_info()[0] // 4)
+    return [(size, _copying(size, "cuda"))]
+
+
+def _copying(size: int, device: str = "cpu") -> float:
+    source = torch.ones(size // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return size / _best(lambda: target.copy_(source))
+    return size / _best(lambda: target.copy_(source), device)
 
 
 def _summing(size: int) -> float:
     source = torch.ones(size // 4)
-    return size / _best(lambda: source.sum())
+    return size / _best(lambda: source.sum(), "cpu")
 
 
-def _best(run: Callable[[], object]) -> float:
+def _best(run: Callable[[], object], device: str) -> float:
     """Seconds of the fastest call."""
     run()
-    best, end = float("inf"), time.perf_counter() + _SECONDS
-    while True:
-        start = time.perf_counter()
-        run()
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end:
-            return best
+    clock, best, end = clock_of(device), float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or best == float("inf"):
+        best = min(best, *clock.sample(lambda _: run(), lambda: None, 1))
+    return best

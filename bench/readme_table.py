@@ -20,6 +20,12 @@ from dlkernels.atomic import atomic_write
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
 _MODES = ("forward", "forward+backward")
+_BUFFERS = {
+    "hot": "the same buffers in every call",
+    "cold": "buffers larger than the last-level cache",
+    "plain": "buffers larger than twice the L2 cache, launched one by one",
+    "graph": "buffers larger than twice the L2 cache, replayed as CUDA graphs",
+}
 
 
 def rewrite(text: str, table: str) -> str:
@@ -65,7 +71,7 @@ def _cell(row: Row | None) -> str:
 
 def _caption(result: Record, rows: Sequence[Row], source: str, column: str) -> list[str]:
     slower = sum(row.loses for row in rows)
-    buffers = "the same buffers in every call" if column == "hot" else "buffers larger than the last-level cache"
+    buffers = _BUFFERS[column]
     return [
         f"Time of stock `F.relu(F.linear(x, w, b))` over ours, medians, {buffers}; above 1 dlkernels is "
         f"faster, and it is slower in {slower} of {len(rows)} cells. {title(result)}. All contenders, "
@@ -78,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme_table", description=__doc__)
     parser.add_argument("record", type=Path, help="a run's JSON")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--column", choices=("hot", "cold"), default="hot")
+    parser.add_argument("--column", choices=tuple(_BUFFERS), default="hot")
     args = parser.parse_args(argv)
     # As the README links to it; no folder of this machine gets into the file.
     source = os.path.relpath(args.record.resolve(), args.readme.resolve().parent)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
-import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 
 from bench import contenders, figures, harness, machine, memory, peak, record
 from bench.contenders import Op
-from bench.grid import COLUMNS, DTYPES, MODES, SHAPES, Shape, shape_named
+from bench.grid import COLUMNS, DTYPES, GPU_SHAPES, MODES, SHAPES, Shape, shape_named
 from bench.judge import Judge
 from dlkernels import functional
 from tests import oracle
@@ -27,27 +26,29 @@ class Settings:
     """What to measure; ValueError where a name is unknown.
 
     ``budget``: seconds for one layer in one mode and column, all contenders together. ``threads``: 0 for
-    torch's own choice. ``seed``: of the data; None for another one each run.
+    torch's own choice. ``seed``: of the data; None for another one each run. The defaults are the CPU's; a GPU's are
+    in ``GPU``.
     """
 
     dtypes: Sequence[str] = ("fp32", "bf16", "fp64")
     shapes: Sequence[str] = tuple(SHAPES)
     activations: Sequence[str] = ("relu",)
     modes: Sequence[str] = MODES
-    columns: Sequence[str] = COLUMNS
+    columns: Sequence[str] = COLUMNS["cpu"]
     contenders: Sequence[str] = contenders.DEFAULT
     budget: float = 1.5
     threads: int = 0
     seed: int | None = None
     isa: str | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         known: dict[str, Collection[str]] = {
             "dtypes": DTYPES,
             "activations": oracle.STOCK,
             "modes": MODES,
-            "columns": COLUMNS,
-            "contenders": contenders.NAMES,
+            "columns": COLUMNS[self.device],
+            "contenders": contenders.names(self.device),
         }
         for field, names in known.items():
             if unknown := [name for name in getattr(self, field) if name not in names]:
@@ -71,6 +72,15 @@ QUICK: dict[str, Any] = {
 }
 """For a first look: about two minutes on two cores."""
 
+GPU: dict[str, Any] = {
+    "dtypes": ("bf16", "fp32"),
+    "shapes": tuple(GPU_SHAPES),
+    "modes": ("forward", "forward+backward"),
+    "columns": COLUMNS["cuda"],
+    "budget": 0.3,
+}
+"""What a GPU is asked for, beside every contender but those that tune for minutes."""
+
 
 def run(
     settings: Settings, out: Path, told: Callable[[str, float], None] = lambda what, done: None
@@ -90,8 +100,8 @@ def run(
         settings=dataclasses.asdict(settings) | {"seed": seed},
         versions=machine.versions(),
         commit=machine.commit(),
-        machine=machine.facts(),
-        peak=peak.probe(settings.dtypes),
+        machine=machine.facts(settings.device),
+        peak=peak.probe(settings.dtypes, settings.device),
     )
     partial = out.with_suffix(f".partial{out.suffix}")
     layers = list(settings.layers())
@@ -116,6 +126,10 @@ def _save(result: record.Record, path: Path) -> None:
         "best_gemm_rate": figures.best_gemm_rates(result),
         "ratios": figures.geomeans(table),
         "slower_than_stock": figures.losses(table),
+        "slower_than_best": [
+            {"where": row.where, "best": row.best_other, "ratio": row.vs_best}
+            for row in figures.slower_than_best(table)
+        ],
     }
     result.save(path)
 
@@ -124,9 +138,9 @@ def measure_layer(
     settings: Settings, shape: Shape, dtype: str, activation: str, ops: Mapping[str, Op], seed: int
 ) -> record.Layer:
     """Judge every contender, then measure those who are right in every mode and column."""
-    inputs = harness.draw(shape, dtype, seed)
+    inputs = harness.draw(shape, dtype, seed, settings.device)
     judge = Judge(oracle.Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
-    objections = {name: judge.objection(op) for name, op in ops.items()}
+    objections = {name: judge.objection(op, name not in contenders.FORWARD_ONLY) for name, op in ops.items()}
     del judge  # its float64 tensors are several times the size of the inputs
     right = {name: op for name, op in ops.items() if objections[name] is None}
     layer = record.Layer(
@@ -141,12 +155,17 @@ def measure_layer(
     )
     if not right:
         return layer
-    cold = math.ceil(2 * machine.last_level_cache() / shape.operands(DTYPES[dtype]))
     for mode in settings.modes:
         leaves = inputs.leaves(mode)
-        peaks = {name: memory.extra_bytes(harness.step(op, mode), leaves) for name, op in right.items()}
+        able = {name: op for name, op in right.items() if mode == "forward" or name not in contenders.FORWARD_ONLY}
+        peaks = {name: memory.extra_bytes(harness.step(op, mode), leaves) for name, op in able.items()}
         for column in settings.columns:
-            sets = [inputs] if column == "hot" else [inputs, *(inputs.clone() for _ in range(max(1, cold)))]
-            times = harness.measure(right, sets, mode, settings.budget)
+            cache = machine.last_level_cache(settings.device)
+            sets = [inputs] if column == "hot" else harness.rotation(inputs, DTYPES[dtype], cache)
+            if column == "graph":
+                times, uncaptured = harness.measure_replays(able, sets, mode, settings.budget)
+                layer.refused.update({f"{name}, {mode}, as a graph": why for name, why in uncaptured.items()})
+            else:
+                times = harness.measure(able, sets, mode, settings.budget)
             layer.measurements.append(record.Measurement(mode, column, times, peaks))
     return layer

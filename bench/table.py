@@ -22,6 +22,13 @@ run and bytes over the bandwidth of memory, or of the cache that hot buffers fit
 less than every operand once in forward and once in backward.
 MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
 
+GPU_NOTES = """\
+ratio: stock's median over ours; above 1 we are faster. vs best: the fastest other contender's over ours.
+of (a), of (b): the floor over our median. (a): products at the best GEMM rate seen in this run or at the bandwidth of a
+large copy, and in backward one pass for mask and dbias. (b): without that pass, which only a chain of layers can save.
+plain: steps launched one by one; graph: replayed as a CUDA graph. Both go round buffers of twice the L2 cache.
+MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
+
 
 def show(result: Record, console: Console | None = None) -> None:
     """Tables by dtype, mode and column, then means, the layers where stock is faster, and who was refused."""
@@ -31,7 +38,8 @@ def show(result: Record, console: Console | None = None) -> None:
     console.print(f"\n[bold]{escape(title(result))}[/]\n")
     for group in dict.fromkeys((row.dtype, row.mode, row.column) for row in rows):
         console.print(_table(group, [row for row in rows if (row.dtype, row.mode, row.column) == group]))
-    console.print(NOTES)
+    gpu = figures.on_gpu(result)
+    console.print(GPU_NOTES if gpu else NOTES)
     console.print(_roofs(result))
     console.print("\n[bold]Geometric means[/]")
     for mean in figures.geomeans(rows):
@@ -45,6 +53,11 @@ def show(result: Record, console: Console | None = None) -> None:
     for loss in lost:
         where = ", ".join((loss["layer"], loss["dtype"], loss["mode"], loss["column"]))
         console.print(f"  {_ratio(loss['ratio'])} {where}")
+    if gpu:
+        behind = figures.slower_than_best(rows)
+        console.print(f"\n[bold]Slower than the best other contender: {len(behind)} of {len(rows)}[/]")
+        for row in behind:
+            console.print(f"  {_ratio(row.vs_best)} {row.where}: {row.best_other}")
     for layer, name, why in figures.refused(result):
         what = f"{name} on {layer.shape} {layer.dtype} {layer.activation}"
         console.print(f"[bold red]REFUSED[/] {what}, not timed: {escape(why)}")
@@ -53,32 +66,23 @@ def show(result: Record, console: Console | None = None) -> None:
 
 
 def title(result: Record) -> str:
-    """Machine, threads, instruction set, torch and commit in one line."""
+    """Machine (threads and instruction set, or driver), torch and commit in one line."""
     where, commit = result.machine, result.commit
     head = commit["hash"][:10] if commit["hash"] else "unknown"
     changes = " with changes" if commit["dirty"] else ""
-    threads = f"{where['threads']} thread{'s' * (where['threads'] > 1)}"
-    return (
-        f"{where['cpu']}, {threads}, {where['isa']}; torch {result.versions['torch']}; "
-        f"commit {head}{changes}; {result.created[:10]}"
-    )
+    if figures.on_gpu(result):
+        what = f"{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}"
+    else:
+        what = f"{where['cpu']}, {where['threads']} thread{'s' * (where['threads'] > 1)}, {where['isa']}"
+    return f"{what}; torch {result.versions['torch']}; commit {head}{changes}; {result.created[:10]}"
 
 
 def _table(group: tuple[str, str, str], rows: Sequence[Row]) -> Table:
     table = Table(title=", ".join(group), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
     for heading in ("layer", "M, K→N", "path"):
         table.add_column(heading, no_wrap=True)
-    for heading in (
-        "stock ms",
-        "ours ms",
-        "20-80 %",
-        "ratio",
-        "vs best",
-        "GFLOP/s",
-        "of roof",
-        "MB",
-        "stock MB",
-    ):
+    shares = ["of roof"] if rows[0].share_b is None else ["of (a)", "of (b)"]
+    for heading in ("stock ms", "ours ms", "20-80 %", "ratio", "vs best", "GFLOP/s", *shares, "MB", "stock MB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         ours = row.ours
@@ -93,6 +97,7 @@ def _table(group: tuple[str, str, str], rows: Sequence[Row]) -> Table:
             ("" if row.best_other == REFERENCE else f"{row.best_other} ") + f"{row.vs_best:.2f}x",
             f"{row.rate / 1e9:.0f}",
             f"{row.share:.0%}",
+            *([] if row.share_b is None else [f"{row.share_b:.0%}"]),
             _megabytes(row.our_bytes),
             _megabytes(row.stock_bytes),
         )

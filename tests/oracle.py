@@ -1,7 +1,7 @@
 """The float64 oracle and the tolerance rule. Tests and benchmarks import these and nothing else to judge numbers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,15 @@ class Layer:
     g: Tensor
     activation: str
 
+    def to(self, device: torch.device | str) -> "Layer":
+        return replace(
+            self,
+            x=self.x.to(device),
+            weight=self.weight.to(device),
+            bias=None if self.bias is None else self.bias.to(device),
+            g=self.g.to(device),
+        )
+
     def run(self, op: Op) -> dict[str, Tensor]:
         """y and the gradients that op(x, weight, bias) gives, by name."""
         names = ["dx", "dweight"] + ["dbias"] * (self.bias is not None)
@@ -60,12 +69,13 @@ class Layer:
         return self.run(lambda x, w, b: activations[self.activation](F.linear(x, w, b)))
 
 
-def oracle(layer: Layer, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def oracle(layer: Layer, y: Tensor, device: torch.device | str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
     """Each result of ``layer`` in float64, and its scale: what one rounding error of every term may add up to.
 
     ``y`` is the output under test: ReLU's gate is read from it, because a z within rounding of 0 may rightly fall on
-    either side of the kink.
+    either side of the kink. Computed on ``device``: by default on the CPU, whatever the device under test.
     """
+    layer, y = layer.to(device), y.to(device)
     act, k, n = STOCK[layer.activation], layer.x.shape[-1], layer.g.shape[-1]
     x, w, g = layer.x.double().reshape(-1, k), layer.weight.double(), layer.g.double().reshape(-1, n)
     b = layer.bias.double() if layer.bias is not None else w.new_zeros(n)
@@ -96,7 +106,7 @@ def error(actual: Tensor, exact: Tensor, scale: Tensor) -> float:
         return 0.0
     info = torch.finfo(actual.dtype)
     unit = scale * (info.eps / 2) + info.smallest_normal  # below the normal range the unit is absolute
-    return float(((actual.double() - exact).abs() / unit).max())
+    return float(((actual.to(exact.device).double() - exact).abs() / unit).max())
 
 
 def assert_no_worse(ours: Tensor, exact: Tensor, scale: Tensor, stock_error: float, what: str = "") -> None:
@@ -110,10 +120,11 @@ def assert_no_worse(ours: Tensor, exact: Tensor, scale: Tensor, stock_error: flo
 
 
 def check(layer: Layer, op: Op) -> None:
-    """op(x, weight, bias) and its gradients have stock's shapes and dtypes and follow the rule."""
+    """op(x, weight, bias) and its gradients have stock's shapes, dtypes and device, and follow the rule."""
     ours, stock = layer.run(op), layer.stock()
     for name, t in ours.items():
-        assert t.shape == stock[name].shape and t.dtype == stock[name].dtype, name
+        s = stock[name]
+        assert (t.shape, t.dtype, t.device) == (s.shape, s.dtype, s.device), name
     if layer.x.dtype == torch.float64:
         stock = reordered_stock(layer)  # against an oracle of the same precision, stock itself shows no error
     exact, stock_exact = oracle(layer, ours["y"]), oracle(layer, stock["y"])

@@ -35,7 +35,7 @@ def errors(actual, exact, scale):
 
 
 def derivatives(f, x):
-    """f, f' and f'' at x."""
+    """f, f' and f'' at x, computed where x is."""
     x = x.detach().requires_grad_()
     y = f(x)
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
@@ -44,7 +44,7 @@ def derivatives(f, x):
         if first.requires_grad
         else torch.zeros_like(first)
     )
-    return y.detach(), first.detach(), second
+    return [t.detach().cpu() for t in (y, first, second)]
 
 
 def largest_per_binade(error, x):
@@ -54,11 +54,11 @@ def largest_per_binade(error, x):
 
 
 @pytest.mark.parametrize("activation", STOCK)
-def test_error_in_every_binade(activation):
+def test_error_in_every_binade(activation, device):
     x = sweep()
-    one = torch.ones(1, 1)
-    ours = derivatives(lambda x: functional.linear_act(x[:, None], one, None, activation)[:, 0], x)
-    stock = derivatives(STOCK[activation], x)
+    one = torch.ones(1, 1, device=device)
+    ours = derivatives(lambda x: functional.linear_act(x[:, None], one, None, activation)[:, 0], x.to(device))
+    stock = derivatives(STOCK[activation], x.to(device))
     f, first, second = derivatives(STOCK[activation], x.double())
     for what, order, exact, slope in (("value", 0, f, first), ("gradient", 1, first, second)):
         scale = exact.abs() + (x.double() * slope).abs()
@@ -77,10 +77,10 @@ def test_error_in_every_binade(activation):
 
 
 @pytest.mark.parametrize("activation", STOCK)
-def test_infinities(activation):
+def test_infinities(activation, device):
     """Against the formulas' limits, where float64 stock has them."""
     x = torch.tensor([float("inf"), float("-inf")])
-    y = functional.linear_act(x[:, None], torch.ones(1, 1), None, activation)[:, 0]
+    y = functional.linear_act(x[:, None].to(device), torch.ones(1, 1, device=device), None, activation)[:, 0].cpu()
     exact = STOCK[activation](x.double())
     assert torch.equal(y.isnan(), exact.isnan())
     assert torch.equal(y.nan_to_num(), exact.float().nan_to_num())

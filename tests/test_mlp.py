@@ -26,13 +26,13 @@ SHAPES = [(1, NARROW), (37, NARROW), (2048, [16, 16, 16]), (2500, NARROW), (3001
 class Chain:
     """Operands of one call, and the ways to compute it."""
 
-    def __init__(self, rows, sizes, dtype=torch.float32, acts=None, bias=True):
+    def __init__(self, rows, sizes, device, dtype=torch.float32, acts=None, bias=True):
         pairs = list(pairwise(sizes))
         self.acts = acts or ["relu"] * (len(pairs) - 1) + ["none"]
-        self.x = torch.randn(rows, sizes[0]).to(dtype).requires_grad_()
-        self.weights = [(torch.randn(n, k) / k**0.5).to(dtype).requires_grad_() for k, n in pairs]
-        self.biases = [torch.randn(n).to(dtype).requires_grad_() if bias else None for _, n in pairs]
-        self.g = torch.randn(rows, sizes[-1]).to(dtype)
+        self.x = torch.randn(rows, sizes[0]).to(device, dtype).requires_grad_()
+        self.weights = [(torch.randn(n, k) / k**0.5).to(device, dtype).requires_grad_() for k, n in pairs]
+        self.biases = [torch.randn(n).to(device, dtype).requires_grad_() if bias else None for _, n in pairs]
+        self.g = torch.randn(rows, sizes[-1]).to(device, dtype)
         self.leaves = [self.x, *self.weights, *(b for b in self.biases if b is not None)]
 
     def layers(self, op, x=None):
@@ -50,13 +50,13 @@ class Chain:
         return torch.autograd.grad(y, self.leaves, self.g)
 
     def exact(self, outputs):
-        """Gradients in float64, with the gates of ReLU where these outputs have them."""
-        twin = [t.detach().double().requires_grad_() for t in self.leaves]
+        """Gradients in float64 on the CPU, with the gates of ReLU where these outputs have them."""
+        twin = [t.detach().cpu().double().requires_grad_() for t in self.leaves]
         x, weights, biases = twin[0], twin[1 : 1 + len(self.weights)], iter(twin[1 + len(self.weights) :])
         for w, b, act, out in zip(weights, self.biases, self.acts, outputs, strict=True):
             z = F.linear(x, w, next(biases) if b is not None else None)
-            x = torch.where(out > 0, z, 0.0) if act == "relu" else STOCK[act](z)
-        return torch.autograd.grad(x, twin, self.g.double())
+            x = torch.where(out.cpu() > 0, z, 0.0) if act == "relu" else STOCK[act](z)
+        return torch.autograd.grad(x, twin, self.g.cpu().double())
 
 
 def stock(x, weight, bias, act):
@@ -66,13 +66,13 @@ def stock(x, weight, bias, act):
 def distance(gradients, exact):
     """Per gradient, the relative error in the Frobenius norm."""
     pairs = zip(gradients, exact, strict=True)
-    return [float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs]
+    return [float((a.to(b.device).double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "sizes"), SHAPES, ids=str)
-def test_mlp_over_shapes(rows, sizes, dtype):
-    chain = Chain(rows, sizes, dtype)
+def test_mlp_over_shapes(rows, sizes, dtype, device):
+    chain = Chain(rows, sizes, device, dtype)
     ours, theirs = chain.layers(linear_act), chain.layers(stock)
     y = chain.mlp()
     torch.testing.assert_close(y, ours[-1])
@@ -88,24 +88,24 @@ def test_mlp_over_shapes(rows, sizes, dtype):
 @pytest.mark.parametrize("last", ["none", "relu", "gelu", "tanh"])
 @pytest.mark.parametrize("hidden", [a for a in STOCK if a != "none"])
 @pytest.mark.parametrize("rows", [60, 2100])
-def test_mlp_with_every_activation(hidden, last, rows):
-    chain = Chain(rows, [20, 33, 40, 9], acts=[hidden, hidden, last])
+def test_mlp_with_every_activation(hidden, last, rows, device):
+    chain = Chain(rows, [20, 33, 40, 9], device, acts=[hidden, hidden, last])
     y, layers = chain.mlp(), chain.layers(linear_act)[-1]
     torch.testing.assert_close(y, layers)
     assert max(distance(chain.gradients(y), chain.gradients(layers))) < 1e-6
 
 
-def test_mlp_with_an_activation_for_each_layer():
+def test_mlp_with_an_activation_for_each_layer(device):
     chain = Chain(
-        2050, [20, 33, 40, 9, 9], acts=["silu", "tanh", "none", "leaky_relu"], dtype=torch.float64, bias=False
+        2050, [20, 33, 40, 9, 9], device, acts=["silu", "tanh", "none", "leaky_relu"], dtype=torch.float64, bias=False
     )
     torch.testing.assert_close(chain.mlp(), chain.layers(stock)[-1])
     torch.testing.assert_close(chain.gradients(chain.mlp()), chain.gradients(chain.layers(stock)[-1]))
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(2500, NARROW), (65, WIDE)], ids=str)
-def test_mlp_gives_the_gradients_asked_for(rows, sizes):
-    chain = Chain(rows, sizes)
+def test_mlp_gives_the_gradients_asked_for(rows, sizes, device):
+    chain = Chain(rows, sizes, device)
     every = dict(zip(map(id, chain.leaves), chain.gradients(chain.mlp()), strict=True))
     for wanted in range(1, 2 ** len(chain.leaves), 3):
         for i, leaf in enumerate(chain.leaves):
@@ -118,7 +118,7 @@ def test_mlp_gives_the_gradients_asked_for(rows, sizes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "sizes"), [(5000, NARROW), (130, WIDE)], ids=str)
 def test_mlp_has_the_same_bits_on_any_number_of_threads(rows, sizes, dtype):
-    chain = Chain(rows, sizes, dtype)
+    chain = Chain(rows, sizes, "cpu", dtype)
     threads = torch.get_num_threads()
     try:
         results = []
@@ -133,8 +133,8 @@ def test_mlp_has_the_same_bits_on_any_number_of_threads(rows, sizes, dtype):
 
 
 @pytest.mark.parametrize("rows", [30, 2100])
-def test_mlp_takes_strides_of_all_kinds(rows):
-    chain = Chain(rows, [12, 20, 9])
+def test_mlp_takes_strides_of_all_kinds(rows, device):
+    chain = Chain(rows, [12, 20, 9], device)
     plain = chain.gradients(chain.mlp())
     chain.weights = [w.detach().t().contiguous().t().requires_grad_() for w in chain.weights]
     chain.x = torch.stack([chain.x.detach()] * 2, -1)[..., 0].requires_grad_()
@@ -147,9 +147,9 @@ def test_mlp_takes_strides_of_all_kinds(rows):
 
 
 @pytest.mark.parametrize("shape", [(3, 700, 7), (7,), (0, 7), (2, 0, 7)], ids=str)
-def test_mlp_keeps_leading_sizes(shape):
-    chain = Chain(1, [7, 20, 5])
-    x = torch.randn(shape, requires_grad=True)
+def test_mlp_keeps_leading_sizes(shape, device):
+    chain = Chain(1, [7, 20, 5], device)
+    x = torch.randn(shape, device=device, requires_grad=True)
     y, reference = chain.mlp(x), chain.layers(stock, x)[-1]
     torch.testing.assert_close(y, reference)
     leaves = [x, *chain.leaves[1:]]
@@ -158,9 +158,9 @@ def test_mlp_keeps_leading_sizes(shape):
 
 @pytest.mark.parametrize("rows", [20, 2100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_mlp_confines_inf_and_nan_to_their_rows(rows, dtype):
+def test_mlp_confines_inf_and_nan_to_their_rows(rows, dtype, device):
     """Odd widths: a panel's padding must not let Inf · 0 through."""
-    chain = Chain(rows, [15, 33, 17, 3], dtype)
+    chain = Chain(rows, [15, 33, 17, 3], device, dtype)
     with torch.no_grad():
         chain.x[3, 2], chain.x[7, 14], chain.x[9, 0] = float("inf"), float("nan"), -float("inf")
         chain.weights[0].abs_()  # the Inf stays one, and -Inf becomes 0
@@ -169,14 +169,14 @@ def test_mlp_confines_inf_and_nan_to_their_rows(rows, dtype):
     torch.testing.assert_close(y, reference, equal_nan=True, rtol=1e-2, atol=1e-2)
 
 
-def test_mlp_sums_over_nothing():
-    chain = Chain(0, [7, 20, 5])
+def test_mlp_sums_over_nothing(device):
+    chain = Chain(0, [7, 20, 5], device)
     assert all((g == 0).all() for g in chain.gradients(chain.mlp())[1:])
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu", "tanh"])
-def test_mlp_derivatives_of_every_order(act):
-    chain = Chain(3, [4, 5, 2], torch.float64, acts=[act, "none"])
+def test_mlp_derivatives_of_every_order(act, device):
+    chain = Chain(3, [4, 5, 2], device, torch.float64, acts=[act, "none"])
 
     def f(*leaves):
         return mlp(leaves[0], leaves[1:3], leaves[3:], act)
@@ -185,8 +185,8 @@ def test_mlp_derivatives_of_every_order(act):
     assert torch.autograd.gradgradcheck(f, chain.leaves)
 
 
-def test_mlp_composes():
-    chain = Chain(2100, [7, 20, 5], torch.float64)
+def test_mlp_composes(device):
+    chain = Chain(2100, [7, 20, 5], device, torch.float64)
 
     def loss(x, f=mlp):
         return f(x, chain.weights, chain.biases).square().sum()
@@ -202,9 +202,9 @@ def test_mlp_composes():
     torch.testing.assert_close(torch.autograd.grad(again, chain.x)[0], expected)
 
 
-def test_mlp_under_autocast():
-    chain = Chain(2100, [16, 32, 5])
-    with torch.autocast("cpu", torch.bfloat16):
+def test_mlp_under_autocast(device):
+    chain = Chain(2100, [16, 32, 5], device)
+    with torch.autocast(device, torch.bfloat16):
         y, reference = chain.mlp(), chain.layers(linear_act)[-1]
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, reference, rtol=0, atol=0)
@@ -213,13 +213,13 @@ def test_mlp_under_autocast():
 
 
 def test_mlp_refuses_what_changed_before_backward():
-    chain = Chain(2100, NARROW)
+    chain = Chain(2100, NARROW, "cpu")
     y = chain.mlp()
     with torch.no_grad():
         chain.weights[1].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         chain.gradients(y)
-    chain = Chain(30, NARROW)
+    chain = Chain(30, NARROW, "cpu")
     y = chain.mlp()
     with torch.no_grad():
         chain.biases[0].add_(1)
@@ -228,9 +228,9 @@ def test_mlp_refuses_what_changed_before_backward():
         torch.autograd.grad(y, chain.leaves, chain.g, create_graph=True)
 
 
-def test_mlp_leaves_its_activations_alone():
+def test_mlp_leaves_its_activations_alone(device):
     """y is an output like any other: changed in place after backward could not care less."""
-    chain = Chain(2100, NARROW)
+    chain = Chain(2100, NARROW, device)
     y = chain.mlp()
     y.data.mul_(2)
     torch.testing.assert_close(chain.gradients(y), chain.gradients(chain.mlp()))

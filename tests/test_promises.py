@@ -167,7 +167,8 @@ def test_change_in_place_between_forward_and_backward(activation, which, device)
 def test_matmul_precision_setting(precision, device):
     """Lower settings allow lower precision; "highest" is float32. "medium" is in tests/test_precision.py."""
     before = torch.get_float32_matmul_precision()
-    layers = [make(64, 300, 40, torch.float32, "relu", device=device), make(3, 100, 33, torch.float32, "gelu")]
+    shapes = {"relu": (64, 300, 40), "gelu": (3, 100, 33)}
+    layers = [make(*shape, torch.float32, activation, device=device) for activation, shape in shapes.items()]
     highest = [layer.run(ours(layer.activation)) for layer in layers]
     try:
         torch.set_float32_matmul_precision(precision)
