@@ -32,4 +32,8 @@ bool mma_takes_fast(const View& operand, DType dtype);
 // hence the same bits on every run.
 int gemm_splits(int64_t m, int64_t n, int64_t k);
 
+// dz and dbias in one pass. `saved` may be null for Act::none. `partials` holds grad_pass_partials() accumulators.
+cudaError_t grad_pass(const GradPass& p, cudaStream_t stream);
+int64_t grad_pass_partials(const GradPass& p);
+
 }  // namespace dlk::cuda
