@@ -34,6 +34,10 @@ std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
 std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weight,
                                      const std::optional<at::Tensor>& bias, const char* op);
 DType dtype_of(const at::Tensor& t, const char* op);
+// Accumulators are f32, or f64 for f64.
+inline at::ScalarType accumulator_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 void check_layout(const at::Tensor& t, const char* name, const char* op);
 // Layout and device; with check_like dtype too.
 void check_place(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op);

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include "../check.h"
 #include "isa.h"
 
 namespace dlk::cpu {
@@ -35,10 +36,7 @@ inline const PackedProduct& packed_product(DType dtype) {
   return in_bf16 ? set.f32_in_bf16.packed : engine(dtype).packed;
 }
 
-// Accumulators are f32, or f64 for f64.
-inline at::ScalarType accumulator_type(const at::Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
+using dlk::accumulator_type;
 inline at::Tensor accumulators(int64_t count, const at::Tensor& like) {
   return at::empty({count}, like.options().dtype(accumulator_type(like)));
 }
