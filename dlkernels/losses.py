@@ -1,12 +1,17 @@
 """The losses of the three problems: regression, classification and probabilistic prediction.
 
 Signatures, semantics and errors are those of ``torch.nn.functional`` and ``torch.nn``; what is ours is how they run on
-CPU: one kernel makes the loss and its gradients in one pass, so that backward only multiplies. Sums over rows are made
+CPU and CUDA: the loss and its gradients are made in one pass, so that backward only multiplies. Sums over rows are made
 in float64, in an order that depends on the shape alone: the same bits whatever the number of threads. Double backward,
 ``torch.func``, ``torch.compile(fullgraph=True)`` and ``torch.export`` work.
 
+On CUDA nothing waits for the device, so that steps overlap and can be captured in a graph; what a value there is
+cannot be raised. Where the CPU raises, for a class index out of range and a negative variance, CUDA gives NaN: in their
+own loss and gradients, and with an index in a mean and all its gradients. Torch asserts on the device for the index,
+which ends its use by the process, and waits for the device to look at the variance.
+
 All take float64, float32, bfloat16 and float16, tensors of any strides, and ``reduction``: ``"mean"``, ``"sum"`` or
-``"none"``. Where no kernel of ours serves, torch's does: on other devices than the CPU, inside ``torch.func``
+``"none"``. Where no kernel of ours serves, torch's does: on other devices, inside ``torch.func``
 transforms and forward-mode AD, for the ``weight`` of :func:`mse_loss`, and for a ``weight`` of :func:`cross_entropy`
 that requires a gradient. Unlike torch's, :func:`cross_entropy` keeps its input for backward, which therefore must not
 be changed in place.
@@ -112,7 +117,7 @@ def cross_entropy(
 
     Raises:
         ValueError: unknown reduction, shapes that do not fit, ``label_smoothing`` above 1.
-        IndexError: a class index outside ``[0, C)``.
+        IndexError: a class index outside ``[0, C)``, on CPU; NaN on CUDA.
         TypeError: a dtype the kernels do not have.
         RuntimeError: indices of another dtype, different dtypes or devices, sparse or quantized tensors.
     """
@@ -155,7 +160,7 @@ def gaussian_nll_loss(
         ``[]``, or the broadcast shape with ``"none"``.
 
     Raises:
-        ValueError: a negative variance, a ``var`` of another shape, unknown reduction.
+        ValueError: a negative variance (on CUDA that is NaN), a ``var`` of another shape, unknown reduction.
         TypeError: a dtype the kernels do not have, a ``var`` that is neither a tensor nor a float.
         RuntimeError: shapes that do not broadcast, different devices, sparse or quantized tensors.
     """

@@ -19,6 +19,7 @@ HOST = {
     "host.h",
     "layer.h",
     "linear_act.h",
+    "loss_calls.h",
     "losses.h",
     "losses_host.h",
     "mlp.h",

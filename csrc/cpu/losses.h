@@ -1,4 +1,6 @@
-// The loss kernels: loss_kernels.h says what they compute.
+// The loss kernels: loss_params.h says what they compute.
+#include "../loss_terms.h"
+
 namespace dlk::cpu::DLK_ISA {
 
 // ---- registers ------------------------------------------------------------------------------------------------------
@@ -44,38 +46,6 @@ DLK_INLINE V max_lanes(V v) {
 constexpr int64_t kSumBlock = 32;
 
 // ---- elementwise losses ---------------------------------------------------------------------------------------------
-
-template <class V>
-struct Terms {
-  V loss, grad_input, grad_var;
-};
-
-template <class S>
-struct SquaredError {
-  static constexpr bool has_var = false;
-  using V = Vec<S>;
-  explicit SquaredError(const ElementwiseLoss&) {}
-  DLK_HD Terms<V> operator()(V x, V t, V) const {
-    const V d = x - t;
-    return {d * d, d + d, V{}};
-  }
-};
-
-// With v = max(var, eps), a constant to the gradients, and r = (x - t)/v: gradients r and (1 - (x - t)·r)/2v.
-template <class S>
-struct GaussianNLL {
-  static constexpr bool has_var = true;
-  using V = Vec<S>;
-  using O = Ops<S>;
-  const V eps, constant;
-  explicit GaussianNLL(const ElementwiseLoss& p) : eps(O::lit(p.eps)), constant(O::lit(p.constant)) {}
-  DLK_HD Terms<V> operator()(V x, V t, V var) const {
-    const V half = O::lit(0.5), one = O::lit(1);
-    const V v = var < eps ? eps : var;
-    const V d = x - t, r = d / v;
-    return {half * (O::log(v) + d * r) + constant, r, half * (one - d * r) / v};
-  }
-};
 
 template <class T, class Loss>
 void elementwise_slice(const ElementwiseLoss& p, int64_t slice) {
@@ -335,7 +305,7 @@ void cross_entropy_with(const CrossEntropy& p, const Parallel& parallel) {
 
 template <class T>
 constexpr Losses losses() {
-  return {&elementwise_with<T, SquaredError<Acc<T>>>, &elementwise_with<T, GaussianNLL<Acc<T>>>,
+  return {&elementwise_with<T, SquaredError<Ops<Acc<T>>>>, &elementwise_with<T, GaussianNLL<Ops<Acc<T>>>>,
           &cross_entropy_with<T>};
 }
 

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "../loss_params.h"
 #include "../params.h"
 
 namespace dlk::cuda {
@@ -32,14 +33,34 @@ bool mma_takes_fast(const View& operand, DType dtype);
 // dimension, without masks in the load and without row sums (`hopper_takes`).
 cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream);
 
-// dz and dbias in one pass over g and saved; dbias in two stages, in a fixed order.
-cudaError_t grad_pass(const GradPass& p, cudaStream_t stream);
-int64_t grad_pass_partials(const GradPass& p);  // accumulators of scratch
-
 cudaError_t act_pass(DType dtype, const ActPass& p, cudaStream_t stream);
 
 // How many slices k is cut in, so that a small C with a long k still fills the device: a function of the shape alone,
 // hence the same bits on every run.
 int gemm_splits(int64_t m, int64_t n, int64_t k);
+
+// dz and dbias in one pass. `saved` may be null for Act::none. `partials` holds grad_pass_partials() accumulators.
+cudaError_t grad_pass(const GradPass& p, cudaStream_t stream);
+int64_t grad_pass_partials(const GradPass& p);
+
+// The losses. Nothing waits for the device, so nothing that is found there can be raised: a negative var and a class
+// index out of range make NaN of their own term and gradients, the index also of a mean, and reach no memory.
+constexpr int64_t kLossScratch = 1536;  // doubles that `sums` must hold
+
+struct ElementwiseLoss : dlk::ElementwiseLoss {
+  DType dtype;
+  void* reduced;  // [] Σ loss / divisor, or nullptr
+};
+
+// Indices are not checked, weight_sum is not read.
+struct CrossEntropy : dlk::CrossEntropy {
+  DType dtype;
+  bool mean;      // class indices: over the weights of those that count, added up here; scale is not read
+  void* reduced;  // [] Σ loss over that denominator, else Σ loss · scale; or nullptr
+};
+
+cudaError_t squared_error(const ElementwiseLoss& p, cudaStream_t stream);
+cudaError_t gaussian_nll(const ElementwiseLoss& p, cudaStream_t stream);
+cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream);
 
 }  // namespace dlk::cuda

@@ -2,8 +2,8 @@
 
 An op returns the loss and its gradients for an incoming gradient of 1, made in the same pass over the data and kept
 in float32 (float64 for float64); backward multiplies and rounds. What no kernel is for goes to torch's formulas
-(:func:`_stock_mse` and its neighbours): other devices than the CPU, ``torch.func`` transforms and forward-mode AD, and
-the backward of a backward, which differentiates them.
+(:func:`_stock_mse` and its neighbours): other devices than the CPU and, in a build for it, CUDA; ``torch.func``
+transforms and forward-mode AD; and the backward of a backward, which differentiates them.
 
 ``reduction`` is 0 "none", 1 "mean", 2 "sum", as in ``torch.nn._reduction``.
 """
@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dlkernels import _C
 from dlkernels._ops.modes import under_transform
 
 _mse_loss = torch.ops.dlkernels._mse_loss.default
 _gaussian_nll_loss = torch.ops.dlkernels._gaussian_nll_loss.default
 _cross_entropy = torch.ops.dlkernels._cross_entropy.default
 
+# meta: the fake kernels below
+DEVICES = ("cpu", "meta", *(["cuda"] if _C.build_config()["cuda"] else []))
 NONE, MEAN, SUM = range(3)
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -261,9 +264,9 @@ class _CrossEntropy(torch.autograd.Function):
 # ---- the entries ----------------------------------------------------------------------------------------------------
 
 
-def plain_torch(t: Tensor) -> bool:
+def plain_torch(t: Tensor, devices: tuple[str, ...] = DEVICES) -> bool:
     """Whether torch's formulas serve this call: no kernel for the device, or a transform that must see inside."""
-    return under_transform() or t.device.type not in ("cpu", "meta")
+    return under_transform() or t.device.type not in devices
 
 
 def wants_grad(*tensors: Tensor) -> bool:
