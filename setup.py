@@ -46,7 +46,7 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
     flags = {"cxx": cxx}
     make_extension = cpp_extension.CppExtension
     if plan.toolkit:
-        sources += [*sorted(glob("csrc/cuda/*.cpp")), *sorted(glob("csrc/cuda/*.cu"))]
+        sources += [*sorted(glob("csrc/cuda/*.cpp")), *sorted(glob("csrc/cuda/**/*.cu", recursive=True))]
         macros.append(("DLKERNELS_CUDA", f'"{plan.toolkit.version}"'))
         macros.append(("DLKERNELS_CUDA_ARCHS", f'"{plan.archs}"'))
         flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]

@@ -28,6 +28,14 @@ cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream);
 cudaError_t mma_gemm(const Gemm& p, cudaStream_t stream);
 bool mma_takes_fast(const View& operand, DType dtype);
 
+// bf16 and fp16 by TMA and wgmma, on Hopper alone and where the library was built for sm_90a (`hopper_available`, of the
+// current device; else cudaErrorNoKernelImageForDevice). `hopper_takes`: no empty C or k, no `saved`, no row sums, and
+// operands that lie as in forward, dgrad or wgrad of contiguous tensors, 16-byte aligned, rows of a multiple of 8 elements
+// apart. `tile`: columns of a block's tile of 128 rows, 128 or 256; 0: by the size of C. Has not run on a GPU yet.
+cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream);
+bool hopper_takes(const Gemm& p);
+bool hopper_available();
+
 // How many slices k is cut in, so that a small C with a long k still fills the device: a function of the shape alone,
 // hence the same bits on every run.
 int gemm_splits(int64_t m, int64_t n, int64_t k);
