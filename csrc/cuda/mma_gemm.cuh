@@ -86,7 +86,10 @@ DLK_DEVICE void store_tile(const Gemm& p, int64_t i0, int64_t j0, float* strip,
   const bool packs = in_packs<typename Traits::T>(p);
   float column_sum[Strip::kWidth] = {};
 #pragma unroll
-  for (int s = 0; s < Traits::kWarpM / 16; ++s) Strip::store(p, i0 + s * 16, j0, packs, strip, acc[s], column_sum);
+  for (int s = 0; s < Traits::kWarpM / 16; ++s) {
+    Strip::put(strip, acc[s]);
+    Strip::store(p, i0 + s * 16, j0, packs, strip, column_sum);
+  }
 
   if (p.column_sum) {  // one row of partials per warp tile
     Strip::sum_rows(column_sum);

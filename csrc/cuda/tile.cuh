@@ -25,12 +25,9 @@ struct Strip {
   static constexpr int kBytes = 16 * kPitch * static_cast<int>(sizeof(float));
   static_assert(32 % kLanesPerRow == 0 && 16 % kRowsAtOnce == 0);
 
-  // acc[f] is d of mma (ptx.cuh) for columns 8f ... 8f + 7; C[i0, j0] is the first element. `packs` is in_packs<T>(p).
-  // Adds to `column_sum` what it stored of columns kWidth (lane % kLanesPerRow) and following.
-  DLK_DEVICE static void store(const Gemm& p, int64_t i0, int64_t j0, bool packs, float* strip,
-                               const float (&acc)[kCols / 8][4], float (&column_sum)[kWidth]) {
-    const int lane = threadIdx.x % 32, col = lane % kLanesPerRow * kWidth;
-    const int64_t j = j0 + col;
+  // acc[f] is d of mma (ptx.cuh) for columns 8f ... 8f + 7.
+  DLK_DEVICE static void put(float* strip, const float (&acc)[kCols / 8][4]) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int f = 0; f < kCols / 8; ++f) {
 #pragma unroll
@@ -39,6 +36,14 @@ struct Strip {
             acc[f][half * 2], acc[f][half * 2 + 1]};
     }
     __syncwarp();
+  }
+
+  // What was put is C[i0, j0] and on. Adds to `column_sum` what it stored of columns kWidth (lane % kLanesPerRow) and
+  // following. `packs` is in_packs<T>(p).
+  DLK_DEVICE static void store(const Gemm& p, int64_t i0, int64_t j0, bool packs, const float* strip,
+                               float (&column_sum)[kWidth]) {
+    const int lane = threadIdx.x % 32, col = lane % kLanesPerRow * kWidth;
+    const int64_t j = j0 + col;
 #pragma unroll 1
     for (int r = lane / kLanesPerRow; r < 16; r += kRowsAtOnce) {
       const int64_t i = i0 + r;

@@ -9,7 +9,7 @@ import functools
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,8 +22,14 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the or
 ILLEGAL_ADDRESS = 700
 
 
-def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None) -> ctypes.CDLL:
-    """Every kernel in one library. ``changes``: file name → (text, its replacement), for tests of the tests."""
+def compile_kernels(
+    changes: Mapping[str, tuple[str, str]] | None = None,
+    *,
+    kernels: str = "cuda/*.cu",
+    stand_ins: Sequence[Path] = (HERE,),
+) -> ctypes.CDLL:
+    """Every kernel in one library. ``changes``: file name → (text, its replacement), for tests of the tests.
+    ``stand_ins``: folders of headers in CUDA's place; the first holds the C signatures."""
     with tempfile.TemporaryDirectory() as folder:
         source = CSRC
         if changes:
@@ -31,16 +37,15 @@ def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None) -> cty
             _changed_copy(source, changes)
         here = Path(folder)
         # fortified longjmp refuses to switch stacks
-        command = (
-            f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE -I {HERE} -I {source}"
-        )
+        includes = " ".join(f"-I {folder}" for folder in (*stand_ins, source))
+        command = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE {includes}"
 
         def compiled(path: Path) -> Path:
             output = here / f"{path.stem}.o"
             subprocess.run(f"{command} -x c++ -c {path} -o {output}", shell=True, check=True)
             return output
 
-        files = [*sorted((source / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+        files = [*sorted(source.glob(kernels)), *sorted(stand_ins[0].glob("*.cpp"))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = " ".join(map(str, pool.map(compiled, files)))
         library = here / "kernels.so"

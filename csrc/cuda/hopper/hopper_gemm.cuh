@@ -116,28 +116,24 @@ DLK_DEVICE void load_tiles(const Gemm& p, const Ring<Traits>& ring, const CUtens
   });
 }
 
-// What the warps of a group stored, added up to one row of partials per 64 rows of C. `strips` are the group's.
+// What the four warps of a group stored of 64 columns, added up to one row of partials per 64 rows of C. `strips` are
+// the group's.
 template <class Traits>
 DLK_DEVICE void store_column_sums(const Gemm& p, int64_t i0, int64_t j0, int group, float* strips,
-                                  float (&sums)[Traits::kParts][Traits::Strip::kWidth]) {
+                                  float (&column_sum)[Traits::Strip::kWidth]) {
   using Strip = typename Traits::Strip;
   constexpr int kPitch = Strip::kBytes / sizeof(float);  // from one warp's to the next
-  static_assert(Traits::kTileN <= kPitch);
   const int thread = threadIdx.x % Traits::kGroupThreads, warp = thread / 32, lane = thread % 32;
+  Strip::sum_rows(column_sum);
+  if (lane < Strip::kLanesPerRow) {
 #pragma unroll
-  for (int part = 0; part < Traits::kParts; ++part) {
-    Strip::sum_rows(sums[part]);
-    if (lane < Strip::kLanesPerRow) {
-#pragma unroll
-      for (int e = 0; e < Strip::kWidth; ++e)
-        strips[warp * kPitch + part * 64 + lane * Strip::kWidth + e] = sums[part][e];
-    }
+    for (int e = 0; e < Strip::kWidth; ++e) strips[warp * kPitch + lane * Strip::kWidth + e] = column_sum[e];
   }
   barrier_sync(1 + group, Traits::kGroupThreads);
-  for (int col = thread; col < Traits::kTileN; col += Traits::kGroupThreads) {
+  if (thread < 64 && i0 < p.m && j0 + thread < p.n) {
     float sum = 0;
-    for (int w = 0; w < 4; ++w) sum += strips[w * kPitch + col];
-    if (i0 < p.m && j0 + col < p.n) static_cast<float*>(p.partials)[i0 / 64 * p.n + j0 + col] = sum;
+    for (int w = 0; w < 4; ++w) sum += strips[w * kPitch + thread];
+    static_cast<float*>(p.partials)[i0 / 64 * p.n + j0 + thread] = sum;
   }
   barrier_sync(1 + group, Traits::kGroupThreads);  // the strips are free again
 }
@@ -178,11 +174,15 @@ DLK_DEVICE void multiply_tiles(const Gemm& p, const Ring<Traits>& ring, int grou
     if (steps > 0) release();
 
     i0 += 64 * group;
-    float column_sum[Traits::kParts][Strip::kWidth] = {};
+#pragma unroll 1
+    for (int part = 0; part < Traits::kParts; ++part, j0 += 64) {
 #pragma unroll
-    for (int part = 0; part < Traits::kParts; ++part)
-      Strip::store(p, i0 + 16 * warp, j0 + 64 * part, packs, strip, acc[part], column_sum[part]);
-    if (p.column_sum) store_column_sums<Traits>(p, i0, j0, group, strips, column_sum);
+      for (int of = 0; of < Traits::kParts; ++of)  // registers have no index at run time
+        if (of == part) Strip::put(strip, acc[of]);
+      float column_sum[Strip::kWidth] = {};
+      Strip::store(p, i0 + 16 * warp, j0, packs, strip, column_sum);
+      if (p.column_sum) store_column_sums<Traits>(p, i0, j0, group, strips, column_sum);
+    }
   });
 }
 
@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(DLK_HOPPER ? Traits::kThreads : 1, 1)
   const Ring<Traits> ring{dynamic_shared()};
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
-  const int group = static_cast<int>(threadIdx.x) / Traits::kGroupThreads;
+  // One value for the warp, and known as such to the compiler.
+  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / Traits::kGroupThreads, 0);
   if (group == Traits::kGroups) {
     release_registers<Traits::kLoaderRegisters>();
     if (threadIdx.x % Traits::kGroupThreads == 0) load_tiles(p, ring, &map_a, &map_b);
