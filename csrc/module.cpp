@@ -13,8 +13,7 @@
 #include "cpu/isa.h"
 #include "cpu/route.h"
 #ifdef DLKERNELS_CUDA
-#include "cuda/kernels.h"
-#include "cuda/route.h"
+#include "cuda/product.h"
 #endif
 
 namespace py = pybind11;
@@ -135,13 +134,12 @@ py::list explain_cuda(int64_t m, int64_t n, int64_t k, const std::string& dtype,
                       bool tf32, int arch) {
   using namespace dlk;
   const DType type = static_cast<DType>(dtype_index(dtype));
-  auto aligned = [&](const PyView& v) {
-    return cuda::mma_takes_fast({reinterpret_cast<const void*>(v[0]), v[1], v[2]}, type);
-  };
-  const bool dz_aligned = cuda::mma_takes_fast({nullptr, n, 1}, type);
+  auto view = [](const PyView& v) { return View{reinterpret_cast<const void*>(v[0]), v[1], v[2]}; };
+  const View dz = {nullptr, n, 1};
+  const bool hopper = arch == 90 && cuda::hopper_available();
   py::list rows;
-  auto add = [&](const char* name, Op op, bool operands_aligned) {
-    const cuda::Route route = cuda::route({op, {m, n, k}, type, type == DType::f32 && tf32, operands_aligned, arch});
+  auto add = [&](const char* name, Op op, const View& left, const View& right) {
+    const cuda::Route route = cuda::route_of(op, {m, n, k}, type, left, right, tf32, arch, hopper);
     const bool sliced = op == Op::wgrad && route.path != cuda::Path::cublas;
     py::dict row;
     row["op"] = name;
@@ -151,9 +149,9 @@ py::list explain_cuda(int64_t m, int64_t n, int64_t k, const std::string& dtype,
     row["why"] = route.why;
     rows.append(row);
   };
-  add("forward", Op::forward, aligned(x) && aligned(weight));
-  add("dgrad", Op::dgrad, dz_aligned && aligned(weight));
-  add("wgrad", Op::wgrad, dz_aligned && aligned(x));
+  add("forward", Op::forward, view(x), view(weight));
+  add("dgrad", Op::dgrad, dz, view(weight));
+  add("wgrad", Op::wgrad, dz, view(x));
   return rows;
 }
 #endif

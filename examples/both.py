@@ -81,7 +81,7 @@ class Both(Generic[Result]):
         sites = sum(len(report.fused) for report in self.reports)
         return (
             f"{sites} fused layers; losses at most {self.apart:.1e} apart over the first "
-            f"{min(BEGINNING, len(self.stock.losses))} steps; a step of stock takes {self.ratio:.2f} times one of fused "
+            f"{min(BEGINNING, len(self.stock.losses))} steps; a stock step takes {self.ratio:.2f} times a fused one "
             f"({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
         )
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign import pointer, view
 from isolated import python
 from oracle import Layer, check
-from test_cuda_on_host import pointer, view
 
 from dlkernels import _C
 from dlkernels._ops.activations import ACTIVATIONS

@@ -282,14 +282,16 @@ ROUTES = {
 def test_route_where_nothing_was_measured(kernels, asked, path):
     op, shape, dtype, *rest = asked
     index = DTYPES.index(getattr(torch, dtype))
-    assert kernels.route(op, *map(ctypes.c_int64, shape), index, *rest).decode() == path
+    assert kernels.route(op, *map(ctypes.c_int64, shape), index, *rest, 1).decode() == path
 
 
 def test_route_follows_the_measured_table():
     row = "// dispatch:begin\n{90, DType::bf16, 8, 8, 9, Op::forward, Path::cublas},"
-    kernels = compile_kernels({"dispatch_table.inc": ("// dispatch:begin", row)}, ["route.cpp", "entry_route.cpp"])
+    kernels = compile_kernels(
+        {"dispatch_table.inc": ("// dispatch:begin", row)}, files=["cuda/route.cpp", "entry_route.cpp"]
+    )
     sizes = {(256, 256, 784): "cublas", (511, 300, 512): "cublas", (512, 256, 784): "mma", (256, 256, 1024): "mma"}
     for shape, path in sizes.items():
-        assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 90).decode() == path
-    assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 90) == b"mma"
-    assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 80) == b"mma"
+        assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 90, 0).decode() == path
+    assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 90, 0) == b"mma"
+    assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 80, 0) == b"mma"

@@ -29,9 +29,13 @@ cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream);
 cudaError_t mma_gemm(const Gemm& p, cudaStream_t stream);
 bool mma_takes_fast(const View& operand, DType dtype);
 
-// The same products by TMA and wgmma, on compute capability 9.0. Its operands are aligned and contiguous along one
-// dimension, without masks in the load and without row sums (`hopper_takes`).
+// bf16 and fp16 by TMA and wgmma, on Hopper alone and where the library was built for sm_90a (`hopper_available`, of the
+// current device; else cudaErrorNoKernelImageForDevice). `hopper_takes`: no empty C or k, no `saved`, no row sums, and
+// operands that lie as in forward, dgrad or wgrad of contiguous tensors, 16-byte aligned, rows of a multiple of 8 elements
+// apart. `tile`: columns of a block's tile of 128 rows, 128 or 256; 0: by the size of C. Has not run on a GPU yet.
 cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream);
+bool hopper_takes(const Gemm& p);
+bool hopper_available();
 
 cudaError_t act_pass(DType dtype, const ActPass& p, cudaStream_t stream);
 

@@ -8,16 +8,16 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "kernels.h"
+#include "product.h"
 
 namespace dlk::cuda {
 namespace {
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 
-Route route_of(Op op, const Checked& c, const View& a, const View& b) {
-  const bool aligned = mma_takes_fast(a, c.dtype) && mma_takes_fast(b, c.dtype);
-  return route({op, c.shape, c.dtype, c.dtype == DType::f32 && tf32_allowed(), aligned, current_arch()});
+Path path_of(Op op, const Checked& c, const View& left, const View& right) {
+  const int arch = current_arch();
+  return route_of(op, c.shape, c.dtype, left, right, tf32_allowed(), arch, hopper_here(arch)).path;
 }
 
 // One of our kernels, with the scratch it wants. `like` is on the device and of the dtype.
@@ -49,26 +49,14 @@ void pass(const Checked& c, const Incoming& in, const at::Tensor& dz, const at::
   C10_CUDA_CHECK(grad_pass(p, stream()));
 }
 
-// The description that dgrad and wgrad share: A is dz, as [M, N].
-Gemm gradient_product(const Checked& c, const Incoming& in) {
-  Gemm p{};
-  p.dtype = c.dtype;
-  p.a = view_of(in.g);
-  if (in.saved.defined()) p.saved = view_of(in.saved), p.act = c.act;
-  p.splits = 1;
-  return p;
-}
-
 void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& weight, at::Tensor& dx, Gate* below) {
-  const auto [m, n, k] = c.shape;
   if (path == Path::cublas) {
-    at::Tensor out = dx.view({m, k});
+    at::Tensor out = dx.view({c.shape.m, c.shape.k});
     at::mm_out(out, in.g, weight);
     return;
   }
-  Gemm p = gradient_product(c, in);
-  p.m = m, p.n = k, p.k = n;
-  p.b = view_of(weight);
+  Gemm p = product(Op::dgrad, c.shape, c.dtype, view_of(in.g), view_of(weight));
+  if (in.saved.defined()) p.saved = view_of(in.saved), p.act = c.act;
   p.c = dx.data_ptr();
   if (below) {
     p.gate = below->saved.const_data_ptr();
@@ -82,16 +70,12 @@ void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& we
 
 void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2, at::Tensor& dweight,
            const at::Tensor& dbias) {
-  const auto [m, n, k] = c.shape;
   if (path == Path::cublas) {
     at::mm_out(dweight, in.g.t(), x2);
     return;
   }
-  Gemm p = gradient_product(c, in);
-  p.m = n, p.n = k, p.k = m;
-  p.a = p.a.transposed();
-  p.saved = p.saved.transposed();
-  p.b = view_of(x2);
+  Gemm p = product(Op::wgrad, c.shape, c.dtype, view_of(in.g), view_of(x2));
+  if (in.saved.defined()) p.saved = view_of(in.saved).transposed(), p.act = c.act;
   p.c = dweight.data_ptr();
   p.row_sum = dbias.defined() ? dbias.data_ptr() : nullptr;
   p.splits = gemm_splits(p.m, p.n, p.k);
@@ -108,6 +92,12 @@ int current_arch() {
   return major * 10 + minor;
 }
 
+bool hopper_here(int arch) {
+  if (arch != 90) return false;
+  static const bool available = hopper_available();
+  return available;
+}
+
 bool tf32_allowed() {
   return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
          at::Float32Precision::TF32;
@@ -118,17 +108,12 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
   const auto [m, n, k] = c.shape;
   if (m == 0 || n == 0) return;
   const at::Tensor x2 = as_rows(x);
-  Gemm p{};
-  p.dtype = c.dtype;
-  p.m = m, p.n = n, p.k = k;
-  p.a = view_of(x2);
-  p.b = view_of(weight).transposed();
+  Gemm p = product(Op::forward, c.shape, c.dtype, view_of(x2), view_of(weight));
   p.act = c.act;
   p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
   p.c = y.data_ptr();
   p.z = z ? z->data_ptr() : nullptr;
-  p.splits = 1;
-  const Path path = route_of(Op::forward, c, p.a, p.b).path;
+  const Path path = path_of(Op::forward, c, view_of(x2), view_of(weight));
   if (path != Path::cublas) return launch(path, p, y);
 
   at::Tensor pre = z ? z->view({m, n}) : y.view({m, n});
@@ -159,8 +144,8 @@ Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor&
   Incoming rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
   const at::Tensor x2 = need_weight ? as_rows(x) : at::Tensor();
   const View dz_view = in.saved.defined() ? View{nullptr, n, 1} : view_of(rows.g);  // as it would come to exist
-  const Path dx_path = need_x ? route_of(Op::dgrad, c, dz_view, view_of(weight)).path : Path::simt;
-  const Path dw_path = need_weight ? route_of(Op::wgrad, c, dz_view, view_of(x2)).path : Path::simt;
+  const Path dx_path = need_x ? path_of(Op::dgrad, c, dz_view, view_of(weight)) : Path::simt;
+  const Path dw_path = need_weight ? path_of(Op::wgrad, c, dz_view, view_of(x2)) : Path::simt;
 
   // Three ways to dz. simt: made in each product's operand load, which counts least launches. A lone wgrad on tensor
   // cores, as in a network's first layer: likewise, with dbias on the way. Otherwise one pass makes dz and dbias.

@@ -18,6 +18,8 @@ Gradients layer_backward(const Checked&, const Incoming&, const at::Tensor& x, c
 
 // Compute capability of the current device, 90 for 9.0.
 int current_arch();
+// hopper_available(), asked once.
+bool hopper_here(int arch);
 // Whether torch lets f32 products round their operands to TF32.
 bool tf32_allowed();
 

@@ -4,8 +4,8 @@
 // multiplied the next ones are under way (cp.async). Sums are f32, k is summed in one fixed order, nothing is atomic.
 #pragma once
 
-#include "epilogue.cuh"
 #include "operand.cuh"
+#include "tile.cuh"
 
 namespace dlk::cuda {
 
@@ -21,26 +21,13 @@ struct MmaTraits {
   using A = Operand<T, kAAlongK, kTileM, kTileK, kThreads>;
   using B = Operand<T, kBAlongK, kTileN, kTileK, kThreads>;
   static constexpr int kStageBytes = A::kBytes + B::kBytes;
-  // The epilogue passes strips of 16 rows through shared memory; 4 floats of padding put neighbouring rows in other banks.
-  static constexpr int kStripPitch = kWarpN + 4;
-  static constexpr int kStripBytes = 16 * kStripPitch * static_cast<int>(sizeof(float));
+  using Strip = cuda::Strip<T, kWarpN>;  // each warp has one
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
-  static_assert(kThreads / 32 * kStripBytes <= kSharedBytes);
+  static_assert(kThreads / 32 * Strip::kBytes <= kSharedBytes);
   // A thread of the large tile holds 128 sums: two such blocks, 255 registers each, fill the registers of an SM.
   static constexpr int kBlocksPerSM = kWarpM * kWarpN > 32 * 32 ? 2 : 3;
 };
-
-// Blocks that run together share rows of A and columns of B: kGroup tiles down, then one to the right.
-struct TileAt {
-  int64_t i, j;
-};
-DLK_DEVICE TileAt tile_at(int64_t tile, int64_t tiles_m, int64_t tiles_n) {
-  constexpr int64_t kGroup = 8;
-  const int64_t group = tile / (kGroup * tiles_n), first = group * kGroup;
-  const int64_t height = min(kGroup, tiles_m - first), within = tile - first * tiles_n;
-  return {first + within % height, within / height};
-}
 
 // One stage's worth of multiplications for the tile of this warp.
 template <class Traits>
@@ -91,65 +78,27 @@ DLK_DEVICE void store_row_sums(const Gemm& p, int64_t i0, unsigned char* shared,
   __syncthreads();
 }
 
-// The tile of this warp, strip of 16 rows by strip: from the scattered registers of mma through shared memory to rows
-// that are finished and stored 16 bytes at a time.
+// The tile of this warp, strip of 16 rows by strip.
 template <class Traits>
 DLK_DEVICE void store_tile(const Gemm& p, int64_t i0, int64_t j0, float* strip,
                            const float (&acc)[Traits::kWarpM / 16][Traits::kWarpN / 8][4]) {
-  using T = typename Traits::T;
-  constexpr int kWidth = kPack<T>, kLanesPerRow = Traits::kWarpN / kWidth, kRowsAtOnce = 32 / kLanesPerRow;
-  static_assert(32 % kLanesPerRow == 0 && 16 % kRowsAtOnce == 0);
-  const int lane = threadIdx.x % 32;
-  const int col = lane % kLanesPerRow * kWidth;
-  const int64_t j = j0 + col;
-  const bool packs = in_packs<T>(p);
-  float column_sum[kWidth] = {};
-
+  using Strip = typename Traits::Strip;
+  const bool packs = in_packs<typename Traits::T>(p);
+  float column_sum[Strip::kWidth] = {};
 #pragma unroll
   for (int s = 0; s < Traits::kWarpM / 16; ++s) {
-#pragma unroll
-    for (int f = 0; f < Traits::kWarpN / 8; ++f) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<Pack<float, 2>*>(strip + (lane / 4 + half * 8) * Traits::kStripPitch + f * 8 +
-                                           lane % 4 * 2) = {acc[s][f][half * 2], acc[s][f][half * 2 + 1]};
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int r = lane / kLanesPerRow; r < 16; r += kRowsAtOnce) {
-      const int64_t i = i0 + s * 16 + r;
-      if (i >= p.m || j >= p.n) continue;
-      const float* from = strip + r * Traits::kStripPitch + col;
-      if (p.splits > 1) {
-        auto* partials = static_cast<float*>(p.partials) + (blockIdx.z * p.m + i) * p.n + j;
-        for (int e = 0; e < kWidth && j + e < p.n; ++e) partials[e] = from[e];
-      } else if (packs) {
-        float v[kWidth];
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) v[e] = from[e];
-        finish<T>(p, i, j, v);
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) column_sum[e] += v[e];
-      } else {
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          float v[1] = {from[e]};
-          if (j + e < p.n) finish<T>(p, i, j + e, v), column_sum[e] += v[0];
-        }
-      }
-    }
-    __syncwarp();
+    Strip::put(strip, acc[s]);
+    Strip::store(p, i0 + s * 16, j0, packs, strip, column_sum);
   }
 
   if (p.column_sum) {  // one row of partials per warp tile
+    Strip::sum_rows(column_sum);
+    const int lane = threadIdx.x % 32;
+    const int64_t j = j0 + lane * Strip::kWidth;
     auto* partials = static_cast<float*>(p.partials) + i0 / Traits::kWarpM * p.n;
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) {
-#pragma unroll
-      for (int other = kLanesPerRow; other < 32; other *= 2)
-        column_sum[e] += __shfl_xor_sync(0xffffffffu, column_sum[e], other);
-      if (lane < kLanesPerRow && i0 < p.m && j + e < p.n) partials[j + e] = column_sum[e];
-    }
+    for (int e = 0; e < Strip::kWidth; ++e)
+      if (lane < Strip::kLanesPerRow && i0 < p.m && j + e < p.n) partials[j + e] = column_sum[e];
   }
 }
 
@@ -220,7 +169,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
   if constexpr (!Traits::kAAlongK) {
     if (sums_rows) store_row_sums<Traits>(p, i0, shared, row_sum);
   }
-  auto* strip = reinterpret_cast<float*>(shared + warp * Traits::kStripBytes);
+  auto* strip = reinterpret_cast<float*>(shared + warp * Traits::Strip::kBytes);
   store_tile<Traits>(p, i0 + warp_m * Traits::kWarpM, j0 + warp_n * Traits::kWarpN, strip, acc);
 }
 

@@ -9,9 +9,9 @@ namespace dlk::cuda {
 
 DLK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// The block's dynamic shared memory, 128-byte aligned.
+// The block's dynamic shared memory, aligned for TMA's 128-byte swizzling.
 DLK_DEVICE unsigned char* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char dlk_dynamic_shared[];
+  extern __shared__ __align__(1024) unsigned char dlk_dynamic_shared[];
   return dlk_dynamic_shared;
 }
 

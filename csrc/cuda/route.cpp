@@ -26,7 +26,7 @@ bool takes(Path path, const Asked& a) {
   const bool half = a.dtype == DType::bf16 || a.dtype == DType::f16;
   switch (path) {
     case Path::mma: return half || (a.dtype == DType::f32 && a.tf32);
-    case Path::hopper: return half && a.aligned && a.arch == 90;
+    case Path::hopper: return half && a.hopper;
     case Path::simt:
     case Path::cublas: return true;
   }

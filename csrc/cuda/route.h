@@ -15,6 +15,7 @@ struct Asked {
   bool tf32;     // torch lets f32 products round their operands to TF32
   bool aligned;  // both operands can be read 16 bytes at a time (mma_takes_fast)
   int arch;      // compute capability, 90 for 9.0
+  bool hopper;   // hopper_available() there, and hopper_takes() it
 };
 
 struct Route {

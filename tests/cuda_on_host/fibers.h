@@ -5,6 +5,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -31,7 +32,7 @@ struct Copy {
   int bytes;
 };
 
-enum class At { running, warp, block, end };
+enum class At { running, warp, block, condition, end };
 
 struct Fiber {
   ucontext_t start;
@@ -40,6 +41,7 @@ struct Fiber {
   bool fresh;
   At at;
   unsigned index, exchanges;
+  std::function<bool()> until;            // at a condition
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Copy> open;                 // not yet committed
 };
@@ -61,6 +63,8 @@ inline jmp_buf scheduler;
 inline Fiber* current = nullptr;
 inline const std::function<void()>* body = nullptr;
 inline std::vector<Warp> warps;
+inline std::vector<std::function<void()>> in_flight;  // what the hardware does beside the threads, in any order
+inline std::mt19937* lots = nullptr;
 
 inline void leave(At at) {
   current->at = at;
@@ -82,13 +86,23 @@ inline void enter(Fiber& fiber) {
   setcontext(&fiber.start);
 }
 
+inline bool toss() { return (*lots)() % 2; }
+
+inline void finish_one_in_flight() {
+  const size_t drawn = (*lots)() % in_flight.size();
+  const auto done = std::move(in_flight[drawn]);
+  in_flight.erase(in_flight.begin() + static_cast<ptrdiff_t>(drawn));
+  done();
+}
+
 // Runs the block; `resume(index)` is called before a thread goes on.
 template <class Resume>
 void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
   static std::vector<Fiber> fibers;  // kept, for their stacks
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   warps.assign((threads + kWarp - 1) / kWarp, Warp{});
-  std::vector<unsigned> ready;
+  std::vector<unsigned> ready, at_condition;
+  lots = &lot;
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
     getcontext(&fiber.start);
@@ -110,9 +124,11 @@ void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
       ready.pop_back();
       resume(t);
       enter(fibers[t]);
+      if (!in_flight.empty() && lot() % 64 == 0) finish_one_in_flight();
       Warp& warp = warps[t / kWarp];
       at_block += fibers[t].at == At::block;
       ended += fibers[t].at == At::end;
+      if (fibers[t].at == At::condition) at_condition.push_back(t);
       if (fibers[t].at == At::warp && ++warp.waiting == warp.lanes) {
         warp.waiting = 0;
         warp.same_or_die();
@@ -120,13 +136,31 @@ void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
       }
     }
     if (ended == threads) break;
+    if (!at_condition.empty()) {
+      if (!in_flight.empty()) finish_one_in_flight();
+      auto waits = [&](unsigned t) { return !fibers[t].until(); };
+      const auto go_on = std::partition(at_condition.begin(), at_condition.end(), waits);
+      ready.assign(go_on, at_condition.end());
+      at_condition.erase(go_on, at_condition.end());
+      if (ready.empty() && in_flight.empty()) die("a deadlock: threads wait for what will never come");
+      continue;
+    }
     if (at_block != threads) die("some threads wait at a barrier which others never reach");
     at_block = 0;
     for (unsigned t = 0; t < threads; ++t) ready.push_back(t);
   }
+  if (!in_flight.empty()) die("a block ends before what it started in its shared memory");
 }
 
 inline void block_barrier() { leave(At::block); }
+
+// Until `condition`, which other threads or the hardware bring about.
+inline void wait_until(std::function<bool()> condition) {
+  while (!condition()) {
+    current->until = condition;
+    leave(At::condition);
+  }
+}
 
 // What all lanes handed in; to be read before the next exchange but one.
 template <class T>

@@ -22,16 +22,16 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the or
 ILLEGAL_ADDRESS = 700
 
 
-ENTRIES = ("*.cu", "route.cpp", "entry*.cpp")
-
-
 def compile_kernels(
-    changes: Mapping[str, tuple[str, str]] | None = None, files: Sequence[str] = ENTRIES
+    changes: Mapping[str, tuple[str, str]] | None = None,
+    *,
+    files: Sequence[str] = ("cuda/*.cu", "cuda/route.cpp", "entry*.cpp"),
+    stand_ins: Sequence[Path] = (HERE,),
 ) -> ctypes.CDLL:
-    """The kernels and their C entry points in one library.
+    """Kernels and their C entry points in one library.
 
-    ``changes``, for tests of the tests: file name → (text, its replacement). ``files``: patterns, out of csrc/cuda and
-    of this folder; by default everything.
+    ``changes``, for tests of the tests: file name → (text, its replacement). ``stand_ins``: folders of headers in
+    CUDA's place; ``files``: patterns, in csrc and in the first of these folders.
     """
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
@@ -39,16 +39,16 @@ def compile_kernels(
         if changes:
             source = here / "csrc"
             _changed_copy(source, changes)
+        includes = " ".join(f"-I {folder}" for folder in (*stand_ins, source))
         # fortified longjmp refuses to switch stacks
-        flags = f"-std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE -I {HERE} -I {source}"
-        command = f"{os.environ.get('CXX', 'g++')} {flags}"
+        command = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE {includes}"
 
         def compiled(path: Path) -> Path:
             output = here / f"{path.stem}.o"
             subprocess.run(f"{command} -x c++ -c {path} -o {output}", shell=True, check=True)
             return output
 
-        paths = [path for pattern in files for place in (source / "cuda", HERE) for path in sorted(place.glob(pattern))]
+        paths = [path for pattern in files for place in (source, stand_ins[0]) for path in sorted(place.glob(pattern))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = " ".join(map(str, pool.map(compiled, paths)))
         library = here / "kernels.so"

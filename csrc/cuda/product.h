@@ -1,0 +1,30 @@
+// One of a layer's three products as the kernels and the dispatcher see it. No torch.
+#pragma once
+
+#include "kernels.h"
+#include "route.h"
+
+namespace dlk::cuda {
+
+// left, right: x, weight for forward; dz, weight for dgrad; dz, x for wgrad. What the product computes; not where to.
+inline Gemm product(Op op, const Shape& s, DType dtype, const View& left, const View& right) {
+  Gemm p{};
+  p.dtype = dtype;
+  p.splits = 1;
+  switch (op) {
+    case Op::forward: p.m = s.m, p.n = s.n, p.k = s.k, p.a = left, p.b = right.transposed(); break;
+    case Op::dgrad: p.m = s.m, p.n = s.k, p.k = s.n, p.a = left, p.b = right; break;
+    case Op::wgrad: p.m = s.n, p.n = s.k, p.k = s.m, p.a = left.transposed(), p.b = right; break;
+  }
+  return p;
+}
+
+// `hopper`: hopper_available() on the device.
+inline Route route_of(Op op, const Shape& s, DType dtype, const View& left, const View& right, bool tf32, int arch,
+                      bool hopper) {
+  const Gemm p = product(op, s, dtype, left, right);
+  const bool aligned = mma_takes_fast(p.a, dtype) && mma_takes_fast(p.b, dtype);
+  return route({op, s, dtype, dtype == DType::f32 && tf32, aligned, arch, hopper && hopper_takes(p)});
+}
+
+}  // namespace dlk::cuda
