@@ -42,4 +42,14 @@ cudaError_t act_pass(DType dtype, const ActPass& p, cudaStream_t stream);
 // hence the same bits on every run.
 int gemm_splits(int64_t m, int64_t n, int64_t k);
 
+// A chain of layers of 1 to 128 features each, in bf16, fp16 or (exact, no TF32) fp32: where all weights fit in a block's
+// shared memory, and in backward a layer with the sums of its gradients. How a chain is cut depends on its shape and on
+// the device, and on nothing else: the same inputs give the same bits.
+bool chain_takes(const Chain& p, DType dtype);
+cudaError_t chain_forward(const Chain& p, DType dtype, cudaStream_t stream);
+// Wants `slices` and `partials` of these sizes, the latter in f32.
+int chain_slices(const Chain& p, DType dtype);
+int64_t chain_partials(const Chain& p, DType dtype);
+cudaError_t chain_backward(const Chain& p, DType dtype, cudaStream_t stream);
+
 }  // namespace dlk::cuda

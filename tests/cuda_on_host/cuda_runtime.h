@@ -16,6 +16,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
+#define __grid_constant__
 
 using std::max;
 using std::min;
@@ -47,9 +48,21 @@ struct cudaLaunchConfig_t {
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace cuda_on_host {
-constexpr size_t kMostShared = 227 * 1024;  // of a block on sm_90
+inline size_t most_shared = 227 * 1024;  // of a block; here of sm_90
+inline int sms = 132;
 inline Guarded dynamic_shared;
 }  // namespace cuda_on_host
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value =
+      attribute == cudaDevAttrMultiProcessorCount ? cuda_on_host::sms : static_cast<int>(cuda_on_host::most_shared);
+  return cudaSuccess;
+}
 
 inline void __syncthreads() { cuda_on_host::block_barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { cuda_on_host::exchange(0, "syncwarp"); }
@@ -64,7 +77,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const dim3 grid = config->gridDim, block = config->blockDim;
   if (!grid.x || grid.y != 1 || !grid.z || grid.z > 65535 || !block.x || block.x > 1024)
     return cudaErrorInvalidConfiguration;
-  if (config->dynamicSmemBytes > kMostShared) return cudaErrorInvalidValue;
+  if (config->dynamicSmemBytes > most_shared) return cudaErrorInvalidValue;
   const std::function<void()> thread = [&] { kernel(static_cast<Params>(args)...); };
   body = &thread;
   gridDim = grid, blockDim = block;
