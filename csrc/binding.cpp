@@ -33,14 +33,14 @@ TORCH_LIBRARY(dlkernels, m) {
     m.impl("_linear_act_forward", &dlk::linear_act_forward_##suffix);     \
     m.impl("_linear_act_forward_z", &dlk::linear_act_forward_z_##suffix); \
     m.impl("_linear_act_backward", &dlk::linear_act_backward_##suffix);   \
+    m.impl("_mlp_forward", &dlk::mlp_forward_##suffix);                   \
+    m.impl("_mlp_backward", &dlk::mlp_backward_##suffix);                 \
   }
 
-// Chains and losses run on CPU; elsewhere dlkernels/_ops runs a chain layer by layer and calls torch's losses.
+// Losses run on CPU; elsewhere dlkernels/_ops calls torch's.
 #define DLK_IMPLEMENT_CPU(key)                                       \
   DLK_IMPLEMENT(key, cpu)                                            \
   TORCH_LIBRARY_IMPL(dlkernels, key, m) {                            \
-    m.impl("_mlp_forward", &dlk::mlp_forward_cpu);                   \
-    m.impl("_mlp_backward", &dlk::mlp_backward_cpu);                 \
     m.impl("_mse_loss", &dlk::mse_loss_cpu);                         \
     m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_cpu);       \
     m.impl("_cross_entropy", &dlk::cross_entropy_cpu);               \

@@ -93,8 +93,10 @@ def mlp(
 
     Equal to calling the layers one by one, every derivative included, and faster: a layer's gradient leaves its product
     with the mask of the layer below applied, and layers of few features (up to 256; 128 in bfloat16) over many rows
-    (2,048 and more) take a block of rows through all of them while it is in cache. On devices other than the CPU, under
-    ``torch.compile`` and ``torch.func`` and with tensor subclasses the layers do run one by one.
+    (2,048 and more) take a block of rows through all of them while it is in cache. On CUDA those are layers of up to
+    128 features, over any number of rows, whose weights fit in shared memory together (five of 128 in bfloat16 on an
+    H100). On other devices, under ``torch.compile`` and ``torch.func`` and with tensor subclasses the layers do run one
+    by one.
 
     Args:
         x: ``[..., in_features]`` of the first layer, any strides.

@@ -368,6 +368,14 @@ def test_inf_and_nan_stay_in_their_rows(kernels, dtype):
     h[0][5] = 0.0  # closed gates: 0, even of an infinite gradient
     got = network.backward(h, z, {"dx"})["dx"]
     assert (got[5] == 0).all()
+    network = Network(
+        kernels, [3, 33, 5], 37, dtype, ["none", "none"]
+    )  # 37: of a whole tile of 48 rows, 11 are not there
+    network.x, network.g, network.weights = network.x.abs(), network.g.abs(), [w.abs() for w in network.weights]
+    network.weights[1][0, 4] = inf
+    got = network.backward(*network.forward(), {"dweight0"})["dweight0"]
+    assert (got[4] == inf).all()
+    assert got[:4].isfinite().all()
 
 
 @OF_DTYPES

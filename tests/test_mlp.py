@@ -26,13 +26,16 @@ SHAPES = [(1, NARROW), (37, NARROW), (2048, [16, 16, 16]), (2500, NARROW), (3001
 class Chain:
     """Operands of one call, and the ways to compute it."""
 
-    def __init__(self, rows, sizes, dtype=torch.float32, acts=None, bias=True):
+    def __init__(self, rows, sizes, dtype=torch.float32, acts=None, bias=True, device="cpu"):
+        def make(*shape, scale=1.0):
+            return (torch.randn(*shape) * scale).to(device, dtype)
+
         pairs = list(pairwise(sizes))
         self.acts = acts or ["relu"] * (len(pairs) - 1) + ["none"]
-        self.x = torch.randn(rows, sizes[0]).to(dtype).requires_grad_()
-        self.weights = [(torch.randn(n, k) / k**0.5).to(dtype).requires_grad_() for k, n in pairs]
-        self.biases = [torch.randn(n).to(dtype).requires_grad_() if bias else None for _, n in pairs]
-        self.g = torch.randn(rows, sizes[-1]).to(dtype)
+        self.x = make(rows, sizes[0]).requires_grad_()
+        self.weights = [make(n, k, scale=k**-0.5).requires_grad_() for k, n in pairs]
+        self.biases = [make(n).requires_grad_() if bias else None for _, n in pairs]
+        self.g = make(rows, sizes[-1])
         self.leaves = [self.x, *self.weights, *(b for b in self.biases if b is not None)]
 
     def layers(self, op, x=None):
@@ -71,8 +74,8 @@ def distance(gradients, exact):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "sizes"), SHAPES, ids=str)
-def test_mlp_over_shapes(rows, sizes, dtype):
-    chain = Chain(rows, sizes, dtype)
+def test_mlp_over_shapes(rows, sizes, dtype, device):
+    chain = Chain(rows, sizes, dtype, device=device)
     ours, theirs = chain.layers(linear_act), chain.layers(stock)
     y = chain.mlp()
     torch.testing.assert_close(y, ours[-1])
@@ -88,8 +91,8 @@ def test_mlp_over_shapes(rows, sizes, dtype):
 @pytest.mark.parametrize("last", ["none", "relu", "gelu", "tanh"])
 @pytest.mark.parametrize("hidden", [a for a in STOCK if a != "none"])
 @pytest.mark.parametrize("rows", [60, 2100])
-def test_mlp_with_every_activation(hidden, last, rows):
-    chain = Chain(rows, [20, 33, 40, 9], acts=[hidden, hidden, last])
+def test_mlp_with_every_activation(hidden, last, rows, device):
+    chain = Chain(rows, [20, 33, 40, 9], acts=[hidden, hidden, last], device=device)
     y, layers = chain.mlp(), chain.layers(linear_act)[-1]
     torch.testing.assert_close(y, layers)
     assert max(distance(chain.gradients(y), chain.gradients(layers))) < 1e-6
@@ -104,8 +107,8 @@ def test_mlp_with_an_activation_for_each_layer():
 
 
 @pytest.mark.parametrize(("rows", "sizes"), [(2500, NARROW), (65, WIDE)], ids=str)
-def test_mlp_gives_the_gradients_asked_for(rows, sizes):
-    chain = Chain(rows, sizes)
+def test_mlp_gives_the_gradients_asked_for(rows, sizes, device):
+    chain = Chain(rows, sizes, device=device)
     every = dict(zip(map(id, chain.leaves), chain.gradients(chain.mlp()), strict=True))
     for wanted in range(1, 2 ** len(chain.leaves), 3):
         for i, leaf in enumerate(chain.leaves):
@@ -133,8 +136,8 @@ def test_mlp_has_the_same_bits_on_any_number_of_threads(rows, sizes, dtype):
 
 
 @pytest.mark.parametrize("rows", [30, 2100])
-def test_mlp_takes_strides_of_all_kinds(rows):
-    chain = Chain(rows, [12, 20, 9])
+def test_mlp_takes_strides_of_all_kinds(rows, device):
+    chain = Chain(rows, [12, 20, 9], device=device)
     plain = chain.gradients(chain.mlp())
     chain.weights = [w.detach().t().contiguous().t().requires_grad_() for w in chain.weights]
     chain.x = torch.stack([chain.x.detach()] * 2, -1)[..., 0].requires_grad_()
@@ -169,8 +172,8 @@ def test_mlp_confines_inf_and_nan_to_their_rows(rows, dtype):
     torch.testing.assert_close(y, reference, equal_nan=True, rtol=1e-2, atol=1e-2)
 
 
-def test_mlp_sums_over_nothing():
-    chain = Chain(0, [7, 20, 5])
+def test_mlp_sums_over_nothing(device):
+    chain = Chain(0, [7, 20, 5], device=device)
     assert all((g == 0).all() for g in chain.gradients(chain.mlp())[1:])
 
 
