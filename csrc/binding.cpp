@@ -33,19 +33,17 @@ TORCH_LIBRARY(dlkernels, m) {
     m.impl("_linear_act_forward", &dlk::linear_act_forward_##suffix);     \
     m.impl("_linear_act_forward_z", &dlk::linear_act_forward_z_##suffix); \
     m.impl("_linear_act_backward", &dlk::linear_act_backward_##suffix);   \
+    m.impl("_mlp_forward", &dlk::mlp_forward_##suffix);                   \
+    m.impl("_mlp_backward", &dlk::mlp_backward_##suffix);                 \
     m.impl("_mse_loss", &dlk::mse_loss_##suffix);                         \
     m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_##suffix);       \
     m.impl("_cross_entropy", &dlk::cross_entropy_##suffix);               \
   }
 
-// Chains run on CPU, and a loss with its layer; elsewhere dlkernels/_ops runs them one by one.
-#define DLK_IMPLEMENT_CPU(key)                                       \
-  DLK_IMPLEMENT(key, cpu)                                            \
-  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                            \
-    m.impl("_mlp_forward", &dlk::mlp_forward_cpu);                   \
-    m.impl("_mlp_backward", &dlk::mlp_backward_cpu);                 \
-    m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_cpu); \
-  }
+// A loss with its layer runs on CPU; elsewhere dlkernels/_ops runs them one by one.
+#define DLK_IMPLEMENT_CPU(key) \
+  DLK_IMPLEMENT(key, cpu)      \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) { m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_cpu); }
 
 DLK_IMPLEMENT_CPU(CPU)
 // Layouts the kernels refuse: routed to the same checks, which say so better than the dispatcher would.

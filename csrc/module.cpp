@@ -154,6 +154,23 @@ py::list explain_cuda(int64_t m, int64_t n, int64_t k, const std::string& dtype,
   add("wgrad", Op::wgrad, dz, view(x));
   return rows;
 }
+
+// In how many slices of rows backward's chain kernels take layers of these [m, n, k] on the current device; 0: layer by
+// layer.
+int explain_chain_cuda(const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
+  using namespace dlk;
+  std::vector<ChainLayer> described;
+  for (const auto& [m, n, k] : layers) {
+    described.emplace_back();
+    described.back().n = n, described.back().k = k;
+  }
+  Chain p{};
+  p.rows = layers.at(0)[0];
+  p.layers = static_cast<int>(layers.size());
+  p.layer = described.data();
+  const DType type = static_cast<DType>(dtype_index(dtype));
+  return cuda::chain_takes(p, type) ? cuda::chain_slices(p, type) : 0;
+}
 #endif
 
 }  // namespace
@@ -173,6 +190,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_cuda", &explain_cuda, "Which path each product of a layer takes on CUDA, and why.", py::arg("m"),
         py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("x"), py::arg("weight"), py::arg("tf32"),
         py::arg("arch"));
+  m.def("explain_chain_cuda", &explain_chain_cuda, "Slices of the chain kernels for these layers; 0: not.",
+        py::arg("layers"), py::arg("dtype"));
   m.attr("cuda_paths") = py::make_tuple("simt", "mma", "hopper", "cublas");  // values of DLKERNELS_CUDA_GEMM
 #endif
 }

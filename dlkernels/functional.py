@@ -93,8 +93,10 @@ def mlp(
 
     Equal to calling the layers one by one, every derivative included, and faster: a layer's gradient leaves its product
     with the mask of the layer below applied, and layers of few features (up to 256; 128 in bfloat16) over many rows
-    (2,048 and more) take a block of rows through all of them while it is in cache. On devices other than the CPU, under
-    ``torch.compile`` and ``torch.func`` and with tensor subclasses the layers do run one by one.
+    (2,048 and more) take a block of rows through all of them while it is in cache. On CUDA those are layers of up to
+    128 features, over any number of rows, whose weights fit in shared memory together (five of 128 in bfloat16 on an
+    H100). On other devices, under ``torch.compile`` and ``torch.func`` and with tensor subclasses the layers do run one
+    by one.
 
     Args:
         x: ``[..., in_features]`` of the first layer, any strides.
@@ -278,13 +280,20 @@ def explain_mlp(x: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[Explanation
     layers = [explain(x, first)]
     m, features = math.prod(x.shape[:-1]), first.shape[0]
     for weight in others:
-        explain(x.new_empty((0, features)), weight)  # its checks
-        layers.append(_explain_rows(m, True, weight))
+        # its checks, and what it would run for the contiguous rows that the layer before gives
+        explain(x.new_empty((0, features)), weight)
+        rows = torch.empty((m, features), device="meta")
+        layers.append(_explain_rows_cuda(0, rows, weight) if x.is_cuda else _explain_rows(m, True, weight))
         features = weight.shape[0]
-    slices, kernel = _C.explain_chain([(m, *w.shape) for w in weights], str(x.dtype).removeprefix("torch."))
+    shapes, dtype = [(m, *w.shape) for w in weights], str(x.dtype).removeprefix("torch.")
+    if x.is_cuda:
+        slices, kernel = _C.explain_chain_cuda(shapes, dtype), "chain, weights in shared memory"
+        why = "narrow layers: their weights fit in shared memory together"
+    else:
+        slices, kernel = _C.explain_chain(shapes, dtype)
+        why = "narrow layers and many rows: a block of rows goes through all of them while it is in cache"
     if not slices:
         return tuple(layers)
-    why = "narrow layers and many rows: a block of rows goes through all of them while it is in cache"
     return tuple(
         tuple(
             Explanation(row.op, "chain", kernel, slices if row.op == "wgrad" else 1, row.threads, why) for row in rows

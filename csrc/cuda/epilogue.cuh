@@ -90,8 +90,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Gemm p) {
 // out[i] = Σ over slices of partials[slice, i], in a fixed order: 8 threads share an output, each sums every eighth slice.
 constexpr int kSumOutputs = 32, kSumSharers = 8;
 template <class T>
-__global__ void __launch_bounds__(kSumOutputs* kSumSharers)
-    sum_slices_kernel(const Acc<T>* partials, int64_t slices, int64_t count, T* out) {
+DLK_DEVICE void sum_slices_block(const Acc<T>* partials, int64_t slices, int64_t count, T* out) {
   __shared__ double sums[kSumSharers][kSumOutputs];
   const int output = threadIdx.x % kSumOutputs, sharer = threadIdx.x / kSumOutputs;
   for (int64_t first = int64_t{blockIdx.x} * kSumOutputs; first < count; first += int64_t{gridDim.x} * kSumOutputs) {
@@ -107,6 +106,12 @@ __global__ void __launch_bounds__(kSumOutputs* kSumSharers)
     }
     __syncthreads();
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSumOutputs* kSumSharers)
+    sum_slices_kernel(const Acc<T>* partials, int64_t slices, int64_t count, T* out) {
+  sum_slices_block(partials, slices, count, out);
 }
 
 template <class T>

@@ -1,9 +1,9 @@
 """A chain of layers, h[l+1] = act_l(h[l] W_lᵀ + b_l), as one autograd Function.
 
 What it has over the layers one by one: dgrad's epilogue applies the mask of the layer below, and narrow layers take a
-block of rows through all of them while it is in cache (``csrc/cpu/chain.h``), forward and backward. Where the chain
-has no kernel (other devices than the CPU, ``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by
-one: the same products in the same order.
+block of rows through all of them while it is in cache (``csrc/cpu/chain.h``) or in shared memory
+(``csrc/cuda/chain.cuh``), forward and backward. Where the chain has no kernel (other devices than CPU and CUDA,
+``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by one: the same products in the same order.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
     if not weights:
         raise RuntimeError("mlp: expected at least one layer, got no weights")
     tensors = [x, *weights, *[b for b in biases if b is not None]]
-    plain = x.is_cpu and {type(t) for t in tensors} <= _PLAIN
+    plain = (x.is_cpu or x.is_cuda) and {type(t) for t in tensors} <= _PLAIN
     if not plain or torch.compiler.is_compiling() or under_transform():
         return layer_by_layer(x, weights, biases, acts, slope)
     if autocast_active(x):

@@ -16,6 +16,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
+#define __grid_constant__
 
 using std::max;
 using std::min;
@@ -47,9 +48,28 @@ struct cudaLaunchConfig_t {
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace cuda_on_host {
-constexpr size_t kMostShared = 227 * 1024;  // of a block on sm_90
+// What kernels' launchers ask about; an H100 unless a test says otherwise.
+struct Device {
+  int major = 9, minor = 0, processors = 132;
+  int most_shared = 227 * 1024, most_threads = 1024;  // of a block
+};
+inline Device device;
 inline Guarded dynamic_shared;
 }  // namespace cuda_on_host
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
+inline cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const auto& device = cuda_on_host::device;
+  const int values[] = {device.processors, device.most_shared, device.major, device.minor};
+  *value = values[attribute];
+  return cudaSuccess;
+}
 
 inline void __syncthreads() { cuda_on_host::block_barrier(); }
 inline void __syncwarp(unsigned = 0xffffffffu) { cuda_on_host::exchange(0, "syncwarp"); }
@@ -64,7 +84,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const dim3 grid = config->gridDim, block = config->blockDim;
   if (!grid.x || grid.y != 1 || !grid.z || grid.z > 65535 || !block.x || block.x > 1024)
     return cudaErrorInvalidConfiguration;
-  if (config->dynamicSmemBytes > kMostShared) return cudaErrorInvalidValue;
+  if (config->dynamicSmemBytes > static_cast<size_t>(device.most_shared)) return cudaErrorInvalidValue;
   const std::function<void()> thread = [&] { kernel(static_cast<Params>(args)...); };
   body = &thread;
   gridDim = grid, blockDim = block;

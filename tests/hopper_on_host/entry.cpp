@@ -63,15 +63,17 @@ int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void
   p.gate_act = {static_cast<dlk::Act>(gate_act), slope};
   p.splits = splits, p.partials = partials;
   p.tile = tile;
+  cuda_on_host::device.processors = 3;  // a block has several tiles in turn, and blocks have different numbers of them
   *takes = dlk::cuda::hopper_takes(p);
   return dlk::cuda::hopper_gemm(p, nullptr);
 }
 
 int hopper_available(int major, int minor, int most_threads) {
-  const auto before = hopper_on_host::device;
-  hopper_on_host::device = {major, minor, before.processors, most_threads};
+  auto& device = cuda_on_host::device;
+  const auto before = device;
+  device.major = major, device.minor = minor, device.most_threads = most_threads;
   const bool available = dlk::cuda::hopper_available();
-  hopper_on_host::device = before;
+  device = before;
   return available;
 }
 

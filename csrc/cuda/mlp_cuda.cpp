@@ -1,0 +1,42 @@
+// The CUDA ops of a chain of layers. Narrow layers go through the chain kernels, which hold their weights in shared
+// memory; others run layer by layer, where each dgrad applies the mask of the layer below and sums its dbias.
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../mlp_host.h"
+#include "kernels.h"
+#include "layer.h"
+
+namespace dlk {
+namespace {
+
+cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+const MlpKernels kKernels = {
+    &cuda::chain_takes,
+    [](const Chain& p, DType dtype) { C10_CUDA_CHECK(cuda::chain_forward(p, dtype, stream())); },
+    [](Chain p, DType dtype, const at::Tensor& like) {
+      p.slices = cuda::chain_slices(p, dtype);
+      const at::Tensor partials = accumulators(cuda::chain_partials(p, dtype), like);
+      p.partials = partials.data_ptr();
+      C10_CUDA_CHECK(cuda::chain_backward(p, dtype, stream()));
+    },
+    &cuda::layer_forward,
+    &cuda::layer_backward,
+    /*dgrad_sums_dbias=*/true,
+};
+
+}  // namespace
+
+std::vector<at::Tensor> mlp_forward_cuda(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                                         at::IntArrayRef acts, double slope, bool keep) {
+  return mlp_forward(kKernels, x, weights, biases, acts, slope, keep);
+}
+
+std::vector<at::Tensor> mlp_backward_cuda(const at::Tensor& grad_y, const at::Tensor& x, at::TensorList weights,
+                                          const std::optional<at::Tensor>& y, at::TensorList kept, at::IntArrayRef acts,
+                                          double slope, at::IntArrayRef needs) {
+  return mlp_backward(kKernels, grad_y, x, weights, y, kept, acts, slope, needs);
+}
+
+}  // namespace dlk

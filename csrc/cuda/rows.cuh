@@ -1,0 +1,93 @@
+// Rows of a matrix between global and shared memory, where they lie a pitch apart and zeros fill them up to whole tiles.
+#pragma once
+
+#include "epilogue.cuh"
+
+namespace dlk::cuda {
+
+DLK_HD int round_up(int v, int to) { return (v + to - 1) / to * to; }
+
+// What a warp multiplies at once: 16 columns by mma (16-bit types), 32 by FMAs.
+template <class T>
+constexpr int kPadding = sizeof(T) == 2 ? 16 : 32;
+// Elements from row to row. The 16 bytes more put the 8 rows that ldmatrix reads, or 8 lanes that walk down a column in
+// 16-byte steps, in different banks whatever the width is; a swizzle would want powers of two.
+template <class T>
+DLK_HD int pitch_of(int features) {
+  return round_up(features, kPadding<T>) + 16 / static_cast<int>(sizeof(T));
+}
+
+// The threads that do something together: a warp or a block.
+struct Group {
+  int thread, threads;
+};
+DLK_DEVICE Group this_warp() { return {static_cast<int>(threadIdx.x % 32), 32}; }
+DLK_DEVICE Group this_block() { return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)}; }
+
+DLK_DEVICE bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Rows i0 ... i0 + rows of `from`, of `cols` columns, to rows of shared memory; zeros behind the last column and, up to
+// padded_rows, behind the last row. There when this thread's cp_async_wait and a barrier have said so. i0 is a multiple of
+// 16, so that rows which follow each other without a gap are aligned at i0 if they are at 0.
+template <class T>
+DLK_DEVICE void load_rows(Group group, T* to, int pitch, const View& from, int64_t i0, int rows, int cols,
+                          int padded_rows) {
+  constexpr int kChunk = kPack<T>;
+  const T* data = static_cast<const T*>(from.data) + i0 * from.row_stride;
+  const int padded_cols = round_up(cols, kPadding<T>);
+  const bool contiguous = from.col_stride == 1 && aligned16(from.data);
+  if (contiguous && from.row_stride % kChunk == 0) {
+    const int chunks = padded_cols / kChunk;
+    for (int e = group.thread; e < padded_rows * chunks; e += group.threads) {
+      const int row = e / chunks, col = e % chunks * kChunk;
+      const int left = row < rows ? max(0, min(kChunk, cols - col)) : 0;
+      cp_async_16(to + row * pitch + col, left ? data + row * from.row_stride + col : data,
+                  left * static_cast<int>(sizeof(T)));
+    }
+    return;
+  }
+  const bool gapless = contiguous && from.row_stride == cols;
+  if (gapless) {  // odd widths: 16-byte reads of the rows as one run
+    const int count = rows * cols;
+    for (int e = group.thread * kChunk; e < count; e += group.threads * kChunk) {
+      int row = e / cols, col = e % cols;
+      const bool whole = e + kChunk <= count;
+      Pack<T, kChunk> pack;
+      if (whole) pack = *reinterpret_cast<const Pack<T, kChunk>*>(data + e);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (e + i < count) to[row * pitch + col] = whole ? pack.at[i] : data[e + i];
+        if (++col == cols) col = 0, ++row;
+      }
+    }
+  }
+  const bool down = from.row_stride == 1;  // neighbouring threads read along the contiguous direction
+  for (int e = group.thread; e < padded_rows * padded_cols; e += group.threads) {
+    const int row = down ? e % padded_rows : e / padded_cols, col = down ? e / padded_rows : e % padded_cols;
+    const bool inside = row < rows && col < cols;
+    if (inside && gapless) continue;
+    if (inside)
+      to[row * pitch + col] = data[row * from.row_stride + col * from.col_stride];
+    else
+      narrow(0.0f, to + row * pitch + col);
+  }
+}
+
+// Rows of shared memory to rows i0 ... i0 + rows of `to`, [.., cols] contiguous.
+template <class T>
+DLK_DEVICE void store_rows(Group group, void* to, int64_t i0, int rows, int cols, const T* from, int pitch) {
+  constexpr int kChunk = kPack<T>;
+  T* data = static_cast<T*>(to) + i0 * cols;
+  const int count = rows * cols;
+  if (aligned16(to) && cols % kChunk == 0) {
+#pragma unroll 1
+    for (int e = group.thread * kChunk; e < count; e += group.threads * kChunk)
+      *reinterpret_cast<Pack<T, kChunk>*>(data + e) =
+          *reinterpret_cast<const Pack<T, kChunk>*>(from + e / cols * pitch + e % cols);
+  } else {
+#pragma unroll 1
+    for (int e = group.thread; e < count; e += group.threads) data[e] = from[e / cols * pitch + e % cols];
+  }
+}
+
+}  // namespace dlk::cuda

@@ -1,0 +1,149 @@
+#include "mlp_host.h"
+
+#include <c10/core/DeviceGuard.h>
+
+#include "activation.h"
+
+namespace dlk {
+namespace {
+
+bool keeps_z(const Checked& c) { return !saves_output(c.act.kind); }
+
+// What passes between forward and backward, for both ways: outputs h[1] … and pre-activations z, undefined where unused.
+struct Activations {
+  std::vector<at::Tensor> h, z;
+};
+
+std::vector<ChainLayer> chain_layers(const std::vector<Checked>& layers, at::TensorList weights) {
+  std::vector<ChainLayer> out(layers.size());
+  for (size_t l = 0; l < layers.size(); ++l) {
+    out[l].n = layers[l].shape.n, out[l].k = layers[l].shape.k;
+    out[l].weight = view_of(weights[l]);
+    out[l].act = layers[l].act;
+  }
+  return out;
+}
+
+void set_activations(std::vector<ChainLayer>& layers, const Activations& a) {
+  auto data = [](const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
+  for (size_t l = 0; l < layers.size(); ++l) layers[l].h = data(a.h[l]), layers[l].z = data(a.z[l]);
+}
+
+Chain chain_of(const std::vector<ChainLayer>& layers, int64_t rows) {
+  Chain p{};
+  p.rows = rows;
+  p.layers = static_cast<int>(layers.size());
+  p.layer = layers.data();
+  return p;
+}
+
+}  // namespace
+
+std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor& x, at::TensorList weights,
+                                    const OptionalTensors& biases, at::IntArrayRef acts, double slope, bool keep) {
+  const std::vector<Checked> layers = check_mlp(x, weights, biases, acts, slope);
+  const c10::DeviceGuard device(x.device());
+  const DType dtype = layers[0].dtype;
+  const size_t count = layers.size();
+  std::vector<ChainLayer> chain = chain_layers(layers, weights);
+  Chain p = chain_of(chain, layers[0].shape.m);
+  const bool as_chain = kernels.takes(p, dtype);
+  Activations a{std::vector<at::Tensor>(count), std::vector<at::Tensor>(count)};
+  std::vector<at::Tensor> bias(count);
+  for (size_t l = 0; l < count; ++l) {
+    auto make = [&] { return at::empty(resized_last(x, layers[l].shape.n), x.options()); };
+    if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
+    if (keep || !as_chain || l + 1 == count) a.h[l] = make();
+    if (keep && keeps_z(layers[l])) a.z[l] = make();
+  }
+
+  if (as_chain) {
+    set_activations(chain, a);
+    for (size_t l = 0; l < count; ++l) chain[l].bias = bias[l].defined() ? bias[l].const_data_ptr() : nullptr;
+    const at::Tensor x2 = as_rows(x);
+    p.x = view_of(x2);
+    kernels.chain_forward(p, dtype);
+  } else {
+    for (size_t l = 0; l < count; ++l)
+      kernels.layer_forward(layers[l], l ? a.h[l - 1] : x, weights[l], bias[l], a.h[l],
+                            a.z[l].defined() ? &a.z[l] : nullptr);
+  }
+  std::vector<at::Tensor> out = {a.h.back()};
+  if (!keep) return out;
+  out.insert(out.end(), a.h.begin(), a.h.end() - 1);
+  for (const at::Tensor& z : a.z)
+    if (z.defined()) out.push_back(z);
+  return out;
+}
+
+std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor& grad_y, const at::Tensor& x,
+                                     at::TensorList weights, const std::optional<at::Tensor>& y, at::TensorList kept,
+                                     at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
+  const std::vector<Checked> layers =
+      check_mlp(x, weights, OptionalTensors(std::vector<std::optional<at::Tensor>>(weights.size())), acts, slope);
+  const size_t count = layers.size();
+  const Checked& last = layers.back();
+  check_like(grad_y, "grad_y", x, "x", "mlp");
+  const std::vector<int64_t> y_sizes = resized_last(x, last.shape.n);
+  TORCH_CHECK(grad_y.sizes() == at::IntArrayRef(y_sizes), "mlp: grad_y must have y's shape ", y_sizes, ", got ",
+              grad_y.sizes());
+  TORCH_CHECK(needs.size() == 1 + 2 * count, "mlp: expected ", 1 + 2 * count, " entries in needs, got ", needs.size());
+  TORCH_CHECK(y || keeps_z(last) || last.act.kind == Act::none, "mlp: the last layer's gradient reads y, got None");
+  size_t expected = count - 1;
+  for (const Checked& c : layers) expected += keeps_z(c);
+  TORCH_CHECK(kept.size() == expected, "mlp: expected the ", expected, " tensors that forward kept, got ", kept.size());
+
+  const c10::DeviceGuard device(x.device());
+  const DType dtype = layers[0].dtype;
+  Activations a{kept.slice(0, count - 1).vec(), std::vector<at::Tensor>(count)};
+  a.h.push_back(y.value_or(at::Tensor()));
+  for (size_t l = 0, next = count - 1; l < count; ++l)
+    if (keeps_z(layers[l])) a.z[l] = kept[next++];
+  std::vector<at::Tensor> grads(needs.size());
+  auto need_weight = [&](size_t l) { return needs[1 + l] != 0; };
+  auto need_bias = [&](size_t l) { return needs[1 + count + l] != 0; };
+
+  std::vector<ChainLayer> chain = chain_layers(layers, weights);
+  Chain p = chain_of(chain, layers[0].shape.m);
+  if (kernels.takes(p, dtype)) {
+    auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = at::empty(sizes, x.options())).data_ptr(); };
+    set_activations(chain, a);
+    for (size_t l = 0; l < count; ++l) {
+      if (need_weight(l)) chain[l].dweight = make(1 + l, {chain[l].n, chain[l].k});
+      if (need_bias(l)) chain[l].dbias = make(1 + count + l, {chain[l].n});
+    }
+    const at::Tensor x2 = as_rows(x), g2 = as_rows(grad_y);
+    p.x = view_of(x2);
+    p.grad_y = view_of(g2);
+    p.dx = needs[0] ? make(0, x.sizes()) : nullptr;
+    kernels.chain_backward(p, dtype, x);
+    return grads;
+  }
+
+  auto saved_by = [&](size_t l) {
+    return layers[l].act.kind == Act::none ? at::Tensor() : keeps_z(layers[l]) ? a.z[l] : a.h[l];
+  };
+  size_t deepest = 0;  // the first layer that has a gradient to give
+  while (needs[0] == 0 && deepest + 1 < count && !need_weight(deepest) && !need_bias(deepest)) ++deepest;
+  Incoming in = {grad_y, saved_by(count - 1)};
+  at::Tensor dbias_above;  // of this layer, summed by the dgrad of the layer above
+  for (size_t l = count; l-- > deepest;) {
+    Gate gate;
+    if (l > 0) {
+      gate = {saved_by(l - 1), layers[l - 1].act};
+      if (kernels.dgrad_sums_dbias && need_bias(l - 1)) gate.dbias = at::empty({layers[l - 1].shape.n}, x.options());
+    }
+    const bool summed = dbias_above.defined();
+    const auto [dx, dweight, dbias] =
+        kernels.layer_backward(layers[l], in, l ? a.h[l - 1] : x, weights[l], l > deepest || needs[0] != 0,
+                               need_weight(l), need_bias(l) && !summed, gate.saved.defined() ? &gate : nullptr);
+    grads[1 + l] = dweight;
+    grads[1 + count + l] = summed ? dbias_above : dbias;
+    if (l == 0) grads[0] = dx;
+    in = {dx, gate.applied ? at::Tensor() : gate.saved};
+    dbias_above = gate.summed ? gate.dbias : at::Tensor();
+  }
+  return grads;
+}
+
+}  // namespace dlk
