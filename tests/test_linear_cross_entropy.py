@@ -255,13 +255,26 @@ def test_class_weight_in_float32_beside_16_bits():
     torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_bias_is_a_bias_of_zeros(dtype):
+    """Bit for bit, although without one the gradient of 16-bit logits is rounded where they lie."""
+    for shape in [(7, 2, 8), (65, 33, 784), (530, 8200, 3)]:
+        x, weight, bias, target, _ = problem(*shape, dtype)
+        for reduction in REDUCTIONS:
+            kw = {"reduction": reduction, "label_smoothing": 0.1 if reduction == "sum" else 0.0}
+            without = run(linear_cross_entropy, x, weight, None, target, **kw)
+            zeros = run(linear_cross_entropy, x, weight, torch.zeros_like(bias), target, **kw)
+            assert all(torch.equal(a, b) for a, b in zip(without[:3], zeros[:3], strict=True))
+
+
 @pytest.mark.parametrize("kernels", ["ISA=portable", "GEMM=aten"])
 def test_numbers_on_every_kernel_set(kernels):
     """The oldest instruction set and torch's GEMM, each in a process of its own."""
     name, _, value = kernels.partition("=")
-    arguments = ("-q", "-p", "no:cacheprovider", Path(__file__).name, "-k", "(oracle and mean and weighted) or nothing")
+    subset = "(oracle and mean and weighted) or nothing or zeros"
+    arguments = ("-q", "-p", "no:cacheprovider", Path(__file__).name, "-k", subset)
     out = python("-m", "pytest", *arguments, **{f"DLKERNELS_CPU_{name}": value})
-    assert int(re.search(r"(\d+) passed", out).group(1)) == 10
+    assert int(re.search(r"(\d+) passed", out).group(1)) == 14
 
 
 # ---- memory and threads ---------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ struct GradPass {
   Activation act;
   void* dz;        // [m, n] contiguous, or nullptr
   void* dbias;     // [n], or nullptr
+  Store store;     // of dbias
   void* partials;  // slices(m) * n accumulators, f32 (f64 for f64), when dbias is set
 };
 

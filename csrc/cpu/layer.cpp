@@ -66,6 +66,7 @@ void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor*
                       described.act,
                       dz ? dz->data_ptr() : nullptr,
                       dbias ? dbias->data_ptr() : nullptr,
+                      Store::rounded,
                       dbias ? partials.data_ptr() : nullptr};
   engine(c.dtype).grad_pass(p, parallel_for_work(m * n * 16));
 }

@@ -64,10 +64,12 @@ struct CrossEntropy {
   const void* weight;  // [classes], f32 (f64 for f64), or nullptr
   double weight_sum;   // over the classes
   double smoothing;
-  double scale;     // of the gradients: 1/denominator for the mean
-  void* loss;       // [outer, inner] contiguous, or nullptr
-  void* grad;       // of x, or nullptr; may be x itself, where x holds accumulators that lie as grad_strides say
-  void* grad_soft;  // of t, likewise
+  double scale;          // of the gradients: 1/denominator for the mean
+  const void* row_grad;  // [outer, inner], f32 (f64 for f64), that the rows' gradients are multiplied by, or nullptr
+  void* loss;            // [outer, inner] contiguous accumulators, or nullptr
+  void* grad;            // of x, or nullptr; may lie where x does, if no row begins behind its own logits
+  DType grad_dtype;      // of grad: accumulators, or bf16 or f16 rounded
+  void* grad_soft;       // of t, accumulators, or nullptr
   ClassStrides grad_strides;
   double* sums;  // per slice
 };

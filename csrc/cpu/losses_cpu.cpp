@@ -125,7 +125,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   std::vector<int64_t> row_sizes = input.sizes().vec();
   row_sizes.erase(row_sizes.begin() + (input.dim() > 1));
   at::Tensor each, grad, grad_target;
-  if (reduction == at::Reduction::None) each = at::empty(row_sizes, input.options());
+  if (reduction == at::Reduction::None) each = at::empty(row_sizes, grad_options(input));
   if (need_input) grad = at::empty(input.sizes(), grad_options(input));
   if (need_target && soft) grad_target = at::empty(input.sizes(), grad_options(input));
 
@@ -150,6 +150,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   p.scale = reduction == at::Reduction::Mean ? 1 / denominator : 1;
   p.loss = data_or_null(each);
   p.grad = data_or_null(grad);
+  p.grad_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
   p.grad_soft = data_or_null(grad_target);
   std::vector<double> sums(cpu::loss_slices(p));
   p.sums = sums.data();
@@ -157,6 +158,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
     cpu::engine(dtype).losses.cross_entropy(p, cpu::parallel_for_work(input.numel() * 16));
   else if (each.defined())
     each.zero_();
+  if (each.defined()) each = each.to(input.scalar_type());
   return {cpu::reduced(each, sums, reduction, denominator, input.options()), grad, grad_target};
 }
 

@@ -52,9 +52,9 @@ def _(
         lambda: f"linear_cross_entropy: target is on {target.device}, but x is on {x.device}",
     )
     F.linear(x, weight, bias)  # torch's checks of their shapes
-    dtype = grad_dtype(x)
+    dtype = x.dtype if x.dtype == torch.bfloat16 else grad_dtype(x)
     return (
-        x.new_empty(target.shape if reduction == NONE else (), dtype=dtype),
+        x.new_empty(target.shape if reduction == NONE else (), dtype=grad_dtype(x)),
         x.new_empty(x.shape, dtype=dtype) if need_x else None,
         x.new_empty(weight.shape, dtype=dtype) if need_weight else None,
         x.new_empty(weight.shape[:1], dtype=dtype) if need_bias else None,
