@@ -24,7 +24,7 @@ from dlkernels._ops.losses import (
     scaled,
     wants_grad,
 )
-from dlkernels._ops.modes import autocast, autocast_active, under_transform
+from dlkernels._ops.modes import autocast, autocast_active, autocast_operands, under_transform
 
 _linear_cross_entropy = torch.ops.dlkernels._linear_cross_entropy.default
 
@@ -139,9 +139,7 @@ def linear_cross_entropy(
     dtype = x.dtype
     if autocast_active(x):
         # the product in autocast's dtype, the loss in float32, as torch's two functions
-        low = torch.get_autocast_dtype(x.device.type)
-        x, weight = autocast(x, low), autocast(weight, low)
-        bias = autocast(bias, low) if bias is not None else None
+        x, weight, bias = autocast_operands(x, weight, bias)
         class_weight = autocast(class_weight, torch.float32) if class_weight is not None else None
         dtype = grad_dtype(x)
     settings = reduction, ignore_index, label_smoothing
