@@ -78,6 +78,7 @@ struct GradPass {
   Activation act;
   void* dz;        // [m, n] contiguous, or nullptr
   void* dbias;     // [n], or nullptr
+  Store store;     // of dbias; on CUDA rounded only
   void* partials;  // slices(m) * n accumulators of the twin that runs it, f32 (f64 for f64), when dbias is set
 };
 

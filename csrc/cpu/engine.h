@@ -47,9 +47,7 @@ struct Bf16Pairs {
   DLK_INLINE void pack_store_some(Packed* p, VF32 v, int64_t n) { store_some(p, v, n); }
   DLK_INLINE V load_cells(const Bf16* p, int64_t n) {
     if (n >= 2 * kVL) return load_bits<V>(p);
-    Bf16 some[2 * kVL] = {};
-    for (int64_t i = 0; i < n; ++i) some[i] = p[i];
-    return load_bits<V>(some);
+    return n > 0 ? (V)_mm512_maskz_loadu_epi16((1u << n) - 1, p) : V{};
   }
   DLK_INLINE V load_cells(const float* p, int64_t n) {
     Packed some[2 * kVL];

@@ -18,8 +18,14 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
   const Elem* x = (const Elem*)p.a.data + i0 * p.a.row_stride;
   const Elem* w = (const Elem*)p.b.data + j0 * p.b.col_stride;
   V acc[kGroups * E::kVL] = {};
+  // The first block of rows of x asks for the rows of w that come next. No hardware prefetcher follows from one short row to
+  // another; in float32 one that has been started keeps up with the products, in bf16 these are twice as fast.
+  const int64_t ask_to = i0 > 0 ? 0 : E::kStep > 1 ? p.k : 128;
   int64_t k = 0;
   for (; k + span <= p.k; k += span) {
+    if (k < ask_to)
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) prefetch_l2(w + (C + j) * p.b.col_stride + k);
     V xv[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) xv[i] = E::load_cells(x + i * p.a.row_stride + k, span);
@@ -31,10 +37,12 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
     }
   }
   if (k < p.k) {
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < C; ++j)
-        acc[i * C + j] = E::multiply_add(acc[i * C + j], E::load_cells(x + i * p.a.row_stride + k, p.k - k),
-                                         E::load_cells(w + j * p.b.col_stride + k, p.k - k));
+    V xv[R];
+    for (int i = 0; i < R; ++i) xv[i] = E::load_cells(x + i * p.a.row_stride + k, p.k - k);
+    for (int j = 0; j < C; ++j) {
+      const V wv = E::load_cells(w + j * p.b.col_stride + k, p.k - k);
+      for (int i = 0; i < R; ++i) acc[i * C + j] = E::multiply_add(acc[i * C + j], xv[i], wv);
+    }
   }
   typename E::Acc sums[kGroups * E::kVL];
 #pragma GCC unroll 4

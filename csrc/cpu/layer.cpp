@@ -66,6 +66,7 @@ void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor*
                       described.act,
                       dz ? dz->data_ptr() : nullptr,
                       dbias ? dbias->data_ptr() : nullptr,
+                      Store::rounded,
                       dbias ? partials.data_ptr() : nullptr};
   engine(c.dtype).grad_pass(p, parallel_for_work(m * n * 16));
 }
@@ -94,8 +95,8 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
   const at::Tensor x2 = as_rows(x);
   const Path path = route(Op::forward, c.shape, c.dtype, x2.stride(1) == 1 && weight.stride(1) == 1).path;
   if (path == Path::aten) {
-    const at::Tensor pre = bias.defined() ? at::addmm(bias, x2, weight.t()) : at::mm(x2, weight.t());
-    if (z) z->view({m, n}).copy_(pre);
+    at::Tensor pre = (z ? *z : y).view({m, n});
+    bias.defined() ? at::addmm_out(pre, bias, x2, weight.t()) : at::mm_out(pre, x2, weight.t());
     engine(c.dtype).act_pass({m * n, pre.const_data_ptr(), c.act, y.data_ptr()}, parallel_for_work(m * n * 16));
     return;
   }

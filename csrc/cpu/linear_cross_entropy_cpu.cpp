@@ -2,15 +2,14 @@
 //
 //   for each block of rows
 //     logits  = x · weightᵀ + bias           gemm, left in accumulators
-//     dlogits = their gradient, in place     the loss kernel, which also adds up the losses
+//     dlogits = their gradient, in place     the loss kernel, which also adds up the losses; rounded to the dtype
 //     dbias  += Σ dlogits                    grad_pass
-//     dx      = dlogits · weight             gemm on dlogits rounded to the dtype, as are all its operands
+//     dx      = dlogits · weight             gemm
 //     dweight += dlogitsᵀ · x                gemm that adds to accumulators
 //
 // Blocks are cut by the shape alone and follow each other, so the bits do not depend on the number of threads.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
@@ -41,14 +40,23 @@ int64_t block_rows(const Shape& shape, bool rounds) {
   return ((shape.m + blocks - 1) / blocks + 15) / 16 * 16;  // of equal size
 }
 
-// c = a · b + bias or, with Store::added, c += a · b; c holds accumulators.
-void product(Op op, const Shape& layer, DType dtype, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias,
-             Store store, const at::Tensor& c) {
+// Whether torch's GEMM makes a block's products, and rounds them; float16 gradients would leave its range there.
+bool by_aten(const Shape& block, DType dtype) {
+  // of all three products: a block's few rows have no path of their own
+  return dtype != DType::f16 && cpu::route(Op::forward, block, dtype, false).path == cpu::Path::aten;
+}
+
+// c = a · b + bias, or c += a · b; c as `store` says.
+void product(bool aten, Op op, DType dtype, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias,
+             Store store, at::Tensor c) {
   if (c.numel() == 0) return;
-  // float16 gradients leave its range in torch's products, which round. A block's few rows have no path of their own.
-  if (dtype != DType::f16 && cpu::route(op, layer, dtype, false).path == cpu::Path::aten) {
-    const at::Tensor rounded = bias.defined() ? at::addmm(bias, a, b) : at::mm(a, b);
-    store == Store::added ? c.add_(rounded) : c.copy_(rounded);
+  if (aten) {
+    if (store == Store::added)
+      c.add_(at::mm(a, b));
+    else if (c.scalar_type() != a.scalar_type())
+      c.copy_(at::mm(a, b));
+    else
+      bias.defined() ? at::addmm_out(c, bias, a, b) : at::mm_out(c, a, b);
     return;
   }
   Gemm p{};
@@ -63,18 +71,18 @@ void product(Op op, const Shape& layer, DType dtype, const at::Tensor& a, const 
   cpu::packed_gemm(p);
 }
 
-// dbias += the sums of the columns of dlogits, both accumulators.
-void add_column_sums(DType dtype, const at::Tensor& dlogits, at::Tensor& dbias) {
+// dbias += the sums of the columns of dlogits; dbias holds accumulators.
+void add_column_sums(DType dtype, const at::Tensor& dlogits, const at::Tensor& dbias) {
   const int64_t rows = dlogits.size(0), classes = dlogits.size(1);
-  const at::Tensor sums = at::empty_like(dbias), partials = accumulators(cpu::slices(rows) * classes, dlogits);
+  const at::Tensor partials = accumulators(cpu::slices(rows) * classes, dlogits);
   GradPass p{};
   p.dtype = dtype;
   p.m = rows, p.n = classes;
   p.g = p.saved = view_of(dlogits);  // the identity's gradient reads no saved value
-  p.dbias = sums.data_ptr();
+  p.dbias = dbias.data_ptr();
+  p.store = Store::added;
   p.partials = partials.data_ptr();
   cpu::engine(dtype).grad_pass(p, parallel_for_work(rows * classes * 16));
-  dbias.add_(sums);
 }
 
 double largest(const at::Tensor& t) { return t.defined() ? t.abs().max().item<double>() : 1; }
@@ -101,66 +109,77 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
   const at::Tensor rows = as_rows(x), indices = target.to(at::kLong).contiguous();
   const at::Tensor bias_values = bias ? bias->contiguous() : at::Tensor();
   const at::Tensor weights = class_weight ? class_weight->to(acc).contiguous() : at::Tensor();
-  const at::Tensor row_grad = grad_loss ? grad_loss->to(acc).contiguous().view({m, 1}) : at::Tensor();
+  const at::Tensor row_grad = grad_loss ? grad_loss->to(acc).contiguous().view({m}) : at::Tensor();
   const double denominator = cpu::checked_denominator(indices, weights, classes, ignore_index, kOp);
   const double mean = reduction == at::Reduction::Mean ? denominator : 1;
 
+  // float16 holds no gradient before the incoming one is applied
+  const bool rounds = x.scalar_type() != acc, keeps = !rounds || dtype == DType::bf16;
+  const at::TensorOptions grad_options = keeps ? x.options() : options;
+  const Store store = keeps ? Store::rounded : Store::accumulators;
   at::Tensor each, dx, dweight, dbias;
   if (reduction == at::Reduction::None) each = at::zeros(target.sizes(), options);
-  if (need_x) dx = at::empty(x.sizes(), options);
-  if (need_weight) dweight = at::empty(weight.sizes(), options);
-  if (need_bias) dbias = at::zeros({classes}, options);
   std::vector<double> sums;
   if (m == 0 || classes == 0) {  // sums over nothing
-    if (need_x) dx.zero_();
-    if (need_weight) dweight.zero_();
+    if (need_x) dx = at::zeros(x.sizes(), grad_options);
+    if (need_weight) dweight = at::zeros(weight.sizes(), grad_options);
+    if (need_bias) dbias = at::zeros({classes}, grad_options);
     return {cpu::reduced(each, sums, reduction, mean, options), dx, dweight, dbias};
   }
 
   const bool need_grad = need_x || need_weight || need_bias;
-  const bool rounds = x.scalar_type() != acc;
   const DType acc_dtype = rounds ? DType::f32 : dtype;
   const double lift = need_grad && dtype == DType::f16 ? lift_of(weights, row_grad, mean) : 1;
   const int64_t block = std::min(m, block_rows(shape, rounds));
-  const at::Tensor logits = at::empty({block, classes}, options);
-  const at::Tensor rounded = rounds && need_grad ? at::empty({block, classes}, x.options()) : logits;
+  const bool one_block = block == m, aten = by_aten({block, classes, k}, dtype);
+  const at::Tensor logits = at::empty({block, classes}, aten ? x.options() : options);
+  // A row of dlogits begins where its logits do; rounded, it takes half of their place. dbias adds up what is not rounded.
+  const bool round_later = rounds && !aten && need_bias;
+  at::Tensor dlogits = logits;
+  if (rounds && !aten && !round_later) dlogits = logits.view(x.scalar_type()).narrow(1, 0, classes);
+  if (need_x) dx = at::empty(x.sizes(), grad_options);
+  if (need_weight) dweight = at::empty(weight.sizes(), one_block ? grad_options : options);
+  if (need_bias) dbias = at::zeros({classes}, options);
 
   cpu::CrossEntropy p{};
   p.outer = 1, p.classes = classes;
   p.x = logits.const_data_ptr();
-  p.x_strides = p.grad_strides = {0, 1, classes};
+  p.x_strides = {0, 1, classes};
   p.ignore_index = ignore_index;
   p.weight = weights.defined() ? weights.const_data_ptr() : nullptr;
   p.weight_sum = cpu::weight_sum(weights, classes);
   p.smoothing = smoothing;
   p.scale = lift / mean;
-  p.grad = need_grad ? logits.data_ptr() : nullptr;  // in place
+  p.grad = need_grad ? dlogits.data_ptr() : nullptr;
+  p.grad_dtype = round_later ? acc_dtype : dtype;
+  p.grad_strides = {0, 1, dlogits.stride(0)};
 
   for (int64_t first = 0; first < m; first += block) {
     const int64_t n = std::min(block, m - first);
-    const Shape layer = {n, classes, k};
-    const at::Tensor x_block = rows.narrow(0, first, n), z = logits.narrow(0, 0, n);
-    product(Op::forward, layer, dtype, x_block, weight.t(), bias_values, Store::accumulators, z);
+    const at::Tensor x_block = rows.narrow(0, first, n);
+    at::Tensor dz = dlogits.narrow(0, 0, n);
+    product(aten, Op::forward, dtype, x_block, weight.t(), bias_values, Store::accumulators, logits.narrow(0, 0, n));
 
     p.inner = n;
     p.target = indices.const_data_ptr<int64_t>() + first;
+    p.row_grad = row_grad.defined() ? row_grad.narrow(0, first, n).const_data_ptr() : nullptr;
     p.loss = each.defined() ? each.view(m).narrow(0, first, n).data_ptr() : nullptr;
     const size_t before = sums.size();
     sums.resize(before + cpu::loss_slices(p));
     p.sums = sums.data() + before;
-    cpu::engine(acc_dtype).losses.cross_entropy(p, parallel_for_work(n * classes * 16));
-    if (!need_grad) continue;
+    cpu::engine(aten ? dtype : acc_dtype).losses.cross_entropy(p, parallel_for_work(n * classes * 16));
 
-    if (row_grad.defined()) z.mul_(row_grad.narrow(0, first, n));
-    if (need_bias) add_column_sums(acc_dtype, z, dbias);
-    const at::Tensor dlogits = rounds ? rounded.narrow(0, 0, n).copy_(z) : z;
-    if (need_x)
-      product(Op::dgrad, layer, dtype, dlogits, weight, {}, Store::accumulators, dx.view({m, k}).narrow(0, first, n));
-    if (need_weight)
-      product(Op::wgrad, layer, dtype, dlogits.t(), x_block, {}, first ? Store::added : Store::accumulators, dweight);
+    if (need_bias) add_column_sums(p.grad_dtype, dz, dbias);
+    dz = dz.to(x.scalar_type());
+    if (need_x) product(aten, Op::dgrad, dtype, dz, weight, {}, store, dx.view({m, k}).narrow(0, first, n));
+    const Store sum = one_block ? store : first > 0 ? Store::added : Store::accumulators;
+    if (need_weight) product(aten, Op::wgrad, dtype, dz.t(), x_block, {}, sum, dweight);
   }
-  for (const at::Tensor& grad : {dx, dweight, dbias})
-    if (lift != 1 && grad.defined()) grad.mul_(1 / lift);
+  for (at::Tensor* grad : {&dx, &dweight, &dbias}) {
+    if (!grad->defined()) continue;
+    if (lift != 1) grad->mul_(1 / lift);
+    *grad = grad->to(grad_options.dtype().toScalarType());
+  }
   return {cpu::reduced(each, sums, reduction, mean, options), dx, dweight, dbias};
 }
 

@@ -21,9 +21,14 @@ struct ElementwiseLoss : dlk::ElementwiseLoss {
 constexpr int64_t kLossSlice = 16384;  // elements
 DLK_HD int64_t loss_slices(const ElementwiseLoss& p) { return (p.rows * p.cols + kLossSlice - 1) / kLossSlice; }
 
-// Every class index is checked. `grad` may be x itself, where x holds accumulators that lie as grad_strides say.
 using dlk::ClassStrides;
-using dlk::CrossEntropy;
+
+// Every class index is checked. `loss` takes accumulators; `grad` may lie where x does, if no row begins behind its own
+// logits.
+struct CrossEntropy : dlk::CrossEntropy {
+  const void* row_grad;  // [outer, inner], f32 (f64 for f64), that the rows' gradients are multiplied by, or nullptr
+  DType grad_dtype;      // of grad: accumulators, or bf16 or f16 rounded
+};
 
 // Rows per slice: about 64 thousand logits, in whole registers.
 DLK_HD int64_t row_slice(int64_t classes) {

@@ -225,7 +225,7 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   }
 
   // What belongs to a row, in f64: a rounding here would be one of every term.
-  A factor[kVL] = {}, live[kVL] = {}, target_grad[kVL] = {};
+  A factor[kVL] = {}, live[kVL] = {}, target_grad[kVL] = {}, row_grad[kVL] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const double log_s = log_sum[r];
     double loss = 0, all_q = 0;
@@ -245,7 +245,8 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
     }
     factor[r] = A(all_q * (live[r] ? p.scale : 0) / exp_sum[r]);
     total.add(loss);
-    if (p.loss) store_some((T*)p.loss + first_row + r, O::lit(loss), 1);
+    if (p.loss) ((A*)p.loss)[first_row + r] = A(loss);
+    if (p.row_grad) row_grad[r] = ((const A*)p.row_grad)[first_row + r];
   }
 
   // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
@@ -257,10 +258,11 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
       store_at_stride(grad + i * L::kClasses * p.grad_strides.cls, L::stride(p.grad_strides), g, lanes);
     });
   }
-  if (p.grad) {
-    A* grad = (A*)p.grad + offset(p.grad_strides);
-    const V row_factor = L::of_rows(factor), row_live = L::of_rows(live);
-    const auto scaled_q = dense_q(p.scale);
+  if (!p.grad) return;
+  const V row_factor = L::of_rows(factor), row_live = L::of_rows(live), row_scale = L::of_rows(row_grad);
+  const auto scaled_q = dense_q(p.scale);
+  auto store_grad = [&](auto* grad) {
+    grad += offset(p.grad_strides);
     each([&](int64_t i, int64_t classes, int64_t lanes) {
       V e = load(values + i * kVL), g;
       if (dense) {
@@ -270,15 +272,22 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
       } else {
         g = e * row_factor;
       }
+      if (p.row_grad) g = g * row_scale;
       store_at_stride(grad + i * L::kClasses * p.grad_strides.cls, L::stride(p.grad_strides), g, lanes);
     });
     for (int64_t r = 0; !soft && r < rows; ++r) {
       const int64_t target = p.target[first_row + r];
       if (target == p.ignore_index) continue;
-      grad[target * p.grad_strides.cls + r * p.grad_strides.inner] =
-          values[L::at(target, r)] * factor[r] - target_grad[r];
+      const A g = values[L::at(target, r)] * factor[r] - target_grad[r];
+      store_some(grad + target * p.grad_strides.cls + r * p.grad_strides.inner,
+                 V{} + (p.row_grad ? g * row_grad[r] : g), 1);
     }
+  };
+  if constexpr (kSame<A, float>) {
+    if (p.grad_dtype == DType::bf16) return store_grad((Bf16*)p.grad);
+    if (p.grad_dtype == DType::f16) return store_grad((F16*)p.grad);
   }
+  store_grad((A*)p.grad);
 }
 
 template <class T, class L>

@@ -43,7 +43,10 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
                                bool need_target) {
   const auto call =
       call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, need_input, need_target);
-  CrossEntropy p = call.p;
+  cpu::CrossEntropy p{call.p, nullptr, call.dtype == DType::f64 ? DType::f64 : DType::f32};
+  at::Tensor each = call.each;
+  if (each.defined()) each = at::empty(each.sizes(), each.options().dtype(accumulator_type(each)));
+  p.loss = each.defined() ? each.data_ptr() : nullptr;
   double denominator = call.rows;
   if (p.target)
     denominator = cpu::checked_denominator(call.indices, call.weights, p.classes, ignore_index, "cross_entropy");
@@ -53,9 +56,10 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   p.sums = sums.data();
   if (p.classes > 0)
     cpu::engine(call.dtype).losses.cross_entropy(p, cpu::parallel_for_work(input.numel() * 16));
-  else if (call.each.defined())
-    call.each.zero_();
-  return {cpu::reduced(call.each, sums, call.reduction, denominator, input.options()), call.grad, call.grad_target};
+  else if (each.defined())
+    each.zero_();
+  if (each.defined()) each = each.to(input.scalar_type());
+  return {cpu::reduced(each, sums, call.reduction, denominator, input.options()), call.grad, call.grad_target};
 }
 
 }  // namespace dlk

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dlkernels._ops.activations import ACTIVATIONS, Activation
-from dlkernels._ops.modes import autocast, autocast_active, forward_mode, under_transform
+from dlkernels._ops.modes import autocast_active, autocast_operands, forward_mode, under_transform
 
 _forward = torch.ops.dlkernels._linear_act_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_forward_z.default
@@ -339,10 +339,7 @@ class _LinearActTransform(torch.autograd.Function):
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """See :func:`dlkernels.functional.linear_act`."""
     if autocast_active(x):
-        # outside the Function, so that the casts are differentiated by torch
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = autocast(x, dtype), autocast(weight, dtype)
-        bias = autocast(bias, dtype) if bias is not None else None
+        x, weight, bias = autocast_operands(x, weight, bias)
     if under_transform():
         # A compiler that traces through a transform would drop the Function's backward, and gradients would be zero.
         if forward_mode() or torch.compiler.is_dynamo_compiling():

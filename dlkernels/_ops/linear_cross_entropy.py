@@ -24,7 +24,7 @@ from dlkernels._ops.losses import (
     scaled,
     wants_grad,
 )
-from dlkernels._ops.modes import autocast, autocast_active, under_transform
+from dlkernels._ops.modes import autocast, autocast_active, autocast_operands, under_transform
 
 _linear_cross_entropy = torch.ops.dlkernels._linear_cross_entropy.default
 
@@ -52,9 +52,9 @@ def _(
         lambda: f"linear_cross_entropy: target is on {target.device}, but x is on {x.device}",
     )
     F.linear(x, weight, bias)  # torch's checks of their shapes
-    dtype = grad_dtype(x)
+    dtype = x.dtype if x.dtype == torch.bfloat16 else grad_dtype(x)
     return (
-        x.new_empty(target.shape if reduction == NONE else (), dtype=dtype),
+        x.new_empty(target.shape if reduction == NONE else (), dtype=grad_dtype(x)),
         x.new_empty(x.shape, dtype=dtype) if need_x else None,
         x.new_empty(weight.shape, dtype=dtype) if need_weight else None,
         x.new_empty(weight.shape[:1], dtype=dtype) if need_bias else None,
@@ -139,9 +139,7 @@ def linear_cross_entropy(
     dtype = x.dtype
     if autocast_active(x):
         # the product in autocast's dtype, the loss in float32, as torch's two functions
-        low = torch.get_autocast_dtype(x.device.type)
-        x, weight = autocast(x, low), autocast(weight, low)
-        bias = autocast(bias, low) if bias is not None else None
+        x, weight, bias = autocast_operands(x, weight, bias)
         class_weight = autocast(class_weight, torch.float32) if class_weight is not None else None
         dtype = grad_dtype(x)
     settings = reduction, ignore_index, label_smoothing

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlkernels._ops.activations import Activation
 from dlkernels._ops.linear_act import linear_act
-from dlkernels._ops.modes import autocast, autocast_active, under_transform
+from dlkernels._ops.modes import autocast_active, autocast_operands, under_transform
 
 _forward = torch.ops.dlkernels._mlp_forward.default
 _backward = torch.ops.dlkernels._mlp_backward.default
@@ -74,10 +74,8 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
     if not plain or torch.compiler.is_compiling() or under_transform():
         return layer_by_layer(x, weights, biases, acts, slope)
     if autocast_active(x):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = autocast(x, dtype)
-        weights = [autocast(w, dtype) for w in weights]
-        biases = [autocast(b, dtype) if b is not None else None for b in biases]
+        x, *parameters = autocast_operands(x, *weights, *biases)
+        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _MLP.apply(x, acts, slope, *weights, *biases)
     return _forward(x, weights, biases, [act.code for act in acts], slope, False)[0]

@@ -1,5 +1,7 @@
 """What is going on around a call: function transforms, autocast."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,12 @@ def autocast_active(t: Tensor) -> bool:
 def autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t`` as autocast hands it to an op that runs in ``dtype``: floating point, but never float64."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def autocast_operands(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """``x`` and the others, of which None stays None, as autocast hands them to a product on the device of ``x``.
+
+    Called outside the autograd Functions, so that the casts are differentiated by torch.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(autocast(t, dtype) if t is not None else None for t in (x, *others))
