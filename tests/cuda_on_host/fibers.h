@@ -1,5 +1,6 @@
 // A block of CUDA threads on one CPU thread: each is a fiber that runs until it waits at a barrier, of its warp or of the
-// block. Who runs next is drawn by lot, so that what is not ordered by a barrier happens in an order that changes.
+// block. Who runs next is drawn by lot, so that what is not ordered by a barrier happens in an order that changes; one
+// warp of a block, also drawn, lags behind the others.
 #pragma once
 
 #include <setjmp.h>
@@ -116,9 +117,11 @@ void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
     ready.push_back(t);
   }
   unsigned at_block = 0, ended = 0;
+  const unsigned laggard = lot() % warps.size();
   while (ended < threads) {
     while (!ready.empty()) {
-      const size_t drawn = lot() % ready.size();
+      size_t drawn = lot() % ready.size();
+      for (int again = 0; again < 16 && ready[drawn] / kWarp == laggard; ++again) drawn = lot() % ready.size();
       const unsigned t = ready[drawn];
       ready[drawn] = ready.back();
       ready.pop_back();
