@@ -11,7 +11,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := pyproject.toml setup.py $(wildcard _build/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test lint bench bench-full sanitize cuda-check gpu-check clean
+.PHONY: demo test lint bench bench-full sanitize cuda-check gpu-check mutations clean
 
 demo: .venv/.examples  ## train 784-256-10 on MNIST, fused beside stock
 	$(BIN)/python -m dlkernels train --dataset mnist --sizes 784 256 10 --batch-size 256 --epochs 10 --compare-stock --out runs/demo
@@ -36,6 +36,9 @@ cuda-check:  ## compile every CUDA kernel for every architecture we ship; needs 
 
 gpu-check:  ## on a machine with a GPU: build, tests, sanitizers, benchmark; PYTHON's torch, no network
 	_build/gpu_check.sh
+
+mutations: .venv/.dev  ## break the CUDA kernels in one place at a time: the host tests must fail
+	$(BIN)/python -m tests.cuda_on_host.mutations
 
 clean:
 	rm -rf build dist *.egg-info dlkernels/_C*.so dlkernels/_C.json .venv

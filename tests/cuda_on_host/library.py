@@ -6,6 +6,7 @@ what only a GPU does (memory coalescing, occupancy, speed).
 
 import ctypes
 import functools
+import json
 import os
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the order of DType in csrc/params.h
 ILLEGAL_ADDRESS = 700
+MUTATION = "DLKERNELS_TEST_MUTATION"  # JSON: file, text, its replacement; see mutations.py
 
 
 def compile_kernels(
@@ -79,6 +81,9 @@ def _changed_copy(to: Path, changes: Mapping[str, tuple[str, str]]) -> None:
 
 @functools.cache
 def kernels() -> ctypes.CDLL:
+    if mutation := os.environ.get(MUTATION):
+        file, old, new = json.loads(mutation)
+        return compile_kernels({file: (old, new)})
     return compile_kernels()
 
 

@@ -1,0 +1,91 @@
+"""Do the host tests see a broken CUDA kernel? ``python -m tests.cuda_on_host.mutations``
+
+Breaks the kernels in one place at a time (a barrier, a mask, an edge, an index) and runs the tests of that kernel,
+which must fail. Exit status 1 where a mutation lives. Half a minute each; names or numbers choose.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+from tests.cuda_on_host.library import MUTATION
+
+
+class Mutation(NamedTuple):
+    """``old`` stands in ``file`` (in csrc) once."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GEMM, PASS, LOSSES = "test_cuda_on_host.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
+CHAIN = "test_cuda_chain_on_host.py"
+MUTATIONS = [
+    # a barrier or a wait
+    Mutation("mma_gemm.cuh", "    __syncthreads();  // this stage is there", "    // this stage is there", GEMM),
+    Mutation("mma_gemm.cuh", "  cp_async_wait<0>();\n  __syncthreads();", "  cp_async_wait<0>();", GEMM),
+    Mutation("mma_gemm.cuh", "cp_async_wait<Traits::kStages - 2>()", "cp_async_wait<Traits::kStages - 1>()", GEMM),
+    Mutation("simt_gemm.cuh", "      __syncthreads();\n      if (sums_rows) {", "      if (sums_rows) {", GEMM),
+    Mutation(
+        "tile.cuh",
+        "            acc[f][half * 2], acc[f][half * 2 + 1]};\n    }\n    __syncwarp();",
+        "            acc[f][half * 2], acc[f][half * 2 + 1]};\n    }",
+        GEMM,
+    ),
+    Mutation(
+        "epilogue.cuh", "    sums[sharer][output] = sum;\n    __syncthreads();", "    sums[sharer][output] = sum;", GEMM
+    ),
+    Mutation("grad_pass.cuh", "sums[e][thread] = total[e];\n    __syncthreads();", "sums[e][thread] = total[e];", PASS),
+    # an edge
+    Mutation(
+        "operand.cuh", "const bool inside = row0 + row < s.rows && left > 0;", "const bool inside = left > 0;", GEMM
+    ),
+    Mutation("operand.cuh", "min(int64_t{kChunk}, s.cols - col)", "int64_t{kChunk}", GEMM),
+    Mutation("tile.cuh", "if (i >= p.m || j >= p.n) continue;", "if (j >= p.n) continue;", GEMM),
+    Mutation("simt_gemm.cuh", "if (row < p.m && col < p.n) store_c", "if (row < p.m) store_c", GEMM),
+    Mutation("grad_pass.cuh", "min(p.m, (slice + 1) * cut.rows)", "(slice + 1) * cut.rows", PASS),
+    # a mask
+    Mutation("activation.h", "return y <= O::lit(0) ? O::lit(0) : g;", "return y < O::lit(0) ? O::lit(0) : g;", GEMM),
+    Mutation("activation.h", "return z < O::lit(0) ? O::lit(0) : z;", "return z > O::lit(0) ? z : O::lit(0);", GEMM),
+    # an index
+    Mutation("operand.cuh", "step * 16 + q / 2 * 8 + l, i / 8 + q % 2", "step * 16 + q / 2 * 8 + l, i / 8", GEMM),
+    Mutation("operand.cuh", "i + q % 2 * 8 + l, step * 2 + q / 2", "i + q / 2 * 8 + l, step * 2 + q % 2", GEMM),
+    Mutation("mma_gemm.cuh", "const int64_t k_begin = blockIdx.z * slice,", "const int64_t k_begin = 0 * slice,", GEMM),
+    Mutation("tile.cuh", "other < 32; other *= 2", "other < 16; other *= 2", GEMM),
+    Mutation("mma_gemm.cuh", "blockIdx.z * p.m + i0 + i] = sum", "i0 + i] = sum", GEMM),
+    # the chain and the losses
+    Mutation("chain.cuh", "__syncwarp();  // before the strip is loaded again", "", CHAIN),
+    Mutation("chain.cuh", "__syncthreads();  // dz and input are there, and `free` is", "", CHAIN),
+    Mutation("rows.cuh", "const int left = row < rows ?", "const int left = row <= rows ?", CHAIN),
+    Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
+    Mutation("losses.cuh", "} else if (p.target[row] != p.ignore_index) {", "} else {", LOSSES),
+]
+
+
+def survives(mutation: Mutation) -> bool:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{mutation.tests}"]
+    environment = os.environ | {MUTATION: json.dumps(mutation[:3])}
+    status = subprocess.run(command, env=environment, capture_output=True).returncode
+    if status not in (0, 1) and status >= 0:  # below 0: the tests' own checks ended the process
+        raise RuntimeError(f"expected the tests to run; {' '.join(command)} ended with status {status}")
+    return status == 0
+
+
+def main(chosen: list[str]) -> int:
+    alive = 0
+    for number, mutation in enumerate(MUTATIONS):
+        if chosen and str(number) not in chosen and mutation.file not in chosen:
+            continue
+        lives = survives(mutation)
+        alive += lives
+        where = f"{mutation.file}: {mutation.old.splitlines()[0].strip()}"
+        print(f"{number:2}  {'LIVES' if lives else 'caught'}  {where}", flush=True)
+    return min(alive, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
