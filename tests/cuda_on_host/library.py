@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the order of DType in csrc/params.h
 ILLEGAL_ADDRESS = 700
-MUTATION = "DLKERNELS_TEST_MUTATION"  # JSON: file, text, its replacement; see mutations.py
+MUTATION = "DLKERNELS_TEST_MUTATION"  # JSON: file, text, its replacement, what to compile; see mutations.py
 
 
 def compile_kernels(
@@ -82,8 +82,8 @@ def _changed_copy(to: Path, changes: Mapping[str, tuple[str, str]]) -> None:
 @functools.cache
 def kernels() -> ctypes.CDLL:
     if mutation := os.environ.get(MUTATION):
-        file, old, new = json.loads(mutation)
-        return compile_kernels({file: (old, new)})
+        file, old, new, files = json.loads(mutation)
+        return compile_kernels({file: (old, new)}, files=files)
     return compile_kernels()
 
 

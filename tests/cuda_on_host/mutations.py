@@ -24,6 +24,13 @@ class Mutation(NamedTuple):
 
 GEMM, PASS, LOSSES = "test_cuda_on_host.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
 CHAIN = "test_cuda_chain_on_host.py"
+# What each of them needs compiled.
+FILES = {
+    GEMM: ("cuda/simt_gemm.cu", "cuda/mma_gemm.cu", "cuda/act_pass.cu", "entry_gemm.cpp"),
+    PASS: ("cuda/grad_pass.cu", "cuda/losses.cu", "entry_losses.cpp"),
+    LOSSES: ("cuda/grad_pass.cu", "cuda/losses.cu", "entry_losses.cpp"),
+    CHAIN: ("cuda/chain.cu", "entry_chain.cpp"),
+}
 MUTATIONS = [
     # a barrier or a wait
     Mutation("mma_gemm.cuh", "    __syncthreads();  // this stage is there", "    // this stage is there", GEMM),
@@ -67,12 +74,15 @@ MUTATIONS = [
 
 
 def survives(mutation: Mutation) -> bool:
+    files = [*FILES[mutation.tests], "cuda/route.cpp", "entry_route.cpp", "entry_guarded.cpp"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{mutation.tests}"]
-    environment = os.environ | {MUTATION: json.dumps(mutation[:3])}
-    status = subprocess.run(command, env=environment, capture_output=True).returncode
-    if status not in (0, 1) and status >= 0:  # below 0: the tests' own checks ended the process
-        raise RuntimeError(f"expected the tests to run; {' '.join(command)} ended with status {status}")
-    return status == 0
+    environment = os.environ | {MUTATION: json.dumps([*mutation[:3], files])}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # A test must have failed, or, below 0, a check of tests/cuda_on_host have ended the process.
+    broken = any(sign in run.stdout for sign in ("CalledProcessError", "undefined symbol", "AssertionError: '"))
+    if broken or run.returncode > 1:
+        raise RuntimeError(f"{mutation.file}: the mutation did not compile, or the tests did not run:\n{run.stdout}")
+    return run.returncode == 0
 
 
 def main(chosen: list[str]) -> int:

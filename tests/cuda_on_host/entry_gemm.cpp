@@ -1,17 +1,7 @@
-// The CUDA kernels with C signatures, for ctypes.
+// The CUDA products with C signatures, for ctypes.
 #include "cuda/kernels.h"
-#include "guarded.h"
 
 extern "C" {
-
-// Memory that may be touched from its first byte to its last and not beyond; see guarded.h.
-void* guarded_new(size_t bytes) {
-  auto* memory = new cuda_on_host::Guarded;
-  memory->allocate(bytes);
-  return memory;
-}
-void* guarded_data(void* memory) { return static_cast<cuda_on_host::Guarded*>(memory)->data; }
-void guarded_delete(void* memory) { delete static_cast<cuda_on_host::Guarded*>(memory); }
 
 // path: 0 simt_gemm, else mma_gemm with tiles of this side
 int gemm(int path, int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
