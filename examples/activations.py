@@ -3,12 +3,12 @@
 A layer of weight [[1]] and no bias is its activation: z = 1 x, exactly. Value and gradient must be what torch's are, up
 to the rounding of float32. Then the same small MLP learns the digits with each of them.
 
-python examples/activations.py
+python examples/activations.py [--small]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from both import Both, Prepare, Training, both
@@ -84,8 +84,8 @@ def train(prepare: Prepare, data: Splits, activation: nn.Module, epochs: int, se
         return (model(data.test_x).argmax(dim=1) == data.test_y).float().mean().item()
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Both[float]]:
-    args = options(__file__, __doc__, argv)
+def main() -> dict[str, Both[float]]:
+    args = options(__doc__)
     epochs = 5 if args.small else 30
     z = torch.linspace(-4, 4, 1601)
     shapes = {name: compare(name, z) for name in ACTIVATIONS}
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Both[float]]:
         x="z",
     )
     draw(
-        args.out / "losses.png",
+        args.out / "activations_losses.png",
         {"loss": by_step({name: outcome.fused.losses for name, outcome in outcomes.items()})},
         log=True,
     )

@@ -3,12 +3,12 @@
 All but SGD scale the step of each parameter by the gradients it has seen. Each runs with torch's own step size (Adam's
 and SGD's are 1e-3); SGD once more with one that suits it.
 
-python examples/adam.py
+python examples/adam.py [--small]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from statistics import mean
 
@@ -50,8 +50,8 @@ def final(outcome: Both[None]) -> float:
     return mean(outcome.fused.losses[-LAST:])
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Both[None]]:
-    args = options(__file__, __doc__, argv)
+def main() -> dict[str, Both[None]]:
+    args = options(__doc__)
     samples, epochs = (6_000, 2) if args.small else (60_000, 10)
     mnist = load_mnist()
     x, y = mnist.train_x[:samples], mnist.train_y[:samples]
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Both[None]]:
     assert final(outcomes["Adam"]) < final(outcomes["SGD"])
 
     draw(
-        args.out / "losses.png",
+        args.out / "adam.png",
         {"loss": by_step({name: outcome.fused.losses for name, outcome in outcomes.items()})},
         log=True,
     )

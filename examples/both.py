@@ -86,8 +86,8 @@ class Both(Generic[Result]):
         sites = sum(len(report.fused) for report in self.reports)
         return (
             f"{sites} fused layers; stock and fused losses at most {self.apart:.1e} apart over the first "
-            f"{min(BEGINNING, len(self.stock.losses))} steps; a step of stock takes {self.ratio:.2f} times that of fused "
-            f"({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
+            f"{min(BEGINNING, len(self.stock.losses))} steps; a step of stock takes {self.ratio:.2f} times that of "
+            f"fused ({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
         )
 
 

@@ -25,8 +25,7 @@ def draw(path: Path, panels: Mapping[str, Curves], *, x: str = "step", log: bool
         panel.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-    print(f"figure: {path}")
+    _save(figure, path)
 
 
 def draw_images(path: Path, rows: Mapping[str, Tensor]) -> None:
@@ -39,5 +38,10 @@ def draw_images(path: Path, rows: Mapping[str, Tensor]) -> None:
             panel.axis("off")
         for panel, image in zip(axes, images, strict=False):
             panel.imshow(image, cmap="gray", vmin=0, vmax=1)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"figure: {path}")

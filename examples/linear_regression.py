@@ -4,12 +4,10 @@ The data are scikit-learn's diabetes patients (Efron et al. 2004): body mass ind
 year later. With x of mean 0 and variance 1 the loss mean((w x + b - y)²) has curvature 2 along w and along b, so that a
 step of size s multiplies the distance to the minimum by 1 - 2 s: below s = 1 it shrinks, above it grows.
 
-python examples/linear_regression.py
+python examples/linear_regression.py [--small]
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from both import Both, Prepare, Training, both, stock
@@ -54,8 +52,8 @@ def train(prepare: Prepare, x: Tensor, y: Tensor, step_size: float, steps: int) 
     return line.weight.item(), line.bias.item()
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Both[Line]]:
-    args = options(__file__, __doc__, argv)
+def main() -> dict[str, Both[Line]]:
+    args = options(__doc__)
     steps = 100 if args.small else 1000
     x, y = patients()
     outcomes = {}
@@ -72,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Both[Line]]:
     torch.testing.assert_close(outcomes["good"].fused.result, (w, b), rtol=1e-5, atol=0.0)
 
     losses = {f"step size {size}: {name}": outcomes[name].fused.losses for name, size in STEP_SIZES.items()}
-    draw(args.out / "losses.png", {"mean squared error": by_step(losses)}, log=True)
+    draw(args.out / "linear_regression.png", {"mean squared error": by_step(losses)}, log=True)
     return outcomes
 
 

@@ -1,11 +1,9 @@
 """The MLP 784-256-10 on MNIST, trained side by side: stock, and with its hidden layer fused.
 
-python examples/mnist_mlp.py
+python examples/mnist_mlp.py [--small]
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from both import Both, Prepare, Training, both
@@ -42,8 +40,8 @@ def train(prepare: Prepare, data: Splits, samples: int, epochs: int, seed: int) 
     return accuracies
 
 
-def main(argv: Sequence[str] | None = None) -> Both[list[float]]:
-    args = options(__file__, __doc__, argv)
+def main() -> Both[list[float]]:
+    args = options(__doc__)
     samples, epochs = (SMALL, 2) if args.small else (60_000, 10)
     data = load_mnist()
     outcome = both(lambda prepare: train(prepare, data, samples, epochs, args.seed), seed=args.seed)

@@ -1,22 +1,21 @@
-"""The arguments that every example takes."""
-
-from __future__ import annotations
+"""The options that every example takes."""
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
+import pathlib
+from typing import Any
 
 import torch
 
 
-def options(file: str, purpose: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """``small``, ``out`` (a folder, made here) and ``seed`` for the example in ``file``; ``threads`` is set for torch."""
-    parser = argparse.ArgumentParser(description=(purpose or "").partition("\n")[0])
-    parser.add_argument("--small", action="store_true", help="the setting of the tests: less data, fewer steps")
-    parser.add_argument("--out", type=Path, default=Path("runs") / Path(file).stem, help="for files (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
-    chosen = parser.parse_args(argv)
-    torch.set_num_threads(chosen.threads)
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    return chosen
+def options(doc: str, **defaults: Any) -> argparse.Namespace:
+    """Parse the command line; ``doc`` is the example's docstring, ``defaults`` replace the defaults by name."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="the setting of the tests: seconds on one core")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/examples"), help="default: %(default)s")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.set_defaults(**defaults)
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return args
