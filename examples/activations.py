@@ -96,9 +96,13 @@ def main() -> dict[str, Both[float]]:
         outcomes[name] = both(lambda prepare, act=module: train(prepare, data, act, epochs, args.seed), seed=args.seed)
         print(f"{name}: accuracy {outcomes[name].stock.result:.4f} stock, {outcomes[name].fused.result:.4f} fused")
 
+    near = z.abs() <= 2.5  # relu² would dwarf the others beyond
     draw(
         args.out / "activations.png",
-        {y: {name: (z, pair[i]) for name, pair in shapes.items()} for i, y in enumerate(("act(z)", "d act / d z"))},
+        {
+            y: {name: (z[near].tolist(), pair[i][near].tolist()) for name, pair in shapes.items()}
+            for i, y in enumerate(("act(z)", "d act / d z"))
+        },
         x="z",
     )
     draw(

@@ -37,7 +37,7 @@ def draw_images(path: Path, rows: Mapping[str, Tensor]) -> None:
         for panel in axes:
             panel.axis("off")
         for panel, image in zip(axes, images, strict=False):
-            panel.imshow(image, cmap="gray", vmin=0, vmax=1)
+            panel.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
     _save(figure, path)
 
 

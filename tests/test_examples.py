@@ -93,7 +93,9 @@ def test_generalisation(run):
 
 def test_gan(run, tmp_path):
     outcome = run("gan")  # asserts that the drawings come nearer to real digits, and real digits to them
-    check(outcome, [3, 2], [32, 128, 128, 64, 128, 128])
+    # Adam's first step is one step size in the sign of each gradient, however small: where it is no more than rounding,
+    # signs differ. One network's differences are the other's gradients.
+    check(outcome, [3, 2], [32, 128, 128, 64, 128, 128], growth=30.0)
     assert (tmp_path / "gan.png").stat().st_size > 0
 
 
