@@ -26,6 +26,11 @@ Training = Generator[float, None, Result]  # yields losses, returns the result
 BEGINNING = 20  # steps over which rounding has not yet grown
 
 
+def stock(model: nn.Module) -> nn.Module:
+    """The ``prepare`` of the stock training. One that also has a loss of its own asks ``prepare is stock``."""
+    return model
+
+
 def _random_state() -> tuple[Any, ...]:
     return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
 
@@ -80,18 +85,21 @@ class Both(Generic[Result]):
     def __str__(self) -> str:
         sites = sum(len(report.fused) for report in self.reports)
         return (
-            f"{sites} fused layers; losses at most {self.apart:.1e} apart over the first "
-            f"{min(BEGINNING, len(self.stock.losses))} steps; a stock step takes {self.ratio:.2f} times a fused one "
-            f"({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
+            f"{sites} fused layers; stock and fused losses at most {self.apart:.1e} apart over the first "
+            f"{min(BEGINNING, len(self.stock.losses))} steps; a step of stock takes {self.ratio:.2f} times that of "
+            f"fused ({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
         )
 
 
-def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0) -> Both[Result]:
-    """Train stock and fused from ``seed``, in turns of one step each, and print how they compare."""
+def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0, **how: Any) -> Both[Result]:
+    """Train stock and fused from ``seed``, in turns of one step each, and print how they compare.
+
+    ``how``: arguments of :func:`dlkernels.fuse`.
+    """
     reports: list[dlkernels.fusion.Report] = []
 
     def fused(model: nn.Module) -> nn.Module:
-        model = dlkernels.fuse(model)
+        model = dlkernels.fuse(model, **how)
         reports.append(dlkernels.report(model))
         return model
 
@@ -99,7 +107,7 @@ def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0) -> Both
     random.seed(seed)
     numpy.random.seed(seed)
     start = _random_state()
-    sides = [Side(train(prepare), start) for prepare in (lambda model: model, fused)]
+    sides = [Side(train(prepare), start) for prepare in (stock, fused)]
     turn = 0
     while not all(side.done for side in sides):
         turn += 1
