@@ -1,7 +1,7 @@
 """Sequence to sequence (Sutskever et al., 2014) with attention (Bahdanau et al., 2015): GRUs read and write dates.
 
-The fused layers: the attention's query and key meet in a Linear and a tanh, and so do state and context before the
-characters are predicted (Luong et al., 2015). The GRUs themselves are torch's.
+The GRUs are torch's. The fused layers are the Linear and tanh that give the decoder its first state (Bahdanau et al.,
+appendix A.2.2), and those that join state and context before a character is predicted (Luong et al., 2015, eq. 5).
 
 python examples/seq2seq.py [--small]
 """
@@ -16,40 +16,27 @@ from sequences import BEGIN, CHARACTERS, PAD, split, text
 from torch import Tensor, nn
 
 
-class Attention(nn.Module):
-    """Scores by a small network of query and key: v · tanh(W [query, key] + b)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.score = nn.Sequential(nn.Linear(3 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
-
-    def forward(self, queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
-        """Queries [N, T, width] and keys [N, S, 2 width] to the keys' mean under each query's weights."""
-        n, t, s = len(queries), queries.shape[1], keys.shape[1]
-        pairs = torch.cat([queries[:, :, None].expand(-1, -1, s, -1), keys[:, None].expand(-1, t, -1, -1)], dim=3)
-        scores = self.score(pairs).view(n, t, s).masked_fill(padding[:, None], float("-inf"))
-        return scores.softmax(2) @ keys
-
-
 class Seq2Seq(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(len(CHARACTERS), width)
         self.encoder = nn.GRU(width, width, batch_first=True, bidirectional=True)
         self.decoder = nn.GRU(width, width, batch_first=True)
-        self.attention = Attention(width)
+        self.first = nn.Linear(width, width)
+        self.query = nn.Linear(width, 2 * width, bias=False)
         self.combine = nn.Linear(3 * width, width)
         self.head = nn.Linear(width, len(CHARACTERS))
 
     def encode(self, sources: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [N, S, 2 width] and the decoder's first state [1, N, width]."""
         keys, last = self.encoder(self.embed(sources))
-        return keys, last[1:]  # of the direction that ends at the beginning
+        return keys, torch.tanh(self.first(last[1:]))  # of the direction that ends at the beginning
 
     def decode(self, targets: Tensor, keys: Tensor, state: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the character after each of ``targets`` [N, T], and the state after them."""
         states, state = self.decoder(self.embed(targets), state)
-        context = self.attention(states, keys, padding)
+        scores = self.query(states) @ keys.transpose(1, 2)
+        context = scores.masked_fill(padding[:, None], float("-inf")).softmax(2) @ keys
         return self.head(torch.tanh(self.combine(torch.cat([states, context], dim=2)))), state
 
 

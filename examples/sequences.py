@@ -9,7 +9,12 @@ CHARACTERS = "\0\1\2" + " ,-0123456789abcdefghijklmnopqrstuvwxyz"
 PAD, BEGIN, END = range(3)
 FIRST_DAY, LAST_DAY = datetime.date(1900, 1, 1), datetime.date(2099, 12, 31)
 DAYS = (LAST_DAY - FIRST_DAY).days + 1
-FORMS = ("{weekday}, {day} {month} {year}", "{month} {day}, {year}", "{day} {month:.3} {year}", "{month:.3} {day} {year}")
+FORMS = (
+    "{weekday}, {day} {month} {year}",
+    "{month} {day}, {year}",
+    "{day} {month:.3} {year}",
+    "{month:.3} {day} {year}",
+)
 MONTHS = "january february march april may june july august september october november december".split()
 WEEKDAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 
