@@ -1,8 +1,8 @@
 """BERT (Devlin et al., 2019): pre-training by masked words, then fine-tuning on a handful of labels.
 
 transformers' BertForMaskedLM, small, first restores masked words of Python's documentation. Then it learns which of
-four pages a passage is from, of SHOTS labelled passages of each, with and without the pre-training. In the small setting
-the pre-training is too short to help there: both numbers are printed. The fused layers are the first of each
+four pages a passage is from, of SHOTS labelled passages of each, with and without the pre-training. In the small
+setting the pre-training is too short to help there: both numbers are printed. The fused layers are the first of each
 feed-forward block and the prediction head's, each with its GELU.
 
 python examples/bert.py [--small]
@@ -68,8 +68,8 @@ def fit(classifier: nn.Module, x: Tensor, y: Tensor, steps: int) -> Training[Non
 
 
 def train(prepare: Prepare, small: bool = False) -> Training[Learnt]:
-    """Yields the losses of pre-training, of fine-tuning and of the same without pre-training; returns what they gave."""
-    width, layers, steps, batch = (64, 2, 300, 32) if small else (256, 4, 3000, 64)
+    """Yields the losses of pre-training, of fine-tuning, of the same without pre-training; returns what they gave."""
+    width, layers, steps, batch = (64, 2, 240, 32) if small else (256, 4, 3000, 64)
     common = [word for word, _ in Counter(words(TEXT)).most_common(VOCABULARY - 2)]
     index = {word: i for i, word in enumerate(common, start=2)}
     rows = passages(TEXT, index)

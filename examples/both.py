@@ -81,9 +81,20 @@ class Both(Generic[Result]):
         sites = sum(len(report.fused) for report in self.reports)
         return (
             f"{sites} fused layers; stock and fused losses at most {self.apart:.1e} apart over the first "
-            f"{min(BEGINNING, len(self.stock.losses))} steps; a step of stock takes {self.ratio:.2f} times that of fused "
-            f"({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
+            f"{min(BEGINNING, len(self.stock.losses))} steps; a step of stock takes {self.ratio:.2f} times that of "
+            f"fused ({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
         )
+
+    def curves(self, rows: int = 8) -> str:
+        """Both loss curves, as means over ``rows`` equal stretches of the steps."""
+        steps = max(len(side.losses) for side in (self.stock, self.fused))
+        ends = [steps * (row + 1) // rows for row in range(rows)]
+        lines = ["   steps     stock     fused"]
+        for begin, end in zip([0, *ends], ends, strict=False):
+            parts = [side.losses[begin:end] for side in (self.stock, self.fused)]
+            means = [f"{statistics.mean(part):10.4f}" if part else f"{'done':>10}" for part in parts]
+            lines.append(f"{end:8d}{''.join(means)}")
+        return "\n".join(lines)
 
 
 def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0) -> Both[Result]:
@@ -107,5 +118,6 @@ def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0) -> Both
             if not side.done:
                 side.step()
     outcome = Both(*sides, tuple(reports))
+    print(outcome.curves())
     print(outcome)
     return outcome

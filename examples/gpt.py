@@ -52,7 +52,7 @@ def train(prepare: Prepare, small: bool = False) -> Training[Learnt]:
     transformers = import_transformers()
     config = transformers.GPT2Config(
         vocab_size=len(CHARACTERS), n_positions=context, n_embd=width, n_layer=layers, n_head=4,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, loss_type="ForCausalLM",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = prepare(transformers.GPT2LMHeadModel(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3 if small else 1e-3)

@@ -1,6 +1,7 @@
 """Dates in words and their ISO form, one character a token: the task of transformer.py and seq2seq.py."""
 
 import datetime
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,8 +16,11 @@ FORMS = (
     "{day} {month:.3} {year}",
     "{month:.3} {day} {year}",
 )
-MONTHS = "january february march april may june july august september october november december".split()
-WEEKDAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+MONTHS = (
+    "january", "february", "march", "april", "may", "june",
+    "july", "august", "september", "october", "november", "december",
+)  # fmt: skip
+WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
 
 def in_words(date: datetime.date, form: int) -> str:
@@ -31,8 +35,9 @@ def tokens(texts: list[str], length: int) -> Tensor:
     return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
 
 
+@cache
 def split(test: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """All dates of two centuries in one of four forms each: (sources, targets) to train on, and ``test`` of them to test.
+    """All dates of two centuries, each in one of four forms: (sources, targets) to train on, and ``test`` to test.
 
     Sources are [N, 32], targets [N, 12]. The split and the forms are the same everywhere.
     """
