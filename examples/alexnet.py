@@ -49,7 +49,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def train(prepare: Prepare, small: bool = False) -> Training[float]:
     """Yields the loss of each step; returns the accuracy on the test images."""
     data = load("digits" if small else "mnist")
-    steps, batch = (50, 32) if small else (1500, 128)
+    steps, batch = (60, 32) if small else (1500, 128)
     model = prepare(alexnet(small))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4 if small else 1e-4)
     for _ in range(steps):

@@ -54,7 +54,7 @@ def write(model: Seq2Seq, sources: Tensor, length: int) -> Tensor:
 def train(prepare: Prepare, small: bool = False) -> Training[float]:
     """Yields the loss of each step; returns the share of unseen dates that are written without any error."""
     (sources, targets), (test_sources, test_targets) = split(test=200 if small else 2000)
-    width, steps, batch = (48, 320, 32) if small else (128, 3000, 128)
+    width, steps, batch = (48, 350, 64) if small else (128, 3000, 128)
     model = prepare(Seq2Seq(width))
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3 if small else 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], steps, pct_start=0.1)

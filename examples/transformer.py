@@ -54,7 +54,7 @@ def write(model: Transformer, sources: Tensor, length: int) -> Tensor:
 def train(prepare: Prepare, small: bool = False) -> Training[float]:
     """Yields the loss of each step; returns the share of unseen dates that are written without any error."""
     (sources, targets), (test_sources, test_targets) = split(test=200 if small else 2000)
-    width, layers, steps, batch = (64, 1, 300, 64) if small else (128, 2, 3000, 128)
+    width, layers, steps, batch = (64, 1, 350, 64) if small else (128, 2, 3000, 128)
     model = prepare(Transformer(width, layers, 4 * width))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3 if small else 1e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], steps, pct_start=0.1)
