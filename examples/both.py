@@ -90,6 +90,17 @@ class Both(Generic[Result]):
             f"fused ({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
         )
 
+    def curves(self, rows: int = 8) -> str:
+        """Both loss curves, as means over ``rows`` equal stretches of the steps."""
+        steps = max(len(side.losses) for side in (self.stock, self.fused))
+        ends = [steps * (row + 1) // rows for row in range(rows)]
+        lines = ["   steps     stock     fused"]
+        for begin, end in zip([0, *ends], ends, strict=False):
+            parts = [side.losses[begin:end] for side in (self.stock, self.fused)]
+            means = [f"{statistics.mean(part):10.4f}" if part else f"{'done':>10}" for part in parts]
+            lines.append(f"{end:8d}{''.join(means)}")
+        return "\n".join(lines)
+
 
 def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0, **how: Any) -> Both[Result]:
     """Train stock and fused from ``seed``, in turns of one step each, and print how they compare.
@@ -115,5 +126,6 @@ def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0, **how: 
             if not side.done:
                 side.step()
     outcome = Both(*sides, tuple(reports))
+    print(outcome.curves())
     print(outcome)
     return outcome
