@@ -102,9 +102,17 @@ int main() {
 
   good &= same_on_any_number_of_threads("dz and dbias", {m * n, n}, [&](Results& r, const Parallel& parallel) {
     std::vector<float> partials(slices(m) * n);
-    engine.grad_pass(
-        {DType::f32, m, n, {g.data(), n, 1}, {y.data(), n, 1}, relu, r[0].data(), r[1].data(), partials.data()},
-        parallel);
+    engine.grad_pass({DType::f32,
+                      m,
+                      n,
+                      {g.data(), n, 1},
+                      {y.data(), n, 1},
+                      relu,
+                      r[0].data(),
+                      r[1].data(),
+                      Store::rounded,
+                      partials.data()},
+                     parallel);
   });
   good &= same_on_any_number_of_threads("activation", {m * k}, [&](Results& r, const Parallel& parallel) {
     engine.act_pass({m * k, x.data(), {Act::gelu, 0}, r[0].data()}, parallel);
@@ -136,17 +144,17 @@ int main() {
   std::vector<int64_t> target(m);
   for (int64_t i = 0; i < m; ++i) target[i] = i * 7 % n;
   good &= same_on_any_number_of_threads("cross entropy", {m, m * n}, [&](Results& r, const Parallel& parallel) {
-    CrossEntropy p{};
+    cpu::CrossEntropy p{};
     p.outer = 1, p.classes = n, p.inner = m;
     p.x = g.data(), p.x_strides = p.grad_strides = {0, 1, n};
     p.target = target.data(), p.ignore_index = -100, p.weight_sum = n, p.scale = 1;
-    p.loss = r[0].data(), p.grad = r[1].data();
+    p.loss = r[0].data(), p.grad = r[1].data(), p.grad_dtype = DType::f32;
     std::vector<double> sums(loss_slices(p));
     p.sums = sums.data();
     engine.losses.cross_entropy(p, parallel);
   });
   good &= same_on_any_number_of_threads("squared error", {m * k, m * k}, [&](Results& r, const Parallel& parallel) {
-    ElementwiseLoss p{};
+    cpu::ElementwiseLoss p{};
     const auto other = normal(m * k, 9);
     p.rows = m, p.cols = k, p.input = {x.data(), k, 1}, p.target = {other.data(), k, 1}, p.divisor = 1;
     p.loss = r[0].data(), p.grad_input = r[1].data();
