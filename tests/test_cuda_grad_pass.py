@@ -24,9 +24,9 @@ def partials_of(kernels, dtype, m, n):
     return kernels.grad_pass_partials(DTYPES.index(dtype), ctypes.c_int64(m), ctypes.c_int64(n))
 
 
-def grad_pass(kernels, g, saved, act, *, dz=True, dbias=True):
+def grad_pass(kernels, g, saved, act, *, dz=True, dbias=True, aligned=False):
     """(dz, dbias), None where not asked for; all in guarded memory."""
-    (m, n), call = g.shape, Call(kernels)
+    (m, n), call = g.shape, Call(kernels, aligned)
     null = (None, None)
     outputs = [
         call.output(m, n, dtype=g.dtype) if dz else null,
@@ -95,7 +95,7 @@ def test_any_strides_have_the_bits_of_contiguous(kernels, dtype):
             for result, want in zip(grad_pass(kernels, z, other, "silu"), swapped, strict=True):
                 assert torch.equal(result, want)
         for expanded in (g[:1, :1].expand(m, n), g[:1].expand(m, n), g[:, :1].expand(m, n)):
-            result = grad_pass(kernels, expanded, z, "silu")
+            result = grad_pass(kernels, expanded, z, "silu", aligned=True)
             for a, b in zip(result, grad_pass(kernels, expanded.contiguous(), z, "silu"), strict=True):
                 assert torch.equal(a, b)
 
