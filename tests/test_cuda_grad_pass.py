@@ -54,7 +54,7 @@ def check(kernels, g, saved, act, want, **which):
     if dz is not None:
         assert_within(dz, want, scale, 0)
     if dbias is not None:
-        assert_within(dbias, want.sum(0), scale.sum(0), 8)  # in float64 but for 4 rows at a time and the partials
+        assert_within(dbias, want.sum(0), scale.sum(0), 8)  # in float64 but for 2 rows at a time and the partials
     return dz, dbias
 
 
@@ -152,6 +152,6 @@ def test_slices_fill_a_device_and_stay_few(kernels, dtype, shape):
     slices = max(1, partials_of(kernels, dtype, m, n) // n)
     runs = n * (8 if dtype == torch.float64 else dtype.itemsize) // 16 if n % 16 == 0 else n
     blocks = slices * -(-runs // 32)
-    assert slices <= 396
+    assert slices <= 528
     if shape in ((256, 256), (65536, 64)):
         assert 64 <= blocks <= 1000

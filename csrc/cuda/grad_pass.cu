@@ -6,8 +6,8 @@
 namespace dlk::cuda {
 namespace {
 
-// Blocks for which rows are cut: 3 for each SM of an H100 or H200, whose threads have 48 KiB on their way in each.
-constexpr int64_t kBlocks = 3 * 132;
+// Blocks for which rows are cut: those that an H100 or H200 runs at once.
+constexpr int64_t kBlocks = kGradPassBlocks * 132;
 
 int width_of(int64_t n, DType dtype) {
   const int pack = dtype == DType::f64 ? 2 : dtype == DType::f32 ? 4 : 8;
