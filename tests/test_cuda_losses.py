@@ -1,6 +1,8 @@
 """The losses' CUDA kernels, executed without a GPU (tests/cuda_on_host), on the CPU losses' own tests (test_losses.py):
 the ops beneath dlkernels.losses are replaced. What only CUDA does follows."""
 
+import ctypes
+
 import pytest
 import test_losses
 import torch
@@ -64,8 +66,10 @@ def test_cross_entropy(dtype, reduction, weighted, smoothing, probabilities):
     judge.decide()
 
 
+@pytest.mark.parametrize("aligned", [False, True])
 @OF_DTYPES
-def test_elementwise_strides(dtype):
+def test_elementwise_strides(dtype, aligned, monkeypatch):
+    monkeypatch.setattr(on_host, "ALIGNED", aligned)
     for shape in ((7, 33), (3, 4, 5, 8)):
         x, t = (torch.randn(shape).to(dtype) for _ in range(2))
         var = (torch.rand(shape) + 0.1).to(dtype)
@@ -182,10 +186,35 @@ def test_steep_rows(classes):
 
 
 def test_infinities_that_only_some_threads_meet():
-    x = torch.full((4, 600), -INF)
+    x = torch.full((6, 600), -INF)
     x[0, 599], x[1, 0], x[2, 300] = 1.0, 2.0, NAN
-    loss, grad = loss_and_grad(losses.cross_entropy, x, torch.tensor([599, 0, 0, 0]), reduction="none")
-    assert loss.isnan().tolist() == [False, False, True, True]
+    x[3:5] = 0.0
+    x[3, 300] = INF
+    x[4, 300] = -INF
+    loss, grad = loss_and_grad(losses.cross_entropy, x, torch.tensor([599, 0, 0, 0, 0, 0]), reduction="none")
+    assert loss.isnan().tolist() == [False, False, True, True, False, True]
     assert loss[:2].tolist() == [0.0, 0.0]
-    assert grad.isnan().all(1).tolist() == [False, False, True, True]
+    assert grad.isnan().all(1).tolist() == loss.isnan().tolist()
     assert (grad[:2] == 0).all()
+    assert grad[4, 300] == 0
+
+
+@OF_DTYPES
+def test_the_end_of_aligned_memory(dtype, monkeypatch):
+    """The last run of 16 bytes is not whole: what lies behind it stays as it was."""
+    monkeypatch.setattr(on_host, "ALIGNED", True)
+    ends = []
+
+    def own(t):
+        if t is not None:
+            size = t.element_size()
+            behind = -t.numel() * size % 16
+            ends.append(ctypes.string_at(t.data_ptr() + t.numel() * size, behind))
+        return None if t is None else t.clone()
+
+    monkeypatch.setattr(on_host, "_own", own)
+    x, t = (torch.randn(2 * 16 // dtype.itemsize + 1).to(dtype) for _ in range(2))
+    each, grad = on_host.mse_loss(x, t, on_host.NONE, True)
+    assert not each.isnan().any()
+    assert not grad.isnan().any()
+    assert [set(end) for end in ends] == [{0xFF}, {0xFF}]  # as guarded memory is made

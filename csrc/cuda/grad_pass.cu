@@ -6,8 +6,8 @@
 namespace dlk::cuda {
 namespace {
 
-// Blocks for which rows are cut: 3 for each SM of an H100 or H200, whose threads have 48 KiB on their way in each.
-constexpr int64_t kBlocks = 3 * 132;
+// Blocks for which rows are cut: those that an H100 or H200 runs at once.
+constexpr int64_t kBlocks = kGradPassBlocks * 132;
 // Up to here one slice, of narrow columns so that there are blocks enough: a second launch would cost more than it brings.
 constexpr int64_t kFewRows = 512;
 constexpr int kFewLanes = 4;

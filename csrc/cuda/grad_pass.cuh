@@ -12,6 +12,7 @@
 namespace dlk::cuda {
 
 constexpr int kGradPassThreads = 128;
+constexpr int kGradPassBlocks = 4;  // per SM: each has 4 to 8 KiB on its way
 
 struct GradPassCut {
   int lanes;       // threads along a row, a power of 2
@@ -21,10 +22,11 @@ struct GradPassCut {
 };
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kGradPassThreads) grad_pass_kernel(const GradPass p, const GradPassCut cut) {
+__global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
+    grad_pass_kernel(const GradPass p, const GradPassCut cut) {
   using A = Acc<T>;
   using O = Ops<A>;
-  constexpr int kBatch = sizeof(T) == 8 ? 2 : 4;  // rows of a thread on their way at once; f64's erf takes registers
+  constexpr int kBatch = sizeof(T) == 4 ? 2 : 1;  // rows of a thread on their way at once: as registers allow
   __shared__ double sums[kWidth][kGradPassThreads];
   const int thread = threadIdx.x, lane = thread % cut.lanes, first = thread / cut.lanes;
   const int step = kGradPassThreads / cut.lanes;

@@ -148,7 +148,7 @@ struct Logits {
     }
   }
 
-  // The largest logit and Σ exp(logit - largest) of the row. NaN where that is no sum of numbers.
+  // The largest logit and Σ exp(logit - largest) of the row; 1 for a row of no classes, whose logarithm adds nothing.
   DLK_DEVICE void softmax(A* largest, A* exp_sum) {
     using O = Ops<A>;
     const A inf = O::lit(__builtin_inf());
@@ -191,8 +191,7 @@ struct Logits {
       if (mine != max) sum *= O::exp(mine - max);
     }
     sum = Team<kTeam>::sum(sum);
-    if (max == inf || max == -inf) sum = classes > 0 ? not_a_number<O>() : A(1);
-    *largest = max, *exp_sum = sum;
+    *largest = max, *exp_sum = classes > 0 ? sum : A(1);
   }
 };
 

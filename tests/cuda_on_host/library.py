@@ -88,15 +88,19 @@ def kernels() -> ctypes.CDLL:
 
 
 class Guarded:
-    """A copy of a tensor, strides and all, whose memory ends where none may be touched. ``tensor`` views it."""
+    """A copy of a tensor, strides and all, whose memory ends where none may be touched. ``tensor`` views it.
 
-    def __init__(self, library: ctypes.CDLL, t: Tensor) -> None:
+    ``aligned``: it begins at a multiple of 16 bytes, as torch's does, and ends up to 15 bytes before there.
+    """
+
+    def __init__(self, library: ctypes.CDLL, t: Tensor, aligned: bool = False) -> None:
         self._library = library
         span = (
             1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
         )
         bytes_ = span * t.element_size()
-        self._memory = ctypes.c_void_p(library.guarded_new(ctypes.c_size_t(bytes_)))
+        room = -(-bytes_ // 16) * 16 if aligned else bytes_
+        self._memory = ctypes.c_void_p(library.guarded_new(ctypes.c_size_t(room)))
         self.pointer = ctypes.c_void_p(library.guarded_data(self._memory))
         self.strides = t.stride()
         if span:
@@ -114,12 +118,12 @@ class Guarded:
 class Call:
     """The arguments of one call. Outputs are filled with NaN before it, and read back after it."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
+    def __init__(self, library: ctypes.CDLL, aligned: bool = False) -> None:
+        self.library, self.aligned = library, aligned
         self._held: list[Guarded] = []
 
     def _guarded(self, t: Tensor) -> Guarded:
-        self._held.append(Guarded(self.library, t))
+        self._held.append(Guarded(self.library, t, self.aligned))
         return self._held[-1]
 
     def pointer(self, t: Tensor | None) -> ctypes.c_void_p:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.cuda_on_host.library import DTYPES, ILLEGAL_ADDRESS, Call, accumulator, kernels
 
 NONE, MEAN = 0, 1
+ALIGNED = False  # see library.Guarded
 NULL = (ctypes.c_void_p(None), None)
 
 
@@ -41,7 +42,7 @@ def _doubles(*values: float) -> list:
 
 
 def _elementwise(tensors: list[Tensor], constant, eps, reduction, needs) -> tuple[Tensor | None, ...]:
-    input, call = tensors[0], _Call(kernels())
+    input, call = tensors[0], _Call(kernels(), ALIGNED)
     dense = all(t.is_contiguous() for t in tensors) or (
         torch.empty_like(input).stride() == input.stride() and all(t.stride() == input.stride() for t in tensors)
     )
@@ -93,7 +94,7 @@ def _class_strides(t: Tensor, flat: bool) -> list:
 
 
 def cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, need_input, need_target):
-    call, soft = _Call(kernels()), input.shape == target.shape
+    call, soft = _Call(kernels(), ALIGNED), input.shape == target.shape
     n, c, *d = input.shape if input.dim() > 1 else (1, *input.shape)
     inner, flat = math.prod(d), math.prod(d) == 1
     x = input.reshape(n, c, inner)
