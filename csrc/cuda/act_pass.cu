@@ -4,10 +4,10 @@
 namespace dlk::cuda {
 namespace {
 
-constexpr int kActThreads = 256;
+constexpr int kActThreads = 256;  // 4 blocks per SM: 64 registers each, where sm_100a would take 32 and spill f64's erf
 
 template <class T>
-__global__ void __launch_bounds__(kActThreads) act_pass_kernel(const ActPass p) {
+__global__ void __launch_bounds__(kActThreads, 4) act_pass_kernel(const ActPass p) {
   using A = Acc<T>;
   const int64_t stride = int64_t{gridDim.x} * kActThreads, first = int64_t{blockIdx.x} * kActThreads + threadIdx.x;
   with_activation(p.act.kind, [&](auto act) {
