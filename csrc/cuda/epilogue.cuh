@@ -63,8 +63,8 @@ DLK_DEVICE void finish(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth
 }
 
 // partials[splits, m, n] to the finished C.
-constexpr int kFinishThreads =
-    256;  // 3 blocks per SM: 85 registers each; left alone, sm_100a takes 32 and spills f64's erf
+// 3 blocks per SM: 85 registers a thread. Left alone, sm_100a takes 32 and spills f64's erf.
+constexpr int kFinishThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads, 3) finish_kernel(const Gemm p) {
   using A = Acc<T>;
