@@ -3,9 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <vector>
 
+#include "linear_act.h"
 #include "params.h"
 
 namespace dlk {
@@ -23,6 +25,18 @@ inline std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last) {
   std::vector<int64_t> sizes = t.sizes().vec();
   sizes.back() = last;
   return sizes;
+}
+
+// The gradients asked for, of a layer whose output is like g: not yet written, or, where the layer has no output, zero.
+inline Gradients new_gradients(const Shape& s, const at::Tensor& g, bool need_x, bool need_weight, bool need_bias) {
+  auto make = [&](at::IntArrayRef sizes) {
+    return s.m == 0 || s.n == 0 ? at::zeros(sizes, g.options()) : at::empty(sizes, g.options());
+  };
+  Gradients made;
+  if (need_x) std::get<0>(made) = make(resized_last(g, s.k));
+  if (need_weight) std::get<1>(made) = make({s.n, s.k});
+  if (need_bias) std::get<2>(made) = make({s.n});
+  return made;
 }
 
 // The gradient of a layer's pre-activation: g · act'(saved), or g itself where `saved` is undefined.

@@ -50,5 +50,12 @@ def split(test: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (sources[test:], targets[test:]), (sources[:test], targets[:test])
 
 
+def exact(written: Tensor, sources: Tensor, targets: Tensor) -> float:
+    """The share of ``targets`` that was written without any error; prints three."""
+    for source, date in zip(sources[:3], written, strict=False):
+        print(f"{text(source)} -> {text(date)}")
+    return (written == targets).all(1).double().mean().item()
+
+
 def text(row: Tensor) -> str:
     return "".join(CHARACTERS[t] for t in row.tolist() if t > END)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from both import Prepare, Training, both
 from options import options
-from sequences import BEGIN, CHARACTERS, PAD, split, text
+from sequences import BEGIN, CHARACTERS, PAD, exact, split
 from torch import Tensor, nn
 
 
@@ -69,10 +69,7 @@ def train(prepare: Prepare, small: bool = False) -> Training[float]:
         schedule.step()
         yield loss.item()
     # No eval(): there is no dropout, and torch's inference fast path would go past the fused layers.
-    written = write(model, test_sources, test_targets.shape[1])
-    for source, date in zip(test_sources[:3], written, strict=False):
-        print(f"{text(source)} -> {text(date)}")
-    return (written == test_targets).all(1).double().mean().item()
+    return exact(write(model, test_sources, test_targets.shape[1]), test_sources, test_targets)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_what_the_processor_refuses_is_caught(library, config, call, message):
 
 
 def gemm(kernels, a, b, act="none", *, saved=None, bias=None, z=None, row_sum=None, splits=1, threads=1):
-    """c = A · B (see csrc/cpu/kernels.h), written over a NaN-filled tensor."""
+    """c = A · B (see csrc/params.h), written over a NaN-filled tensor."""
     (m, k), n = a.shape, b.shape[1]
     c = torch.full((m, n), float("nan"), dtype=a.dtype)
     partials = torch.full((splits * (m * n + m),), float("nan"))

@@ -31,7 +31,9 @@ SHAPES = [(1, 8, 8), (130, 264, 520), (300, 520, 72)]
 
 
 def compile_kernels(changes=None):
-    compiled = library.compile_kernels(changes, files=("cuda/hopper/*.cu", "entry.cpp"), stand_ins=(HERE, library.HERE))
+    compiled = library.compile_kernels(
+        changes, files=("cuda/hopper/*.cu", "entry.cpp", "entry_guarded.cpp"), stand_ins=(HERE, library.HERE)
+    )
     compiled.shared_descriptor.restype = ctypes.c_uint64
     return compiled
 

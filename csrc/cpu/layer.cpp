@@ -116,17 +116,8 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
 Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
                          bool need_x, bool need_weight, bool need_bias, Gate* below) {
   const auto [m, n, k] = c.shape;
-  const auto options = in.g.options();
-  at::Tensor dx, dweight, dbias;
-  if (need_x) dx = at::empty(resized_last(in.g, k), options);
-  if (need_weight) dweight = at::empty({n, k}, options);
-  if (need_bias) dbias = at::empty({n}, options);
-
-  if (m == 0 || n == 0) {  // sums over nothing
-    for (at::Tensor* t : {&dx, &dweight, &dbias})
-      if (t->defined()) t->zero_();
-    return {dx, dweight, dbias};
-  }
+  auto [dx, dweight, dbias] = new_gradients(c.shape, in.g, need_x, need_weight, need_bias);
+  if (m == 0 || n == 0) return {dx, dweight, dbias};
   const Incoming rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
   const Path dx_path = route(Op::dgrad, c.shape, c.dtype, weight.defined() && weight.stride(1) == 1).path;
   const Path dw_path = route(Op::wgrad, c.shape, c.dtype, true).path;
@@ -139,7 +130,7 @@ Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor&
   if (dx_by_aten || dw_by_aten || (need_bias && !dbias_with_dw)) {
     at::Tensor dz;
     const bool keep = dx_by_aten || dw_by_aten;
-    if (keep) dz = at::empty({m, n}, options);
+    if (keep) dz = at::empty({m, n}, in.g.options());
     grad_pass(c, rows, keep ? &dz : nullptr, need_bias && !dbias_with_dw ? &dbias : nullptr);
     if (dx_by_aten) {
       at::Tensor out = dx.view({m, k});

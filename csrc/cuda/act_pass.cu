@@ -39,13 +39,7 @@ cudaError_t run(const ActPass& p, cudaStream_t stream) {
 
 cudaError_t act_pass(DType dtype, const ActPass& p, cudaStream_t stream) {
   if (p.count == 0) return cudaSuccess;
-  switch (dtype) {
-    case DType::f64: return run<double>(p, stream);
-    case DType::f32: return run<float>(p, stream);
-    case DType::bf16: return run<Bf16>(p, stream);
-    case DType::f16: return run<F16>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_dtype(dtype, [&](auto t) { return run<decltype(t)>(p, stream); });
 }
 
 }  // namespace dlk::cuda

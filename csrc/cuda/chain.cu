@@ -95,7 +95,7 @@ bool plan_backward(const Chain& p, const Device& device, BackwardPlan* plan) {
 }
 
 template <class F>
-auto with_dtype(DType dtype, F&& f) -> decltype(f(0.0f)) {
+auto with_chain_dtype(DType dtype, F&& f) -> decltype(f(0.0f)) {
   switch (dtype) {
     case DType::f32: return f(0.0f);
     case DType::bf16: return f(Bf16{});
@@ -107,7 +107,7 @@ auto with_dtype(DType dtype, F&& f) -> decltype(f(0.0f)) {
 
 BackwardPlan plan_backward(const Chain& p, DType dtype) {
   BackwardPlan plan{};
-  with_dtype(dtype, [&](auto t) { return plan_backward<decltype(t)>(p, this_device(), &plan); });
+  with_chain_dtype(dtype, [&](auto t) { return plan_backward<decltype(t)>(p, this_device(), &plan); });
   return plan;
 }
 
@@ -204,7 +204,7 @@ bool chain_takes(const Chain& p, DType dtype) {
   if (p.layers < 1 || p.layers > kChainLayers) return false;
   for (int l = 0; l < p.layers; ++l)
     if (std::min(p.layer[l].n, p.layer[l].k) < 1 || std::max(p.layer[l].n, p.layer[l].k) > kChainFeatures) return false;
-  return with_dtype(dtype, [&](auto t) {
+  return with_chain_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const Device device = this_device();
     Launch forward;
@@ -223,12 +223,12 @@ int64_t chain_partials(const Chain& p, DType dtype) {
 cudaError_t chain_forward(const Chain& p, DType dtype, cudaStream_t stream) {
   if (!chain_takes(p, dtype)) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
-  return with_dtype(dtype, [&](auto t) { return forward<decltype(t)>(p, stream); });
+  return with_chain_dtype(dtype, [&](auto t) { return forward<decltype(t)>(p, stream); });
 }
 
 cudaError_t chain_backward(const Chain& p, DType dtype, cudaStream_t stream) {
   if (!chain_takes(p, dtype)) return cudaErrorInvalidValue;
-  return with_dtype(dtype, [&](auto t) { return backward<decltype(t)>(p, dtype, stream); });
+  return with_chain_dtype(dtype, [&](auto t) { return backward<decltype(t)>(p, dtype, stream); });
 }
 
 }  // namespace dlk::cuda

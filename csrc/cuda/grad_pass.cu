@@ -49,13 +49,7 @@ int64_t grad_pass_partials(const GradPass& p) {
 
 cudaError_t grad_pass(const GradPass& p, cudaStream_t stream) {
   if (p.n == 0 || (!p.dz && !p.dbias) || (p.m == 0 && !p.dbias)) return cudaSuccess;
-  switch (p.dtype) {
-    case DType::f64: return run<double>(p, stream);
-    case DType::f32: return run<float>(p, stream);
-    case DType::bf16: return run<Bf16>(p, stream);
-    case DType::f16: return run<F16>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_dtype(p.dtype, [&](auto t) { return run<decltype(t)>(p, stream); });
 }
 
 }  // namespace dlk::cuda

@@ -25,7 +25,7 @@ int64_t partials_size(const Gemm&);
 cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream);
 
 // bf16, fp16, and fp32 rounded to TF32, on tensor cores (sm_80 and later). Any shape and stride, and fast where an
-// operand lies contiguous along one of its dimensions and 16-byte aligned (`takes_fast`).
+// operand lies contiguous along one of its dimensions and 16-byte aligned (`mma_takes_fast`).
 cudaError_t mma_gemm(const Gemm& p, cudaStream_t stream);
 bool mma_takes_fast(const View& operand, DType dtype);
 

@@ -1,4 +1,4 @@
-// What every launcher needs: grid sizes, and a launch that reports its status.
+// What every launcher needs: from dtype to element type, grid sizes, and a launch that reports its status.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../activation.h"
+#include "primitives.cuh"
 
 namespace dlk::cuda {
 
@@ -16,6 +16,18 @@ DLK_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Kernels walk their work in strides of the grid, so a grid larger than the hardware's is only cut short.
 inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
+}
+
+// Calls f with an element of the type: f(T{}).
+template <class F>
+cudaError_t with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(Bf16{});
+    case DType::f16: return f(F16{});
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <class... Params, class... Args>

@@ -128,17 +128,8 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
 Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
                          bool need_x, bool need_weight, bool need_bias, Gate* below) {
   const auto [m, n, k] = c.shape;
-  const auto options = in.g.options();
-  at::Tensor dx, dweight, dbias;
-  if (need_x) dx = at::empty(resized_last(in.g, k), options);
-  if (need_weight) dweight = at::empty({n, k}, options);
-  if (need_bias) dbias = at::empty({n}, options);
-
-  if (m == 0 || n == 0) {  // sums over nothing
-    for (at::Tensor* t : {&dx, &dweight, &dbias})
-      if (t->defined()) t->zero_();
-    return {dx, dweight, dbias};
-  }
+  auto [dx, dweight, dbias] = new_gradients(c.shape, in.g, need_x, need_weight, need_bias);
+  if (m == 0 || n == 0) return {dx, dweight, dbias};
   need_x = need_x && k > 0;
   need_weight = need_weight && k > 0;
   Incoming rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
@@ -155,7 +146,7 @@ Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor&
   const bool dz_wanted = (need_x || need_weight) && in.saved.defined() && !all_simt && !in_load;
   const bool bias_in_load = in_load && need_bias;
   if (dz_wanted || (need_bias && !bias_in_load)) {
-    const at::Tensor dz = dz_wanted ? at::empty({m, n}, options) : at::Tensor();
+    const at::Tensor dz = dz_wanted ? at::empty({m, n}, in.g.options()) : at::Tensor();
     pass(c, rows, dz, bias_in_load ? at::Tensor() : dbias);
     if (dz_wanted) rows = {dz, at::Tensor()};
   }

@@ -7,17 +7,6 @@
 namespace dlk::cuda {
 namespace {
 
-template <class F>
-cudaError_t with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f64: return f(double{});
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(Bf16{});
-    case DType::f16: return f(F16{});
-  }
-  return cudaErrorInvalidValue;
-}
-
 template <class T>
 cudaError_t reduce(const double* sums, int64_t blocks, const double* counts, int count_blocks, double denominator,
                    void* loss, cudaStream_t stream) {

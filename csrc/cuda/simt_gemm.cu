@@ -24,13 +24,7 @@ cudaError_t run(const Gemm& p, cudaStream_t stream) {
 cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream) {
   if (p.m == 0 || (p.n == 0 && !p.row_sum)) return cudaSuccess;
   if (p.column_sum) return cudaErrorInvalidValue;
-  switch (p.dtype) {
-    case DType::f64: return run<double>(p, stream);
-    case DType::f32: return run<float>(p, stream);
-    case DType::bf16: return run<Bf16>(p, stream);
-    case DType::f16: return run<F16>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_dtype(p.dtype, [&](auto t) { return run<decltype(t)>(p, stream); });
 }
 
 }  // namespace dlk::cuda

@@ -33,7 +33,7 @@ def compile_kernels(
     """Kernels and their C entry points in one library.
 
     ``changes``, for tests of the tests: file name → (text, its replacement). ``stand_ins``: folders of headers in
-    CUDA's place; ``files``: patterns, in csrc and in the first of these folders.
+    CUDA's place; ``files``: patterns, in csrc and in these folders.
     """
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
@@ -50,7 +50,7 @@ def compile_kernels(
             subprocess.run(f"{command} -x c++ -c {path} -o {output}", shell=True, check=True)
             return output
 
-        paths = [path for pattern in files for place in (source, stand_ins[0]) for path in sorted(place.glob(pattern))]
+        paths = [path for pattern in files for place in (source, *stand_ins) for path in sorted(place.glob(pattern))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = " ".join(map(str, pool.map(compiled, paths)))
         library = here / "kernels.so"

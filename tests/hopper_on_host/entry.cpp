@@ -4,7 +4,6 @@
 #include "cuda/hopper/ring.h"
 #include "cuda/kernels.h"
 #include "cuda/tile.cuh"
-#include "guarded.h"
 
 namespace {
 
@@ -38,14 +37,6 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 }
 
 extern "C" {
-
-void* guarded_new(size_t bytes) {
-  auto* memory = new cuda_on_host::Guarded;
-  memory->allocate(bytes);
-  return memory;
-}
-void* guarded_data(void* memory) { return static_cast<cuda_on_host::Guarded*>(memory)->data; }
-void guarded_delete(void* memory) { delete static_cast<cuda_on_host::Guarded*>(memory); }
 
 // tile: columns of a block's tile. takes: set to what hopper_takes says; where it is false nothing runs.
 int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
