@@ -1,6 +1,7 @@
 """The devices under test, and what is done around every test."""
 
 import os
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -18,6 +19,11 @@ NEEDS = {
 }
 LEFT_OUT = {file: package for file, package in NEEDS.items() if find_spec(package) is None}
 collect_ignore = list(LEFT_OUT)
+
+# Started in the background of a script, a process inherits that Ctrl-C is ignored, and hands it on to those it
+# starts. The tests that send one would wait for it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():
