@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkernels._ops import sharding
 from dlkernels._ops.activations import ACTIVATIONS, Activation
 from dlkernels._ops.modes import autocast_active, autocast_operands, forward_mode, under_transform
 
@@ -338,6 +339,10 @@ class _LinearActTransform(torch.autograd.Function):
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """See :func:`dlkernels.functional.linear_act`."""
+    if type(x) is not Tensor and sharding.splits_the_sum(x, weight) and act.name != "none":
+        # every rank has some terms of each sum: the activation comes after all of them
+        z = linear_act(x, weight, bias, ACTIVATIONS["none"], slope)
+        return act.value(sharding.reduced(z), slope)
     if autocast_active(x):
         x, weight, bias = autocast_operands(x, weight, bias)
     if under_transform():

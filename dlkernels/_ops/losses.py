@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dlkernels import _C
 from dlkernels._ops.modes import under_transform
+from dlkernels._ops.sharding import is_dtensor
 
 _mse_loss = torch.ops.dlkernels._mse_loss.default
 _gaussian_nll_loss = torch.ops.dlkernels._gaussian_nll_loss.default
@@ -265,8 +266,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def plain_torch(t: Tensor, devices: tuple[str, ...] = DEVICES) -> bool:
-    """Whether torch's formulas serve this call: no kernel for the device, or a transform that must see inside."""
-    return under_transform() or t.device.type not in devices
+    """Whether torch's formulas serve this call: no kernel for the device, a transform that must see inside, a DTensor
+    (torch's have sharding rules, for classes that are split over ranks too)."""
+    return under_transform() or t.device.type not in devices or (type(t) is not Tensor and is_dtensor(t))
 
 
 def wants_grad(*tensors: Tensor) -> bool:
