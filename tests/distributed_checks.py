@@ -1,11 +1,18 @@
 """What every rank runs in ``test_distributed.py``: a function per check, which raises where something is wrong.
 
+``python distributed_checks.py FOLDER`` starts the ranks and prints what they say, as JSON.
+
 A check runs in all ranks at once, with a gloo group on the CPU. Results are judged by the rule of ``oracle.py``: their
 error against float64 is at most twice that of stock torch in a single process. A network's error is that of its worst
 tensor, on the scale of that tensor's largest element: of a bias with six elements, chance alone decides stock's error.
 """
 
 import copy
+import json
+import multiprocessing
+import queue
+import sys
+import time
 import traceback
 from contextlib import nullcontext
 from datetime import timedelta
@@ -30,6 +37,8 @@ from dlkernels.nn import MLP, LinearAct, LinearReLU
 from dlkernels.parallel import ColwiseParallel, RowwiseParallel
 from dlkernels.stock import ACTIVATIONS, copy_parameters, stock_mlp
 
+WORLDS = 2, 4  # processes
+SECONDS = 100  # for all checks of one start; a rank that waits for one that is gone gives up after 30
 CHECKS = {}
 
 
@@ -42,8 +51,8 @@ def run(rank, world, store, results):
     """Each check in turn; (rank, name, "" or what went wrong) into ``results``. The first failure ends the rank: its
     neighbours, who may wait for it, fail with a closed connection."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world,
-                            timeout=timedelta(seconds=30))  # fmt: skip
+    store = dist.FileStore(store, world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
     for name, function in CHECKS.items():
         torch.manual_seed(0)
         try:
@@ -54,6 +63,34 @@ def run(rank, world, store, results):
         results.put((rank, name, ""))
     else:
         dist.destroy_process_group()
+
+
+def launch(world, folder):
+    """What each check said, rank by rank: ``{name: {rank: "" or what went wrong}}``.
+
+    The ranks are forked, so that torch is imported once; until then this process has started no threads.
+    """
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    args = world, f"{folder}/store{world}", results
+    processes = [context.Process(target=run, args=(rank, *args), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    said = {name: {} for name in CHECKS}
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and sum(map(len, said.values())) < world * len(said):
+        alive = any(process.is_alive() for process in processes)
+        try:
+            rank, name, what = results.get(timeout=0.5)
+        except queue.Empty:
+            if not alive:
+                break
+        else:
+            said[name][rank] = what
+    for process in processes:
+        process.join(1)
+        process.kill()
+    return said
 
 
 # ---- what is trained ------------------------------------------------------------------------------------------------
@@ -281,13 +318,17 @@ def column_then_row():
         ours, stock = pair(activation)
         parallelize_module(ours, mesh(), {"0": ColwiseParallel(), "1": RowwiseParallel()})
         judge_layers(f"column, row, {activation}", ours, stock, (4, 6, 20))
-        x = torch.randn(24, 20, requires_grad=True)
-        with CommDebugMode() as forward:
-            y = ours(x)
-        with CommDebugMode() as backward:
-            y.sum().backward()
-        for counts in (forward.get_comm_counts(), backward.get_comm_counts()):
-            assert {str(op): n for op, n in counts.items()} == {"c10d_functional.all_reduce": 1}, (activation, counts)
+        assert communication(ours, torch.randn(24, 20)) == [{"all_reduce": 1}] * 2, activation
+
+
+def communication(model, x):
+    """How often each collective was called, forward and backward."""
+    x.requires_grad_()
+    with CommDebugMode() as forward:
+        y = model(x)
+    with CommDebugMode() as backward:
+        y.sum().backward()
+    return [{str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items()} for mode in (forward, backward)]
 
 
 @check
@@ -299,6 +340,8 @@ def row_wise_fused_layer():
         parallelize_module(ours, mesh(), styles)
         assert all(layer.weight.to_local().shape[1] < layer.weight.shape[1] for layer in ours)
         judge_layers(f"row, row, {activation}", ours, stock, (24, 20))
+        gathers_dx = {"all_gather_into_tensor": 1}
+        assert communication(ours[0], torch.randn(24, 20)) == [{"all_reduce": 1}, gathers_dx], activation
 
 
 @check
@@ -423,3 +466,7 @@ def compiled():
     split = [distribute_tensor(t, mesh(), [p]) for t, p in zip(args, (Replicate(), Shard(0), Shard(0)), strict=True)]
     for a, b in zip(layer(op, None, split, g), layer(functional.linear_relu, None, args, g), strict=True):
         torch.testing.assert_close(a, b)
+
+
+if __name__ == "__main__":
+    print(json.dumps({world: launch(world, sys.argv[1]) for world in WORLDS}))
