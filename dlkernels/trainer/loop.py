@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from dlkernels.trainer import checkpoint, checkpoints
+from dlkernels.trainer import checkpoint, checkpoints, distributed, sharded
 from dlkernels.trainer.batches import ResumableBatches
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.checkpoint import CheckpointError
 from dlkernels.trainer.checkpoints import OneFile
 from dlkernels.trainer.diagnose import first_not_finite
+from dlkernels.trainer.distributed import Part, Ranks
 from dlkernels.trainer.evaluation import Metrics, evaluate
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
 from dlkernels.trainer.metrics import Meter, count_correct
@@ -27,7 +28,7 @@ from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Every, Loss, Step, forward
 from dlkernels.trainer.summary import summarize
-from dlkernels.trainer.transfer import pair, samples_of
+from dlkernels.trainer.transfer import pair, to
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -71,6 +72,7 @@ class Trainer:
         compile: train by ``torch.compile``, with these arguments if a mapping; checkpoints are the model's own.
         progress: ``auto`` (a bar on a terminal, else a line per epoch), ``bar``, ``lines`` or ``silent``.
         config: JSON-able settings kept in the checkpoint; ``load`` makes sure they are still the same.
+        ranks: the processes that train together. None: all of ``torch.distributed``, if it is initialised.
         name: what the progress lines call this run.
 
     Attributes:
@@ -89,6 +91,15 @@ class Trainer:
     same number of threads; for a DataLoader too, unless its workers draw random numbers of their own). A second
     Ctrl-C stops at once, inside the step; then the checkpoint on disk stays the last good one, as it does when
     the process is killed.
+
+    *Several processes* (``torchrun``, with ``torch.distributed`` initialised before): all make the same trainer, over
+    loaders that give all of them the same batches, of which each takes its part (a DataLoader with a
+    DistributedSampler gives parts already). Gradients are averaged by DistributedDataParallel, into which the model
+    is wrapped unless it is in one or was split by FSDP2 (``sharded.shard``); n processes train the weights of
+    one, up to rounding, where the loss is a mean over samples and no layer mixes them (``SyncBatchNorm``, not
+    ``BatchNorm``). History and metrics are those of the whole, rank 0 prints and writes checkpoints, a signal, a stop
+    or a NaN in one rank ends all, and a checkpoint fits any number of processes. Callbacks run in every rank;
+    ``ranks.is_main`` tells which one this is.
     """
 
     def __init__(
@@ -112,9 +123,14 @@ class Trainer:
         compile: bool | Mapping[str, Any] = False,
         progress: Mode = "auto",
         config: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
         name: str = "train",
     ) -> None:
-        self.model = model
+        self.ranks = distributed.current() if ranks is None else ranks
+        self._run: Any = self.ranks.run(model)
+        self.model = model = distributed.unwrapped(self._run)
+        if ema is not None and sharded.is_sharded(model):
+            raise ValueError("expected no moving average (ema) for a model that FSDP2 has split: it would be whole")
         self.loss = loss
         self.optimizer = optimizer
         self.train_data = train_data
@@ -132,9 +148,8 @@ class Trainer:
         self.epoch = 0
         self.batch = 0
         self.stopped: str | None = None
-        self._run: Any = model
         if compile:
-            self._run = torch.compile(model, **(compile if isinstance(compile, Mapping) else {}))
+            self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
         if scaler is None and autocast is torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
         self._step = Step(
@@ -147,7 +162,7 @@ class Trainer:
             schedule_every=schedule_every,
             ema=ema,
         )
-        self._meter = Meter()
+        self._meter = Meter(self.ranks.total)
         self._seconds = 0.0  # spent on training in the epoch in progress
         self._batches = ResumableBatches(train_data)
         self._in_step = False
@@ -181,11 +196,11 @@ class Trainer:
             OSError: the checkpoint cannot be written; the one before is untouched.
         """
         last = epochs if at_most is None else min(epochs, self.epoch + at_most)
-        progress = make_progress(self._progress_mode)
+        progress = make_progress(self._progress_mode if self.ranks.is_main else "silent")
         self._in_step = False
         self._step.discard()  # of a step that was broken off
         if self.checkpoint is not None:
-            self.checkpoint.begin()
+            self.ranks.from_main(self.checkpoint.begin)
         with InterruptGuard() as guard:
             try:
                 self._call("fit_begins")
@@ -196,8 +211,8 @@ class Trainer:
                         progress.end(self.history[-1])
                     elif self.checkpoint is not None:
                         self._save_here()
-                    guard.check()
-                guard.check()
+                    self._check_stop(guard)
+                self._check_stop(guard)
             except (KeyboardInterrupt, Terminated):
                 progress.close()
                 self._save_interrupted(progress)
@@ -224,21 +239,28 @@ class Trainer:
         length = self._batches.length()
         try:
             for item in self._batches.remaining(self.epoch, self.batch):
-                x, y = pair(item, self.device)
+                part = self._part(item)
                 self._in_step = True
-                self._train_batch(x, y, last=self.batch + 1 == length)
+                self._train_batch(part, last=self.batch + 1 == length)
                 self.batch += 1
                 self._in_step = self._step.between_updates
                 for callback in self.callbacks:
                     callback.batch_ends(self)
                 if self._in_step:
                     continue
-                guard.check()
-                if self.checkpoint is not None and self.checkpoint.due():
+                signal, save, stop, show = self.ranks.largest(
+                    guard.requested,
+                    self.checkpoint is not None and self.ranks.is_main and self.checkpoint.due(),
+                    self.stopped is not None,
+                    time.perf_counter() >= refresh,
+                )
+                guard.check(signal)
+                if save:
                     self._save_here()
-                if self.stopped is not None:
+                if stop:
+                    self.stopped = self.ranks.first(self.stopped)
                     return False
-                if time.perf_counter() >= refresh:
+                if show:
                     self._check_finite()
                     row = self._row(self._seconds + time.perf_counter() - started)
                     progress.update(self.batch, row)
@@ -254,22 +276,32 @@ class Trainer:
             raise ValueError(f"expected train_data to give at least one batch; {self.train_data!r} gave none")
         return True
 
-    def _train_batch(self, x: Any, y: Any, last: bool) -> None:
+    def _part(self, item: Any) -> Part:
+        """This rank's part of a batch, on the model's device."""
+        part = self.ranks.part(*pair(item), self.train_data)
+        return part._replace(x=to(part.x, self.device), y=to(part.y, self.device))
+
+    def _train_batch(self, part: Part, last: bool) -> None:
         self._step.begin()
-        output, loss = forward(self._run, self.loss, x, y, self.autocast)
+        output, loss = forward(self._run, self.loss, part.x, part.y, self.autocast)
         # On the CPU looking costs nothing, and the weights are saved from the step. A GPU would be waited for.
-        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise self._non_finite(f"the loss became {loss.item()}", self.batch, x, y)
-        samples = samples_of(x, y)
-        self._step.backward(loss, samples, last)
+        if loss.device.type == "cpu":
+            wrong = None if math.isfinite(loss.item()) else f"the loss became {loss.item()}"
+            if self.ranks.largest(wrong is not None)[0]:
+                raise self._non_finite(wrong, self.batch, part)
+        self._step.backward(loss, part.samples, last, part.share * self.ranks.world)
         with torch.no_grad():
-            self._meter.add(loss.detach(), samples, count_correct(output, y))
+            self._meter.add(loss.detach(), part.samples, count_correct(output, part.y), part.share)
+
+    def _check_stop(self, guard: InterruptGuard) -> None:
+        guard.check(self.ranks.largest(guard.requested)[0])
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
         """Validate, write the history row, move to the next epoch, save."""
         row = self._row(self._seconds)
         if self.val_data is not None:
-            row.update({f"val_{key}": value for key, value in self._evaluate(self.val_data, guard.check).items()})
+            values = self._evaluate(self.val_data, lambda: self._check_stop(guard))
+            row.update({f"val_{key}": value for key, value in values.items()})
         self._step.epoch_ends(row.get("val_loss", row["loss"]))
         for callback in self.callbacks:
             callback.epoch_ends(self, row)
@@ -277,10 +309,10 @@ class Trainer:
         self.batch_losses = self._meter.losses
         self.epoch += 1
         self.batch = 0
-        self._meter = Meter()
+        self._meter = Meter(self.ranks.total)
         self._seconds = 0.0
         if self.checkpoint is not None:
-            self.checkpoint.write(self.state_dict(), self.epoch, 0, row)
+            self._write(row)
 
     def _row(self, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": self.epoch + 1, "loss": self._meter.loss}
@@ -298,21 +330,26 @@ class Trainer:
         """Where the loss was not looked at batch by batch."""
         index = self._meter.first_non_finite()
         if index is not None:
-            x, y = pair(next(self._batches.remaining(self.epoch, index)), self.device)
-            raise self._non_finite(f"the loss became {self._meter.losses[index]}", index, x, y)
+            part = self._part(next(self._batches.remaining(self.epoch, index)))
+            raise self._non_finite(f"the loss became {self._meter.losses[index]}", index, part)
 
     def _check_weights(self) -> None:
         """An update can spoil the weights and no later batch of the epoch show it: do not save those."""
         if self.checkpoint is not None:
-            for name, value in self.model.named_parameters():
-                if not torch.isfinite(value).all():
-                    what = f"the parameter {name} became NaN or infinite"
-                    raise self._non_finite(what, self.batch - 1, cause="an update spoiled it")
+            parameters = self.model.named_parameters()
+            bad = next((name for name, value in parameters if not sharded.local(value).isfinite().all()), None)
+            if (bad := self.ranks.first(bad)) is not None:
+                what = f"the parameter {bad} became NaN or infinite"
+                raise self._non_finite(what, self.batch - 1, cause="an update spoiled it")
 
-    def _non_finite(self, what: str, batch: int, x: Any = None, y: Any = None, cause: str | None = None) -> Exception:
+    def _non_finite(
+        self, what: str | None, batch: int, part: Part | None = None, cause: str | None = None
+    ) -> NonFiniteLoss:
+        """What to raise, in all ranks; ``what`` is None where it is another's."""
         self._step.discard()
-        if cause is None:
-            cause = first_not_finite(self.model, lambda: forward(self.model, self.loss, x, y, self.autocast), x, y)
+        if part is not None:
+            cause = self.ranks.first(None if what is None else self._cause(part.x, part.y))
+        what, cause = self.ranks.first(what), cause or ""
         kept = None if self.checkpoint is None else self.checkpoint.newest()
         saved = "no checkpoint is kept" if kept is None else f"the checkpoint {kept} is from before"
         place = {"epoch": self.epoch + 1, "batch": batch + 1, "update": self.updates + 1}
@@ -322,6 +359,11 @@ class Trainer:
             **place,
             cause=cause,
         )
+
+    def _cause(self, x: Any, y: Any) -> str:
+        if sharded.is_sharded(self.model):  # its layers run in all ranks or in none
+            return "in which layer is not looked for in a model that is split by FSDP2"
+        return first_not_finite(self.model, lambda: forward(self.model, self.loss, x, y, self.autocast), x, y)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -347,6 +389,7 @@ class Trainer:
             device=self.device,
             autocast=self.autocast,
             metrics=self.metrics,
+            ranks=self.ranks,
             between_batches=between_batches,
         )
 
@@ -359,7 +402,8 @@ class Trainer:
             OSError: it cannot be written; what was there before is untouched.
             TypeError: the state of a callback or a scheduler holds something that could not be read back.
         """
-        checkpoint.save(path, self.state_dict())
+        state = self.state_dict()  # all ranks take part
+        self.ranks.from_main(lambda: checkpoint.save(path, state))
 
     def load(self, path: str | os.PathLike[str], *, fallback: bool = False) -> Path:
         """Continue from a checkpoint: the next ``fit`` goes on where it was written.
@@ -375,7 +419,7 @@ class Trainer:
             CheckpointError: it cannot be read, or belongs to another model, optimizer, configuration or
                 (where it was written within an epoch) other batches. Nothing has been changed then.
         """
-        file, state, set_aside = checkpoints.read(path, fallback=fallback)
+        file, state, set_aside = self.ranks.from_main(lambda: checkpoints.read(path, fallback=fallback))
         self._check_same_run(file, state)
         for damage in set_aside:
             warnings.warn(f"{damage}; going on from {file}", stacklevel=2)
@@ -385,8 +429,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds; plain containers, numbers, strings and tensors."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": checkpoint.optimizer_state(self.optimizer),
+            "model": sharded.whole(self.model.state_dict()),
+            "optimizer": sharded.whole(checkpoint.optimizer_state(self.optimizer)),
             "step": self._step.state_dict(),
             "rng": rng_state(),
             "batches": self._batches.state_dict(),
@@ -403,14 +447,14 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave, random state included."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"]["state"])
+        sharded.load_model(self.model, state["model"])
+        sharded.load_optimizer(self.optimizer, state["optimizer"]["state"])
         self._step.load_state_dict(state["step"])
         set_rng_state(state["rng"])
         self._batches.load_state_dict(state["batches"])
         self.epoch = state["epoch"]
         self.batch = state["batch"]
-        self._meter = Meter()
+        self._meter = Meter(self.ranks.total)
         self._meter.load_state_dict(state["meter"])
         self._seconds = state["seconds"]
         self.history = [dict(row) for row in state["history"]]
@@ -444,7 +488,12 @@ class Trainer:
         assert self.checkpoint is not None
         self._check_finite()
         self._check_weights()
-        self.checkpoint.write(self.state_dict(), self.epoch, self.batch)
+        self._write()
+
+    def _write(self, row: Mapping[str, Any] | None = None) -> None:
+        files, state = self.checkpoint, self.state_dict()
+        assert files is not None
+        self.ranks.from_main(lambda: files.write(state, self.epoch, self.batch, row))
 
     def _save_interrupted(self, progress: Progress) -> None:
         position = f"interrupted after {self._place()}"
