@@ -1,29 +1,22 @@
-"""What every rank runs in ``test_distributed.py``: a function per check, which raises where something is wrong.
+"""DDP, FSDP2 and tensor parallelism of our layers: what every rank runs in ``test_distributed.py``.
 
-``python distributed_checks.py FOLDER`` starts the ranks and prints what they say, as JSON.
-
-A check runs in all ranks at once, with a gloo group on the CPU. Results are judged by the rule of ``oracle.py``: their
-error against float64 is at most twice that of stock torch in a single process. A network's error is that of its worst
-tensor, on the scale of that tensor's largest element: of a bias with six elements, chance alone decides stock's error.
+Results are judged by the rule of ``oracle.py``: their error against float64 is at most twice that of stock torch in a
+single process. A network's error is that of its worst tensor, on the scale of that tensor's largest element: of a bias
+with six elements, chance alone decides stock's error.
 """
 
 import copy
-import json
-import multiprocessing
-import queue
-import sys
-import time
-import traceback
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 
+import pytest
 import torch
 import torch._dynamo  # here and not in every rank
 import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import assert_no_worse, error
+from ranks import check
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -36,62 +29,6 @@ from dlkernels import functional, fuse
 from dlkernels.nn import MLP, LinearAct, LinearReLU
 from dlkernels.parallel import ColwiseParallel, RowwiseParallel
 from dlkernels.stock import ACTIVATIONS, copy_parameters, stock_mlp
-
-WORLDS = 2, 4  # processes
-SECONDS = 100  # for all checks of one start; a rank that waits for one that is gone gives up after 30
-CHECKS = {}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
-
-
-def run(rank, world, store, results):
-    """Each check in turn; (rank, name, "" or what went wrong) into ``results``. The first failure ends the rank: its
-    neighbours, who may wait for it, fail with a closed connection."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(store, world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
-    for name, function in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            function()
-        except BaseException:
-            results.put((rank, name, traceback.format_exc()))
-            break
-        results.put((rank, name, ""))
-    else:
-        dist.destroy_process_group()
-
-
-def launch(world, folder):
-    """What each check said, rank by rank: ``{name: {rank: "" or what went wrong}}``.
-
-    The ranks are forked, so that torch is imported once; until then this process has started no threads.
-    """
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    args = world, f"{folder}/store{world}", results
-    processes = [context.Process(target=run, args=(rank, *args), daemon=True) for rank in range(world)]
-    for process in processes:
-        process.start()
-    said = {name: {} for name in CHECKS}
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end and sum(map(len, said.values())) < world * len(said):
-        alive = any(process.is_alive() for process in processes)
-        try:
-            rank, name, what = results.get(timeout=0.5)
-        except queue.Empty:
-            if not alive:
-                break
-        else:
-            said[name][rank] = what
-    for process in processes:
-        process.join(1)
-        process.kill()
-    return said
-
 
 # ---- what is trained ------------------------------------------------------------------------------------------------
 
@@ -295,11 +232,12 @@ def run_layers(model, x, g):
     return [whole(t) for t in (y, *grads)]
 
 
-def pair(activation, second=nn.Linear):
-    """What a transformer's block has: up and down again; and stock's form of it with the same weights."""
+def pair(activation, last="none"):
+    """What a transformer's block has, up and down again, of our layers; and stock's form with the same weights."""
     torch.manual_seed(3)
-    stock = nn.Sequential(nn.Linear(20, 32), ACTIVATIONS[activation](), second(32, 12))
-    ours = nn.Sequential(LinearAct(20, 32, activation=activation), second(32, 12))
+    stock = nn.Sequential(nn.Linear(20, 32), ACTIVATIONS[activation](), nn.Linear(32, 12), ACTIVATIONS[last]())
+    second = nn.Linear(32, 12) if last == "none" else LinearAct(32, 12, activation=last)
+    ours = nn.Sequential(LinearAct(20, 32, activation=activation), second)
     copy_parameters(stock, ours)
     return ours, stock
 
@@ -314,8 +252,8 @@ def judge_layers(what, ours, stock, shape):
 @check
 def column_then_row():
     """One all-reduce forward, one backward, and nothing else: what the pair is made for."""
-    for activation in ACTIVATIONS:
-        ours, stock = pair(activation)
+    for activation, last in zip(ACTIVATIONS, cycle(["none", "relu"]), strict=False):
+        ours, stock = pair(activation, last)
         parallelize_module(ours, mesh(), {"0": ColwiseParallel(), "1": RowwiseParallel()})
         judge_layers(f"column, row, {activation}", ours, stock, (4, 6, 20))
         assert communication(ours, torch.randn(24, 20)) == [{"all_reduce": 1}] * 2, activation
@@ -335,7 +273,7 @@ def communication(model, x):
 def row_wise_fused_layer():
     """The activation comes after the sum over ranks; x, replicated, is cut where it is."""
     for activation in ACTIVATIONS:
-        ours, stock = pair(activation, second=LinearReLU)
+        ours, stock = pair(activation, "relu")
         styles = {i: RowwiseParallel(input_layouts=Replicate()) for i in "01"}
         parallelize_module(ours, mesh(), styles)
         assert all(layer.weight.to_local().shape[1] < layer.weight.shape[1] for layer in ours)
@@ -348,11 +286,8 @@ def row_wise_fused_layer():
 def parallel_styles_take_what_torchs_take():
     ours = parallelize_module(nn.Embedding(8, 4), mesh(), RowwiseParallel())
     assert ours.weight.to_local().shape[0] < 8
-    try:
+    with pytest.raises(NotImplementedError):
         parallelize_module(nn.LayerNorm(4), mesh(), ColwiseParallel())
-    except NotImplementedError:
-        return
-    raise AssertionError("a LayerNorm was split by columns")
 
 
 @check
@@ -466,7 +401,3 @@ def compiled():
     split = [distribute_tensor(t, mesh(), [p]) for t, p in zip(args, (Replicate(), Shard(0), Shard(0)), strict=True)]
     for a, b in zip(layer(op, None, split, g), layer(functional.linear_relu, None, args, g), strict=True):
         torch.testing.assert_close(a, b)
-
-
-if __name__ == "__main__":
-    print(json.dumps({world: launch(world, sys.argv[1]) for world in WORLDS}))

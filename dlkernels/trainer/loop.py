@@ -95,11 +95,11 @@ class Trainer:
     *Several processes* (``torchrun``, with ``torch.distributed`` initialised before): all make the same trainer, over
     loaders that give all of them the same batches, of which each takes its part (a DataLoader with a
     DistributedSampler gives parts already). Gradients are averaged by DistributedDataParallel, into which the model
-    is wrapped unless it is in one or was split by FSDP2 (``sharded.shard``); n processes train the weights of
-    one, up to rounding, where the loss is a mean over samples and no layer mixes them (``SyncBatchNorm``, not
-    ``BatchNorm``). History and metrics are those of the whole, rank 0 prints and writes checkpoints, a signal, a stop
-    or a NaN in one rank ends all, and a checkpoint fits any number of processes. Callbacks run in every rank;
-    ``ranks.is_main`` tells which one this is.
+    is wrapped unless it is in one or was split by FSDP2 (``sharded.shard``). n processes train the weights of one, up
+    to the rounding of sums over ranks, where the loss is a mean over samples and no layer mixes these
+    (``SyncBatchNorm``, not ``BatchNorm``). History and metrics are those of the whole; rank 0 prints and writes
+    checkpoints, which fit any number of processes; a signal, a stop or a NaN in one rank ends all. Callbacks run in
+    every rank; ``ranks.is_main`` tells which one this is.
     """
 
     def __init__(
