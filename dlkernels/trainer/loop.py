@@ -158,6 +158,11 @@ class Trainer:
         return self._step.updates
 
     @property
+    def running_losses(self) -> list[float]:
+        """The losses of the epoch in progress, batch by batch; reading them waits for the device."""
+        return self._meter.losses
+
+    @property
     def evaluated(self) -> nn.Module:
         """The module that validation runs: the moving average if one is kept, else the model."""
         return self.model if self._step.averaged is None else self._step.averaged.module
