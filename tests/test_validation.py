@@ -98,7 +98,7 @@ def test_find_lr_on_digits_gives_a_rate_that_trains():
 def test_find_lr_settings():
     model = network()
     optimizer = adam(model.parameters())
-    with pytest.raises(ValueError, match="0 < first < last and at least 10 batches; got 1, 0.1 and 100"):
+    with pytest.raises(ValueError, match=r"0 < first < last and at least 10 batches; got 1, 0\.1 and 100"):
         find_lr(model, nn.CrossEntropyLoss(), optimizer, batches(), first=1, last=0.1)
-    with pytest.raises(ValueError, match="diverged at a rate of 1e\\+30: begin lower"):
+    with pytest.raises(ValueError, match=r"diverged at a rate of 1e\+30: begin lower"):
         find_lr(model, nn.CrossEntropyLoss(), sgd(model.parameters()), batches(), first=1e30, last=1e31)
