@@ -7,7 +7,6 @@ import os
 import signal
 import tempfile
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def sgd(model):
 
 def trainer(model=None, optimizer=sgd, data=None, **options):
     model = network() if model is None else model
-    options = {"val_data": TensorLoader(X[:41], Y[:41], batch_size=13), "progress": "silent", **options}
+    options = {"val_data": TensorLoader(X[:41], Y[:41], batch_size=20), "progress": "silent", **options}
     return Trainer(model, nn.CrossEntropyLoss(), optimizer(model), loader() if data is None else data, **options)
 
 
@@ -196,13 +195,13 @@ def a_signal_to_one_rank_stops_all_and_a_resume_goes_on():
 
         made.optimizer.register_step_pre_hook(send)
         with pytest.raises(Terminated):
-            made.fit(3)
+            made.fit(2)
         assert (made.epoch, made.batch) == (1, 3)
         again, never = make(), make()
         again.load(path)
         assert (again.epoch, again.batch) == (1, 3)
-        again.fit(3)
-        never.fit(3)
+        again.fit(2)
+        never.fit(2)
         for a, b in zip(weights(again), weights(never), strict=True):
             torch.testing.assert_close(a, b)
 
@@ -243,7 +242,7 @@ def checkpoints_within_epochs_and_errors_reach_all_ranks():
         assert {p.name for p in path.iterdir()} == {"epoch-0000-batch-000006.pt", "epoch-0001.pt", "best.pt"}
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         trainer().load(path / "nothing.pt")
-    with pytest.raises(OSError, match="best.pt"):
+    with pytest.raises(OSError, match=r"best\.pt"):
         trainer().save(path / "best.pt" / "checkpoint.pt")
 
 
@@ -254,18 +253,29 @@ def only_the_main_rank_prints():
     assert ("epoch 1/1" in out.getvalue()) == (dist.get_rank() == 0), out.getvalue()
 
 
+class Confusion:
+    """As torchmetrics' metrics: each rank gathers what it is given, and compute adds up over the ranks."""
+
+    def reset(self):
+        self.counts = torch.zeros(4, 4, dtype=torch.long)
+
+    def to(self, device):
+        return self
+
+    def update(self, output, target):
+        self.counts.index_put_((target, output.argmax(1)), torch.ones_like(target), accumulate=True)
+
+    def compute(self):
+        dist.all_reduce(self.counts)
+        return self.counts
+
+
 @check
 def metrics_are_those_of_the_whole():
-    """torchmetrics' own synchronisation, over parts of which some are empty."""
-    if find_spec("torchmetrics") is None:
-        return
-    from torchmetrics import ConfusionMatrix
-
-    made = trainer(metrics={"confusion": ConfusionMatrix(task="multiclass", num_classes=4)})
-    single = network()
+    made, single = trainer(metrics={"confusion": Confusion()}), network()
     values = made.evaluate()
-    predicted = single(X[:41]).argmax(1)
     expected = torch.zeros(4, 4, dtype=torch.long)
-    expected.index_put_((Y[:41], predicted), torch.ones(41, dtype=torch.long), accumulate=True)
+    ones = torch.ones(41, dtype=torch.long)
+    expected.index_put_((Y[:41], single(X[:41]).argmax(1)), ones, accumulate=True)
     assert values["confusion"] == expected.tolist()
     assert abs(values["loss"] - F.cross_entropy(single(X[:41]), Y[:41]).item()) < 1e-6

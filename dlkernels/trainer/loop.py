@@ -22,6 +22,7 @@ from dlkernels.trainer.checkpoints import OneFile
 from dlkernels.trainer.diagnose import first_not_finite
 from dlkernels.trainer.distributed import Part, Ranks
 from dlkernels.trainer.evaluation import Metrics, evaluate
+from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
 from dlkernels.trainer.metrics import Meter, count_correct
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
@@ -70,6 +71,7 @@ class Trainer:
         metrics: names and ``torchmetrics`` metrics, for validation; the rows have them as ``val_<name>``.
         callbacks: ``Callback`` objects, run in this order.
         compile: train by ``torch.compile``, with these arguments if a mapping; checkpoints are the model's own.
+        cuda_graph: capture the whole step as a CUDA graph and replay it on batches of the same shapes (``graph``).
         progress: ``auto`` (a bar on a terminal, else a line per epoch), ``bar``, ``lines`` or ``silent``.
         config: JSON-able settings kept in the checkpoint; ``load`` makes sure they are still the same.
         ranks: the processes that train together. None: all of ``torch.distributed``, if it is initialised.
@@ -121,6 +123,7 @@ class Trainer:
         metrics: Metrics | None = None,
         callbacks: Sequence[Callback] = (),
         compile: bool | Mapping[str, Any] = False,
+        cuda_graph: bool = False,
         progress: Mode = "auto",
         config: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
@@ -162,6 +165,9 @@ class Trainer:
             schedule_every=schedule_every,
             ema=ema,
         )
+        if cuda_graph and self.ranks.world > 1:
+            raise ValueError("expected no cuda_graph with several processes, whose gradients are added up on the way")
+        self._graph = GraphedStep(model, self._run, loss, self._step, autocast) if cuda_graph else None
         self._meter = Meter(self.ranks.total)
         self._seconds = 0.0  # spent on training in the epoch in progress
         self._batches = ResumableBatches(train_data)
@@ -171,6 +177,11 @@ class Trainer:
     @property
     def updates(self) -> int:
         return self._step.updates
+
+    @property
+    def running_losses(self) -> list[float]:
+        """The losses of the epoch in progress, batch by batch; reading them waits for the device."""
+        return self._meter.losses
 
     @property
     def evaluated(self) -> nn.Module:
@@ -282,14 +293,18 @@ class Trainer:
         return part._replace(x=to(part.x, self.device), y=to(part.y, self.device))
 
     def _train_batch(self, part: Part, last: bool) -> None:
-        self._step.begin()
-        output, loss = forward(self._run, self.loss, part.x, part.y, self.autocast)
-        # On the CPU looking costs nothing, and the weights are saved from the step. A GPU would be waited for.
-        if loss.device.type == "cpu":
-            wrong = None if math.isfinite(loss.item()) else f"the loss became {loss.item()}"
-            if self.ranks.largest(wrong is not None)[0]:
-                raise self._non_finite(wrong, self.batch, part)
-        self._step.backward(loss, part.samples, last, part.share * self.ranks.world)
+        if self._graph is not None and self._graph.takes(part.x, part.y):
+            output, loss = self._graph(part.x, part.y)
+            loss = loss.clone()  # the next replay writes to the same place
+        else:
+            self._step.begin()
+            output, loss = forward(self._run, self.loss, part.x, part.y, self.autocast)
+            # On the CPU looking costs nothing, and the weights are saved from the step. A GPU would be waited for.
+            if loss.device.type == "cpu":
+                wrong = None if math.isfinite(loss.item()) else f"the loss became {loss.item()}"
+                if self.ranks.largest(wrong is not None)[0]:
+                    raise self._non_finite(wrong, self.batch, part)
+            self._step.backward(loss, part.samples, last, part.share * self.ranks.world)
         with torch.no_grad():
             self._meter.add(loss.detach(), part.samples, count_correct(output, part.y), part.share)
 

@@ -63,6 +63,21 @@ def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
     _save(figure, path)
 
 
+def plot_rates(rates: Sequence[float], losses: Sequence[float], suggestion: float, path: Path) -> None:
+    """Loss over learning rate, and the rate that is suggested.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: ``path`` cannot be written.
+    """
+    figure, (panel,) = _figure(1, "learning rate finder")
+    panel.plot(rates, losses, label="loss, smoothed")
+    panel.axvline(suggestion, color="black", linewidth=1, linestyle="--", label=f"falls fastest at {suggestion:.1e}")
+    panel.set_xscale("log")
+    _finish(panel, "learning rate", "training loss")
+    _save(figure, path)
+
+
 def _figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
     # Figure and not pyplot: pyplot would choose a backend, and keep the figure, for the whole process.
     from matplotlib.figure import Figure
