@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dlkernels import fuse_cli
 from dlkernels.__main__ import main
+from dlkernels.cli import fuse as fuse_cli
 from dlkernels.fusion import rules
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from dlkernels.cli.command import SettingError, add_command
 from dlkernels.fusion import fuse, report
 from dlkernels.fusion.observe import Disagreement, arguments
 
@@ -24,16 +25,15 @@ SECONDS = 5.0  # for timing both
 Made = tuple[nn.Module, Any]  # a model and its example inputs
 
 
-class SettingError(ValueError):
-    """A setting on the command line that cannot be; the message says what can."""
-
-
 def add_parser(subparsers: Any) -> None:
     """Add ``fuse`` to the command's subparsers."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "fuse",
+        _fuse,
         help="fuse a model, check it against stock, time both",
         description="Fuse a model with random weights; compare outputs with stock's; time both; print every site.",
+        errors=(Disagreement,),
     )
     add = parser.add_argument
     add(
@@ -50,18 +50,6 @@ def add_parser(subparsers: Any) -> None:
     add("--device", default="cpu", help="cpu (default), cuda, ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--train", action="store_true", help="time forward and backward (default: forward only)")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 where fused and stock do not agree, or a setting cannot be."""
-    try:
-        return _fuse(args)
-    except (SettingError, Disagreement) as error:
-        print(f"python -m dlkernels fuse: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 def _fuse(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write, write_json
+from dlkernels.cli.command import SettingError, add_command
 from dlkernels.data import DATASETS, DataError, Splits, TensorLoader, load
 from dlkernels.losses import CrossEntropyLoss
 from dlkernels.nn import MLP
@@ -38,16 +39,15 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 }
 
 
-class SettingError(ValueError):
-    """A setting on the command line that cannot be; the message says what can."""
-
-
 def add_parser(subparsers: Any) -> None:
     """Add ``train`` to the command's subparsers."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "train",
+        _train,
         help="train an MLP of fused layers on MNIST or digits",
         description="Train an MLP of fused layers; save its curves, history, weights and checkpoint.",
+        errors=(DataError, CheckpointError, NonFiniteLoss, OSError),
     )
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="mnist", help="mnist (default), or scikit-learn's digits")
@@ -67,18 +67,6 @@ def add_parser(subparsers: Any) -> None:
     add("--require-accuracy", type=float, metavar="A", help="exit status 1 if test accuracy ends below A")
     add("--progress", choices=PROGRESS, default="auto", help="auto (default): a bar on a terminal, else lines")
     add("--precision", type=int, default=3, metavar="N", help="digits after the point, printed (default: 3)")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 where something is not as it must be, and a sentence says what; 130 on Ctrl-C."""
-    try:
-        return _train(args)
-    except (SettingError, DataError, CheckpointError, NonFiniteLoss, OSError) as error:
-        print(f"python -m dlkernels train: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 def _train(args: argparse.Namespace) -> int:
