@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Path = str | PathLike[str]
 History = Sequence[Mapping[str, Any]]
 COLOURS = ("#3f7fd0", "#e07b39", "#2f9e7d", "#c44e72", "#8a68cf", "#a08a2c")  # seen on white and on black
-GRID = 5  # misclassified images a side
+ROWS, COLUMNS = 4, 5  # of misclassified images
 
 
 def plot_history(history: History, path: Path, title: str) -> None:
@@ -58,17 +58,17 @@ def plot_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
 
 
 def plot_misclassified(evaluation: Evaluation, path: Path, title: str) -> None:
-    """The images taken for something else with the most confidence, up to 25 of them."""
-    worst = evaluation.worst(GRID * GRID)
-    rows = max(1, -(-len(worst) // GRID))
-    figure, panels = new_figure(rows * GRID, title, width=1.5 * GRID, height=1.75 * rows + 0.5, columns=GRID)
+    """The images taken for something else with the most confidence, up to 20 of them; what the network said first."""
+    worst = evaluation.worst(ROWS * COLUMNS)
+    rows = max(1, -(-len(worst) // COLUMNS))
+    figure, panels = new_figure(rows * COLUMNS, title, width=1.45 * COLUMNS, height=1.8 * rows + 0.4, columns=COLUMNS)
     for panel in panels:
         panel.axis("off")
     for panel, mistake in zip(panels, worst, strict=False):
         panel.imshow(mistake.image, cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
-        panel.set_title(f"{mistake.predicted}, not {mistake.truth}  {mistake.confidence:.0%}", fontsize=9)
+        panel.set_title(f"{mistake.predicted}, not {mistake.truth}\n{mistake.confidence:.0%} sure", fontsize=12)
     if not worst:
-        panels[GRID // 2].set_title("every test sample is right")
+        panels[COLUMNS // 2].set_title("every test sample is right")
     save_png(figure, path)
 
 

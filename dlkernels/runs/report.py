@@ -14,6 +14,7 @@ from dlkernels.runs.folder import RunFolder
 from dlkernels.runs.page import chart, duration, image, metric, show, write_page
 from dlkernels.trainer.monitor import Monitor
 
+LAST = ["lr", "seconds", "samples_per_second"]  # columns of the history's table
 PAIRED = ("loss", "accuracy")  # drawn for training and validation in one chart
 
 
@@ -120,7 +121,7 @@ def _confusion(counts: list[list[int]] | None) -> dict[str, Any] | None:
 
 
 def _table(history: Sequence[Mapping[str, Any]], best: int | None, monitor: str) -> dict[str, Any]:
-    columns = list(dict.fromkeys(key for row in history for key in row))
+    columns = sorted(dict.fromkeys(key for row in history for key in row), key=LAST.count)
     rows = [
         {"cells": [metric(name, row.get(name)) for name in columns], "best": row["epoch"] == best} for row in history
     ]

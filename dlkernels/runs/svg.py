@@ -25,8 +25,8 @@ def curves_svg(curves: Mapping[str, tuple[list[int], list[float]]], name: str, l
     import matplotlib
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure, (panel,) = new_figure(1, width=5.6, height=3.6)
-        draw_curves(panel, curves, name)
+        figure, (panel,) = new_figure(1, width=5.2, height=3.4)
+        draw_curves(panel, curves, "")
         if log:
             panel.set_yscale("log")
         return _inline(figure, name)
