@@ -68,7 +68,7 @@ class Trainer:
             validation and ``evaluate`` run.
         metrics: names and ``torchmetrics`` metrics, for validation; the rows have them as ``val_<name>``.
         callbacks: ``Callback`` objects, run in this order.
-        compile: run the model by ``torch.compile``; checkpoints are those of the model as it is.
+        compile: train by ``torch.compile``, with these arguments if a mapping; checkpoints are the model's own.
         progress: ``auto`` (a bar on a terminal, else a line per epoch), ``bar``, ``lines`` or ``silent``.
         config: JSON-able settings kept in the checkpoint; ``load`` makes sure they are still the same.
         name: what the progress lines call this run.
@@ -109,7 +109,7 @@ class Trainer:
         ema: float | None = None,
         metrics: Metrics | None = None,
         callbacks: Sequence[Callback] = (),
-        compile: bool = False,
+        compile: bool | Mapping[str, Any] = False,
         progress: Mode = "auto",
         config: Mapping[str, Any] | None = None,
         name: str = "train",
@@ -132,7 +132,9 @@ class Trainer:
         self.epoch = 0
         self.batch = 0
         self.stopped: str | None = None
-        self._run: Any = torch.compile(model) if compile else model
+        self._run: Any = model
+        if compile:
+            self._run = torch.compile(model, **(compile if isinstance(compile, Mapping) else {}))
         if scaler is None and autocast is torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
         self._step = Step(
