@@ -16,6 +16,7 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_GPU el
 NEEDS = {
     "test_property.py": "hypothesis",
     **dict.fromkeys(("test_checkpoint.py", "test_resume.py", "test_trainer.py", "test_training.py"), "sklearn"),
+    **dict.fromkeys(("test_config.py", "test_report.py", "test_train_cli.py"), "pydantic"),
 }
 LEFT_OUT = {file: package for file, package in NEEDS.items() if find_spec(package) is None}
 collect_ignore = list(LEFT_OUT)

@@ -61,14 +61,19 @@ def plot_misclassified(evaluation: Evaluation, path: Path, title: str) -> None:
     """The images taken for something else with the most confidence, up to 20 of them; what the network said first."""
     worst = evaluation.worst(ROWS * COLUMNS)
     rows = max(1, -(-len(worst) // COLUMNS))
-    figure, panels = new_figure(rows * COLUMNS, title, width=1.45 * COLUMNS, height=1.8 * rows + 0.4, columns=COLUMNS)
-    for panel in panels:
-        panel.axis("off")
-    for panel, mistake in zip(panels, worst, strict=False):
-        panel.imshow(mistake.image, cmap="gray_r", vmin=0.0, vmax=1.0, interpolation="nearest")
-        panel.set_title(f"{mistake.predicted}, not {mistake.truth}\n{mistake.confidence:.0%} sure", fontsize=12)
+    figure, (panel,) = new_figure(1, title, width=1.45 * COLUMNS, height=1.8 * rows + 0.4)
+    for index, mistake in enumerate(worst):  # in one panel: the layout of twenty takes a second
+        row, column = divmod(index, COLUMNS)
+        left, top = 1.2 * column, 1.5 * row
+        panel.imshow(
+            mistake.image, cmap="gray_r", vmin=0, vmax=1, extent=(left, left + 1, top + 1, top), interpolation="nearest"
+        )
+        label = f"{mistake.predicted}, not {mistake.truth}\n{mistake.confidence:.0%} sure"
+        panel.text(left + 0.5, top - 0.04, label, ha="center", va="bottom", fontsize=11)
     if not worst:
-        panels[COLUMNS // 2].set_title("every test sample is right")
+        panel.text(1.2 * COLUMNS / 2, 0.5, "every test sample is right", ha="center")
+    panel.set(xlim=(-0.1, 1.2 * COLUMNS - 0.1), ylim=(1.5 * rows - 0.45, -0.45), aspect="equal")
+    panel.axis("off")
     save_png(figure, path)
 
 
@@ -126,7 +131,8 @@ def draw_curves(panel: Axes, curves: Mapping[str, tuple[list[int], list[float]]]
     """A line per entry that has points, over the epochs."""
     for (label, (epochs, values)), colour in zip(curves.items(), _cycle(len(curves)), strict=True):
         if epochs:
-            panel.plot(epochs, values, marker="o", markersize=3, label=label, color=colour)
+            shown = label if not label.startswith("_") else f"\u200b{label}"  # matplotlib hides such lines
+            panel.plot(epochs, values, marker="o", markersize=3, label=shown, color=colour)
     finish(panel, "epoch", name)
 
 
