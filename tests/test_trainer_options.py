@@ -11,8 +11,19 @@ from torch import nn
 from training import SPLITS, X, Y, assert_same, batches, make, network, stop_after
 
 from dlkernels.data import TensorLoader
-from dlkernels.fuse_cli import import_torchvision
-from dlkernels.trainer import Callback, CheckpointError, EarlyStopping, Monitor, Trainer, adam, adamw, schedule, sgd
+from dlkernels.data.vision import import_torchvision
+from dlkernels.trainer import (
+    Callback,
+    CheckpointError,
+    EarlyStopping,
+    Monitor,
+    Trainer,
+    adam,
+    adamw,
+    graph,
+    schedule,
+    sgd,
+)
 
 
 def plain(dtype=torch.float64) -> nn.Module:
@@ -296,3 +307,58 @@ def test_a_checkpoint_with_another_set_of_parts_is_refused(tmp_path):
     other = Trainer(model, nn.CrossEntropyLoss(), adamw(model.parameters(), lr=0.01), batches(batch_size=32))
     with pytest.raises(CheckpointError, match="it has a scheduler, this run has none"):
         other.load(tmp_path / "run.pt")
+
+
+# --- the whole step as a CUDA graph ---
+
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
+    """A capture that keeps the function and a replay that calls it: all but CUDA itself is the real thing."""
+    replays = []
+
+    def capture(body):
+        return lambda: replays.append(1) or body()
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(graph, "on_another_stream", contextlib.nullcontext)
+    monkeypatch.setattr(graph, "_check", lambda model, step: None)
+    return replays
+
+
+def test_graphed_steps_are_the_same_steps(graphs_on_the_cpu):
+    def run(**options):
+        model = network()
+        torch.manual_seed(1)
+        optimizer = adamw(model.parameters(), lr=0.01)
+        options |= {"scheduler": schedule(optimizer, "linear", updates=10), "clip_norm": 1.0, "ema": 0.9}
+        trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, batches(), progress="silent", **options)
+        trainer.fit(2)
+        return trainer
+
+    graphed, plainly = run(cuda_graph=True), run()
+    assert len(graphs_on_the_cpu) == 8 - graph.WARM_UP  # two of the ten batches are shorter
+    assert_same(graphed, plainly)
+    assert graphed.batch_losses == plainly.batch_losses
+    assert graphed.updates == 10
+    for mine, theirs in zip(graphed.evaluated.parameters(), plainly.evaluated.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="expected a model on a GPU for cuda_graph"):
+        make(cuda_graph=True)
+
+
+@pytest.mark.cuda
+def test_graphed_training_on_a_gpu(gpu):
+    histories = []
+    for graphed in (True, False):
+        model = network().to(gpu)
+        optimizer = adamw(model.parameters(), lr=torch.tensor(0.01, device=gpu), capturable=True)
+        options = {"scheduler": schedule(optimizer, "cosine", updates=60), "clip_norm": 1.0, "cuda_graph": graphed}
+        torch.manual_seed(1)
+        data = TensorLoader(X.to(gpu), Y.to(gpu), batch_size=32, shuffle=True)
+        histories.append(train(model, data, optimizer, epochs=6, **options).history)
+    assert histories[0][-1]["loss"] == pytest.approx(histories[1][-1]["loss"], rel=0.05)
+    assert histories[0][-1]["accuracy"] > 0.8

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dlkernels.runs.config import RunConfig
-from dlkernels.runs.figures import by_epoch
 from dlkernels.runs.folder import RunFolder
 from dlkernels.runs.page import chart, duration, image, metric, show, write_page
 from dlkernels.trainer.monitor import Monitor
+from dlkernels.trainer.plots import by_epoch
 
 LAST = ["lr", "seconds", "samples_per_second"]  # columns of the history's table
 PAIRED = ("loss", "accuracy")  # drawn for training and validation in one chart

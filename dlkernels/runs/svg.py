@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dlkernels.runs.figures import draw_curves, new_figure
+from dlkernels.trainer.plots import draw_curves, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
