@@ -106,6 +106,10 @@ def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path):
         ("sizes = [784, 2.5]", "expected sizes to be a list of whole numbers; got 2.5"),
         ("sizes = [3, 10]", "from 784 (features) to 10 (classes) for mnist; got 3 10"),
         ("epochs = 2\nwarmup_epochs = 2", "expected warmup_epochs below the epochs, which are 2; got 2"),
+        (
+            "metrics = ['f1']\nmonitor = 'val_recall'",
+            "val_accuracy, val_f1; got 'val_recall'",
+        ),
         ("batch-size = 3", "there is no setting 'batch-size'; did you mean 'batch_size'?"),
         ("epoch = 3", "did you mean 'epochs'?"),
         ("[model]\nlr = 1", "there is no setting 'model'; there are dataset, data, "),

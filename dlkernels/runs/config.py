@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -25,6 +25,8 @@ else:
 HIDDEN = 256
 Dataset = Literal["mnist", "digits"]
 Activation = Literal["none", "relu", "leaky_relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"]
+Metric = Literal["f1", "precision", "recall"]
+COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # of the history, whatever the settings
 # What the numbers of a training do not depend on: a resume may change it.
 FREE = {"data", "out", "epochs", "patience", "keep_last", "monitor", "checkpoint_seconds", "tensorboard", "device"}
 FREE |= {"threads", "compile", "metrics", "progress", "precision"}
@@ -73,7 +75,7 @@ class RunConfig(BaseModel):
     ema: float | None = setting("training", None, "decay of an average of the weights, which is then used", gt=0, lt=1)
     patience: int | None = setting("training", None, "stop after so many epochs without a better --monitor", ge=1)
 
-    metrics: list[Literal["f1", "precision", "recall"]] = setting(
+    metrics: list[Metric] = setting(
         "training", lambda known: [], "of the validation, besides loss and accuracy; means over the classes"
     )
 
@@ -118,6 +120,14 @@ class RunConfig(BaseModel):
         if warmup >= info.data.get("epochs", float("inf")):
             raise ValueError(f"below the epochs, which are {info.data['epochs']}; got {warmup:g}")
         return warmup
+
+    @field_validator("monitor")
+    @classmethod
+    def _monitor_is_a_column(cls, monitor: str, info: ValidationInfo) -> str:
+        columns = [*COLUMNS, *(f"val_{name}" for name in info.data.get("metrics", get_args(Metric)))]
+        if monitor not in columns:
+            raise ValueError(f"out of {', '.join(columns)}; got {monitor!r}")
+        return monitor
 
     def decisive(self) -> dict[str, Any]:
         """The settings that the numbers depend on: what a checkpoint is checked against before a resume."""
