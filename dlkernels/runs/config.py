@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
@@ -42,6 +43,11 @@ def setting(group: str, default: Any, description: str, **limits: Any) -> Any:
     return Field(**{kind: default}, description=description, json_schema_extra={"group": group}, **limits)
 
 
+def group_of(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    return str(extra["group"]) if isinstance(extra, dict) else ""
+
+
 class RunConfig(BaseModel):
     """All settings of ``python -m dlkernels train``, checked and complete. None switches a setting off."""
 
@@ -50,7 +56,10 @@ class RunConfig(BaseModel):
     dataset: Dataset = setting("data", "mnist", "mnist, or scikit-learn's digits")
     data: str | None = setting("data", None, "folder of MNIST's idx files (default: $DLKERNELS_DATA, cache, download)")
     batch_size: int = setting(
-        "data", lambda known: INFO[known["dataset"]].batch_size, "default: 256 for mnist, 64 for digits", ge=1
+        "data",
+        lambda known: INFO[known["dataset"]].batch_size,
+        "samples (default: 256 for mnist, 64 for digits)",
+        ge=1,
     )
     seed: int = setting("data", 0, "of initial weights and shuffling", ge=0)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlkernels.runs.config import RunConfig
+from dlkernels.runs.config import RunConfig, group_of
 from dlkernels.runs.folder import RunFolder
 from dlkernels.runs.page import chart, duration, image, metric, show, write_page
 from dlkernels.trainer.monitor import Monitor
@@ -132,9 +132,7 @@ def _table(history: Sequence[Mapping[str, Any]], best: int | None, monitor: str)
 def _settings(config: RunConfig) -> dict[str, dict[str, str]]:
     groups: dict[str, dict[str, str]] = {}
     for name, field in RunConfig.model_fields.items():
-        extra = field.json_schema_extra
-        group = str(extra["group"]) if isinstance(extra, dict) else ""
-        groups.setdefault(group, {})[name.replace("_", " ")] = show(getattr(config, name))
+        groups.setdefault(group_of(field), {})[name.replace("_", " ")] = show(getattr(config, name))
     return groups
 
 
