@@ -67,11 +67,12 @@ LAYERS = {
     "dlkernels.losses": 2,
     "dlkernels.functional": 3,
     "dlkernels.nn": 4,
-    "dlkernels.fusion": 5, "dlkernels.stock": 5, "dlkernels.data": 5, "dlkernels.trainer": 5, "dlkernels.info": 5,
+    "dlkernels.fusion": 5, "dlkernels.stock": 5, "dlkernels.data": 5, "dlkernels.trainer": 5,
     "dlkernels.parallel": 5,
-    "dlkernels.train": 6, "dlkernels.fuse_cli": 6,
-    "dlkernels.__main__": 7,
-    "dlkernels": 8,  # the public face: imports whatever it shows
+    "dlkernels.runs": 6,
+    "dlkernels.cli": 7,
+    "dlkernels.__main__": 8,
+    "dlkernels": 9,  # the public face: imports whatever it shows
 }  # fmt: skip
 
 

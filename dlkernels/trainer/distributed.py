@@ -81,6 +81,11 @@ class Ranks:
         """The text of the lowest rank that has one."""
         return text
 
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The others come to what is in here when the main rank is through: it may have downloaded something."""
+        yield
+
 
 class Group(Ranks):
     """The processes of the default group of ``torch.distributed``."""
@@ -139,6 +144,16 @@ class Group(Ranks):
         dist.all_gather_object(texts, text, group=self._group)
         return next((found for found in texts if found is not None), None)
 
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        if not self.is_main:
+            dist.barrier(group=self._group)
+        try:
+            yield
+        finally:
+            if self.is_main:
+                dist.barrier(group=self._group)
+
 
 def current() -> Ranks:
     """All processes of ``torch.distributed``, if there are several; else this one by itself."""
@@ -160,21 +175,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
-    """Within it, a process that torchrun has started is one of its group; others are not touched.
+def joined(device: str) -> Iterator[Ranks]:
+    """Within it, the processes that torchrun has started are one group; another process stays by itself.
 
-    Yields:
-        The device that is this process's: with ``cuda``, the GPU of its local rank.
+    With ``device`` "cuda" each of them has the GPU of its local rank.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
-        yield device
+        yield current()
         return
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        yield device
+        yield current()
     finally:
         dist.destroy_process_group()
 

@@ -309,7 +309,11 @@ class Trainer:
             self._meter.add(loss.detach(), part.samples, count_correct(output, part.y), part.share)
 
     def _check_stop(self, guard: InterruptGuard) -> None:
-        guard.check(self.ranks.largest(guard.requested)[0])
+        """A signal or a stop in one rank is one in all."""
+        signal, stop = self.ranks.largest(guard.requested, self.stopped is not None)
+        guard.check(signal)
+        if stop:
+            self.stopped = self.ranks.first(self.stopped)
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
         """Validate, write the history row, move to the next epoch, save."""
