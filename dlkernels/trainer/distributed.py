@@ -186,11 +186,26 @@ def joined(device: str) -> Iterator[Ranks]:
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", **_store_of_this_attempt())
     try:
         yield current()
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_attempt() -> dict[str, Any]:
+    """Where the processes find each other, if torchrun keeps that store: with names that no earlier attempt wrote.
+
+    torch 2.13 looks there for those of the processes that are gone (pytorch issue 135712). An agent counts its own
+    restarts; if a node is replaced by another, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    kept = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, is_master=False)
+    store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", kept)
+    return {"store": store, "rank": rank, "world_size": world}
 
 
 def restarted() -> bool:
