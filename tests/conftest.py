@@ -21,6 +21,7 @@ NEEDS = {
             "test_checkpoints.py",
             "test_resume.py",
             "test_survives.py",
+            "test_torchrun.py",
             "test_trainer.py",
             "test_trainer_options.py",
             "test_training.py",

@@ -116,6 +116,8 @@ def trainer_options():
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="FSDP2"):
         trainer(shard(network()), ema=0.9)
+    with pytest.raises(ValueError, match="several processes"):
+        trainer(cuda_graph=True)
 
 
 @check

@@ -13,7 +13,8 @@ import torch
 
 from dlkernels.__main__ import main
 
-pytest.importorskip("sklearn")
+for package in ("matplotlib", "pydantic", "jinja2", "tomli_w"):
+    pytest.importorskip(package)
 EPOCHS = 10
 DIGITS = ["train", "--dataset", "digits", "--epochs", str(EPOCHS), "--optimizer", "sgd", "--lr", "0.05"]
 DIGITS += ["--progress", "lines"]
