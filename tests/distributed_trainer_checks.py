@@ -242,6 +242,9 @@ def checkpoints_within_epochs_and_errors_reach_all_ranks():
     made.fit(1)
     if dist.get_rank() == 0:
         assert {p.name for p in path.iterdir()} == {"epoch-0000-batch-000006.pt", "epoch-0001.pt", "best.pt"}
+    called = []
+    assert made.ranks.from_main(lambda: called.append(dist.get_rank()) or "done") == "done"
+    assert called == [0][: dist.get_rank() == 0]  # rank 0 alone
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         trainer().load(path / "nothing.pt")
     with pytest.raises(OSError, match=r"best\.pt"):

@@ -101,7 +101,8 @@ class Trainer:
     to the rounding of sums over ranks, where the loss is a mean over samples and no layer mixes these
     (``SyncBatchNorm``, not ``BatchNorm``). History and metrics are those of the whole; rank 0 prints and writes
     checkpoints, which fit any number of processes; a signal, a stop or a NaN in one rank ends all. Callbacks run in
-    every rank; ``ranks.is_main`` tells which one this is.
+    every rank, and what they call here (``running_losses``, ``save``, ``evaluate``) all ranks must call;
+    ``ranks.is_main`` tells which one this is.
     """
 
     def __init__(
