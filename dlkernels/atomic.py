@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -39,6 +40,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     _sync_folder(target.parent)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Remove the temporary files that writers of ``name`` (None: of anything) in ``folder`` left when they were killed.
+
+    Only where no other process is writing there.
+    """
+    pattern = f".{'*' if name is None else glob.escape(name)}.*.tmp"
+    for left in Path(folder).glob(pattern):
+        left.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -101,14 +101,14 @@ def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "evil"),))
 
-    torch.save({"format": checkpoint.FORMAT, "version": 1, "x": Evil()}, saved)
+    torch.save({"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "x": Evil()}, saved)
     assert_refused(saved, "cannot be read as a checkpoint")
     assert not (tmp_path / "evil").exists()
 
 
 def test_newer_version(saved, monkeypatch):
     monkeypatch.setattr(checkpoint, "VERSION", 0)
-    assert_refused(saved, "has checkpoint version 1; this dlkernels reads version 0")
+    assert_refused(saved, "has checkpoint version 2; this dlkernels reads version 0")
 
 
 def test_another_model(saved):

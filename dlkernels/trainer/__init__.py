@@ -1,11 +1,29 @@
-"""Training: the loop (``loop``), what it keeps (``checkpoint``), what it shows (``progress``, ``summary``,
-``plots``).
+"""Training: the loop (``loop``) and its update of the weights (``step``), what it keeps (``checkpoints``), what it
+shows (``progress``, ``summary``, ``plots``), and what may be added to it (``callbacks``).
 
 It takes any nn.Module, loss and torch optimizer, and knows nothing of fused operators.
 """
 
+from dlkernels.trainer.callbacks import Callback, EarlyStopping
 from dlkernels.trainer.checkpoint import CheckpointError
+from dlkernels.trainer.checkpoints import Checkpoints
 from dlkernels.trainer.display import set_printoptions
-from dlkernels.trainer.loop import NonFiniteLoss, Trainer, adam
+from dlkernels.trainer.loop import NonFiniteLoss, Trainer
+from dlkernels.trainer.monitor import Monitor
+from dlkernels.trainer.optimizers import adam, adamw, sgd
+from dlkernels.trainer.schedule import schedule
 
-__all__ = ["CheckpointError", "NonFiniteLoss", "Trainer", "adam", "set_printoptions"]
+__all__ = [
+    "Callback",
+    "CheckpointError",
+    "Checkpoints",
+    "EarlyStopping",
+    "Monitor",
+    "NonFiniteLoss",
+    "Trainer",
+    "adam",
+    "adamw",
+    "schedule",
+    "set_printoptions",
+    "sgd",
+]

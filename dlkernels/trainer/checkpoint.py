@@ -18,11 +18,39 @@ from torch import Tensor
 from dlkernels.atomic import atomic_write
 
 FORMAT = "dlkernels.checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, is not one, or belongs to another run."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """It is truncated or a part of it fails its checksum: an earlier one may be whole."""
+
+
+PLAIN = (Tensor, str, bytes, bool, int, float, type(None))
+
+
+def check_plain(value: Any, place: str = "") -> None:
+    """Make sure that ``value`` will be read back by ``weights_only=True``, before it is all that is left of a run.
+
+    Raises:
+        TypeError: something is not a plain container, number, string or tensor; it is named.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            check_plain(key, f"{place} (a key)")
+            check_plain(item, f"{place}.{key}" if place else str(key))
+    elif type(value) in (list, tuple, set):
+        for index, item in enumerate(value):
+            if type(item) is not float:  # the common case: a history of losses
+                check_plain(item, f"{place}[{index}]")
+    elif not isinstance(value, PLAIN) and not isinstance(value, (torch.dtype, torch.device, torch.Size)):
+        raise TypeError(
+            f"expected plain containers, numbers, strings and tensors in a checkpoint; {place} is a "
+            f"{type(value).__name__}"
+        )
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -30,7 +58,9 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: it cannot be written; what was at ``path`` before is untouched.
+        TypeError: something in it could not be read back; nothing was written.
     """
+    check_plain(state)
     with atomic_write(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, "torch": str(torch.__version__), **state}, file)
 
@@ -39,15 +69,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint, with its tensors on the CPU.
 
     Raises:
-        CheckpointError: no such file, truncated or damaged (every member's CRC-32 is checked), written by
-            something else, or by a newer version of this package.
+        CheckpointError: no such file, written by something else, or by another version of this package.
+        DamagedCheckpoint: truncated or damaged (every member's CRC-32 is checked).
     """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself does not notice a flipped bit in a tensor
         if damaged:
-            raise CheckpointError(f"{path} is damaged: {damaged} in it fails its checksum; use an earlier checkpoint")
+            raise DamagedCheckpoint(f"{path} is damaged: {damaged} in it fails its checksum; use an earlier checkpoint")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint at {path}") from None
@@ -55,7 +85,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever zipfile, pickle or torch makes of a broken file
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{path} cannot be read as a checkpoint (truncated or another kind of file?): {what}"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -112,6 +142,18 @@ def check_config(path: object, held: Mapping[str, Any], own: Mapping[str, Any]) 
     for key in sorted(held.keys() | own.keys()):
         if held.get(key) != own.get(key):
             raise CheckpointError(f"{path} was made with {key} = {held.get(key)!r}; this run has {own.get(key)!r}")
+
+
+def check_parts(path: object, held: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Make sure both runs have the same optional parts (schedule, scaler, average), or neither.
+
+    Raises:
+        CheckpointError: one has a part that the other lacks.
+    """
+    for name in ("scheduler", "scaler", "ema"):
+        if (held[name] is None) != (own[name] is None):
+            has, lacks = ("it", "this run") if own[name] is None else ("this run", "it")
+            raise CheckpointError(f"{path} is of another run: {has} has a {name}, {lacks} has none")
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -1,37 +1,47 @@
-"""Ctrl-C taken between two steps, where the state is whole, instead of in the middle of one."""
+"""Ctrl-C and SIGTERM taken between two steps, where the state is whole, instead of in the middle of one."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(SystemExit):
+    """SIGTERM came (a job's time is up, a machine is drained); the exit status is the shell's, 128 + 15."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
 
 
 class InterruptGuard:
-    """While active, the first SIGINT only sets ``requested``; the second does what it would have done
+    """While active, the first SIGINT or SIGTERM only sets ``requested``; the second does what it would have done
     without.
 
-    ``check()`` turns a request into KeyboardInterrupt, at a place of the caller's choosing. Outside the main
-    thread (where Python delivers no signals) and where SIGINT is ignored, the guard changes nothing.
+    ``check()`` turns a request into KeyboardInterrupt or Terminated, at a place of the caller's choosing. Outside
+    the main thread (where Python delivers no signals), and for a signal that is ignored, the guard changes nothing.
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: object = None
-        self._installed = False
+        self.requested: int | None = None
+        self._previous: dict[int, Any] = {}
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C came since the guard began."""
-        if self.requested:
-            raise KeyboardInterrupt
+        """Raises KeyboardInterrupt if Ctrl-C came since the guard began, Terminated if SIGTERM did."""
+        if self.requested is not None:
+            raise KeyboardInterrupt if self.requested == signal.SIGINT else Terminated
 
     def __enter__(self) -> InterruptGuard:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.getsignal(signal.SIGINT)
-            # A handler not set from Python is None and could not be put back.
-            if self._previous not in (signal.SIG_IGN, None):
-                signal.signal(signal.SIGINT, self._on_signal)
-                self._installed = True
+            for number in SIGNALS:
+                previous = signal.getsignal(number)
+                # A handler not set from Python is None and could not be put back.
+                if previous not in (signal.SIG_IGN, None):
+                    self._previous[number] = previous
+                    signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -40,10 +50,10 @@ class InterruptGuard:
         self._restore()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()  # so that a second Ctrl-C is obeyed at once
+        self.requested = number
+        self._restore()  # so that a second one is obeyed at once
 
     def _restore(self) -> None:
-        if self._installed:
-            self._installed = False
-            signal.signal(signal.SIGINT, self._previous)  # type: ignore[arg-type]
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""Which checkpoints a run keeps: one file, or the last few and the best in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dlkernels.atomic import atomic_write, remove_leftovers
+from dlkernels.trainer import checkpoint
+from dlkernels.trainer.monitor import Monitor
+
+NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.pt")
+BEST = "best.pt"
+DAMAGED = ".damaged"
+
+
+class OneFile:
+    """One file, written after every epoch and when training is interrupted."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def begin(self) -> None:
+        """Remove what a process that was killed in the middle of a write left."""
+        remove_leftovers(self.path.parent, self.path.name)
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint within the epoch."""
+        return False
+
+    def write(self, state: Mapping[str, Any], epoch: int, batch: int, row: Mapping[str, Any] | None = None) -> None:
+        """Save ``state`` at ``epoch`` finished epochs and ``batch`` batches; ``row`` if an epoch has just ended."""
+        checkpoint.save(self.path, state)
+
+    def newest(self) -> Path | None:
+        """The checkpoint to go on from."""
+        return self.path if self.path.exists() else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class Checkpoints(OneFile):
+    """The last ``keep_last`` checkpoints in ``folder``, and ``best.pt``.
+
+    ``epoch-0003.pt`` was written after three epochs, ``epoch-0003-batch-000120.pt`` 120 batches into the fourth.
+    The newest is the one written last. ``best.pt`` is a second name of the best epoch's file.
+
+    Args:
+        keep_last: how many to keep, at least 1.
+        monitor: the metric of ``best.pt``: a key of the history rows or a ``Monitor``; None: ``val_loss``, or
+            ``loss`` where nothing is validated.
+        every_seconds, every_batches: write within epochs too, when so much time or so many batches have passed.
+
+    Raises:
+        ValueError: a number below its least.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep_last: int = 3,
+        monitor: str | Monitor | None = None,
+        every_seconds: float | None = None,
+        every_batches: int | None = None,
+    ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"expected to keep at least the last checkpoint; got keep_last={keep_last}")
+        for name, value in (("every_seconds", every_seconds), ("every_batches", every_batches)):
+            if value is not None and not value > 0:
+                raise ValueError(f"expected {name} above 0, or None; got {value}")
+        super().__init__(folder)
+        self.path.mkdir(parents=True, exist_ok=True)  # now: not after an epoch of training
+        self.keep_last = keep_last
+        self.monitor = None if monitor is None else Monitor.of(monitor)
+        self.every_seconds = every_seconds
+        self.every_batches = every_batches
+        self.best: float | None = None
+        self._batches = 0
+        self._next = float("inf")
+
+    def begin(self) -> None:
+        remove_leftovers(self.path)
+        self._restart()
+
+    def due(self) -> bool:
+        self._batches += 1
+        if self.every_batches is not None and self._batches >= self.every_batches:
+            return True
+        return self.every_seconds is not None and time.monotonic() >= self._next
+
+    def write(self, state: Mapping[str, Any], epoch: int, batch: int, row: Mapping[str, Any] | None = None) -> None:
+        improved = False
+        if row is not None:
+            monitor = self.monitor or Monitor.of("val_loss" if "val_loss" in row else "loss")
+            value = monitor.read(row)
+            if improved := monitor.better(value, self.best):
+                self.best = value
+        within = f"-batch-{batch:06d}" if batch else ""
+        target = self.path / f"epoch-{epoch:04d}{within}.pt"
+        checkpoint.save(target, dict(state) | {"checkpoints": self.state_dict()})
+        if improved:
+            second_name(target, self.path / BEST)
+        for old in newest_first(self.path)[self.keep_last :]:
+            old.unlink(missing_ok=True)
+        self._restart()
+
+    def newest(self) -> Path | None:
+        return next(iter(newest_first(self.path)), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best = state.get("best")
+
+    def _restart(self) -> None:
+        self._batches = 0
+        if self.every_seconds is not None:
+            self._next = time.monotonic() + self.every_seconds
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The numbered checkpoints in ``folder``, the one written last first."""
+
+    def age(path: Path) -> tuple[int, int, int]:
+        epoch, batch = NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]
+        return path.stat().st_mtime_ns, int(epoch), int(batch or 0)
+
+    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=age, reverse=True)
+
+
+def read(path: str | os.PathLike[str], *, fallback: bool = False) -> tuple[Path, dict[str, Any], list[str]]:
+    """A checkpoint file's state; of a folder, the newest one's.
+
+    With ``fallback``, a damaged newest one is set aside (``.damaged`` is added to its name) and the one before is
+    read instead.
+
+    Returns:
+        The file that was read, its state, and a sentence about every one that was set aside.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path, checkpoint.load(path), []
+    set_aside: list[str] = []
+    for file in newest_first(path):
+        try:
+            return file, checkpoint.load(file), set_aside
+        except checkpoint.DamagedCheckpoint as error:
+            if not fallback:
+                raise type(error)(f"{error}; ask for the one before (fallback), if there is one") from error
+            set_aside.append(str(error))
+            with contextlib.suppress(OSError):  # in a folder that cannot be written it stays where it is
+                os.replace(file, file.with_name(file.name + DAMAGED))
+    raise checkpoint.CheckpointError("; ".join([f"there is no checkpoint in {path} that can be read", *set_aside]))
+
+
+def second_name(file: Path, name: Path) -> None:
+    """Make ``name`` another name of ``file``, atomically; a copy where the file system has no second names."""
+    temporary = name.with_name(f".{name.name}.link.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(file, temporary)
+        os.replace(temporary, name)
+        temporary.unlink(missing_ok=True)  # it stays where both were the same file already
+    except OSError:
+        with open(file, "rb") as source, atomic_write(name) as copy:
+            shutil.copyfileobj(source, copy)

@@ -1,0 +1,56 @@
+"""Where the first NaN or infinity is: in the batch, in the weights, or in which layer's output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dlkernels.trainer.randomness import rng_state, set_rng_state
+
+
+def first_not_finite(model: nn.Module, run: Callable[[], Any], x: Any, y: Any) -> str:
+    """A clause that names the first thing that is not finite, in the order in which it would do harm.
+
+    ``run`` repeats the forward pass of ``model`` on ``x``; buffers and random state are as before afterwards.
+    """
+    for what, value in (("input", x), ("target", y)):
+        if not _finite(value):
+            return f"the batch's {what} holds NaN or infinity"
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return f"the parameter {name} has been NaN or infinite since an earlier update"
+    return _first_layer(model, run) or "every layer's output is finite, so it is the loss function's own doing"
+
+
+def _first_layer(model: nn.Module, run: Callable[[], Any]) -> str | None:
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not _finite(output):
+                found.append(f"the first layer whose output is not finite is {name} ({type(module).__name__})")
+
+        return hook
+
+    buffers, random_state = copy.deepcopy(dict(model.named_buffers())), rng_state()
+    hooks = [module.register_forward_hook(look(name or "the model")) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for name, value in model.named_buffers():  # running statistics moved
+            value.copy_(buffers[name])
+        set_rng_state(random_state)
+    return found[0] if found else None
+
+
+def _finite(value: Any) -> bool:
+    floating = (t for t in tree_leaves(value) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in floating)

@@ -1,0 +1,74 @@
+"""Loss, accuracy and any torchmetrics over data, leaving no trace in the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from dlkernels.trainer.metrics import Meter, count_correct
+from dlkernels.trainer.randomness import rng_state, set_rng_state
+from dlkernels.trainer.step import Loss, forward
+from dlkernels.trainer.transfer import pair, samples_of
+
+
+class Metric(Protocol):
+    """What is asked of a metric; every ``torchmetrics.Metric`` has it."""
+
+    def update(self, output: Any, target: Any) -> Any: ...
+    def compute(self) -> Any: ...
+    def reset(self) -> Any: ...
+    def to(self, device: Any) -> Any: ...
+
+
+Metrics = Mapping[str, Metric]
+
+
+def evaluate(
+    model: nn.Module,
+    loss: Loss,
+    data: Iterable[Any],
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+    metrics: Metrics | None = None,
+    between_batches: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Mean ``loss``, ``accuracy`` where there is one, and each metric's value, as plain numbers and lists.
+
+    The model runs in eval mode and gets its own mode back; so does the random state.
+
+    Raises:
+        ValueError: there is no batch, or one is not a pair.
+    """
+    meter, metrics = Meter(), metrics or {}
+    random_state = rng_state()
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for metric in metrics.values():
+        metric.to(device)
+        metric.reset()
+    try:
+        with torch.no_grad():
+            for item in data.batches(0) if hasattr(data, "batches") else data:
+                x, y = pair(item, device)
+                output, value = forward(model, loss, x, y, autocast)
+                meter.add(value, samples_of(x, y), count_correct(output, y))
+                for metric in metrics.values():
+                    metric.update(output, y)
+                between_batches()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        set_rng_state(random_state)
+    if meter.loss is None:
+        raise ValueError(f"expected data with at least one batch; {data!r} gave none")
+    accuracy = {} if meter.accuracy is None else {"accuracy": meter.accuracy}
+    return {"loss": meter.loss, **accuracy} | {name: _plain(metric.compute()) for name, metric in metrics.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A metric's value as JSON can hold it: a number, or nested lists of them."""
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -1,0 +1,44 @@
+"""torch's optimizers in their fused form: one pass over memory, not a dozen, where the parameters allow it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def adam(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.Adam:
+    """``torch.optim.Adam`` and what it takes; a ``fused``, ``foreach`` or ``differentiable`` given is respected."""
+    parameters = list(parameters)  # it may be a generator, and is needed twice
+    return torch.optim.Adam(parameters, lr=lr, **_fused(parameters, options))
+
+
+def adamw(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.AdamW:
+    """``torch.optim.AdamW``, likewise."""
+    parameters = list(parameters)
+    return torch.optim.AdamW(parameters, lr=lr, **_fused(parameters, options))
+
+
+def sgd(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.SGD:
+    """``torch.optim.SGD``, likewise."""
+    parameters = list(parameters)
+    return torch.optim.SGD(parameters, lr=lr, **_fused(parameters, options))
+
+
+def _fused(parameters: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """``options``, with ``fused`` where they do not choose an implementation themselves."""
+    if options.keys() & {"fused", "foreach", "differentiable"}:
+        return options
+    tensors = [tensor for item in parameters for tensor in _parameters_of(item)]
+    # torch itself would complain only at the first step.
+    return options | {"fused": all(t.is_floating_point() and t.device.type in FUSED_DEVICES for t in tensors)}
+
+
+def _parameters_of(item: Any) -> list[Tensor]:
+    """The tensors of a parameter, or of a parameter group, which may hold one or several."""
+    found = item["params"] if isinstance(item, dict) else item
+    return [found] if isinstance(found, Tensor) else list(found)

@@ -1,0 +1,40 @@
+"""Batches: pairs of whatever the model and the loss take, moved to where the model is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pair(item: Any, device: torch.device) -> tuple[Any, Any]:
+    """A batch as ``(input, target)`` on ``device``.
+
+    Raises:
+        ValueError: it is not a pair.
+    """
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+        raise ValueError(f"expected batches that are pairs (input, target); got a {type(item).__name__}{size}")
+    return to(item[0], device), to(item[1], device)
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """Tensors in any nesting of mappings, tuples and lists, on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: to(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(to(item, device) for item in value)
+    return value
+
+
+def samples_of(x: Any, y: Any) -> int:
+    """The weight of a batch in means over samples: the first dimension of the target, else of the input."""
+    for value in (y, x):
+        if isinstance(value, Tensor) and value.ndim:
+            return value.shape[0]
+    raise ValueError(f"expected a tensor with a batch dimension as target or input; got {type(y).__name__}")
