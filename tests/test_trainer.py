@@ -227,7 +227,9 @@ def test_nan_loss_stops_with_a_sentence_and_keeps_the_checkpoint(tmp_path):
     row = int(batches().order(1)[130])  # in the third batch of the second epoch
     bad[row, 0] = float("nan")
     trainer.train_data.tensors = (bad, Y)
-    with pytest.raises(NonFiniteLoss, match=r"loss became nan at batch 3 of epoch 2 .*batch.s input holds NaN.*run\.pt is from before"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"loss became nan at batch 3 of epoch 2 .*batch.s input holds NaN.*run\.pt is from before"
+    ):
         trainer.fit(3)
     assert path.read_bytes() == kept
 

@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, target, class_weight, *grads = ctx.saved_tensors
         needs, rest = ctx.needs_input_grad[:3], (None,) * 5
-        settings = ctx.settings
+        settings: tuple[int, int, float] = ctx.settings
         dtype = grad_dtype(x)  # of the loss
         if torch.is_grad_enabled() or under_transform():
             inputs = (x, weight) if bias is None else (x, weight, bias)
