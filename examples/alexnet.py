@@ -14,8 +14,8 @@ from both import Prepare, Training, both
 from options import options
 from torch import Tensor, nn
 
-from dlkernels.cli.fuse import import_torchvision
 from dlkernels.data import load
+from dlkernels.data.vision import import_torchvision
 
 PIXELS = 64  # with less, nothing is left after the last pooling
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dlkernels.agreement import arguments
 from dlkernels.cli.command import SettingError, add_command
+from dlkernels.data.vision import import_torchvision
 from dlkernels.fusion import fuse, report
 from dlkernels.fusion.observe import Disagreement
 
@@ -110,25 +111,6 @@ def _torchvision(name: str, settings: dict[str, Any], batch_size: int, size: int
         raise SettingError(f"torchvision has no model {name!r}; it has {', '.join(models.list_models())}")
     pixels = size or settings.get("image_size", 224)
     return models.get_model(name, weights=None, **settings), torch.randn(batch_size, 3, pixels, pixels)
-
-
-def import_torchvision() -> Any:
-    """torchvision; beside a CPU torch too, where the index's wheel stops at operators that its C++ part would define.
-
-    Raises:
-        ImportError: it is not there, or stops at something else.
-    """
-    with contextlib.suppress(RuntimeError, ImportError):
-        return importlib.import_module("torchvision")
-    for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    for op in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # it is there already
-            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        raise ImportError(str(error).splitlines()[0]) from error
 
 
 def _transformers(name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:

@@ -39,7 +39,9 @@ def _kind(field: FieldInfo) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
     if get_origin(kind) is list:
-        return {"nargs": "+", "type": get_args(kind)[0], "metavar": "N"}
+        (item,) = get_args(kind)
+        one = {"choices": get_args(item)} if get_origin(item) is Literal else {"type": item, "metavar": METAVARS[item]}
+        return {"nargs": "+", **one}
     optional = type(None) in get_args(field.annotation)
     return {"type": _or_none(kind) if optional else kind, "metavar": METAVARS[kind]}
 

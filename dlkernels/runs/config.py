@@ -27,7 +27,7 @@ Dataset = Literal["mnist", "digits"]
 Activation = Literal["none", "relu", "leaky_relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"]
 # What the numbers of a training do not depend on: a resume may change it.
 FREE = {"data", "out", "epochs", "patience", "keep_last", "monitor", "checkpoint_seconds", "tensorboard", "device"}
-FREE |= {"threads", "compile", "progress", "precision"}
+FREE |= {"threads", "compile", "metrics", "progress", "precision"}
 
 
 class ConfigError(ValueError):
@@ -73,6 +73,10 @@ class RunConfig(BaseModel):
     ema: float | None = setting("training", None, "decay of an average of the weights, which is then used", gt=0, lt=1)
     patience: int | None = setting("training", None, "stop after so many epochs without a better --monitor", ge=1)
 
+    metrics: list[Literal["f1", "precision", "recall"]] = setting(
+        "training", lambda known: [], "of the validation, besides loss and accuracy; means over the classes"
+    )
+
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(
         "machine", "float32", "of the numbers; bfloat16 and float16 are autocast: the weights stay float32"
     )
@@ -81,7 +85,7 @@ class RunConfig(BaseModel):
     compile: bool = setting("machine", False, "run the network through torch.compile")
 
     out: str = setting("files", lambda known: f"runs/{known['dataset']}", "folder of the run (default: runs/DATASET)")
-    keep_last: int = setting("files", 1, "checkpoints to keep besides the best", ge=1)
+    keep_last: int = setting("files", 3, "checkpoints to keep besides the best", ge=1)
     monitor: str = setting("files", "val_loss", "what is best: a column of the history")
     checkpoint_seconds: float | None = setting("files", None, "write one this often, too, within an epoch", gt=0)
     tensorboard: bool = setting("files", False, "write TensorBoard's event files to OUT/tensorboard")

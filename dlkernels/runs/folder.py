@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from os import PathLike
 from pathlib import Path
@@ -23,14 +24,14 @@ class RunError(RuntimeError):
 class RunFolder:
     """The folder of one run.
 
-    ``config.toml`` is there from the beginning of a run, ``history.csv`` and the checkpoint from its first epoch on,
-    and the rest once it is finished.
+    ``config.toml`` is there from the beginning of a run, ``history.csv`` and checkpoints from its first epoch on, and
+    the rest once it is finished.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.toml"
-        self.checkpoint = self.path / "checkpoint.pt"
+        self.checkpoints = self.path / "checkpoints"
         self.history_csv = self.path / "history.csv"
         self.record_file = self.path / "history.json"
         self.weights = self.path / "weights.pt"
@@ -46,15 +47,19 @@ class RunFolder:
     def name(self) -> str:
         return self.path.resolve().name
 
-    def begin(self, config: RunConfig, *, resumed: bool) -> None:
-        """Make the folder and store the settings. A run from the start takes the place of what was here: results of
-        another one would pass for its own."""
+    def make_room(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
+        """Make the folder, for a run that begins here, or goes on from ``checkpoint``.
+
+        Another run that is in it already is not written over: its folder gets another name, which is returned.
+        """
+        earlier = None
+        place = self.path.resolve()
+        begun = self.config_file.is_file() and (any(self.checkpoints.glob("*.pt")) or self.record_file.is_file())
+        if begun and not (checkpoint and Path(checkpoint).resolve().is_relative_to(place)):
+            names = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
+            earlier = place.rename(next(name for name in names if not name.exists()))
         self.path.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            pictures = (self.curves, self.confusion, self.misclassified, self.comparison_curves)
-            for file in (self.history_csv, self.record_file, self.weights, self.comparison, self.report, *pictures):
-                file.unlink(missing_ok=True)
-        config.save(self.config_file)
+        return earlier
 
     def files(self) -> list[str]:
         """The names of the files that are there, sorted."""

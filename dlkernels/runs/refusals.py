@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+PLURALS = {int: "whole numbers"}
 
 
 def refusal(
@@ -27,13 +28,14 @@ def refusal(
     if error["type"] == "value_error":  # of a validator of ours: the end of the sentence
         return f"{expected} {error['ctx']['error']!s}"
     kind = plain_type(fields[name].annotation)
-    if get_origin(kind) is Literal:
-        return f"{expected} out of {', '.join(map(str, get_args(kind)))}; got {error['input']!r}"
+    item = get_args(kind)[0] if get_origin(kind) is list else kind
+    if get_origin(item) is Literal and (item is kind or inside):
+        return f"{expected} out of {', '.join(map(str, get_args(item)))}; got {error['input']!r}"
     limits = limits_of(fields[name])
     if error["type"].startswith(("greater_than", "less_than", "finite_number")) and not inside:
         return f"{expected} {limits or 'to be finite'}; got {error['input']}"
-    if get_origin(kind) is list:
-        return f"{expected} to be a list of whole numbers; got {error['input']!r}"
+    if item is not kind:
+        return f"{expected} to be a list of {PLURALS.get(item, 'names')}; got {error['input']!r}"
     return f"{expected} to be {' '.join([NOUNS[kind], limits]).strip()}; got {error['input']!r}"
 
 

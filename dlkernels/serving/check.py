@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dlkernels.agreement import Agreement, judge, outputs
 
+# Rounding errors that count as the model's own: runtimes add up products in other orders than our kernels, whose sums
+# are short. In 16 bits all of them add in float32, and little but the last rounding is left.
+LEAST, LEAST_16_BITS = 16.0, 2.0
 SEED = 0  # of the inputs: an export that passes once passes again
 
 
@@ -99,11 +102,12 @@ def check(
     Raises:
         ExportError: they differ by more than rounding explains.
     """
-    worst, difference = Agreement(0.0, 2.0), 0.0
+    worst, difference = Agreement(0.0, 1.0), 0.0
     for turn, size in enumerate(batch_sizes):
         inputs = fresh(example, size, SEED + turn)
         ours, stock = list(run(inputs)), outputs(model, inputs)
-        found = judge(ours, model, inputs)
+        short = any(t.is_floating_point() and t.dtype.itemsize == 2 for t in stock)
+        found = judge(ours, model, inputs, LEAST_16_BITS if short else LEAST)
         if not found:
             shapes = [[tuple(t.shape) for t in tensors] for tensors in (stock, ours)]
             more = f"; expected shapes {shapes[0]}, got {shapes[1]}" if shapes[0] != shapes[1] else ""
