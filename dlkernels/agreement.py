@@ -82,8 +82,8 @@ def judge(ours: Sequence[Tensor], stock: nn.Module, example_inputs: Any, least: 
     """Whether ``ours`` are what ``stock`` gives: floating point as near to float64 as the rule says, all else equal.
 
     Stock's distance is the largest of its own and those of copies whose parameters are off by one rounding, and at
-    least ``least``. A model that cannot run in float64 (a dtype is written in its code) is itself what they are measured from. ``stock`` is in
-    eval mode, and ``ours`` are in its outputs' order.
+    least ``least``. A model that cannot run in float64 (a dtype is written in its code) is itself what they are
+    measured from. ``stock`` is in eval mode, and ``ours`` are in its outputs' order.
     """
     own = outputs(stock, example_inputs)
     alike = [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in own]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch.export import ExportedProgram
 
@@ -14,7 +16,9 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
     Raises:
         ValueError: one of ours is left, for which torch has no form (a gradient, for example).
     """
-    decomposed = program.run_decompositions(dict(DECOMPOSITIONS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        decomposed = program.run_decompositions(dict(DECOMPOSITIONS))
     left = sorted(name for name in operators(decomposed) if name.startswith("dlkernels."))
     if left:
         raise ValueError(f"expected a program of forward operators; it calls {', '.join(left)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -85,9 +84,7 @@ def _traced(model: nn.Module, example: Any, dynamic_batch: bool) -> tuple[Export
     args, kwargs = arguments(example)
     shapes = _batch_dims(example, Dim("batch")) if dynamic_batch else None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
-            program = decompose(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))
+        program = decompose(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))
     except Exception as error:  # Dynamo, the symbolic shapes and the model itself have one for everything
         hint = ". If its code fixes the batch size, give dynamic_batch=False" if dynamic_batch else ""
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
