@@ -70,6 +70,10 @@ def test_inverts_what_has_a_light_border(tmp_path):
         pixels, inverted = pixels_of(tmp_path / "dark_on_light.png", invert)
         torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
         assert inverted == (invert is not False)
+    bold = np.pad(np.full((6, 6), 255, np.uint8), 1)  # light all over, but for its border
+    Image.fromarray(bold).save(tmp_path / "bold.png")
+    pixels, inverted = pixels_of(tmp_path / "bold.png")
+    assert not inverted and torch.equal(pixels, torch.tensor(bold / 255, dtype=torch.float32))
 
 
 def test_scales_and_keeps_proportions(tmp_path):

@@ -10,6 +10,10 @@ import torch
 
 from dlkernels.cli.command import SettingError, add_command
 from dlkernels.cli.trained import trained
+from dlkernels.serving.check import ExportError
+from dlkernels.serving.export import export_onnx, export_program
+
+FORMATS = {"pt2": export_program, "onnx": export_onnx}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,11 +24,11 @@ def add_parser(subparsers: Any) -> None:
         _export,
         help="write a trained run as a torch.export program or ONNX",
         description="Write a trained run as a file that runs where dlkernels is not installed, checked against it.",
-        errors=(OSError,),
+        errors=(ExportError, OSError),
     )
     add = parser.add_argument
     add("folder", metavar="RUN", help="folder of a finished run")
-    add("--format", choices=("pt2", "onnx"), required=True, help="a torch.export program, or ONNX")
+    add("--format", choices=FORMATS, required=True, help="a torch.export program, or ONNX")
     add("--out", type=Path, metavar="FILE", help="default: RUN/model.pt2 or RUN/model.onnx")
     add("--fixed-batch", type=int, metavar="N", help="for batches of N only (default: of any size)")
 
@@ -32,17 +36,9 @@ def add_parser(subparsers: Any) -> None:
 def _export(args: argparse.Namespace) -> int:
     if args.fixed_batch is not None and args.fixed_batch < 1:
         raise SettingError(f"expected --fixed-batch of at least 1; got {args.fixed_batch}")
-    from dlkernels.serving.export import ExportError, export_onnx, export_program
-
     folder, model = trained(args.folder)
     dtype = next(model.parameters()).dtype
     example = torch.rand(args.fixed_batch or 2, folder.dataset.features, dtype=dtype)
-    write = {"pt2": export_program, "onnx": export_onnx}[args.format]
-    try:
-        done = write(
-            model, example, args.out or folder.path / f"model.{args.format}", dynamic_batch=not args.fixed_batch
-        )
-    except ExportError as error:
-        raise SettingError(str(error)) from None
-    print(done)
+    out = args.out or folder.path / f"model.{args.format}"
+    print(FORMATS[args.format](model, example, out, dynamic_batch=not args.fixed_batch))
     return 0

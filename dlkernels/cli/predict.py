@@ -5,18 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dlkernels.atomic import write_json
 from dlkernels.cli.command import SettingError, add_command
 from dlkernels.cli.trained import trained
+from dlkernels.serving.predict import BATCH_SIZE, Predictions, predict
+from dlkernels.serving.readers import InputError, Place, read
 from dlkernels.trainer.display import table
-
-if TYPE_CHECKING:
-    from dlkernels.serving.predict import Predictions
-    from dlkernels.serving.readers import Place
-
-BATCH_SIZE = 1024
 
 
 def add_parser(subparsers: Any) -> None:
@@ -27,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
         _predict,
         help="classify images or arrays with a trained run",
         description="Classify images, folders of images and arrays (.npy, .npz, .pt, idx) with a trained run.",
-        errors=(OSError,),
+        errors=(InputError, OSError),
     )
     add = parser.add_argument
     add("folder", metavar="RUN", help="folder of a finished run")
@@ -45,14 +41,8 @@ def add_parser(subparsers: Any) -> None:
 def _predict(args: argparse.Namespace) -> int:
     if args.top < 1 or args.batch_size < 1:
         raise SettingError("expected --top and --batch-size of at least 1")
-    from dlkernels.serving.predict import predict
-    from dlkernels.serving.readers import InputError, read
-
     folder, model = trained(args.folder)
-    try:
-        places, samples = read(args.inputs, folder.dataset, args.invert)
-    except InputError as error:
-        raise SettingError(str(error)) from None
+    places, samples = read(args.inputs, folder.dataset, args.invert)
     found = predict(model, samples, args.batch_size)
     if args.json is not None:
         rows = _rows(places, found, args.top)
