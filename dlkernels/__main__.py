@@ -1,5 +1,5 @@
 """``python -m dlkernels``: a dispatcher. Every module of a subcommand (``dlkernels.cli``) has
-``add_parser(subparsers)``, which adds its parser and sets ``run``: a function from the parsed arguments to the exit
+``add_parser(subparsers)``, which adds its parser and sets ``execute``: a function from the parsed arguments to the exit
 status."""
 
 import argparse
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     for command in (info, train, report, predict, export, fuse):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
-    return int(args.run(args) or 0)
+    return int(args.execute(args) or 0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,20 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_GPU el
 # Machines with a GPU may have no registry to install from: what else is there is still tested.
 NEEDS = {
     "test_property.py": "hypothesis",
-    **dict.fromkeys(("test_checkpoint.py", "test_resume.py", "test_trainer.py", "test_training.py"), "sklearn"),
+    **dict.fromkeys(
+        (
+            "test_checkpoint.py",
+            "test_checkpoints.py",
+            "test_resume.py",
+            "test_survives.py",
+            "test_trainer.py",
+            "test_trainer_options.py",
+            "test_training.py",
+            "test_validation.py",
+        ),
+        "sklearn",
+    ),
+    **dict.fromkeys(("test_config.py", "test_report.py", "test_train_cli.py"), "pydantic"),
 }
 LEFT_OUT = {file: package for file, package in NEEDS.items() if find_spec(package) is None}
 collect_ignore = list(LEFT_OUT)

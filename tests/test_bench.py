@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from oracle import STOCK, Layer
 from rich.console import Console
 
-from bench import command, contenders, figures, harness, isa, machine, memory, overhead, peak, plot
+from bench import command, contenders, figures, harness, isa, machine, memory, overhead, peak, plot, trainer_loop
 from bench import record as records
 from bench import run as runs
 from bench.__main__ import main, parser
@@ -455,3 +455,11 @@ def test_overhead():
     for one in found.values():
         assert one["ratio"] == pytest.approx(one["dlkernels"] / one["stock"])
         assert 0 < one["stock"] < 1e5
+
+
+def test_trainer_loop(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trainer_loop, "SAMPLES", 2048)
+    assert trainer_loop.main(["--turns", "1", "--out", str(tmp_path / "loop.json")]) == 0
+    found = json.loads((tmp_path / "loop.json").read_text())
+    assert found["trainer"] / found["bare"] == pytest.approx(found["ratio"])
+    assert f"{found['ratio']:.3f} of it" in capsys.readouterr().out

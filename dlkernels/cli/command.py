@@ -44,7 +44,7 @@ def add_command(
             return 130
 
     parser: argparse.ArgumentParser = subparsers.add_parser(name, help=help, description=description)
-    parser.set_defaults(run=run)
+    parser.set_defaults(execute=run)
     return parser
 
 
@@ -57,7 +57,7 @@ def accept_anything(parser: argparse.ArgumentParser, error: ModuleNotFoundError)
 
     parser.prefix_chars = "\0"  # flags are positional arguments then
     parser.add_argument("anything", nargs="*")
-    parser.set_defaults(run=run)
+    parser.set_defaults(execute=run)
 
 
 def _install(error: ModuleNotFoundError) -> str:

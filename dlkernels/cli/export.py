@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
         errors=(ExportError, OSError),
     )
     add = parser.add_argument
-    add("folder", metavar="RUN", help="folder of a finished run")
+    add("run", metavar="RUN", help="folder of a finished run")
     add("--format", choices=FORMATS, required=True, help="a torch.export program, or ONNX")
     add("--out", type=Path, metavar="FILE", help="default: RUN/model.pt2 or RUN/model.onnx")
     add("--fixed-batch", type=int, metavar="N", help="for batches of N only (default: of any size)")
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
 def _export(args: argparse.Namespace) -> int:
     if args.fixed_batch is not None and args.fixed_batch < 1:
         raise SettingError(f"expected --fixed-batch of at least 1; got {args.fixed_batch}")
-    folder, model = trained(args.folder)
+    folder, model = trained(args.run)
     dtype = next(model.parameters()).dtype
     example = torch.rand(args.fixed_batch or 2, folder.dataset.features, dtype=dtype)
     out = args.out or folder.path / f"model.{args.format}"

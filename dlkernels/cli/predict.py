@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         errors=(InputError, OSError),
     )
     add = parser.add_argument
-    add("folder", metavar="RUN", help="folder of a finished run")
+    add("run", metavar="RUN", help="folder of a finished run")
     add("inputs", nargs="+", metavar="INPUT", help="image, folder of images, or array: raw pixels, or floats in [0, 1]")
     add("--top", type=int, default=1, metavar="K", help="show the K most probable classes (default: 1)")
     add("--json", metavar="FILE", help="write the predictions as JSON; - is standard output, in place of the table")
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
 def _predict(args: argparse.Namespace) -> int:
     if args.top < 1 or args.batch_size < 1:
         raise SettingError("expected --top and --batch-size of at least 1")
-    folder, model = trained(args.folder)
+    folder, model = trained(args.run)
     places, samples = read(args.inputs, folder.dataset, args.invert)
     found = predict(model, samples, args.batch_size)
     if args.json is not None:

@@ -8,22 +8,25 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from dlkernels.runs.config import RunConfig
+from dlkernels.runs.config import RunConfig, group_of
 from dlkernels.runs.refusals import plain_type
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
+FOLDERS = ("data", "out")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add the flags, in groups. One that is not given leaves no trace in the parsed arguments."""
     groups: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
-        extra = field.json_schema_extra
-        group = str(extra["group"]) if isinstance(extra, dict) else ""
+        group = group_of(field)
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         groups[group].add_argument(
-            f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=_help(field), **_kind(field)
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            help=_help(field),
+            **_kind(field) | ({"metavar": "FOLDER"} if name in FOLDERS else {}),
         )
 
 

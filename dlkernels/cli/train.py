@@ -121,6 +121,7 @@ def _save(
     """All that is written at the end; the checkpoints and the CSV history are there already."""
     from dlkernels.runs import figures
     from dlkernels.runs.report import title, write_report
+    from dlkernels.trainer import plots
 
     with atomic_write(folder.weights) as file:
         torch.save(trainer.evaluated.state_dict(), file)
@@ -143,12 +144,12 @@ def _save(
     }
     write_json(folder.record_file, record)
     heading = title(job.config)
-    figures.plot_history(trainer.history, folder.curves, heading)
+    plots.plot_history(trainer.history, folder.curves, heading)
     figures.plot_confusion(evaluation, folder.confusion, heading)
     figures.plot_misclassified(evaluation, folder.misclassified, heading)
     if comparison is not None:
         write_json(folder.comparison, made_by | comparison.to_json())
-        figures.plot_comparison(comparison, folder.comparison_curves, heading)
+        plots.plot_comparison(comparison, folder.comparison_curves, heading)
     write_report(folder)
 
 

@@ -9,10 +9,10 @@ from os import PathLike
 from typing import Any
 
 from dlkernels.runs.config import RunConfig
-from dlkernels.runs.figures import COLOURS, by_epoch
 from dlkernels.runs.folder import RunError, RunFolder
 from dlkernels.runs.page import chart, duration, metric, show, write_page
 from dlkernels.trainer.display import table
+from dlkernels.trainer.plots import COLOURS, by_epoch
 
 CHARTS = {"val_accuracy": "validation accuracy", "val_loss": "validation loss", "loss": "training loss"}
 DISPLAY = {"out", "progress", "precision"}  # differ without a difference

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
@@ -25,6 +26,8 @@ else:
 HIDDEN = 256
 Dataset = Literal["mnist", "digits"]
 Activation = Literal["none", "relu", "leaky_relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"]
+Metric = Literal["f1", "precision", "recall"]
+COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # of the history, whatever the settings
 # What the numbers of a training do not depend on: a resume may change it.
 FREE = {"data", "out", "epochs", "patience", "keep_last", "monitor", "checkpoint_seconds", "tensorboard", "device"}
 FREE |= {"threads", "compile", "metrics", "progress", "precision"}
@@ -40,6 +43,11 @@ def setting(group: str, default: Any, description: str, **limits: Any) -> Any:
     return Field(**{kind: default}, description=description, json_schema_extra={"group": group}, **limits)
 
 
+def group_of(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    return str(extra["group"]) if isinstance(extra, dict) else ""
+
+
 class RunConfig(BaseModel):
     """All settings of ``python -m dlkernels train``, checked and complete. None switches a setting off."""
 
@@ -48,7 +56,10 @@ class RunConfig(BaseModel):
     dataset: Dataset = setting("data", "mnist", "mnist, or scikit-learn's digits")
     data: str | None = setting("data", None, "folder of MNIST's idx files (default: $DLKERNELS_DATA, cache, download)")
     batch_size: int = setting(
-        "data", lambda known: INFO[known["dataset"]].batch_size, "default: 256 for mnist, 64 for digits", ge=1
+        "data",
+        lambda known: INFO[known["dataset"]].batch_size,
+        "samples (default: 256 for mnist, 64 for digits)",
+        ge=1,
     )
     seed: int = setting("data", 0, "of initial weights and shuffling", ge=0)
 
@@ -73,7 +84,7 @@ class RunConfig(BaseModel):
     ema: float | None = setting("training", None, "decay of an average of the weights, which is then used", gt=0, lt=1)
     patience: int | None = setting("training", None, "stop after so many epochs without a better --monitor", ge=1)
 
-    metrics: list[Literal["f1", "precision", "recall"]] = setting(
+    metrics: list[Metric] = setting(
         "training", lambda known: [], "of the validation, besides loss and accuracy; means over the classes"
     )
 
@@ -118,6 +129,14 @@ class RunConfig(BaseModel):
         if warmup >= info.data.get("epochs", float("inf")):
             raise ValueError(f"below the epochs, which are {info.data['epochs']}; got {warmup:g}")
         return warmup
+
+    @field_validator("monitor")
+    @classmethod
+    def _monitor_is_a_column(cls, monitor: str, info: ValidationInfo) -> str:
+        columns = [*COLUMNS, *(f"val_{name}" for name in info.data.get("metrics", get_args(Metric)))]
+        if monitor not in columns:
+            raise ValueError(f"out of {', '.join(columns)}; got {monitor!r}")
+        return monitor
 
     def decisive(self) -> dict[str, Any]:
         """The settings that the numbers depend on: what a checkpoint is checked against before a resume."""

@@ -51,7 +51,7 @@ def image(path: Path) -> str | None:
 
 def show(value: Any) -> str:
     """A setting or a metric for people."""
-    if value is None:
+    if value is None or value == []:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"

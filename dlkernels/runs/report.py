@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlkernels.runs.config import RunConfig
-from dlkernels.runs.figures import by_epoch
+from dlkernels.runs.config import RunConfig, group_of
 from dlkernels.runs.folder import RunFolder
 from dlkernels.runs.page import chart, duration, image, metric, show, write_page
 from dlkernels.trainer.monitor import Monitor
+from dlkernels.trainer.plots import by_epoch
 
+LAST = ["lr", "seconds", "samples_per_second"]  # columns of the history's table
 PAIRED = ("loss", "accuracy")  # drawn for training and validation in one chart
 
 
@@ -120,7 +121,7 @@ def _confusion(counts: list[list[int]] | None) -> dict[str, Any] | None:
 
 
 def _table(history: Sequence[Mapping[str, Any]], best: int | None, monitor: str) -> dict[str, Any]:
-    columns = list(dict.fromkeys(key for row in history for key in row))
+    columns = sorted(dict.fromkeys(key for row in history for key in row), key=LAST.count)
     rows = [
         {"cells": [metric(name, row.get(name)) for name in columns], "best": row["epoch"] == best} for row in history
     ]
@@ -131,9 +132,7 @@ def _table(history: Sequence[Mapping[str, Any]], best: int | None, monitor: str)
 def _settings(config: RunConfig) -> dict[str, dict[str, str]]:
     groups: dict[str, dict[str, str]] = {}
     for name, field in RunConfig.model_fields.items():
-        extra = field.json_schema_extra
-        group = str(extra["group"]) if isinstance(extra, dict) else ""
-        groups.setdefault(group, {})[name.replace("_", " ")] = show(getattr(config, name))
+        groups.setdefault(group_of(field), {})[name.replace("_", " ")] = show(getattr(config, name))
     return groups
 
 

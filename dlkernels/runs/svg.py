@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dlkernels.runs.figures import draw_curves, new_figure
+from dlkernels.trainer.plots import draw_curves, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,18 +17,16 @@ STYLE: dict[Any, Any] = dict.fromkeys(
     ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK
 )
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "grid.color": "#808080"}
-STYLE |= {"svg.fonttype": "none", "font.size": 11.0, "lines.linewidth": 1.8}
+STYLE |= {"svg.fonttype": "none", "text.parse_math": False, "font.size": 11.0, "lines.linewidth": 1.8}
 
 
-def curves_svg(curves: Mapping[str, tuple[list[int], list[float]]], name: str, log: bool = False) -> str:
+def curves_svg(curves: Mapping[str, tuple[list[int], list[float]]], name: str) -> str:
     """A chart of lines over epochs as an ``<svg>`` element, as wide as its place."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure, (panel,) = new_figure(1, width=5.6, height=3.6)
-        draw_curves(panel, curves, name)
-        if log:
-            panel.set_yscale("log")
+        figure, (panel,) = new_figure(1, width=5.2, height=3.4)
+        draw_curves(panel, curves, "")
         return _inline(figure, name)
 
 
@@ -39,7 +37,7 @@ def _inline(figure: Figure, name: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(
-        r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL
+        r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text, flags=re.DOTALL
     )  # the style is for every element: the page's
     text = (
         re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", text[: text.index(">")]) + text[text.index(">") :]

@@ -24,7 +24,7 @@ def require() -> None:
     """Raise :class:`ExportError` unless what torch's exporter needs is installed."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise ExportError(f'ONNX export needs {" and ".join(missing)}: run pip install "dlkernels[export]"')
+        raise ExportError(f"ONNX export needs {' and '.join(missing)}: run pip install {' '.join(missing)}")
 
 
 def convert(program: ExportedProgram, batch_dims: Any) -> bytes:

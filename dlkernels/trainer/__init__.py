@@ -7,8 +7,10 @@ It takes any nn.Module, loss and torch optimizer, and knows nothing of fused ope
 from dlkernels.trainer.callbacks import Callback, EarlyStopping
 from dlkernels.trainer.checkpoint import CheckpointError
 from dlkernels.trainer.checkpoints import Checkpoints
+from dlkernels.trainer.cross_validation import Fold, cross_validate, folds
 from dlkernels.trainer.display import set_printoptions
 from dlkernels.trainer.loop import NonFiniteLoss, Trainer
+from dlkernels.trainer.lr_finder import find_lr
 from dlkernels.trainer.monitor import Monitor
 from dlkernels.trainer.optimizers import adam, adamw, sgd
 from dlkernels.trainer.schedule import schedule
@@ -18,11 +20,15 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "EarlyStopping",
+    "Fold",
     "Monitor",
     "NonFiniteLoss",
     "Trainer",
     "adam",
     "adamw",
+    "cross_validate",
+    "find_lr",
+    "folds",
     "schedule",
     "set_printoptions",
     "sgd",

@@ -61,8 +61,16 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         TypeError: something in it could not be read back; nothing was written.
     """
     check_plain(state)
-    with atomic_write(path) as file:
-        torch.save({"format": FORMAT, "version": VERSION, "torch": str(torch.__version__), **state}, file)
+    content = {"format": FORMAT, "version": VERSION, "torch": str(torch.__version__), **state}
+    try:
+        with atomic_write(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        # Closing its archive over a write that failed, torch raises an error that hides the reason.
+        if isinstance(error.__context__, OSError):
+            reason = error.__context__
+            raise OSError(reason.errno, f"{reason.strerror}: the checkpoint was not written", str(path)) from error
+        raise
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dlkernels.trainer.checkpoint import CheckpointError
 from dlkernels.trainer.checkpoints import OneFile
 from dlkernels.trainer.diagnose import first_not_finite
 from dlkernels.trainer.evaluation import Metrics, evaluate
+from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
 from dlkernels.trainer.metrics import Meter, count_correct
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
@@ -68,7 +69,8 @@ class Trainer:
             validation and ``evaluate`` run.
         metrics: names and ``torchmetrics`` metrics, for validation; the rows have them as ``val_<name>``.
         callbacks: ``Callback`` objects, run in this order.
-        compile: run the model by ``torch.compile``; checkpoints are those of the model as it is.
+        compile: train by ``torch.compile``, with these arguments if a mapping; checkpoints are the model's own.
+        cuda_graph: capture the whole step as a CUDA graph and replay it on batches of the same shapes (``graph``).
         progress: ``auto`` (a bar on a terminal, else a line per epoch), ``bar``, ``lines`` or ``silent``.
         config: JSON-able settings kept in the checkpoint; ``load`` makes sure they are still the same.
         name: what the progress lines call this run.
@@ -109,7 +111,8 @@ class Trainer:
         ema: float | None = None,
         metrics: Metrics | None = None,
         callbacks: Sequence[Callback] = (),
-        compile: bool = False,
+        compile: bool | Mapping[str, Any] = False,
+        cuda_graph: bool = False,
         progress: Mode = "auto",
         config: Mapping[str, Any] | None = None,
         name: str = "train",
@@ -132,7 +135,9 @@ class Trainer:
         self.epoch = 0
         self.batch = 0
         self.stopped: str | None = None
-        self._run: Any = torch.compile(model) if compile else model
+        self._run: Any = model
+        if compile:
+            self._run = torch.compile(model, **(compile if isinstance(compile, Mapping) else {}))
         if scaler is None and autocast is torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
         self._step = Step(
@@ -145,6 +150,7 @@ class Trainer:
             schedule_every=schedule_every,
             ema=ema,
         )
+        self._graph = GraphedStep(model, self._run, loss, self._step, autocast) if cuda_graph else None
         self._meter = Meter()
         self._seconds = 0.0  # spent on training in the epoch in progress
         self._batches = ResumableBatches(train_data)
@@ -154,6 +160,11 @@ class Trainer:
     @property
     def updates(self) -> int:
         return self._step.updates
+
+    @property
+    def running_losses(self) -> list[float]:
+        """The losses of the epoch in progress, batch by batch; reading them waits for the device."""
+        return self._meter.losses
 
     @property
     def evaluated(self) -> nn.Module:
@@ -253,13 +264,17 @@ class Trainer:
         return True
 
     def _train_batch(self, x: Any, y: Any, last: bool) -> None:
-        self._step.begin()
-        output, loss = forward(self._run, self.loss, x, y, self.autocast)
-        # On the CPU looking costs nothing, and the weights are saved from the step. A GPU would be waited for.
-        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise self._non_finite(f"the loss became {loss.item()}", self.batch, x, y)
         samples = samples_of(x, y)
-        self._step.backward(loss, samples, last)
+        if self._graph is not None and self._graph.takes(x, y):
+            output, loss = self._graph(x, y)
+            loss = loss.clone()  # the next replay writes to the same place
+        else:
+            self._step.begin()
+            output, loss = forward(self._run, self.loss, x, y, self.autocast)
+            # On the CPU looking costs nothing, and the weights are saved from the step. A GPU would be waited for.
+            if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+                raise self._non_finite(f"the loss became {loss.item()}", self.batch, x, y)
+            self._step.backward(loss, samples, last)
         with torch.no_grad():
             self._meter.add(loss.detach(), samples, count_correct(output, y))
 

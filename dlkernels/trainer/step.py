@@ -110,6 +110,11 @@ class Step:
             for parameter in self._parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(self._weight)
+        self.apply()
+        self.updated()
+
+    def apply(self) -> None:
+        """Clip, and step."""
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
         if self.scaler is None:
@@ -117,6 +122,9 @@ class Step:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+
+    def updated(self) -> None:
+        """The optimizer has stepped: what follows it."""
         self._gathered = 0
         self.updates += 1
         if self.scheduler is not None and self.schedule_every == "update":

@@ -1,0 +1,109 @@
+"""k-fold cross-validation: train k times, each time validated on the fold that was left out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dlkernels.trainer.display import number, table
+from dlkernels.trainer.loop import Trainer
+
+Kind = Literal["plain", "stratified", "grouped"]
+NOT_METRICS = ("epoch", "lr", "seconds", "samples_per_second")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Indices of samples, int64: those to train on and those left out for validation. ``number`` counts from 0."""
+
+    number: int
+    train: Tensor
+    validation: Tensor
+
+
+def folds(
+    labels: Tensor, count: int = 5, *, kind: Kind = "plain", groups: Tensor | None = None, seed: int = 0
+) -> Iterator[Fold]:
+    """Splits of the samples into ``count`` folds by scikit-learn, every sample in exactly one validation fold.
+
+    Args:
+        labels: [N]; their values matter to ``stratified`` only, which gives each fold the classes' shares.
+        kind: ``plain`` (KFold), ``stratified`` (StratifiedKFold), or ``grouped`` (GroupKFold): all samples of a
+            group, such as one writer's digits, are in the same fold.
+        groups: [N], the group of each sample; for ``grouped`` only.
+        seed: of the shuffling before the split.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: another kind, groups where there must be none or the reverse, or fewer samples, members of a class
+            or groups than folds.
+    """
+    from sklearn import model_selection
+
+    if kind not in get_args(Kind):
+        raise ValueError(f"expected folds that are {', '.join(get_args(Kind))}; got {kind!r}")
+    if (groups is None) == (kind == "grouped"):
+        raise ValueError(f"expected groups for grouped folds and only for those; got {kind} folds")
+    name = {"plain": "KFold", "stratified": "StratifiedKFold", "grouped": "GroupKFold"}[kind]
+    splitter = getattr(model_selection, name)(count, shuffle=True, random_state=seed)
+    given = None if groups is None else groups.cpu().numpy()
+    for index, (train, validation) in enumerate(splitter.split(torch.empty(len(labels)), labels.cpu().numpy(), given)):
+        yield Fold(index, torch.from_numpy(train), torch.from_numpy(validation))
+
+
+@dataclass
+class CrossValidation:
+    """The history of every fold's training; ``str()`` is a table."""
+
+    histories: list[list[dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The metrics of each fold's last epoch."""
+        return [
+            {key: value for key, value in history[-1].items() if key not in NOT_METRICS and isinstance(value, float)}
+            for history in self.histories
+        ]
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Over folds, by metric."""
+        return {key: statistics.fmean(row[key] for row in self.rows) for key in self.rows[0]}
+
+    @property
+    def spread(self) -> dict[str, float]:
+        """Standard deviation over folds (n - 1 in the denominator), by metric."""
+        return {key: statistics.stdev(row[key] for row in self.rows) for key in self.rows[0]}
+
+    def __str__(self) -> str:
+        named = [(f"fold {index + 1}", row) for index, row in enumerate(self.rows)]
+        named += [("mean", self.mean), ("spread", self.spread)]
+        return table(["", *self.mean], [[name, *map(number, row.values())] for name, row in named])
+
+
+def cross_validate(make: Callable[[Fold], Trainer], splits: Iterable[Fold], epochs: int) -> CrossValidation:
+    """Train a new trainer on every fold.
+
+    Args:
+        make: from a fold to a fresh trainer, with a model of its own, the fold's ``train`` samples as training data
+            and its ``validation`` samples as validation data.
+        splits: ``folds(...)``; at least two.
+        epochs: for each.
+
+    Raises:
+        ValueError: fewer than two folds, or a trainer without validation data.
+    """
+    result = CrossValidation()
+    for fold in splits:
+        trainer = make(fold)
+        if trainer.val_data is None:
+            raise ValueError("expected a trainer with the fold's validation samples as val_data; got one without")
+        result.histories.append([dict(row) for row in trainer.fit(epochs)])
+    if len(result.histories) < 2:
+        raise ValueError(f"expected at least two folds; got {len(result.histories)}")
+    return result

@@ -1,0 +1,111 @@
+"""A learning rate by trying: raise it batch by batch and look where the loss falls fastest (Smith 2017)."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlkernels.trainer.callbacks import Callback
+from dlkernels.trainer.loop import NonFiniteLoss, Trainer
+from dlkernels.trainer.step import Loss
+
+SMOOTHING = 0.9  # of the losses, exponentially
+DIVERGED = 4.0  # times the best loss: the end of the search
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """The rates that were tried, and the smoothed loss after each."""
+
+    rates: list[float]
+    losses: list[float]
+
+    @property
+    def suggestion(self) -> float:
+        """Where the loss falls fastest per factor of the rate."""
+        falls = [later - earlier for earlier, later in zip(self.losses, self.losses[1:], strict=False)]
+        return self.rates[min(range(len(falls)), key=falls.__getitem__)]
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Loss over rate as a PNG.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            OSError: ``path`` cannot be written.
+        """
+        from dlkernels.trainer.plots import plot_rates
+
+        plot_rates(self.rates, self.losses, self.suggestion, path)
+
+
+def find_lr(
+    model: nn.Module,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    train_data: Iterable[Any],
+    *,
+    first: float = 1e-6,
+    last: float = 1.0,
+    batches: int = 100,
+    autocast: torch.dtype | None = None,
+) -> LearningRates:
+    """Try ``batches`` rates from ``first`` to ``last``, each a fixed factor above the one before.
+
+    Ends early where the loss has diverged. Model, optimizer and random state are as before afterwards.
+
+    Args:
+        model, loss, optimizer, train_data, autocast: as for ``Trainer``; all parameter groups get the same rate.
+
+    Raises:
+        ValueError: not ``0 < first < last``, fewer than 10 batches, or a loss that diverges from the beginning.
+    """
+    if not 0 < first < last or batches < 10:
+        raise ValueError(f"expected 0 < first < last and at least 10 batches; got {first}, {last} and {batches}")
+    factor = (last / first) ** (1 / (batches - 1))
+    sweep = _Sweep([first * factor**index for index in range(batches)])
+    trainer = Trainer(model, loss, optimizer, train_data, autocast=autocast, callbacks=[sweep], progress="silent")
+    before = copy.deepcopy(trainer.state_dict())
+    try:
+        trainer.fit(batches)  # epochs: at least one batch each
+    except NonFiniteLoss:
+        pass  # as far as one can go
+    finally:
+        trainer.load_state_dict(before)
+    if len(sweep.losses) < 3:
+        raise ValueError(f"expected a loss that falls at first; it diverged at a rate of {first:g}: begin lower")
+    return LearningRates(sweep.rates[: len(sweep.losses)], sweep.losses)
+
+
+class _Sweep(Callback):
+    """Another rate for every batch."""
+
+    def __init__(self, rates: list[float]) -> None:
+        self.rates = rates
+        self.losses: list[float] = []
+        self._average = 0.0
+
+    def fit_begins(self, trainer: Trainer) -> None:
+        self._set(trainer, self.rates[0])
+
+    def batch_ends(self, trainer: Trainer) -> None:
+        tried = len(self.losses) + 1
+        self._average = SMOOTHING * self._average + (1 - SMOOTHING) * trainer.running_losses[-1]
+        smooth = self._average / (1 - SMOOTHING**tried)
+        if smooth > DIVERGED * min([*self.losses, smooth]):
+            trainer.stop("the loss has diverged")
+            return
+        self.losses.append(smooth)
+        if tried == len(self.rates):
+            trainer.stop("every rate was tried")
+        else:
+            self._set(trainer, self.rates[tried])
+
+    def _set(self, trainer: Trainer, rate: float) -> None:
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = rate
