@@ -54,9 +54,9 @@ def export_onnx(
 ) -> Exported:
     """Write ``model`` as ONNX, with nodes of the standard domain only. Arguments as for :func:`export_program`.
 
-    Needs onnx and onnxscript (the extra ``export`` has them, and onnxruntime). The file is compared with the model as there, run
-    by onnxruntime, or by ONNX's reference evaluator where onnxruntime is not installed or lacks a kernel (it has few
-    for bfloat16); ``Exported.runtime`` says by which. ONNX files hold at most 2 GiB.
+    Needs onnx and onnxscript (the extra ``export`` has them, and onnxruntime). The file is compared with the model as
+    there, run by onnxruntime, or by ONNX's reference evaluator where onnxruntime is not installed or lacks a kernel
+    (it has few for bfloat16); ``Exported.runtime`` says by which. ONNX files hold at most 2 GiB.
 
     Raises:
         ExportError: a package is missing, the model cannot be traced or has no form in ONNX's operators, or the
