@@ -12,7 +12,7 @@ from torch import nn
 from dlkernels import fuse, losses
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.decompositions import DECOMPOSITIONS
-from dlkernels.agreement import arguments
+from dlkernels.agreement import arguments, judge
 from dlkernels.nn import MLP, LinearAct, LinearCrossEntropy
 from dlkernels.serving import check, decompose, export_onnx, export_program, onnx
 from dlkernels.serving.decompose import operators
@@ -277,3 +277,36 @@ def test_fresh_inputs_are_legal_and_new():
     assert inputs["x"].std() > 0.1
     again = check.fresh(example, 50, seed=1)
     assert all(torch.equal(t, again[name]) for name, t in inputs.items())
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+
+
+class Scores(nn.Module):
+    """Scores and the best of them; in float32 whatever it is made to be, which float64 copies stumble over."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        z = self.layer(x.to(torch.float32))
+        return z, z.argmax(1)
+
+
+def test_judge():
+    model, x = Scores().eval(), torch.rand(5, 6)
+    z, best = call(model, (x,))[0]
+    near = z * (1 + torch.finfo(torch.float32).eps)
+    assert judge([z, best], model, x) and judge([near, best], model, x)
+    for wrong in ([z * 1.0001, best], [z, best + 1], [z[:4], best], [z.double(), best], [z], [z, best, z]):
+        assert not judge(wrong, model, x)
+    z = z.clone()
+    z[0, 0] = float("nan")
+    assert not judge([z, best], model, x)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # the model's own error, not hidden
+        judge([z, best], model, torch.rand(5, 7))
+
+
+def test_model_without_a_float64_copy(tmp_path):
+    assert export_program(Scores(), torch.rand(2, 6), tmp_path / "model.pt2").agreement
