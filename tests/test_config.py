@@ -149,9 +149,16 @@ def test_choices_are_those_there_are():
 
 
 def test_settings_arrive_at_the_trainer(tmp_path):
-    config = load_config(None, EVERY | {"compile": False, "out": str(tmp_path), "tensorboard": False})
-    trainer = Job(config, load_digits()).fused(RunFolder(tmp_path))
+    settings = EVERY | {"compile": False, "clip_norm": 0.01, "out": str(tmp_path), "tensorboard": False}
+    trainer = Job(load_config(None, settings), load_digits()).fused(RunFolder(tmp_path))
+    norms = []
+
+    def look(optimizer, *_):
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in optimizer.param_groups[0]["params"]]).item())
+
+    trainer.optimizer.register_step_pre_hook(look)
     trainer.fit(1)
+    assert norms == pytest.approx([0.01] * trainer.updates, rel=1e-3)
     assert type(trainer.optimizer) is torch.optim.SGD
     group = trainer.optimizer.param_groups[0]
     assert (group["momentum"], group["weight_decay"], group["initial_lr"]) == (0.8, 0.01, 0.1)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from dlkernels.agreement import arguments
 from dlkernels.cli.command import SettingError, add_command
 from dlkernels.data.vision import import_torchvision
 from dlkernels.fusion import fuse, report
-from dlkernels.fusion.observe import Disagreement, arguments
+from dlkernels.fusion.observe import Disagreement
 
 SECONDS = 5.0  # for timing both
 Made = tuple[nn.Module, Any]  # a model and its example inputs
