@@ -232,6 +232,11 @@ def run_layers(model, x, g):
     return [whole(t) for t in (y, *grads)]
 
 
+def activations():
+    """All of them in two processes; with more, one of each kind: that saves z, that saves y, none."""
+    return ACTIVATIONS if dist.get_world_size() == 2 else ("gelu", "relu", "none")
+
+
 def pair(activation, last="none"):
     """What a transformer's block has, up and down again, of our layers; and stock's form with the same weights."""
     torch.manual_seed(3)
@@ -252,7 +257,7 @@ def judge_layers(what, ours, stock, shape):
 @check
 def column_then_row():
     """One all-reduce forward, one backward, and nothing else: what the pair is made for."""
-    for activation, last in zip(ACTIVATIONS, cycle(["none", "relu"]), strict=False):
+    for activation, last in zip(activations(), cycle(["none", "relu"]), strict=False):
         ours, stock = pair(activation, last)
         parallelize_module(ours, mesh(), {"0": ColwiseParallel(), "1": RowwiseParallel()})
         judge_layers(f"column, row, {activation}", ours, stock, (4, 6, 20))
@@ -272,7 +277,7 @@ def communication(model, x):
 @check
 def row_wise_fused_layer():
     """The activation comes after the sum over ranks; x, replicated, is cut where it is."""
-    for activation in ACTIVATIONS:
+    for activation in activations():
         ours, stock = pair(activation, "relu")
         styles = {i: RowwiseParallel(input_layouts=Replicate()) for i in "01"}
         parallelize_module(ours, mesh(), styles)
@@ -323,7 +328,8 @@ def every_placement():
     """DTensors by hand, split every way, features that do not divide by the ranks: the rules alone."""
     generator = torch.Generator().manual_seed(1)
     anywhere = [Replicate(), Shard(0), Shard(1), Shard(2)]
-    for activation, shape in (("none", (8, 9)), ("gelu", (8, 9)), ("relu", (4, 6, 9))):
+    cases = ("relu", (4, 6, 9)), ("none", (8, 9)), ("gelu", (8, 9))
+    for activation, shape in cases if dist.get_world_size() == 2 else cases[1:]:
         args = [torch.randn(s, generator=generator) for s in (shape, (10, 9), (10,))]
         g = torch.randn(*shape[:-1], 10, generator=generator)
         stock, exact = (

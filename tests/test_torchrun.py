@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlkernels.__main__ import main
+from dlkernels.data import load
 
 for package in ("matplotlib", "pydantic", "jinja2", "tomli_w"):
     pytest.importorskip(package)
@@ -33,9 +33,14 @@ def torchrun(out, *options, restarts=0):
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """The weights of one process."""
-    out = tmp_path_factory.mktemp("single")
-    assert main([*DIGITS, "--out", str(out)]) == 0
-    return weights(out)
+    from dlkernels.runs.config import load_config
+    from dlkernels.runs.folder import RunFolder
+    from dlkernels.runs.job import Job
+
+    config = load_config(None, {"dataset": "digits", "optimizer": "sgd", "lr": 0.05, "progress": "silent"})
+    trainer = Job(config, load("digits", None)).fused(RunFolder(tmp_path_factory.mktemp("single")))
+    trainer.fit(EPOCHS)
+    return trainer.model.state_dict()
 
 
 def weights(out):
@@ -77,6 +82,7 @@ def test_a_killed_worker_is_restarted_and_goes_on_from_the_checkpoint(tmp_path, 
     assert [row["epoch"] for row in record["history"]] == list(range(1, EPOCHS + 1))
 
 
+@pytest.mark.slow
 def test_fsdp_ends_with_whole_weights_and_prints_once(tmp_path, single):
     process = torchrun(tmp_path, "--parallel", "fsdp")
     output, errors = process.communicate(timeout=120)
