@@ -5,42 +5,30 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from dlkernels.trainer import checkpoint, checkpoints, distributed, sharded
-from dlkernels.trainer.batches import ResumableBatches
+from dlkernels.trainer import distributed, sharded
 from dlkernels.trainer.callbacks import Callback
-from dlkernels.trainer.checkpoint import CheckpointError
 from dlkernels.trainer.checkpoints import OneFile
-from dlkernels.trainer.diagnose import first_not_finite
+from dlkernels.trainer.diagnose import NonFiniteLoss, first_not_finite
 from dlkernels.trainer.distributed import Part, Ranks
 from dlkernels.trainer.evaluation import Metrics, evaluate
 from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
-from dlkernels.trainer.metrics import Meter, count_correct
+from dlkernels.trainer.metrics import count_correct
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
-from dlkernels.trainer.randomness import rng_state, set_rng_state
+from dlkernels.trainer.state import TrainingState
 from dlkernels.trainer.step import Every, Loss, Step, forward
 from dlkernels.trainer.summary import summarize
 from dlkernels.trainer.transfer import pair, to
 
 
-class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite. ``epoch`` and ``batch`` (from 1) and ``update`` say where, ``cause`` why."""
-
-    def __init__(self, message: str, *, epoch: int, batch: int, update: int, cause: str) -> None:
-        super().__init__(message)
-        self.epoch, self.batch, self.update, self.cause = epoch, batch, update, cause
-
-
-class Trainer:
+class Trainer(TrainingState):
     """Trains ``model`` to lower ``loss(model(x), y)`` over batches ``(x, y)``.
 
         trainer = Trainer(model, nn.CrossEntropyLoss(), adam(model.parameters()), batches, val_batches)
@@ -130,33 +118,17 @@ class Trainer:
         ranks: Ranks | None = None,
         name: str = "train",
     ) -> None:
-        self.ranks = distributed.current() if ranks is None else ranks
-        self._run: Any = self.ranks.run(model)
-        self.model = model = distributed.unwrapped(self._run)
+        ranks = distributed.current() if ranks is None else ranks
+        self._run: Any = ranks.run(model)
+        model = distributed.unwrapped(self._run)
         if ema is not None and sharded.is_sharded(model):
             raise ValueError("expected no moving average (ema) for a model that FSDP2 has split: it would be whole")
-        self.loss = loss
-        self.optimizer = optimizer
-        self.train_data = train_data
-        self.val_data = val_data
-        self.checkpoint = checkpoint if checkpoint is None or isinstance(checkpoint, OneFile) else OneFile(checkpoint)
-        self.autocast = autocast
-        self.metrics = dict(metrics or {})
-        self.callbacks = list(callbacks)
-        self.config = dict(config or {})
-        self.name = name
+        if cuda_graph and ranks.world > 1:
+            raise ValueError("expected no cuda_graph with several processes, whose gradients are added up on the way")
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-        self.history: list[dict[str, Any]] = []
-        self.batch_losses: list[float] = []
-        self.epoch = 0
-        self.batch = 0
-        self.stopped: str | None = None
-        if compile:
-            self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
         if scaler is None and autocast is torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
-        self._step = Step(
+        step = Step(
             model,
             optimizer,
             accumulate=accumulate,
@@ -166,12 +138,17 @@ class Trainer:
             schedule_every=schedule_every,
             ema=ema,
         )
-        if cuda_graph and self.ranks.world > 1:
-            raise ValueError("expected no cuda_graph with several processes, whose gradients are added up on the way")
-        self._graph = GraphedStep(model, self._run, loss, self._step, autocast) if cuda_graph else None
-        self._meter = Meter(self.ranks.total)
-        self._seconds = 0.0  # spent on training in the epoch in progress
-        self._batches = ResumableBatches(train_data)
+        super().__init__(
+            model, optimizer, step, train_data, checkpoint=checkpoint, callbacks=callbacks, config=config, ranks=ranks
+        )
+        self.loss = loss
+        self.val_data = val_data
+        self.autocast = autocast
+        self.metrics = dict(metrics or {})
+        self.name = name
+        if compile:
+            self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
+        self._graph = GraphedStep(model, self._run, loss, step, autocast) if cuda_graph else None
         self._in_step = False
         self._progress_mode = progress
 
@@ -329,8 +306,7 @@ class Trainer:
         self.batch_losses = self._meter.losses
         self.epoch += 1
         self.batch = 0
-        self._meter = Meter(self.ranks.total)
-        self._seconds = 0.0
+        self._begin_epoch()
         if self.checkpoint is not None:
             self._write(row)
 
@@ -369,15 +345,13 @@ class Trainer:
         self._step.discard()
         if part is not None:
             cause = self.ranks.first(None if what is None else self._cause(part.x, part.y))
-        what, cause = self.ranks.first(what), cause or ""
-        kept = None if self.checkpoint is None else self.checkpoint.newest()
-        saved = "no checkpoint is kept" if kept is None else f"the checkpoint {kept} is from before"
-        place = {"epoch": self.epoch + 1, "batch": batch + 1, "update": self.updates + 1}
         return NonFiniteLoss(
-            f"{what} at batch {place['batch']} of epoch {place['epoch']} (update {place['update']}): {cause}. Training "
-            f"stops, {saved}. Try a smaller learning rate, and look for NaN or very large values in the data",
-            **place,
-            cause=cause,
+            self.ranks.first(what) or "",
+            cause or "",
+            epoch=self.epoch + 1,
+            batch=batch + 1,
+            update=self.updates + 1,
+            checkpoint=None if self.checkpoint is None else self.checkpoint.newest(),
         )
 
     def _cause(self, x: Any, y: Any) -> str:
@@ -414,94 +388,6 @@ class Trainer:
         )
 
     # --- checkpoints ----------------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all that a resume needs to ``path``, atomically.
-
-        Raises:
-            OSError: it cannot be written; what was there before is untouched.
-            TypeError: the state of a callback or a scheduler holds something that could not be read back.
-        """
-        state = self.state_dict()  # all ranks take part
-        self.ranks.from_main(lambda: checkpoint.save(path, state))
-
-    def load(self, path: str | os.PathLike[str], *, fallback: bool = False) -> Path:
-        """Continue from a checkpoint: the next ``fit`` goes on where it was written.
-
-        Args:
-            path: a file, or the folder of ``Checkpoints``, of which the newest is taken.
-            fallback: where the newest is damaged, set it aside with a warning and take the one before.
-
-        Returns:
-            The file that was loaded.
-
-        Raises:
-            CheckpointError: it cannot be read, or belongs to another model, optimizer, configuration or
-                (where it was written within an epoch) other batches. Nothing has been changed then.
-        """
-        file, state, set_aside = self.ranks.from_main(lambda: checkpoints.read(path, fallback=fallback))
-        self._check_same_run(file, state)
-        for damage in set_aside:
-            warnings.warn(f"{damage}; going on from {file}", stacklevel=2)
-        self.load_state_dict(state)
-        return file
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds; plain containers, numbers, strings and tensors."""
-        return {
-            "model": sharded.whole(self.model.state_dict()),
-            "optimizer": sharded.whole(checkpoint.optimizer_state(self.optimizer)),
-            "step": self._step.state_dict(),
-            "rng": rng_state(),
-            "batches": self._batches.state_dict(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "meter": self._meter.state_dict(),
-            "seconds": self._seconds,
-            "history": self.history,
-            "batch_losses": self.batch_losses,
-            "callbacks": {name: callback.state_dict() for name, callback in self._named_callbacks()},
-            "stopped": self.stopped,
-            "config": self.config,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, random state included."""
-        sharded.load_model(self.model, state["model"])
-        sharded.load_optimizer(self.optimizer, state["optimizer"]["state"])
-        self._step.load_state_dict(state["step"])
-        set_rng_state(state["rng"])
-        self._batches.load_state_dict(state["batches"])
-        self.epoch = state["epoch"]
-        self.batch = state["batch"]
-        self._meter = Meter(self.ranks.total)
-        self._meter.load_state_dict(state["meter"])
-        self._seconds = state["seconds"]
-        self.history = [dict(row) for row in state["history"]]
-        self.batch_losses = list(state["batch_losses"])
-        for name, callback in self._named_callbacks():
-            if name in state["callbacks"]:  # one that is new begins anew
-                callback.load_state_dict(state["callbacks"][name])
-        self.stopped = state["stopped"]
-        if self.checkpoint is not None:
-            self.checkpoint.load_state_dict(state.get("checkpoints", {}))
-
-    def _named_callbacks(self) -> list[tuple[str, Callback]]:
-        return [(f"{index} {type(callback).__name__}", callback) for index, callback in enumerate(self.callbacks)]
-
-    def _check_same_run(self, path: object, state: Mapping[str, Any]) -> None:
-        if missing := self.state_dict().keys() - state.keys():
-            raise CheckpointError(f"{path} is not a trainer's checkpoint: it lacks {', '.join(sorted(missing))}")
-        checkpoint.check_model(path, state["model"], self.model)
-        checkpoint.check_optimizer(path, state["optimizer"], self.optimizer)
-        checkpoint.check_parts(path, state["step"], self._step.state_dict())
-        checkpoint.check_config(path, state["config"], self.config)
-        held, own = state["batches"]["identity"], self._batches.identity()
-        if held != own:
-            text = f"{path} was made on batches of {held}; this run's are {own}"
-            if state["batch"]:
-                raise CheckpointError(f"{text}: within an epoch only the same batches can go on")
-            warnings.warn(f"{text}: training goes on, but not as it would have", stacklevel=3)
 
     def _save_here(self) -> None:
         """Between two updates; weights that a NaN has spoiled are not saved."""
