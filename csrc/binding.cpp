@@ -11,6 +11,13 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_linear_act_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor saved, int act, float slope, bool need_x, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("_linear_act_autocast_forward(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
+  m.def(
+      "_linear_act_autocast_forward_z(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "_linear_act_autocast_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor saved, ScalarType x_dtype, "
+      "int act, float slope, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, bool keep) -> Tensor[]");
   m.def(
       "_mlp_backward(Tensor grad_y, Tensor x, Tensor[] weights, Tensor? y, Tensor[] kept, int[] acts, float slope, "
@@ -40,10 +47,15 @@ TORCH_LIBRARY(dlkernels, m) {
     m.impl("_cross_entropy", &dlk::cross_entropy_##suffix);               \
   }
 
-// A loss with its layer runs on CPU; elsewhere dlkernels/_ops runs them one by one.
-#define DLK_IMPLEMENT_CPU(key) \
-  DLK_IMPLEMENT(key, cpu)      \
-  TORCH_LIBRARY_IMPL(dlkernels, key, m) { m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_cpu); }
+// On CPU only: a loss with its layer, and a layer with the casts of autocast. Elsewhere dlkernels/_ops takes them apart.
+#define DLK_IMPLEMENT_CPU(key)                                                         \
+  DLK_IMPLEMENT(key, cpu)                                                              \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                              \
+    m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_cpu);                   \
+    m.impl("_linear_act_autocast_forward", &dlk::linear_act_autocast_forward_cpu);     \
+    m.impl("_linear_act_autocast_forward_z", &dlk::linear_act_autocast_forward_z_cpu); \
+    m.impl("_linear_act_autocast_backward", &dlk::linear_act_autocast_backward_cpu);   \
+  }
 
 DLK_IMPLEMENT_CPU(CPU)
 // Layouts the kernels refuse: routed to the same checks, which say so better than the dispatcher would.

@@ -57,20 +57,39 @@ Activation check_activation(int64_t act, double slope) {
   return {static_cast<Act>(act), slope};
 }
 
+void check_dtype(const at::Tensor& t, const char* name, at::ScalarType wanted, const char* op) {
+  TORCH_CHECK_TYPE(t.scalar_type() == wanted, op, ": expected ", name, " in ", wanted, " under autocast, got ",
+                   t.scalar_type());
+}
+
+// weight or bias beside x, or beside grad_y
+void check_parameter(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op,
+                     Dtypes dtypes) {
+  if (dtypes == Dtypes::one) return check_like(t, name, x, x_name, op);
+  check_place(t, name, x, x_name, op);
+  check_dtype(t, name, at::kFloat, op);
+}
+
+void check_autocast_input(at::ScalarType x, const char* op) {
+  TORCH_CHECK_TYPE(x == at::kFloat || x == at::kBFloat16, op,
+                   ": expected x in float32 or bfloat16 under autocast, got ", x);
+}
+
 }  // namespace
 
 std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weight,
-                                     const std::optional<at::Tensor>& bias, const char* op) {
+                                     const std::optional<at::Tensor>& bias, const char* op, Dtypes dtypes) {
   check_layout(x, "x", op);
-  check_like(weight, "weight", x, "x", op);
-  const DType dtype = dtype_of(x, op);
+  check_parameter(weight, "weight", x, "x", op, dtypes);
+  if (dtypes == Dtypes::autocast) check_autocast_input(x.scalar_type(), op);
+  const DType dtype = dtypes == Dtypes::autocast ? DType::bf16 : dtype_of(x, op);
   TORCH_CHECK(x.dim() >= 1, op, ": x must be [..., in_features], got a 0-dimensional tensor");
   TORCH_CHECK(weight.dim() == 2, op, ": weight must be [out_features, in_features], got shape ", weight.sizes());
   TORCH_CHECK(x.size(-1) == weight.size(1), op, ": x must be [..., in_features] with in_features = ", weight.size(1),
               " (weight is ", weight.sizes(), "), got x of shape ", x.sizes());
   const Shape shape{rows_of(x), weight.size(0), weight.size(1)};
   if (bias) {
-    check_like(*bias, "bias", x, "x", op);
+    check_parameter(*bias, "bias", x, "x", op, dtypes);
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == shape.n, op, ": bias must be [out_features] = [", shape.n,
                 "], got shape ", bias->sizes());
   }
@@ -78,15 +97,19 @@ std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weig
 }
 
 Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
-                      double slope) {
-  const auto [shape, dtype] = check_linear(x, weight, bias, kOp);
+                      double slope, Dtypes dtypes) {
+  const auto [shape, dtype] = check_linear(x, weight, bias, kOp, dtypes);
   return {shape, dtype, check_activation(act, slope)};
 }
 
 Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
                        const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
-                       bool need_x, bool need_weight) {
+                       bool need_x, bool need_weight, Dtypes dtypes, at::ScalarType x_dtype) {
   check_layout(grad_y, "grad_y", kOp);
+  if (dtypes == Dtypes::autocast) {
+    check_dtype(grad_y, "grad_y", at::kBFloat16, kOp);
+    check_autocast_input(x_dtype, kOp);
+  }
   const DType dtype = dtype_of(grad_y, kOp);
   TORCH_CHECK(grad_y.dim() >= 1, "linear_act: grad_y must be [..., out_features], got a 0-dimensional tensor");
   TORCH_CHECK(x || !need_weight, "linear_act: the gradient of weight needs x, got None");
@@ -96,14 +119,19 @@ Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
               saved.sizes());
   Shape shape{rows_of(grad_y), grad_y.size(-1), 0};
   if (weight) {
-    check_like(*weight, "weight", grad_y, "grad_y", kOp);
+    check_parameter(*weight, "weight", grad_y, "grad_y", kOp, dtypes);
     TORCH_CHECK(weight->dim() == 2 && weight->size(0) == shape.n,
                 "linear_act: weight must be [out_features, in_features] with out_features = ", shape.n, " (grad_y is ",
                 grad_y.sizes(), "), got ", weight->sizes());
     shape.k = weight->size(1);
   }
   if (x) {
-    check_like(*x, "x", grad_y, "grad_y", kOp);
+    if (dtypes == Dtypes::autocast) {
+      check_place(*x, "x", grad_y, "grad_y", kOp);
+      check_dtype(*x, "x", x_dtype, kOp);
+    } else {
+      check_like(*x, "x", grad_y, "grad_y", kOp);
+    }
     bool same = x->dim() == grad_y.dim() && (!weight || x->size(-1) == shape.k);
     for (int64_t i = 0; same && i + 1 < x->dim(); ++i) same = x->size(i) == grad_y.size(i);
     TORCH_CHECK(same, "linear_act: x must be [..., in_features] with the leading sizes of grad_y (", grad_y.sizes(),

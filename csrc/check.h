@@ -14,16 +14,19 @@ namespace dlk {
 
 struct Checked {
   Shape shape;
-  DType dtype;
+  DType dtype;  // of y
   Activation act;
 };
 
+// One for all tensors, or autocast's: x float32 or bfloat16, weight and bias float32, the rest bfloat16.
+enum class Dtypes { one, autocast };
+
 Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
-                      double slope);
-// x may be absent without need_weight, weight without need_x; shape.k is 0 when both are.
+                      double slope, Dtypes = Dtypes::one);
+// x may be absent without need_weight, weight without need_x; shape.k is 0 when both are. x_dtype: under autocast.
 Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
                        const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
-                       bool need_x, bool need_weight);
+                       bool need_x, bool need_weight, Dtypes = Dtypes::one, at::ScalarType x_dtype = at::kFloat);
 
 // One per layer of a chain: x [..., K], weights[l] [N_l, K_l], biases[l] [N_l] or None, acts[l] an activation's code.
 std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
@@ -32,7 +35,7 @@ std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
 // The pieces of such checks, for the other ops; `op` begins the message.
 // x [..., in_features], weight [out_features, in_features], bias [out_features]: of one dtype and device.
 std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weight,
-                                     const std::optional<at::Tensor>& bias, const char* op);
+                                     const std::optional<at::Tensor>& bias, const char* op, Dtypes = Dtypes::one);
 DType dtype_of(const at::Tensor& t, const char* op);
 void check_layout(const at::Tensor& t, const char* name, const char* op);
 // Layout and device; with check_like dtype too.

@@ -28,15 +28,21 @@ inline std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last) {
 }
 
 // The gradients asked for, of a layer whose output is like g: not yet written, or, where the layer has no output, zero.
-inline Gradients new_gradients(const Shape& s, const at::Tensor& g, bool need_x, bool need_weight, bool need_bias) {
-  auto make = [&](at::IntArrayRef sizes) {
-    return s.m == 0 || s.n == 0 ? at::zeros(sizes, g.options()) : at::empty(sizes, g.options());
+inline Gradients new_gradients(const Shape& s, const at::Tensor& g, at::ScalarType x, at::ScalarType parameters,
+                               bool need_x, bool need_weight, bool need_bias) {
+  auto make = [&](at::IntArrayRef sizes, at::ScalarType dtype) {
+    const at::TensorOptions options = g.options().dtype(dtype);
+    return s.m == 0 || s.n == 0 ? at::zeros(sizes, options) : at::empty(sizes, options);
   };
   Gradients made;
-  if (need_x) std::get<0>(made) = make(resized_last(g, s.k));
-  if (need_weight) std::get<1>(made) = make({s.n, s.k});
-  if (need_bias) std::get<2>(made) = make({s.n});
+  if (need_x) std::get<0>(made) = make(resized_last(g, s.k), x);
+  if (need_weight) std::get<1>(made) = make({s.n, s.k}, parameters);
+  if (need_bias) std::get<2>(made) = make({s.n}, parameters);
   return made;
+}
+// In the dtype of g.
+inline Gradients new_gradients(const Shape& s, const at::Tensor& g, bool need_x, bool need_weight, bool need_bias) {
+  return new_gradients(s, g, g.scalar_type(), g.scalar_type(), need_x, need_weight, need_bias);
 }
 
 // The gradient of a layer's pre-activation: g · act'(saved), or g itself where `saved` is undefined.

@@ -32,4 +32,17 @@ Gradients linear_act_backward_cuda(const at::Tensor& grad_y, const OptionalTenso
                                    const at::Tensor& saved, int64_t act, double slope, bool need_x, bool need_weight,
                                    bool need_bias);
 
+// The same under bf16 autocast, the casts inside; on CPU only. x is in f32 or bf16, weight and bias in f32, y, z, grad_y and
+// saved in bf16.
+at::Tensor linear_act_autocast_forward_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                           int64_t act, double slope);
+std::tuple<at::Tensor, at::Tensor> linear_act_autocast_forward_z_cpu(const at::Tensor& x, const at::Tensor& weight,
+                                                                     const OptionalTensor& bias, int64_t act,
+                                                                     double slope);
+// dx in x_dtype, which is x's where that is given; dweight and dbias in f32.
+Gradients linear_act_autocast_backward_cpu(const at::Tensor& grad_y, const OptionalTensor& x,
+                                           const OptionalTensor& weight, const at::Tensor& saved,
+                                           at::ScalarType x_dtype, int64_t act, double slope, bool need_x,
+                                           bool need_weight, bool need_bias);
+
 }  // namespace dlk

@@ -66,6 +66,9 @@ py::dict cpu_features() {
 // Whether AMX is there and our products by it failed their self-check in this process.
 bool amx_refused() { return dlk::cpu::amx_refused(); }
 
+// Whether layers under autocast have kernels that convert f32 parameters themselves.
+bool cpu_autocast() { return dlk::cpu::autocast_kernels(); }
+
 // The kernel set in use: its instruction set ("isa") and its micro-kernel per dtype.
 py::dict cpu_kernels() {
   using dlk::DType;
@@ -90,22 +93,25 @@ int dtype_index(const std::string& dtype) {  // a DType
 
 // Rows of dlkernels.functional.Explanation for y = act(x · weightᵀ), x [m, k], weight [n, k]: the decision that the ops
 // take, asked here without running them.
-// `in_bf16`: torch lets f32 products run in bf16.
+// `in_bf16`: torch lets f32 products run in bf16. `autocast`: by the kernels that convert f32 parameters themselves.
 py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool x_contiguous, bool weight_contiguous,
-                 bool in_bf16) {
+                 bool in_bf16, bool autocast) {
   using namespace dlk;
   const int index = dtype_index(dtype);
 
   py::list rows;
   auto add = [&](const char* name, Op op, bool contiguous) {
-    const cpu::Route route = cpu::route(op, {m, n, k}, static_cast<DType>(index), contiguous);
+    const cpu::Route route = autocast ? cpu::autocast_route(op, {m, n, k}, contiguous)
+                                      : cpu::route(op, {m, n, k}, static_cast<DType>(index), contiguous);
     const bool sliced = op == Op::wgrad && route.path == cpu::Path::packed;
     py::dict row;
     row["op"] = name;
     row["path"] = cpu::name(route.path);
     const char* rounded = cpu::kernels().f32_in_bf16.ukernel;
     const bool rounds = in_bf16 && dtype == "float32" && route.path == cpu::Path::packed && rounded;
-    row["kernel"] = rounds ? rounded : cpu::kernels().engine[index].ukernel;
+    row["kernel"] = autocast ? cpu::kernels().autocast.ukernel
+                    : rounds ? rounded
+                             : cpu::kernels().engine[index].ukernel;
     row["splits"] = sliced ? cpu::gemm_splits(n, k, m) : 1;
     row["why"] = route.why;
     rows.append(row);
@@ -181,8 +187,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "Instruction sets usable on this machine.");
   m.def("amx_refused", &amx_refused, "Whether AMX is there and our products by it failed their self-check.");
   m.def("cpu_kernels", &cpu_kernels, "The CPU kernel set in use: its instruction set and its micro-kernel per dtype.");
+  m.def("cpu_autocast", &cpu_autocast, "Whether layers under bfloat16 autocast convert float32 parameters themselves.");
   m.def("explain", &explain, "Which path each product of a layer takes on CPU, and why.", py::arg("m"), py::arg("n"),
-        py::arg("k"), py::arg("dtype"), py::arg("x_contiguous"), py::arg("weight_contiguous"), py::arg("in_bf16"));
+        py::arg("k"), py::arg("dtype"), py::arg("x_contiguous"), py::arg("weight_contiguous"), py::arg("in_bf16"),
+        py::arg("autocast"));
   m.def("explain_chain", &explain_chain,
         "Slices and micro-kernel of the chain kernels for these layers; 0 slices: not.", py::arg("layers"),
         py::arg("dtype"));

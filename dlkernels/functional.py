@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from dlkernels import _C
+from dlkernels._ops import autocast as _autocast
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops import linear_cross_entropy as _linear_cross_entropy
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import activation_named
+from dlkernels._ops.modes import autocast, autocast_active
 from dlkernels.losses import cross_entropy, gaussian_nll_loss, mse_loss
 
 __all__ = [
@@ -223,20 +225,29 @@ def explain(x: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
         x: ``[..., in_features]``.
         weight: ``[out_features, in_features]``.
 
-    The answer comes from the same decision the ops take.
+    The answer comes from the same decision the ops take. Under autocast it is that for the tensors as autocast casts
+    them, or, where the kernels do that themselves (bfloat16 on a CPU with such products), theirs.
     """
+    return _explain(x, weight, autocast_active(x) and _autocast.converts(x, weight, None))
+
+
+def _explain(x: Tensor, weight: Tensor, converts: bool) -> tuple[Explanation, ...]:
     _check_tensors(x, weight)
     for name, t in (("x", x), ("weight", weight)):
         if t.layout is not torch.strided or t.is_quantized:
             raise TypeError(f"explain: {name} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
-    _linear_act.check_shapes(x, weight)
+    low_x, low_weight = x.to("meta"), weight.to("meta")
+    if autocast_active(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        low_x, low_weight = autocast(low_x, dtype), autocast(low_weight, dtype)
+    _linear_act.check_shapes(low_x, low_weight)
     if x.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"explain() knows the paths on cpu and cuda, and x is on {x.device}")
     # the op's view of x as rows; where none exists it copies
     rows = torch.empty_strided(x.shape, x.stride(), device="meta").reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if x.device.type == "cuda":
         return _explain_rows_cuda(x.data_ptr(), rows, weight)
-    return _explain_rows(rows.shape[0], rows.stride(1) == 1, weight)
+    return _explain_rows(rows.shape[0], rows.stride(1) == 1, weight, low_weight.dtype, converts)
 
 
 def _explain_rows_cuda(x: int, rows: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
@@ -254,15 +265,18 @@ def _explain_rows_cuda(x: int, rows: Tensor, weight: Tensor) -> tuple[Explanatio
     return tuple(Explanation(threads=0, **row) for row in table)
 
 
-def _explain_rows(m: int, x_contiguous: bool, weight: Tensor) -> tuple[Explanation, ...]:
+def _explain_rows(
+    m: int, x_contiguous: bool, weight: Tensor, dtype: torch.dtype, converts: bool = False
+) -> tuple[Explanation, ...]:
     table = _C.explain(
         m,
         weight.shape[0],
         weight.shape[1],
-        str(weight.dtype).removeprefix("torch."),
+        str(dtype).removeprefix("torch."),
         x_contiguous,
         weight.stride(1) == 1,
         torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
+        converts,
     )
     return tuple(Explanation(threads=torch.get_num_threads(), **row) for row in table)
 
@@ -277,20 +291,24 @@ def explain_mlp(x: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[Explanation
     The answer comes from the same decision the op takes.
     """
     first, *others = weights
-    layers = [explain(x, first)]
+    converts = autocast_active(x) and _mlp.converts(x, weights, [None] * len(weights))
+    layers = [_explain(x, first, converts)]
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_active(x) and x.dtype != torch.float64 else x.dtype
     m, features = math.prod(x.shape[:-1]), first.shape[0]
     for weight in others:
         # its checks, and what it would run for the contiguous rows that the layer before gives
-        explain(x.new_empty((0, features)), weight)
+        _explain(x.new_empty((0, features)), weight, converts)
         rows = torch.empty((m, features), device="meta")
-        layers.append(_explain_rows_cuda(0, rows, weight) if x.is_cuda else _explain_rows(m, True, weight))
+        layers.append(
+            _explain_rows_cuda(0, rows, weight) if x.is_cuda else _explain_rows(m, True, weight, dtype, converts)
+        )
         features = weight.shape[0]
-    shapes, dtype = [(m, *w.shape) for w in weights], str(x.dtype).removeprefix("torch.")
+    shapes, name = [(m, *w.shape) for w in weights], str(dtype).removeprefix("torch.")
     if x.is_cuda:
-        slices, kernel = _C.explain_chain_cuda(shapes, dtype), "chain, weights in shared memory"
+        slices, kernel = _C.explain_chain_cuda(shapes, name), "chain, weights in shared memory"
         why = "narrow layers: their weights fit in shared memory together"
     else:
-        slices, kernel = _C.explain_chain(shapes, dtype)
+        slices, kernel = _C.explain_chain(shapes, name)
         why = "narrow layers and many rows: a block of rows goes through all of them while it is in cache"
     if not slices:
         return tuple(layers)

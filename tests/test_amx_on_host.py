@@ -167,13 +167,13 @@ def test_what_the_processor_refuses_is_caught(library, config, call, message):
 # ---- the products -------------------------------------------------------------------------------------------------
 
 
-def gemm(kernels, a, b, act="none", *, saved=None, bias=None, z=None, row_sum=None, splits=1, threads=1):
-    """c = A · B (see csrc/params.h), written over a NaN-filled tensor."""
+def gemm(kernels, a, b, act="none", *, saved=None, bias=None, z=None, row_sum=None, splits=1, threads=1, dtype=None):
+    """c = A · B (see csrc/params.h), of A's dtype or another, written over a NaN-filled tensor."""
     (m, k), n = a.shape, b.shape[1]
-    c = torch.full((m, n), float("nan"), dtype=a.dtype)
+    c = torch.full((m, n), float("nan"), dtype=dtype or a.dtype)
     partials = torch.full((splits * (m * n + m),), float("nan"))
     palette = kernels.gemm(
-        DTYPES.index(a.dtype),
+        *(DTYPES.index(t.dtype) for t in (a, b, c)),
         *map(ctypes.c_int64, (m, n, k)),
         *view(a),
         *view(saved),
@@ -323,6 +323,31 @@ def test_float_tensors_in_bf16(kernels, m, n, k):
     for a in (x.t().contiguous().t(), strided(x)):
         for b in (weight.t().contiguous(), strided(weight).t()):
             assert torch.equal(gemm(kernels, a, b), got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_autocast(kernels, shape, dtype):
+    """float32 weight and bias, x in either dtype (csrc/cpu/autocast.h): the bits of the layer in bf16, where gradients
+    are rounded to it."""
+    low = random_layer(*shape, "gelu")
+    x, weight, bias, g = low.x.to(dtype), low.weight.float(), low.bias.float(), low.g
+    if dtype == torch.float32:
+        x += 2**-10 * x  # off the numbers of bf16
+    weight += 2**-10 * weight
+    bias += 2**-10 * bias
+    low.x, low.weight, low.bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+    z, low_z = torch.full_like(g, float("nan")), torch.full_like(g, float("nan"))
+    y = gemm(kernels, x, weight.t(), "gelu", bias=bias, z=z, threads=2, dtype=torch.bfloat16)
+    low_y = gemm(kernels, low.x, low.weight.t(), "gelu", bias=low.bias, z=low_z)
+    assert torch.equal(y, low_y) and torch.equal(z, low_z)
+    dx = gemm(kernels, g, weight, "gelu", saved=z, dtype=dtype)
+    assert torch.equal(dx.bfloat16(), gemm(kernels, g, low.weight, "gelu", saved=z))
+    for splits in (1, 3):
+        db, low_db = torch.full((len(weight),), float("nan")), low.bias.clone()
+        dw = gemm(kernels, g.t(), x, "gelu", saved=z.t(), row_sum=db, splits=splits, dtype=torch.float32)
+        low_dw = gemm(kernels, g.t(), low.x, "gelu", saved=z.t(), row_sum=low_db, splits=splits)
+        assert torch.equal(dw.bfloat16(), low_dw) and torch.equal(db.bfloat16(), low_db)
 
 
 # ---- the choice ---------------------------------------------------------------------------------------------------

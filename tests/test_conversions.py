@@ -78,3 +78,25 @@ def test_rounding_of_sums(dtype):
     assert expected.isinf().any()
     assert ((expected != 0) & (expected.abs() < info.smallest_normal)).any()
     assert_same_numbers(y, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("which", ["x", "weight"])
+def test_rounding_of_float_operands_under_autocast(which, rows):
+    """Every bf16 number as float32, and its neighbours about the tie to the next: as torch rounds, in dot products and
+    in panels (40 rows). Left out are the subnormals that torch rounds up to a normal number: here they are 0."""
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = torch.arange(2**16)[:, None] * 2**16 + low
+    values = bits.flatten().to(torch.uint32).view(torch.float32)
+    tiny = torch.finfo(torch.float32).smallest_normal
+    values = values[~((values.abs() < tiny) & (values.bfloat16().abs() >= tiny))]
+    one = torch.zeros(rows, 64)
+    one[:, 0] = 1
+    column = torch.zeros(len(values), 64)
+    column[:, 0] = values
+    with torch.autocast("cpu", torch.bfloat16):
+        if which == "weight":
+            y = functional.linear_act(one, column, None, "none")[-1]
+        else:
+            y = functional.linear_act(column, one, None, "none")[:, -1]
+    assert_same_numbers(y, through_subnormals(values.bfloat16()))

@@ -57,9 +57,10 @@ void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Ce
   if constexpr (R > 1 && C > 1) _tile_stored(3, below + size, c_bytes);
 }
 
-template <class T>
-struct AmxPairs : Bf16Pairs<T> {
-  using Base = Bf16Pairs<T>;
+template <class A, class B = A, class C = A>
+struct AmxPairs : Bf16Pairs<A, B, C> {
+  using Base = Bf16Pairs<A, B, C>;
+  using Multiply = AmxPairs<Bf16>;
   using Base::kVL;
   using typename Base::Cell;
   using typename Base::V;

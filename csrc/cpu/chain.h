@@ -98,16 +98,6 @@ struct ChainBuffers {
 
 // ---- what happens to a micro-tile ------------------------------------------------------------------------------------
 
-// A value as the tensor would hold it.
-template <class T>
-DLK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
-  if constexpr (kSame<T, Acc<T>>) {
-    return v;
-  } else {
-    return from_bits(T{}, to_bits(T{}, v));
-  }
-}
-
 // n values into a block row, as the tensor would hold them; behind the last one of an odd row a zero, because cells are pairs.
 template <class E>
 DLK_INLINE void put(typename E::Packed* to, typename E::V v, int64_t n) {

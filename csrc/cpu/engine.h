@@ -1,13 +1,19 @@
-// Engines: how one element type is packed and multiplied. `Cell` is what a panel holds and one FMA lane consumes.
+// Engines: how tensors are packed and multiplied. `Cell` is what a panel holds and one FMA lane consumes.
 //
-//   Convert<T>   cells are f32 (f64 for T = double); 16-bit inputs are widened while packing
-//   Bf16Pairs<T> cells are two neighbours along k in bf16, multiplied by vdpbf16ps (only where the ISA has it)
-//   AmxPairs<T>  the same cells, multiplied 16 × 16 × 16 at a time (amx.h)
+//   Convert<T>         cells are f32 (f64 for T = double); 16-bit inputs are widened while packing
+//   Bf16Pairs<A, B, C> cells are two neighbours along k in bf16, multiplied by vdpbf16ps (only where the ISA has it)
+//   AmxPairs<A, B, C>  the same cells, multiplied 16 × 16 × 16 at a time (amx.h)
+//
+// The tensors hold Elem (A), ElemB (B, and the bias beside it) and ElemC (C, its pre-activation and its row sums). But for
+// autocast (autocast.h) that is one type. Engines that differ in nothing else share the micro-kernels of their `Multiply`.
 namespace dlk::cpu::DLK_ISA {
 
 template <class T>
 struct Convert {
-  using Elem = T;  // in the tensors
+  using Elem = T;
+  using ElemB = T;
+  using ElemC = T;
+  using Multiply = Convert;
   using Acc = DLK_ISA::Acc<T>;
   using Packed = Acc;  // one k step in a panel
   using Cell = Packed;
@@ -30,10 +36,13 @@ struct Convert {
 };
 
 #ifdef DLK_BF16_PAIRS
-// T is the element type of the tensors: Bf16, or float rounded to bf16 while it is packed.
-template <class T>
+// Bf16, or float rounded to bf16 while it is packed.
+template <class A, class B = A, class C = A>
 struct Bf16Pairs {
-  using Elem = T;
+  using Elem = A;
+  using ElemB = B;
+  using ElemC = C;
+  using Multiply = Bf16Pairs<Bf16>;
   using Acc = float;
   using Packed = Bf16;
   using Cell = uint32_t;
@@ -41,6 +50,7 @@ struct Bf16Pairs {
   static constexpr int kStep = 2;
   static constexpr int kDepth = 1;
   static constexpr int kVL = kF32Lanes;
+  typedef uint16_t VU16x2 __attribute__((vector_size(2 * sizeof(VU16))));
   struct Scope {};
 
   DLK_INLINE void pack_store(Packed* p, VF32 v) { store(p, v); }
@@ -49,15 +59,12 @@ struct Bf16Pairs {
     if (n >= 2 * kVL) return load_bits<V>(p);
     return n > 0 ? (V)_mm512_maskz_loadu_epi16((1u << n) - 1, p) : V{};
   }
-  DLK_INLINE V load_cells(const float* p, int64_t n) {
-    Packed some[2 * kVL];
-    pack_store(some, load_some(p, 1, n));
-    pack_store(some + kVL, load_some(p + kVL, 1, n - kVL));
-    return load_bits<V>(some);
+  DLK_INLINE V load_cells(const float* p, int64_t n) {  // subnormals as 0, which is how the product reads them
+    const VF32 low = load_some(p, 1, n), high = load_some(p + kVL, 1, n - kVL);
+    return (V)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   }
   // n cells from the runs of an even and an odd k step; reads and writes whole registers
   DLK_INLINE void make_cells(Cell* out, const Packed* even, const Packed* odd, int64_t n) {
-    typedef uint16_t VU16x2 __attribute__((vector_size(2 * sizeof(VU16))));
     int64_t i = 0;
     for (; i + 2 * kVL <= n; i += 2 * kVL) {
       const auto lo = load_bits<VU16x2>(even + i), hi = load_bits<VU16x2>(odd + i);
@@ -68,6 +75,14 @@ struct Bf16Pairs {
       const VU32 lo = __builtin_convertvector(load_bits<VU16>(even + i), VU32);
       const VU32 hi = __builtin_convertvector(load_bits<VU16>(odd + i), VU32);
       store_bits(out + i, lo | (hi << 16));
+    }
+  }
+  // The same from float rows of n elements, of which the odd one may be missing; zeros behind them.
+  DLK_INLINE void round_cells(Cell* out, const float* even, const float* odd, int64_t n, int64_t padded) {
+    for (int64_t i = 0; i < padded; i += kVL) {
+      const VF32 low = load_some(even + i, 1, n - i), high = odd ? load_some(odd + i, 1, n - i) : VF32{};
+      const auto pair = (VU16x2)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+      store_bits(out + i, halves_interleaved(pair));
     }
   }
   DLK_INLINE V multiply_add(V acc, Cell a, V b) { return multiply_add(acc, (V)(VU32{} + a), b); }

@@ -2,15 +2,16 @@
 namespace dlk::cpu::DLK_ISA {
 
 // rows × cols of accumulators at acc (padded to whole registers) → bias, activation, one rounding, store at (i0, j0).
-// C is of T, or of accumulators, which kAdd adds to.
-template <class T, class Act, class C = T, bool kAdd = false>
+// C is of T, or of accumulators, which kAdd adds to. The bias counts as T, whatever holds it.
+template <class T, class Bias, class Act, class C = T, bool kAdd = false>
 void epilogue(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
   using O = Ops<Acc<T>>;
   constexpr int64_t kVL = kLanes<T>;
   const auto slope = O::lit(p.act.slope);
   for (int64_t j = 0; j < cols; j += kVL) {
     const int64_t n = cols - j < kVL ? cols - j : kVL;
-    const auto bias = p.bias ? load_some((const T*)p.bias + j0 + j, 1, n) : O::lit(0);
+    auto bias = p.bias ? load_some((const Bias*)p.bias + j0 + j, 1, n) : O::lit(0);
+    if constexpr (!kSame<Bias, T>) bias = rounded<T>(bias);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (i0 + i) * p.n + j0 + j;
       auto z = load(acc + i * ld + j) + bias;
@@ -40,16 +41,16 @@ void epilogue_gated(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, in
 template <class T>
 using EpilogueFn = void (*)(const Gemm&, const Acc<T>*, int64_t, int64_t, int64_t, int64_t, int64_t);
 
-template <class T>
+template <class T, class Bias>
 EpilogueFn<T> epilogue_of(const Gemm& p) {
   if (p.gate)
     return with_activation(p.gate_act.kind,
                            [](auto functor) -> EpilogueFn<T> { return &epilogue_gated<T, decltype(functor)>; });
-  if (p.store == Store::accumulators) return &epilogue<T, Identity, Acc<T>>;
-  if (p.store == Store::added) return &epilogue<T, Identity, Acc<T>, true>;
+  if (p.store == Store::accumulators) return &epilogue<T, Bias, Identity, Acc<T>>;
+  if (p.store == Store::added) return &epilogue<T, Bias, Identity, Acc<T>, true>;
   // In backward `act` belongs to dz, so the products leave as they are.
   const Act kind = p.saved.data ? Act::none : p.act.kind;
-  return with_activation(kind, [](auto functor) -> EpilogueFn<T> { return &epilogue<T, decltype(functor)>; });
+  return with_activation(kind, [](auto functor) -> EpilogueFn<T> { return &epilogue<T, Bias, decltype(functor)>; });
 }
 
 }  // namespace dlk::cpu::DLK_ISA

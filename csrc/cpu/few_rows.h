@@ -11,12 +11,13 @@ namespace dlk::cpu::DLK_ISA {
 template <class E, int R, int C>
 void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int64_t ld) {
   using V = typename E::V;
-  using Elem = typename E::Elem;
+  using A = typename E::Elem;
+  using B = typename E::ElemB;
   constexpr int kCount = R * C;
   constexpr int kGroups = (kCount + E::kVL - 1) / E::kVL;
   constexpr int64_t span = E::kVL * E::kStep;
-  const Elem* x = (const Elem*)p.a.data + i0 * p.a.row_stride;
-  const Elem* w = (const Elem*)p.b.data + j0 * p.b.col_stride;
+  const A* x = (const A*)p.a.data + i0 * p.a.row_stride;
+  const B* w = (const B*)p.b.data + j0 * p.b.col_stride;
   V acc[kGroups * E::kVL] = {};
   // The first block of rows of x asks for the rows of w that come next. No hardware prefetcher follows from one short row to
   // another; in float32 one that has been started keeps up with the products, in bf16 these are twice as fast.
@@ -25,7 +26,9 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
   for (; k + span <= p.k; k += span) {
     if (k < ask_to)
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) prefetch_l2(w + (C + j) * p.b.col_stride + k);
+      for (int j = 0; j < C; ++j)
+        for (int64_t line = 0; line < span; line += 64 / sizeof(B))
+          prefetch_l2(w + (C + j) * p.b.col_stride + k + line);
     V xv[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) xv[i] = E::load_cells(x + i * p.a.row_stride + k, span);
@@ -54,39 +57,80 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
 template <class E, int R, int C>
 using DotBlock = void (*)(const Gemm&, int64_t, int64_t, typename E::Acc*, int64_t);
 
+// A block of rows of x against n rows of w.
 template <class E>
-void few_forward_with(const Gemm& p, const Parallel& parallel) {
+DLK_INLINE void dot_rows(const Gemm& p, int64_t i0, int64_t rows, int64_t j0, int64_t n, typename E::Acc* out,
+                         int64_t ld) {
+  if (rows == DLK_DOT_M && n == DLK_DOT_N) return dot_block<E, DLK_DOT_M, DLK_DOT_N>(p, i0, j0, out, ld);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (n == DLK_DOT_N) {
+      dot_block<E, 1, DLK_DOT_N>(p, i0 + r, j0, out + r * ld, ld);
+    } else {
+      for (int64_t c = 0; c < n; ++c) dot_block<E, 1, 1>(p, i0 + r, j0 + c, out + r * ld + c, ld);
+    }
+  }
+}
+
+template <class E>
+struct FewForward {
   // Columns per task: enough to fill the epilogue's registers, few enough to spread over threads.
   static constexpr int64_t kCols = 8 * DLK_DOT_N;
-  struct Call {
-    const Gemm* p;
-    EpilogueFn<typename E::Elem> epilogue;
-  };
-  const Call call = {&p, epilogue_of<typename E::Elem>(p)};
-  parallel.run(ceil_div(p.n, kCols), &call, [](const void* context, int64_t begin, int64_t end) {
-    const auto& call = *(const Call*)context;
+  static constexpr int64_t ld = kCols + 64;
+  const Gemm* p;
+  EpilogueFn<typename E::ElemC> epilogue;
+};
+
+// As below where x or w is rounded and several rows of x would have that done to w again: first both into scratch, x whole
+// and w DLK_DOT_N rows at a time.
+template <class E>
+void few_forward_rounded(const FewForward<E>& call, const Parallel& parallel) {
+  parallel.run(ceil_div(call.p->n, call.kCols), &call, [](const void* context, int64_t begin, int64_t end) {
+    using Packed = typename E::Packed;
+    const auto& call = *(const FewForward<E>*)context;
     const Gemm& p = *call.p;
-    constexpr int64_t ld = kCols + 64;
-    typename E::Acc acc[DLK_DOT_M * ld];
+    const int64_t pitch = round_up(p.k, 64 / sizeof(Packed));
+    auto* x = (Packed*)scratch(sizeof(Packed) * (p.m + DLK_DOT_N) * pitch);
+    auto* w = x + p.m * pitch;
+    for (int64_t i = 0; i < p.m; ++i)
+      copy_run<E>(x + i * pitch, (const typename E::Elem*)p.a.data + i * p.a.row_stride, 1, p.k);
+    Gemm low = p;
+    low.a = {x, pitch, 1};
+    low.b = {w, 1, pitch};
+    typename E::Acc acc[kFewRowsForward * call.ld];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t j0 = task * kCols, cols = min(kCols, p.n - j0);
+      const int64_t j0 = task * call.kCols, cols = min(call.kCols, p.n - j0);
+      for (int64_t j = 0; j < cols; j += DLK_DOT_N) {
+        const int64_t n = min(DLK_DOT_N, cols - j);
+        for (int64_t c = 0; c < n; ++c) {
+          const auto* row = (const typename E::ElemB*)p.b.data + (j0 + j + c) * p.b.col_stride;
+          for (int64_t k = 0; k < p.k; k += 64 / sizeof(*row)) prefetch_l2(row + DLK_DOT_N * p.b.col_stride + k);
+          copy_run<E>(w + c * pitch, row, 1, p.k);
+        }
+        for (int64_t i = 0; i < p.m; i += DLK_DOT_M)
+          dot_rows<typename E::Multiply>(low, i, min(DLK_DOT_M, p.m - i), 0, n, acc + i * call.ld + j, call.ld);
+      }
+      call.epilogue(p, acc, call.ld, 0, j0, p.m, cols);
+    }
+  });
+}
+
+template <class E>
+void few_forward_with(const Gemm& p, const Parallel& parallel) {
+  const FewForward<E> call = {&p, epilogue_of<typename E::ElemC, typename E::ElemB>(p)};
+  if constexpr (!kSame<E, typename E::Multiply>) {
+    if (p.m > DLK_DOT_M) return few_forward_rounded<E>(call, parallel);
+  }
+  parallel.run(ceil_div(p.n, call.kCols), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& call = *(const FewForward<E>*)context;
+    const Gemm& p = *call.p;
+    typename E::Acc acc[DLK_DOT_M * call.ld];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t j0 = task * call.kCols, cols = min(call.kCols, p.n - j0);
       for (int64_t i = 0; i < p.m; i += DLK_DOT_M) {
         const int64_t rows = min(DLK_DOT_M, p.m - i);
-        for (int64_t j = 0; j < cols; j += DLK_DOT_N) {
-          if (rows == DLK_DOT_M && cols - j >= DLK_DOT_N) {
-            dot_block<E, DLK_DOT_M, DLK_DOT_N>(p, i, j0 + j, acc + j, ld);
-          } else {
-            const int64_t n = min(DLK_DOT_N, cols - j);
-            for (int64_t r = 0; r < rows; ++r) {
-              if (n == DLK_DOT_N) {
-                dot_block<E, 1, DLK_DOT_N>(p, i + r, j0 + j, acc + r * ld + j, ld);
-              } else {
-                for (int64_t c = 0; c < n; ++c) dot_block<E, 1, 1>(p, i + r, j0 + j + c, acc + r * ld + j + c, ld);
-              }
-            }
-          }
-        }
-        call.epilogue(p, acc, ld, i, j0, rows, cols);
+        for (int64_t j = 0; j < cols; j += DLK_DOT_N)
+          dot_rows<E>(p, i, rows, j0 + j, min(DLK_DOT_N, cols - j), acc + j, call.ld);
+        call.epilogue(p, acc, call.ld, i, j0, rows, cols);
       }
     }
   });
@@ -120,57 +164,58 @@ DLK_INLINE void add_rows(const Acc<T>* dz, int64_t dz_stride, const T* w, int64_
   }
 }
 
-template <class T>
+// A, B, C: what the tensors hold (engine.h). Weights and x in f32 are multiplied as they are.
+template <class A, class B, class C>
 void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n = K, p.k = N
   static constexpr int64_t kCols = 512;
   parallel.run(ceil_div(p.n, kCols), &p, [](const void* context, int64_t begin, int64_t end) {
     const auto& p = *(const Gemm*)context;
-    const auto* dz = few_dz<Convert<T>>(p, p.m, p.k, p.a, p.saved);
-    const T* w = (const T*)p.b.data;
+    const auto* dz = few_dz<Convert<A>>(p, p.m, p.k, p.a, p.saved);
+    const B* w = (const B*)p.b.data;
     const int64_t ws = p.b.row_stride;
     constexpr int64_t ld = kCols;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t j0 = task * kCols, cols = min(kCols, p.n - j0);
-      Acc<T> dx[kFewRows * ld];
+      Acc<C> dx[kFewRows * ld];
       for (int64_t i = 0; i < p.m * ld; ++i) dx[i] = 0;
       int64_t n = 0;
       for (; n + 8 <= p.k; n += 8) {
         int64_t i = 0;
         for (; i + 4 <= p.m; i += 4)
-          add_rows<T, 4, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
-        for (; i < p.m; ++i) add_rows<T, 1, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+          add_rows<B, 4, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+        for (; i < p.m; ++i) add_rows<B, 1, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
       }
       for (; n < p.k; ++n)
         for (int64_t i = 0; i < p.m; ++i)
-          add_rows<T, 1, 1>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+          add_rows<B, 1, 1>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
       for (int64_t i = 0; i < p.m; ++i)
-        for (int64_t j = 0; j < cols; j += kLanes<T>)
-          store_some((T*)p.c + i * p.n + j0 + j, load(dx + i * ld + j), cols - j);
+        for (int64_t j = 0; j < cols; j += kLanes<C>)
+          store_some((C*)p.c + i * p.n + j0 + j, load(dx + i * ld + j), cols - j);
     }
   });
 }
 
-template <class T>
+template <class A, class B, class C>
 void few_wgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = N, p.n = K, p.k = M
   static constexpr int64_t kRows = 32;
   parallel.run(ceil_div(p.m, kRows), &p, [](const void* context, int64_t begin, int64_t end) {
     const auto& p = *(const Gemm*)context;
-    const auto* dz = few_dz<Convert<T>>(p, p.k, p.m, p.a.transposed(), p.saved.transposed());
+    const auto* dz = few_dz<Convert<A>>(p, p.k, p.m, p.a.transposed(), p.saved.transposed());
     const int64_t last = min(end * kRows, p.m);
     for (int64_t n = begin * kRows; n < last; ++n) {
-      T* out = (T*)p.c + n * p.n;
-      for (int64_t j = 0; j < p.n; j += kLanes<T>) {
-        const int64_t left = min(kLanes<T>, p.n - j);
-        auto sum = Vec<Acc<T>>{};
+      C* out = (C*)p.c + n * p.n;
+      for (int64_t j = 0; j < p.n; j += kLanes<C>) {
+        const int64_t left = min(kLanes<C>, p.n - j);
+        auto sum = Vec<Acc<C>>{};
         for (int64_t i = 0; i < p.k; ++i)
-          sum = fma(load_some((const T*)p.b.data + i * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, left),
+          sum = fma(load_some((const B*)p.b.data + i * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, left),
                     broadcast(dz[i * p.m + n]), sum);
         store_some(out + j, sum, left);
       }
       if (!p.row_sum) continue;
-      Acc<T> some[kLanes<T>] = {};
+      Acc<C> some[kLanes<C>] = {};
       for (int64_t i = 0; i < p.k; ++i) some[0] += dz[i * p.m + n];
-      store_some((T*)p.row_sum + n, load(some), 1);
+      store_some((C*)p.row_sum + n, load(some), 1);
     }
   });
 }

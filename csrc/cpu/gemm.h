@@ -171,10 +171,10 @@ void pack_a_cols(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t 
 
 // One row of B, zeros beyond its end: where it lies if nothing has to change, else in `run`.
 template <class E>
-DLK_INLINE const typename E::Packed* b_row(const View& b, const typename E::Elem* base, int64_t p, int64_t ks,
+DLK_INLINE const typename E::Packed* b_row(const View& b, const typename E::ElemB* base, int64_t p, int64_t ks,
                                            int64_t cols, int64_t padded, typename E::Packed* run) {
   const auto* row = base + p * b.row_stride;
-  if constexpr (kSame<typename E::Packed, typename E::Elem>) {
+  if constexpr (kSame<typename E::Packed, typename E::ElemB>) {
     if (b.col_stride == 1 && padded == cols && p < ks) {
       for (int64_t j = 0; j < cols; j += 64 / sizeof(*row)) prefetch_l2(row + kAhead * b.row_stride + j);
       return row;
@@ -190,7 +190,7 @@ template <class E>
 void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_t j0, int64_t cols,
             typename E::Packed* run) {
   using Cell = typename E::Cell;
-  using Elem = typename E::Elem;
+  using Elem = typename E::ElemB;
   constexpr int64_t nr = kNV * E::kVL;
   constexpr int64_t kRun = Buffers<E>::kRun;
   const Elem* base = (const Elem*)b.data + p0 * b.row_stride + j0 * b.col_stride;
@@ -217,6 +217,23 @@ void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_
     }
     return;
   }
+  if constexpr (E::kStep == 2 && !kSame<typename E::Packed, Elem>) {
+    if (b.col_stride == 1) {  // rows to be rounded
+      for (int64_t q = 0; q < cells; ++q) {
+        const Elem* even = base + q * E::kStep * b.row_stride;
+        const int64_t left = q * E::kStep < ks ? cols : 0;
+        const Elem* odd = q * E::kStep + 1 < ks ? even + b.row_stride : nullptr;
+        for (int64_t panel = 0; panel < padded; panel += nr)
+          E::round_cells(out + panel_at<E>(panel, nr, cells) + q * min(nr, padded - panel), even + panel,
+                         odd ? odd + panel : nullptr, left - panel, min(nr, padded - panel));
+        for (int64_t j = 0; j < left; j += 64 / sizeof(Elem)) {
+          prefetch_l2(even + kAhead * b.row_stride + j);
+          prefetch_l2(even + (kAhead + 1) * b.row_stride + j);
+        }
+      }
+      return;
+    }
+  }
   for (int64_t q = 0; q < cells; ++q) {  // rows as they are
     const auto* even = b_row<E>(b, base, q * E::kStep, ks, cols, padded, run);
     const auto* odd = E::kStep == 2 ? b_row<E>(b, base, q * E::kStep + 1, ks, cols, padded, run + kRun) : nullptr;
@@ -236,7 +253,7 @@ struct Plan {
   int64_t b_cells;  // of a B block in p->panels
   Source<E> a;
   AOrder order;
-  EpilogueFn<typename E::Elem> epilogue;
+  EpilogueFn<typename E::ElemC> epilogue;
 };
 
 // Where a thread's packed block comes from, so that neighbouring tasks which share it pack it once.
@@ -275,8 +292,9 @@ void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell
       const auto* panel_b = block_b + panel_at<E>(j, nr, at.cells);
       A* c = one_block ? acc : acc + i * ld + j;
       const int64_t ldc = one_block ? nr : ld;
+      using M = typename E::Multiply;
       const auto uk =
-          row_major ? ukernel_for<E, kRowMajor>(r, width / E::kVL) : ukernel_for<E, kKMajor>(r, width / E::kVL);
+          row_major ? ukernel_for<M, kRowMajor>(r, width / E::kVL) : ukernel_for<M, kKMajor>(r, width / E::kVL);
       int64_t q = 0;
       do {
         uk(min(kCall<E>, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, ldc,
@@ -348,7 +366,7 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
   if (sum_rows) {
     s.row_sum.flush(rows);
     if (t.kt == 1)
-      s.row_sum.store((typename E::Elem*)p.row_sum + i0, rows);
+      s.row_sum.store((typename E::ElemC*)p.row_sum + i0, rows);
     else  // behind the slices of C
       s.row_sum.store((A*)p.partials + t.kt * p.m * p.n + tk * p.m + i0, rows);
   }
@@ -381,12 +399,13 @@ int64_t panels_size(const Gemm& p, int threads) {
 
 template <class E>
 void gemm_with(const Gemm& p, const Parallel& parallel) {
-  using Elem = typename E::Elem;
+  using C = typename E::ElemC;
   // dzᵀ is contiguous along its rows; everything else is read along k
   const bool k_major = p.a.row_stride == 1 && p.a.col_stride != 1;
   const AOrder order = k_major || p.row_sum ? kKMajor : kRowMajor;
   const Tiling t = tile<E>(p, parallel.threads);
-  const Plan<E> plan = {&p, t, b_block_cells<E>(t), Source<E>::of(p.a, p.saved, p.act), order, epilogue_of<Elem>(p)};
+  const Plan<E> plan = {
+      &p, t, b_block_cells<E>(t), Source<E>::of(p.a, p.saved, p.act), order, epilogue_of<C, typename E::ElemB>(p)};
   if (p.panels)
     parallel.run(t.b_blocks(), &plan, [](const void* context, int64_t begin, int64_t end) {
       auto buffers = Buffers<E>::get();
@@ -412,12 +431,11 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
     const auto& plan = *(const Plan<E>*)context;
     const Gemm& p = *plan.p;
     const int64_t total = p.m * p.n, from = begin * chunk, to = min(end * chunk, total);
-    const auto* parts = (const Acc<Elem>*)p.partials;
-    if (p.store == Store::rounded) return sum_slices<Elem>(parts, plan.t.kt, total, (Elem*)p.c, from, to);
-    sum_slices<Elem>(parts, plan.t.kt, total, (Acc<Elem>*)p.c, from, to, p.store == Store::added);
+    const auto* parts = (const Acc<C>*)p.partials;
+    if (p.store == Store::rounded) return sum_slices<C>(parts, plan.t.kt, total, (C*)p.c, from, to);
+    sum_slices<C>(parts, plan.t.kt, total, (Acc<C>*)p.c, from, to, p.store == Store::added);
   });
-  if (p.row_sum)
-    sum_slices<Elem>((Acc<Elem>*)p.partials + plan.t.kt * p.m * p.n, plan.t.kt, p.m, (Elem*)p.row_sum, 0, p.m);
+  if (p.row_sum) sum_slices<C>((Acc<C>*)p.partials + plan.t.kt * p.m * p.n, plan.t.kt, p.m, (C*)p.row_sum, 0, p.m);
 }
 
 template <class E>

@@ -57,11 +57,32 @@ struct InBf16 {
   PackedProduct packed;
 };
 
+// A layer's three products.
+struct PackedLayer {
+  PackedProduct forward, dgrad, wgrad;
+};
+struct FewRowsLayer {
+  void (*forward)(const Gemm&, const Parallel&);
+  void (*dgrad)(const Gemm&, const Parallel&);
+  void (*wgrad)(const Gemm&, const Parallel&);
+};
+
+// f32 parameters beside bf16 activations, see autocast.h.
+struct AutocastLayer {
+  PackedLayer packed;
+  FewRowsLayer few_rows;
+};
+struct Autocast {
+  const char* ukernel;  // nullptr: the instruction set has none
+  AutocastLayer f32_x, bf16_x;
+};
+
 // One instruction set's engines, indexed by DType.
 struct Kernels {
   const char* isa;
   Engine engine[4];
   InBf16 f32_in_bf16;
+  Autocast autocast;
 };
 
 // How many k slices wgrad uses: a function of the shape alone, so that the bits do not depend on the thread count.

@@ -28,6 +28,12 @@ Forced forced() {
 // + backward, chain against layer by layer: f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192.
 int64_t chain_limit(DType dtype) { return dtype == DType::bf16 ? 128 : 256; }
 
+bool takes_few_rows(Op op, const Shape& shape, bool contiguous) {
+  const bool few = op == Op::forward ? shape.m <= kFewRowsForward : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
+  return contiguous && few && shape.k >= 64 && shape.m > 0 && shape.n > 0;
+}
+constexpr Route kFewRowsRoute = {Path::few_rows, "few rows: packing weight would cost more than it saves"};
+
 }  // namespace
 
 Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
@@ -46,10 +52,15 @@ Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
       std::string(kernels().isa) == "avx512_bf16")
     return {Path::aten,
             "bf16, a large weight and few rows: torch's GEMM measured faster, our elementwise passes around it"};
-  const bool few = op == Op::forward ? shape.m <= kFewRowsForward : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
-  if (contiguous && few && shape.k >= 64 && !empty)
-    return {Path::few_rows, "few rows: packing weight would cost more than it saves"};
+  if (takes_few_rows(op, shape, contiguous)) return kFewRowsRoute;
   return {Path::packed, "our packed GEMM with the fused epilogue"};
+}
+
+bool autocast_kernels() { return kernels().autocast.ukernel && forced() != Forced::aten && !amx_refused(); }
+
+Route autocast_route(Op op, const Shape& shape, bool contiguous) {
+  if (takes_few_rows(op, shape, contiguous)) return kFewRowsRoute;
+  return {Path::packed, "our packed GEMM, which rounds float32 to bfloat16 while it packs"};
 }
 
 int chain_slices(const std::vector<Shape>& layers, DType dtype) {

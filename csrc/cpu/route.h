@@ -18,6 +18,11 @@ struct Route {
 // `contiguous`: weight, and in forward x too, has its last stride 1, which few_rows needs.
 Route route(Op op, const Shape& shape, DType dtype, bool contiguous);
 
+// Whether layers under autocast have kernels of their own here (autocast.h): the same for all of them in a process.
+bool autocast_kernels();
+// The path of a product of theirs.
+Route autocast_route(Op op, const Shape& shape, bool contiguous);
+
 // In how many slices of rows the chain kernels take these layers, a function of the shapes alone; 0: layer by layer.
 int chain_slices(const std::vector<Shape>& layers, DType dtype);
 

@@ -6,17 +6,29 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
+// A value as the tensor would hold it.
+template <class T>
+DLK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
+  if constexpr (kSame<T, Acc<T>>) {
+    return v;
+  } else {
+    return from_bits(T{}, to_bits(T{}, v));
+  }
+}
+
 // dst[0..n) = src[0..n) at a stride, converted to what the engine packs.
-template <class E>
-DLK_INLINE void copy_run(typename E::Packed* dst, const typename E::Elem* src, int64_t stride, int64_t n) {
+template <class E, class T>
+DLK_INLINE void copy_run(typename E::Packed* dst, const T* src, int64_t stride, int64_t n) {
   int64_t i = 0;
   if (stride == 1) {
-    if constexpr (kSame<typename E::Packed, typename E::Elem>) {
+    if constexpr (kSame<typename E::Packed, T>) {
       constexpr int64_t line = DLK_VBYTES / sizeof(*src);  // most runs are short: a call costs more than they do
       for (; n <= 16 * line && i + line <= n; i += line) store_bits(dst + i, load_bits<VU32>(src + i));
       if (n > i) __builtin_memcpy(dst + i, src + i, (n - i) * sizeof(*src));  // src of an empty tensor is null
       return;
     }
+    if constexpr (E::kStep == 2)  // two registers rounded by one instruction
+      for (; i + 2 * E::kVL <= n; i += 2 * E::kVL) store_bits(dst + i, E::load_cells(src + i, 2 * E::kVL));
     for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, load(src + i));
   }
   for (; i < n; i += E::kVL) {

@@ -221,6 +221,22 @@ DLK_INLINE V interleave(V a, V b) {
 #endif
 }
 
+// a0 b0 a1 b1 ... from one register whose lower half is a and whose upper half is b.
+template <class V>
+DLK_INLINE V halves_interleaved(V ab) {
+  constexpr int lanes = sizeof(V) / sizeof(ab[0]);
+  using I = decltype(ab < ab);
+  I index;
+  for (int i = 0; i < lanes; ++i) index[i] = i / 2 + (i % 2) * (lanes / 2);
+#if defined(__clang__)
+  V r;
+  for (int i = 0; i < lanes; ++i) r[i] = ab[index[i]];
+  return r;
+#else
+  return __builtin_shuffle(ab, index);
+#endif
+}
+
 // Square transposition in registers: log2(lanes) rounds of perfect shuffles of rows i and i + lanes/2.
 template <class V>
 DLK_INLINE void transpose(V* rows) {

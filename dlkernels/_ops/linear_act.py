@@ -21,15 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkernels._ops import sharding
+from dlkernels._ops import autocast, sharding
 from dlkernels._ops.activations import ACTIVATIONS, Activation
+from dlkernels._ops.derivatives import (
+    Gradients,
+    backward_in_torch,
+    backward_of_backward,
+    backward_op,
+    gradients,
+    rows,
+    total,
+)
 from dlkernels._ops.modes import autocast_active, autocast_operands, forward_mode, under_transform
 
 _forward = torch.ops.dlkernels._linear_act_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_forward_z.default
-_backward = torch.ops.dlkernels._linear_act_backward.default
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # ---- fake kernels: shapes and dtypes for compile, export and the meta device ---------------------------------------
 
@@ -102,97 +108,7 @@ def check_shapes(x: Tensor, weight: Tensor) -> None:
     _forward(x.to("meta"), weight.to("meta"), None, 0, 0.0)
 
 
-# ---- derivatives of the backward, in plain torch -------------------------------------------------------------------
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
-
-
-def _sum(*terms: Tensor | None) -> Tensor | None:
-    present = [t for t in terms if t is not None]
-    return sum(present[1:], present[0]) if present else None
-
-
-def _backward_of_backward(
-    act: Activation,
-    slope: float,
-    g: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    saved: Tensor,
-    grads: Gradients,
-    needs: tuple[bool, ...] = (True, True, True, True),
-) -> tuple[Tensor | None, ...]:
-    """Gradients for (g, x, weight, saved) of the backward; see the module's docstring. None where zero or not
-    needed."""
-    gx, gw, gb = grads
-    h = _sum(
-        gx @ weight.t() if gx is not None and weight is not None else None,
-        x @ gw.t() if gw is not None and x is not None else None,
-        gb,
-    )
-    if h is None:
-        return None, None, None, None
-    h = h.expand_as(g)
-    d = act.first(saved, slope)
-    q = g * d
-    need_g, need_x, need_w, need_saved = needs
-    return (
-        h * d if need_g else None,
-        q @ gw if need_x and gw is not None else None,
-        _rows(q).t() @ _rows(gx) if need_w and gx is not None else None,
-        h * g * act.bend(saved, slope) if need_saved and act.bend is not None else None,
-    )
-
-
-def _backward_in_torch(
-    g: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    saved: Tensor,
-    act: Activation,
-    slope: float,
-    needs: tuple[bool, bool, bool] = (True, True, True),
-) -> Gradients:
-    """The backward for a g with a tangent, which the op would drop."""
-    q = g * act.first(saved, slope)
-    need_x, need_weight, need_bias = needs
-    return (
-        q @ weight if need_x and weight is not None else None,
-        _rows(q).t() @ _rows(x) if need_weight and x is not None else None,
-        _rows(q).sum(0) if need_bias else None,
-    )
-
-
 # ---- the fast pair: eager, compile, export -------------------------------------------------------------------------
-
-
-class _LinearActBackward(torch.autograd.Function):
-    """(dx, dweight, dbias), differentiable. ``x`` or ``weight`` may be None where unused."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        g: Tensor,
-        x: Tensor | None,
-        weight: Tensor | None,
-        saved: Tensor,
-        act: Activation,
-        slope: float,
-        needs: tuple[bool, bool, bool],
-    ) -> Gradients:
-        ctx.save_for_backward(g, x, weight, saved)
-        ctx.set_materialize_grads(False)
-        ctx.act, ctx.slope = act, slope
-        return _backward(g, x, weight, saved, act.code, slope, *needs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, x, weight, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        out = _backward_of_backward(ctx.act, ctx.slope, g, x, weight, saved, grads, needs)  # type: ignore[arg-type]
-        return *out, None, None, None
 
 
 class _LinearAct(torch.autograd.Function):
@@ -219,21 +135,9 @@ class _LinearAct(torch.autograd.Function):
         x, weight, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if gz is None and g is not None and not torch.is_grad_enabled() and not forward_mode():  # what training does
-            return *_backward(g, x, weight, g if saved is None else saved, ctx.act.code, ctx.slope, *needs), None, None
-
-        def gradients(g: Tensor, saved: Tensor, act: Activation) -> Gradients:
-            if forward_mode():
-                return _backward_in_torch(g, x, weight, saved, act, ctx.slope, needs)
-            if not torch.is_grad_enabled():
-                return _backward(g, x, weight, saved, act.code, ctx.slope, *needs)
-            return _LinearActBackward.apply(g, x, weight, saved, act, ctx.slope, needs)
-
-        # the identity reads nothing: g stands in for a tensor of its shape
-        from_y = gradients(g, g if saved is None else saved, ctx.act) if g is not None else (None, None, None)
-        if gz is None:
-            return *from_y, None, None
-        from_z = gradients(gz, gz, ACTIVATIONS["none"])
-        return *map(_sum, from_y, from_z), None, None
+            grads = backward_op(g, x, weight, g if saved is None else saved, ctx.act.code, ctx.slope, *needs)
+            return *grads, None, None
+        return *gradients(g, gz, x, weight, saved, ctx.act, ctx.slope, needs), None, None
 
 
 # ---- the pair for torch.func transforms ----------------------------------------------------------------------------
@@ -260,7 +164,7 @@ class _LinearActBackwardTransform(torch.autograd.Function):
         act: Activation,
         slope: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(g, x, weight, saved, act.code, slope, True, True, True)
+        return backward_op(g, x, weight, saved, act.code, slope, True, True, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -272,15 +176,15 @@ class _LinearActBackwardTransform(torch.autograd.Function):
         g, x, weight, bias = ctx.saved_tensors
         act: Activation = ctx.act
         saved = _recomputed(x, weight, bias, act, ctx.slope)
-        to_g, to_x, to_w, to_s = _backward_of_backward(act, ctx.slope, g, x, weight, saved, grads)  # type: ignore[arg-type]
+        to_g, to_x, to_w, to_s = backward_of_backward(act, ctx.slope, g, x, weight, saved, grads)  # type: ignore[arg-type]
         if to_s is None:
             return to_g, to_x, to_w, None, None, None, None
         r = to_s * act.first(saved, ctx.slope) if act.saves_output else to_s  # gradient of z
         return (
             to_g,
-            _sum(to_x, r @ weight),
-            _sum(to_w, _rows(r).t() @ _rows(x)),
-            _rows(r).sum(0) if bias is not None else None,
+            total(to_x, r @ weight),
+            total(to_w, rows(r).t() @ rows(x)),
+            rows(r).sum(0) if bias is not None else None,
             None,
             None,
             None,
@@ -315,7 +219,7 @@ class _LinearActTransform(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, _gz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, saved = ctx.saved_tensors
         if forward_mode():
-            dx, dweight, dbias = _backward_in_torch(g, x, weight, saved, ctx.act, ctx.slope)
+            dx, dweight, dbias = backward_in_torch(g, x, weight, saved, ctx.act, ctx.slope)
         else:
             dx, dweight, dbias = _LinearActBackwardTransform.apply(g, x, weight, bias, saved, ctx.act, ctx.slope)
         return dx, dweight, dbias if bias is not None else None, None, None
@@ -344,6 +248,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, 
         z = linear_act(x, weight, bias, ACTIVATIONS["none"], slope)
         return act.value(sharding.reduced(z), slope)
     if autocast_active(x):
+        if autocast.converts(x, weight, bias):
+            return autocast.linear_act(x, weight, bias, act, slope)
         x, weight, bias = autocast_operands(x, weight, bias)
     if under_transform():
         # A compiler that traces through a transform would drop the Function's backward, and gradients would be zero.

@@ -3,25 +3,28 @@
 What it has over the layers one by one: dgrad's epilogue applies the mask of the layer below, and narrow layers take a
 block of rows through all of them while it is in cache (``csrc/cpu/chain.h``) or in shared memory
 (``csrc/cuda/chain.cuh``), forward and backward. Where the chain has no kernel (other devices than CPU and CUDA,
-``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by one: the same products in the same order.
+``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by one: the same products in the same order. So
+they do under autocast where they read float32 parameters as they are (``autocast``), unless the chain is narrow.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlkernels import _C
+from dlkernels._ops import autocast
 from dlkernels._ops.activations import Activation
 from dlkernels._ops.linear_act import linear_act
-from dlkernels._ops.modes import autocast_active, autocast_operands, under_transform
+from dlkernels._ops.modes import PLAIN, autocast_active, autocast_operands, under_transform
 
 _forward = torch.ops.dlkernels._mlp_forward.default
 _backward = torch.ops.dlkernels._mlp_backward.default
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
-_PLAIN = {Tensor, torch.nn.Parameter}  # no subclass that wants to see the layers
 
 
 class _MLP(torch.autograd.Function):
@@ -65,15 +68,26 @@ def layer_by_layer(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[A
     return x
 
 
+def converts(x: Tensor, weights: Tensors, biases: Biases) -> bool:
+    """Whether these layers, under autocast, run one by one without casts."""
+    if not all(autocast.converts(x, w, b) for w, b in zip(weights, biases, strict=True)):
+        return False
+    rows = math.prod(x.shape[:-1])
+    slices, _ = _C.explain_chain([(rows, *w.shape) for w in weights if w.dim() == 2], "bfloat16")
+    return not slices
+
+
 def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...], slope: float) -> Tensor:
     """See :func:`dlkernels.functional.mlp`."""
     if not weights:
         raise RuntimeError("mlp: expected at least one layer, got no weights")
     tensors = [x, *weights, *[b for b in biases if b is not None]]
-    plain = (x.is_cpu or x.is_cuda) and {type(t) for t in tensors} <= _PLAIN
+    plain = (x.is_cpu or x.is_cuda) and {type(t) for t in tensors} <= PLAIN
     if not plain or torch.compiler.is_compiling() or under_transform():
         return layer_by_layer(x, weights, biases, acts, slope)
     if autocast_active(x):
+        if converts(x, weights, biases):
+            return layer_by_layer(x, weights, biases, acts, slope)
         x, *parameters = autocast_operands(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

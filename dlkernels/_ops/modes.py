@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN = {Tensor, torch.nn.Parameter}  # no subclass that wants to see the operators
+
 
 def forward_mode() -> bool:
     """Whether forward-mode AD is at work, torch's own or ``torch.func.jvp``; our ops would drop the tangents."""

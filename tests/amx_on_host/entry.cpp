@@ -15,6 +15,25 @@ const Kernels k_portable = {"portable", {}}, k_avx2 = {"avx2", {}}, k_avx512 = {
               k_avx512_bf16 = {"avx512_bf16", {}};
 
 extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
+extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
+
+// By what A, B and C hold; nullptr: no layer has such a product.
+const PackedProduct* product(DType a, DType b, DType c) {
+  const struct {
+    DType a, b, c;
+    const PackedProduct* product;
+  } products[] = {
+      {DType::bf16, DType::bf16, DType::bf16, &k_amx_bf16},
+      {DType::f32, DType::f32, DType::f32, &k_amx_f32_in_bf16},
+      {DType::f32, DType::f32, DType::bf16, &k_amx_autocast_f32_x.forward},
+      {DType::bf16, DType::f32, DType::bf16, &k_amx_autocast_bf16_x.forward},
+      {DType::bf16, DType::f32, DType::f32, &k_amx_autocast_f32_x.dgrad},
+      {DType::bf16, DType::bf16, DType::f32, &k_amx_autocast_bf16_x.wgrad},
+  };
+  for (const auto& known : products)
+    if (known.a == a && known.b == b && known.c == c) return known.product;
+  return nullptr;
+}
 
 }  // namespace dlk::cpu
 
@@ -22,13 +41,13 @@ using namespace dlk;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// dtype f32: float tensors multiplied in bf16.
-EXPORT int gemm(int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
-                const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row, int64_t b_col,
-                int act, double slope, const void* bias, void* c, void* z, void* row_sum, int splits, void* partials,
-                int threads) {
+// All f32: float tensors multiplied in bf16.
+EXPORT int gemm(int a_dtype, int b_dtype, int c_dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row,
+                int64_t a_col, const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row,
+                int64_t b_col, int act, double slope, const void* bias, void* c, void* z, void* row_sum, int splits,
+                void* partials, int threads) {
   Gemm p{};
-  p.dtype = static_cast<DType>(dtype);
+  p.dtype = static_cast<DType>(c_dtype);
   p.m = m, p.n = n, p.k = k;
   p.a = {a, a_row, a_col};
   p.saved = {saved, saved_row, saved_col};
@@ -38,11 +57,13 @@ EXPORT int gemm(int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64
   p.splits = splits, p.partials = partials;
   threads_in_use = threads;
   const cpu::Parallel parallel = {threads, &in_threads};
-  const cpu::PackedProduct& product = p.dtype == DType::f32 ? cpu::k_amx_f32_in_bf16 : cpu::k_amx_bf16;
-  const int64_t panels = product.panels_size(p, threads);
+  const cpu::PackedProduct* product =
+      cpu::product(static_cast<DType>(a_dtype), static_cast<DType>(b_dtype), static_cast<DType>(c_dtype));
+  if (!product) return -1;
+  const int64_t panels = product->panels_size(p, threads);
   const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, (panels + 63) / 64 * 64), &std::free);
   p.panels = panels ? memory.get() : nullptr;
-  product.gemm(p, parallel);
+  product->gemm(p, parallel);
   return amx_on_host::config.palette;  // nothing is left configured
 }
 

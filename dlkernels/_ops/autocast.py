@@ -1,0 +1,89 @@
+"""A layer under bfloat16 autocast that reads float32 x, weight and bias as they are: the kernels round what they
+multiply (``csrc/cpu/autocast.h``), so that no copy in bfloat16 is written, kept or read back.
+
+y, what backward reads of it, and its gradient are bfloat16, as in stock torch; dx has x's dtype, dweight and dbias are
+float32 and rounded once less. x and weight themselves are kept for backward, as in float32: changed in place before,
+they are refused. Where a gradient is differentiated, the casts are made after all, and differentiated by torch.
+
+Only eager calls on CPU come here, with instructions for products in bfloat16; see ``converts``.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlkernels import _C
+from dlkernels._ops.activations import Activation
+from dlkernels._ops.derivatives import gradients
+from dlkernels._ops.modes import PLAIN, forward_mode, under_transform
+
+_forward = torch.ops.dlkernels._linear_act_autocast_forward.default
+_forward_z = torch.ops.dlkernels._linear_act_autocast_forward_z.default
+_backward = torch.ops.dlkernels._linear_act_autocast_backward.default
+
+_available = cache(_C.cpu_autocast)  # the same in the whole process
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None else t.to(dtype)
+
+
+class _LinearActAutocast(torch.autograd.Function):
+    """y, or (y, z), as ``linear_act._LinearAct``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        outputs = (_forward if act.saves_output else _forward_z)(x, weight, bias, act.code, slope)
+        saved = outputs if act.saves_output else outputs[1]
+        need_x, need_weight, _ = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            x if need_weight else None, weight if need_x else None, None if act.name == "none" else saved
+        )
+        ctx.set_materialize_grads(False)
+        ctx.act, ctx.slope, ctx.x_dtype = act, slope, x.dtype
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, gz: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        x, weight, saved = ctx.saved_tensors
+        needs, act, slope, x_dtype = ctx.needs_input_grad[:3], ctx.act, ctx.slope, ctx.x_dtype
+        if gz is None and g is not None and not torch.is_grad_enabled() and not forward_mode():
+            grads = _backward(g, x, weight, g if saved is None else saved, x_dtype, act.code, slope, *needs)
+            return *grads, None, None
+        low_x, low_weight = (_cast(t, torch.bfloat16) for t in (x, weight))
+        grads = gradients(g, gz, low_x, low_weight, saved, act, slope, needs)
+        dtypes = (x_dtype, torch.float32, torch.float32)
+        return *(_cast(t, dtype) for t, dtype in zip(grads, dtypes, strict=True)), None, None
+
+
+def converts(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether this layer, under autocast, goes without casts."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and _available()
+        and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and type(x) in PLAIN
+        and _is_parameter(weight)
+        and (bias is None or _is_parameter(bias))
+        and not under_transform()
+    )
+
+
+def _is_parameter(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and t.is_cpu and type(t) in PLAIN
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
+    """``linear_act.linear_act`` for a layer that ``converts``."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        outputs = _LinearActAutocast.apply(x, weight, bias, act, slope)
+        return outputs if act.saves_output else outputs[0]
+    return _forward(x, weight, bias, act.code, slope)
