@@ -1,21 +1,22 @@
-"""``python -m dlkernels``: a dispatcher. Every subcommand module has ``add_parser(subparsers)``, which adds
-its parser and sets ``run``: a function from the parsed arguments to the exit status."""
+"""``python -m dlkernels``: a dispatcher. Every module of a subcommand (``dlkernels.cli``) has
+``add_parser(subparsers)``, which adds its parser and sets ``execute``: a function from the parsed arguments to the exit
+status."""
 
 import argparse
 import sys
 
-from dlkernels import fuse_cli, info, train
 from dlkernels._version import __version__
+from dlkernels.cli import compare, export, fuse, info, predict, report, train
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dlkernels", description="Fused layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"dlkernels {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (info, train, fuse_cli):
+    for command in (info, train, report, compare, predict, export, fuse):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
-    return int(args.run(args) or 0)
+    return int(args.execute(args) or 0)
 
 
 if __name__ == "__main__":

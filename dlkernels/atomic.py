@@ -18,7 +18,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary binary file beside ``path``; on success it becomes ``path`` in one step.
 
     A reader sees the old file or the new one, never a part. If the block raises (or the disk is full) the old
-    file stays as it was and the temporary one is removed. Missing parent folders are made.
+    file stays as it was and the temporary one is removed: the block may read back what it wrote, and refuse it.
+    Missing parent folders are made.
 
     Raises:
         OSError: the folder cannot be made or written, or the disk is full.
@@ -28,7 +29,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     # In the target's own folder: os.replace is atomic only inside one file system.
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -15,7 +15,7 @@ from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import load
-from dlkernels.fuse_cli import import_torchvision
+from dlkernels.data.vision import import_torchvision
 
 PIXELS = 64  # with less, nothing is left after the last pooling
 

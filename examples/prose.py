@@ -4,7 +4,7 @@ import contextlib
 from pydoc_data.topics import topics
 from typing import Any
 
-from dlkernels.fuse_cli import import_torchvision
+from dlkernels.data.vision import import_torchvision
 
 TEXT = "\n\n".join(topics[name] for name in sorted(topics))
 TOPICS = topics

@@ -21,6 +21,7 @@ NEEDS = {
             "test_checkpoints.py",
             "test_resume.py",
             "test_survives.py",
+            "test_torchrun.py",
             "test_trainer.py",
             "test_trainer_options.py",
             "test_training.py",
@@ -28,6 +29,7 @@ NEEDS = {
         ),
         "sklearn",
     ),
+    **dict.fromkeys(("test_config.py", "test_report.py", "test_train_cli.py"), "pydantic"),
 }
 LEFT_OUT = {file: package for file, package in NEEDS.items() if find_spec(package) is None}
 collect_ignore = list(LEFT_OUT)

@@ -1,32 +1,27 @@
-"""The losses' CUDA kernels, executed without a GPU (tests/cuda_on_host), on the CPU losses' own tests (test_losses.py):
+"""The losses' CUDA kernels, executed without a GPU (tests/cuda_on_host), on the CPU losses' tests (test_losses_*.py):
 the ops beneath dlkernels.losses are replaced. What only CUDA does follows."""
 
 import ctypes
 
 import pytest
-import test_losses
+import test_losses_gaussian_nll
+import test_losses_regression
 import torch
-from test_losses import (  # noqa: F401
-    DTYPES,
-    INF,
-    NAN,
-    Judge,
-    assert_like,
-    class_problem,
-    layouts,
+from losses_oracle import DTYPES, INF, NAN, Judge, assert_like, class_problem, layouts
+from test_losses_autograd import test_every_subset_of_gradients, test_small_gradients_survive_in_float16  # noqa: F401
+from test_losses_cross_entropy import (  # noqa: F401
     see_cross_entropy,
     test_cross_entropy_strides,
-    test_elementwise_extremes_and_empty,
-    test_every_subset_of_gradients,
     test_extreme_logits,
-    test_gaussian_clamp_is_a_constant_to_gradients,
-    test_gaussian_nll,
     test_ignore_index_inside_the_classes,
-    test_mse,
     test_nothing_to_average,
     test_one_row,
+)
+from test_losses_gaussian_nll import test_gaussian_clamp_is_a_constant_to_gradients, test_gaussian_nll  # noqa: F401
+from test_losses_regression import (  # noqa: F401
+    test_elementwise_extremes_and_empty,
+    test_mse,
     test_results_lie_in_memory_as_torchs_do,
-    test_small_gradients_survive_in_float16,
 )
 
 from dlkernels import losses
@@ -49,7 +44,8 @@ SHAPES = [(), (1,), (7,), (16,), (33,), (3, 5), (64, 17), (2, 3, 4, 5), (3, 2001
 def _cuda_kernels(monkeypatch):
     for name, op in OPS.items():
         monkeypatch.setattr(ops, name, op)
-    monkeypatch.setattr(test_losses, "SHAPES", SHAPES)
+    for module in (test_losses_regression, test_losses_gaussian_nll):
+        monkeypatch.setattr(module, "SHAPES", SHAPES)
 
 
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])

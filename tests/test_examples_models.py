@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlkernels.fuse_cli import import_torchvision
+from dlkernels.data.vision import import_torchvision
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dlkernels import fuse_cli
 from dlkernels.__main__ import main
+from dlkernels.cli import fuse as fuse_cli
+from dlkernels.data.vision import import_torchvision
 from dlkernels.fusion import rules
 
 
@@ -36,7 +37,7 @@ def test_disagreement_is_an_error(capsys, monkeypatch):
 
 def test_torchvision(capsys):
     try:
-        fuse_cli.import_torchvision()
+        import_torchvision()
     except ImportError as error:
         pytest.skip(f"torchvision: {error}")
     assert main(["fuse", "--model", "torchvision:squeezenet1_1", "--size", "64", "--batch-size", "1"]) == 0

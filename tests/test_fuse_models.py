@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from zoo import MODELS, googlenet, linear_outputs_into_activations
 
 from dlkernels import fuse, report, unfuse
-from dlkernels.fusion.observe import perturbed
+from dlkernels.agreement import perturbed
 
 NOTHING_TO_FUSE = {
     "torchvision:resnet18", "torchvision:mobilenet_v3_small", "torchvision:squeezenet1_1",

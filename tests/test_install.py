@@ -124,6 +124,7 @@ def test_plain_install_builds_against_the_torch_that_is_there(installed):
     assert where.is_relative_to(python.parents[1])
     assert torch_where == Path(torch.__file__)
     assert config["torch"] == version == torch.__version__
+    assert (where.parent / "runs" / "templates" / "report.html").is_file()
     assert "dlkernels: building " in said
 
 

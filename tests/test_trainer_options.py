@@ -11,7 +11,7 @@ from torch import nn
 from training import SPLITS, X, Y, assert_same, batches, make, network, stop_after
 
 from dlkernels.data import TensorLoader
-from dlkernels.fuse_cli import import_torchvision
+from dlkernels.data.vision import import_torchvision
 from dlkernels.trainer import (
     Callback,
     CheckpointError,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from dlkernels.fuse_cli import import_torchvision
+from dlkernels.data.vision import import_torchvision
 
 
 def _torch_encoder(**settings):

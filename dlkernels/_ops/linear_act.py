@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkernels._ops import autocast
-from dlkernels._ops.activations import Activation
+from dlkernels._ops import autocast, sharding
+from dlkernels._ops.activations import ACTIVATIONS, Activation
 from dlkernels._ops.derivatives import (
     Gradients,
     backward_in_torch,
@@ -243,6 +243,10 @@ class _LinearActTransform(torch.autograd.Function):
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """See :func:`dlkernels.functional.linear_act`."""
+    if type(x) is not Tensor and sharding.splits_the_sum(x, weight) and act.name != "none":
+        # every rank has some terms of each sum: the activation comes after all of them
+        z = linear_act(x, weight, bias, ACTIVATIONS["none"], slope)
+        return act.value(sharding.reduced(z), slope)
     if autocast_active(x):
         if autocast.converts(x, weight, bias):
             return autocast.linear_act(x, weight, bias, act, slope)

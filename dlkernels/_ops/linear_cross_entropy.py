@@ -61,7 +61,7 @@ def _(
     )
 
 
-def _stock(
+def stock_linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -109,17 +109,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, target, class_weight, *grads = ctx.saved_tensors
         needs, rest = ctx.needs_input_grad[:3], (None,) * 5
-        reduction, ignore_index, label_smoothing = settings = ctx.settings
+        settings: tuple[int, int, float] = ctx.settings
         dtype = grad_dtype(x)  # of the loss
         if torch.is_grad_enabled() or under_transform():
             inputs = (x, weight) if bias is None else (x, weight, bias)
 
             def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-                return _stock(x, weight, bias, target, class_weight, reduction, ignore_index, label_smoothing, dtype)
+                return stock_linear_cross_entropy(x, weight, bias, target, class_weight, *settings, dtype)
 
             grads = differentiable_gradients(formula, inputs, needs[: len(inputs)], g)
             return *grads, *(None,) * (3 - len(grads)), *rest
-        if reduction == NONE:
+        if settings[0] == NONE:
             _, *grads = _linear_cross_entropy(x, weight, bias, target, class_weight, g, *settings, *needs)
             return *(d.to(x.dtype) if d is not None else None for d in grads), *rest
         return *(scaled(d, g, x.dtype) if d is not None else None for d in grads), *rest
@@ -144,7 +144,7 @@ def linear_cross_entropy(
         dtype = grad_dtype(x)
     settings = reduction, ignore_index, label_smoothing
     if plain_torch(x, ("cpu", "meta")) or (class_weight is not None and wants_grad(class_weight)):
-        return _stock(x, weight, bias, target, class_weight, *settings, dtype)
+        return stock_linear_cross_entropy(x, weight, bias, target, class_weight, *settings, dtype)
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if wants_grad(*inputs):
         # the cast is outside: torch 2.11's compiler loses the gradient of an output that a cast returned as it was

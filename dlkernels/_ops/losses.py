@@ -2,7 +2,7 @@
 
 An op returns the loss and its gradients for an incoming gradient of 1, made in the same pass over the data and kept
 in float32 (float64 for float64); backward multiplies and rounds. What no kernel is for goes to torch's formulas
-(:func:`_stock_mse` and its neighbours): other devices than the CPU and, in a build for it, CUDA; ``torch.func``
+(:func:`stock_mse` and its neighbours): other devices than the CPU and, in a build for it, CUDA; ``torch.func``
 transforms and forward-mode AD; and the backward of a backward, which differentiates them.
 
 ``reduction`` is 0 "none", 1 "mean", 2 "sum", as in ``torch.nn._reduction``.
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dlkernels import _C
 from dlkernels._ops.modes import under_transform
+from dlkernels._ops.sharding import is_dtensor
 
 _mse_loss = torch.ops.dlkernels._mse_loss.default
 _gaussian_nll_loss = torch.ops.dlkernels._gaussian_nll_loss.default
@@ -118,18 +119,18 @@ def _(
 # ---- torch's formulas -----------------------------------------------------------------------------------------------
 
 
-def _stock_mse(input: Tensor, target: Tensor, reduction: int) -> Tensor:
+def stock_mse(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     return F.mse_loss(input, target, reduction=REDUCTIONS[reduction])
 
 
-def _stock_gaussian_nll(input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
+def stock_gaussian_nll(input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
     # The clamp is a constant to derivatives. F.gaussian_nll_loss looks at var's values, which vmap forbids.
     var = torch.where(var < eps, var + (eps - var).detach(), var)
     loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var) + (0.5 * math.log(2 * math.pi) if full else 0.0)
     return loss if reduction == NONE else loss.mean() if reduction == MEAN else loss.sum()
 
 
-def _stock_cross_entropy(
+def stock_cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -190,7 +191,7 @@ class _MSELoss(torch.autograd.Function):
         need_input, need_target = needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
             reduction = ctx.reduction
-            formula = lambda x, t: _stock_mse(x, t, reduction)  # noqa: E731
+            formula = lambda x, t: stock_mse(x, t, reduction)  # noqa: E731
             return *differentiable_gradients(formula, (input, target), needs, g), None
         d = scaled(grad, g, input.dtype)
         return d if need_input else None, -d if need_target else None, None
@@ -213,7 +214,7 @@ class _GaussianNLLLoss(torch.autograd.Function):
         need_input, need_target, need_var = needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             settings = ctx.settings
-            formula = lambda x, t, v: _stock_gaussian_nll(x, t, v, *settings)  # noqa: E731
+            formula = lambda x, t, v: stock_gaussian_nll(x, t, v, *settings)  # noqa: E731
             return *differentiable_gradients(formula, (input, target, var), needs, g), None, None, None
         d = scaled(grad, g, input.dtype) if need_input or need_target else None
         return (
@@ -250,7 +251,7 @@ class _CrossEntropy(torch.autograd.Function):
         rest = (None,) * 4
         if torch.is_grad_enabled():
             settings = ctx.settings
-            formula = lambda x, t: _stock_cross_entropy(x, t, weight, *settings)  # noqa: E731
+            formula = lambda x, t: stock_cross_entropy(x, t, weight, *settings)  # noqa: E731
             return *differentiable_gradients(formula, (input, target), (need_input, need_target), g), *rest
         if input.dim() > 1 and g.dim() > 0:
             g = g.unsqueeze(1)  # one value per row, for all its classes
@@ -265,8 +266,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def plain_torch(t: Tensor, devices: tuple[str, ...] = DEVICES) -> bool:
-    """Whether torch's formulas serve this call: no kernel for the device, or a transform that must see inside."""
-    return under_transform() or t.device.type not in devices
+    """Whether torch's formulas serve this call: no kernel for the device, a transform that must see inside, a DTensor
+    (torch's have sharding rules, for classes that are split over ranks too)."""
+    return under_transform() or t.device.type not in devices or (type(t) is not Tensor and is_dtensor(t))
 
 
 def wants_grad(*tensors: Tensor) -> bool:
@@ -276,7 +278,7 @@ def wants_grad(*tensors: Tensor) -> bool:
 def mse_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     """See :func:`dlkernels.losses.mse_loss`; both tensors of one shape and dtype."""
     if plain_torch(input):
-        return _stock_mse(input, target, reduction)
+        return stock_mse(input, target, reduction)
     if wants_grad(input, target):
         return _MSELoss.apply(input, target, reduction)
     return _mse_loss(input, target, reduction, False)[0]
@@ -287,7 +289,7 @@ def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor, full: bool, ep
     if plain_torch(input):
         if _has_negative(var):
             raise ValueError("var has negative entry/entries")
-        return _stock_gaussian_nll(input, target, var, full, eps, reduction)
+        return stock_gaussian_nll(input, target, var, full, eps, reduction)
     if wants_grad(input, target, var):
         return _GaussianNLLLoss.apply(input, target, var, full, eps, reduction)
     return _gaussian_nll_loss(input, target, var, full, eps, reduction, False, False)[0]
@@ -305,7 +307,7 @@ def cross_entropy(
     settings = weight, reduction, ignore_index, label_smoothing
     # A weight that learns: torch has its gradient with class probabilities, and refuses with class indices.
     if plain_torch(input) or (weight is not None and wants_grad(weight)):
-        return _stock_cross_entropy(input, target, *settings)
+        return stock_cross_entropy(input, target, *settings)
     if wants_grad(input, target):
         return _CrossEntropy.apply(input, target, *settings)
     return _cross_entropy(input, target, *settings, False, False)[0]

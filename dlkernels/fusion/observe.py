@@ -12,14 +12,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dlkernels import functional
+from dlkernels.agreement import Agreement, arguments, judge, outputs
 from dlkernels.fusion import call
 from dlkernels.fusion.rules import activation_of, linear_rule
-from dlkernels.fusion.sites import Agreement
 
-PERTURBATIONS = 3
 SECONDS = 0.1  # for timing one shape
 
 
@@ -45,79 +43,14 @@ class Disagreement(RuntimeError):
     """A fused model's outputs are further from stock's than rounding explains."""
 
 
-def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a tuple of arguments or a dict of keyword arguments, as args and kwargs."""
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
-
-
-# ---- agreement -------------------------------------------------------------------------------------------------------
-
-
-def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """All floating point tensors in what the model returns, in eval mode and without gradients."""
-    args, kwargs = arguments(example_inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        leaves, _ = tree_flatten(model.eval()(*args, **kwargs))
-    return [t.detach() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def as_dtype(example_inputs: Any, dtype: torch.dtype) -> Any:
-    return tree_map_only(Tensor, lambda t: t.detach().to(dtype) if t.is_floating_point() else t, example_inputs)
-
-
-def perturbed(model: nn.Module, seed: int) -> nn.Module:
-    """A copy whose parameters differ by one rounding each, up or down: what it computes, the model might have."""
-    again = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in again.parameters():
-            if p.is_floating_point():
-                signs = torch.randint(0, 2, p.shape, generator=generator).mul_(2).sub_(1).to(p.device)
-                p.add_(p * signs * torch.finfo(p.dtype).eps)
-    return again
-
-
-def distance(t: Tensor, exact: Tensor) -> float:
-    """The largest difference, in rounding errors of ``t``'s dtype at ``exact``'s largest element."""
-    if t.numel() == 0:
-        return 0.0
-    info = torch.finfo(t.dtype)
-    difference = (t.double() - exact).abs().nan_to_num(0.0)  # what is infinite or NaN in both
-    if not torch.equal(t.isfinite(), exact.isfinite()):
-        return float("inf")
-    finite = exact[exact.isfinite()].abs()
-    return float(difference.max()) / (
-        (float(finite.max()) if finite.numel() else 0.0) * info.eps / 2 + info.smallest_normal
-    )
-
-
-def agreement(stock: nn.Module, fused: nn.Module, example_inputs: Any) -> Agreement:
-    """Whether the fused model's outputs are as near to float64's as stock's are: at most at twice the distance.
-
-    Stock's distance is the largest of its own and those of copies whose parameters are off by one rounding. Both models
-    are left in eval mode.
-    """
-    exact = outputs(copy.deepcopy(stock).double(), as_dtype(example_inputs, torch.float64))
-    ours = outputs(fused, example_inputs)
-    stocks = [outputs(stock, example_inputs)]
-    stocks += [outputs(perturbed(stock, seed), example_inputs) for seed in range(PERTURBATIONS)]
-    worst = Agreement(0.0, 2.0)
-    for i, (t, e) in enumerate(zip(ours, exact, strict=True)):
-        found = Agreement(distance(t, e), 2 * max(1.0, *(distance(s[i], e) for s in stocks)))
-        if found.error / found.allowed > worst.error / worst.allowed:
-            worst = found
-    return worst
-
-
 def check_against_stock(stock: nn.Module, fused: nn.Module, example_inputs: Any) -> Agreement:
     """Raises :class:`Disagreement`."""
-    found = agreement(copy.deepcopy(stock), copy.deepcopy(fused), example_inputs)
+    stock, fused = (copy.deepcopy(model).eval() for model in (stock, fused))
+    found = judge(outputs(fused, example_inputs), stock, example_inputs)
     if not found:
         raise Disagreement(
-            f"fuse: {found}. A rule given to register_fusion may be wrong; otherwise this is a bug of dlkernels"
+            f"fuse: fused and stock {found}. A rule given to register_fusion may be wrong; otherwise this is a bug of "
+            "dlkernels"
         )
     return found
 

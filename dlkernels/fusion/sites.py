@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dlkernels.agreement import Agreement
+
 Status = Literal["fused", "left", "open"]
 
 
@@ -31,24 +33,6 @@ class Site:
     why: str = ""
     reached: bool | None = None
     gain: float | None = None
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far a fused model's outputs are from float64's, in rounding errors, and how far they may be: for the output
-    where the two are closest. True if all are near enough."""
-
-    error: float
-    allowed: float
-
-    def __bool__(self) -> bool:
-        return self.error <= self.allowed
-
-    def __str__(self) -> str:
-        return (
-            f"fused and stock {'agree' if self else 'DO NOT AGREE'}: the fused outputs are {self.error:.3g} rounding "
-            f"errors from float64's, {self.allowed:.3g} are allowed (twice stock's)"
-        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +77,9 @@ class Report:
         shown = [i for i, width in enumerate(widths) if width and (i == 1 or any(row[i] for row in rows[1:]))]
         lines = ["  ".join(row[i].ljust(widths[i]) for i in shown).rstrip() for row in rows]
         counts = f"{len(self.fused)} fused, {len(self.left)} left" + (f", {len(self.open)} open" if self.open else "")
-        return "\n".join([counts, *(lines if self.sites else []), *([str(self.agreement)] if self.agreement else [])])
+        return "\n".join(
+            [counts, *(lines if self.sites else []), *([f"fused and stock {self.agreement}"] if self.agreement else [])]
+        )
 
 
 def _row(key: Site, sites: list[Site]) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ from dlkernels.trainer.callbacks import Callback, EarlyStopping
 from dlkernels.trainer.checkpoint import CheckpointError
 from dlkernels.trainer.checkpoints import Checkpoints
 from dlkernels.trainer.cross_validation import Fold, cross_validate, folds
+from dlkernels.trainer.diagnose import NonFiniteLoss
 from dlkernels.trainer.display import set_printoptions
-from dlkernels.trainer.loop import NonFiniteLoss, Trainer
+from dlkernels.trainer.loop import Trainer
 from dlkernels.trainer.lr_finder import find_lr
 from dlkernels.trainer.monitor import Monitor
 from dlkernels.trainer.optimizers import adam, adamw, sgd

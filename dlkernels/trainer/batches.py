@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
 
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 
@@ -29,6 +30,8 @@ class ResumableBatches:
         """The batches of epoch ``epoch`` from number ``start`` on."""
         if hasattr(self.data, "batches"):
             return self.data.batches(epoch, start)
+        if isinstance(getattr(self.data, "sampler", None), DistributedSampler):
+            self.data.sampler.set_epoch(epoch)
         if start == 0:
             self._epoch_start = {"rng": rng_state(), "generators": self._generator_states()}
             return iter(self.data)

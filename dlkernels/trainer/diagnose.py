@@ -13,6 +13,18 @@ from torch.utils._pytree import tree_leaves
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 
 
+class NonFiniteLoss(ArithmeticError):
+    """The loss became NaN or infinite. ``epoch`` and ``batch`` (from 1) and ``update`` say where, ``cause`` why."""
+
+    def __init__(self, what: str, cause: str, *, epoch: int, batch: int, update: int, checkpoint: object) -> None:
+        saved = "no checkpoint is kept" if checkpoint is None else f"the checkpoint {checkpoint} is from before"
+        super().__init__(
+            f"{what} at batch {batch} of epoch {epoch} (update {update}): {cause}. Training stops, {saved}. Try a "
+            "smaller learning rate, and look for NaN or very large values in the data"
+        )
+        self.epoch, self.batch, self.update, self.cause = epoch, batch, update, cause
+
+
 def first_not_finite(model: nn.Module, run: Callable[[], Any], x: Any, y: Any) -> str:
     """A clause that names the first thing that is not finite, in the order in which it would do harm.
 

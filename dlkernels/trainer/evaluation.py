@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.metrics import Meter, count_correct
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Loss, forward
-from dlkernels.trainer.transfer import pair, samples_of
+from dlkernels.trainer.transfer import pair, to
 
 
 class Metric(Protocol):
@@ -34,16 +35,19 @@ def evaluate(
     device: torch.device,
     autocast: torch.dtype | None = None,
     metrics: Metrics | None = None,
+    ranks: Ranks | None = None,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Mean ``loss``, ``accuracy`` where there is one, and each metric's value, as plain numbers and lists.
 
-    The model runs in eval mode and gets its own mode back; so does the random state.
+    The model runs in eval mode and gets its own mode back; so does the random state. Of several ``ranks`` each takes
+    its part of every batch, and all get the values of the whole; ``torchmetrics`` metrics see to that themselves.
 
     Raises:
         ValueError: there is no batch, or one is not a pair.
     """
-    meter, metrics = Meter(), metrics or {}
+    ranks = ranks or Ranks()
+    meter, metrics = Meter(ranks.total), metrics or {}
     random_state = rng_state()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -53,10 +57,11 @@ def evaluate(
     try:
         with torch.no_grad():
             for item in data.batches(0) if hasattr(data, "batches") else data:
-                x, y = pair(item, device)
+                part = ranks.part(*pair(item), data)
+                x, y = to(part.x, device), to(part.y, device)
                 output, value = forward(model, loss, x, y, autocast)
-                meter.add(value, samples_of(x, y), count_correct(output, y))
-                for metric in metrics.values():
+                meter.add(value, part.samples, count_correct(output, y), part.share)
+                for metric in metrics.values() if part.share else ():
                     metric.update(output, y)
                 between_batches()
     finally:

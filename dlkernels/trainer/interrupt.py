@@ -26,13 +26,16 @@ class InterruptGuard:
     """
 
     def __init__(self) -> None:
-        self.requested: int | None = None
+        self.requested = 0
         self._previous: dict[int, Any] = {}
 
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C came since the guard began, Terminated if SIGTERM did."""
-        if self.requested is not None:
-            raise KeyboardInterrupt if self.requested == signal.SIGINT else Terminated
+    def check(self, requested: int | None = None) -> None:
+        """Raises KeyboardInterrupt if Ctrl-C came since the guard began, Terminated if SIGTERM did.
+
+        ``requested``: the number of the signal that came to any of several processes, 0 for none.
+        """
+        if requested := self.requested if requested is None else requested:
+            raise KeyboardInterrupt if requested == signal.SIGINT else Terminated
 
     def __enter__(self) -> InterruptGuard:
         if threading.current_thread() is threading.main_thread():

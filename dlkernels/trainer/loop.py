@@ -5,41 +5,30 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from dlkernels.trainer import checkpoint, checkpoints
-from dlkernels.trainer.batches import ResumableBatches
+from dlkernels.trainer import distributed, sharded
 from dlkernels.trainer.callbacks import Callback
-from dlkernels.trainer.checkpoint import CheckpointError
 from dlkernels.trainer.checkpoints import OneFile
-from dlkernels.trainer.diagnose import first_not_finite
+from dlkernels.trainer.diagnose import NonFiniteLoss, first_not_finite
+from dlkernels.trainer.distributed import Part, Ranks
 from dlkernels.trainer.evaluation import Metrics, evaluate
 from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
-from dlkernels.trainer.metrics import Meter, count_correct
+from dlkernels.trainer.metrics import count_correct
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
-from dlkernels.trainer.randomness import rng_state, set_rng_state
+from dlkernels.trainer.state import TrainingState
 from dlkernels.trainer.step import Every, Loss, Step, forward
 from dlkernels.trainer.summary import summarize
-from dlkernels.trainer.transfer import pair, samples_of
+from dlkernels.trainer.transfer import pair, to
 
 
-class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite. ``epoch`` and ``batch`` (from 1) and ``update`` say where, ``cause`` why."""
-
-    def __init__(self, message: str, *, epoch: int, batch: int, update: int, cause: str) -> None:
-        super().__init__(message)
-        self.epoch, self.batch, self.update, self.cause = epoch, batch, update, cause
-
-
-class Trainer:
+class Trainer(TrainingState):
     """Trains ``model`` to lower ``loss(model(x), y)`` over batches ``(x, y)``.
 
         trainer = Trainer(model, nn.CrossEntropyLoss(), adam(model.parameters()), batches, val_batches)
@@ -73,6 +62,7 @@ class Trainer:
         cuda_graph: capture the whole step as a CUDA graph and replay it on batches of the same shapes (``graph``).
         progress: ``auto`` (a bar on a terminal, else a line per epoch), ``bar``, ``lines`` or ``silent``.
         config: JSON-able settings kept in the checkpoint; ``load`` makes sure they are still the same.
+        ranks: the processes that train together. None: all of ``torch.distributed``, if it is initialised.
         name: what the progress lines call this run.
 
     Attributes:
@@ -91,6 +81,16 @@ class Trainer:
     same number of threads; for a DataLoader too, unless its workers draw random numbers of their own). A second
     Ctrl-C stops at once, inside the step; then the checkpoint on disk stays the last good one, as it does when
     the process is killed.
+
+    *Several processes* (``torchrun``, with ``torch.distributed`` initialised before): all make the same trainer, over
+    loaders that give all of them the same batches, of which each takes its part (a DataLoader with a
+    DistributedSampler gives parts already). Gradients are averaged by DistributedDataParallel, into which the model
+    is wrapped unless it is in one or was split by FSDP2 (``sharded.shard``). n processes train the weights of one, up
+    to the rounding of sums over ranks, where the loss is a mean over samples and no layer mixes these
+    (``SyncBatchNorm``, not ``BatchNorm``). History and metrics are those of the whole; rank 0 prints and writes
+    checkpoints, which fit any number of processes; a signal, a stop or a NaN in one rank ends all. Callbacks run in
+    every rank, and what they call here (``running_losses``, ``save``, ``evaluate``) all ranks must call;
+    ``ranks.is_main`` tells which one this is.
     """
 
     def __init__(
@@ -115,32 +115,20 @@ class Trainer:
         cuda_graph: bool = False,
         progress: Mode = "auto",
         config: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
         name: str = "train",
     ) -> None:
-        self.model = model
-        self.loss = loss
-        self.optimizer = optimizer
-        self.train_data = train_data
-        self.val_data = val_data
-        self.checkpoint = checkpoint if checkpoint is None or isinstance(checkpoint, OneFile) else OneFile(checkpoint)
-        self.autocast = autocast
-        self.metrics = dict(metrics or {})
-        self.callbacks = list(callbacks)
-        self.config = dict(config or {})
-        self.name = name
+        ranks = distributed.current() if ranks is None else ranks
+        self._run: Any = ranks.run(model)
+        model = distributed.unwrapped(self._run)
+        if ema is not None and sharded.is_sharded(model):
+            raise ValueError("expected no moving average (ema) for a model that FSDP2 has split: it would be whole")
+        if cuda_graph and ranks.world > 1:
+            raise ValueError("expected no cuda_graph with several processes, whose gradients are added up on the way")
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-        self.history: list[dict[str, Any]] = []
-        self.batch_losses: list[float] = []
-        self.epoch = 0
-        self.batch = 0
-        self.stopped: str | None = None
-        self._run: Any = model
-        if compile:
-            self._run = torch.compile(model, **(compile if isinstance(compile, Mapping) else {}))
         if scaler is None and autocast is torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
-        self._step = Step(
+        step = Step(
             model,
             optimizer,
             accumulate=accumulate,
@@ -150,10 +138,17 @@ class Trainer:
             schedule_every=schedule_every,
             ema=ema,
         )
-        self._graph = GraphedStep(model, self._run, loss, self._step, autocast) if cuda_graph else None
-        self._meter = Meter()
-        self._seconds = 0.0  # spent on training in the epoch in progress
-        self._batches = ResumableBatches(train_data)
+        super().__init__(
+            model, optimizer, step, train_data, checkpoint=checkpoint, callbacks=callbacks, config=config, ranks=ranks
+        )
+        self.loss = loss
+        self.val_data = val_data
+        self.autocast = autocast
+        self.metrics = dict(metrics or {})
+        self.name = name
+        if compile:
+            self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
+        self._graph = GraphedStep(model, self._run, loss, step, autocast) if cuda_graph else None
         self._in_step = False
         self._progress_mode = progress
 
@@ -190,11 +185,11 @@ class Trainer:
             OSError: the checkpoint cannot be written; the one before is untouched.
         """
         last = epochs if at_most is None else min(epochs, self.epoch + at_most)
-        progress = make_progress(self._progress_mode)
+        progress = make_progress(self._progress_mode if self.ranks.is_main else "silent")
         self._in_step = False
         self._step.discard()  # of a step that was broken off
         if self.checkpoint is not None:
-            self.checkpoint.begin()
+            self.ranks.from_main(self.checkpoint.begin)
         with InterruptGuard() as guard:
             try:
                 self._call("fit_begins")
@@ -205,8 +200,8 @@ class Trainer:
                         progress.end(self.history[-1])
                     elif self.checkpoint is not None:
                         self._save_here()
-                    guard.check()
-                guard.check()
+                    self._check_stop(guard)
+                self._check_stop(guard)
             except (KeyboardInterrupt, Terminated):
                 progress.close()
                 self._save_interrupted(progress)
@@ -233,21 +228,28 @@ class Trainer:
         length = self._batches.length()
         try:
             for item in self._batches.remaining(self.epoch, self.batch):
-                x, y = pair(item, self.device)
+                part = self._part(item)
                 self._in_step = True
-                self._train_batch(x, y, last=self.batch + 1 == length)
+                self._train_batch(part, last=self.batch + 1 == length)
                 self.batch += 1
                 self._in_step = self._step.between_updates
                 for callback in self.callbacks:
                     callback.batch_ends(self)
                 if self._in_step:
                     continue
-                guard.check()
-                if self.checkpoint is not None and self.checkpoint.due():
+                signal, save, stop, show = self.ranks.largest(
+                    guard.requested,
+                    self.checkpoint is not None and self.ranks.is_main and self.checkpoint.due(),
+                    self.stopped is not None,
+                    time.perf_counter() >= refresh,
+                )
+                guard.check(signal)
+                if save:
                     self._save_here()
-                if self.stopped is not None:
+                if stop:
+                    self.stopped = self.ranks.first(self.stopped)
                     return False
-                if time.perf_counter() >= refresh:
+                if show:
                     self._check_finite()
                     row = self._row(self._seconds + time.perf_counter() - started)
                     progress.update(self.batch, row)
@@ -263,26 +265,40 @@ class Trainer:
             raise ValueError(f"expected train_data to give at least one batch; {self.train_data!r} gave none")
         return True
 
-    def _train_batch(self, x: Any, y: Any, last: bool) -> None:
-        samples = samples_of(x, y)
-        if self._graph is not None and self._graph.takes(x, y):
-            output, loss = self._graph(x, y)
+    def _part(self, item: Any) -> Part:
+        """This rank's part of a batch, on the model's device."""
+        part = self.ranks.part(*pair(item), self.train_data)
+        return part._replace(x=to(part.x, self.device), y=to(part.y, self.device))
+
+    def _train_batch(self, part: Part, last: bool) -> None:
+        if self._graph is not None and self._graph.takes(part.x, part.y):
+            output, loss = self._graph(part.x, part.y)
             loss = loss.clone()  # the next replay writes to the same place
         else:
             self._step.begin()
-            output, loss = forward(self._run, self.loss, x, y, self.autocast)
+            output, loss = forward(self._run, self.loss, part.x, part.y, self.autocast)
             # On the CPU looking costs nothing, and the weights are saved from the step. A GPU would be waited for.
-            if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-                raise self._non_finite(f"the loss became {loss.item()}", self.batch, x, y)
-            self._step.backward(loss, samples, last)
+            if loss.device.type == "cpu":
+                wrong = None if math.isfinite(loss.item()) else f"the loss became {loss.item()}"
+                if self.ranks.largest(wrong is not None)[0]:
+                    raise self._non_finite(wrong, self.batch, part)
+            self._step.backward(loss, part.samples, last, part.share * self.ranks.world)
         with torch.no_grad():
-            self._meter.add(loss.detach(), samples, count_correct(output, y))
+            self._meter.add(loss.detach(), part.samples, count_correct(output, part.y), part.share)
+
+    def _check_stop(self, guard: InterruptGuard) -> None:
+        """A signal or a stop in one rank is one in all."""
+        signal, stop = self.ranks.largest(guard.requested, self.stopped is not None)
+        guard.check(signal)
+        if stop:
+            self.stopped = self.ranks.first(self.stopped)
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
         """Validate, write the history row, move to the next epoch, save."""
         row = self._row(self._seconds)
         if self.val_data is not None:
-            row.update({f"val_{key}": value for key, value in self._evaluate(self.val_data, guard.check).items()})
+            values = self._evaluate(self.val_data, lambda: self._check_stop(guard))
+            row.update({f"val_{key}": value for key, value in values.items()})
         self._step.epoch_ends(row.get("val_loss", row["loss"]))
         for callback in self.callbacks:
             callback.epoch_ends(self, row)
@@ -290,10 +306,9 @@ class Trainer:
         self.batch_losses = self._meter.losses
         self.epoch += 1
         self.batch = 0
-        self._meter = Meter()
-        self._seconds = 0.0
+        self._begin_epoch()
         if self.checkpoint is not None:
-            self.checkpoint.write(self.state_dict(), self.epoch, 0, row)
+            self._write(row)
 
     def _row(self, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {"epoch": self.epoch + 1, "loss": self._meter.loss}
@@ -311,30 +326,38 @@ class Trainer:
         """Where the loss was not looked at batch by batch."""
         index = self._meter.first_non_finite()
         if index is not None:
-            x, y = pair(next(self._batches.remaining(self.epoch, index)), self.device)
-            raise self._non_finite(f"the loss became {self._meter.losses[index]}", index, x, y)
+            part = self._part(next(self._batches.remaining(self.epoch, index)))
+            raise self._non_finite(f"the loss became {self._meter.losses[index]}", index, part)
 
     def _check_weights(self) -> None:
         """An update can spoil the weights and no later batch of the epoch show it: do not save those."""
         if self.checkpoint is not None:
-            for name, value in self.model.named_parameters():
-                if not torch.isfinite(value).all():
-                    what = f"the parameter {name} became NaN or infinite"
-                    raise self._non_finite(what, self.batch - 1, cause="an update spoiled it")
+            parameters = self.model.named_parameters()
+            bad = next((name for name, value in parameters if not sharded.local(value).isfinite().all()), None)
+            if (bad := self.ranks.first(bad)) is not None:
+                what = f"the parameter {bad} became NaN or infinite"
+                raise self._non_finite(what, self.batch - 1, cause="an update spoiled it")
 
-    def _non_finite(self, what: str, batch: int, x: Any = None, y: Any = None, cause: str | None = None) -> Exception:
+    def _non_finite(
+        self, what: str | None, batch: int, part: Part | None = None, cause: str | None = None
+    ) -> NonFiniteLoss:
+        """What to raise, in all ranks; ``what`` is None where it is another's."""
         self._step.discard()
-        if cause is None:
-            cause = first_not_finite(self.model, lambda: forward(self.model, self.loss, x, y, self.autocast), x, y)
-        kept = None if self.checkpoint is None else self.checkpoint.newest()
-        saved = "no checkpoint is kept" if kept is None else f"the checkpoint {kept} is from before"
-        place = {"epoch": self.epoch + 1, "batch": batch + 1, "update": self.updates + 1}
+        if part is not None:
+            cause = self.ranks.first(None if what is None else self._cause(part.x, part.y))
         return NonFiniteLoss(
-            f"{what} at batch {place['batch']} of epoch {place['epoch']} (update {place['update']}): {cause}. Training "
-            f"stops, {saved}. Try a smaller learning rate, and look for NaN or very large values in the data",
-            **place,
-            cause=cause,
+            self.ranks.first(what) or "",
+            cause or "",
+            epoch=self.epoch + 1,
+            batch=batch + 1,
+            update=self.updates + 1,
+            checkpoint=None if self.checkpoint is None else self.checkpoint.newest(),
         )
+
+    def _cause(self, x: Any, y: Any) -> str:
+        if sharded.is_sharded(self.model):  # its layers run in all ranks or in none
+            return "in which layer is not looked for in a model that is split by FSDP2"
+        return first_not_finite(self.model, lambda: forward(self.model, self.loss, x, y, self.autocast), x, y)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -360,104 +383,23 @@ class Trainer:
             device=self.device,
             autocast=self.autocast,
             metrics=self.metrics,
+            ranks=self.ranks,
             between_batches=between_batches,
         )
 
     # --- checkpoints ----------------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all that a resume needs to ``path``, atomically.
-
-        Raises:
-            OSError: it cannot be written; what was there before is untouched.
-            TypeError: the state of a callback or a scheduler holds something that could not be read back.
-        """
-        checkpoint.save(path, self.state_dict())
-
-    def load(self, path: str | os.PathLike[str], *, fallback: bool = False) -> Path:
-        """Continue from a checkpoint: the next ``fit`` goes on where it was written.
-
-        Args:
-            path: a file, or the folder of ``Checkpoints``, of which the newest is taken.
-            fallback: where the newest is damaged, set it aside with a warning and take the one before.
-
-        Returns:
-            The file that was loaded.
-
-        Raises:
-            CheckpointError: it cannot be read, or belongs to another model, optimizer, configuration or
-                (where it was written within an epoch) other batches. Nothing has been changed then.
-        """
-        file, state, set_aside = checkpoints.read(path, fallback=fallback)
-        self._check_same_run(file, state)
-        for damage in set_aside:
-            warnings.warn(f"{damage}; going on from {file}", stacklevel=2)
-        self.load_state_dict(state)
-        return file
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds; plain containers, numbers, strings and tensors."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": checkpoint.optimizer_state(self.optimizer),
-            "step": self._step.state_dict(),
-            "rng": rng_state(),
-            "batches": self._batches.state_dict(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "meter": self._meter.state_dict(),
-            "seconds": self._seconds,
-            "history": self.history,
-            "batch_losses": self.batch_losses,
-            "callbacks": {name: callback.state_dict() for name, callback in self._named_callbacks()},
-            "stopped": self.stopped,
-            "config": self.config,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, random state included."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"]["state"])
-        self._step.load_state_dict(state["step"])
-        set_rng_state(state["rng"])
-        self._batches.load_state_dict(state["batches"])
-        self.epoch = state["epoch"]
-        self.batch = state["batch"]
-        self._meter = Meter()
-        self._meter.load_state_dict(state["meter"])
-        self._seconds = state["seconds"]
-        self.history = [dict(row) for row in state["history"]]
-        self.batch_losses = list(state["batch_losses"])
-        for name, callback in self._named_callbacks():
-            if name in state["callbacks"]:  # one that is new begins anew
-                callback.load_state_dict(state["callbacks"][name])
-        self.stopped = state["stopped"]
-        if self.checkpoint is not None:
-            self.checkpoint.load_state_dict(state.get("checkpoints", {}))
-
-    def _named_callbacks(self) -> list[tuple[str, Callback]]:
-        return [(f"{index} {type(callback).__name__}", callback) for index, callback in enumerate(self.callbacks)]
-
-    def _check_same_run(self, path: object, state: Mapping[str, Any]) -> None:
-        if missing := self.state_dict().keys() - state.keys():
-            raise CheckpointError(f"{path} is not a trainer's checkpoint: it lacks {', '.join(sorted(missing))}")
-        checkpoint.check_model(path, state["model"], self.model)
-        checkpoint.check_optimizer(path, state["optimizer"], self.optimizer)
-        checkpoint.check_parts(path, state["step"], self._step.state_dict())
-        checkpoint.check_config(path, state["config"], self.config)
-        held, own = state["batches"]["identity"], self._batches.identity()
-        if held != own:
-            text = f"{path} was made on batches of {held}; this run's are {own}"
-            if state["batch"]:
-                raise CheckpointError(f"{text}: within an epoch only the same batches can go on")
-            warnings.warn(f"{text}: training goes on, but not as it would have", stacklevel=3)
 
     def _save_here(self) -> None:
         """Between two updates; weights that a NaN has spoiled are not saved."""
         assert self.checkpoint is not None
         self._check_finite()
         self._check_weights()
-        self.checkpoint.write(self.state_dict(), self.epoch, self.batch)
+        self._write()
+
+    def _write(self, row: Mapping[str, Any] | None = None) -> None:
+        files, state = self.checkpoint, self.state_dict()
+        assert files is not None
+        self.ranks.from_main(lambda: files.write(state, self.epoch, self.batch, row))
 
     def _save_interrupted(self, progress: Progress) -> None:
         position = f"interrupted after {self._place()}"

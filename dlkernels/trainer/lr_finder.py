@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dlkernels.trainer.callbacks import Callback
-from dlkernels.trainer.loop import NonFiniteLoss, Trainer
+from dlkernels.trainer.diagnose import NonFiniteLoss
+from dlkernels.trainer.loop import Trainer
 from dlkernels.trainer.step import Loss
 
 SMOOTHING = 0.9  # of the losses, exponentially

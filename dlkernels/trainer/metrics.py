@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,9 +31,13 @@ class Meter:
     Reading ``loss``, ``accuracy`` or ``losses`` (each batch's loss, in order) first flushes what waits
     there. The sums are taken batch by batch in Python floats (float64), so how often somebody flushed leaves
     no trace in them.
+
+    Args:
+        total: adds up over processes, each of which has a part of every batch; a flush calls it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, total: Callable[[Tensor], Tensor] = lambda values: values) -> None:
+        self._total = total
         self.samples = 0
         self._losses: list[float] = []
         self._loss_sum = 0.0
@@ -40,27 +45,35 @@ class Meter:
         self._judged = 0  # predictions that accuracy has counted
         self._waiting: list[tuple[Tensor, int]] = []
         self._waiting_correct: list[Tensor] = []
+        self._waiting_judged = 0
 
-    def add(self, loss: Tensor, samples: int, correct: tuple[Tensor, int] | None) -> None:
-        """Note a batch: its mean loss (0-d, detached), how many samples, ``count_correct``'s answer."""
-        self._waiting.append((loss, samples))
+    def add(self, loss: Tensor, samples: int, correct: tuple[Tensor, int] | None, share: float = 1.0) -> None:
+        """Note a batch: its mean loss (0-d, detached), how many samples, ``count_correct``'s answer.
+
+        Where this process has a ``share`` of the samples, loss and ``correct`` are of that.
+        """
+        self._waiting.append((loss if share == 1 else loss * share, samples))
         self.samples += samples
         if correct is not None:
-            self._waiting_correct.append(correct[0])
-            self._judged += correct[1]
+            self._waiting_correct.append(correct[0] if share else correct[0] * 0)
+            self._waiting_judged += correct[1] if share else 0
 
     def flush(self) -> None:
         """Bring the waiting values to the host: one copy for the losses, one for the counts."""
         if self._waiting:
             for loss, (_, samples) in zip(
-                torch.stack([loss for loss, _ in self._waiting]).tolist(), self._waiting, strict=True
+                self._total(torch.stack([loss for loss, _ in self._waiting])).tolist(), self._waiting, strict=True
             ):
                 self._losses.append(loss)
                 self._loss_sum += loss * samples
             self._waiting.clear()
         if self._waiting_correct:
-            self._correct += int(torch.stack(self._waiting_correct).sum())
+            correct = torch.stack(self._waiting_correct).sum()
+            correct, judged = self._total(torch.stack([correct, torch.full_like(correct, self._waiting_judged)]))
+            self._correct += int(correct)
+            self._judged += int(judged)
             self._waiting_correct.clear()
+            self._waiting_judged = 0
 
     @property
     def losses(self) -> list[float]:
@@ -103,3 +116,4 @@ class Meter:
         self._judged = state["judged"]
         self._waiting.clear()
         self._waiting_correct.clear()
+        self._waiting_judged = 0

@@ -24,8 +24,10 @@ def adamw(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.
 
 
 def sgd(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.SGD:
-    """``torch.optim.SGD``, likewise."""
+    """``torch.optim.SGD``, likewise; but torch has no fused form of it for DTensors."""
     parameters = list(parameters)
+    if any(hasattr(tensor, "full_tensor") for item in parameters for tensor in _parameters_of(item)):
+        return torch.optim.SGD(parameters, lr=lr, **options)
     return torch.optim.SGD(parameters, lr=lr, **_fused(parameters, options))
 
 

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Path = str | os.PathLike[str]
+History = Sequence[Mapping[str, Any]]
+COLOURS = ("#3f7fd0", "#e07b39", "#2f9e7d", "#c44e72", "#8a68cf", "#a08a2c")  # seen on white and on black
 
 
-def plot_history(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+def plot_history(history: History, path: Path, title: str) -> None:
     """Loss, and accuracy where there is one, per epoch; training and validation.
 
     Raises:
@@ -24,13 +26,11 @@ def plot_history(history: Sequence[Mapping[str, Any]], path: Path, title: str) -
         OSError: ``path`` cannot be written.
     """
     metrics = [name for name in ("loss", "accuracy") if name in history[0]]
-    figure, panels = _figure(len(metrics), title)
+    figure, panels = new_figure(len(metrics), title)
     for panel, name in zip(panels, metrics, strict=True):
-        for key, label in ((name, "training"), (f"val_{name}", "validation")):
-            if key in history[0]:
-                panel.plot(*_by_epoch(history, key), marker="o", markersize=3, label=label)
-        _finish(panel, "epoch", name)
-    _save(figure, path)
+        curves = {"training": by_epoch(history, name), "validation": by_epoch(history, f"val_{name}")}
+        draw_curves(panel, curves, name)
+    save_png(figure, path)
 
 
 def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
@@ -40,14 +40,14 @@ def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
         ImportError: matplotlib is not installed.
         OSError: ``path`` cannot be written.
     """
-    figure, (loss, accuracy, distance, seconds) = _figure(4, title)
+    figure, (loss, accuracy, distance, seconds) = new_figure(4, title, columns=2, height=7.6)
     exact = comparison.reference.losses
     pairs = (("fused", comparison.candidate, "-", 3.5), ("stock", comparison.stock, "--", 1.5))
     # Stock is thin and dashed, on top of fused, so that both are seen.
     for label, curve, style, width in pairs:
-        loss.plot(*_by_epoch(curve.history, "loss"), style, linewidth=width, label=label)
-        accuracy.plot(*_by_epoch(curve.history, "val_accuracy"), style, linewidth=width, label=label)
-        seconds.plot(*_by_epoch(curve.history, "seconds"), marker="o", markersize=3, label=label)
+        loss.plot(*by_epoch(curve.history, "loss"), style, linewidth=width, label=label)
+        accuracy.plot(*by_epoch(curve.history, "val_accuracy"), style, linewidth=width, label=label)
+        seconds.plot(*by_epoch(curve.history, "seconds"), marker="o", markersize=3, label=label)
         gaps = [abs(a - b) for a, b in zip(curve.losses, exact, strict=False)]  # the float64 run stops early
         distance.plot(range(1, len(gaps) + 1), gaps, linewidth=0.8, label=label)
     looked_at = min(BATCHES, len(exact))
@@ -56,11 +56,11 @@ def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
     distance.set_yscale("log")
     loss.set_yscale("log")
     seconds.set_ylim(bottom=0)
-    _finish(loss, "epoch", "training loss")
-    _finish(accuracy, "epoch", "validation accuracy")
-    _finish(distance, "batch", "distance of the loss to float64's")
-    _finish(seconds, "epoch", f"seconds per epoch (fused {comparison.ratio:.2f}x as fast)")
-    _save(figure, path)
+    finish(loss, "epoch", "training loss")
+    finish(accuracy, "epoch", "validation accuracy")
+    finish(distance, "batch", "distance of the loss to float64's")
+    finish(seconds, "epoch", f"seconds per epoch (fused {comparison.ratio:.2f}x as fast)")
+    save_png(figure, path)
 
 
 def plot_rates(rates: Sequence[float], losses: Sequence[float], suggestion: float, path: Path) -> None:
@@ -70,29 +70,45 @@ def plot_rates(rates: Sequence[float], losses: Sequence[float], suggestion: floa
         ImportError: matplotlib is not installed.
         OSError: ``path`` cannot be written.
     """
-    figure, (panel,) = _figure(1, "learning rate finder")
+    figure, (panel,) = new_figure(1, "learning rate finder")
     panel.plot(rates, losses, label="loss, smoothed")
     panel.axvline(suggestion, color="black", linewidth=1, linestyle="--", label=f"falls fastest at {suggestion:.1e}")
     panel.set_xscale("log")
-    _finish(panel, "learning rate", "training loss")
-    _save(figure, path)
+    finish(panel, "learning rate", "training loss")
+    save_png(figure, path)
 
 
-def _figure(panels: int, title: str) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    panels: int, title: str = "", *, width: float | None = None, height: float | None = None, columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure (inches) of so many panels, in one row or in rows of ``columns``."""
     # Figure and not pyplot: pyplot would choose a backend, and keep the figure, for the whole process.
     from matplotlib.figure import Figure
 
-    rows, columns = (2, 2) if panels == 4 else (1, panels)
-    figure = Figure(figsize=(5.2 * columns, 3.8 * rows), layout="constrained")
-    figure.suptitle(title)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    columns = columns or panels
+    figure = Figure(figsize=(width or 5.2 * columns, height or 3.8), layout="constrained")
+    if title:
+        figure.suptitle(title)
+    return figure, list(figure.subplots(-(-panels // columns), columns, squeeze=False).flat)
 
 
-def _by_epoch(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    return [row["epoch"] for row in history], [row[key] for row in history]
+def by_epoch(history: History, key: str) -> tuple[list[int], list[float]]:
+    """Epochs and values, of the rows that have one."""
+    rows = [row for row in history if row.get(key) is not None]
+    return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
-def _finish(panel: Axes, x: str, y: str) -> None:
+def draw_curves(panel: Axes, curves: Mapping[str, tuple[list[int], list[float]]], name: str) -> None:
+    """A line per entry that has points, over the epochs."""
+    for (label, (epochs, values)), colour in zip(curves.items(), _cycle(len(curves)), strict=True):
+        if epochs:
+            shown = label if not label.startswith("_") else f"\u200b{label}"  # matplotlib hides such lines
+            panel.plot(epochs, values, marker="o", markersize=3, label=shown, color=colour)
+    finish(panel, "epoch", name)
+
+
+def finish(panel: Axes, x: str, y: str) -> None:
+    """Labels, grid and legend."""
     panel.set_xlabel(x)
     panel.set_ylabel(y)
     if x == "epoch":
@@ -101,6 +117,10 @@ def _finish(panel: Axes, x: str, y: str) -> None:
     panel.legend()
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]

@@ -90,12 +90,17 @@ class Step:
         if not self._gathered:
             self.optimizer.zero_grad()
 
-    def backward(self, loss: Tensor, samples: int, last: bool) -> None:
-        """Add the batch's gradient; update after ``accumulate`` batches, and after the ``last`` of an epoch."""
+    def backward(self, loss: Tensor, samples: int, last: bool, factor: float = 1.0) -> None:
+        """Add the batch's gradient; update after ``accumulate`` batches, and after the ``last`` of an epoch.
+
+        ``factor`` makes the average of the gradients over several ranks that of the batch of all ``samples``.
+        """
         if not self._gathered:
             self._first, self._weight = samples, 0.0
         if samples != self._first:
-            loss = loss * (samples / self._first)
+            factor *= samples / self._first
+        if factor != 1:
+            loss = loss * factor
         self._weight += samples / self._first
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self._gathered += 1

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def pair(item: Any, device: torch.device) -> tuple[Any, Any]:
-    """A batch as ``(input, target)`` on ``device``.
+def pair(item: Any) -> tuple[Any, Any]:
+    """A batch as ``(input, target)``.
 
     Raises:
         ValueError: it is not a pair.
@@ -18,7 +18,7 @@ def pair(item: Any, device: torch.device) -> tuple[Any, Any]:
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
         raise ValueError(f"expected batches that are pairs (input, target); got a {type(item).__name__}{size}")
-    return to(item[0], device), to(item[1], device)
+    return item[0], item[1]
 
 
 def to(value: Any, device: torch.device) -> Any:

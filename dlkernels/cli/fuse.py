@@ -17,23 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from dlkernels.agreement import arguments
+from dlkernels.cli.command import SettingError, add_command
+from dlkernels.data.vision import import_torchvision
 from dlkernels.fusion import fuse, report
-from dlkernels.fusion.observe import Disagreement, arguments
+from dlkernels.fusion.observe import Disagreement
 
 SECONDS = 5.0  # for timing both
 Made = tuple[nn.Module, Any]  # a model and its example inputs
 
 
-class SettingError(ValueError):
-    """A setting on the command line that cannot be; the message says what can."""
-
-
 def add_parser(subparsers: Any) -> None:
     """Add ``fuse`` to the command's subparsers."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "fuse",
+        _fuse,
         help="fuse a model, check it against stock, time both",
         description="Fuse a model with random weights; compare outputs with stock's; time both; print every site.",
+        errors=(Disagreement,),
     )
     add = parser.add_argument
     add(
@@ -50,18 +52,6 @@ def add_parser(subparsers: Any) -> None:
     add("--device", default="cpu", help="cpu (default), cuda, ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--train", action="store_true", help="time forward and backward (default: forward only)")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 where fused and stock do not agree, or a setting cannot be."""
-    try:
-        return _fuse(args)
-    except (SettingError, Disagreement) as error:
-        print(f"python -m dlkernels fuse: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 def _fuse(args: argparse.Namespace) -> int:
@@ -121,25 +111,6 @@ def _torchvision(name: str, settings: dict[str, Any], batch_size: int, size: int
         raise SettingError(f"torchvision has no model {name!r}; it has {', '.join(models.list_models())}")
     pixels = size or settings.get("image_size", 224)
     return models.get_model(name, weights=None, **settings), torch.randn(batch_size, 3, pixels, pixels)
-
-
-def import_torchvision() -> Any:
-    """torchvision; beside a CPU torch too, where the index's wheel stops at operators that its C++ part would define.
-
-    Raises:
-        ImportError: it is not there, or stops at something else.
-    """
-    with contextlib.suppress(RuntimeError, ImportError):
-        return importlib.import_module("torchvision")
-    for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    for op in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # it is there already
-            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        raise ImportError(str(error).splitlines()[0]) from error
 
 
 def _transformers(name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:

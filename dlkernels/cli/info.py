@@ -12,6 +12,7 @@ import torch
 from dlkernels import _C
 from dlkernels._load import BUILT_FOR
 from dlkernels._version import __version__
+from dlkernels.cli.command import add_command
 
 Facts = dict[str, dict[str, Any]]
 
@@ -74,11 +75,11 @@ def render(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace) -> int:
+def add_parser(subparsers: Any) -> None:
+    """Add ``info`` to the command's subparsers."""
+    add_command(subparsers, "info", _info, help="what was built, what is here, what will run")
+
+
+def _info(args: argparse.Namespace) -> int:
     print(render(collect()))
     return 0
-
-
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("info", help="what was built, what is here, what will run")
-    parser.set_defaults(run=run)

@@ -1,0 +1,78 @@
+"""Our operators as torch's own, for programs that run where this package is not.
+
+A chain of layers is exported layer by layer, so there is none here for it. Gradients that a loss makes along with its
+value are None: an exported program has no backward to read them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dlkernels._ops.activations import ACTIVATIONS
+from dlkernels._ops.linear_cross_entropy import stock_linear_cross_entropy
+from dlkernels._ops.losses import grad_dtype, stock_cross_entropy, stock_gaussian_nll, stock_mse
+
+_BY_CODE = list(ACTIVATIONS.values())
+
+
+def _forward_z(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
+    z = F.linear(x, weight, bias)
+    return _BY_CODE[act].value(z, slope), z
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> Tensor:
+    return _forward_z(x, weight, bias, act, slope)[0]
+
+
+def _mse_loss(input: Tensor, target: Tensor, reduction: int, need_grad: bool) -> tuple[Any, ...]:
+    return stock_mse(input, target, reduction), None
+
+
+def _gaussian_nll_loss(
+    input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int, *needs: bool
+) -> tuple[Any, ...]:
+    return stock_gaussian_nll(input, target, var, full, eps, reduction), None, None
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    *needs: bool,
+) -> tuple[Any, ...]:
+    loss = stock_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+    return loss, None, None
+
+
+def _linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    grad_loss: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    *needs: bool,
+) -> tuple[Any, ...]:
+    settings = reduction, ignore_index, label_smoothing
+    loss = stock_linear_cross_entropy(x, weight, bias, target, class_weight, *settings, grad_dtype(x))
+    return loss, None, None, None
+
+
+_ops = torch.ops.dlkernels
+DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    _ops._linear_act_forward.default: _forward,
+    _ops._linear_act_forward_z.default: _forward_z,
+    _ops._mse_loss.default: _mse_loss,
+    _ops._gaussian_nll_loss.default: _gaussian_nll_loss,
+    _ops._cross_entropy.default: _cross_entropy,
+    _ops._linear_cross_entropy.default: _linear_cross_entropy,
+}

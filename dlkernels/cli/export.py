@@ -1,0 +1,44 @@
+"""``python -m dlkernels export``: a trained run as a file that runs without this package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlkernels.cli.command import SettingError, add_command
+from dlkernels.cli.trained import trained
+from dlkernels.serving.check import ExportError
+from dlkernels.serving.export import export_onnx, export_program
+
+FORMATS = {"pt2": export_program, "onnx": export_onnx}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``export`` to the command's subparsers."""
+    parser = add_command(
+        subparsers,
+        "export",
+        _export,
+        help="write a trained run as a torch.export program or ONNX",
+        description="Write a trained run as a file that runs where dlkernels is not installed, checked against it.",
+        errors=(ExportError, OSError),
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a finished run")
+    add("--format", choices=FORMATS, required=True, help="a torch.export program, or ONNX")
+    add("--out", type=Path, metavar="FILE", help="default: RUN/model.pt2 or RUN/model.onnx")
+    add("--fixed-batch", type=int, metavar="N", help="for batches of N only (default: of any size)")
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.fixed_batch is not None and args.fixed_batch < 1:
+        raise SettingError(f"expected --fixed-batch of at least 1; got {args.fixed_batch}")
+    folder, model = trained(args.run)
+    dtype = next(model.parameters()).dtype
+    example = torch.rand(args.fixed_batch or 2, folder.dataset.features, dtype=dtype)
+    out = args.out or folder.path / f"model.{args.format}"
+    print(FORMATS[args.format](model, example, out, dynamic_batch=not args.fixed_batch))
+    return 0

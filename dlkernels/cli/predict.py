@@ -1,0 +1,83 @@
+"""``python -m dlkernels predict``: what a trained run says of images and arrays."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dlkernels.atomic import write_json
+from dlkernels.cli.command import SettingError, add_command
+from dlkernels.cli.trained import trained
+from dlkernels.serving.predict import BATCH_SIZE, Predictions, predict
+from dlkernels.serving.readers import InputError, Place, read
+from dlkernels.trainer.display import table
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``predict`` to the command's subparsers."""
+    parser = add_command(
+        subparsers,
+        "predict",
+        _predict,
+        help="classify images or arrays with a trained run",
+        description="Classify images, folders of images and arrays (.npy, .npz, .pt, idx) with a trained run.",
+        errors=(InputError, OSError),
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a finished run")
+    add("inputs", nargs="+", metavar="INPUT", help="image, folder of images, or array: raw pixels, or floats in [0, 1]")
+    add("--top", type=int, default=1, metavar="K", help="show the K most probable classes (default: 1)")
+    add("--json", metavar="FILE", help="write the predictions as JSON; - is standard output, in place of the table")
+    add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"default: {BATCH_SIZE}")
+    add(
+        "--invert",
+        action=argparse.BooleanOptionalAction,
+        help="images are dark on light (default: those with a light border are)",
+    )
+
+
+def _predict(args: argparse.Namespace) -> int:
+    if args.top < 1 or args.batch_size < 1:
+        raise SettingError("expected --top and --batch-size of at least 1")
+    folder, model = trained(args.run)
+    places, samples = read(args.inputs, folder.dataset, args.invert)
+    found = predict(model, samples, args.batch_size)
+    if args.json is not None:
+        rows = _rows(places, found, args.top)
+        if args.json == "-":
+            print(json.dumps(rows, indent=2))
+            return 0
+        write_json(Path(args.json), rows)
+    print(_table(places, found, args.top))
+    if args.invert is None and (count := sum(place.inverted for place in places)):
+        are = "image has a light border and was" if count == 1 else "images have a light border and were"
+        print(f"\n{count} {are} inverted (--no-invert keeps them)")
+    return 0
+
+
+def _rows(places: list[Place], found: Predictions, k: int) -> list[dict[str, Any]]:
+    probabilities, classes = (t.tolist() for t in found.top(k))
+    return [
+        {
+            "file": str(place.file),
+            "row": place.row,
+            "inverted": place.inverted,
+            "class": best[0],
+            "probability": shares[0],
+            "top": [{"class": c, "probability": p} for c, p in zip(best, shares, strict=True)],
+        }
+        for place, best, shares in zip(places, classes, probabilities, strict=True)
+    ]
+
+
+def _table(places: list[Place], found: Predictions, k: int) -> str:
+    probabilities, classes = (t.tolist() for t in found.top(k))
+    shown = len(classes[0])
+    header = ["input", *(["class", "probability"] * shown)]
+    rows = [
+        [str(place), *(text for c, p in zip(best, shares, strict=True) for text in (str(c), f"{p:.3f}"))]
+        for place, best, shares in zip(places, classes, probabilities, strict=True)
+    ]
+    return table(header, rows)

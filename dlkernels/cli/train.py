@@ -1,0 +1,192 @@
+"""``python -m dlkernels train``: an MLP of fused layers on MNIST or digits, alone or beside stock torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import platform
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dlkernels._version import __version__
+from dlkernels.atomic import atomic_write, write_json
+from dlkernels.cli import info
+from dlkernels.cli.command import SettingError, accept_anything, add_command
+from dlkernels.data import DataError, load
+from dlkernels.trainer import CheckpointError, NonFiniteLoss, Trainer, set_printoptions
+from dlkernels.trainer.compare import Comparison
+from dlkernels.trainer.display import number
+from dlkernels.trainer.distributed import Ranks, joined, restarted
+
+if TYPE_CHECKING:
+    from dlkernels.runs.config import RunConfig
+    from dlkernels.runs.folder import RunFolder
+    from dlkernels.runs.job import Job
+
+NEEDED_AT_THE_END = ("matplotlib", "sklearn", "jinja2", "tomli_w")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``train`` to the command's subparsers."""
+    parser = add_command(
+        subparsers,
+        "train",
+        _train,
+        help="train an MLP of fused layers on MNIST or digits",
+        description="Train an MLP of fused layers; save its settings, history, weights, checkpoints and a report. "
+        "Every setting is a flag here and a key of the --config file; flags overrule the file.",
+        errors=(DataError, CheckpointError, NonFiniteLoss, OSError),
+    )
+    try:
+        from dlkernels.cli.settings import add_settings
+    except ModuleNotFoundError as error:  # said to whoever uses this command; the others work
+        return accept_anything(parser, error)
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="settings in TOML; the config.toml of a run is such a file")
+    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE (default: the newest in OUT)")
+    add("--compare-stock", action="store_true", help="train stock layers too, taking turns, and compare")
+    add("--require-accuracy", type=float, metavar="A", help="exit status 1 if test accuracy ends below A")
+    add("-q", "--quiet", action="store_true", help="print only how it ended")
+    add_settings(parser)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from dlkernels.cli.settings import given
+    from dlkernels.runs.config import ConfigError, load_config
+
+    try:
+        config = load_config(args.config, given(args) | ({"progress": "silent"} if args.quiet else {}))
+    except ConfigError as error:
+        raise SettingError(str(error)) from None
+    _check(args, config)
+    with joined(config.device) as ranks, contextlib.redirect_stdout(sys.stdout if ranks.is_main else None):
+        return _train_together(args, config, ranks)
+
+
+def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks) -> int:
+    """In every process of torchrun's; the main one prints and writes."""
+    from dlkernels.runs.folder import RunFolder
+    from dlkernels.runs.job import Job
+
+    if args.compare_stock and ranks.world > 1:
+        raise SettingError("expected --compare-stock in a single process; here are several, by torchrun")
+    set_printoptions(precision=config.precision)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    say = (lambda *_: None) if args.quiet else print
+    folder = RunFolder(config.out)
+    with ranks.main_first():
+        splits = load(config.dataset, config.data)
+    job = Job(config, splits, ranks)
+    checkpoint = None if args.resume is None else args.resume or folder.checkpoints
+    if checkpoint is None and restarted() and ranks.from_main(lambda: any(folder.checkpoints.glob("*.pt"))):
+        checkpoint = folder.checkpoints
+    if (earlier := ranks.from_main(lambda: folder.make_room(checkpoint))) is not None:
+        say(f"{folder.path} held another run, which is now {earlier}")
+    trainer = job.fused(folder)
+    if checkpoint is not None:
+        say(f"going on from {trainer.load(checkpoint, fallback=True)}")
+    ranks.from_main(lambda: config.save(folder.config_file))
+    say(f"{splits}\n\n{trainer.summary()}\n")
+
+    before = trainer.evaluate()["accuracy"]
+    say(f"accuracy before training: {number(before)}")
+    comparison = job.beside_stock(trainer) if args.compare_stock else None
+    trainer.fit(config.epochs)  # a comparison has brought it there
+    after = trainer.evaluate()
+    print(f"accuracy after training:  {number(after['accuracy'])}")
+    say()
+    network = job.trained(trainer)
+    if ranks.is_main:
+        _save(folder, job, trainer, network, before, after, comparison)
+    if comparison is not None:
+        print(_verdict(comparison))
+    print(f"{folder.path} now holds {', '.join(folder.files())}")
+
+    if args.require_accuracy is not None and after["accuracy"] < args.require_accuracy:
+        print(f"expected an accuracy of at least {args.require_accuracy}; got {after['accuracy']}", file=sys.stderr)
+        return 1
+    return 0 if comparison is None or comparison.agrees else 1
+
+
+def _check(args: argparse.Namespace, config: RunConfig) -> None:
+    """What no field can know by itself; before an hour of training, not after."""
+    if args.compare_stock and args.resume is not None:
+        raise SettingError("expected --compare-stock or --resume; both begin a training, at different places")
+    if args.compare_stock and config.patience is not None:
+        raise SettingError("expected --compare-stock or --patience; both trainings go on for equally many epochs")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says it in all these ways
+        reason = str(error).strip().splitlines()[0]
+        raise SettingError(f"expected a --device that works here; got {config.device}: {reason}") from error
+    for name in NEEDED_AT_THE_END:
+        importlib.import_module(name)
+
+
+def _save(
+    folder: RunFolder,
+    job: Job,
+    trainer: Trainer,
+    network: nn.Module,
+    before: float,
+    after: dict[str, Any],
+    comparison: Comparison | None,
+) -> None:
+    """All that is written at the end; the checkpoints and the CSV history are there already."""
+    from dlkernels.runs import figures
+    from dlkernels.runs.report import title, write_report
+    from dlkernels.trainer import plots
+
+    with atomic_write(folder.weights) as file:
+        torch.save(network.state_dict(), file)
+    evaluation = job.evaluation(network)
+    facts = info.collect()
+    made_by = {
+        "config": job.config.model_dump(),
+        "versions": {"dlkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {section: facts[section] for section in ("you have", "CPU", "CUDA")},
+        "threads": torch.get_num_threads(),
+    }
+    record = made_by | {
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "accuracy_before": before,
+        "accuracy_after": after["accuracy"],
+        "loss_after": after["loss"],
+        "confusion": evaluation.confusion.tolist(),
+        "history": trainer.history,
+    }
+    write_json(folder.record_file, record)
+    heading = title(job.config)
+    plots.plot_history(trainer.history, folder.curves, heading)
+    figures.plot_confusion(evaluation, folder.confusion, heading)
+    figures.plot_misclassified(evaluation, folder.misclassified, heading)
+    if comparison is not None:
+        write_json(folder.comparison, made_by | comparison.to_json())
+        plots.plot_comparison(comparison, folder.comparison_curves, heading)
+    write_report(folder)
+
+
+def _verdict(comparison: Comparison) -> str:
+    medians = [statistics.median(curve.seconds) for curve in (comparison.candidate, comparison.stock)]
+    accuracies = " and ".join(number(value, 4) for value in comparison.accuracies)
+    return "\n".join(
+        [
+            f"fused and stock {'agree' if comparison.agrees else 'DO NOT AGREE'}:",
+            f"  distance of the loss to float64's at the beginning: fused {comparison.candidate_error:.1e}, "
+            f"stock {comparison.stock_error:.1e}, allowed {comparison.allowed_error:.1e}",
+            f"  test accuracy at the end: {accuracies}, allowed difference "
+            f"{number(comparison.allowed_accuracy_difference, 4)}",
+            f"  largest difference of a batch's loss, fused to stock: {comparison.max_difference:.1e}",
+            f"time per epoch: fused {number(medians[0])} s, stock {number(medians[1])} s "
+            f"(medians of {len(comparison.stock.seconds)}, in turns): "
+            f"fused is {comparison.ratio:.2f}x as fast",
+        ]
+    )

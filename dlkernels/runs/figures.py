@@ -1,0 +1,55 @@
+"""Pictures of a classifier's mistakes, as PNG files."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from dlkernels.trainer.plots import new_figure, save_png
+
+if TYPE_CHECKING:
+    from dlkernels.runs.evaluation import Evaluation
+
+Path = str | PathLike[str]
+ROWS, COLUMNS = 4, 5  # of misclassified images
+
+
+def plot_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
+    """How often which class was taken for which, counts in the cells; the colour does without the right ones."""
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    figure, (panel,) = new_figure(1, title, width=6.0, height=5.6)
+    counts = evaluation.confusion
+    display = ConfusionMatrixDisplay(counts).plot(ax=panel, cmap="Blues", colorbar=False)
+    wrong = counts.astype(float)
+    wrong[range(len(wrong)), range(len(wrong))] = 0.0
+    display.im_.set_data(wrong)  # or ten dark cells on the diagonal would be all there is to see
+    display.im_.set_clim(0, max(wrong.max(), 1.0))
+    for row in range(len(counts)):
+        for column in range(len(counts)):
+            text = display.text_[row, column]
+            text.set_color("white" if wrong[row, column] > 0.6 * wrong.max() else "black")
+            text.set_alpha(1.0 if counts[row, column] else 0.25)
+    panel.set_xlabel("predicted")
+    panel.set_ylabel("true")
+    save_png(figure, path)
+
+
+def plot_misclassified(evaluation: Evaluation, path: Path, title: str) -> None:
+    """The images taken for something else with the most confidence, up to 20 of them; what the network said first."""
+    worst = evaluation.worst(ROWS * COLUMNS)
+    rows = max(1, -(-len(worst) // COLUMNS))
+    figure, (panel,) = new_figure(1, title, width=1.45 * COLUMNS, height=1.8 * rows + 0.4)
+    for index, mistake in enumerate(worst):  # in one panel: the layout of twenty takes a second
+        row, column = divmod(index, COLUMNS)
+        left, top = 1.2 * column, 1.5 * row
+        panel.imshow(
+            mistake.image, cmap="gray_r", vmin=0, vmax=1, extent=(left, left + 1, top + 1, top), interpolation="nearest"
+        )
+        label = f"{mistake.predicted}, not {mistake.truth}\n{mistake.confidence:.0%} sure"
+        panel.text(left + 0.5, top - 0.04, label, ha="center", va="bottom", fontsize=11)
+    if not worst:
+        panel.text(1.2 * COLUMNS / 2, 0.5, "every test sample is right", ha="center")
+    panel.set(xlim=(-0.1, 1.2 * COLUMNS - 0.1), ylim=(1.5 * rows - 0.45, -0.45), aspect="equal")
+    panel.axis("off")
+    save_png(figure, path)

@@ -1,0 +1,155 @@
+"""A run on disk: what its files are called, and reading them back."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlkernels.data.info import INFO, DatasetInfo
+from dlkernels.nn import MLP
+from dlkernels.runs.config import ConfigError, RunConfig, load_config
+
+
+class RunError(RuntimeError):
+    """A folder is no run's, or a file of the run is missing or damaged."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    ``config.toml`` is there from the beginning of a run, ``history.csv`` and checkpoints from its first epoch on, and
+    the rest once it is finished.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.toml"
+        self.checkpoints = self.path / "checkpoints"
+        self.history_csv = self.path / "history.csv"
+        self.record_file = self.path / "history.json"
+        self.weights = self.path / "weights.pt"
+        self.curves = self.path / "curves.png"
+        self.confusion = self.path / "confusion.png"
+        self.misclassified = self.path / "misclassified.png"
+        self.comparison = self.path / "comparison.json"
+        self.comparison_curves = self.path / "comparison.png"
+        self.report = self.path / "report.html"
+        self.tensorboard = self.path / "tensorboard"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def make_room(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
+        """Make the folder, for a run that begins here, or goes on from ``checkpoint``.
+
+        Another run that is in it already is not written over: its folder gets another name, which is returned.
+        """
+        earlier = None
+        place = self.path.resolve()
+        begun = self.config_file.is_file() and (any(self.checkpoints.glob("*.pt")) or self.record_file.is_file())
+        if begun and not (checkpoint and Path(checkpoint).resolve().is_relative_to(place)):
+            names = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
+            earlier = place.rename(next(name for name in names if not name.exists()))
+        self.path.mkdir(parents=True, exist_ok=True)
+        return earlier
+
+    def files(self) -> list[str]:
+        """The names of the files that are there, sorted."""
+        return sorted(file.name for file in self.path.iterdir() if file.is_file())
+
+    def config(self) -> RunConfig:
+        """The settings the run was made with.
+
+        Raises:
+            RunError: the folder is no run's, or its settings cannot be read.
+        """
+        if not self.path.is_dir():
+            raise RunError(f"there is no folder {self.path}")
+        if not self.config_file.is_file():
+            raise RunError(f"{self.path} is not the folder of a run: it has no {self.config_file.name}")
+        try:
+            return load_config(self.config_file, {"out": str(self.path)})
+        except ConfigError as error:
+            raise RunError(str(error)) from None
+
+    @property
+    def dataset(self) -> DatasetInfo:
+        """The size of its images, their classes and how pixels are scaled."""
+        return INFO[self.config().dataset]
+
+    def record(self) -> dict[str, Any]:
+        """What ``history.json`` says; of a run that is not finished only ``history``, from ``history.csv``.
+
+        Raises:
+            RunError: neither is there, or it is damaged.
+        """
+        if not self.record_file.is_file():
+            return {"history": self._rows()}
+        try:
+            record = json.loads(self.record_file.read_text())
+            epochs = [row["epoch"] for row in record["history"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.record_file} is damaged: {error}") from None
+        if not epochs:
+            raise RunError(f"{self.record_file} has no epoch")
+        return dict(record)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The rows of ``history.csv`` as numbers."""
+        try:
+            with self.history_csv.open(newline="") as file:
+                rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+        except FileNotFoundError:
+            raise RunError(f"{self.path} has no finished epoch: no {self.history_csv.name} is there") from None
+        except (OSError, ValueError, csv.Error) as error:
+            raise RunError(f"{self.history_csv} is damaged: {error}") from None
+        if not rows or not all(isinstance(row.get("epoch"), int) for row in rows):
+            raise RunError(f"{self.history_csv} is damaged: expected rows with a column 'epoch'")
+        return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+def _value(text: str | None) -> int | float | None:
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def build_model(config: RunConfig) -> MLP:
+    """The network that ``config`` describes, with fresh weights from torch's random state, on the CPU.
+
+    Its weights are float64 for dtype ``"float64"`` and float32 for all others, which are autocast.
+    """
+    network = MLP(config.sizes, activation=config.activation)
+    return network.double() if config.dtype == "float64" else network
+
+
+def load_model(run: str | PathLike[str] | RunFolder, device: str | torch.device = "cpu") -> nn.Module:
+    """The trained network of a finished run, in eval mode: pixels [N, features] in [0, 1] to scores [N, classes].
+
+    ``RunFolder(run).config()`` has its settings and ``RunFolder(run).dataset`` what its pixels are.
+
+    Raises:
+        RunError: the folder is no run's, the run is not finished, or the weights are damaged or another network's.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
+    model = build_model(folder.config())
+    if not folder.weights.is_file():
+        raise RunError(f"{folder.path} has no {folder.weights.name}: its training is not finished")
+    try:
+        state = torch.load(folder.weights, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except Exception as error:  # whatever zipfile, pickle or torch makes of a broken file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"{folder.weights} cannot be read as the weights of this run: {reason}") from error
+    return model.to(device).eval()

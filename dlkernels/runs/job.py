@@ -1,0 +1,156 @@
+"""From a run's settings to its training: the network, the data, the trainer, and stock's twin of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlkernels.data import Splits, TensorLoader
+from dlkernels.data.info import INFO
+from dlkernels.data.vision import import_torchvision
+from dlkernels.losses import CrossEntropyLoss
+from dlkernels.runs.config import RunConfig
+from dlkernels.runs.evaluation import Evaluation
+from dlkernels.runs.folder import RunFolder, build_model
+from dlkernels.runs.loggers import CsvLog, TensorBoard
+from dlkernels.stock import InAnotherOrder, copy_parameters, stock_mlp
+from dlkernels.trainer import Callback, Checkpoints, EarlyStopping, Trainer, adam, adamw, schedule, sgd
+from dlkernels.trainer.compare import Comparison, compare
+from dlkernels.trainer.distributed import Ranks
+from dlkernels.trainer.sharded import is_sharded, shard, whole
+
+EVALUATION_BATCH = 1000
+# Of weights, data and optimizer; and of autocast. 16-bit weights would lose most of the optimizer's updates, which
+# are smaller than the spacing of their few bits: so a 16-bit dtype means mixed precision.
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.float32, torch.bfloat16),
+    "float16": (torch.float32, torch.float16),
+    "float64": (torch.float64, None),
+}
+
+
+class Job:
+    """What the trainings of one command share: the settings, the data and the initial weights."""
+
+    def __init__(self, config: RunConfig, splits: Splits, ranks: Ranks | None = None) -> None:
+        self.config = config
+        self.ranks = ranks or Ranks()
+        self.dtype, self.autocast = DTYPES[config.dtype]
+        self.device = torch.device(config.device)
+        self.train_x, self.test_x = (x.to(self.device, self.dtype) for x in (splits.train_x, splits.test_x))
+        self.train_y, self.test_y = (y.to(self.device) for y in (splits.train_y, splits.test_y))
+
+    def fused(self, folder: RunFolder) -> Trainer:
+        """The run itself, which writes to ``folder`` as it goes."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        network: nn.Module = build_model(config).to(self.device)
+        if config.parallel == "fsdp" and self.ranks.world > 1:
+            network = shard(network)
+        checkpoints = Checkpoints(
+            folder.checkpoints,
+            keep_last=config.keep_last,
+            monitor=config.monitor,
+            every_seconds=config.checkpoint_seconds,
+        )
+        callbacks: list[Callback] = []
+        if config.patience is not None:
+            callbacks.append(EarlyStopping(config.monitor, patience=config.patience))
+        if config.tensorboard and self.ranks.is_main:
+            callbacks.append(TensorBoard(folder.tensorboard))
+        if self.ranks.is_main:
+            callbacks.append(CsvLog(folder.history_csv))
+        return self._trainer("fused", network, CrossEntropyLoss(), self.autocast, checkpoints, callbacks)
+
+    def beside_stock(self, fused: Trainer) -> Comparison:
+        """Train ``fused`` from its beginning, taking turns with stock: the same but for layers and loss."""
+        stock = stock_mlp(self.config.sizes, self.config.activation).to(self.device, self.dtype)
+        exact = stock_mlp(self.config.sizes, self.config.activation).to(self.device, torch.float64)
+        for network in (stock, exact):
+            copy_parameters(fused.model, network)
+        return compare(
+            fused,
+            self._trainer("stock", stock, F.cross_entropy, self.autocast),
+            self._trainer("float64", InAnotherOrder(exact), F.cross_entropy),
+            self.config.epochs,
+            eps=torch.finfo(self.dtype).eps,
+            validation_samples=len(self.test_y),
+        )
+
+    def trained(self, trainer: Trainer) -> nn.Module:
+        """The network whole, as a single process has it; all ranks take part."""
+        if not is_sharded(trainer.model):
+            return trainer.evaluated
+        network = build_model(self.config).to(self.device)
+        network.load_state_dict(whole(trainer.model.state_dict()))
+        return network
+
+    def evaluation(self, network: nn.Module) -> Evaluation:
+        """The test samples as the trained network sees them."""
+        return Evaluation(network, self.test_x, self.test_y, INFO[self.config.dataset], self.autocast)
+
+    def _trainer(
+        self,
+        name: str,
+        network: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        autocast: torch.dtype | None = None,
+        checkpoints: Checkpoints | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> Trainer:
+        config = self.config
+        data = TensorLoader(self.train_x, self.train_y, batch_size=config.batch_size, shuffle=True, seed=config.seed)
+        optimizer = self._optimizer(network)
+        return Trainer(
+            network,
+            loss,
+            optimizer,
+            data,
+            TensorLoader(self.test_x, self.test_y, batch_size=EVALUATION_BATCH),
+            checkpoint=checkpoints,
+            autocast=autocast,
+            accumulate=config.accumulate,
+            clip_norm=config.clip_norm,
+            scheduler=self._schedule(optimizer, len(data)),
+            ema=config.ema,
+            metrics=self._metrics(),
+            callbacks=callbacks,
+            compile=config.compile,
+            progress=config.progress,
+            config=config.decisive(),
+            ranks=self.ranks,
+            name=name,
+        )
+
+    def _optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        config = self.config
+        options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+        if config.optimizer == "sgd":
+            return sgd(network.parameters(), momentum=config.momentum, **options)
+        return {"adam": adam, "adamw": adamw}[config.optimizer](network.parameters(), **options)
+
+    def _schedule(self, optimizer: torch.optim.Optimizer, batches: int) -> Any:
+        config = self.config
+        if config.schedule == "constant" and not config.warmup_epochs:
+            return None
+        per_epoch = -(-batches // config.accumulate)
+        updates = per_epoch * config.epochs
+        warmup = min(round(per_epoch * config.warmup_epochs), updates - 1)
+        return schedule(optimizer, config.schedule, updates=updates, warmup=warmup)
+
+    def _metrics(self) -> dict[str, Any]:
+        if not self.config.metrics:
+            return {}
+        with contextlib.suppress(ImportError):  # torchmetrics imports it where it is installed, and would stop there
+            import_torchvision()
+        from torchmetrics import classification
+
+        kinds = {"f1": "MulticlassF1Score", "precision": "MulticlassPrecision", "recall": "MulticlassRecall"}
+        classes = INFO[self.config.dataset].classes
+        return {name: getattr(classification, kinds[name])(classes, average="macro") for name in self.config.metrics}

@@ -1,0 +1,81 @@
+"""Pages that stand alone: one HTML file each, that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from dlkernels._version import __version__
+from dlkernels.atomic import atomic_write
+from dlkernels.runs.svg import curves_svg
+from dlkernels.trainer.display import number
+
+
+def write_page(path: str | PathLike[str], template: str, **values: Any) -> None:
+    """Fill ``template`` (of ``templates/``) with ``values``, escaped, and write it to ``path``, atomically.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is not installed.
+        OSError: ``path`` cannot be written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template(template).render(version=__version__, **values)
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def chart(name: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> dict[str, Any]:
+    """A panel of ``templates/macros.html``'s charts."""
+    from markupsafe import Markup
+
+    return {"name": name, "svg": Markup(curves_svg(curves, name))}
+
+
+def image(path: Path) -> str | None:
+    """A PNG file as a ``data:`` address, None if it is not there."""
+    if not path.is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def show(value: Any) -> str:
+    """A setting or a metric for people."""
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(show, value))
+    return str(value)
+
+
+def metric(name: str, value: Any) -> str:
+    """A cell of a history, by the name of its column."""
+    if value is None:
+        return "–"
+    if name in ("epoch", "samples_per_second"):
+        return f"{value:,.0f}"
+    if name == "lr":
+        return f"{value:.3g}"
+    return number(value, 2 if name == "seconds" else 4) if isinstance(value, (int, float)) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Such as ``8.1 s``, ``2 min 05 s`` or ``1 h 02 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,62 @@
+"""pydantic's errors as sentences for the person who wrote the setting: its name, its value, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+PLURALS = {int: "whole numbers"}
+
+
+def refusal(
+    error: Any, fields: Mapping[str, FieldInfo], flagged: Mapping[str, str], path: str | PathLike[str] | None
+) -> str:
+    """The sentence for one entry of ``ValidationError.errors()``, "" for one that only follows from another.
+
+    ``flagged`` has the flags of the fields that came from the command line; the others came from ``path``.
+    """
+    if error["type"] == "default_factory_not_called":
+        return ""
+    name, *inside = error["loc"]
+    where = flagged.get(name, name)
+    expected = f"expected {where}" if name in flagged or path is None else f"{path}: expected {where}"
+    if error["type"] == "value_error":  # of a validator of ours: the end of the sentence
+        return f"{expected} {error['ctx']['error']!s}"
+    kind = plain_type(fields[name].annotation)
+    item = get_args(kind)[0] if get_origin(kind) is list else kind
+    if get_origin(item) is Literal and (item is kind or inside):
+        return f"{expected} out of {', '.join(map(str, get_args(item)))}; got {error['input']!r}"
+    limits = limits_of(fields[name])
+    if error["type"].startswith(("greater_than", "less_than", "finite_number")) and not inside:
+        return f"{expected} {limits or 'to be finite'}; got {error['input']}"
+    if item is not kind:
+        return f"{expected} to be a list of {PLURALS.get(item, 'names')}; got {error['input']!r}"
+    return f"{expected} to be {' '.join([NOUNS[kind], limits]).strip()}; got {error['input']!r}"
+
+
+def plain_type(annotation: Any) -> Any:
+    """``X`` of ``X | None``."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return kinds[0] if type(None) in get_args(annotation) else annotation
+
+
+def limits_of(field: FieldInfo) -> str:
+    """A field's limits in words, such as ``of at least 1``, ``from 0 to 17`` or ``above 0 and below 1``."""
+    at_least = next((limit.ge for limit in field.metadata if isinstance(limit, Ge)), None)
+    at_most = next((limit.le for limit in field.metadata if isinstance(limit, Le)), None)
+    above = next((limit.gt for limit in field.metadata if isinstance(limit, Gt)), None)
+    below = next((limit.lt for limit in field.metadata if isinstance(limit, Lt)), None)
+    if at_least is not None and at_most is not None:
+        return f"from {at_least} to {at_most}"
+    words = [
+        f"of at least {at_least}" if at_least is not None else "",
+        f"above {above}" if above is not None else "",
+        f"of at most {at_most}" if at_most is not None else "",
+        f"below {below}" if below is not None else "",
+    ]
+    return " and ".join(word for word in words if word)

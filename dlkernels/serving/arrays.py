@@ -1,0 +1,117 @@
+"""Arrays in files (``.npy``, ``.npz``, ``.pt``, idx) as samples of a data set."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlkernels.data.info import DatasetInfo
+from dlkernels.serving.images import InputError
+
+KEYS = ("x", "images")  # of the samples, where a file holds several arrays
+
+
+def read_array(path: Path, info: DatasetInfo) -> Tensor:
+    """Read the samples in a file: [N, features] float32 in [0, 1].
+
+    A file holds one array, or several of which one is called "x" or "images"; its shape is [N, features],
+    [N, height, width], [N, 1, height, width], or that of one sample. Integers are raw pixels, from 0 to the data set's
+    white; floating point is in [0, 1] already.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                array = _pick(path, archive)
+        elif path.suffix in (".pt", ".pth"):
+            array = _pick(path, torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            array = _idx(path)
+        samples = array.detach() if isinstance(array, Tensor) else _tensor(array)
+    except InputError:
+        raise
+    except Exception as error:  # NumPy, zipfile, pickle and torch have one for every way a file can be damaged
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be read as an array: {reason}") from None
+    return _pixels(path, _rows(path, samples, info), info)
+
+
+def is_idx(path: Path) -> bool:
+    """Whether the file begins as an idx file does, as it is or packed by gzip."""
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as content:
+            head = content.read(4)
+    except (OSError, EOFError):
+        return False
+    return len(head) == 4 and head[:3] == b"\x00\x00\x08"
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
+
+
+def _pick(path: Path, found: Any) -> Any:
+    if isinstance(found, Tensor):
+        return found
+    if not isinstance(found, Mapping):
+        raise InputError(f"{path}: expected an array, or a dict of arrays; got a {type(found).__name__}")
+    names = list(found)
+    name = names[0] if len(names) == 1 else next((key for key in KEYS if key in names), None)
+    array = None if name is None else found[name]
+    if not isinstance(array, (np.ndarray, Tensor)):
+        held = ", ".join(map(str, names)) or "none"
+        raise InputError(f"{path}: expected one array, or one called {' or '.join(KEYS)}; got {held}")
+    return array
+
+
+def _idx(path: Path) -> Any:
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        content = gzip.decompress(content)
+    dimensions = content[3]
+    shape = struct.unpack_from(f">{dimensions}I", content, 4)
+    body = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    if dimensions != 3:
+        raise InputError(f"{path}: expected images, 3 dimensions; got an idx file of {dimensions} (labels have 1)")
+    if len(body) != np.prod(shape):
+        raise InputError(f"{path}: expected {np.prod(shape):,} bytes of pixels for {list(shape)}; got {len(body):,}")
+    return body.reshape(shape).copy()
+
+
+def _rows(path: Path, samples: Tensor, info: DatasetInfo) -> Tensor:
+    height, width, shape = info.height, info.width, tuple(samples.shape)
+    one = shape in ((info.features,), (height, width), (1, height, width))
+    many = len(shape) > 1 and shape[1:] in ((info.features,), (height, width), (1, height, width))
+    if not (one or many) or not samples.numel():
+        raise InputError(
+            f"{path}: expected samples [N, {info.features}], [N, {height}, {width}] or [N, 1, {height}, {width}]; "
+            f"got {list(shape)}"
+        )
+    return samples.reshape(-1, info.features)
+
+
+def _pixels(path: Path, samples: Tensor, info: DatasetInfo) -> Tensor:
+    if samples.is_complex():
+        raise InputError(f"{path}: expected real numbers; got {samples.dtype}")
+    floating = samples.is_floating_point()
+    white = 1 if floating or samples.dtype == torch.bool else info.white
+    values = samples.float()
+    if not values.isfinite().all() or values.min() < 0 or values.max() > white:
+        kind = "floating point" if floating else "integers"
+        raise InputError(
+            f"{path}: expected {kind} from 0 to {white}; got values from {values.min():g} to {values.max():g}"
+        )
+    return values / white

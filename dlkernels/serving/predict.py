@@ -1,0 +1,70 @@
+"""Classes and probabilities from a trained classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dlkernels.data import TensorLoader
+from dlkernels.serving.mode import evaluating
+
+BATCH_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says of N samples, on the CPU.
+
+    Attributes:
+        classes: [N] int64, the most probable class of each.
+        probabilities: [N, C], the softmax of its outputs; float32, of float64 models float64.
+    """
+
+    classes: Tensor
+    probabilities: Tensor
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` most probable classes of each sample (all, where there are fewer), best first.
+
+        Returns:
+            Probabilities and classes, both [N, k].
+
+        Raises:
+            ValueError: ``k`` < 1.
+        """
+        if k < 1:
+            raise ValueError(f"expected to show at least 1 class; got {k}")
+        best = self.probabilities.topk(min(k, self.probabilities.shape[1]), dim=1)
+        return best.values, best.indices
+
+
+def predict(model: nn.Module, inputs: Tensor, batch_size: int = BATCH_SIZE) -> Predictions:
+    """Run ``model`` over ``inputs``, in eval mode and batch by batch; afterwards it is in the mode it was.
+
+    Args:
+        model: gives a score per class, [batch, C], for a batch of samples.
+        inputs: [N, ...], on any device; converted to the device and dtype of the model's parameters.
+        batch_size: samples at a time. The results do not depend on it but for rounding.
+
+    Raises:
+        ValueError: no samples, a ``batch_size`` below 1, or a model that does not give [batch, C].
+    """
+    if inputs.dim() < 1 or not len(inputs):
+        raise ValueError(f"expected at least one sample, [N, ...]; got a tensor of shape {list(inputs.shape)}")
+    place = next((p for p in model.parameters() if p.is_floating_point()), inputs)
+    scores = []
+    with evaluating(model):
+        for (batch,) in TensorLoader(inputs, batch_size=batch_size):
+            out = model(batch.to(place.device, place.dtype) if batch.is_floating_point() else batch.to(place.device))
+            if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(batch):
+                got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+                raise ValueError(f"expected a model that gives scores [{len(batch)}, classes]; got {got}")
+            scores.append(out.cpu())
+    every = torch.cat(scores)
+    probabilities = every.softmax(1, dtype=every.dtype if every.dtype == torch.float64 else torch.float32)
+    return Predictions(probabilities.argmax(1), probabilities)

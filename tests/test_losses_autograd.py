@@ -1,0 +1,150 @@
+"""Dtypes of the losses, and their derivatives to every order."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from losses_oracle import DTYPES, REDUCTIONS, assert_like, class_problem, run
+from oracle import assert_no_worse, error
+
+from dlkernels import losses
+
+# ---- dtypes and modes -----------------------------------------------------------------------------------------------
+
+
+def test_small_gradients_survive_in_float16():
+    """A gradient of 1/N before loss scaling is below binary16's range; scaled, it must not have been rounded away."""
+    x, index, _, _ = class_problem((4096, 10), torch.float16, False, ignored=False)
+    scale = torch.tensor(2.0**15, dtype=torch.float16)
+    for ours, stock, tensors in (
+        (lambda a: losses.cross_entropy(a, index), lambda a: F.cross_entropy(a, index), [x]),
+        (losses.mse_loss, F.mse_loss, [x / 300, x / 301]),
+    ):
+        (mine,) = run(ours, tensors, lambda loss: scale)[1:2]
+        (exact,) = run(stock, [t.double() for t in tensors], lambda loss: scale.double())[1:2]
+        (theirs,) = run(stock, tensors, lambda loss: scale)[1:2]
+        assert_no_worse(mine, exact, exact.abs() + 2.0**-10, error(theirs, exact, exact.abs() + 2.0**-10))
+
+
+def test_dtypes_promote():
+    x, t = torch.randn(4, 3), torch.randn(4, 3)
+    assert losses.mse_loss(x, t.double()).dtype == torch.float64
+    assert losses.mse_loss(x, t.long()).dtype == torch.float32
+    assert losses.gaussian_nll_loss(x, torch.tensor(1.0).double(), t.square()).dtype == torch.float32
+    assert losses.cross_entropy(x.bfloat16(), t.softmax(1)).dtype == torch.float32
+    for ours, stock in ((losses.mse_loss, F.mse_loss), (losses.gaussian_nll_loss, F.gaussian_nll_loss)):
+        tensors = [x, t.double()] if ours is losses.mse_loss else [x, t.double(), t.double().square()]
+        torch.testing.assert_close(ours(*tensors), stock(*tensors))
+    a = x.clone().requires_grad_()
+    losses.mse_loss(a, t.double()).backward()
+    assert a.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast(dtype):
+    x, index, soft, weight = class_problem((6, 5), dtype, True)
+    var = soft + 0.5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for ours, stock, args in (
+            (losses.mse_loss, F.mse_loss, (x, soft)),
+            (losses.cross_entropy, F.cross_entropy, (x, index)),
+            (losses.cross_entropy, F.cross_entropy, (x, soft, weight)),
+            (losses.gaussian_nll_loss, F.gaussian_nll_loss, (x, soft, var)),
+        ):
+            a, b = ours(*args), stock(*args)
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b)
+        leaf = x.clone().requires_grad_()
+        losses.cross_entropy(leaf, index, weight).backward()
+    assert leaf.grad.dtype == dtype
+    with torch.autocast("cpu", enabled=False):
+        assert losses.cross_entropy(x, index).dtype == dtype
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+def autograd_cases():
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    var = (torch.rand(4, 5, dtype=torch.float64) + 0.5).requires_grad_()
+    image = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([0, 4, -100, 2])
+    places = torch.tensor([0, 1, 2, -100, 1, 1, 2, 0]).reshape(2, 2, 2)
+    weight = torch.rand(5, dtype=torch.float64)
+    one_var = (torch.rand(4, 1, dtype=torch.float64) + 0.5).requires_grad_()
+    for r in REDUCTIONS:
+        for s in (0.0, 0.3):
+            yield (
+                f"index-{r}-{s}",
+                lambda a, r=r, s=s: losses.cross_entropy(a, index, weight, reduction=r, label_smoothing=s),
+                (x,),
+            )
+            yield (
+                f"soft-{r}-{s}",
+                lambda a, b, r=r, s=s: losses.cross_entropy(a, b, weight, reduction=r, label_smoothing=s),
+                (x, t),
+            )
+        yield f"image-{r}", lambda a, r=r: losses.cross_entropy(a, places, reduction=r), (image,)
+        yield f"mse-{r}", lambda a, b, r=r: losses.mse_loss(a, b, reduction=r), (x, t)
+        yield f"gauss-{r}", lambda a, b, v, r=r: losses.gaussian_nll_loss(a, b, v, True, reduction=r), (x, t, var)
+        yield f"gauss-one-var-{r}", lambda a, b, v, r=r: losses.gaussian_nll_loss(a, b, v, reduction=r), (x, t, one_var)
+    yield "row", lambda a: losses.cross_entropy(a, torch.tensor(2), reduction="none"), (x[0].detach().requires_grad_(),)
+
+
+torch.manual_seed(0)
+CASES = {name: (op, inputs) for name, op, inputs in autograd_cases()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck_and_gradgradcheck(name):
+    op, inputs = CASES[name]
+    assert torch.autograd.gradcheck(op, inputs)
+    assert torch.autograd.gradgradcheck(op, inputs)
+
+
+def test_every_subset_of_gradients():
+    x, t, var = torch.randn(4, 5), torch.randn(4, 5).softmax(1), torch.rand(4, 5) + 0.1
+    for ours, stock, tensors in (
+        (losses.mse_loss, F.mse_loss, (x, t)),
+        (losses.cross_entropy, F.cross_entropy, (x, t)),
+        (losses.gaussian_nll_loss, F.gaussian_nll_loss, (x, t, var)),
+    ):
+        for needs in range(2 ** len(tensors)):
+            results = []
+            for op in (ours, stock):
+                leaves = [a.clone().requires_grad_(bool(needs >> i & 1)) for i, a in enumerate(tensors)]
+                loss = op(*leaves)
+                assert loss.requires_grad == bool(needs)
+                if needs:
+                    loss.backward()
+                results.append([leaf.grad for leaf in leaves])
+            for a, b in zip(*results, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        assert not losses.mse_loss(x.clone().requires_grad_(), t).requires_grad
+
+
+def test_backward_twice_gives_the_same_and_leaves_no_trace():
+    x, index, _, _ = class_problem((6, 5), torch.float32, False)
+    x.requires_grad_()
+    loss = losses.cross_entropy(x, index)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    expected = first.clone()
+    first.zero_()  # what autograd hands out is the user's
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(second, expected)
+
+
+def test_one_tensor_in_both_places():
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert (torch.autograd.grad(losses.mse_loss(x, x), x)[0] == 0).all()
+    assert torch.autograd.gradgradcheck(lambda a: losses.mse_loss(a, 2 * a), x)
+
+
+def test_weight_that_learns():
+    x, index, soft, weight = class_problem((6, 5), torch.float32, True)
+    assert_like(losses.cross_entropy, F.cross_entropy, [x, soft, weight])
+    with pytest.raises(RuntimeError, match="weight"):
+        losses.cross_entropy(x, index, weight.requires_grad_())
