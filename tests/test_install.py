@@ -77,8 +77,11 @@ def environment(folder: Path, *, with_torch: bool) -> Path:
 def checkout(tmp_path_factory):
     """The sources, without anything built."""
     folder = tmp_path_factory.mktemp("checkout") / "dlkernels"
-    unwanted = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "_C*.so", "_C.json", "__pycache__")
-    return shutil.copytree(ROOT, folder, ignore=unwanted)
+    anywhere = shutil.ignore_patterns(".*", "*.egg-info", "_C*.so", "_C.json", "__pycache__")
+    made = {"build", "dist", "runs"}  # here; dlkernels/runs is a package
+    return shutil.copytree(
+        ROOT, folder, ignore=lambda place, names: anywhere(place, names) | (made if Path(place) == ROOT else set())
+    )
 
 
 @pytest.fixture(scope="module")
