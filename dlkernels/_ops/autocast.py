@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dlkernels import _C
 from dlkernels._ops.activations import Activation
-from dlkernels._ops.derivatives import gradients
+from dlkernels._ops.derivatives import gradients, keep
 from dlkernels._ops.modes import PLAIN, forward_mode, under_transform
 
 _forward = torch.ops.dlkernels._linear_act_autocast_forward.default
@@ -38,13 +38,8 @@ class _LinearActAutocast(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
     ) -> Tensor | tuple[Tensor, Tensor]:
         outputs = (_forward if act.saves_output else _forward_z)(x, weight, bias, act.code, slope)
-        saved = outputs if act.saves_output else outputs[1]
-        need_x, need_weight, _ = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(
-            x if need_weight else None, weight if need_x else None, None if act.name == "none" else saved
-        )
-        ctx.set_materialize_grads(False)
-        ctx.act, ctx.slope, ctx.x_dtype = act, slope, x.dtype
+        keep(ctx, x, weight, outputs, act, slope)
+        ctx.x_dtype = x.dtype
         return outputs
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""The backward of a layer as an op and, where it is differentiated itself, in plain torch. Formulas: ``linear_act``."""
+"""What a layer keeps for its backward; the backward as an op and, where it is differentiated itself, in plain torch.
+
+Formulas: ``linear_act``.
+"""
 
 from typing import Any
 
@@ -11,6 +14,19 @@ from dlkernels._ops.modes import forward_mode
 backward_op = torch.ops.dlkernels._linear_act_backward.default
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def keep(
+    ctx: Any, x: Tensor, weight: Tensor, outputs: Tensor | tuple[Tensor, Tensor], act: Activation, slope: float
+) -> None:
+    """Save what a layer's backward will read; ``outputs`` is y, or (y, z) where that reads z."""
+    need_x, need_weight, _ = ctx.needs_input_grad[:3]
+    saved = outputs if act.saves_output else outputs[1]
+    # Only what the gradients asked for will read (the identity's read neither y nor z). What is not saved costs no
+    # memory and may be changed in place before backward, as in stock torch.
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None, None if act.name == "none" else saved)
+    ctx.set_materialize_grads(False)
+    ctx.act, ctx.slope = act, slope
 
 
 def rows(t: Tensor) -> Tensor:

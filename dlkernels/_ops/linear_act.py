@@ -29,6 +29,7 @@ from dlkernels._ops.derivatives import (
     backward_of_backward,
     backward_op,
     gradients,
+    keep,
     rows,
     total,
 )
@@ -119,15 +120,7 @@ class _LinearAct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
     ) -> Tensor | tuple[Tensor, Tensor]:
         outputs = (_forward if act.saves_output else _forward_z)(x, weight, bias, act.code, slope)
-        saved = outputs if act.saves_output else outputs[1]
-        need_x, need_weight, _ = ctx.needs_input_grad[:3]
-        # Only what the gradients asked for will read (the identity's read neither y nor z). What is not saved costs no
-        # memory and may be changed in place before backward, as in stock torch.
-        ctx.save_for_backward(
-            x if need_weight else None, weight if need_x else None, None if act.name == "none" else saved
-        )
-        ctx.set_materialize_grads(False)
-        ctx.act, ctx.slope = act, slope
+        keep(ctx, x, weight, outputs, act, slope)
         return outputs
 
     @staticmethod

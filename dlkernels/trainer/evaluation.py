@@ -59,7 +59,7 @@ def evaluate(
             for item in data.batches(0) if hasattr(data, "batches") else data:
                 part = ranks.part(*pair(item), data)
                 x, y = to(part.x, device), to(part.y, device)
-                output, value = forward(model, loss, x, y, autocast)
+                output, value = forward(model, loss, x, y, device, autocast)
                 meter.add(value, part.samples, count_correct(output, y), part.share)
                 for metric in metrics.values() if part.share else ():
                     metric.update(output, y)

@@ -62,7 +62,7 @@ class GraphedStep:
     def _body(self) -> None:
         assert self._held is not None
         self.step.optimizer.zero_grad()
-        output, loss = forward(self.run, self.loss, *self._held, self.autocast)
+        output, loss = forward(self.run, self.loss, *self._held, self._held[0].device, self.autocast)
         loss.backward()
         self.step.apply()
         self._result = output.detach() if isinstance(output, Tensor) else output, loss.detach()

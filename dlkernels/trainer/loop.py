@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -276,7 +277,7 @@ class Trainer(TrainingState):
             loss = loss.clone()  # the next replay writes to the same place
         else:
             self._step.begin()
-            output, loss = forward(self._run, self.loss, part.x, part.y, self.autocast)
+            output, loss = forward(self._run, self.loss, part.x, part.y, self.device, self.autocast)
             # On the CPU looking costs nothing, and the weights are saved from the step. A GPU would be waited for.
             if loss.device.type == "cpu":
                 wrong = None if math.isfinite(loss.item()) else f"the loss became {loss.item()}"
@@ -357,7 +358,8 @@ class Trainer(TrainingState):
     def _cause(self, x: Any, y: Any) -> str:
         if sharded.is_sharded(self.model):  # its layers run in all ranks or in none
             return "in which layer is not looked for in a model that is split by FSDP2"
-        return first_not_finite(self.model, lambda: forward(self.model, self.loss, x, y, self.autocast), x, y)
+        again = partial(forward, self.model, self.loss, x, y, self.device, self.autocast)
+        return first_not_finite(self.model, again, x, y)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 

@@ -14,8 +14,10 @@ Every = Literal["update", "epoch"]
 Loss = Callable[[Any, Any], Tensor]
 
 
-def forward(run: Callable[[Any], Any], loss: Loss, x: Any, y: Any, autocast: torch.dtype | None) -> tuple[Any, Tensor]:
-    """``run(x)``, under autocast if asked, and the loss of it, in float32 then.
+def forward(
+    run: Callable[[Any], Any], loss: Loss, x: Any, y: Any, device: torch.device, autocast: torch.dtype | None
+) -> tuple[Any, Tensor]:
+    """``run(x)``, under ``device``'s autocast if asked, and the loss of it, in float32 then.
 
     Raises:
         ValueError: the loss is not a scalar.
@@ -23,7 +25,7 @@ def forward(run: Callable[[Any], Any], loss: Loss, x: Any, y: Any, autocast: tor
     if autocast is None:
         output = run(x)
     else:
-        with torch.autocast(device_of(x).type, dtype=autocast):
+        with torch.autocast(device.type, dtype=autocast):
             output = run(x)
         if isinstance(output, Tensor):
             output = output.float()
@@ -31,12 +33,6 @@ def forward(run: Callable[[Any], Any], loss: Loss, x: Any, y: Any, autocast: tor
     if value.ndim:
         raise ValueError(f"expected a loss that is a scalar (reduction 'mean'); got shape {list(value.shape)}")
     return output, value
-
-
-def device_of(x: Any) -> torch.device:
-    """Of the first tensor in a batch's input."""
-    found = next((leaf for leaf in torch.utils._pytree.tree_leaves(x) if isinstance(leaf, Tensor)), None)
-    return torch.device("cpu") if found is None else found.device
 
 
 class Step:
