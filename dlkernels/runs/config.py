@@ -17,6 +17,7 @@ from dlkernels.atomic import atomic_write
 from dlkernels.data.info import INFO
 from dlkernels.runs.refusals import refusal
 from dlkernels.trainer.progress import Mode
+from dlkernels.trainer.schedule import Shape
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -75,9 +76,7 @@ class RunConfig(BaseModel):
     lr: float = setting("training", 1e-3, "learning rate", gt=0)
     weight_decay: float = setting("training", 0.0, "of the optimizer", ge=0)
     momentum: float = setting("training", 0.9, "of sgd", ge=0, lt=1)
-    schedule: Literal["constant", "linear", "cosine", "step"] = setting(
-        "training", "constant", "of the learning rate, after the warm-up"
-    )
+    schedule: Shape = setting("training", "constant", "of the learning rate, after the warm-up")
     warmup_epochs: float = setting("training", 0.0, "in which the learning rate rises from 0", ge=0)
     accumulate: int = setting("training", 1, "batches whose gradients make one update", ge=1)
     clip_norm: float | None = setting("training", None, "largest norm of the gradient; none: as it is", gt=0)

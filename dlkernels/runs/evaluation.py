@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlkernels.data.info import DatasetInfo
+from dlkernels.trainer.mode import evaluating
 
 BATCH = 1000
 
@@ -32,11 +33,8 @@ class Evaluation:
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, info: DatasetInfo, autocast: torch.dtype | None = None
     ) -> None:
-        mode = model.training
-        model.eval()
-        with torch.no_grad(), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+        with evaluating(model), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
             scores = torch.cat([model(part).float() for part in x.split(BATCH)])
-        model.train(mode)
         self.info = info
         self.images = x
         self.truth = y.cpu()

@@ -15,7 +15,7 @@ from dlkernels.atomic import atomic_write
 from dlkernels.serving import onnx
 from dlkernels.serving.check import Exported, ExportError, batch_size, check, in_batch, resized
 from dlkernels.serving.decompose import decompose
-from dlkernels.serving.mode import evaluating
+from dlkernels.trainer.mode import evaluating
 
 
 def export_program(

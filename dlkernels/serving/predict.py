@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlkernels.data import TensorLoader
-from dlkernels.serving.mode import evaluating
+from dlkernels.trainer.mode import evaluating
 
 BATCH_SIZE = 1024
 

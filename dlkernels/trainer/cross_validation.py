@@ -73,12 +73,14 @@ class CrossValidation:
     @property
     def mean(self) -> dict[str, float]:
         """Over folds, by metric."""
-        return {key: statistics.fmean(row[key] for row in self.rows) for key in self.rows[0]}
+        rows = self.rows
+        return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
 
     @property
     def spread(self) -> dict[str, float]:
         """Standard deviation over folds (n - 1 in the denominator), by metric."""
-        return {key: statistics.stdev(row[key] for row in self.rows) for key in self.rows[0]}
+        rows = self.rows
+        return {key: statistics.stdev(row[key] for row in rows) for key in rows[0]}
 
     def __str__(self) -> str:
         named = [(f"fold {index + 1}", row) for index, row in enumerate(self.rows)]

@@ -10,6 +10,7 @@ from torch import nn
 
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.metrics import Meter, count_correct
+from dlkernels.trainer.mode import evaluating
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Loss, forward
 from dlkernels.trainer.transfer import pair, to
@@ -49,13 +50,11 @@ def evaluate(
     ranks = ranks or Ranks()
     meter, metrics = Meter(ranks.total), metrics or {}
     random_state = rng_state()
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     for metric in metrics.values():
         metric.to(device)
         metric.reset()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             for item in data.batches(0) if hasattr(data, "batches") else data:
                 part = ranks.part(*pair(item), data)
                 x, y = to(part.x, device), to(part.y, device)
@@ -65,8 +64,6 @@ def evaluate(
                     metric.update(output, y)
                 between_batches()
     finally:
-        for module, mode in modes:
-            module.training = mode
         set_rng_state(random_state)
     if meter.loss is None:
         raise ValueError(f"expected data with at least one batch; {data!r} gave none")
