@@ -16,8 +16,8 @@ from training import SPLITS, X, Y, assert_same, batches, make, network
 
 import dlkernels.trainer
 from dlkernels.data import TensorLoader
-from dlkernels.trainer import NonFiniteLoss, Trainer, adam, set_printoptions
-from dlkernels.trainer.metrics import Meter, count_correct
+from dlkernels.trainer import NonFiniteLoss, Trainer, adam, metrics, set_printoptions
+from dlkernels.trainer.metrics import HELD, Meter, is_classification
 
 
 def test_learns_and_keeps_history():
@@ -348,27 +348,42 @@ def test_set_printoptions(capsys):
 # --- metrics ---
 
 
-def test_count_correct():
-    scores = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
-    correct = count_correct(scores, torch.tensor([1, 0, 0]))
-    assert correct is not None
-    assert (int(correct[0]), correct[1]) == (2, 3)
-    images = count_correct(scores[:, :, None].expand(3, 2, 4), torch.ones(3, 4, dtype=torch.long))
-    assert images is not None
-    assert (int(images[0]), images[1]) == (8, 12)
-    assert count_correct(scores, scores) is None  # soft labels
-    assert count_correct(scores[:, 0], torch.tensor([1, 0, 0])) is None  # regression on integers
-    assert count_correct((scores, scores), torch.tensor([1, 0, 0])) is None
+def test_what_has_an_accuracy():
+    scores, labels = torch.rand(3, 2), torch.tensor([1, 0, 0])
+    assert is_classification(scores, labels)
+    assert is_classification(torch.rand(3, 2, 4), torch.ones(3, 4, dtype=torch.long))  # images
+    assert not is_classification(scores, scores)  # soft labels
+    assert not is_classification(scores[:, 0], labels)  # regression on integers
+    assert not is_classification(scores, labels[:1])
+    assert not is_classification(scores, labels.bool())
+    assert not is_classification((scores, scores), labels)
+
+
+@pytest.mark.parametrize("held", [1, 40, HELD])
+def test_meter_counts_right_predictions_however_many_batches_it_keeps(held, monkeypatch):
+    """Also where the same memory is used for every batch, and where shapes change on the way."""
+    monkeypatch.setattr(metrics, "HELD", held)
+    meter, right, judged = Meter(), 0, 0
+    memory = torch.empty(5, 3), torch.empty(5, dtype=torch.long)
+    for batch, shape in enumerate([(5, 3)] * 6 + [(2, 3), (5, 4), (2, 4, 6), (0, 3), (4, 3)]):
+        scores, labels = torch.rand(shape), torch.randint(shape[1], shape[:1] + shape[2:])
+        right, judged = right + int((scores.argmax(1) == labels).sum()), judged + labels.numel()
+        if shape == (5, 3):
+            scores, labels = memory[0].copy_(scores), memory[1].copy_(labels)
+        meter.add(torch.tensor(0.0), scores, labels, len(labels))
+        if batch % 4 == 3:
+            assert meter.accuracy == right / judged
+    assert meter.accuracy == right / judged
 
 
 def test_meter_weighs_batches_by_their_samples():
     meter = Meter()
     assert (meter.loss, meter.accuracy) == (None, None)
-    meter.add(torch.tensor(1.0), 3, (torch.tensor(3), 3))
-    meter.add(torch.tensor(5.0), 1, (torch.tensor(0), 1))
-    assert (meter.loss, meter.accuracy, meter.losses) == (2.0, 0.75, [1.0, 5.0])
+    meter.add(torch.tensor(1.0), None, None, 3)
+    meter.add(torch.tensor(5.0), None, None, 1)
+    assert (meter.loss, meter.accuracy, meter.losses) == (2.0, None, [1.0, 5.0])
     assert meter.first_non_finite() is None
-    meter.add(torch.tensor(float("inf")), 1, None)
+    meter.add(torch.tensor(float("inf")), None, None, 1)
     assert meter.first_non_finite() == 2
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dlkernels.trainer.distributed import Ranks
-from dlkernels.trainer.metrics import Meter, count_correct
+from dlkernels.trainer.metrics import Meter
 from dlkernels.trainer.mode import evaluating
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Loss, forward
@@ -59,7 +59,7 @@ def evaluate(
                 part = ranks.part(*pair(item), data)
                 x, y = to(part.x, device), to(part.y, device)
                 output, value = forward(model, loss, x, y, device, autocast)
-                meter.add(value, part.samples, count_correct(output, y), part.share)
+                meter.add(value, output, y, part.samples, part.share)
                 for metric in metrics.values() if part.share else ():
                     metric.update(output, y)
                 between_batches()

@@ -21,7 +21,6 @@ from dlkernels.trainer.distributed import Part, Ranks
 from dlkernels.trainer.evaluation import Metrics, evaluate
 from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
-from dlkernels.trainer.metrics import count_correct
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
 from dlkernels.trainer.state import TrainingState
 from dlkernels.trainer.step import Every, Loss, Step, forward
@@ -43,7 +42,7 @@ class Trainer(TrainingState):
         optimizer: any torch optimizer over the model's parameters.
         train_data, val_data: iterables of ``(x, y)``, gone through once per epoch: a ``TensorLoader``, a
             ``torch.utils.data.DataLoader``, or anything of the kind. Accuracy is reported where outputs are
-            class scores and targets integer (``metrics.count_correct``).
+            class scores and targets integer (``metrics.is_classification``).
         checkpoint: file to write after every epoch, and when interrupted; or ``Checkpoints(folder)``, which keeps
             the last few and the best. None writes nothing.
         autocast: run the model under ``torch.autocast`` in this dtype. Weights and optimizer keep their own
@@ -285,7 +284,7 @@ class Trainer(TrainingState):
                     raise self._non_finite(wrong, self.batch, part)
             self._step.backward(loss, part.samples, last, part.share * self.ranks.world)
         with torch.no_grad():
-            self._meter.add(loss.detach(), part.samples, count_correct(output, part.y), part.share)
+            self._meter.add(loss.detach(), output, part.y, part.samples, part.share)
 
     def _check_stop(self, guard: InterruptGuard) -> None:
         """A signal or a stop in one rank is one in all."""
