@@ -6,6 +6,7 @@ Each rank also trains alone (``ranks=Ranks()``), on all rows, which is the singl
 import os
 import signal
 import tempfile
+import weakref
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from distributed_checks import assert_close, mesh, whole
 from ranks import check
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -181,6 +184,46 @@ def trainer_resumes_with_any_number_of_processes():
 def momentum(model):
     """With a state of two tensors and a number."""
     return adam(model.parameters(), lr=1e-3)
+
+
+def held(state):
+    """Bytes of weights and moments."""
+    tensors = (t for t in tree_leaves((state["model"], state["optimizer"])) if isinstance(t, torch.Tensor) and t.ndim)
+    return sum(t.nbytes for t in tensors if not t.is_meta)
+
+
+@check
+def only_rank_0_holds_a_split_model_whole():
+    """When it is saved and when it is loaded: the others have one tensor at a time."""
+    path = folder() / "checkpoint.pt"
+    made, again = (trainer(shard(network()), momentum) for _ in range(2))
+    made.fit(1)
+    main = dist.get_rank() == 0
+    everything = 3 * sum(p.numel() * p.element_size() for p in made.model.parameters())
+    full_tensor, load_state_dict = DTensor.full_tensor, again.load_state_dict
+    put_together, taken = [], []
+
+    def one_at_a_time(split):
+        assert main or not any(earlier() is not None for earlier in put_together)
+        tensor = full_tensor(split)
+        put_together.append(weakref.ref(tensor))
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", one_at_a_time)
+        patch.setattr(again, "load_state_dict", lambda state: load_state_dict(taken.append(state) or state))
+        assert held(made.state_dict()) == main * everything
+        assert len(put_together) == 3 * len(list(made.model.parameters()))
+        made.save(path)
+        again.load(path)
+    assert held(taken[0]) == main * everything
+    for one, other in zip(states(made), states(again), strict=True):
+        assert torch.equal(one, other)
+
+
+def states(of):
+    """Weights and moments, whole in all ranks."""
+    return [whole(t) for t in tree_leaves((of.model.state_dict(), of.optimizer.state_dict()["state"]))]
 
 
 @check
