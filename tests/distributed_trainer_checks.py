@@ -33,7 +33,7 @@ from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.checkpoints import Checkpoints
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.interrupt import Terminated
-from dlkernels.trainer.sharded import shard
+from dlkernels.trainer.sharded import is_sharded, local, shard
 
 SIZES = [12, 24, 16, 4]
 GENERATOR = torch.Generator().manual_seed(1)
@@ -121,6 +121,64 @@ def trainer_options():
         trainer(shard(network()), ema=0.9)
     with pytest.raises(ValueError, match="several processes"):
         trainer(cuda_graph=True)
+
+
+@check
+def clipping_goes_by_the_norm_of_the_whole_gradient():
+    for model in (network(), shard(network())):
+        made = trainer(model, clip_norm=0.01)
+        made.fit(1)
+        gradient = torch.cat([whole(p.grad).flatten() for p in made.model.parameters()])
+        torch.testing.assert_close(gradient.norm(), torch.tensor(0.01))
+
+
+class Watching(torch.amp.GradScaler):
+    """Notes of every update whether what this rank has of the gradients was finite."""
+
+    def __init__(self):
+        super().__init__("cpu", init_scale=1024.0)
+        self.finite = []
+
+    def unscale_(self, optimizer):
+        gradients = (local(p.grad) for group in optimizer.param_groups for p in group["params"])
+        self.finite.append(all(bool(gradient.isfinite().all()) for gradient in gradients))
+        super().unscale_(optimizer)
+
+
+def overflowing(output, y):
+    """Cross entropy, and for rows of class 3 a finite loss whose gradient float16 cannot hold: of the last score, whose
+    weights are one rank's when they are split."""
+    return F.cross_entropy(output, y) + 1e6 * (output[:, 3] * (y == 3)).sum()
+
+
+@check
+def float16_skips_an_update_in_all_ranks_where_it_overflows_in_one():
+    y = Y.clone()
+    y[int(loader().order(0)[0])] = 3  # the first row of the first batch: rank 0's
+
+    def trained(model, **options):
+        data, scaler, steps = TensorLoader(X, y, batch_size=13, shuffle=True, seed=4), Watching(), []
+        made = Trainer(
+            model, overflowing, sgd(model), data, autocast=torch.float16, scaler=scaler, progress="silent", **options
+        )
+        made.optimizer.register_step_post_hook(lambda *_: steps.append(made.updates))
+        made.fit(2)
+        assert (scaler.get_scale(), len(steps)) == (256, 14)  # 16 updates, of which two overflow
+        return made, scaler.finite
+
+    def single_layer():
+        torch.manual_seed(3)
+        return nn.Linear(12, 4)
+
+    has_last_weights = dist.get_rank() == dist.get_world_size() - 1
+    for make, clip in ((single_layer, None), (single_layer, 0.3), (network, None)):
+        single, _ = trained(make(), clip_norm=clip, ranks=Ranks())
+        for model in (make(), shard(make())):
+            made, finite = trained(model, clip_norm=clip)
+            for a, b in zip(weights(made), weights(single), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+            if make is single_layer:
+                assert finite.count(False) == (2 if has_last_weights or not is_sharded(model) else 0)
 
 
 @check
