@@ -3,9 +3,11 @@
 Each rank also trains alone (``ranks=Ranks()``), on all rows, which is the single process to compare with.
 """
 
+import copy
 import os
 import signal
 import tempfile
+import weakref
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -17,7 +19,9 @@ import torch.nn.functional as F
 from distributed_checks import assert_close, mesh, whole
 from ranks import check
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -30,7 +34,7 @@ from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.checkpoints import Checkpoints
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.interrupt import Terminated
-from dlkernels.trainer.sharded import shard
+from dlkernels.trainer.sharded import is_sharded, local, shard
 
 SIZES = [12, 24, 16, 4]
 GENERATOR = torch.Generator().manual_seed(1)
@@ -121,6 +125,64 @@ def trainer_options():
 
 
 @check
+def clipping_goes_by_the_norm_of_the_whole_gradient():
+    for model in (network(), shard(network())):
+        made = trainer(model, clip_norm=0.01)
+        made.fit(1)
+        gradient = torch.cat([whole(p.grad).flatten() for p in made.model.parameters()])
+        torch.testing.assert_close(gradient.norm(), torch.tensor(0.01))
+
+
+class Watching(torch.amp.GradScaler):
+    """Notes of every update whether what this rank has of the gradients was finite."""
+
+    def __init__(self):
+        super().__init__("cpu", init_scale=1024.0)
+        self.finite = []
+
+    def unscale_(self, optimizer):
+        gradients = (local(p.grad) for group in optimizer.param_groups for p in group["params"])
+        self.finite.append(all(bool(gradient.isfinite().all()) for gradient in gradients))
+        super().unscale_(optimizer)
+
+
+def overflowing(output, y):
+    """Cross entropy, and for rows of class 3 a finite loss whose gradient float16 cannot hold: of the last score, whose
+    weights are one rank's when they are split."""
+    return F.cross_entropy(output, y) + 1e6 * (output[:, 3] * (y == 3)).sum()
+
+
+@check
+def float16_skips_an_update_in_all_ranks_where_it_overflows_in_one():
+    y = Y.clone()
+    y[int(loader().order(0)[0])] = 3  # the first row of the first batch: rank 0's
+
+    def trained(model, **options):
+        data, scaler, steps = TensorLoader(X, y, batch_size=13, shuffle=True, seed=4), Watching(), []
+        made = Trainer(
+            model, overflowing, sgd(model), data, autocast=torch.float16, scaler=scaler, progress="silent", **options
+        )
+        made.optimizer.register_step_post_hook(lambda *_: steps.append(made.updates))
+        made.fit(2)
+        assert (scaler.get_scale(), len(steps)) == (256, 14)  # 16 updates, of which two overflow
+        return made, scaler.finite
+
+    def single_layer():
+        torch.manual_seed(3)
+        return nn.Linear(12, 4)
+
+    has_last_weights = dist.get_rank() == dist.get_world_size() - 1
+    for make, clip in ((single_layer, None), (single_layer, 0.3), (network, None)):
+        single, _ = trained(make(), clip_norm=clip, ranks=Ranks())
+        for model in (make(), shard(make())):
+            made, finite = trained(model, clip_norm=clip)
+            for a, b in zip(weights(made), weights(single), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+            if make is single_layer:
+                assert finite.count(False) == (2 if has_last_weights or not is_sharded(model) else 0)
+
+
+@check
 def trainer_takes_a_wrapped_model_and_refuses_one_split_by_features():
     wrapped = nn.parallel.DistributedDataParallel(network(), find_unused_parameters=True)
     made = trainer(wrapped)
@@ -181,6 +243,47 @@ def trainer_resumes_with_any_number_of_processes():
 def momentum(model):
     """With a state of two tensors and a number."""
     return adam(model.parameters(), lr=1e-3)
+
+
+def held(state):
+    """Bytes of weights and moments."""
+    tensors = (t for t in tree_leaves((state["model"], state["optimizer"])) if isinstance(t, torch.Tensor) and t.ndim)
+    return sum(t.nbytes for t in tensors if not t.is_meta)
+
+
+@check
+def only_rank_0_holds_a_split_model_whole():
+    """When it is saved and when it is loaded: the others have one tensor at a time."""
+    path = folder() / "checkpoint.pt"
+    made, again = (trainer(shard(network()), momentum) for _ in range(2))
+    made.fit(1)
+    main = dist.get_rank() == 0
+    everything = 3 * sum(p.numel() * p.element_size() for p in made.model.parameters())
+    full_tensor, load_state_dict = DTensor.full_tensor, again.load_state_dict
+    put_together, taken = [], []
+
+    def one_at_a_time(split):
+        assert main or not any(earlier() is not None for earlier in put_together)
+        tensor = full_tensor(split)
+        put_together.append(weakref.ref(tensor))
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", one_at_a_time)
+        patch.setattr(again, "load_state_dict", lambda state: load_state_dict(taken.append(state) or state))
+        assert held(made.state_dict()) == main * everything
+        assert len(put_together) == 3 * len(list(made.model.parameters()))
+        made.save(path)
+        again.load(path)
+    assert held(taken[0]) == main * everything
+    made.load_state_dict(copy.deepcopy(made.state_dict()))  # as find_lr does
+    for one, other in zip(states(made), states(again), strict=True):
+        assert torch.equal(one, other)
+
+
+def states(of):
+    """Weights and moments, whole in all ranks."""
+    return [whole(t) for t in tree_leaves((of.model.state_dict(), of.optimizer.state_dict()["state"]))]
 
 
 @check

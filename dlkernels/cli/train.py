@@ -102,8 +102,7 @@ def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks) -
     after = trainer.evaluate()
     print(f"accuracy after training:  {number(after['accuracy'])}")
     say()
-    network = job.trained(trainer)
-    if ranks.is_main:
+    if (network := job.trained(trainer)) is not None:
         _save(folder, job, trainer, network, before, after, comparison)
     if comparison is not None:
         print(_verdict(comparison))

@@ -83,12 +83,15 @@ class Job:
             validation_samples=len(self.test_y),
         )
 
-    def trained(self, trainer: Trainer) -> nn.Module:
-        """The network whole, as a single process has it; all ranks take part."""
+    def trained(self, trainer: Trainer) -> nn.Module | None:
+        """The network whole, as a single process has it; all ranks take part, and all but the main one get None."""
+        state = whole(trainer.evaluated.state_dict())
+        if not self.ranks.is_main:
+            return None
         if not is_sharded(trainer.model):
             return trainer.evaluated
         network = build_model(self.config).to(self.device)
-        network.load_state_dict(whole(trainer.model.state_dict()))
+        network.load_state_dict(state)
         return network
 
     def evaluation(self, network: nn.Module) -> Evaluation:

@@ -73,8 +73,8 @@ class Ranks:
         """The largest of each value over the ranks."""
         return values
 
-    def from_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` gives, or raises, in the main rank; the others do not call it."""
+    def from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
+        """What ``function`` gives, or raises, in the main rank; the rest do not call it, and get ``others`` of that."""
         return function()
 
     def first(self, text: str | None) -> str | None:
@@ -127,17 +127,18 @@ class Group(Ranks):
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         return numbers.tolist()
 
-    def from_main(self, function: Callable[[], T]) -> T:
+    def from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
-                outcome = [function(), None]
+                given = function()
+                outcome = [others(given), None]
             except Exception as error:
                 outcome = [None, error]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[1] is not None:
             raise outcome[1]
-        return outcome[0]
+        return given if self.is_main else outcome[0]
 
     def first(self, text: str | None) -> str | None:
         texts: list[Any] = [None] * self.world

@@ -1,14 +1,21 @@
 """Models that FSDP2 has split over the ranks: splitting them, and their state in whole tensors, as a checkpoint has it.
 
+Whole tensors are rank 0's, which reads and writes checkpoints; in their place the others have meta tensors, which know
+shape and dtype and hold nothing. They pass tensor by tensor, so that no other rank ever has the whole model.
+``torch.distributed.checkpoint.state_dict`` does it likewise, but has the optimizer's state under names: a process by
+itself, whose checkpoints these are, has it by index.
+
 Split parameters are DTensors. They are told by what they can do, so that a process by itself need not import
 ``torch.distributed.tensor``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -29,7 +36,7 @@ def shard(model: nn.Module) -> nn.Module:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of ``model`` are DTensors."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return any(map(_is_split, model.parameters()))
 
 
 def check_split_by_rows(model: nn.Module, world: int) -> None:
@@ -51,10 +58,24 @@ def check_split_by_rows(model: nn.Module, world: int) -> None:
 
 
 def whole(state: Any) -> Any:
-    """``state`` with every DTensor put together, on the CPU; all ranks must call this."""
-    if not any(hasattr(leaf, "full_tensor") for leaf in tree_leaves(state)):
+    """``state`` with every DTensor put together on the CPU of rank 0; all ranks must call this, the others get meta."""
+    if not any(map(_is_split, tree_leaves(state))):
         return state  # as it is, with what module and optimizer wrote on it
-    return tree_map(lambda t: t.full_tensor().cpu() if hasattr(t, "full_tensor") else t, state)
+    device = "cpu" if dist.get_rank() == 0 else "meta"
+    return tree_map(lambda t: t.full_tensor().to(device) if _is_split(t) else t, state)
+
+
+def outline(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A checkpoint as the ranks other than 0 need it for loading: meta for what is split here."""
+    if not is_sharded(model):
+        return state
+
+    def meta(value: Tensor, like: Any) -> Tensor:
+        return value.to("meta")
+
+    held = state["optimizer"]
+    moments = _of_optimizer(held["state"], optimizer, meta)
+    return state | {"model": _of_model(state["model"], model, meta), "optimizer": held | {"state": moments}}
 
 
 def local(t: Tensor) -> Tensor:
@@ -62,27 +83,46 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def load_model(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     """``model.load_state_dict(state)`` of whole tensors, however the model is split."""
-    if is_sharded(model):
-        own = model.state_dict()
-        state = {name: _split_like(value, own.get(name)) for name, value in state.items()}
-    model.load_state_dict(state)
+    model.load_state_dict(_of_model(state, model, _scatter) if is_sharded(model) else state)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """``optimizer.load_state_dict(state)`` of whole tensors, however the parameters are split."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.load_state_dict(_of_optimizer(state, optimizer, _scatter))
+
+
+Change = Callable[[Tensor, Any], Tensor]
+
+
+def _of_model(state: Mapping[str, Any], model: nn.Module, change: Change) -> dict[str, Any]:
+    own = model.state_dict()
+    return {name: _changed(value, own.get(name), change) for name, value in state.items()}
+
+
+def _of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer, change: Change) -> dict[str, Any]:
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
     moments = {
-        index: {name: _split_like(value, parameters[index]) for name, value in entry.items()}
+        index: {name: _changed(value, parameters.get(index), change) for name, value in entry.items()}
         for index, entry in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": moments})
+    return state | {"state": moments}
 
 
-def _split_like(value: Any, like: Any) -> Any:
-    if not hasattr(like, "full_tensor") or not isinstance(value, Tensor) or value.shape != like.shape:
-        return value
+def _changed(value: Any, like: Any, change: Change) -> Any:
+    """``value``, changed if it is of the parameter ``like`` and split as that is."""
+    fits = _is_split(like) and isinstance(value, Tensor) and value.shape == like.shape
+    return change(value, like) if fits else value
+
+
+def _scatter(value: Tensor, like: Any) -> Tensor:
+    """Rank 0's ``value``, split as ``like``."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    value = torch.empty_like(value, device=like.device) if value.is_meta else value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=0)
+
+
+def _is_split(t: Any) -> bool:
+    return hasattr(t, "full_tensor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,10 @@ class TrainingState:
             CheckpointError: it cannot be read, or belongs to another model, optimizer, configuration or
                 (where it was written within an epoch) other batches. Nothing has been changed then.
         """
-        file, state, set_aside = self.ranks.from_main(lambda: checkpoints.read(path, fallback=fallback))
+        file, state, set_aside = self.ranks.from_main(
+            lambda: self._read(path, fallback),
+            lambda read: (read[0], sharded.outline(read[1], self.model, self.optimizer), read[2]),
+        )
         self._check_same_run(file, state)
         for damage in set_aside:
             warnings.warn(f"{damage}; going on from {file}", stacklevel=2)
@@ -93,26 +96,33 @@ class TrainingState:
         return file
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds; plain containers, numbers, strings and tensors."""
+        """What a checkpoint holds; plain containers, numbers, strings and tensors.
+
+        All ranks must call it. What FSDP2 has split is whole in rank 0, and a meta tensor (shape and dtype) elsewhere.
+        """
+        return {name: part() for name, part in self._parts().items()}
+
+    def _parts(self) -> dict[str, Callable[[], Any]]:
+        """What a checkpoint holds, and how to get it."""
         return {
-            "model": sharded.whole(self.model.state_dict()),
-            "optimizer": sharded.whole(checkpoint.optimizer_state(self.optimizer)),
-            "step": self._step.state_dict(),
-            "rng": rng_state(),
-            "batches": self._batches.state_dict(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "meter": self._meter.state_dict(),
-            "seconds": self._seconds,
-            "history": self.history,
-            "batch_losses": self.batch_losses,
-            "callbacks": {name: callback.state_dict() for name, callback in self._named_callbacks()},
-            "stopped": self.stopped,
-            "config": self.config,
+            "model": lambda: sharded.whole(self.model.state_dict()),
+            "optimizer": lambda: sharded.whole(checkpoint.optimizer_state(self.optimizer)),
+            "step": self._step.state_dict,
+            "rng": rng_state,
+            "batches": self._batches.state_dict,
+            "epoch": lambda: self.epoch,
+            "batch": lambda: self.batch,
+            "meter": self._meter.state_dict,
+            "seconds": lambda: self._seconds,
+            "history": lambda: self.history,
+            "batch_losses": lambda: self.batch_losses,
+            "callbacks": lambda: {name: callback.state_dict() for name, callback in self._named_callbacks()},
+            "stopped": lambda: self.stopped,
+            "config": lambda: self.config,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, random state included."""
+        """Take over what ``state_dict`` gave, random state included; all ranks must call it."""
         sharded.load_model(self.model, state["model"])
         sharded.load_optimizer(self.optimizer, state["optimizer"]["state"])
         self._step.load_state_dict(state["step"])
@@ -135,9 +145,13 @@ class TrainingState:
     def _named_callbacks(self) -> list[tuple[str, Callback]]:
         return [(f"{index} {type(callback).__name__}", callback) for index, callback in enumerate(self.callbacks)]
 
+    def _read(self, path: str | os.PathLike[str], fallback: bool) -> tuple[Path, dict[str, Any], list[str]]:
+        file, state, set_aside = checkpoints.read(path, fallback=fallback)
+        if missing := self._parts().keys() - state.keys():
+            raise CheckpointError(f"{file} is not a trainer's checkpoint: it lacks {', '.join(sorted(missing))}")
+        return file, state, set_aside
+
     def _check_same_run(self, path: object, state: Mapping[str, Any]) -> None:
-        if missing := self.state_dict().keys() - state.keys():
-            raise CheckpointError(f"{path} is not a trainer's checkpoint: it lacks {', '.join(sorted(missing))}")
         checkpoint.check_model(path, state["model"], self.model)
         checkpoint.check_optimizer(path, state["optimizer"], self.optimizer)
         checkpoint.check_parts(path, state["step"], self._step.state_dict())
