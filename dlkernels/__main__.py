@@ -6,14 +6,14 @@ import argparse
 import sys
 
 from dlkernels._version import __version__
-from dlkernels.cli import compare, export, fuse, info, predict, report, train
+from dlkernels.cli import compare, cross_validate, export, find_lr, fuse, info, predict, report, train
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dlkernels", description="Fused layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"dlkernels {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (info, train, report, compare, predict, export, fuse):
+    for command in (info, train, find_lr, cross_validate, report, compare, predict, export, fuse):
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     return int(args.execute(args) or 0)

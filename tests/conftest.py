@@ -1,5 +1,6 @@
 """The devices under test, and what is done around every test."""
 
+import contextlib
 import os
 import signal
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from dlkernels import _C
+from dlkernels.trainer import graph
 
 HAS_GPU = torch.cuda.is_available() and _C.build_config()["cuda"] is not None
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_GPU else [])]
@@ -29,7 +31,7 @@ NEEDS = {
         ),
         "sklearn",
     ),
-    **dict.fromkeys(("test_config.py", "test_report.py", "test_train_cli.py"), "pydantic"),
+    **dict.fromkeys(("test_config.py", "test_report.py", "test_train_cli.py", "test_tuning_cli.py"), "pydantic"),
 }
 LEFT_OUT = {file: package for file, package in NEEDS.items() if find_spec(package) is None}
 collect_ignore = list(LEFT_OUT)
@@ -72,6 +74,20 @@ def fill_free_memory_with_nan():
     sizes = [1 << 20] * 32 + [256 << 20]
     held = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in sizes]
     del held  # freed together: one at a time would fill the same block again and again
+
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
+    """A capture that keeps the function and a replay that calls it: all but CUDA itself is the real thing."""
+    replays = []
+
+    def capture(body):
+        return lambda: replays.append(1) or body()
+
+    monkeypatch.setattr(graph, "capture", capture)
+    monkeypatch.setattr(graph, "on_another_stream", contextlib.nullcontext)
+    monkeypatch.setattr(graph, "_check", lambda model, step: None)
+    return replays
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,8 @@ from dlkernels.runs.config import ConfigError, RunConfig, load_config
 from dlkernels.runs.folder import RunFolder
 from dlkernels.runs.job import Job
 from dlkernels.stock import ACTIVATIONS
+from dlkernels.trainer import Trainer
+from dlkernels.trainer.graph import WARM_UP
 from dlkernels.trainer.schedule import SHAPES
 
 # No value is a default: where one gets lost on its way, it shows.
@@ -106,6 +108,15 @@ def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path):
         ("sizes = [784, 2.5]", "expected sizes to be a list of whole numbers; got 2.5"),
         ("sizes = [3, 10]", "from 784 (features) to 10 (classes) for mnist; got 3 10"),
         ("epochs = 2\nwarmup_epochs = 2", "expected warmup_epochs below the epochs, which are 2; got 2"),
+        ("cuda_graph = true", "expected cuda_graph on a CUDA device only; the device is cpu"),
+        (
+            "cuda_graph = true\ndevice = 'cuda:1'\naccumulate = 2",
+            "expected cuda_graph for updates of one batch only; accumulate is 2",
+        ),
+        (
+            "cuda_graph = true\ndevice = 'cuda'\ndtype = 'float16'",
+            "expected cuda_graph for dtypes without loss scaling only; the dtype is float16",
+        ),
         (
             "metrics = ['f1']\nmonitor = 'val_recall'",
             "val_accuracy, val_f1; got 'val_recall'",
@@ -170,6 +181,55 @@ def test_settings_arrive_at_the_trainer(tmp_path):
     assert trainer.history[0].keys() >= {"val_f1", "val_recall", "lr"}
     assert [type(callback).__name__ for callback in trainer.callbacks] == ["EarlyStopping", "CsvLog"]
     assert (tmp_path / "checkpoints" / "epoch-0001.pt").exists()
+
+
+def graphed(folder: Path, **settings: object) -> Trainer:
+    """Of a run with ``cuda_graph``; on the CPU, which no settings would allow."""
+    values = {"dataset": "digits", "cuda_graph": True, "device": "cuda", "progress": "silent", **settings}
+    config = load_config(None, values).model_copy(update={"device": "cpu"})
+    return Job(config, load_digits()).fused(RunFolder(folder))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_a_graph_gets_the_optimizer_it_needs(tmp_path, graphs_on_the_cpu, optimizer):
+    settings = {"optimizer": optimizer, "lr": 0.25**4, "clip_norm": 1.0}  # a rate that float32 has exactly
+    trainer = graphed(tmp_path / "a", **settings)
+    (group,) = trainer.optimizer.param_groups
+    assert isinstance(group["lr"], torch.Tensor)
+    assert group.get("capturable") is (None if optimizer == "sgd" else True)
+    assert f"lr {0.25**4:g}, " in trainer.summary()
+    trainer.fit(1)
+    assert len(graphs_on_the_cpu) == 22 - WARM_UP  # the last of the 23 batches is shorter
+    plain = graphed(tmp_path / "b", cuda_graph=False, **settings)
+    plain.fit(1)
+    for mine, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_goes_on_with_a_graph_or_without(tmp_path, graphs_on_the_cpu, first, optimizer):
+    """How the optimizer runs is not taken from the checkpoint; the rate, that the schedule has moved, is."""
+    settings = {"schedule": "cosine", "epochs": 4, "optimizer": optimizer}
+    whole, part, other = (
+        graphed(tmp_path / name, cuda_graph=graph, **settings)
+        for name, graph in (("whole", first), ("part", first), ("other", not first))
+    )
+    whole.fit(4)
+    part.fit(4, at_most=2)
+    made = other.optimizer.param_groups[0]["lr"]
+    other.load(tmp_path / "part" / "checkpoints")
+    (group,) = other.optimizer.param_groups
+    assert group["lr"] == pytest.approx(part.history[-1]["lr"], rel=1e-6)
+    assert group.get("capturable") == (None if optimizer == "sgd" else not first)
+    if first:
+        assert isinstance(group["lr"], float)
+    else:
+        assert group["lr"] is made  # where the graph reads it
+    other.fit(4)
+    assert other.history[-1]["lr"] == pytest.approx(whole.history[-1]["lr"], abs=1e-9)
+    for mine, theirs in zip(other.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_is_made_again_from_its_own_file(tmp_path, capsys):

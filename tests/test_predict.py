@@ -277,6 +277,24 @@ def test_command_predicts(run, model, tmp_path, capsys):
     assert (row["class"], row["inverted"]) == (int(scores.argmax()), False)
 
 
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_command_predicts_on_a_device(run, model, tmp_path, capsys, request, monkeypatch, place):
+    if place == "cuda":
+        request.getfixturevalue("gpu")
+    used = []
+    monkeypatch.setattr(
+        "dlkernels.cli.predict.predict",
+        lambda model, *rest: used.append(next(model.parameters()).device.type) or predict(model, *rest),
+    )
+    np.save(tmp_path / "rows.npy", RAW)
+    assert main(["predict", str(run), str(tmp_path / "rows.npy"), "--device", place, "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert used == [place]
+    with torch.no_grad():
+        expected = model(SCALED).softmax(1).max(1).values
+    assert [row["probability"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
 def test_command_exports(run, model, tmp_path, capsys):
     assert main(["export", str(run), "--format", "pt2"]) == 0
     assert "largest difference of an output to the model's: " in capsys.readouterr().out
@@ -297,6 +315,11 @@ def test_command_exports(run, model, tmp_path, capsys):
         (["predict", "RUN", "nothing.png"], "predict: there is no file or folder nothing.png"),
         (["predict", "RUN", "x.png", "--top", "0"], "predict: expected --top and --batch-size of at least 1"),
         (["predict", "nowhere", "x.png"], "predict: there is no folder nowhere"),
+        (
+            ["predict", "RUN", "x.png", "--device", "quantum"],
+            "predict: expected a --device that works here; got quantum: ",
+        ),
+        (["predict", "RUN", "x.png", "--device", "meta"], "predict: expected a --device that works here; got meta: "),
         (
             ["export", "RUN", "--format", "pt2", "--fixed-batch", "0"],
             "export: expected --fixed-batch of at least 1; got 0",

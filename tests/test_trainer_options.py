@@ -312,20 +312,6 @@ def test_a_checkpoint_with_another_set_of_parts_is_refused(tmp_path):
 # --- the whole step as a CUDA graph ---
 
 
-@pytest.fixture
-def graphs_on_the_cpu(monkeypatch):
-    """A capture that keeps the function and a replay that calls it: all but CUDA itself is the real thing."""
-    replays = []
-
-    def capture(body):
-        return lambda: replays.append(1) or body()
-
-    monkeypatch.setattr(graph, "capture", capture)
-    monkeypatch.setattr(graph, "on_another_stream", contextlib.nullcontext)
-    monkeypatch.setattr(graph, "_check", lambda model, step: None)
-    return replays
-
-
 def test_graphed_steps_are_the_same_steps(graphs_on_the_cpu):
     def run(**options):
         model = network()

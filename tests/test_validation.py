@@ -87,6 +87,32 @@ def test_find_lr_finds_what_is_known_and_leaves_no_trace(tmp_path):
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_find_lr_leaves_a_tensor_where_it_is():
+    model = network()
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    find_lr(model, nn.CrossEntropyLoss(), optimizer, batches(), batches=10)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate == 0.5
+
+
+def test_find_lr_tries_a_rate_per_update():
+    """Two batches of 32 whose gradients are put together are one of 64; an epoch's last 44 samples are two again."""
+
+    def found(size, **options):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 10).double()
+        data = TensorLoader(X.double(), Y, batch_size=size, shuffle=True)
+        return find_lr(model, nn.CrossEntropyLoss(), sgd(model.parameters(), momentum=0.0), data, batches=23, **options)
+
+    small, large = found(32, accumulate=2), found(64)
+    assert small.rates == large.rates
+    assert len(small.losses) == 23
+    # The running loss is the mean over batches: the last of an epoch weighs less than its two parts do here.
+    assert small.losses[:4] == pytest.approx(large.losses[:4], rel=1e-9)
+    assert small.losses == pytest.approx(large.losses, rel=0.05)
+
+
 def test_find_lr_on_digits_gives_a_rate_that_trains():
     model = network()
     data = batches()
@@ -100,5 +126,7 @@ def test_find_lr_settings():
     optimizer = adam(model.parameters())
     with pytest.raises(ValueError, match=r"0 < first < last and at least 10 batches; got 1, 0\.1 and 100"):
         find_lr(model, nn.CrossEntropyLoss(), optimizer, batches(), first=1, last=0.1)
+    with pytest.raises(ValueError, match="got 1e-06, inf and 100"):
+        find_lr(model, nn.CrossEntropyLoss(), optimizer, batches(), last=float("inf"))
     with pytest.raises(ValueError, match=r"diverged at a rate of 1e\+30: begin lower"):
         find_lr(model, nn.CrossEntropyLoss(), sgd(model.parameters()), batches(), first=1e30, last=1e31)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from dlkernels import _C
 from dlkernels._load import BUILT_FOR
 from dlkernels._version import __version__
 from dlkernels.cli.command import add_command
+
+if TYPE_CHECKING:
+    from dlkernels.runs.config import RunConfig
 
 Facts = dict[str, dict[str, Any]]
 
@@ -37,6 +40,17 @@ def collect() -> Facts:
         },
         "CPU": _cpu(),
         "CUDA": _cuda(built["cuda_archs"]),
+    }
+
+
+def made_by(config: RunConfig) -> dict[str, Any]:
+    """What a stored result says of its origin: settings, versions, machine, threads."""
+    facts = collect()
+    return {
+        "config": config.model_dump(),
+        "versions": {"dlkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {section: facts[section] for section in ("you have", "CPU", "CUDA")},
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
     add("--top", type=int, default=1, metavar="K", help="show the K most probable classes (default: 1)")
     add("--json", metavar="FILE", help="write the predictions as JSON; - is standard output, in place of the table")
     add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"default: {BATCH_SIZE}")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add(
         "--invert",
         action=argparse.BooleanOptionalAction,
@@ -41,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
 def _predict(args: argparse.Namespace) -> int:
     if args.top < 1 or args.batch_size < 1:
         raise SettingError("expected --top and --batch-size of at least 1")
-    folder, model = trained(args.run)
+    folder, model = trained(args.run, args.device)
     places, samples = read(args.inputs, folder.dataset, args.invert)
     found = predict(model, samples, args.batch_size)
     if args.json is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -15,10 +15,12 @@ METAVARS = {int: "N", float: "X", str: "NAME"}
 FOLDERS = ("data", "out")
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, in groups. One that is not given leaves no trace in the parsed arguments."""
+def add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add the flags, in groups, but those ``without``. One not given leaves no trace in the parsed arguments."""
     groups: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
+        if name in without:
+            continue
         group = group_of(field)
         if group not in groups:
             groups[group] = parser.add_argument_group(group)

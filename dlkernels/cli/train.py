@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import platform
 import statistics
 import sys
 import time
@@ -14,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write, write_json
-from dlkernels.cli import info
-from dlkernels.cli.command import SettingError, accept_anything, add_command
-from dlkernels.data import DataError, load
-from dlkernels.trainer import CheckpointError, NonFiniteLoss, Trainer, set_printoptions
+from dlkernels.cli.command import SettingError
+from dlkernels.cli.info import made_by
+from dlkernels.cli.prepare import add_training, prepare, require_libraries, require_one_process, settings_of
+from dlkernels.trainer import Trainer
 from dlkernels.trainer.compare import Comparison
 from dlkernels.trainer.display import number
 from dlkernels.trainer.distributed import Ranks, joined, restarted
@@ -34,36 +31,27 @@ NEEDED_AT_THE_END = ("matplotlib", "sklearn", "jinja2", "tomli_w")
 
 def add_parser(subparsers: Any) -> None:
     """Add ``train`` to the command's subparsers."""
-    parser = add_command(
+    add_training(
         subparsers,
         "train",
         _train,
+        _add_flags,
         help="train an MLP of fused layers on MNIST or digits",
         description="Train an MLP of fused layers; save its settings, history, weights, checkpoints and a report. "
         "Every setting is a flag here and a key of the --config file; flags overrule the file.",
-        errors=(DataError, CheckpointError, NonFiniteLoss, OSError),
     )
-    try:
-        from dlkernels.cli.settings import add_settings
-    except ModuleNotFoundError as error:  # said to whoever uses this command; the others work
-        return accept_anything(parser, error)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config", metavar="FILE", help="settings in TOML; the config.toml of a run is such a file")
     add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE (default: the newest in OUT)")
     add("--compare-stock", action="store_true", help="train stock layers too, taking turns, and compare")
     add("--require-accuracy", type=float, metavar="A", help="exit status 1 if test accuracy ends below A")
     add("-q", "--quiet", action="store_true", help="print only how it ended")
-    add_settings(parser)
 
 
 def _train(args: argparse.Namespace) -> int:
-    from dlkernels.cli.settings import given
-    from dlkernels.runs.config import ConfigError, load_config
-
-    try:
-        config = load_config(args.config, given(args) | ({"progress": "silent"} if args.quiet else {}))
-    except ConfigError as error:
-        raise SettingError(str(error)) from None
+    config = settings_of(args, **{"progress": "silent"} if args.quiet else {})
     _check(args, config)
     with joined(config.device) as ranks, contextlib.redirect_stdout(sys.stdout if ranks.is_main else None):
         return _train_together(args, config, ranks)
@@ -72,18 +60,14 @@ def _train(args: argparse.Namespace) -> int:
 def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks) -> int:
     """In every process of torchrun's; the main one prints and writes."""
     from dlkernels.runs.folder import RunFolder
-    from dlkernels.runs.job import Job
 
-    if args.compare_stock and ranks.world > 1:
-        raise SettingError("expected --compare-stock in a single process; here are several, by torchrun")
-    set_printoptions(precision=config.precision)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if args.compare_stock:
+        require_one_process(ranks, "--compare-stock")
+    if config.cuda_graph:
+        require_one_process(ranks, "--cuda-graph")
     say = (lambda *_: None) if args.quiet else print
     folder = RunFolder(config.out)
-    with ranks.main_first():
-        splits = load(config.dataset, config.data)
-    job = Job(config, splits, ranks)
+    job = prepare(config, ranks)
     checkpoint = None if args.resume is None else args.resume or folder.checkpoints
     if checkpoint is None and restarted() and ranks.from_main(lambda: any(folder.checkpoints.glob("*.pt"))):
         checkpoint = folder.checkpoints
@@ -93,7 +77,7 @@ def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks) -
     if checkpoint is not None:
         say(f"going on from {trainer.load(checkpoint, fallback=True)}")
     ranks.from_main(lambda: config.save(folder.config_file))
-    say(f"{splits}\n\n{trainer.summary()}\n")
+    say(f"{job.splits}\n\n{trainer.summary()}\n")
 
     before = trainer.evaluate()["accuracy"]
     say(f"accuracy before training: {number(before)}")
@@ -120,13 +104,7 @@ def _check(args: argparse.Namespace, config: RunConfig) -> None:
         raise SettingError("expected --compare-stock or --resume; both begin a training, at different places")
     if args.compare_stock and config.patience is not None:
         raise SettingError("expected --compare-stock or --patience; both trainings go on for equally many epochs")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says it in all these ways
-        reason = str(error).strip().splitlines()[0]
-        raise SettingError(f"expected a --device that works here; got {config.device}: {reason}") from error
-    for name in NEEDED_AT_THE_END:
-        importlib.import_module(name)
+    require_libraries(*NEEDED_AT_THE_END)
 
 
 def _save(
@@ -146,14 +124,8 @@ def _save(
     with atomic_write(folder.weights) as file:
         torch.save(network.state_dict(), file)
     evaluation = job.evaluation(network)
-    facts = info.collect()
-    made_by = {
-        "config": job.config.model_dump(),
-        "versions": {"dlkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {section: facts[section] for section in ("you have", "CPU", "CUDA")},
-        "threads": torch.get_num_threads(),
-    }
-    record = made_by | {
+    origin = made_by(job.config)
+    record = origin | {
         "when": time.strftime("%Y-%m-%d %H:%M"),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "accuracy_before": before,
@@ -168,7 +140,7 @@ def _save(
     figures.plot_confusion(evaluation, folder.confusion, heading)
     figures.plot_misclassified(evaluation, folder.misclassified, heading)
     if comparison is not None:
-        write_json(folder.comparison, made_by | comparison.to_json())
+        write_json(folder.comparison, origin | comparison.to_json())
         plots.plot_comparison(comparison, folder.comparison_curves, heading)
     write_report(folder)
 

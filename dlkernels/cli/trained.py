@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from dlkernels.cli.command import SettingError
+from dlkernels.cli.prepare import require_device
 
 if TYPE_CHECKING:
     from dlkernels.runs.folder import RunFolder
 
 
-def trained(path: str) -> tuple[RunFolder, nn.Module]:
-    """The folder of a finished run and its network, on the CPU.
+def trained(path: str, device: str = "cpu") -> tuple[RunFolder, nn.Module]:
+    """The folder of a finished run and its network, on ``device``.
 
     Raises:
-        SettingError: it is no such folder, or damaged.
+        SettingError: it is no such folder, or damaged, or the device does not work here.
     """
     from dlkernels.runs.folder import RunError, RunFolder, load_model
 
+    require_device(device)
     folder = RunFolder(path)
     try:
-        return folder, load_model(folder)
+        return folder, load_model(folder, device)
     except RunError as error:
         raise SettingError(str(error)) from None

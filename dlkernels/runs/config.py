@@ -31,7 +31,7 @@ Metric = Literal["f1", "precision", "recall"]
 COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # of the history, whatever the settings
 # What the numbers of a training do not depend on: a resume may change it.
 FREE = {"data", "out", "epochs", "patience", "keep_last", "monitor", "checkpoint_seconds", "tensorboard", "device"}
-FREE |= {"threads", "compile", "parallel", "metrics", "progress", "precision"}
+FREE |= {"threads", "compile", "cuda_graph", "parallel", "metrics", "progress", "precision"}
 
 
 class ConfigError(ValueError):
@@ -93,6 +93,7 @@ class RunConfig(BaseModel):
     device: str = setting("machine", "cpu", "cpu, cuda, cuda:1, ...")
     threads: int | None = setting("machine", None, "CPU threads; none: torch's choice", ge=1)
     compile: bool = setting("machine", False, "run the network through torch.compile")
+    cuda_graph: bool = setting("machine", False, "replay each training step as one CUDA graph")
     parallel: Literal["ddp", "fsdp"] = setting(
         "machine", "ddp", "under torchrun: the weights whole in every process, or split over them"
     )
@@ -131,6 +132,18 @@ class RunConfig(BaseModel):
         if warmup >= info.data.get("epochs", float("inf")):
             raise ValueError(f"below the epochs, which are {info.data['epochs']}; got {warmup:g}")
         return warmup
+
+    @field_validator("cuda_graph")
+    @classmethod
+    def _a_graph_is_a_whole_update(cls, graph: bool, info: ValidationInfo) -> bool:
+        if graph:
+            if (device := info.data.get("device", "cuda")).partition(":")[0] != "cuda":
+                raise ValueError(f"on a CUDA device only; the device is {device}")
+            if (batches := info.data.get("accumulate", 1)) > 1:
+                raise ValueError(f"for updates of one batch only; accumulate is {batches}")
+            if info.data.get("dtype") == "float16":
+                raise ValueError("for dtypes without loss scaling only; the dtype is float16")
+        return graph
 
     @field_validator("monitor")
     @classmethod

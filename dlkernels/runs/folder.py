@@ -25,7 +25,7 @@ class RunFolder:
     """The folder of one run.
 
     ``config.toml`` is there from the beginning of a run, ``history.csv`` and checkpoints from its first epoch on, and
-    the rest once it is finished.
+    the rest once it is finished; ``rates`` and ``cross_validation`` are of searches for settings, before or after it.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -41,6 +41,9 @@ class RunFolder:
         self.comparison = self.path / "comparison.json"
         self.comparison_curves = self.path / "comparison.png"
         self.report = self.path / "report.html"
+        self.rates = self.path / "rates.json"
+        self.rates_curve = self.path / "rates.png"
+        self.cross_validation = self.path / "cross-validation.json"
         self.tensorboard = self.path / "tensorboard"
 
     @property

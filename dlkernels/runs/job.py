@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from dlkernels.runs.evaluation import Evaluation
 from dlkernels.runs.folder import RunFolder, build_model
 from dlkernels.runs.loggers import CsvLog, TensorBoard
 from dlkernels.stock import InAnotherOrder, copy_parameters, stock_mlp
-from dlkernels.trainer import Callback, Checkpoints, EarlyStopping, Trainer, adam, adamw, schedule, sgd
+from dlkernels.trainer import Callback, Checkpoints, EarlyStopping, Fold, Trainer, adam, adamw, find_lr, schedule, sgd
 from dlkernels.trainer.compare import Comparison, compare
 from dlkernels.trainer.distributed import Ranks
+from dlkernels.trainer.lr_finder import LearningRates
 from dlkernels.trainer.sharded import is_sharded, shard, whole
 
 EVALUATION_BATCH = 1000
+Samples = tuple[Tensor, Tensor]  # x [N, features] and y [N]
 # Of weights, data and optimizer; and of autocast. 16-bit weights would lose most of the optimizer's updates, which
 # are smaller than the spacing of their few bits: so a 16-bit dtype means mixed precision.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
@@ -43,30 +45,58 @@ class Job:
         self.ranks = ranks or Ranks()
         self.dtype, self.autocast = DTYPES[config.dtype]
         self.device = torch.device(config.device)
-        self.train_x, self.test_x = (x.to(self.device, self.dtype) for x in (splits.train_x, splits.test_x))
-        self.train_y, self.test_y = (y.to(self.device) for y in (splits.train_y, splits.test_y))
+        self.splits = splits
+        self.train_samples = self._here(splits.train_x, splits.train_y)
+        self.test_samples = self._here(splits.test_x, splits.test_y)
 
     def fused(self, folder: RunFolder) -> Trainer:
         """The run itself, which writes to ``folder`` as it goes."""
         config = self.config
-        torch.manual_seed(config.seed)
-        network: nn.Module = build_model(config).to(self.device)
-        if config.parallel == "fsdp" and self.ranks.world > 1:
-            network = shard(network)
         checkpoints = Checkpoints(
             folder.checkpoints,
             keep_last=config.keep_last,
             monitor=config.monitor,
             every_seconds=config.checkpoint_seconds,
         )
-        callbacks: list[Callback] = []
-        if config.patience is not None:
-            callbacks.append(EarlyStopping(config.monitor, patience=config.patience))
+        callbacks = self._stopping()
         if config.tensorboard and self.ranks.is_main:
             callbacks.append(TensorBoard(folder.tensorboard))
         if self.ranks.is_main:
             callbacks.append(CsvLog(folder.history_csv))
-        return self._trainer("fused", network, CrossEntropyLoss(), self.autocast, checkpoints, callbacks)
+        network = self._network()
+        return self._trainer(
+            "fused", network, CrossEntropyLoss(), self.autocast, checkpoint=checkpoints, callbacks=callbacks
+        )
+
+    def on_fold(self, fold: Fold, folds: int) -> Trainer:
+        """The same training, from the same weights, on a fold of the training samples alone; it writes nothing."""
+        x, y = self.train_samples
+        train, validation = ((x[index], y[index]) for index in (fold.train, fold.validation))
+        return self._trainer(
+            f"fold {fold.number + 1}/{folds}",
+            self._network(),
+            CrossEntropyLoss(),
+            self.autocast,
+            train=train,
+            validation=validation,
+            callbacks=self._stopping(),
+        )
+
+    def find_lr(self, first: float, last: float, batches: int) -> LearningRates:
+        """Try learning rates on the network and the data of the run; see ``trainer.find_lr``."""
+        network = self._network()
+        return find_lr(
+            network,
+            CrossEntropyLoss(),
+            self._optimizer(network),
+            self._batches(self.train_samples),
+            first=first,
+            last=last,
+            batches=batches,
+            autocast=self.autocast,
+            accumulate=self.config.accumulate,
+            clip_norm=self.config.clip_norm,
+        )
 
     def beside_stock(self, fused: Trainer) -> Comparison:
         """Train ``fused`` from its beginning, taking turns with stock: the same but for layers and loss."""
@@ -80,7 +110,7 @@ class Job:
             self._trainer("float64", InAnotherOrder(exact), F.cross_entropy),
             self.config.epochs,
             eps=torch.finfo(self.dtype).eps,
-            validation_samples=len(self.test_y),
+            validation_samples=len(self.splits.test_y),
         )
 
     def trained(self, trainer: Trainer) -> nn.Module | None:
@@ -96,7 +126,7 @@ class Job:
 
     def evaluation(self, network: nn.Module) -> Evaluation:
         """The test samples as the trained network sees them."""
-        return Evaluation(network, self.test_x, self.test_y, INFO[self.config.dataset], self.autocast)
+        return Evaluation(network, *self.test_samples, INFO[self.config.dataset], self.autocast)
 
     def _trainer(
         self,
@@ -104,38 +134,61 @@ class Job:
         network: nn.Module,
         loss: Callable[[Tensor, Tensor], Tensor],
         autocast: torch.dtype | None = None,
-        checkpoints: Checkpoints | None = None,
-        callbacks: Sequence[Callback] = (),
+        *,
+        train: Samples | None = None,
+        validation: Samples | None = None,
+        **options: Any,
     ) -> Trainer:
+        """On the training samples, validated on the test samples, unless told; ``options`` are the trainer's."""
         config = self.config
-        data = TensorLoader(self.train_x, self.train_y, batch_size=config.batch_size, shuffle=True, seed=config.seed)
+        data = self._batches(train or self.train_samples)
         optimizer = self._optimizer(network)
         return Trainer(
             network,
             loss,
             optimizer,
             data,
-            TensorLoader(self.test_x, self.test_y, batch_size=EVALUATION_BATCH),
-            checkpoint=checkpoints,
+            TensorLoader(*(validation or self.test_samples), batch_size=EVALUATION_BATCH),
             autocast=autocast,
             accumulate=config.accumulate,
             clip_norm=config.clip_norm,
             scheduler=self._schedule(optimizer, len(data)),
             ema=config.ema,
             metrics=self._metrics(),
-            callbacks=callbacks,
             compile=config.compile,
+            cuda_graph=config.cuda_graph,
             progress=config.progress,
             config=config.decisive(),
             ranks=self.ranks,
             name=name,
+            **options,
         )
+
+    def _here(self, x: Tensor, y: Tensor) -> Samples:
+        return x.to(self.device, self.dtype), y.to(self.device)
+
+    def _network(self) -> nn.Module:
+        """With the run's initial weights."""
+        torch.manual_seed(self.config.seed)
+        network = build_model(self.config).to(self.device)
+        return shard(network) if self.config.parallel == "fsdp" and self.ranks.world > 1 else network
+
+    def _batches(self, samples: Samples) -> TensorLoader:
+        return TensorLoader(*samples, batch_size=self.config.batch_size, shuffle=True, seed=self.config.seed)
+
+    def _stopping(self) -> list[Callback]:
+        config = self.config
+        return [] if config.patience is None else [EarlyStopping(config.monitor, patience=config.patience)]
 
     def _optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         config = self.config
         options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+        if config.cuda_graph:  # a number would be frozen in the graph
+            options["lr"] = torch.tensor(config.lr, device=self.device)
         if config.optimizer == "sgd":
             return sgd(network.parameters(), momentum=config.momentum, **options)
+        if config.cuda_graph:
+            options["capturable"] = True
         return {"adam": adam, "adamw": adamw}[config.optimizer](network.parameters(), **options)
 
     def _schedule(self, optimizer: torch.optim.Optimizer, batches: int) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +16,10 @@ from torch import nn
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.diagnose import NonFiniteLoss
 from dlkernels.trainer.loop import Trainer
+from dlkernels.trainer.optimizers import set_lr
 from dlkernels.trainer.step import Loss
 
+FIRST, LAST, BATCHES = 1e-6, 1.0, 100  # what is tried unless told
 SMOOTHING = 0.9  # of the losses, exponentially
 DIVERGED = 4.0  # times the best loss: the end of the search
 
@@ -51,29 +55,43 @@ def find_lr(
     optimizer: torch.optim.Optimizer,
     train_data: Iterable[Any],
     *,
-    first: float = 1e-6,
-    last: float = 1.0,
-    batches: int = 100,
+    first: float = FIRST,
+    last: float = LAST,
+    batches: int = BATCHES,
     autocast: torch.dtype | None = None,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
 ) -> LearningRates:
     """Try ``batches`` rates from ``first`` to ``last``, each a fixed factor above the one before.
 
     Ends early where the loss has diverged. Model, optimizer and random state are as before afterwards.
 
     Args:
-        model, loss, optimizer, train_data, autocast: as for ``Trainer``; all parameter groups get the same rate.
+        model, loss, optimizer, train_data, autocast, accumulate, clip_norm: as for ``Trainer``; all parameter groups
+            get the same rate, and with ``accumulate`` a rate is tried on so many batches, which make one update.
 
     Raises:
-        ValueError: not ``0 < first < last``, fewer than 10 batches, or a loss that diverges from the beginning.
+        ValueError: not ``0 < first < last``, both finite, fewer than 10 batches, or a loss that diverges from the
+            beginning.
     """
-    if not 0 < first < last or batches < 10:
+    if not 0 < first < last < math.inf or batches < 10:
         raise ValueError(f"expected 0 < first < last and at least 10 batches; got {first}, {last} and {batches}")
     factor = (last / first) ** (1 / (batches - 1))
     sweep = _Sweep([first * factor**index for index in range(batches)])
-    trainer = Trainer(model, loss, optimizer, train_data, autocast=autocast, callbacks=[sweep], progress="silent")
+    trainer = Trainer(
+        model,
+        loss,
+        optimizer,
+        train_data,
+        autocast=autocast,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        callbacks=[sweep],
+        progress="silent",
+    )
     before = copy.deepcopy(trainer.state_dict())
     try:
-        trainer.fit(batches)  # epochs: at least one batch each
+        trainer.fit(batches)  # epochs: at least one update each
     except NonFiniteLoss:
         pass  # as far as one can go
     finally:
@@ -84,19 +102,25 @@ def find_lr(
 
 
 class _Sweep(Callback):
-    """Another rate for every batch."""
+    """Another rate for every update."""
 
     def __init__(self, rates: list[float]) -> None:
         self.rates = rates
         self.losses: list[float] = []
         self._average = 0.0
+        self._batches = 0  # since the last update
 
     def fit_begins(self, trainer: Trainer) -> None:
         self._set(trainer, self.rates[0])
 
     def batch_ends(self, trainer: Trainer) -> None:
+        self._batches += 1
         tried = len(self.losses) + 1
-        self._average = SMOOTHING * self._average + (1 - SMOOTHING) * trainer.running_losses[-1]
+        if trainer.updates < tried:
+            return
+        loss = statistics.fmean(trainer.running_losses[-self._batches :])
+        self._batches = 0
+        self._average = SMOOTHING * self._average + (1 - SMOOTHING) * loss
         smooth = self._average / (1 - SMOOTHING**tried)
         if smooth > DIVERGED * min([*self.losses, smooth]):
             trainer.stop("the loss has diverged")
@@ -109,4 +133,4 @@ class _Sweep(Callback):
 
     def _set(self, trainer: Trainer, rate: float) -> None:
         for group in trainer.optimizer.param_groups:
-            group["lr"] = rate
+            set_lr(group, rate)

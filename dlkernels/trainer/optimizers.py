@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,30 @@ def sgd(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.op
     if any(hasattr(tensor, "full_tensor") for item in parameters for tensor in _parameters_of(item)):
         return torch.optim.SGD(parameters, lr=lr, **options)
     return torch.optim.SGD(parameters, lr=lr, **_fused(parameters, options))
+
+
+def set_lr(group: dict[str, Any], rate: float) -> None:
+    """Give a parameter group this learning rate; in place where it is a tensor, which a CUDA graph may be reading."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+@contextlib.contextmanager
+def running_as_made(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it a saved state may be loaded, of an optimizer that was made for a CUDA graph or one that was not.
+
+    ``load_state_dict`` takes over the saved groups whole. The rate's value is what was saved, but whether it is a
+    tensor, and on which device, and ``capturable`` are as this optimizer was made.
+    """
+    made = [(group["lr"], group.get("capturable")) for group in optimizer.param_groups]
+    yield
+    for group, (lr, capturable) in zip(optimizer.param_groups, made, strict=True):
+        rate, group["lr"] = float(group["lr"]), lr
+        set_lr(group, rate)
+        if capturable is not None:
+            group["capturable"] = capturable
 
 
 def _fused(parameters: list[Any], options: dict[str, Any]) -> dict[str, Any]:

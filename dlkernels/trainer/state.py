@@ -18,6 +18,7 @@ from dlkernels.trainer.checkpoint import CheckpointError
 from dlkernels.trainer.checkpoints import OneFile
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.metrics import Meter
+from dlkernels.trainer.optimizers import running_as_made
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Step
 
@@ -124,7 +125,8 @@ class TrainingState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave, random state included; all ranks must call it."""
         sharded.load_model(self.model, state["model"])
-        sharded.load_optimizer(self.optimizer, state["optimizer"]["state"])
+        with running_as_made(self.optimizer):
+            sharded.load_optimizer(self.optimizer, state["optimizer"]["state"])
         self._step.load_state_dict(state["step"])
         set_rng_state(state["rng"])
         self._batches.load_state_dict(state["batches"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from dlkernels.trainer.display import number, table
 
 if TYPE_CHECKING:
@@ -17,7 +19,9 @@ def summarize(trainer: Trainer, precision: int | None = None) -> str:
     dtypes = ", ".join(sorted({_name(value.dtype) for value in parameters.values()}))
     mixed = f" with {_name(trainer.autocast)} autocast" if trainer.autocast is not None else ""
     defaults = trainer.optimizer.defaults
-    settings = [f"{key} {defaults[key]:g}" for key in ("lr", "weight_decay") if isinstance(defaults.get(key), float)]
+    lr = trainer.optimizer.param_groups[0].get("initial_lr", defaults.get("lr"))  # a schedule moves a tensor in place
+    named = {"lr": lr, "weight_decay": defaults.get("weight_decay")}
+    settings = [f"{key} {float(value):g}" for key, value in named.items() if isinstance(value, (float, Tensor))]
     done = f"{number(trainer.epoch)} epochs"
     facts = {
         "model": f"{type(trainer.model).__name__}, {number(trainable)} trainable parameters, "

@@ -1,0 +1,64 @@
+"""``python -m dlkernels find-lr``: a learning rate for a run, found by trying."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from dlkernels.atomic import write_json
+from dlkernels.cli.command import SettingError
+from dlkernels.cli.info import made_by
+from dlkernels.cli.prepare import add_training, prepare, require_libraries, require_one_process, settings_of
+from dlkernels.trainer.distributed import joined
+from dlkernels.trainer.lr_finder import BATCHES, FIRST, LAST
+
+# What an update with a rate that is being tried does not depend on.
+WITHOUT = {"lr", "epochs", "schedule", "warmup_epochs", "ema", "patience", "metrics", "compile", "cuda_graph"}
+WITHOUT |= {"parallel", "keep_last", "monitor", "checkpoint_seconds", "tensorboard", "progress", "precision"}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``find-lr`` to the command's subparsers."""
+    add_training(
+        subparsers,
+        "find-lr",
+        _find_lr,
+        _add_flags,
+        help="find a learning rate for a run by trying",
+        description="Raise the learning rate update by update and see where the loss falls fastest. Takes train's "
+        "--config and those of its settings that matter here; writes rates.json and rates.png to OUT.",
+        without=WITHOUT,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--first", type=float, default=FIRST, metavar="X", help=f"the lowest rate (default: {FIRST:g})")
+    add("--last", type=float, default=LAST, metavar="X", help=f"the highest (default: {LAST:g})")
+    add("--batches", type=int, default=BATCHES, metavar="N", help=f"how many to try, at least 10 (default: {BATCHES})")
+
+
+def _find_lr(args: argparse.Namespace) -> int:
+    from dlkernels.runs.folder import RunFolder
+
+    config = settings_of(args, cuda_graph=False)
+    require_libraries("matplotlib")
+    with joined(config.device) as ranks:
+        require_one_process(ranks, "find-lr")
+        job = prepare(config, ranks)
+    folder = RunFolder(config.out)
+    print(f"{job.splits}\n\ntrying {args.batches} learning rates from {args.first:g} to {args.last:g}")
+    try:
+        found = job.find_lr(args.first, args.last, args.batches)
+    except ValueError as error:  # of the three flags
+        raise SettingError(str(error)) from None
+    if len(found.rates) < args.batches:
+        print(f"stopped after {len(found.rates)}: beyond {found.rates[-1]:.2g} the loss diverges")
+    write_json(
+        folder.rates,
+        made_by(config) | {"suggestion": found.suggestion, "rates": found.rates, "losses": found.losses},
+    )
+    found.plot(folder.rates_curve)
+    print(f"the loss falls fastest at {found.suggestion:.2g}; to train with it, add --lr {found.suggestion:.2g}")
+    print(f"{folder.rates} and {folder.rates_curve} have the losses")
+    return 0
