@@ -1,4 +1,4 @@
-"""What the training loop costs besides the step that it runs: epochs of ``Trainer`` and of a bare loop, in turns.
+"""What the training loop costs besides the step that it runs: ``Trainer`` and a bare loop in turns.
 
 ``python -m bench.trainer_loop``: MNIST's shapes, 784-256-10 in batches of 256, with random images. At most 1.03 is
 the aim.
@@ -7,9 +7,10 @@ the aim.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,16 +19,38 @@ from dlkernels.atomic import write_json
 from dlkernels.data import TensorLoader
 from dlkernels.losses import CrossEntropyLoss
 from dlkernels.nn import MLP
-from dlkernels.trainer import Trainer, adam
+from dlkernels.trainer import Callback, Trainer, adam
 
 SIZES, SAMPLES, BATCH = [784, 256, 10], 60_000, 256
+BLOCK = 47  # batches of the one, then of the other; 5 blocks are an epoch
 
 
-def measure(turns: int = 40, threads: int | None = None) -> dict[str, float]:
-    """Microseconds per batch of the median epoch, ``bare`` and in the ``trainer``; ``ratio``, the median over pairs.
+class Turns(Callback):
+    """After every ``BLOCK`` batches of the trainer, ``bare``; the seconds of both."""
+
+    def __init__(self, bare: Callable[[], None]) -> None:
+        self.run_bare = bare
+        self.trained: list[float] = []
+        self.bare: list[float] = []
+
+    def fit_begins(self, trainer: Trainer) -> None:
+        self._since = time.perf_counter()
+
+    def batch_ends(self, trainer: Trainer) -> None:
+        if trainer.batch % BLOCK == 0:
+            begun = time.perf_counter()
+            self.run_bare()
+            ended = time.perf_counter()
+            self.trained.append(begun - self._since)
+            self.bare.append(ended - begun)
+            self._since = ended
+
+
+def measure(epochs: int = 20, threads: int | None = None) -> dict[str, float]:
+    """Microseconds per batch of the median block, ``bare`` and in the ``trainer``; ``ratio``, the median over blocks.
 
     Both do the same: gather a shuffled batch, forward, fused cross entropy, backward, fused Adam. The loop besides
-    keeps loss and accuracy, looks for NaN and for Ctrl-C.
+    keeps loss and accuracy, looks for NaN and for Ctrl-C, and ends epochs.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -36,37 +59,33 @@ def measure(turns: int = 40, threads: int | None = None) -> dict[str, float]:
     y = torch.randint(SIZES[-1], (SAMPLES,), generator=generator)
     data = TensorLoader(x, y, batch_size=BATCH, shuffle=True)
     loss = CrossEntropyLoss()
-    bare, trained = (MLP(SIZES) for _ in range(2))
-    optimizer = adam(bare.parameters())
-    trainer = Trainer(trained, loss, adam(trained.parameters()), data, progress="silent")
+    model = MLP(SIZES)  # of both: where weights lie in memory can make more of a difference than the loop
+    optimizer = adam(model.parameters())
+    stream = itertools.chain.from_iterable(map(data.batches, itertools.count()))
 
-    def bare_epoch(epoch: int) -> None:
-        for inputs, labels in data.batches(epoch):
+    def run_bare() -> None:
+        for inputs, labels in itertools.islice(stream, BLOCK):
             optimizer.zero_grad()
-            loss(bare(inputs), labels).backward()
+            loss(model(inputs), labels).backward()
             optimizer.step()
 
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(turns + 1):
-        both = [(seconds[0], lambda t=turn: bare_epoch(t)), (seconds[1], lambda t=turn: trainer.fit(t + 1))]
-        for times, run in both if turn % 2 else reversed(both):
-            begun = time.perf_counter()
-            run()
-            if turn:  # the first warms up
-                times.append(time.perf_counter() - begun)
-    medians = [statistics.median(times) / len(data) * 1e6 for times in seconds]
-    # Of neighbours: a shared machine's speed drifts by more than the loop costs.
-    ratio = statistics.median(trained / bare for bare, trained in zip(*seconds, strict=True))
-    return {"bare": medians[0], "trainer": medians[1], "ratio": ratio}
+    turns = Turns(run_bare)
+    Trainer(model, loss, optimizer, data, callbacks=[turns], progress="silent").fit(epochs)
+    # Of a block and its neighbours: the speed of a shared machine drifts by more than the loop costs. The first warms up.
+    around = map(statistics.fmean, itertools.pairwise(turns.bare))
+    ratios = [trained / bare for trained, bare in zip(turns.trained[1:], around, strict=True)]
+    per_batch = {"bare": turns.bare[1:], "trainer": turns.trained[1:]}
+    medians = {name: statistics.median(times) / BLOCK * 1e6 for name, times in per_batch.items()}
+    return medians | {"ratio": statistics.median(ratios)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.trainer_loop", description=__doc__)
-    parser.add_argument("--turns", type=int, default=40, help="epochs of each (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="of each (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--out", help="also write the figures to this JSON file")
     args = parser.parse_args(argv)
-    found = measure(args.turns, args.threads)
+    found = measure(args.epochs, args.threads)
     print(f"bare {found['bare']:.0f} µs a batch, Trainer {found['trainer']:.0f} µs: {found['ratio']:.3f} of it")
     if args.out:
         write_json(

@@ -17,7 +17,7 @@ from training import SPLITS, X, Y, assert_same, batches, make, network
 import dlkernels.trainer
 from dlkernels.data import TensorLoader
 from dlkernels.trainer import NonFiniteLoss, Trainer, adam, metrics, set_printoptions
-from dlkernels.trainer.metrics import HELD, Meter, is_classification
+from dlkernels.trainer.metrics import SCORES, Meter, is_classification
 
 
 def test_learns_and_keeps_history():
@@ -359,10 +359,10 @@ def test_what_has_an_accuracy():
     assert not is_classification((scores, scores), labels)
 
 
-@pytest.mark.parametrize("held", [1, 40, HELD])
-def test_meter_counts_right_predictions_however_many_batches_it_keeps(held, monkeypatch):
+@pytest.mark.parametrize("scores_kept", [1, 31, 40, SCORES])
+def test_meter_counts_right_predictions_however_many_it_keeps(scores_kept, monkeypatch):
     """Also where the same memory is used for every batch, and where shapes change on the way."""
-    monkeypatch.setattr(metrics, "HELD", held)
+    monkeypatch.setattr(metrics, "SCORES", scores_kept)
     meter, right, judged = Meter(), 0, 0
     memory = torch.empty(5, 3), torch.empty(5, dtype=torch.long)
     for batch, shape in enumerate([(5, 3)] * 6 + [(2, 3), (5, 4), (2, 4, 6), (0, 3), (4, 3)]):

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data.distributed import DistributedSampler
 
 from dlkernels.trainer.sharded import check_split_by_rows, is_sharded
-from dlkernels.trainer.transfer import samples_of
+from dlkernels.trainer.transfer import pair, samples_of, to
 
 T = TypeVar("T")
 
@@ -61,9 +61,14 @@ class Ranks:
         """
         return model
 
-    def part(self, x: Any, y: Any, data: Any = None) -> Part:
-        """This rank's part of the batch (x, y), which came from ``data``."""
-        return Part(x, y, samples_of(x, y), 1.0)
+    def part(self, item: Any, data: Any, device: torch.device) -> Part:
+        """This rank's part of the batch ``item``, which came from ``data``; on ``device``.
+
+        Raises:
+            ValueError: it is not a pair.
+        """
+        x, y = pair(item)
+        return Part(to(x, device), to(y, device), samples_of(x, y), 1.0)
 
     def total(self, values: Tensor) -> Tensor:
         """``values`` added up over the ranks, in float64 if there are several."""
@@ -102,11 +107,12 @@ class Group(Ranks):
             return model
         return DistributedDataParallel(model) if any(p.requires_grad for p in model.parameters()) else model
 
-    def part(self, x: Any, y: Any, data: Any = None) -> Part:
+    def part(self, item: Any, data: Any, device: torch.device) -> Part:
+        x, y = pair(item)
         samples = samples_of(x, y)
         if isinstance(getattr(data, "sampler", None), DistributedSampler):  # a part is what came
             whole = int(self.total(torch.tensor(samples)))
-            return Part(x, y, whole, samples / whole)
+            return Part(to(x, device), to(y, device), whole, samples / whole)
         first, last = rows(samples, self.rank, self.world)
         share = (last - first) / samples if samples else 0.0
         if first == last:  # it takes part in the step all the same
@@ -115,7 +121,7 @@ class Group(Ranks):
         def take(value: Any) -> Any:
             return value[first:last] if isinstance(value, Tensor) and value.ndim and len(value) == samples else value
 
-        return Part(tree_map(take, x), tree_map(take, y), samples, share)
+        return Part(to(tree_map(take, x), device), to(tree_map(take, y), device), samples, share)
 
     def total(self, values: Tensor) -> Tensor:
         values = values.detach().to("cpu", torch.float64)

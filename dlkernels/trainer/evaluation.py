@@ -13,7 +13,6 @@ from dlkernels.trainer.metrics import Meter
 from dlkernels.trainer.mode import evaluating
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Loss, forward
-from dlkernels.trainer.transfer import pair, to
 
 
 class Metric(Protocol):
@@ -56,12 +55,11 @@ def evaluate(
     try:
         with evaluating(model):
             for item in data.batches(0) if hasattr(data, "batches") else data:
-                part = ranks.part(*pair(item), data)
-                x, y = to(part.x, device), to(part.y, device)
-                output, value = forward(model, loss, x, y, device, autocast)
-                meter.add(value, output, y, part.samples, part.share)
+                part = ranks.part(item, data, device)
+                output, value = forward(model, loss, part.x, part.y, device, autocast)
+                meter.add(value, output, part.y, part.samples, part.share)
                 for metric in metrics.values() if part.share else ():
-                    metric.update(output, y)
+                    metric.update(output, part.y)
                 between_batches()
     finally:
         set_rng_state(random_state)

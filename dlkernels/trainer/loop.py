@@ -25,7 +25,6 @@ from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe
 from dlkernels.trainer.state import TrainingState
 from dlkernels.trainer.step import Every, Loss, Step, forward
 from dlkernels.trainer.summary import summarize
-from dlkernels.trainer.transfer import pair, to
 
 
 class Trainer(TrainingState):
@@ -267,8 +266,7 @@ class Trainer(TrainingState):
 
     def _part(self, item: Any) -> Part:
         """This rank's part of a batch, on the model's device."""
-        part = self.ranks.part(*pair(item), self.train_data)
-        return part._replace(x=to(part.x, self.device), y=to(part.y, self.device))
+        return self.ranks.part(item, self.train_data, self.device)
 
     def _train_batch(self, part: Part, last: bool) -> None:
         if self._graph is not None and self._graph.takes(part.x, part.y):
@@ -283,8 +281,7 @@ class Trainer(TrainingState):
                 if self.ranks.largest(wrong is not None)[0]:
                     raise self._non_finite(wrong, self.batch, part)
             self._step.backward(loss, part.samples, last, part.share * self.ranks.world)
-        with torch.no_grad():
-            self._meter.add(loss.detach(), output, part.y, part.samples, part.share)
+        self._meter.add(loss.detach(), output, part.y, part.samples, part.share)
 
     def _check_stop(self, guard: InterruptGuard) -> None:
         """A signal or a stop in one rank is one in all."""

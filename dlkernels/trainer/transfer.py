@@ -24,7 +24,7 @@ def pair(item: Any) -> tuple[Any, Any]:
 def to(value: Any, device: torch.device) -> Any:
     """Tensors in any nesting of mappings, tuples and lists, on ``device``."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value if value.device == device else value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {key: to(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
