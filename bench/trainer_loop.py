@@ -71,7 +71,7 @@ def measure(epochs: int = 20, threads: int | None = None) -> dict[str, float]:
 
     turns = Turns(run_bare)
     Trainer(model, loss, optimizer, data, callbacks=[turns], progress="silent").fit(epochs)
-    # Of a block and its neighbours: the speed of a shared machine drifts by more than the loop costs. The first warms up.
+    # A block and its neighbours: the speed of a shared machine drifts by more than the loop costs. The first warms up.
     around = map(statistics.fmean, itertools.pairwise(turns.bare))
     ratios = [trained / bare for trained, bare in zip(turns.trained[1:], around, strict=True)]
     per_batch = {"bare": turns.bare[1:], "trainer": turns.trained[1:]}
