@@ -147,7 +147,9 @@ def test_contenders_take_turns_and_training_changes_the_weight(mode):
 
         return op
 
-    times = harness.measure({name: contender(name) for name in "abc"}, inputs(mode), mode, budget=0.2)
+    times = harness.measure(
+        {name: contender(name) for name in "abc"}, inputs(mode), mode, budget=1
+    )  # a busy machine may take 10 times as long
     assert all(t.q20 <= t.median <= t.q80 and t.calls >= harness.LEAST_TURNS for t in times.values())
     turns = [name for i, name in enumerate(order) if i == 0 or name != order[i - 1]]
     expected = "abc" + "abc" + "bca" + "cab"  # warm-up, then turns, each in another order
