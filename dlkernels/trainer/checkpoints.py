@@ -24,10 +24,18 @@ class OneFile:
     """One file, written after every epoch and when training is interrupted."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the same place after a chdir
 
     def begin(self) -> None:
-        """Remove what a process that was killed in the middle of a write left."""
+        """Remove what a process that was killed in the middle of a write left.
+
+        Raises:
+            IsADirectoryError: there is a folder, where the file would be.
+        """
+        if self.path.is_dir():  # now: not after an epoch of training
+            raise IsADirectoryError(
+                f"expected a file to write checkpoints to; {self.path} is a folder: give Checkpoints(folder)"
+            )
         remove_leftovers(self.path.parent, self.path.name)
 
     def due(self) -> bool:
@@ -55,7 +63,8 @@ class Checkpoints(OneFile):
     """The last ``keep_last`` checkpoints in ``folder``, and ``best.pt``.
 
     ``epoch-0003.pt`` was written after three epochs, ``epoch-0003-batch-000120.pt`` 120 batches into the fourth.
-    The newest is the one written last. ``best.pt`` is a second name of the best epoch's file.
+    The newest is the furthest: one that is written removes those beyond it, of a training that was gone back on (the
+    times of files would not survive a copy of the folder). ``best.pt`` is a second name of the best epoch's file.
 
     Args:
         keep_last: how many to keep, at least 1.
@@ -114,18 +123,20 @@ class Checkpoints(OneFile):
         checkpoint.save(target, dict(state) | {"checkpoints": self.state_dict()})
         if improved:
             second_name(target, self.path / BEST)
-        for old in newest_first(self.path)[self.keep_last :]:
-            old.unlink(missing_ok=True)
+        numbered = newest_first(self.path)
+        for other in numbered[: numbered.index(target)] + numbered[numbered.index(target) + self.keep_last :]:
+            other.unlink(missing_ok=True)
         self._restart()
 
     def newest(self) -> Path | None:
         return next(iter(newest_first(self.path)), None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "monitor": self.monitor and self.monitor.name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best = state.get("best")
+        own = self.monitor and self.monitor.name
+        self.best = state.get("best") if state.get("monitor", own) == own else None  # another metric's is no measure
 
     def _restart(self) -> None:
         self._batches = 0
@@ -134,13 +145,13 @@ class Checkpoints(OneFile):
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The numbered checkpoints in ``folder``, the one written last first."""
+    """The numbered checkpoints in ``folder``, the furthest first."""
 
-    def age(path: Path) -> tuple[int, int, int]:
+    def position(path: Path) -> tuple[int, int]:
         epoch, batch = NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]
-        return path.stat().st_mtime_ns, int(epoch), int(batch or 0)
+        return int(epoch), int(batch or 0)
 
-    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=age, reverse=True)
+    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=position, reverse=True)
 
 
 def read(path: str | os.PathLike[str], *, fallback: bool = False) -> tuple[Path, dict[str, Any], list[str]]:
