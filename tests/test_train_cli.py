@@ -326,6 +326,24 @@ def test_refused_resume_leaves_the_run_that_is_there(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_run_in_the_working_folder_is_not_written_over(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train(Path("."), "--epochs", 1, "--quiet") == 0
+    before = history(tmp_path)
+    assert train(Path("."), "--epochs", 2) == 1
+    assert "holds another run, and is the working folder" in capsys.readouterr().err
+    assert history(tmp_path) == before
+
+
+def test_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    for epochs in (1, 2):
+        assert train(tmp_path / "link", "--epochs", epochs, "--quiet") == 0
+    assert [len(history(tmp_path / name)["history"]) for name in ("link", "disk", "disk-1")] == [2, 2, 1]
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_stopped_run_goes_on_where_patience_now_allows_it(tmp_path, capsys):
     stop = ["--lr", 0.1, "--patience", 1]  # its losses rise soon
     assert train(tmp_path, *stop, "--epochs", 20, "--quiet") == 0

@@ -79,14 +79,19 @@ class RunFolder:
         """Make the folder, for a run that begins here, or goes on from ``checkpoint``.
 
         Another run that is in it already is not written over: its folder gets another name, which is returned.
+
+        Raises:
+            FileExistsError: that folder is the working folder, or around it: relative paths would go along.
         """
         earlier = None
         place = self.path.resolve()
         begun = self.config_file.is_file() and (any(self.checkpoints.glob("*.pt")) or self.record_file.is_file())
         if begun and not (checkpoint and Path(checkpoint).resolve().is_relative_to(place)):
+            if Path.cwd().is_relative_to(place):
+                raise FileExistsError(f"{self.path} holds another run, and is the working folder: give another folder")
             names = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
             earlier = place.rename(next(name for name in names if not name.exists()))
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (place / self.checkpoints.name).mkdir(parents=True, exist_ok=True)  # a link may point there
         return earlier
 
     def files(self) -> list[str]:
