@@ -19,12 +19,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     A reader sees the old file or the new one, never a part. If the block raises (or the disk is full) the old
     file stays as it was and the temporary one is removed: the block may read back what it wrote, and refuse it.
-    Missing parent folders are made.
+    Missing parent folders are made. Where ``path`` is a symbolic link, all this is about what it points to.
 
     Raises:
-        OSError: the folder cannot be made or written, or the disk is full.
+        OSError: ``path`` is a folder, its folder cannot be made or written, or the disk is full.
     """
-    target = Path(path)
+    target = _followed(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"expected a file to write; {target} is a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the target's own folder: os.replace is atomic only inside one file system.
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
@@ -47,8 +49,11 @@ def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) ->
 
     Only where no other process is writing there.
     """
-    pattern = f".{'*' if name is None else glob.escape(name)}.*.tmp"
-    for left in Path(folder).glob(pattern):
+    place, pattern = Path(folder), "*"
+    if name is not None:
+        target = _followed(place / name)
+        place, pattern = target.parent, glob.escape(target.name)
+    for left in place.glob(f".{pattern}.*.tmp"):
         left.unlink(missing_ok=True)
 
 
@@ -65,6 +70,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _followed(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def _mode(target: Path) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from training import batches, make, network, stop_after
 
 from dlkernels.atomic import atomic_write, write_json
-from dlkernels.trainer import CheckpointError, Trainer, checkpoint
+from dlkernels.trainer import CheckpointError, Checkpoints, Trainer, checkpoint
 
 
 @pytest.fixture
@@ -150,6 +150,34 @@ def test_unwritable_checkpoint_folder(tmp_path):
         make(checkpoint=tmp_path / "file" / "run.pt").fit(1)
 
 
+def test_folder_in_the_place_of_the_file_is_noticed_before_training(tmp_path):
+    trainer = make(checkpoint=tmp_path)
+    with pytest.raises(IsADirectoryError, match=r"is a folder: give Checkpoints\(folder\)"):
+        trainer.fit(1)
+    assert trainer.updates == 0
+
+
+def test_checkpoint_is_written_to_what_a_link_points_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run.pt").symlink_to(tmp_path / "disk" / "real.pt")
+    (tmp_path / "disk" / ".real.pt.killed.tmp").write_text("")
+    make(checkpoint=tmp_path / "run.pt").fit(1)
+    assert (tmp_path / "run.pt").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real.pt"]
+    make().load(tmp_path / "run.pt")
+
+
+def test_checkpoints_stay_in_their_place_after_a_chdir(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainers = make(checkpoint="run.pt"), make(checkpoint=Checkpoints("run"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for trainer in trainers:
+        trainer.fit(1)
+    assert (tmp_path / "run.pt").exists() and (tmp_path / "run" / "best.pt").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
     with atomic_write(path) as file:
@@ -164,6 +192,12 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         write_half()
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="expected a file to write"):
+        write_json(tmp_path, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_written_files_have_ordinary_permissions(tmp_path):

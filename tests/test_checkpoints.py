@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from training import assert_same, make, stop_after
 
-from dlkernels.trainer import Callback, CheckpointError, Checkpoints, Monitor, checkpoint
+from dlkernels.trainer import Callback, CheckpointError, Checkpoints, EarlyStopping, Monitor, checkpoint
 from dlkernels.trainer.checkpoints import newest_first
 
 
@@ -72,6 +73,34 @@ def test_within_epochs(tmp_path):
         resumed.load(tmp_path / name)
         resumed.fit(2)
         assert_same(resumed, whole)
+
+
+def test_a_copied_folder_goes_on_from_the_same_checkpoint(tmp_path):
+    make(checkpoint=Checkpoints(tmp_path)).fit(3)
+    for age, name in enumerate(("epoch-0001.pt", "epoch-0003.pt", "epoch-0002.pt")):  # the order of a copy
+        os.utime(tmp_path / name, (1e9 + age, 1e9 + age))
+    assert make().load(tmp_path).name == "epoch-0003.pt"
+
+
+def test_going_back_sets_aside_what_was_beyond(tmp_path):
+    make(checkpoint=Checkpoints(tmp_path, keep_last=9)).fit(4)
+    trainer = make(checkpoint=Checkpoints(tmp_path))
+    trainer.load(tmp_path / "epoch-0002.pt")
+    stop_after(trainer, epoch=2, batch=1)
+    left = ["best.pt", "epoch-0001.pt", "epoch-0002-batch-000001.pt", "epoch-0002.pt"]
+    assert names(tmp_path) == [*left, "epoch-0003.pt.superseded", "epoch-0004.pt.superseded"]
+    assert make().load(tmp_path).name == "epoch-0002-batch-000001.pt"
+
+
+def test_the_best_of_another_metric_is_no_measure(tmp_path):
+    def stopper(monitor: str) -> EarlyStopping:
+        return EarlyStopping(monitor, patience=3)
+
+    make(checkpoint=Checkpoints(tmp_path, monitor="loss"), callbacks=[stopper("loss")]).fit(2)
+    for monitor, known in (("loss", True), ("val_loss", False)):
+        again = make(checkpoint=Checkpoints(tmp_path, monitor=monitor), callbacks=[stopper(monitor)])
+        again.load(tmp_path)
+        assert (again.checkpoint.best is not None) == (again.callbacks[0].best is not None) == known
 
 
 def test_by_the_clock(tmp_path, monkeypatch):

@@ -52,6 +52,24 @@ def test_modes_of_png(tmp_path, mode):
     torch.testing.assert_close(pixels, torch.tensor(drawn / 255, dtype=torch.float32), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("white", [1, 255])
+def test_floating_point_images_are_in_0_to_1_or_of_the_range_of_8_bits(tmp_path, white):
+    drawn = drawing() / np.float32(255)
+    Image.fromarray((drawn * white).astype(np.float32)).save(tmp_path / "x.tif")
+    torch.testing.assert_close(pixels_of(tmp_path / "x.tif")[0], torch.tensor(drawn), rtol=0, atol=1e-6)
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(InputError, match=r"x\.tif cannot be read as an image: it holds NaN"):
+        pixels_of(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_without_plain_values(tmp_path, kind):
+    values = torch.zeros(2, 64)
+    torch.save(values.to_sparse() if kind == "sparse" else values.to("meta"), tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"x\.pt cannot be read as an array"):
+        read([tmp_path / "x.pt"], DIGITS)
+
+
 @pytest.mark.parametrize("color", [0, 255])
 def test_transparent_background_contrasts(tmp_path, color):
     """Black or white ink on nothing: both are white on black in the end."""

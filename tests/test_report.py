@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from dlkernels.data.info import INFO
 from dlkernels.runs.comparison import RunComparison
 from dlkernels.runs.evaluation import Evaluation
 from dlkernels.runs.folder import RunError, RunFolder, load_model
+from dlkernels.runs.loggers import CsvLog
 from dlkernels.runs.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -133,6 +136,71 @@ def test_report_of_an_unfinished_run(first, capsys):
     assert capsys.readouterr().out == f"{first.report}\n"
     text = first.report.read_text()
     assert "not finished" in text and "<img" not in text and "Confusion" not in text and text.count("<svg") == 3
+
+
+def interrupted(out: Path, monkeypatch, at: int, *arguments: object) -> None:
+    """``train``, and Ctrl-C when epoch ``at`` (0: the first batch) is over."""
+    logged = CsvLog.epoch_ends
+
+    def batch_ends(self, trainer):
+        if not at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def epoch_ends(self, trainer, row):
+        logged(self, trainer, row)
+        if row["epoch"] == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvLog, "batch_ends", batch_ends)
+        patch.setattr(CsvLog, "epoch_ends", epoch_ends)
+        assert train(out, *arguments) == 130
+
+
+@pytest.fixture
+def second(runs, tmp_path) -> RunFolder:
+    """A copy of ``second``, to go on with."""
+    return RunFolder(shutil.copytree(runs / "second", tmp_path / "second"))
+
+
+def test_finished_run_that_went_on_is_not_finished(runs, second, tmp_path, capsys, monkeypatch):
+    interrupted(second.path, monkeypatch, 4, "--lr", 0.01, "--epochs", 9, "--resume", "--quiet")
+    assert not second.report.exists() and second.confusion.exists()
+    assert [row["epoch"] for row in second.record()["history"]] == [1, 2, 3, 4]
+    assert "accuracy_after" not in second.record()
+    assert main(["report", str(second.path)]) == 0
+    text = second.report.read_text()
+    assert "not finished" in text and "second: 4 of 9 epochs" in text and "weights.pt is of epoch 2." in text
+    assert "Confusion" not in text and "data:image" not in text
+
+    capsys.readouterr()
+    assert main(["compare", str(second.path), str(runs / "first")]) == 0
+    assert re.search(r"^epochs +4 of 9, not finished +3$", capsys.readouterr().out, re.M)
+    torch.save(torch.rand(1, 64), tmp_path / "digit.pt")
+    note = f"{second.path}: the training was finished at epoch 2, went on, and has reached epoch 4; weights.pt is of "
+    for arguments in (["predict", second.path, tmp_path / "digit.pt"], ["export", second.path, "--format", "pt2"]):
+        assert main([str(argument) for argument in arguments]) == 0
+        assert capsys.readouterr().err.startswith(note)
+
+    assert train(second.path, "--lr", 0.01, "--epochs", 5, "--resume") == 0
+    assert "accuracy so far" in capsys.readouterr().out
+    assert second.went_on() is None and second.record()["accuracy_before"] is None
+    assert "not finished" not in second.report.read_text() and "before training" not in second.report.read_text()
+    assert main(["predict", str(second.path), str(tmp_path / "digit.pt")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_run_that_went_on_but_finished_no_epoch_yet(second, monkeypatch):
+    interrupted(second.path, monkeypatch, 0, "--lr", 0.01, "--epochs", 9, "--resume", "--quiet")
+    assert "2 of 9 epochs" in write_report(second).read_text()
+    assert "weights.pt is of epoch 2" in second.went_on()
+
+
+def test_run_that_goes_on_from_an_earlier_epoch(second, monkeypatch):
+    checkpoint = second.checkpoints / "epoch-0001.pt"
+    interrupted(second.path, monkeypatch, 0, "--lr", 0.01, "--epochs", 2, "--resume", checkpoint, "--quiet")
+    assert "has reached epoch 1; weights.pt is of epoch 2" in second.went_on()
+    assert len(second.record()["history"]) == 1
 
 
 def test_csv_and_json_say_the_same(runs):

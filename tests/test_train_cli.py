@@ -310,6 +310,70 @@ def test_ctrl_c_then_resume(tmp_path):
     assert all(torch.equal(cut[key], whole[key]) for key in whole)
 
 
+def test_resume_with_fewer_epochs_is_refused_and_changes_nothing(tmp_path, capsys):
+    assert train(tmp_path, "--epochs", 2, "--quiet") == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    assert train(tmp_path, "--epochs", 1, "--resume") == 1
+    assert "expected --epochs of at least 2, which the checkpoint has; got 1" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+
+
+def test_refused_resume_leaves_the_run_that_is_there(tmp_path, capsys):
+    for name in ("a", "b"):
+        assert train(tmp_path / name, "--epochs", 1, "--quiet") == 0
+    assert train(tmp_path / "b", "--lr", 0.5, "--resume", tmp_path / "a" / "checkpoints") == 1
+    assert "was made with lr" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_run_in_the_working_folder_is_not_written_over(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train(Path("."), "--epochs", 1, "--quiet") == 0
+    before = history(tmp_path)
+    assert train(Path("."), "--epochs", 2) == 1
+    assert "holds another run, and is the working folder" in capsys.readouterr().err
+    assert history(tmp_path) == before
+
+
+def test_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    for epochs in (1, 2):
+        assert train(tmp_path / "link", "--epochs", epochs, "--quiet") == 0
+    assert [len(history(tmp_path / name)["history"]) for name in ("link", "disk", "disk-1")] == [2, 2, 1]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_stopped_run_goes_on_where_patience_now_allows_it(tmp_path, capsys):
+    stop = ["--lr", 0.1, "--patience", 1]  # its losses rise soon
+    assert train(tmp_path, *stop, "--epochs", 20, "--quiet") == 0
+    reached = len(history(tmp_path)["history"])
+    assert reached < 20
+    assert train(tmp_path, *stop, "--epochs", 30, "--resume") == 0
+    assert "stopped after" in capsys.readouterr().out and len(history(tmp_path)["history"]) == reached
+    assert train(tmp_path, "--lr", 0.1, "--epochs", reached + 1, "--resume") == 0
+    assert len(history(tmp_path)["history"]) == reached + 1
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
+    assert train(tmp_path / "run", "--epochs", 1, "--quiet") == 0
+    hold = f"from dlkernels.runs.folder import RunFolder\nwith RunFolder({str(tmp_path / 'run')!r}).claimed():"
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{hold}\n print(1, flush=True)\n input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    for arguments in ([], ["--epochs", 2, "--resume"]):
+        assert train(tmp_path / "run", *arguments) == 1
+        assert "another process is training in" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    other.communicate(b"\n", timeout=60)
+    assert train(tmp_path / "run", "--epochs", 2, "--resume", "--quiet") == 0
+
+
 # --- refused, with a sentence and exit status 1 ---
 
 

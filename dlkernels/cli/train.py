@@ -53,12 +53,16 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     config = settings_of(args, **{"progress": "silent"} if args.quiet else {})
     _check(args, config)
-    with joined(config.device) as ranks, contextlib.redirect_stdout(sys.stdout if ranks.is_main else None):
-        return _train_together(args, config, ranks)
+    with (
+        joined(config.device) as ranks,
+        contextlib.redirect_stdout(sys.stdout if ranks.is_main else None),
+        contextlib.ExitStack() as held,
+    ):
+        return _train_together(args, config, ranks, held)
 
 
-def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks) -> int:
-    """In every process of torchrun's; the main one prints and writes."""
+def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks, held: contextlib.ExitStack) -> int:
+    """In every process of torchrun's; the main one prints and writes, and has the folder to itself while ``held``."""
     from dlkernels.runs.folder import RunFolder
 
     if args.compare_stock:
@@ -71,16 +75,21 @@ def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks) -
     checkpoint = None if args.resume is None else args.resume or folder.checkpoints
     if checkpoint is None and restarted() and ranks.from_main(lambda: any(folder.checkpoints.glob("*.pt"))):
         checkpoint = folder.checkpoints
-    if (earlier := ranks.from_main(lambda: folder.make_room(checkpoint))) is not None:
-        say(f"{folder.path} held another run, which is now {earlier}")
     trainer = job.fused(folder)
+    ranks.from_main(lambda: held.enter_context(folder.claimed()))
     if checkpoint is not None:
-        say(f"going on from {trainer.load(checkpoint, fallback=True)}")
-    ranks.from_main(lambda: config.save(folder.config_file))
+        say(f"going on from {job.resume(trainer, checkpoint)}")
+    if config.epochs < (begun := trainer.epoch + bool(trainer.batch)):
+        raise SettingError(f"expected --epochs of at least {begun}, which the checkpoint has; got {config.epochs}")
+    if (earlier := ranks.from_main(lambda: folder.make_room(checkpoint))) is not None:
+        ranks.from_main(lambda: held.enter_context(folder.claimed()))
+        say(f"{folder.path} held another run, which is now {earlier}")
+    ranks.from_main(lambda: _begin(folder, config))
     say(f"{job.splits}\n\n{trainer.summary()}\n")
 
-    before = trainer.evaluate()["accuracy"]
-    say(f"accuracy before training: {number(before)}")
+    accuracy = trainer.evaluate()["accuracy"]
+    before = None if trainer.updates else accuracy
+    say(f"accuracy {'so far' if trainer.updates else 'before training'}: {number(accuracy)}")
     comparison = job.beside_stock(trainer) if args.compare_stock else None
     trainer.fit(config.epochs)  # a comparison has brought it there
     after = trainer.evaluate()
@@ -107,22 +116,28 @@ def _check(args: argparse.Namespace, config: RunConfig) -> None:
     require_libraries(*NEEDED_AT_THE_END)
 
 
+def _begin(folder: RunFolder, config: RunConfig) -> None:
+    config.save(folder.config_file)
+    folder.report.unlink(missing_ok=True)  # it would speak of the end of an earlier training
+
+
 def _save(
     folder: RunFolder,
     job: Job,
     trainer: Trainer,
     network: nn.Module,
-    before: float,
+    before: float | None,
     after: dict[str, Any],
     comparison: Comparison | None,
 ) -> None:
-    """All that is written at the end; the checkpoints and the CSV history are there already."""
+    """All that is written at the end; the checkpoints and the CSV history are there already.
+
+    The record comes last: with it the run is finished, and the rest is of its epoch.
+    """
     from dlkernels.runs import figures
     from dlkernels.runs.report import title, write_report
     from dlkernels.trainer import plots
 
-    with atomic_write(folder.weights) as file:
-        torch.save(network.state_dict(), file)
     evaluation = job.evaluation(network)
     origin = made_by(job.config)
     record = origin | {
@@ -134,14 +149,17 @@ def _save(
         "confusion": evaluation.confusion.tolist(),
         "history": trainer.history,
     }
-    write_json(folder.record_file, record)
     heading = title(job.config)
     plots.plot_history(trainer.history, folder.curves, heading)
-    figures.plot_confusion(evaluation, folder.confusion, heading)
-    figures.plot_misclassified(evaluation, folder.misclassified, heading)
+    reached = f"{heading}, {trainer.epoch} epochs"  # the picture may outlive it, if the training goes on
+    figures.plot_confusion(evaluation, folder.confusion, reached)
+    figures.plot_misclassified(evaluation, folder.misclassified, reached)
     if comparison is not None:
         write_json(folder.comparison, origin | comparison.to_json())
         plots.plot_comparison(comparison, folder.comparison_curves, heading)
+    with atomic_write(folder.weights) as file:
+        torch.save(network.state_dict(), file)
+    write_json(folder.record_file, record)
     write_report(folder)
 
 

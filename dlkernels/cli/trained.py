@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def trained(path: str, device: str = "cpu") -> tuple[RunFolder, nn.Module]:
-    """The folder of a finished run and its network, on ``device``.
+    """The folder of a finished run and its network, on ``device``. Of a run that went on after it was finished, the
+    weights are those of then, and standard error says so.
 
     Raises:
         SettingError: it is no such folder, or damaged, or the device does not work here.
@@ -24,6 +27,10 @@ def trained(path: str, device: str = "cpu") -> tuple[RunFolder, nn.Module]:
     require_device(device)
     folder = RunFolder(path)
     try:
-        return folder, load_model(folder, device)
+        model = load_model(folder, device)
     except RunError as error:
         raise SettingError(str(error)) from None
+    with contextlib.suppress(RunError):  # the weights are whole, whatever is with the history
+        if (went_on := folder.went_on()) is not None:
+            print(f"{folder.path}: {went_on}", file=sys.stderr)
+    return folder, model

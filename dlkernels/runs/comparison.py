@@ -73,7 +73,12 @@ class RunComparison:
             for record in self.records
         ]
         rows.append(self._row("samples per second", rates, max, lambda value: f"{value:,.0f}"))
-        rows.append(self._row("epochs", epochs, None, str))
+        asked = [
+            "" if "accuracy_after" in record else f" of {config.epochs}, not finished"
+            for record, config in zip(self.records, self.configs, strict=True)
+        ]
+        done = [f"{count}{of}" for count, of in zip(epochs, asked, strict=True)]
+        rows.append(self._row("epochs", done, None, str))
         rows.append(self._row("parameters", [record.get("parameters") for record in self.records], None, "{:,}".format))
         return rows
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import itertools
 import json
+import os
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,8 @@ from dlkernels.data.info import INFO, DatasetInfo
 from dlkernels.nn import MLP
 from dlkernels.runs.config import ConfigError, RunConfig, load_config
 
+DECIDE_THE_END = ("epochs", "patience")  # settings that say when a run is finished
+
 
 class RunError(RuntimeError):
     """A folder is no run's, or a file of the run is missing or damaged."""
@@ -25,7 +31,9 @@ class RunFolder:
     """The folder of one run.
 
     ``config.toml`` is there from the beginning of a run, ``history.csv`` and checkpoints from its first epoch on, and
-    the rest once it is finished; ``rates`` and ``cross_validation`` are of searches for settings, before or after it.
+    the rest once it is finished. A finished run may go on (a resume with more epochs): until it is finished again,
+    the weights, ``history.json`` and the pictures are those of the epoch where it was (``went_on``).
+    ``rates`` and ``cross_validation`` are of searches for settings, before or after it.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -50,18 +58,44 @@ class RunFolder:
     def name(self) -> str:
         return self.path.resolve().name
 
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within it no other process can claim the folder: two trainings would write over each other's files. The lock
+        is on the folder itself: it goes along with a rename, and ends with the process.
+
+        Raises:
+            BlockingIOError: another process has it.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BlockingIOError(f"another process is training in {self.path}; give another folder") from None
+        except OSError:  # a file system without locks: then nobody is kept out
+            pass
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
     def make_room(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
         """Make the folder, for a run that begins here, or goes on from ``checkpoint``.
 
         Another run that is in it already is not written over: its folder gets another name, which is returned.
+
+        Raises:
+            FileExistsError: that folder is the working folder, or around it: relative paths would go along.
         """
         earlier = None
         place = self.path.resolve()
         begun = self.config_file.is_file() and (any(self.checkpoints.glob("*.pt")) or self.record_file.is_file())
         if begun and not (checkpoint and Path(checkpoint).resolve().is_relative_to(place)):
+            if Path.cwd().is_relative_to(place):
+                raise FileExistsError(f"{self.path} holds another run, and is the working folder: give another folder")
             names = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
             earlier = place.rename(next(name for name in names if not name.exists()))
-        self.path.mkdir(parents=True, exist_ok=True)
+        (place / self.checkpoints.name).mkdir(parents=True, exist_ok=True)  # a link may point there
         return earlier
 
     def files(self) -> list[str]:
@@ -89,21 +123,49 @@ class RunFolder:
         return INFO[self.config().dataset]
 
     def record(self) -> dict[str, Any]:
-        """What ``history.json`` says; of a run that is not finished only ``history``, from ``history.csv``.
+        """What ``history.json`` says; of a run that is not finished, or went on, the ``history`` in ``history.csv``.
 
         Raises:
             RunError: neither is there, or it is damaged.
         """
-        if not self.record_file.is_file():
+        finished = self._finished()
+        if finished is None:
             return {"history": self._rows()}
+        rows = self._rows() if self.history_csv.is_file() else finished["history"]
+        then, now = finished.get("config", {}), self.config()
+        # The CSV has the epochs since; before the first of them there is only what was asked for.
+        went_on = rows[-1]["epoch"] != finished["history"][-1]["epoch"] or any(
+            then.get(name) != getattr(now, name) for name in DECIDE_THE_END if name in then
+        )
+        return {"history": rows} if went_on else finished
+
+    def went_on(self) -> str | None:
+        """A clause about a run that was finished and went on: what is of which epoch. None for any other.
+
+        Raises:
+            RunError: as for ``record``.
+        """
+        finished = self._finished()
+        if finished is None or (record := self.record()) == finished:
+            return None
+        then, now = (one["history"][-1]["epoch"] for one in (finished, record))
+        return (
+            f"the training was finished at epoch {then}, went on, and has reached epoch {now}; "
+            f"{self.weights.name} is of epoch {then}"
+        )
+
+    def _finished(self) -> dict[str, Any] | None:
+        """What ``history.json`` says: how it was when the run was last finished. None where it never was."""
+        if not self.record_file.is_file():
+            return None
         try:
-            record = json.loads(self.record_file.read_text())
+            record = dict(json.loads(self.record_file.read_text()))
             epochs = [row["epoch"] for row in record["history"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{self.record_file} is damaged: {error}") from None
         if not epochs:
             raise RunError(f"{self.record_file} has no epoch")
-        return dict(record)
+        return record
 
     def _rows(self) -> list[dict[str, Any]]:
         """The rows of ``history.csv`` as numbers."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +99,19 @@ class Job:
             accumulate=self.config.accumulate,
             clip_norm=self.config.clip_norm,
         )
+
+    def resume(self, trainer: Trainer, checkpoint: str | PathLike[str]) -> Path:
+        """Go on from a file, or from the newest in a folder; return the file. One that stopped early goes on if
+        ``patience`` now allows it.
+
+        Raises:
+            CheckpointError: see :meth:`Trainer.load`.
+        """
+        file = trainer.load(checkpoint, fallback=True)
+        waited = max([one.waited for one in trainer.callbacks if isinstance(one, EarlyStopping)], default=0)
+        if self.config.patience is None or waited < self.config.patience:
+            trainer.stopped = None
+        return file
 
     def beside_stock(self, fused: Trainer) -> Comparison:
         """Train ``fused`` from its beginning, taking turns with stock: the same but for layers and loss."""

@@ -16,14 +16,22 @@ from dlkernels.trainer.loop import Trainer
 class CsvLog(Callback):
     """Writes the whole history to ``path`` after every epoch, atomically, a column per metric.
 
-    What is no number is left out. Should come last: callbacks before it may add to the row.
+    What is no number is left out. Should come last: callbacks before it may add to the row. A training that goes on
+    writes the history it goes on from, too: another may have been there.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
 
+    def fit_begins(self, trainer: Trainer) -> None:
+        if trainer.history:
+            self._write(trainer.history)
+
     def epoch_ends(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        rows = [_numbers(one) for one in [*trainer.history[: row["epoch"] - 1], row]]
+        self._write([*trainer.history[: row["epoch"] - 1], row])
+
+    def _write(self, history: list[dict[str, Any]]) -> None:
+        rows = [_numbers(one) for one in history]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(key for one in rows for key in one)), lineterminator="\n")
         writer.writeheader()

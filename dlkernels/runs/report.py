@@ -28,17 +28,19 @@ def write_report(folder: RunFolder) -> Path:
     config, record = folder.config(), folder.record()
     history = record["history"]
     best = best_epoch(history, config.monitor)
+    unfinished = "accuracy_after" not in record
     write_page(
         folder.report,
         "report.html",
         title=title(config),
         subtitle=_subtitle(folder, record, config),
-        unfinished="accuracy_after" not in record,
+        unfinished=unfinished,
+        went_on=folder.went_on(),
         tiles=_tiles(record, config),
         panels=_panels(history),
         confusion=_confusion(record.get("confusion")),
-        misclassified=image(folder.misclassified),
-        comparison=image(folder.comparison_curves),
+        misclassified=None if unfinished else image(folder.misclassified),
+        comparison=None if unfinished else image(folder.comparison_curves),
         history=_table(history, best, config.monitor),
         settings=_settings(config),
         machine={group: {key: show(value) for key, value in facts.items()} for group, facts in _machine(record)},

@@ -39,12 +39,12 @@ def read_array(path: Path, info: DatasetInfo) -> Tensor:
         else:
             array = _idx(path)
         samples = array.detach() if isinstance(array, Tensor) else _tensor(array)
+        return _pixels(path, _rows(path, samples, info), info)
     except InputError:
         raise
-    except Exception as error:  # NumPy, zipfile, pickle and torch have one for every way a file can be damaged
+    except Exception as error:  # NumPy, zipfile, pickle and torch have one for every way a file can be wrong
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be read as an array: {reason}") from None
-    return _pixels(path, _rows(path, samples, info), info)
 
 
 def is_idx(path: Path) -> bool:

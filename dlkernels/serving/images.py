@@ -54,6 +54,11 @@ def _grey(image: Any) -> Any:
     """[height, width] uint8. What is transparent becomes the opposite of what is drawn."""
     if image.mode.startswith("I"):  # 16 bits, which convert("L") would clip
         return (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
+    if image.mode == "F":  # in [0, 1], as such arrays are, or of the range of 8 bits
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds NaN or infinity")
+        return (values * (255 if values.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8)
     if not image.has_transparency_data:
         return np.array(image.convert("L"))
     channels = image.convert("RGBA")

@@ -69,7 +69,8 @@ class EarlyStopping(Callback):
             trainer.stop(f"{self.monitor.name} has not improved for {self.waited} epochs; the best was {self.best:g}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "monitor": self.monitor.name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best, self.waited = state["best"], state["waited"]
+        if state.get("monitor", self.monitor.name) == self.monitor.name:  # another metric's is no measure
+            self.best, self.waited = state["best"], state["waited"]

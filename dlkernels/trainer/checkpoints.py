@@ -17,17 +17,25 @@ from dlkernels.trainer.monitor import Monitor
 
 NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.pt")
 BEST = "best.pt"
-DAMAGED = ".damaged"
+DAMAGED, SUPERSEDED = ".damaged", ".superseded"  # added to the names of files that are set aside
 
 
 class OneFile:
     """One file, written after every epoch and when training is interrupted."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the same place after a chdir
 
     def begin(self) -> None:
-        """Remove what a process that was killed in the middle of a write left."""
+        """Remove what a process that was killed in the middle of a write left.
+
+        Raises:
+            IsADirectoryError: there is a folder, where the file would be.
+        """
+        if self.path.is_dir():  # now: not after an epoch of training
+            raise IsADirectoryError(
+                f"expected a file to write checkpoints to; {self.path} is a folder: give Checkpoints(folder)"
+            )
         remove_leftovers(self.path.parent, self.path.name)
 
     def due(self) -> bool:
@@ -55,7 +63,9 @@ class Checkpoints(OneFile):
     """The last ``keep_last`` checkpoints in ``folder``, and ``best.pt``.
 
     ``epoch-0003.pt`` was written after three epochs, ``epoch-0003-batch-000120.pt`` 120 batches into the fourth.
-    The newest is the one written last. ``best.pt`` is a second name of the best epoch's file.
+    The newest is the furthest (the times of files would not survive a copy of the folder): before one is written, those
+    beyond it, of a training that was gone back on, are set aside (``.superseded`` is added to their names). ``best.pt``
+    is a second name of the best epoch's file.
 
     Args:
         keep_last: how many to keep, at least 1.
@@ -111,6 +121,9 @@ class Checkpoints(OneFile):
                 self.best = value
         within = f"-batch-{batch:06d}" if batch else ""
         target = self.path / f"epoch-{epoch:04d}{within}.pt"
+        for beyond in newest_first(self.path):
+            if position(beyond) > (epoch, batch):
+                set_aside(beyond, SUPERSEDED)
         checkpoint.save(target, dict(state) | {"checkpoints": self.state_dict()})
         if improved:
             second_name(target, self.path / BEST)
@@ -122,10 +135,11 @@ class Checkpoints(OneFile):
         return next(iter(newest_first(self.path)), None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "monitor": self.monitor and self.monitor.name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best = state.get("best")
+        own = self.monitor and self.monitor.name
+        self.best = state.get("best") if state.get("monitor", own) == own else None  # another metric's is no measure
 
     def _restart(self) -> None:
         self._batches = 0
@@ -134,13 +148,18 @@ class Checkpoints(OneFile):
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The numbered checkpoints in ``folder``, the one written last first."""
+    """The numbered checkpoints in ``folder``, the furthest first."""
+    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=position, reverse=True)
 
-    def age(path: Path) -> tuple[int, int, int]:
-        epoch, batch = NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]
-        return path.stat().st_mtime_ns, int(epoch), int(batch or 0)
 
-    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=age, reverse=True)
+def position(file: Path) -> tuple[int, int]:
+    """The epochs, and batches of the next, that a numbered checkpoint was written after."""
+    epoch, batch = NAME.fullmatch(file.name).groups()  # type: ignore[union-attr]
+    return int(epoch), int(batch or 0)
+
+
+def set_aside(file: Path, why: str) -> None:
+    os.replace(file, file.with_name(file.name + why))
 
 
 def read(path: str | os.PathLike[str], *, fallback: bool = False) -> tuple[Path, dict[str, Any], list[str]]:
@@ -158,17 +177,17 @@ def read(path: str | os.PathLike[str], *, fallback: bool = False) -> tuple[Path,
     path = Path(path)
     if not path.is_dir():
         return path, checkpoint.load(path), []
-    set_aside: list[str] = []
+    damages: list[str] = []
     for file in newest_first(path):
         try:
-            return file, checkpoint.load(file), set_aside
+            return file, checkpoint.load(file), damages
         except checkpoint.DamagedCheckpoint as error:
             if not fallback:
                 raise type(error)(f"{error}; ask for the one before (fallback), if there is one") from error
-            set_aside.append(str(error))
+            damages.append(str(error))
             with contextlib.suppress(OSError):  # in a folder that cannot be written it stays where it is
-                os.replace(file, file.with_name(file.name + DAMAGED))
-    raise checkpoint.CheckpointError("; ".join([f"there is no checkpoint in {path} that can be read", *set_aside]))
+                set_aside(file, DAMAGED)
+    raise checkpoint.CheckpointError("; ".join([f"there is no checkpoint in {path} that can be read", *damages]))
 
 
 def second_name(file: Path, name: Path) -> None:

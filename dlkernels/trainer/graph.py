@@ -27,6 +27,10 @@ class GraphedStep:
     def __init__(self, model: nn.Module, run: Any, loss: Loss, step: Step, autocast: torch.dtype | None) -> None:
         _check(model, step)
         self.run, self.loss, self.step, self.autocast = run, loss, step, autocast
+        self.forget()
+
+    def forget(self) -> None:
+        """Capture anew, for the optimizer has other tensors than those that the graph reads."""
         self._left = WARM_UP
         self._held: tuple[Tensor, Tensor] | None = None  # the batch that the graph reads
         self._result: tuple[Any, Tensor] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -125,6 +126,7 @@ class Trainer(TrainingState):
         if cuda_graph and ranks.world > 1:
             raise ValueError("expected no cuda_graph with several processes, whose gradients are added up on the way")
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        _check_parameters(model, optimizer, self.device)
         if scaler is None and autocast is torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
         step = Step(
@@ -180,9 +182,11 @@ class Trainer(TrainingState):
         Raises:
             NonFiniteLoss: the loss became NaN or infinite.
             KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM; the state is whole, and saved if ``checkpoint`` is set.
-            ValueError: a batch is not a pair, or the loss not a scalar.
+            ValueError: a batch is not a pair or has no sample, or the loss is not a scalar with a gradient.
             OSError: the checkpoint cannot be written; the one before is untouched.
+            RuntimeError: ``fit`` is running already, in another thread or around the callback that calls it.
         """
+        self._check_idle("fit")
         last = epochs if at_most is None else min(epochs, self.epoch + at_most)
         progress = make_progress(self._progress_mode if self.ranks.is_main else "silent")
         self._in_step = False
@@ -192,6 +196,7 @@ class Trainer(TrainingState):
         with InterruptGuard() as guard:
             try:
                 self._call("fit_begins")
+                self._in_epoch = True
                 while self.epoch < last and self.stopped is None:
                     progress.begin(f"{self.name} epoch {self.epoch + 1}/{epochs}", self._batches.length())
                     if self._train_epoch(guard, progress):
@@ -206,6 +211,7 @@ class Trainer(TrainingState):
                 self._save_interrupted(progress)
                 raise
             finally:
+                self._in_epoch = False
                 progress.close()
                 self._call("fit_ends")
         if self.stopped is not None:
@@ -412,6 +418,11 @@ class Trainer(TrainingState):
     def _place(self) -> str:
         return f"{self.epoch} epochs and {self.batch} batches"
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self._graph is not None:
+            self._graph.forget()
+
     # --- for people -----------------------------------------------------------------------------------------
 
     def summary(self, precision: int | None = None) -> str:
@@ -425,3 +436,19 @@ class Trainer(TrainingState):
         done = f"{self.epoch} epochs" + (f" and {self.batch} batches" if self.batch else "")
         metrics = f", {describe(self.history[-1])}" if self.history else ""
         return f"Trainer({type(self.model).__name__} on {self.device}, {done} done{metrics})"
+
+
+def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Raise, or warn, where an epoch would be for nothing."""
+    if device.type == "meta":
+        raise ValueError(
+            "expected a model with values; its parameters are on the meta device: to_empty, then initialise"
+        )
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trainable and not any(id(parameter) in held for parameter in trainable):
+        warnings.warn(
+            "the optimizer has no parameter of the model, which will stay as it is: make it of this model's "
+            "parameters, after all that replaces them",
+            stacklevel=3,
+        )

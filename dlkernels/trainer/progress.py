@@ -95,7 +95,8 @@ def make_progress(mode: Mode) -> Progress:
     """
     kinds = {"bar": Bar, "lines": Lines, "silent": Progress}
     if mode == "auto":
-        mode = "bar" if sys.stdout.isatty() else "lines"
+        is_terminal = getattr(sys.stdout, "isatty", bool)  # what stands in for it in notebooks and services may lack it
+        mode = "bar" if is_terminal() else "lines"
     if mode not in kinds:
         raise ValueError(f"expected progress 'auto', 'bar', 'lines' or 'silent'; got {mode!r}")
     return kinds[mode]()

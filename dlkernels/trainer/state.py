@@ -54,6 +54,7 @@ class TrainingState:
         self.epoch = 0
         self.batch = 0
         self.stopped: str | None = None
+        self._in_epoch = False  # between fit_begins and fit_ends
         self._step = step
         self._batches = ResumableBatches(train_data)
         self._begin_epoch()
@@ -67,8 +68,14 @@ class TrainingState:
 
         Raises:
             OSError: it cannot be written; what was there before is untouched.
+            RuntimeError: gradients wait for more batches to make an update, and are in no checkpoint.
             TypeError: the state of a callback or a scheduler holds something that could not be read back.
         """
+        if self._step.between_updates and self._in_epoch:
+            raise RuntimeError(
+                "expected to save after an update; gradients that are accumulated are in no checkpoint: save where "
+                "trainer.updates has grown, or give Checkpoints(folder, every_batches=...)"
+            )
         state = self.state_dict()  # all ranks take part
         self.ranks.from_main(lambda: checkpoint.save(path, state))
 
@@ -85,7 +92,9 @@ class TrainingState:
         Raises:
             CheckpointError: it cannot be read, or belongs to another model, optimizer, configuration or
                 (where it was written within an epoch) other batches. Nothing has been changed then.
+            RuntimeError: ``fit`` is running.
         """
+        self._check_idle("load")
         file, state, set_aside = self.ranks.from_main(
             lambda: self._read(path, fallback),
             lambda read: (read[0], sharded.outline(read[1], self.model, self.optimizer), read[2]),
@@ -143,6 +152,11 @@ class TrainingState:
         self.stopped = state["stopped"]
         if self.checkpoint is not None:
             self.checkpoint.load_state_dict(state.get("checkpoints", {}))
+
+    def _check_idle(self, what: str) -> None:
+        """A callback or another thread would pull the state from under an epoch's feet."""
+        if self._in_epoch:
+            raise RuntimeError(f"expected no {what} while fit is running, in another thread or around this callback")
 
     def _named_callbacks(self) -> list[tuple[str, Callback]]:
         return [(f"{index} {type(callback).__name__}", callback) for index, callback in enumerate(self.callbacks)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ def forward(
     """``run(x)``, under ``device``'s autocast if asked, and the loss of it, in float32 then.
 
     Raises:
-        ValueError: the loss is not a scalar.
+        ValueError: the loss is no tensor, or not a scalar.
     """
     if autocast is None:
         output = run(x)
@@ -30,8 +31,9 @@ def forward(
         if isinstance(output, Tensor):
             output = output.float()
     value = loss(output, y)
-    if value.ndim:
-        raise ValueError(f"expected a loss that is a scalar (reduction 'mean'); got shape {list(value.shape)}")
+    if not isinstance(value, Tensor) or value.ndim:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"expected a loss that is a scalar (reduction 'mean'); got {got}")
     return output, value
 
 
@@ -62,6 +64,12 @@ class Step:
             raise ValueError(f"expected schedule_every 'update' or 'epoch'; got {schedule_every!r}")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"expected an ema decay between 0 and 1, or None; got {ema}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(
+                f"expected an optimizer that steps by the gradients it finds; {type(optimizer).__name__} asks for the "
+                "loss again and again (a closure): write that loop yourself"
+            )
         self.model = model
         self.optimizer = optimizer
         self.accumulate = accumulate
@@ -90,7 +98,15 @@ class Step:
         """Add the batch's gradient; update after ``accumulate`` batches, and after the ``last`` of an epoch.
 
         ``factor`` makes the average of the gradients over several ranks that of the batch of all ``samples``.
+
+        Raises:
+            ValueError: the loss depends on nothing that can be trained.
         """
+        if not loss.requires_grad:
+            raise ValueError(
+                "expected a loss with a gradient; it depends on no parameter with requires_grad: is all of the model "
+                "frozen, or does the loss detach its output, or count?"
+            )
         if not self._gathered:
             self._first, self._weight = samples, 0.0
         if samples != self._first:
@@ -117,12 +133,22 @@ class Step:
     def apply(self) -> None:
         """Clip, and step."""
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
+            self._clip(self.clip_norm)
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+
+    def _clip(self, norm: float) -> None:
+        try:
+            nn.utils.clip_grad_norm_(self._parameters(), norm)
+        except NotImplementedError:
+            if not any(p.grad is not None and p.grad.is_sparse for p in self._parameters()):
+                raise
+            raise ValueError(
+                "expected dense gradients to clip; got sparse ones: leave clip_norm out, or sparse=True"
+            ) from None
 
     def updated(self) -> None:
         """The optimizer has stepped: what follows it."""

@@ -28,13 +28,20 @@ def to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {key: to(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(to(item, device) for item in value)
+        items = [to(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # of a namedtuple, or not
     return value
 
 
 def samples_of(x: Any, y: Any) -> int:
-    """The weight of a batch in means over samples: the first dimension of the target, else of the input."""
+    """The weight of a batch in means over samples: the first dimension of the target, else of the input.
+
+    Raises:
+        ValueError: neither is a tensor with one, or it is 0.
+    """
     for value in (y, x):
         if isinstance(value, Tensor) and value.ndim:
-            return value.shape[0]
+            if not len(value):
+                raise ValueError(f"expected batches of at least one sample; got one of shape {list(value.shape)}")
+            return len(value)
     raise ValueError(f"expected a tensor with a batch dimension as target or input; got {type(y).__name__}")
