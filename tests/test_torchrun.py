@@ -82,6 +82,26 @@ def test_a_killed_worker_is_restarted_and_goes_on_from_the_checkpoint(tmp_path, 
     assert [row["epoch"] for row in record["history"]] == list(range(1, EPOCHS + 1))
 
 
+LEAVING = """
+import time
+from dlkernels.trainer.distributed import joined
+with joined("cpu") as ranks:
+    if ranks.is_main:
+        time.sleep(2)
+        print("rank 0 is through", flush=True)
+print(f"rank {ranks.rank} has left", flush=True)
+"""
+
+
+def test_ranks_leave_together(tmp_path):
+    (tmp_path / "script.py").write_text(LEAVING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "rank 0 is through"
+
+
 @pytest.mark.slow
 def test_fsdp_ends_with_whole_weights_and_prints_once(tmp_path, single):
     process = torchrun(tmp_path, "--parallel", "fsdp")

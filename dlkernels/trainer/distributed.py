@@ -86,6 +86,9 @@ class Ranks:
         """The text of the lowest rank that has one."""
         return text
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """The others come to what is in here when the main rank is through: it may have downloaded something."""
@@ -151,15 +154,18 @@ class Group(Ranks):
         dist.all_gather_object(texts, text, group=self._group)
         return next((found for found in texts if found is not None), None)
 
+    def wait(self) -> None:
+        dist.barrier(group=self._group)
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         if not self.is_main:
-            dist.barrier(group=self._group)
+            self.wait()
         try:
             yield
         finally:
             if self.is_main:
-                dist.barrier(group=self._group)
+                self.wait()
 
 
 def current() -> Ranks:
@@ -185,7 +191,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def joined(device: str) -> Iterator[Ranks]:
     """Within it, the processes that torchrun has started are one group; another process stays by itself.
 
-    With ``device`` "cuda" each of them has the GPU of its local rank.
+    With ``device`` "cuda" each of them has the GPU of its local rank. They leave it together, unless one raises.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield current()
@@ -195,7 +201,11 @@ def joined(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo", **_store_of_this_attempt())
     try:
-        yield current()
+        ranks = current()
+        yield ranks
+        # A rank that ended right after a collective could meet gloo's thread, which still lets go of a tensor, while
+        # its interpreter shuts down: "terminate called without an active exception", once in some ten runs under load.
+        ranks.wait()
     finally:
         dist.destroy_process_group()
 
