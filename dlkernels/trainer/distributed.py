@@ -204,7 +204,7 @@ def joined(device: str) -> Iterator[Ranks]:
         ranks = current()
         yield ranks
         # A rank that ended right after a collective could meet gloo's thread, which still lets go of a tensor, while
-        # its interpreter shuts down: "terminate called without an active exception", once in some ten runs under load.
+        # its interpreter shuts down: "terminate called without an active exception", seen on a busy machine.
         ranks.wait()
     finally:
         dist.destroy_process_group()
