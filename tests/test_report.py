@@ -22,6 +22,8 @@ from dlkernels.runs.folder import RunError, RunFolder, load_model
 from dlkernels.runs.loggers import CsvLog
 from dlkernels.runs.report import write_report
 
+for package in ("jinja2", "matplotlib", "tensorboard", "tomli_w"):
+    pytest.importorskip(package)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 OFFLINE = [
