@@ -36,6 +36,14 @@ def cross_validate(out: Path, *arguments: object) -> int:
     return main(["cross-validate", *common, *map(str, arguments)])
 
 
+def assert_one_sentence(capsys, command: str, sentence: str) -> None:
+    """What ``command`` said on standard error."""
+    error = capsys.readouterr().err
+    assert error.startswith(f"python -m dlkernels {command}: ")
+    assert sentence in error
+    assert len(error.splitlines()) == 1
+
+
 def rates(out: Path) -> dict:
     return json.loads((out / "rates.json").read_text())
 
@@ -136,10 +144,7 @@ def test_settings_come_from_the_file_of_a_run_which_stays_as_it_is(run, tmp_path
 )
 def test_find_lr_refuses(tmp_path, capsys, arguments, sentence):
     assert find_lr(tmp_path / "out", *arguments) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("python -m dlkernels find-lr: ")
-    assert sentence in error
-    assert len(error.splitlines()) == 1
+    assert_one_sentence(capsys, "find-lr", sentence)
     assert not (tmp_path / "out").exists()
 
 
@@ -251,10 +256,7 @@ def test_a_run_in_the_folder_stays_as_it_is(run):
 )
 def test_cross_validate_refuses(tmp_path, capsys, arguments, sentence):
     assert cross_validate(tmp_path, *arguments) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("python -m dlkernels cross-validate: ")
-    assert sentence in error
-    assert len(error.splitlines()) == 1
+    assert_one_sentence(capsys, "cross-validate", sentence)
     assert not (tmp_path / "cross-validation.json").exists()
 
 

@@ -8,9 +8,8 @@ from typing import Any
 from dlkernels.atomic import write_json
 from dlkernels.cli.command import SettingError
 from dlkernels.cli.info import made_by
-from dlkernels.cli.prepare import add_training, prepare, require_one_process, settings_of
+from dlkernels.cli.prepare import add_training, prepare_alone, settings_of
 from dlkernels.trainer import cross_validate, folds
-from dlkernels.trainer.distributed import joined
 
 KINDS = ("plain", "stratified")  # grouped needs a group for every sample, which our data sets do not have
 WITHOUT = {"parallel", "keep_last", "checkpoint_seconds", "tensorboard"}  # a fold leaves nothing on disk
@@ -43,9 +42,7 @@ def _cross_validate(args: argparse.Namespace) -> int:
     config = settings_of(args)
     if args.folds < 2:
         raise SettingError(f"expected --folds of at least 2; got {args.folds}")
-    with joined(config.device) as ranks:
-        require_one_process(ranks, "cross-validate")
-        job = prepare(config, ranks)
+    job = prepare_alone(config, "cross-validate")
     folder = RunFolder(config.out)
     folder.path.mkdir(parents=True, exist_ok=True)  # or refused before the training
     try:

@@ -8,8 +8,7 @@ from typing import Any
 from dlkernels.atomic import write_json
 from dlkernels.cli.command import SettingError
 from dlkernels.cli.info import made_by
-from dlkernels.cli.prepare import add_training, prepare, require_libraries, require_one_process, settings_of
-from dlkernels.trainer.distributed import joined
+from dlkernels.cli.prepare import add_training, prepare_alone, require_libraries, settings_of
 from dlkernels.trainer.lr_finder import BATCHES, FIRST, LAST
 
 # What an update with a rate that is being tried does not depend on.
@@ -43,9 +42,7 @@ def _find_lr(args: argparse.Namespace) -> int:
 
     config = settings_of(args, cuda_graph=False)
     require_libraries("matplotlib")
-    with joined(config.device) as ranks:
-        require_one_process(ranks, "find-lr")
-        job = prepare(config, ranks)
+    job = prepare_alone(config, "find-lr")
     folder = RunFolder(config.out)
     print(f"{job.splits}\n\ntrying {args.batches} learning rates from {args.first:g} to {args.last:g}")
     try:

@@ -12,7 +12,7 @@ import torch
 from dlkernels.cli.command import SettingError, accept_anything, add_command
 from dlkernels.data import DataError, load
 from dlkernels.trainer import CheckpointError, NonFiniteLoss, set_printoptions
-from dlkernels.trainer.distributed import Ranks
+from dlkernels.trainer.distributed import Ranks, joined
 
 if TYPE_CHECKING:
     from dlkernels.runs.config import RunConfig
@@ -77,6 +77,13 @@ def require_one_process(ranks: Ranks, what: str) -> None:
     """Raises :class:`SettingError` if ``what`` was asked of several."""
     if ranks.world > 1:
         raise SettingError(f"expected {what} in a single process; here are several, by torchrun")
+
+
+def prepare_alone(config: RunConfig, command: str) -> Job:
+    """As ``prepare``, for a command that one process runs by itself; raises :class:`SettingError` if there are more."""
+    with joined(config.device) as ranks:
+        require_one_process(ranks, command)
+        return prepare(config, ranks)
 
 
 def prepare(config: RunConfig, ranks: Ranks) -> Job:
