@@ -128,16 +128,20 @@ class RunFolder:
         Raises:
             RunError: neither is there, or it is damaged.
         """
+        return self._records()[1]
+
+    def _records(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """How it was when the run was last finished, if it ever was, and how it is."""
         finished = self._finished()
         if finished is None:
-            return {"history": self._rows()}
+            return None, {"history": self._rows()}
         rows = self._rows() if self.history_csv.is_file() else finished["history"]
         then, now = finished.get("config", {}), self.config()
         # The CSV has the epochs since; before the first of them there is only what was asked for.
         went_on = rows[-1]["epoch"] != finished["history"][-1]["epoch"] or any(
             then.get(name) != getattr(now, name) for name in DECIDE_THE_END if name in then
         )
-        return {"history": rows} if went_on else finished
+        return finished, {"history": rows} if went_on else finished
 
     def went_on(self) -> str | None:
         """A clause about a run that was finished and went on: what is of which epoch. None for any other.
@@ -145,8 +149,8 @@ class RunFolder:
         Raises:
             RunError: as for ``record``.
         """
-        finished = self._finished()
-        if finished is None or (record := self.record()) == finished:
+        finished, record = self._records()
+        if finished is None or record is finished:
             return None
         then, now = (one["history"][-1]["epoch"] for one in (finished, record))
         return (
