@@ -16,7 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,8 +119,9 @@ def classes(arch: int, dtype: str, shape: Shape) -> list[Class]:
 def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
     """Seconds of each product on the path that the environment chose: graphs over buffers larger than the L2 cache.
 
-    dgrad and wgrad are what a step with that gradient takes beyond its forward. Products that the path does not take,
-    and that therefore go another way, are left out.
+    dgrad and wgrad are their parts of what a backward with both takes, in proportion to what each takes alone: a path
+    that makes both from one read is worth what it saves. Products that the path does not take, and that therefore go
+    another way, are left out.
     """
     path = os.environ[VARIABLE]
     major, minor = torch.cuda.get_device_capability()
@@ -131,20 +132,34 @@ def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
         if not taken:
             continue
         sets = harness.rotation(inputs, DTYPES[dtype], cache)[:64]
-        forward = _median("forward", sets)
+        took = shares(lambda products, sets=sets: _median(products, sets))  # type: ignore[misc]
         for c in classes(10 * major + minor, dtype, shape):
             if c.product in taken:
-                yield c, forward if c.product == "forward" else max(_median(c.product, sets) - forward, 1e-9)
+                yield c, took[c.product]
 
 
-def _median(product: str, sets: Sequence[harness.Inputs]) -> float:
+def shares(median: Callable[[Collection[str]], float]) -> dict[str, float]:
+    """Seconds by product. ``median``: of a step that makes these products, forward always among them."""
+    forward = median(["forward"])
+
+    def beyond(*products: str) -> float:
+        return max(median(["forward", *products]) - forward, 1e-9)
+
+    dgrad, wgrad, both = beyond("dgrad"), beyond("wgrad"), beyond("dgrad", "wgrad")
+    return {
+        "forward": forward,
+        "dgrad": both * dgrad / (dgrad + wgrad),
+        "wgrad": both * wgrad / (dgrad + wgrad),
+    }
+
+
+def _median(products: Collection[str], sets: Sequence[harness.Inputs]) -> float:
     def step(i: harness.Inputs) -> object:
-        x = i.x.detach().requires_grad_(product == "dgrad")
-        weight, bias = (t.detach().requires_grad_(product != "dgrad") for t in (i.weight, i.bias))
+        x = i.x.detach().requires_grad_("dgrad" in products)
+        weight, bias = (t.detach().requires_grad_("wgrad" in products) for t in (i.weight, i.bias))
         y = functional.linear_relu(x, weight, bias)
-        if product == "forward":
-            return y
-        return torch.autograd.grad(y, [x] if product == "dgrad" else [weight, bias], i.g)
+        wanted = [t for t in (x, weight, bias) if t.requires_grad]
+        return torch.autograd.grad(y, wanted, i.g) if wanted else y
 
     graph = Graph([lambda i=i: step(i) for i in sets])  # type: ignore[misc]
     clock = CudaClock(repeats=len(sets))

@@ -135,7 +135,7 @@ py::tuple explain_chain(const std::vector<std::array<int64_t, 3>>& layers, const
 // (address, row stride, column stride) of a 2-D view, strides in elements.
 using PyView = std::array<int64_t, 3>;
 
-// As explain(), on a device of compute capability `arch` (90 for 9.0). `tf32`: torch lets f32 products run in TF32.
+// As explain(), on the current device, of compute capability `arch` (90 for 9.0). `tf32`: torch lets f32 products run in TF32.
 py::list explain_cuda(int64_t m, int64_t n, int64_t k, const std::string& dtype, const PyView& x, const PyView& weight,
                       bool tf32, int arch) {
   using namespace dlk;
@@ -146,12 +146,11 @@ py::list explain_cuda(int64_t m, int64_t n, int64_t k, const std::string& dtype,
   py::list rows;
   auto add = [&](const char* name, Op op, const View& left, const View& right) {
     const cuda::Route route = cuda::route_of(op, {m, n, k}, type, left, right, tf32, arch, hopper);
-    const bool sliced = op == Op::wgrad && route.path != cuda::Path::cublas;
     py::dict row;
     row["op"] = name;
     row["path"] = cuda::name(route.path);
     row["kernel"] = cuda::kernel(route.path, type);
-    row["splits"] = sliced ? cuda::gemm_splits(n, k, m) : 1;
+    row["splits"] = cuda::splits_of(route.path, op, {m, n, k}, type);
     row["why"] = route.why;
     rows.append(row);
   };
@@ -200,6 +199,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("arch"));
   m.def("explain_chain_cuda", &explain_chain_cuda, "Slices of the chain kernels for these layers; 0: not.",
         py::arg("layers"), py::arg("dtype"));
-  m.attr("cuda_paths") = py::make_tuple("simt", "mma", "hopper", "cublas");  // values of DLKERNELS_CUDA_GEMM
+  m.attr("cuda_paths") = py::make_tuple("simt", "mma", "hopper", "cublas", "chain");  // values of DLKERNELS_CUDA_GEMM
 #endif
 }

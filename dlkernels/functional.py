@@ -204,8 +204,9 @@ class Explanation:
 
     ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` on CPU is "packed"
     (our blocked GEMM), "few_rows" (our kernels for small batches) or "aten" (torch's GEMM with our elementwise passes);
-    on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma) or "cublas" (with our passes); on both
-    "chain" (a block of rows through all layers, see :func:`mlp`).
+    on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma), "cublas" (with our passes) or "chain"
+    (up to 128 features: the weight stays in shared memory, dgrad and wgrad are one kernel); of several layers, on both,
+    "chain" (a block of rows through all of them, see :func:`mlp`).
     ``kernel`` names dtype, tile and instruction set; ``splits`` is the number of slices its sum is cut in; ``threads``
     are the CPU's, 0 on CUDA.
     """
@@ -246,22 +247,24 @@ def _explain(x: Tensor, weight: Tensor, converts: bool) -> tuple[Explanation, ..
     # the op's view of x as rows; where none exists it copies
     rows = torch.empty_strided(x.shape, x.stride(), device="meta").reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if x.device.type == "cuda":
-        return _explain_rows_cuda(x.data_ptr(), rows, weight)
+        return _explain_rows_cuda(x.data_ptr() if low_x.dtype == x.dtype else 0, rows, weight, low_weight.dtype)
     return _explain_rows(rows.shape[0], rows.stride(1) == 1, weight, low_weight.dtype, converts)
 
 
-def _explain_rows_cuda(x: int, rows: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
+def _explain_rows_cuda(x: int, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Explanation, ...]:
+    """``x``: the address of the rows, 0 for memory that torch allocates, which is aligned; so are autocast's copies."""
     major, minor = torch.cuda.get_device_capability(weight.device)
-    table = _C.explain_cuda(
-        rows.shape[0],
-        weight.shape[0],
-        weight.shape[1],
-        str(weight.dtype).removeprefix("torch."),
-        (x, *rows.stride()),
-        (weight.data_ptr(), *weight.stride()),
-        torch.backends.cuda.matmul.fp32_precision == "tf32",
-        major * 10 + minor,
-    )
+    with torch.cuda.device(weight.device):
+        table = _C.explain_cuda(
+            rows.shape[0],
+            weight.shape[0],
+            weight.shape[1],
+            str(dtype).removeprefix("torch."),
+            (x, *rows.stride()),
+            (weight.data_ptr() if dtype == weight.dtype else 0, *weight.stride()),
+            torch.backends.cuda.matmul.fp32_precision == "tf32",
+            major * 10 + minor,
+        )
     return tuple(Explanation(threads=0, **row) for row in table)
 
 
@@ -300,12 +303,15 @@ def explain_mlp(x: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[Explanation
         _explain(x.new_empty((0, features)), weight, converts)
         rows = torch.empty((m, features), device="meta")
         layers.append(
-            _explain_rows_cuda(0, rows, weight) if x.is_cuda else _explain_rows(m, True, weight, dtype, converts)
+            _explain_rows_cuda(0, rows, weight, dtype)
+            if x.is_cuda
+            else _explain_rows(m, True, weight, dtype, converts)
         )
         features = weight.shape[0]
     shapes, name = [(m, *w.shape) for w in weights], str(dtype).removeprefix("torch.")
     if x.is_cuda:
-        slices, kernel = _C.explain_chain_cuda(shapes, name), "chain, weights in shared memory"
+        with torch.cuda.device(x.device):
+            slices, kernel = _C.explain_chain_cuda(shapes, name), "chain, weights in shared memory"
         why = "narrow layers: their weights fit in shared memory together"
     else:
         slices, kernel = _C.explain_chain(shapes, name)

@@ -409,6 +409,16 @@ def test_every_class_is_timed_once():
     assert set(dispatch._NAMES) == set(DTYPES)
 
 
+def test_gradients_share_the_time_of_the_backward_that_makes_both():
+    taken = {"forward": 1.0, "dgrad": 3.0, "wgrad": 1.0}
+
+    def one_read(products):  # a second gradient costs nothing beyond the first
+        return taken["forward"] + max((taken[p] for p in products if p != "forward"), default=0)
+
+    assert dispatch.shares(one_read) == {"forward": 1.0, "dgrad": 2.25, "wgrad": 0.75}
+    assert dispatch.shares(lambda products: sum(taken[p] for p in products)) == taken
+
+
 def test_a_path_is_timed_in_a_process_of_its_own(monkeypatch):
     def run(line, env, **options):
         assert env[dispatch.VARIABLE] == "mma"

@@ -234,6 +234,38 @@ def test_chain(kernels, sizes, rows, sms, dtype):
 
 
 @OF_DTYPES
+@pytest.mark.parametrize(
+    "sizes",
+    [[128, 128], [64, 64], [16, 16], [128, 10], [10, 128], [96, 40], [100, 96], [33, 65]],
+    ids=lambda v: f"{v[0]}-{v[1]}",
+)
+def test_one_layer(kernels, sizes, dtype):
+    """More blocks of rows than stages; tiles of dweight that one warp sums, or several, and warps that have none."""
+    for shared, rows in ((H100, 600), (A100, 333)):
+        pretend(kernels, shared, 2)
+        network = Network(kernels, sizes, rows, dtype, ["tanh"])
+        assert network.ask("slices") == 2
+        h, z = network.forward()
+        network.check_backward(network.backward(h, z), h, z)
+
+
+@OF_DTYPES
+@pytest.mark.parametrize("acts", [["relu", "none"], ["relu", "silu"], ["gelu", "none"], ["gelu", "silu"]], ids="-".join)
+def test_layers_one_by_one(kernels, acts, dtype):
+    """Masks of a layer's own and of the one below it: none, its input, z, and both z."""
+    sizes = [128] * 3 if dtype == torch.float32 else [120, 128, 128]
+    pretend(kernels, H100, 2)
+    network = Network(kernels, sizes, 500, dtype, acts)
+    assert network.launches_several()
+    h, z = network.forward()
+    every = network.backward(h, z)
+    network.check_backward(every, h, z)
+    for wanted in ({"dx"}, {"dbias1"}, {"dweight1", "dbias0"}):
+        got = network.backward(h, z, wanted)
+        assert all(torch.equal(t, every[name]) for name, t in got.items())
+
+
+@OF_DTYPES
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_every_activation(kernels, act, dtype):
     pretend(kernels, H100, 2)
@@ -283,6 +315,10 @@ def test_which_chains_are_taken(kernels):
     assert not takes([128] * 6)
     pretend(kernels, SMALL, 58)
     assert takes([64] * 5)
+    assert takes([128, 128])
+    assert not takes([128, 128], torch.float32)
+    assert not takes([128] * 3)
+    pretend(kernels, 48 * 1024, 20)
     assert not takes([128, 128])
 
 

@@ -275,6 +275,10 @@ ROUTES = {
     (0, (4096, 1001, 777), "bfloat16", 0, 0, 90): "cublas",
     (0, (16384, 4096, 1024), "bfloat16", 0, 1, 90): "cublas",
     (0, (16384, 4096, 1024), "bfloat16", 0, 1, 80): "mma",
+    (0, (65536, 128, 128), "bfloat16", 0, 1, 80): "chain",
+    (2, (7, 3, 128), "float16", 0, 0, 90): "chain",
+    (1, (65536, 128, 128), "float32", 0, 1, 90): "cublas",
+    (1, (65536, 128, 128), "float32", 1, 1, 90): "mma",
 }
 
 
@@ -282,7 +286,7 @@ ROUTES = {
 def test_route_where_nothing_was_measured(kernels, asked, path):
     op, shape, dtype, *rest = asked
     index = DTYPES.index(getattr(torch, dtype))
-    assert kernels.route(op, *map(ctypes.c_int64, shape), index, *rest, 1).decode() == path
+    assert kernels.route(op, *map(ctypes.c_int64, shape), index, *rest, 1, max(shape[1:]) <= 128).decode() == path
 
 
 def test_route_follows_the_measured_table():
@@ -292,6 +296,6 @@ def test_route_follows_the_measured_table():
     )
     sizes = {(256, 256, 784): "cublas", (511, 300, 512): "cublas", (512, 256, 784): "mma", (256, 256, 1024): "mma"}
     for shape, path in sizes.items():
-        assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 90, 0).decode() == path
-    assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 90, 0) == b"mma"
-    assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 80, 0) == b"mma"
+        assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 90, 0, 0).decode() == path
+    assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 90, 0, 0) == b"mma"
+    assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 80, 0, 0) == b"mma"

@@ -1,10 +1,13 @@
-// Launches chain.cuh: how much of a chain a block holds, and how many blocks there are.
+// Launches chain_forward.cuh, chain_backward.cuh and layer_backward.cuh: how much of a chain a block holds, and how many
+// blocks there are.
 //
-// Backward keeps of a layer its weight and the f32 sums of dweight in shared memory. Of 64 features in bf16 that is
-// 9 + 16 KiB, so that seven layers fit in the 227 KiB of an H100 and the chain is one launch, which reads every saved
-// activation once. Of 128 features it is 34 + 64 KiB: then every layer is a launch of its own, which still makes dx,
+// Backward of several layers keeps of each its weight and the f32 sums of dweight in shared memory. Of 64 features in bf16
+// that is 9 + 16 KiB, so that seven layers fit in the 227 KiB of an H100 and the chain is one launch, which reads every
+// saved activation once. Of 128 features it is 34 + 64 KiB: then every layer is a launch of its own, which still makes dx,
 // dweight and dbias from one read of its dz and its input. A chain is cut from the top, as long as the next layer fits.
-#include "chain.cuh"
+#include "chain_backward.cuh"
+#include "chain_forward.cuh"
+#include "layer_backward.cuh"
 
 #include <algorithm>
 
@@ -40,23 +43,58 @@ struct Launch {
   int begin, end;  // layers
   int threads;
   int block_rows;  // backward
+  int stages;      // backward: of layer_backward_kernel, or 0: chain_backward_kernel
   int64_t bytes;   // of shared memory
 };
 
-// Two blocks of 8 warps on an SM where that fits, else one of as many as fit, up to 16; none with fewer
-// than 4, which is too few to hide the latency of memory.
+// Two blocks of 8 warps on an SM where that fits, else one of as many as fit, up to 16; none with fewer than 4, which is
+// too few to hide the latency of memory. Few rows are spread over the SMs, though.
 template <class T>
 bool plan_forward(const Chain& p, const Device& device, Launch* plan) {
-  constexpr int kMost = kChainThreads / 32, kFewest = 4;
+  constexpr int kFewest = 4;
   int64_t weights = 0;
   for (int l = 0; l < p.layers; ++l)
     weights += forward_bytes<T>(static_cast<int>(p.layer[l].n), static_cast<int>(p.layer[l].k));
   const int64_t per_warp = 2 * strip_bytes<T>(pitch_of<T>(widest(p, 0, p.layers)));
-  int64_t warps = std::min<int64_t>(kMost, (device.shared - weights) / per_warp);
+  int64_t warps = std::min<int64_t>(kForwardWarps, (device.shared - weights) / per_warp);
   if (device.shared < weights || warps < kFewest) return false;
-  if (two_fit(device, weights + kMost / 2 * per_warp)) warps = kMost / 2;
-  *plan = {0, p.layers, static_cast<int>(warps) * 32, 0, weights + warps * per_warp};
+  if (two_fit(device, weights + kForwardWarps / 2 * per_warp)) warps = kForwardWarps / 2;
+  const int64_t strips_per_sm = ceil_div(ceil_div(p.rows, kStrip), device.sms);
+  warps = std::min(warps, std::max<int64_t>(kFewest, strips_per_sm));
+  *plan = {0, p.layers, static_cast<int>(warps) * 32, 0, 0, weights + warps * per_warp};
   return true;
+}
+
+// layer_backward_kernel for layer l: blocks of as many rows as leave no SM without one, in 3 stages or 2.
+template <class T>
+bool plan_layer(const Chain& p, int l, const Device& device, Launch* plan) {
+  const int n = static_cast<int>(p.layer[l].n), k = static_cast<int>(p.layer[l].k),
+            least = LayerBackward<T>::Dgrad::kRows;
+  int most = std::max(n, k) > kChainFeatures / 2 ? 64 : 128;
+  while (most > least && ceil_div(p.rows, most) < device.sms) most /= 2;
+  for (int rows = most; rows >= least; rows /= 2) {
+    for (int stages : {3, 2}) {
+      const int64_t bytes = LayerBackward<T>::bytes(n, k, rows, stages);
+      if (bytes > device.shared) continue;
+      *plan = {l, l + 1, kLayerThreads, rows, stages, bytes};
+      return true;
+    }
+  }
+  return false;
+}
+
+// chain_backward_kernel for layers begin ... end: blocks of as many rows as fit, up to 128, or 64 while that leaves no SM
+// without one.
+template <class T>
+bool plan_layers(const Chain& p, int begin, int end, const Device& device, Launch* plan) {
+  int64_t layers = 0;
+  for (int l = begin; l < end; ++l)
+    layers += BackwardLayer<T>::bytes(static_cast<int>(p.layer[l].n), static_cast<int>(p.layer[l].k));
+  const int64_t per_row = int64_t{3} * pitch_of<T>(widest(p, begin, end)) * static_cast<int64_t>(sizeof(T));
+  int rows = p.rows >= 2 * 128 * device.sms ? 128 : 64;
+  while (rows > kStrip && layers + rows * per_row > device.shared) rows /= 2;
+  *plan = {begin, end, kBackwardThreads, rows, 0, layers + rows * per_row};
+  return plan->bytes <= device.shared;
 }
 
 struct BackwardPlan {
@@ -65,32 +103,23 @@ struct BackwardPlan {
   int slices;
 };
 
-// A block takes as many rows at a time as fit, up to 128, or 64 while that leaves no SM without a block.
 template <class T>
 bool plan_backward(const Chain& p, const Device& device, BackwardPlan* plan) {
-  const int most_rows = p.rows >= 2 * 128 * device.sms ? 128 : 64;
-  auto bytes = [&](int begin, int end, int rows) {
-    int64_t sum = int64_t{3} * rows * pitch_of<T>(widest(p, begin, end)) * static_cast<int64_t>(sizeof(T));
-    for (int l = begin; l < end; ++l)
-      sum += BackwardLayer<T>::bytes(static_cast<int>(p.layer[l].n), static_cast<int>(p.layer[l].k));
-    return sum;
-  };
   *plan = {};
   bool two = true;
+  int64_t blocks = 1;
   for (int end = p.layers; end > 0;) {
-    int begin = end - 1;
-    while (begin > 0 && bytes(begin - 1, end, 64) <= device.shared) --begin;
-    int rows = most_rows;
-    while (rows > kStrip && bytes(begin, end, rows) > device.shared) rows /= 2;
-    const int64_t shared = bytes(begin, end, rows);
-    if (shared > device.shared) return false;
-    const int threads = two_fit(device, shared) ? kChainThreads / 2 : kChainThreads;
-    two = two && threads < kChainThreads;
-    plan->launch[plan->launches++] = {begin, end, threads, rows, shared};
-    end = begin;
+    Launch& part = plan->launch[plan->launches++];
+    if (!plan_layer<T>(p, end - 1, device, &part) && !plan_layers<T>(p, end - 1, end, device, &part)) return false;
+    Launch more;
+    while (part.begin > 0 && plan_layers<T>(p, part.begin - 1, end, device, &more) && more.block_rows >= 64)
+      part = more;
+    two = two && part.stages == 0 && two_fit(device, part.bytes);
+    blocks = std::max(blocks, ceil_div(p.rows, part.block_rows));
+    end = part.begin;
   }
-  plan->slices = static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>(ceil_div(p.rows, most_rows), device.sms * (two ? 2 : 1))));
+  for (int i = 0; two && i < plan->launches; ++i) plan->launch[i].threads = kBackwardThreads / 2;
+  plan->slices = static_cast<int>(std::min(blocks, device.sms * (two ? 2 : 1)));
   return true;
 }
 
@@ -185,10 +214,13 @@ cudaError_t backward(const Chain& p, DType dtype, cudaStream_t stream) {
     const Launch& part = plan.launch[i];
     pass.begin = std::max(part.begin, deepest), pass.end = part.end;
     pass.outgoing = pass.begin > deepest ? handed[i % 2] : pass.begin == 0 ? p.dx : nullptr;
-    pass.pitch = pitch_of<T>(widest(p, part.begin, part.end));
+    const int features = widest(p, part.begin, part.end);
+    pass.pitch = part.stages ? LayerBackward<T>::pitch(features) : pitch_of<T>(features);
     pass.block_rows = part.block_rows;
-    const cudaError_t status = launch(chain_backward_kernel<T>, dim3(static_cast<unsigned>(p.slices)), part.threads,
-                                      static_cast<size_t>(part.bytes), stream, pass);
+    pass.stages = part.stages;
+    const cudaError_t status =
+        launch(part.stages ? layer_backward_kernel<T> : chain_backward_kernel<T>, dim3(static_cast<unsigned>(p.slices)),
+               part.threads, static_cast<size_t>(part.bytes), stream, pass);
     if (status != cudaSuccess) return status;
     pass.incoming = {pass.outgoing, p.layer[part.begin].k, 1};
     pass.masked = true;

@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "../activation.h"
 #include "product.h"
 
 namespace dlk::cuda {
@@ -31,6 +32,39 @@ void launch(Path path, Gemm p, const at::Tensor& like) {
                                                            : path == Path::mma ? mma_gemm
                                                                                : hopper_gemm;
   C10_CUDA_CHECK(kernel(p, stream()));
+}
+
+// A layer as a chain of one: its activation, and x where it is read.
+struct ChainOfOne {
+  ChainLayer layer{};
+  Chain chain{};
+
+  ChainOfOne(const Checked& c, const at::Tensor& weight, const at::Tensor& x2) {
+    layer.n = c.shape.n, layer.k = c.shape.k;
+    layer.act = c.act;
+    if (weight.defined()) layer.weight = view_of(weight);
+    chain.rows = c.shape.m;
+    chain.layers = 1;
+    chain.layer = &layer;
+    if (x2.defined()) chain.x = view_of(x2);
+  }
+  ChainOfOne(const ChainOfOne&) = delete;  // chain points to layer
+};
+
+// Those gradients of the three that are defined, from one read of what they are made of.
+void narrow_backward(const Checked& c, const Incoming& in, const at::Tensor& x2, const at::Tensor& weight,
+                     const at::Tensor& dx, const at::Tensor& dweight, const at::Tensor& dbias) {
+  ChainOfOne p(c, weight, x2);
+  auto data = [](const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
+  const at::Tensor saved = in.saved.defined() ? in.saved.contiguous() : in.saved;
+  if (saved.defined())
+    (saves_output(c.act.kind) ? p.layer.h : p.layer.z) = data(saved);
+  else
+    p.layer.act.kind = Act::none;  // g is dz already
+  p.layer.dweight = data(dweight), p.layer.dbias = data(dbias);
+  p.chain.grad_y = view_of(in.g);
+  p.chain.dx = data(dx);
+  run_chain_backward(p.chain, c.dtype, in.g);
 }
 
 void pass(const Checked& c, const Incoming& in, const at::Tensor& dz, const at::Tensor& dbias) {
@@ -84,6 +118,13 @@ void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2
 
 }  // namespace
 
+void run_chain_backward(Chain p, DType dtype, const at::Tensor& like) {
+  p.slices = chain_slices(p, dtype);
+  const at::Tensor partials = accumulators(chain_partials(p, dtype), like);
+  p.partials = partials.data_ptr();
+  C10_CUDA_CHECK(chain_backward(p, dtype, stream()));
+}
+
 int current_arch() {
   int device = 0, major = 0, minor = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
@@ -108,12 +149,21 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
   const auto [m, n, k] = c.shape;
   if (m == 0 || n == 0) return;
   const at::Tensor x2 = as_rows(x);
+  const Path path = path_of(Op::forward, c, view_of(x2), view_of(weight));
+  if (path == Path::chain) {
+    ChainOfOne p(c, weight, x2);
+    p.layer.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+    p.layer.h = y.data_ptr();
+    p.layer.z = z ? z->data_ptr() : nullptr;
+    C10_CUDA_CHECK(chain_forward(p.chain, c.dtype, stream()));
+    return;
+  }
+
   Gemm p = product(Op::forward, c.shape, c.dtype, view_of(x2), view_of(weight));
   p.act = c.act;
   p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
   p.c = y.data_ptr();
   p.z = z ? z->data_ptr() : nullptr;
-  const Path path = path_of(Op::forward, c, view_of(x2), view_of(weight));
   if (path != Path::cublas) return launch(path, p, y);
 
   at::Tensor pre = z ? z->view({m, n}) : y.view({m, n});
@@ -137,6 +187,14 @@ Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor&
   const View dz_view = in.saved.defined() ? View{nullptr, n, 1} : view_of(rows.g);  // as it would come to exist
   const Path dx_path = need_x ? path_of(Op::dgrad, c, dz_view, view_of(weight)) : Path::simt;
   const Path dw_path = need_weight ? path_of(Op::wgrad, c, dz_view, view_of(x2)) : Path::simt;
+
+  // A narrow layer's products are one launch, which makes dz and dbias on the way.
+  const bool narrow_x = need_x && dx_path == Path::chain, narrow_weight = need_weight && dw_path == Path::chain;
+  if (narrow_x || narrow_weight) {
+    narrow_backward(c, rows, x2, weight, narrow_x ? dx : at::Tensor(), narrow_weight ? dweight : at::Tensor(), dbias);
+    need_x = need_x && !narrow_x, need_weight = need_weight && !narrow_weight, need_bias = false;
+    if (!need_x && !need_weight) return {dx, dweight, dbias};
+  }
 
   // Three ways to dz. simt: made in each product's operand load, which counts least launches. A lone wgrad on tensor
   // cores, as in a network's first layer: likewise, with dbias on the way. Otherwise one pass makes dz and dbias.

@@ -16,6 +16,9 @@ void layer_forward(const Checked&, const at::Tensor& x, const at::Tensor& weight
 Gradients layer_backward(const Checked&, const Incoming&, const at::Tensor& x, const at::Tensor& weight, bool need_x,
                          bool need_weight, bool need_bias, Gate* below = nullptr);
 
+// A chain's backward with the scratch it wants; `like` is of its dtype and on its device.
+void run_chain_backward(Chain, DType, const at::Tensor& like);
+
 // Compute capability of the current device, 90 for 9.0.
 int current_arch();
 // hopper_available(), asked once.

@@ -10,17 +10,12 @@
 namespace dlk {
 namespace {
 
-cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
-
 const MlpKernels kKernels = {
     &cuda::chain_takes,
-    [](const Chain& p, DType dtype) { C10_CUDA_CHECK(cuda::chain_forward(p, dtype, stream())); },
-    [](Chain p, DType dtype, const at::Tensor& like) {
-      p.slices = cuda::chain_slices(p, dtype);
-      const at::Tensor partials = accumulators(cuda::chain_partials(p, dtype), like);
-      p.partials = partials.data_ptr();
-      C10_CUDA_CHECK(cuda::chain_backward(p, dtype, stream()));
+    [](const Chain& p, DType dtype) {
+      C10_CUDA_CHECK(cuda::chain_forward(p, dtype, c10::cuda::getCurrentCUDAStream()));
     },
+    &cuda::run_chain_backward,
     &cuda::layer_forward,
     &cuda::layer_backward,
     /*dgrad_sums_dbias=*/true,

@@ -19,12 +19,32 @@ inline Gemm product(Op op, const Shape& s, DType dtype, const View& left, const 
   return p;
 }
 
-// `hopper`: hopper_available() on the device.
+// f of a layer as a chain of one, described as far as chain_takes and chain_slices read it.
+template <class F>
+auto as_chain(const Shape& s, F&& f) {
+  ChainLayer layer{};
+  layer.n = s.n, layer.k = s.k;
+  Chain p{};
+  p.rows = s.m;
+  p.layers = 1;
+  p.layer = &layer;
+  return f(p);
+}
+
+// In how many slices a product's sum is cut.
+inline int splits_of(Path path, Op op, const Shape& s, DType dtype) {
+  if (op != Op::wgrad || path == Path::cublas) return 1;
+  if (path == Path::chain) return as_chain(s, [&](const Chain& p) { return chain_slices(p, dtype); });
+  return gemm_splits(s.n, s.k, s.m);
+}
+
+// `hopper`: hopper_available() on the device, which is the current one.
 inline Route route_of(Op op, const Shape& s, DType dtype, const View& left, const View& right, bool tf32, int arch,
                       bool hopper) {
   const Gemm p = product(op, s, dtype, left, right);
   const bool aligned = mma_takes_fast(p.a, dtype) && mma_takes_fast(p.b, dtype);
-  return route({op, s, dtype, dtype == DType::f32 && tf32, aligned, arch, hopper && hopper_takes(p)});
+  const bool chain = as_chain(s, [&](const Chain& p) { return chain_takes(p, dtype); });
+  return route({op, s, dtype, dtype == DType::f32 && tf32, aligned, arch, hopper && hopper_takes(p), chain});
 }
 
 }  // namespace dlk::cuda

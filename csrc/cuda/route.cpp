@@ -7,8 +7,8 @@
 namespace dlk::cuda {
 namespace {
 
-// DLKERNELS_CUDA_GEMM=simt|mma|hopper|cublas takes the decision away from the table: for tests, and to measure.
-constexpr Path kPaths[] = {Path::simt, Path::mma, Path::hopper, Path::cublas};
+// DLKERNELS_CUDA_GEMM=simt|mma|hopper|cublas|chain takes the decision away from the table: for tests, and to measure.
+constexpr Path kPaths[] = {Path::simt, Path::mma, Path::hopper, Path::cublas, Path::chain};
 
 const Path* forced() {
   static const Path* const value = [] {
@@ -17,16 +17,18 @@ const Path* forced() {
     if (s.empty()) return static_cast<const Path*>(nullptr);
     for (const Path& path : kPaths)
       if (s == name(path)) return &path;
-    throw std::runtime_error("DLKERNELS_CUDA_GEMM must be simt, mma, hopper or cublas, got '" + s + "'");
+    throw std::runtime_error("DLKERNELS_CUDA_GEMM must be simt, mma, hopper, cublas or chain, got '" + s + "'");
   }();
   return value;
 }
 
+bool half(const Asked& a) { return a.dtype == DType::bf16 || a.dtype == DType::f16; }
+
 bool takes(Path path, const Asked& a) {
-  const bool half = a.dtype == DType::bf16 || a.dtype == DType::f16;
   switch (path) {
-    case Path::mma: return half || (a.dtype == DType::f32 && a.tf32);
-    case Path::hopper: return half && a.hopper;
+    case Path::mma: return half(a) || (a.dtype == DType::f32 && a.tf32);
+    case Path::hopper: return half(a) && a.hopper;
+    case Path::chain: return a.chain;
     case Path::simt:
     case Path::cublas: return true;
   }
@@ -71,7 +73,12 @@ Route route(const Asked& a) {
   if (const Measured* row = measured(a); row && takes(row->path, a))
     return {row->path, "measured fastest on this architecture for shapes of this size"};
 
-  // Nothing was measured here. Products large enough to hide a few launches go where kernels are tuned.
+  // Nothing was measured here. Memory bounds a narrow layer, and the chain kernels move the least: backward is one read of
+  // g, y and x where products read g and y twice. Of the others, products large enough to hide a few launches go where
+  // kernels are tuned.
+  if (takes(Path::chain, a) && half(a))
+    return {Path::chain,
+            "narrow: the weight rests in shared memory, backward is one launch and its sum (not measured here)"};
   const double multiplications = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   if (!takes(Path::mma, a)) {
     if (multiplications < 1 << 27) return {Path::simt, "small: one launch, epilogue included (not measured here)"};
@@ -93,6 +100,7 @@ const char* name(Path path) {
     case Path::mma: return "mma";
     case Path::hopper: return "hopper";
     case Path::cublas: return "cublas";
+    case Path::chain: return "chain";
   }
   return "?";
 }
@@ -103,6 +111,7 @@ const char* kernel(Path path, DType dtype) {
     case Path::mma: return dtype == DType::f32 ? "mma_gemm m16n8k8 tf32" : "mma_gemm m16n8k16";
     case Path::hopper: return "hopper_gemm wgmma";
     case Path::cublas: return "cublas";
+    case Path::chain: return "chain, weights in shared memory";
   }
   return "?";
 }

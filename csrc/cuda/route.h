@@ -6,7 +6,7 @@
 
 namespace dlk::cuda {
 
-enum class Path : int32_t { simt, mma, hopper, cublas };
+enum class Path : int32_t { simt, mma, hopper, cublas, chain };
 
 struct Asked {
   Op op;
@@ -16,6 +16,7 @@ struct Asked {
   bool aligned;  // both operands can be read 16 bytes at a time (mma_takes_fast)
   int arch;      // compute capability, 90 for 9.0
   bool hopper;   // hopper_available() there, and hopper_takes() it
+  bool chain;    // chain_takes() the layer there
 };
 
 struct Route {

@@ -73,21 +73,26 @@ DLK_DEVICE void load_rows(Group group, T* to, int pitch, const View& from, int64
   }
 }
 
-// Rows of shared memory to rows i0 ... i0 + rows of `to`, [.., cols] contiguous.
+// Rows of shared memory to contiguous rows of `to` that are to_cols long, or to their first `cols` columns.
 template <class T>
-DLK_DEVICE void store_rows(Group group, void* to, int64_t i0, int rows, int cols, const T* from, int pitch) {
+DLK_DEVICE void store_rows(Group group, T* to, int to_cols, int rows, int cols, const T* from, int pitch) {
   constexpr int kChunk = kPack<T>;
-  T* data = static_cast<T*>(to) + i0 * cols;
   const int count = rows * cols;
-  if (aligned16(to) && cols % kChunk == 0) {
+  if (aligned16(to) && to_cols % kChunk == 0 && cols % kChunk == 0) {
 #pragma unroll 1
     for (int e = group.thread * kChunk; e < count; e += group.threads * kChunk)
-      *reinterpret_cast<Pack<T, kChunk>*>(data + e) =
+      *reinterpret_cast<Pack<T, kChunk>*>(to + e / cols * to_cols + e % cols) =
           *reinterpret_cast<const Pack<T, kChunk>*>(from + e / cols * pitch + e % cols);
   } else {
 #pragma unroll 1
-    for (int e = group.thread; e < count; e += group.threads) data[e] = from[e / cols * pitch + e % cols];
+    for (int e = group.thread; e < count; e += group.threads)
+      to[e / cols * to_cols + e % cols] = from[e / cols * pitch + e % cols];
   }
+}
+// Whole rows, to rows i0 ... i0 + rows of `to`, [.., cols].
+template <class T>
+DLK_DEVICE void store_rows(Group group, void* to, int64_t i0, int rows, int cols, const T* from, int pitch) {
+  store_rows(group, static_cast<T*>(to) + i0 * cols, cols, rows, cols, from, pitch);
 }
 
 }  // namespace dlk::cuda
