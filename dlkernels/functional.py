@@ -303,9 +303,7 @@ def explain_mlp(x: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[Explanation
         _explain(x.new_empty((0, features)), weight, converts)
         rows = torch.empty((m, features), device="meta")
         layers.append(
-            _explain_rows_cuda(0, rows, weight, dtype)
-            if x.is_cuda
-            else _explain_rows(m, True, weight, dtype, converts)
+            _explain_rows_cuda(0, rows, weight, dtype) if x.is_cuda else _explain_rows(m, True, weight, dtype, converts)
         )
         features = weight.shape[0]
     shapes, name = [(m, *w.shape) for w in weights], str(dtype).removeprefix("torch.")
