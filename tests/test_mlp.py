@@ -92,7 +92,8 @@ def test_mlp_with_every_activation(hidden, last, rows, device):
     chain = Chain(rows, [20, 33, 40, 9], device, acts=[hidden, hidden, last])
     y, layers = chain.mlp(), chain.layers(linear_act)[-1]
     torch.testing.assert_close(y, layers)
-    assert max(distance(chain.gradients(y), chain.gradients(layers))) < 1e-6
+    # relu2's large z leave tanh near 1, where its gradient 1 - y² cancels
+    assert max(distance(chain.gradients(y), chain.gradients(layers))) < (1e-5 if last == "tanh" else 1e-6)
 
 
 def test_mlp_with_an_activation_for_each_layer(device):

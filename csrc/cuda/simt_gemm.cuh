@@ -87,8 +87,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t i0 = tile / tiles_n * kTileM, j0 = tile % tiles_n * kTileN;
     const bool sums_rows = p.row_sum && j0 == 0 && thread < kTileM;
+    // Each tile of k is summed by itself: sqrt(16 · k) instead of k rounding errors, for 1 more add to 16.
     A acc[Traits::kPerM][Traits::kPerN] = {};
-    double row_sum = 0;  // tiles are summed in A, the tiles' sums in double: what cuts the error costs 1 of 16 adds
+    double row_sum = 0;
 
     for (int64_t k0 = k_begin; k0 < k_end; k0 += kTileK) {
       for (int e = thread; e < kTileM * kTileK; e += Traits::kThreads) {
@@ -107,14 +108,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
         for (int s = 0; s < kTileK; ++s) sum += a_tile[s][thread];
         row_sum += sum;
       }
+      A of_tile[Traits::kPerM][Traits::kPerN] = {};
 #pragma unroll
       for (int s = 0; s < kTileK; ++s) {
 #pragma unroll
         for (int i = 0; i < Traits::kPerM; ++i) {
 #pragma unroll
           for (int j = 0; j < Traits::kPerN; ++j)
-            acc[i][j] += a_tile[s][lane_m + i * kLanesM] * b_tile[s][lane_n + j * kLanesN];
+            of_tile[i][j] += a_tile[s][lane_m + i * kLanesM] * b_tile[s][lane_n + j * kLanesN];
         }
+      }
+#pragma unroll
+      for (int i = 0; i < Traits::kPerM; ++i) {
+#pragma unroll
+        for (int j = 0; j < Traits::kPerN; ++j)  // the first as it is: 0 + -0 would be 0
+          acc[i][j] = k0 == k_begin ? of_tile[i][j] : acc[i][j] + of_tile[i][j];
       }
       __syncthreads();
     }

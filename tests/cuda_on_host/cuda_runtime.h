@@ -54,6 +54,7 @@ struct Device {
   int most_shared = 227 * 1024, most_threads = 1024;  // of a block
 };
 inline Device device;
+inline int64_t launches = 0;
 inline Guarded dynamic_shared;
 }  // namespace cuda_on_host
 
@@ -88,6 +89,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::function<void()> thread = [&] { kernel(static_cast<Params>(args)...); };
   body = &thread;
   gridDim = grid, blockDim = block;
+  ++launches;
   std::mt19937 lot(1);
   const size_t shared_bytes = (config->dynamicSmemBytes + 127) / 128 * 128;
   const bool legal = without_fault([&] {

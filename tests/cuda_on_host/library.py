@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,38 +25,45 @@ ILLEGAL_ADDRESS = 700
 MUTATION = "DLKERNELS_TEST_MUTATION"  # JSON: file, text, its replacement, what to compile; see mutations.py
 
 
-def compile_kernels(
+def build(
+    here: Path,
     changes: Mapping[str, tuple[str, str]] | None = None,
     *,
     files: Sequence[str] = ("cuda/*.cu", "cuda/route.cpp", "entry*.cpp"),
     stand_ins: Sequence[Path] = (HERE,),
-) -> ctypes.CDLL:
-    """Kernels and their C entry points in one library.
+    compiling: str = "",
+    linking: str = "",
+) -> Path:
+    """Kernels and their C entry points in one library, in the folder ``here``.
 
     ``changes``, for tests of the tests: file name → (text, its replacement). ``stand_ins``: folders of headers in
-    CUDA's place; ``files``: patterns, in csrc and in these folders.
+    CUDA's place; ``files``: patterns, in csrc and in these folders. ``compiling``, ``linking``: more options.
     """
+    source = CSRC
+    if changes:
+        source = here / "csrc"
+        _changed_copy(source, changes)
+    includes = " ".join(f"-I {folder}" for folder in (*stand_ins, source))
+    # fortified longjmp refuses to switch stacks
+    command = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE {includes}"
+
+    def compiled(path: Path) -> Path:
+        output = here / f"{path.stem}.o"
+        subprocess.run(f"{command} {compiling} -x c++ -c {path} -o {output}", shell=True, check=True)
+        return output
+
+    paths = [path for pattern in files for place in (source, *stand_ins) for path in sorted(place.glob(pattern))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = " ".join(map(str, pool.map(compiled, paths)))
+    library = here / "kernels.so"
+    subprocess.run(f"{command} -shared {objects} {linking} -o {library}", shell=True, check=True)
+    return library
+
+
+def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None, **options: Any) -> ctypes.CDLL:
+    """:func:`build`, loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        here = Path(folder)
-        source = CSRC
-        if changes:
-            source = here / "csrc"
-            _changed_copy(source, changes)
-        includes = " ".join(f"-I {folder}" for folder in (*stand_ins, source))
-        # fortified longjmp refuses to switch stacks
-        command = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE {includes}"
-
-        def compiled(path: Path) -> Path:
-            output = here / f"{path.stem}.o"
-            subprocess.run(f"{command} -x c++ -c {path} -o {output}", shell=True, check=True)
-            return output
-
-        paths = [path for pattern in files for place in (source, *stand_ins) for path in sorted(place.glob(pattern))]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = " ".join(map(str, pool.map(compiled, paths)))
-        library = here / "kernels.so"
-        subprocess.run(f"{command} -shared {objects} -o {library}", shell=True, check=True)
-        loaded = ctypes.CDLL(str(library))
+        loaded = ctypes.CDLL(str(build(Path(folder), changes, **options)))
     for name, result in (
         ("guarded_new", ctypes.c_void_p),
         ("guarded_data", ctypes.c_void_p),
@@ -81,10 +89,16 @@ def _changed_copy(to: Path, changes: Mapping[str, tuple[str, str]]) -> None:
 
 @functools.cache
 def kernels() -> ctypes.CDLL:
-    if mutation := os.environ.get(MUTATION):
-        file, old, new, files = json.loads(mutation)
-        return compile_kernels({file: (old, new)}, files=files)
-    return compile_kernels()
+    changes, files = mutation()
+    return compile_kernels(changes, files=files) if files else compile_kernels()
+
+
+def mutation() -> tuple[dict[str, tuple[str, str]] | None, list[str]]:
+    """What mutations.py changes, and what it wants compiled; none and nothing in an ordinary run."""
+    if MUTATION not in os.environ:
+        return None, []
+    file, old, new, files = json.loads(os.environ[MUTATION])
+    return {file: (old, new)}, files
 
 
 class Guarded:

@@ -23,13 +23,14 @@ class Mutation(NamedTuple):
 
 
 GEMM, PASS, LOSSES = "test_cuda_on_host.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
-CHAIN = "test_cuda_chain_on_host.py"
+CHAIN, OPS = "test_cuda_chain_on_host.py", "test_cuda_ops_on_host.py::test_layers_and_their_launches"
 # What each of them needs compiled.
 FILES = {
     GEMM: ("cuda/simt_gemm.cu", "cuda/mma_gemm.cu", "cuda/act_pass.cu", "entry_gemm.cpp"),
     PASS: ("cuda/grad_pass.cu", "cuda/losses.cu", "entry_losses.cpp"),
     LOSSES: ("cuda/grad_pass.cu", "cuda/losses.cu", "entry_losses.cpp"),
     CHAIN: ("cuda/chain.cu", "entry_chain.cpp"),
+    OPS: (),  # it compiles everything
 }
 MUTATIONS = [
     # a barrier or a wait
@@ -65,11 +66,20 @@ MUTATIONS = [
     Mutation("tile.cuh", "other < 32; other *= 2", "other < 16; other *= 2", GEMM),
     Mutation("mma_gemm.cuh", "blockIdx.z * p.m + i0 + i] = sum", "i0 + i] = sum", GEMM),
     # the chain and the losses
-    Mutation("chain.cuh", "__syncwarp();  // before the strip is loaded again", "", CHAIN),
-    Mutation("chain.cuh", "__syncthreads();  // dz and input are there, and `free` is", "", CHAIN),
+    Mutation("chain_forward.cuh", "__syncwarp();  // before the strip is loaded again", "", CHAIN),
+    Mutation("chain_backward.cuh", "__syncthreads();  // dz and input are there, and `free` is", "", CHAIN),
     Mutation("rows.cuh", "const int left = row < rows ?", "const int left = row <= rows ?", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // these rows are there", "// these rows are there", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // dz is made", "", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // z is there", "", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // they are there", "", CHAIN),
+    Mutation("layer_backward.cuh", "share_begin = sharer * share;", "share_begin = 0 * share;", CHAIN),
     Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
     Mutation("losses.cuh", "} else if (p.target[row] != p.ignore_index) {", "} else {", LOSSES),
+    # the host code in front of the kernels
+    Mutation("layer.cpp", "(saves_output(c.act.kind) ? p.layer.h : p.layer.z)", "p.layer.h", OPS),
+    Mutation("layer.cpp", "if (dz_wanted) rows = {dz, at::Tensor()};", "", OPS),
+    Mutation("layer.cpp", "need_weight = need_weight && !narrow_weight, need_bias = false;", "need_bias = false;", OPS),
 ]
 
 

@@ -1,0 +1,55 @@
+"""What tests/test_cuda_ops_on_host.py runs beside the tests that a GPU would: layers that every path takes, with every
+set of gradients, and how many kernels a layer launches, which is what bounds small networks on a GPU."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import assert_no_worse, check, error, oracle
+from test_forward_backward import DTYPES, make, ours
+
+from dlkernels import functional
+from tests.cuda_ops_on_host.plugin import launches
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("shape", [(130, 136, 72), (70, 128, 64), (1100, 24, 16)], ids=str)  # of multiples of 16 bytes
+def test_a_layer(shape, activation, dtype, device):
+    layer = make(*shape, dtype, activation)
+    check(layer, ours(activation))
+    stock = layer.stock()
+    exact, stock_exact = oracle(layer, layer.run(ours(activation))["y"]), oracle(layer, stock["y"])
+    for needs in itertools.product((False, True), repeat=3):
+        tensors = [
+            t.detach().requires_grad_(n) for t, n in zip((layer.x, layer.weight, layer.bias), needs, strict=True)
+        ]
+        y = functional.linear_act(*tensors, activation)
+        wanted = [t for t in tensors if t.requires_grad]
+        names = itertools.compress(("dx", "dweight", "dbias"), needs)
+        for name, t in zip(names, torch.autograd.grad(y, wanted, layer.g) if wanted else (), strict=True):
+            theirs = error(stock[name], *stock_exact[name])
+            allowed = 8.0 if dtype == torch.float64 else theirs  # there the oracle is no better than stock
+            assert_no_worse(t, *exact[name], allowed, f"{name} of {needs}")
+
+
+MNIST, NARROW = (256, 784, 256), (300, 128, 64)
+FIRST = (False, True, True)  # requires_grad of x, weight and bias: in a network's first layer, and in the others
+EVERY = (True, True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "needs", "most"),
+    [(MNIST, FIRST, 2), (MNIST, EVERY, 4), (NARROW, FIRST, 3), (NARROW, EVERY, 3)],
+    ids=["mnist-first", "mnist", "narrow-first", "narrow"],
+)
+def test_launches_of_a_step(shape, needs, most, dtype, device):
+    m, k, n = shape
+    tensors = [torch.randn(s, dtype=dtype) for s in ((m, k), (n, k), (n,))]
+    x, weight, bias = (t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True))
+    before = launches()
+    y = functional.linear_relu(x, weight, bias)
+    assert launches() == before + 1
+    torch.autograd.grad(y, [t for t in (x, weight, bias) if t.requires_grad], torch.randn_like(y))
+    assert launches() <= before + most

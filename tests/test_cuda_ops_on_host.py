@@ -1,0 +1,48 @@
+"""The CUDA ops, executed without a GPU (tests/cuda_ops_on_host): the tests that a GPU would run, on the CPU's tensors, by
+the CUDA kernels and the host code in front of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_ops_on_host import plugin
+
+TESTS = Path(__file__).parent
+FILES = ["forward_backward", "mlp", "special_values", "autograd", "promises", "modules", "composes"]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return plugin.build(tmp_path_factory.mktemp("cuda_ops"))
+
+
+def run(library, *arguments, **environment):
+    """pytest with the plugin; its output."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin.__name__, *arguments]
+    environment = os.environ | {plugin.LIBRARY: str(library)} | environment
+    run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-10_000:] + run.stderr[-2_000:]
+    return run.stdout
+
+
+def test_what_a_gpu_would_run(library):
+    run(library, *(f"tests/test_{name}.py" for name in FILES))
+
+
+@pytest.mark.parametrize("path", ["simt", "mma", "hopper", "cublas", "chain"])
+def test_every_path(library, path):
+    """Forced wherever it can be taken; elsewhere the dispatcher chooses another."""
+    run(library, "tests/cuda_ops_on_host/checks.py::test_a_layer", DLKERNELS_CUDA_GEMM=path)
+
+
+def test_layers_and_their_launches(library):
+    run(library, "tests/cuda_ops_on_host/checks.py")
+
+
+def test_no_kernel_is_no_proof(library):
+    """The plugin fails a run in which nothing was launched."""
+    with pytest.raises(AssertionError, match="0 kernels were launched"):
+        run(library, "tests/test_forward_backward.py::test_empty[cpu-(0, 0, 0)]")
