@@ -25,7 +25,8 @@ MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
 GPU_NOTES = """\
 ratio: stock's median over ours; above 1 we are faster. vs best: the fastest other contender's over ours.
 of (a), of (b): the floor over our median. (a): products at the best GEMM rate seen in this run or at the bandwidth of a
-large copy, and in backward one pass for mask and dbias. (b): without that pass, which only a chain of layers can save.
+large copy, and in backward one pass for mask and dbias. (b): without that pass. Narrow layers, whose dx and dweight
+come from one read of g, can do better than either.
 plain: steps launched one by one; graph: replayed as a CUDA graph. Both go round buffers of twice the L2 cache.
 MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
 

@@ -1,5 +1,5 @@
-"""The CUDA ops, executed without a GPU (tests/cuda_ops_on_host): the tests that a GPU would run, on the CPU's tensors, by
-the CUDA kernels and the host code in front of them."""
+"""The CUDA ops, executed without a GPU (tests/cuda_ops_on_host): the tests that a GPU would run, on the CPU's tensors,
+by the CUDA kernels and the host code in front of them."""
 
 import os
 import subprocess

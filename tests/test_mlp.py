@@ -18,9 +18,12 @@ from dlkernels.functional import linear_act, mlp
 from dlkernels.nn import MLP, LinearAct
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-NARROW, WIDE = [33, 64, 7, 50], [300, 290, 10]
+NARROW, WIDE, MIXED = [33, 64, 7, 50], [300, 290, 10], [150, 128, 64, 140, 10]
 # rows × sizes: chain kernels from 2,048 rows on, else layer by layer; one row, whole and broken blocks, odd widths
-SHAPES = [(1, NARROW), (37, NARROW), (2048, [16, 16, 16]), (2500, NARROW), (3001, [1, 128, 127, 1, 3]), (65, WIDE)]
+SHAPES = [
+    *((1, NARROW), (37, NARROW), (2048, [16, 16, 16]), (2500, NARROW), (3001, [1, 128, 127, 1, 3])),
+    *((65, WIDE), (90, MIXED)),
+]
 
 
 class Chain:

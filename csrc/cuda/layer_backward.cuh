@@ -108,9 +108,16 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       }
     }
     const int steps = ceil_div(min(share, rows - share_begin), Wgrad::kStep);
-    if (sums && steps > 0)
+    if (sums && steps > 0) {
+      typename Wgrad::RowSums of_block = {};  // blocks are summed apart: fewer rounding errors in a row
       Wgrad::multiply(dz + share_begin * pitch + i, pitch, input + share_begin * pitch + j, pitch, steps, units,
-                      dweight, dbias);
+                      dweight, of_block);
+#pragma unroll
+      for (int strip = 0; strip < Layer::kRowSums; ++strip) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dbias[strip][e] += of_block[strip][e];
+      }
+    }
     if (!p.outgoing) continue;
     if (own.data && z.data) {
       cp_async_wait<0>();

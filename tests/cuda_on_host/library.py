@@ -36,8 +36,9 @@ def build(
 ) -> Path:
     """Kernels and their C entry points in one library, in the folder ``here``.
 
-    ``changes``, for tests of the tests: file name → (text, its replacement). ``stand_ins``: folders of headers in
-    CUDA's place; ``files``: patterns, in csrc and in these folders. ``compiling``, ``linking``: more options.
+    ``changes``, for tests of the tests: file name, or how its path ends → (text, its replacement). ``stand_ins``:
+    folders of headers in CUDA's place; ``files``: patterns, in csrc and in these folders. ``compiling``, ``linking``:
+    more options.
     """
     source = CSRC
     if changes:
@@ -78,8 +79,8 @@ def _changed_copy(to: Path, changes: Mapping[str, tuple[str, str]]) -> None:
     for path in CSRC.rglob("*"):
         if path.suffix in {".h", ".cuh", ".cu", ".cpp", ".inc"}:
             text = path.read_text()
-            if path.name in changes:
-                old, new = changes[path.name]
+            for name in filter(path.match, changes):
+                old, new = changes[name]
                 assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {path.name}"
                 text = text.replace(old, new)
             copy = to / path.relative_to(CSRC)

@@ -77,9 +77,11 @@ MUTATIONS = [
     Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
     Mutation("losses.cuh", "} else if (p.target[row] != p.ignore_index) {", "} else {", LOSSES),
     # the host code in front of the kernels
-    Mutation("layer.cpp", "(saves_output(c.act.kind) ? p.layer.h : p.layer.z)", "p.layer.h", OPS),
-    Mutation("layer.cpp", "if (dz_wanted) rows = {dz, at::Tensor()};", "", OPS),
-    Mutation("layer.cpp", "need_weight = need_weight && !narrow_weight, need_bias = false;", "need_bias = false;", OPS),
+    Mutation("cuda/layer.cpp", "(saves_output(c.act.kind) ? p.layer.h : p.layer.z)", "p.layer.h", OPS),
+    Mutation("cuda/layer.cpp", "p.gate_act = below->act;", "", OPS),
+    Mutation(
+        "cuda/layer.cpp", "need_weight = need_weight && !narrow_weight, need_bias = false;", "need_bias = false;", OPS
+    ),
 ]
 
 

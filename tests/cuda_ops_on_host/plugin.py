@@ -1,5 +1,5 @@
-"""A plugin for pytest, ``-p tests.cuda_ops_on_host.plugin``: the ops for CPU tensors are those for CUDA, from the library
-that DLKERNELS_TEST_CUDA_OPS names (:func:`build`). Of the tests it leaves those that a GPU would run.
+"""A plugin for pytest, ``-p tests.cuda_ops_on_host.plugin``: the ops for CPU tensors are those for CUDA, from the
+library that DLKERNELS_TEST_CUDA_OPS names (:func:`build`). Of the tests it leaves those that a GPU would run.
 
 The library is csrc/cuda compiled for the host: its kernels, as in tests/cuda_on_host and tests/hopper_on_host, and what
 stands between them and torch: checks, routing, scratch, the description of every launch. Registered in the CPU ops'
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import dlkernels  # noqa: F401: registers the CPU ops first
+import dlkernels  # noqa: F401 (registers the CPU ops first)
 from tests.cuda_on_host import library
 
 HERE = Path(__file__).parent
