@@ -95,10 +95,19 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
 
   const c10::DeviceGuard device(x.device());
   const DType dtype = layers[0].dtype;
-  Activations a{kept.slice(0, count - 1).vec(), std::vector<at::Tensor>(count)};
-  a.h.push_back(y.value_or(at::Tensor()));
+  // What was kept may come back otherwise than it was, through hooks for saved tensors: the kernels read it as it was.
+  auto as_kept = [&](const at::Tensor& t, size_t l) {
+    const std::vector<int64_t> sizes = resized_last(x, layers[l].shape.n);
+    TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes) && t.scalar_type() == x.scalar_type() && t.device() == x.device(),
+                "mlp: expected of layer ", l, " what forward kept, ", sizes, " of ", x.scalar_type(), " on ",
+                x.device(), ", got ", t.sizes(), " of ", t.scalar_type(), " on ", t.device());
+    return t.contiguous();
+  };
+  Activations a{std::vector<at::Tensor>(count), std::vector<at::Tensor>(count)};
+  for (size_t l = 0; l + 1 < count; ++l) a.h[l] = as_kept(kept[l], l);
+  if (y) a.h[count - 1] = as_kept(*y, count - 1);
   for (size_t l = 0, next = count - 1; l < count; ++l)
-    if (keeps_z(layers[l])) a.z[l] = kept[next++];
+    if (keeps_z(layers[l])) a.z[l] = as_kept(kept[next++], l);
   std::vector<at::Tensor> grads(needs.size());
   auto need_weight = [&](size_t l) { return needs[1 + l] != 0; };
   auto need_bias = [&](size_t l) { return needs[1 + count + l] != 0; };

@@ -112,7 +112,7 @@ struct Chain {
   void* dx;     // backward: [rows, layer[0].k] contiguous, or nullptr
   // backward: the rows are cut in this many slices, whose gradients of the parameters are summed in order
   int slices;
-  void* partials;  // slices * chain_parameters() accumulators, f32 (f64 for f64)
+  void* partials;  // slices * chain_parameters() accumulators, f32 (f64 for f64); on CUDA chain_partials() of them
 };
 
 }  // namespace dlk

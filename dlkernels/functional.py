@@ -237,7 +237,7 @@ def _explain(x: Tensor, weight: Tensor, converts: bool) -> tuple[Explanation, ..
     for name, t in (("x", x), ("weight", weight)):
         if t.layout is not torch.strided or t.is_quantized:
             raise TypeError(f"explain: {name} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
-    low_x, low_weight = x.to("meta"), weight.to("meta")
+    low_x, low_weight = _twin(x), _twin(weight)
     if autocast_active(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         low_x, low_weight = autocast(low_x, dtype), autocast(low_weight, dtype)
@@ -245,10 +245,15 @@ def _explain(x: Tensor, weight: Tensor, converts: bool) -> tuple[Explanation, ..
     if x.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"explain() knows the paths on cpu and cuda, and x is on {x.device}")
     # the op's view of x as rows; where none exists it copies
-    rows = torch.empty_strided(x.shape, x.stride(), device="meta").reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = (_twin(x) if converts else low_x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if x.device.type == "cuda":
         return _explain_rows_cuda(x.data_ptr() if low_x.dtype == x.dtype else 0, rows, weight, low_weight.dtype)
     return _explain_rows(rows.shape[0], rows.stride(1) == 1, weight, low_weight.dtype, converts)
+
+
+def _twin(t: Tensor) -> Tensor:
+    """Without memory, but lying as ``t`` does, so that a cast of it lies as one of ``t`` would."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 def _explain_rows_cuda(x: int, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Explanation, ...]:
@@ -261,7 +266,7 @@ def _explain_rows_cuda(x: int, rows: Tensor, weight: Tensor, dtype: torch.dtype)
             weight.shape[1],
             str(dtype).removeprefix("torch."),
             (x, *rows.stride()),
-            (weight.data_ptr() if dtype == weight.dtype else 0, *weight.stride()),
+            (weight.data_ptr() if dtype == weight.dtype else 0, *_twin(weight).to(dtype).stride()),
             torch.backends.cuda.matmul.fp32_precision == "tf32",
             major * 10 + minor,
         )

@@ -277,6 +277,7 @@ ROUTES = {
     (0, (16384, 4096, 1024), "bfloat16", 0, 1, 80): "mma",
     (0, (65536, 128, 128), "bfloat16", 0, 1, 80): "chain",
     (2, (7, 3, 128), "float16", 0, 0, 90): "chain",
+    (0, (65536, 128, 128), "float16", 0, 0, 90): "cublas",
     (1, (65536, 128, 128), "float32", 0, 1, 90): "cublas",
     (1, (65536, 128, 128), "float32", 1, 1, 90): "mma",
 }
@@ -284,9 +285,16 @@ ROUTES = {
 
 @pytest.mark.parametrize(("asked", "path"), ROUTES.items(), ids=str)
 def test_route_where_nothing_was_measured(kernels, asked, path):
-    op, shape, dtype, *rest = asked
-    index = DTYPES.index(getattr(torch, dtype))
-    assert kernels.route(op, *map(ctypes.c_int64, shape), index, *rest, 1, max(shape[1:]) <= 128).decode() == path
+    op, shape, dtype, tf32, aligned, arch = asked
+    index, narrow = DTYPES.index(getattr(torch, dtype)), max(shape[1:]) <= 128
+    taken = kernels.route(op, *map(ctypes.c_int64, shape), index, tf32, aligned, aligned, arch, 1, narrow)
+    assert taken.decode() == path
+
+
+def test_narrow_rows_of_odd_widths_are_read_as_one_run(kernels):
+    """Not 16 bytes at a time, but not an element at a time either."""
+    for in_rows, path in ((1, b"chain"), (0, b"cublas")):
+        assert kernels.route(0, *map(ctypes.c_int64, (65536, 64, 33)), 2, 0, 0, in_rows, 90, 1, 1) == path
 
 
 def test_route_follows_the_measured_table():
@@ -296,6 +304,6 @@ def test_route_follows_the_measured_table():
     )
     sizes = {(256, 256, 784): "cublas", (511, 300, 512): "cublas", (512, 256, 784): "mma", (256, 256, 1024): "mma"}
     for shape, path in sizes.items():
-        assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 90, 0, 0).decode() == path
-    assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 90, 0, 0) == b"mma"
-    assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 80, 0, 0) == b"mma"
+        assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 1, 90, 0, 0).decode() == path
+    assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 90, 0, 0) == b"mma"
+    assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 80, 0, 0) == b"mma"

@@ -150,6 +150,21 @@ def test_mlp_takes_strides_of_all_kinds(rows, device):
     torch.testing.assert_close(summed, chain.gradients(chain.mlp()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [60, 2100])
+@pytest.mark.parametrize("sizes", [NARROW, WIDE], ids=str)
+def test_mlp_reads_what_was_kept_however_it_comes_back(rows, sizes, device):
+    """Hooks for saved tensors may give another layout."""
+    chain = Chain(rows, sizes, device, acts=["relu", "gelu", "tanh"][-len(sizes) + 1 :])
+
+    def down(t):
+        return t.t().contiguous().t() if t.dim() == 2 else t
+
+    leaves = {t.data_ptr() for t in chain.leaves}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t if t.data_ptr() in leaves else down(t)):
+        y = chain.mlp()
+    assert all(map(torch.equal, chain.gradients(y), chain.gradients(chain.mlp())))
+
+
 @pytest.mark.parametrize("shape", [(3, 700, 7), (7,), (0, 7), (2, 0, 7)], ids=str)
 def test_mlp_keeps_leading_sizes(shape, device):
     chain = Chain(1, [7, 20, 5], device)

@@ -3,8 +3,9 @@
 //
 // Backward of several layers keeps of each its weight and the f32 sums of dweight in shared memory. Of 64 features in bf16
 // that is 9 + 16 KiB, so that seven layers fit in the 227 KiB of an H100 and the chain is one launch, which reads every
-// saved activation once. Of 128 features it is 34 + 64 KiB: then every layer is a launch of its own, which still makes dx,
-// dweight and dbias from one read of its dz and its input. A chain is cut from the top, as long as the next layer fits.
+// saved activation once. Of 128 features it is 34 + 64 KiB: then every layer is a launch of its own, with its sums in
+// registers, which still makes dx, dweight and dbias from one read of its dz and its input. A chain is cut from the top, as
+// long as the next layer fits.
 #include "chain_backward.cuh"
 #include "chain_forward.cuh"
 #include "layer_backward.cuh"
@@ -65,22 +66,23 @@ bool plan_forward(const Chain& p, const Device& device, Launch* plan) {
   return true;
 }
 
-// layer_backward_kernel for layer l: blocks of as many rows as leave no SM without one, in 3 stages or 2.
+// layer_backward_kernel for layer l, in 3 stages or 2. Of the blocks of rows that fit, those with which the SM that has most
+// of them is done first, if a block takes the time of its rows and of 16 more.
 template <class T>
 bool plan_layer(const Chain& p, int l, const Device& device, Launch* plan) {
-  const int n = static_cast<int>(p.layer[l].n), k = static_cast<int>(p.layer[l].k),
-            least = LayerBackward<T>::Dgrad::kRows;
-  int most = std::max(n, k) > kChainFeatures / 2 ? 64 : 128;
-  while (most > least && ceil_div(p.rows, most) < device.sms) most /= 2;
-  for (int rows = most; rows >= least; rows /= 2) {
-    for (int stages : {3, 2}) {
-      const int64_t bytes = LayerBackward<T>::bytes(n, k, rows, stages);
-      if (bytes > device.shared) continue;
-      *plan = {l, l + 1, kLayerThreads, rows, stages, bytes};
-      return true;
-    }
+  const int n = static_cast<int>(p.layer[l].n), k = static_cast<int>(p.layer[l].k);
+  constexpr int kLeast = LayerBackward<T>::Dgrad::kRows;
+  int64_t best = std::numeric_limits<int64_t>::max();
+  for (int rows = std::max(n, k) > kChainFeatures / 2 ? 64 : 128; rows >= kLeast; rows -= kLeast) {
+    const bool three = LayerBackward<T>::bytes(n, k, rows, 3) <= device.shared;
+    const int64_t bytes = LayerBackward<T>::bytes(n, k, rows, three ? 3 : 2);
+    if (bytes > device.shared) continue;
+    const int64_t time = ceil_div(ceil_div(p.rows, rows), device.sms) * (rows + 16);
+    if (time >= best) continue;
+    best = time;
+    *plan = {l, l + 1, kLayerThreads, rows, three ? 3 : 2, bytes};
   }
-  return false;
+  return best < std::numeric_limits<int64_t>::max();
 }
 
 // chain_backward_kernel for layers begin ... end: blocks of as many rows as fit, up to 128, or 64 while that leaves no SM
@@ -119,7 +121,9 @@ bool plan_backward(const Chain& p, const Device& device, BackwardPlan* plan) {
     end = part.begin;
   }
   for (int i = 0; two && i < plan->launches; ++i) plan->launch[i].threads = kBackwardThreads / 2;
-  plan->slices = static_cast<int>(std::min(blocks, device.sms * (two ? 2 : 1)));
+  // Slices of at most kMostRows rows: what the sums of one may be off by does not grow with the batch.
+  constexpr int kMostRows = 8192;
+  plan->slices = static_cast<int>(std::max(std::min(blocks, device.sms * (two ? 2 : 1)), ceil_div(p.rows, kMostRows)));
   return true;
 }
 
@@ -249,7 +253,8 @@ int chain_slices(const Chain& p, DType dtype) { return plan_backward(p, dtype).s
 
 int64_t chain_partials(const Chain& p, DType dtype) {
   const BackwardPlan plan = plan_backward(p, dtype);
-  return whole_packs(plan.slices * parameters_of(p)) + 2 * whole_packs(handed_on(p, dtype, plan));
+  return whole_packs(plan.slices * parameters_of(p)) +
+         std::min(2, plan.launches - 1) * whole_packs(handed_on(p, dtype, plan));
 }
 
 cudaError_t chain_forward(const Chain& p, DType dtype, cudaStream_t stream) {

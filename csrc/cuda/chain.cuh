@@ -51,8 +51,9 @@ DLK_DEVICE void mask_rows(const Activation& activation, T* g, const T* saved, in
   constexpr int kChunk = kPack<T>;
   const int chunks = static_cast<int>(ceil_div(cols, kChunk));
   with_activation(activation.kind, [&](auto act) {
-    for (int e = threadIdx.x; e < rows * chunks; e += blockDim.x) {
-      const int col = e % chunks * kChunk, at = e / chunks * pitch + col;
+#pragma unroll 1
+    for (Walk walk(this_block(), chunks); walk.row < rows; walk.next()) {
+      const int col = walk.at * kChunk, at = walk.row * pitch + col;
       float gs[kChunk], s[kChunk];
       load<T>(g, at, gs);
       load<T>(saved, at, s);

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) chain_backward_kernel(con
     for (int l = top; l >= p.begin; --l) {
       const Layer s = Layer::at(at, p.layer[l]);
       at = s.end();
-      const bool by_z = p.mask_below(l) && !p.masks_by_input(l);
+      const bool by_input = p.masks_by_input(l), by_z = p.mask_below(l) && !by_input;
       T* const gate = by_z ? free : input;
       T* const other = by_z ? input : free;
       const bool loads_next = l > p.begin && p.needs_input(l - 1);
@@ -179,6 +179,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) chain_backward_kernel(con
     }
   }
 
+  cp_async_commit();
+  cp_async_wait<0>();  // none is under way when the block ends, also where it had no rows
   __syncthreads();
   at = layers;
   for (int l = top; l >= p.begin; --l) {

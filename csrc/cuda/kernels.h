@@ -68,7 +68,7 @@ cudaError_t gaussian_nll(const ElementwiseLoss& p, cudaStream_t stream);
 cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream);
 
 // A chain of layers of 1 to 128 features each, in bf16, fp16 or (exact, no TF32) fp32: where all weights fit in a block's
-// shared memory, and in backward a layer with the sums of its gradients. How a chain is cut depends on its shape and on
+// shared memory, and in backward a layer with blocks of its rows. How a chain is cut depends on its shape and on
 // the device, and on nothing else: the same inputs give the same bits.
 bool chain_takes(const Chain& p, DType dtype);
 cudaError_t chain_forward(const Chain& p, DType dtype, cudaStream_t stream);

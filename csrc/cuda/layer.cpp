@@ -34,35 +34,21 @@ void launch(Path path, Gemm p, const at::Tensor& like) {
   C10_CUDA_CHECK(kernel(p, stream()));
 }
 
-// A layer as a chain of one: its activation, and x where it is read.
-struct ChainOfOne {
-  ChainLayer layer{};
-  Chain chain{};
-
-  ChainOfOne(const Checked& c, const at::Tensor& weight, const at::Tensor& x2) {
-    layer.n = c.shape.n, layer.k = c.shape.k;
-    layer.act = c.act;
-    if (weight.defined()) layer.weight = view_of(weight);
-    chain.rows = c.shape.m;
-    chain.layers = 1;
-    chain.layer = &layer;
-    if (x2.defined()) chain.x = view_of(x2);
-  }
-  ChainOfOne(const ChainOfOne&) = delete;  // chain points to layer
-};
-
 // Those gradients of the three that are defined, from one read of what they are made of.
 void narrow_backward(const Checked& c, const Incoming& in, const at::Tensor& x2, const at::Tensor& weight,
                      const at::Tensor& dx, const at::Tensor& dweight, const at::Tensor& dbias) {
-  ChainOfOne p(c, weight, x2);
+  ChainOfOne p(c.shape);
   auto data = [](const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
   const at::Tensor saved = in.saved.defined() ? in.saved.contiguous() : in.saved;
-  if (saved.defined())
+  if (saved.defined()) {  // else g is dz already
+    p.layer.act = c.act;
     (saves_output(c.act.kind) ? p.layer.h : p.layer.z) = data(saved);
-  else
-    p.layer.act.kind = Act::none;  // g is dz already
+  }
+  if (weight.defined()) p.layer.weight = view_of(weight);
+  if (x2.defined()) p.chain.x = view_of(x2);
   p.layer.dweight = data(dweight), p.layer.dbias = data(dbias);
-  p.chain.grad_y = view_of(in.g);
+  const at::Tensor g = chain_takes_fast(view_of(in.g), c.shape.n) ? in.g : in.g.contiguous();
+  p.chain.grad_y = view_of(g);
   p.chain.dx = data(dx);
   run_chain_backward(p.chain, c.dtype, in.g);
 }
@@ -151,7 +137,10 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
   const at::Tensor x2 = as_rows(x);
   const Path path = path_of(Op::forward, c, view_of(x2), view_of(weight));
   if (path == Path::chain) {
-    ChainOfOne p(c, weight, x2);
+    ChainOfOne p(c.shape);
+    p.layer.weight = view_of(weight);
+    p.layer.act = c.act;
+    p.chain.x = view_of(x2);
     p.layer.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
     p.layer.h = y.data_ptr();
     p.layer.z = z ? z->data_ptr() : nullptr;
@@ -185,15 +174,16 @@ Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor&
   Incoming rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
   const at::Tensor x2 = need_weight ? as_rows(x) : at::Tensor();
   const View dz_view = in.saved.defined() ? View{nullptr, n, 1} : view_of(rows.g);  // as it would come to exist
-  const Path dx_path = need_x ? path_of(Op::dgrad, c, dz_view, view_of(weight)) : Path::simt;
-  const Path dw_path = need_weight ? path_of(Op::wgrad, c, dz_view, view_of(x2)) : Path::simt;
+  Path dx_path = need_x ? path_of(Op::dgrad, c, dz_view, view_of(weight)) : Path::simt;
+  Path dw_path = need_weight ? path_of(Op::wgrad, c, dz_view, view_of(x2)) : Path::simt;
 
   // A narrow layer's products are one launch, which makes dz and dbias on the way.
   const bool narrow_x = need_x && dx_path == Path::chain, narrow_weight = need_weight && dw_path == Path::chain;
   if (narrow_x || narrow_weight) {
     narrow_backward(c, rows, x2, weight, narrow_x ? dx : at::Tensor(), narrow_weight ? dweight : at::Tensor(), dbias);
-    need_x = need_x && !narrow_x, need_weight = need_weight && !narrow_weight, need_bias = false;
-    if (!need_x && !need_weight) return {dx, dweight, dbias};
+    if (narrow_x) need_x = false, dx_path = Path::simt;
+    if (narrow_weight) need_weight = false, dw_path = Path::simt;
+    need_bias = false;
   }
 
   // Three ways to dz. simt: made in each product's operand load, which counts least launches. A lone wgrad on tensor

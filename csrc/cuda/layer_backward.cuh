@@ -1,14 +1,15 @@
 // Backward of one layer in one launch: dx, dweight and dbias from one read of its gradient, mask and input.
 //
 // The weight lies in shared memory, the sums of dweight and dbias in registers for as long as a block lives. Blocks of rows
-// come through shared memory `stages` deep: while one is multiplied the next ones are under way.
+// come through shared memory `stages` deep: while one is multiplied the next ones are under way, but for 16-bit rows of an
+// odd stride, and where both the layer and the one below it have a z to read, which takes turns.
 #pragma once
 
 #include "chain.cuh"
 
 namespace dlk::cuda {
 
-constexpr int kLayerWarps = 8, kLayerThreads = kLayerWarps * 32;  // 255 registers a thread: 96 of them hold sums
+constexpr int kLayerWarps = 8, kLayerThreads = kLayerWarps * 32;  // 255 registers a thread, 72 with sums that stay
 constexpr int kLayerBuffers = 3;  // of a stage: the gradient, the input, and what a mask is taken from, then dx
 
 template <class T>
@@ -134,6 +135,8 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
                                                    min(Dgrad::kColumns, k - col), third + row * pitch + col, pitch);
                                       });
   }
+
+  cp_async_wait<0>();  // none is under way when the block ends, also where it had no rows
 
   // The sharers' sums, one after the other, to the first of them.
   for (int from = 1; from < sharers; ++from) {

@@ -76,10 +76,10 @@ Route route(const Asked& a) {
   // Nothing was measured here. Memory bounds a narrow layer, and the chain kernels move the least: backward is one read of
   // g, y and x where products read g and y twice. Of the others, products large enough to hide a few launches go where
   // kernels are tuned.
-  if (takes(Path::chain, a) && half(a))
+  const double multiplications = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  if (takes(Path::chain, a) && half(a) && (a.in_rows || multiplications < 1 << 27))
     return {Path::chain,
             "narrow: the weight rests in shared memory, backward is one launch and its sum (not measured here)"};
-  const double multiplications = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   if (!takes(Path::mma, a)) {
     if (multiplications < 1 << 27) return {Path::simt, "small: one launch, epilogue included (not measured here)"};
     return {Path::cublas,

@@ -14,6 +14,7 @@ struct Asked {
   DType dtype;
   bool tf32;     // torch lets f32 products round their operands to TF32
   bool aligned;  // both operands can be read 16 bytes at a time (mma_takes_fast)
+  bool in_rows;  // x, or dz, can be read row by row in more than elements (chain_takes_fast)
   int arch;      // compute capability, 90 for 9.0
   bool hopper;   // hopper_available() there, and hopper_takes() it
   bool chain;    // chain_takes() the layer there

@@ -30,7 +30,7 @@ constexpr unsigned kWarp = 32;
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
+  int bytes, size;  // of `size` bytes only the first `bytes` are copied, the others 0
 };
 
 enum class At { running, warp, block, condition, end };

@@ -72,16 +72,16 @@ MUTATIONS = [
     Mutation("layer_backward.cuh", "__syncthreads();  // these rows are there", "// these rows are there", CHAIN),
     Mutation("layer_backward.cuh", "__syncthreads();  // dz is made", "", CHAIN),
     Mutation("layer_backward.cuh", "__syncthreads();  // z is there", "", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // the place is free", "", CHAIN),
     Mutation("layer_backward.cuh", "__syncthreads();  // they are there", "", CHAIN),
+    Mutation("layer_backward.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();", CHAIN),
     Mutation("layer_backward.cuh", "share_begin = sharer * share;", "share_begin = 0 * share;", CHAIN),
     Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
     Mutation("losses.cuh", "} else if (p.target[row] != p.ignore_index) {", "} else {", LOSSES),
     # the host code in front of the kernels
     Mutation("cuda/layer.cpp", "(saves_output(c.act.kind) ? p.layer.h : p.layer.z)", "p.layer.h", OPS),
     Mutation("cuda/layer.cpp", "p.gate_act = below->act;", "", OPS),
-    Mutation(
-        "cuda/layer.cpp", "need_weight = need_weight && !narrow_weight, need_bias = false;", "need_bias = false;", OPS
-    ),
+    Mutation("cuda/layer.cpp", "if (narrow_weight) need_weight = false,", "if (narrow_weight)", OPS),
 ]
 
 

@@ -11,17 +11,19 @@ namespace dlk::cuda {
 
 inline unsigned char* dynamic_shared() { return cuda_on_host::dynamic_shared.data; }
 
-inline void check_aligned(const void* p, const char* what) {
-  if (reinterpret_cast<uintptr_t>(p) % 16) cuda_on_host::die(what);
+inline void check_aligned(const void* p, const char* what, int to = 16) {
+  if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(to)) cuda_on_host::die(what);
 }
 
 // Until the thread waits for it, the destination holds NaN's bits: who reads too early sees them.
-inline void cp_async_16(void* shared, const void* global, int bytes) {
-  check_aligned(shared, "cp.async to an address that is not 16-byte aligned");
-  check_aligned(global, "cp.async from an address that is not 16-byte aligned");
-  std::memset(shared, 0xff, 16);
-  cuda_on_host::current->open.push_back({shared, global, bytes});
+inline void cp_async(void* shared, const void* global, int bytes, int size) {
+  check_aligned(shared, "cp.async to an address that is not aligned to its size", size);
+  check_aligned(global, "cp.async from an address that is not aligned to its size", size);
+  std::memset(shared, 0xff, static_cast<size_t>(size));
+  cuda_on_host::current->open.push_back({shared, global, bytes, size});
 }
+inline void cp_async_16(void* shared, const void* global, int bytes) { cp_async(shared, global, bytes, 16); }
+inline void cp_async_4(void* shared, const void* global, int bytes) { cp_async(shared, global, bytes, 4); }
 inline void cp_async_commit() {
   auto* fiber = cuda_on_host::current;
   fiber->groups.push_back(std::move(fiber->open));
@@ -32,7 +34,7 @@ void cp_async_wait() {
   auto& groups = cuda_on_host::current->groups;
   while (groups.size() > kPending) {
     for (const cuda_on_host::Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
+      std::memset(copy.to, 0, static_cast<size_t>(copy.size));
       std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     }
     groups.erase(groups.begin());
