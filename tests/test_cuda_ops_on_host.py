@@ -11,7 +11,7 @@ import pytest
 from tests.cuda_ops_on_host import plugin
 
 TESTS = Path(__file__).parent
-FILES = ["forward_backward", "mlp", "special_values", "autograd", "promises", "modules", "composes"]
+FILES = ["forward_backward", "mlp", "special_values", "promises"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,8 @@ def test_what_a_gpu_would_run(library):
 @pytest.mark.parametrize("path", ["simt", "mma", "hopper", "cublas", "chain"])
 def test_every_path(library, path):
     """Forced wherever it can be taken; elsewhere the dispatcher chooses another."""
-    run(library, "tests/cuda_ops_on_host/checks.py::test_a_layer", DLKERNELS_CUDA_GEMM=path)
+    only = ["-k", "float32"] if path == "chain" else []  # by default 16 bits go that way
+    run(library, "tests/cuda_ops_on_host/checks.py::test_a_layer", *only, DLKERNELS_CUDA_GEMM=path)
 
 
 def test_layers_and_their_launches(library):
