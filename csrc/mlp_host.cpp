@@ -97,10 +97,10 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
   const DType dtype = layers[0].dtype;
   // What was kept may come back otherwise than it was, through hooks for saved tensors: the kernels read it as it was.
   auto as_kept = [&](const at::Tensor& t, size_t l) {
+    check_like(t, "what forward kept", x, "x", "mlp");
     const std::vector<int64_t> sizes = resized_last(x, layers[l].shape.n);
-    TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes) && t.scalar_type() == x.scalar_type() && t.device() == x.device(),
-                "mlp: expected of layer ", l, " what forward kept, ", sizes, " of ", x.scalar_type(), " on ",
-                x.device(), ", got ", t.sizes(), " of ", t.scalar_type(), " on ", t.device());
+    TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes), "mlp: expected of layer ", l, " what forward kept, ", sizes,
+                ", got ", t.sizes());
     return t.contiguous();
   };
   Activations a{std::vector<at::Tensor>(count), std::vector<at::Tensor>(count)};

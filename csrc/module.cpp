@@ -135,7 +135,8 @@ py::tuple explain_chain(const std::vector<std::array<int64_t, 3>>& layers, const
 // (address, row stride, column stride) of a 2-D view, strides in elements.
 using PyView = std::array<int64_t, 3>;
 
-// As explain(), on the current device, of compute capability `arch` (90 for 9.0). `tf32`: torch lets f32 products run in TF32.
+// As explain(), on the current device, of compute capability `arch` (90 for 9.0). `tf32`: torch lets f32 products run in
+// TF32.
 py::list explain_cuda(int64_t m, int64_t n, int64_t k, const std::string& dtype, const PyView& x, const PyView& weight,
                       bool tf32, int arch) {
   using namespace dlk;
