@@ -4,6 +4,7 @@
 // register on CPU - with `O::lit`, `O::exp`, `O::tanh`, `O::erf`. Comparisons and `?:` work on both.
 //
 //   saves_output  true: `grad` reads y;  false: `grad` reads the pre-activation z, which forward then stores
+//   gates         true: of y, `grad` reads no more than a bit, see `opens`: 1 and 0 may stand for it
 //   value(z)      act(z)
 //   grad(g, s)    g · act'(·), with s the saved y or z. A masked gradient is selected, not multiplied,
 //                 so that an infinite g times a closed gate is 0, as in torch.
@@ -14,7 +15,7 @@
 namespace dlk {
 
 struct Identity {
-  static constexpr bool saves_output = true;
+  static constexpr bool saves_output = true, gates = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z;
@@ -27,7 +28,7 @@ struct Identity {
 
 // max(z, 0); NaN stays NaN because every comparison with it is false. Gradient at 0 is 0.
 struct ReLU {
-  static constexpr bool saves_output = true;
+  static constexpr bool saves_output = true, gates = true;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z < O::lit(0) ? O::lit(0) : z;
@@ -40,7 +41,7 @@ struct ReLU {
 
 // z > 0 ? z : slope·z. For slope >= 0 (checked at the door) y > 0 exactly where z > 0, so y is enough.
 struct LeakyReLU {
-  static constexpr bool saves_output = true;
+  static constexpr bool saves_output = true, gates = true;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T slope) {
     return z > O::lit(0) ? z : z * slope;
@@ -53,7 +54,7 @@ struct LeakyReLU {
 
 // max(z, 0)², the squared ReLU of Primer (So et al., 2021).
 struct ReLU2 {
-  static constexpr bool saves_output = false;
+  static constexpr bool saves_output = false, gates = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     T r = z < O::lit(0) ? O::lit(0) : z;
@@ -67,7 +68,7 @@ struct ReLU2 {
 
 // z·Φ(z), Φ the normal distribution function (Hendrycks & Gimpel, 2016); gradient Φ(z) + z·φ(z).
 struct GELU {
-  static constexpr bool saves_output = false;
+  static constexpr bool saves_output = false, gates = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z * cdf<O>(z);
@@ -85,7 +86,7 @@ struct GELU {
 
 // The tanh form of GELU: z/2·(1 + tanh u), u = sqrt(2/π)·(z + 0.044715 z³).
 struct GELUTanh {
-  static constexpr bool saves_output = false;
+  static constexpr bool saves_output = false, gates = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return O::lit(0.5) * z * (O::lit(1) + O::tanh(inner<O>(z)));
@@ -104,7 +105,7 @@ struct GELUTanh {
 
 // z·σ(z); gradient σ(z)·(1 + z·(1 - σ(z))).
 struct SiLU {
-  static constexpr bool saves_output = false;
+  static constexpr bool saves_output = false, gates = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z / (O::lit(1) + O::exp(-z));
@@ -117,7 +118,7 @@ struct SiLU {
 };
 
 struct Tanh {
-  static constexpr bool saves_output = true;
+  static constexpr bool saves_output = true, gates = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return O::tanh(z);
@@ -129,7 +130,7 @@ struct Tanh {
 };
 
 struct Sigmoid {
-  static constexpr bool saves_output = true;
+  static constexpr bool saves_output = true, gates = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return O::lit(1) / (O::lit(1) + O::exp(-z));
@@ -164,6 +165,16 @@ constexpr int kActivations = 9;
 
 inline bool saves_output(Act kind) {
   return with_activation(kind, [](auto act) { return decltype(act)::saves_output; });
+}
+
+inline bool gates(Act kind) {
+  return with_activation(kind, [](auto act) { return decltype(act)::gates; });
+}
+
+// The bit of y that stands for it, where the activation gates: whether the gradient of z is that of y.
+template <class Functor, class O>
+DLK_HD bool opens(typename O::T y) {
+  return Functor::template grad<O>(O::lit(1), y, O::lit(0)) != O::lit(0);
 }
 
 }  // namespace dlk

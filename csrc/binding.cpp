@@ -8,6 +8,7 @@
 TORCH_LIBRARY(dlkernels, m) {
   m.def("_linear_act_forward(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
   m.def("_linear_act_forward_z(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> (Tensor, Tensor)");
+  m.def("_linear_act_forward_mask(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> (Tensor, Tensor)");
   m.def(
       "_linear_act_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor saved, int act, float slope, bool need_x, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
@@ -66,4 +67,5 @@ DLK_IMPLEMENT_CPU(MkldnnCPU)
 
 #ifdef DLKERNELS_CUDA
 DLK_IMPLEMENT(CUDA, cuda)
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) { m.impl("_linear_act_forward_mask", &dlk::linear_act_forward_mask_cuda); }
 #endif

@@ -45,7 +45,13 @@ inline Gradients new_gradients(const Shape& s, const at::Tensor& g, bool need_x,
   return new_gradients(s, g, g.scalar_type(), g.scalar_type(), need_x, need_weight, need_bias);
 }
 
-// The gradient of a layer's pre-activation: g · act'(saved), or g itself where `saved` is undefined.
+// What a layer's forward fills: y, and where they are defined z and y's mask (params.h).
+struct Outputs {
+  at::Tensor y, z, mask;
+};
+
+// The gradient of a layer's pre-activation: g · act'(saved), or g itself where `saved` is undefined. On CUDA
+// `saved` may be a mask, of uint8.
 struct Incoming {
   at::Tensor g, saved;
 };

@@ -23,8 +23,13 @@ std::tuple<at::Tensor, at::Tensor> linear_act_forward_z_cpu(const at::Tensor& x,
 std::tuple<at::Tensor, at::Tensor> linear_act_forward_z_cuda(const at::Tensor& x, const at::Tensor& weight,
                                                              const OptionalTensor& bias, int64_t act, double slope);
 
-// With dz = grad_y · act'(saved): dx = dz · weight, dweight = dzᵀ · x, dbias = Σ dz. `saved` is y or z. x may be absent
-// without need_weight, weight without need_x.
+// The same, and beside it a bit for each element of y, uint8 [..., N / 8] (cuda/kernels.h), for activations that gate, in
+// 16 bits and with N a multiple of 8; on CUDA only.
+std::tuple<at::Tensor, at::Tensor> linear_act_forward_mask_cuda(const at::Tensor& x, const at::Tensor& weight,
+                                                                const OptionalTensor& bias, int64_t act, double slope);
+
+// With dz = grad_y · act'(saved): dx = dz · weight, dweight = dzᵀ · x, dbias = Σ dz. `saved` is y or z, or on CUDA the mask
+// that stands for y. x may be absent without need_weight, weight without need_x.
 Gradients linear_act_backward_cpu(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& weight,
                                   const at::Tensor& saved, int64_t act, double slope, bool need_x, bool need_weight,
                                   bool need_bias);

@@ -11,7 +11,8 @@ namespace dlk {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// y, and with `keep` behind it what backward takes as `kept`: h[1] … h[L-1], then z of every layer whose act' reads it.
+// y, and with `keep` behind it what backward takes as `kept`: h[1] … h[L-1], then z of every layer whose act' reads it, then
+// the masks that stand for h (on CUDA).
 std::vector<at::Tensor> mlp_forward_cpu(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                                         at::IntArrayRef acts, double slope, bool keep);
 std::vector<at::Tensor> mlp_forward_cuda(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,

@@ -9,10 +9,17 @@ namespace {
 
 bool keeps_z(const Checked& c) { return !saves_output(c.act.kind); }
 
-// What passes between forward and backward, for both ways: outputs h[1] … and pre-activations z, undefined where unused.
+// What passes between forward and backward, for both ways: outputs h[1] …, pre-activations z, and of layer by layer masks,
+// which dgrad reads of the layer below; undefined where unused.
 struct Activations {
-  std::vector<at::Tensor> h, z;
+  std::vector<at::Tensor> h, z, mask;
+
+  explicit Activations(size_t layers) : h(layers), z(layers), mask(layers) {}
 };
+
+bool keeps_mask(const MlpKernels& kernels, const std::vector<Checked>& layers, size_t l, bool as_chain) {
+  return !as_chain && l + 1 < layers.size() && kernels.takes_mask(layers[l]);
+}
 
 std::vector<ChainLayer> chain_layers(const std::vector<Checked>& layers, at::TensorList weights) {
   std::vector<ChainLayer> out(layers.size());
@@ -48,13 +55,16 @@ std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor&
   std::vector<ChainLayer> chain = chain_layers(layers, weights);
   Chain p = chain_of(chain, layers[0].shape.m);
   const bool as_chain = kernels.takes(p, dtype);
-  Activations a{std::vector<at::Tensor>(count), std::vector<at::Tensor>(count)};
+  Activations a(count);
   std::vector<at::Tensor> bias(count);
   for (size_t l = 0; l < count; ++l) {
-    auto make = [&] { return at::empty(resized_last(x, layers[l].shape.n), x.options()); };
+    const int64_t n = layers[l].shape.n;
+    auto make = [&] { return at::empty(resized_last(x, n), x.options()); };
     if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
     if (keep || !as_chain || l + 1 == count) a.h[l] = make();
     if (keep && keeps_z(layers[l])) a.z[l] = make();
+    if (keep && keeps_mask(kernels, layers, l, as_chain))
+      a.mask[l] = at::empty(resized_last(x, n / kMaskBits), x.options().dtype(at::kByte));
   }
 
   if (as_chain) {
@@ -65,14 +75,14 @@ std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor&
     kernels.chain_forward(p, dtype);
   } else {
     for (size_t l = 0; l < count; ++l)
-      kernels.layer_forward(layers[l], l ? a.h[l - 1] : x, weights[l], bias[l], a.h[l],
-                            a.z[l].defined() ? &a.z[l] : nullptr);
+      kernels.layer_forward(layers[l], l ? a.h[l - 1] : x, weights[l], bias[l], {a.h[l], a.z[l], a.mask[l]});
   }
   std::vector<at::Tensor> out = {a.h.back()};
   if (!keep) return out;
   out.insert(out.end(), a.h.begin(), a.h.end() - 1);
-  for (const at::Tensor& z : a.z)
-    if (z.defined()) out.push_back(z);
+  for (const std::vector<at::Tensor>& more : {a.z, a.mask})
+    for (const at::Tensor& t : more)
+      if (t.defined()) out.push_back(t);
   return out;
 }
 
@@ -89,32 +99,37 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
               grad_y.sizes());
   TORCH_CHECK(needs.size() == 1 + 2 * count, "mlp: expected ", 1 + 2 * count, " entries in needs, got ", needs.size());
   TORCH_CHECK(y || keeps_z(last) || last.act.kind == Act::none, "mlp: the last layer's gradient reads y, got None");
-  size_t expected = count - 1;
-  for (const Checked& c : layers) expected += keeps_z(c);
-  TORCH_CHECK(kept.size() == expected, "mlp: expected the ", expected, " tensors that forward kept, got ", kept.size());
-
+  std::vector<ChainLayer> chain = chain_layers(layers, weights);
+  Chain p = chain_of(chain, layers[0].shape.m);
   const c10::DeviceGuard device(x.device());
   const DType dtype = layers[0].dtype;
+  const bool as_chain = kernels.takes(p, dtype);
+  size_t expected = count - 1;
+  for (size_t l = 0; l < count; ++l) expected += keeps_z(layers[l]) + keeps_mask(kernels, layers, l, as_chain);
+  TORCH_CHECK(kept.size() == expected, "mlp: expected the ", expected, " tensors that forward kept, got ", kept.size());
+
   // What was kept may come back otherwise than it was, through hooks for saved tensors: the kernels read it as it was.
-  auto as_kept = [&](const at::Tensor& t, size_t l) {
-    check_like(t, "what forward kept", x, "x", "mlp");
-    const std::vector<int64_t> sizes = resized_last(x, layers[l].shape.n);
-    TORCH_CHECK(t.sizes() == at::IntArrayRef(sizes), "mlp: expected of layer ", l, " what forward kept, ", sizes,
-                ", got ", t.sizes());
+  auto as_kept = [&](const at::Tensor& t, size_t l, bool mask = false) {
+    check_place(t, "what forward kept", x, "x", "mlp");
+    const at::ScalarType dtype = mask ? at::kByte : x.scalar_type();
+    const std::vector<int64_t> sizes = resized_last(x, layers[l].shape.n / (mask ? kMaskBits : 1));
+    TORCH_CHECK(t.scalar_type() == dtype && t.sizes() == at::IntArrayRef(sizes), "mlp: expected of layer ", l,
+                " what forward kept, ", dtype, " ", at::IntArrayRef(sizes), ", got ", t.scalar_type(), " ", t.sizes());
     return t.contiguous();
   };
-  Activations a{std::vector<at::Tensor>(count), std::vector<at::Tensor>(count)};
+  Activations a(count);
   for (size_t l = 0; l + 1 < count; ++l) a.h[l] = as_kept(kept[l], l);
   if (y) a.h[count - 1] = as_kept(*y, count - 1);
-  for (size_t l = 0, next = count - 1; l < count; ++l)
+  size_t next = count - 1;
+  for (size_t l = 0; l < count; ++l)
     if (keeps_z(layers[l])) a.z[l] = as_kept(kept[next++], l);
+  for (size_t l = 0; l < count; ++l)
+    if (keeps_mask(kernels, layers, l, as_chain)) a.mask[l] = as_kept(kept[next++], l, true);
   std::vector<at::Tensor> grads(needs.size());
   auto need_weight = [&](size_t l) { return needs[1 + l] != 0; };
   auto need_bias = [&](size_t l) { return needs[1 + count + l] != 0; };
 
-  std::vector<ChainLayer> chain = chain_layers(layers, weights);
-  Chain p = chain_of(chain, layers[0].shape.m);
-  if (kernels.takes(p, dtype)) {
+  if (as_chain) {
     auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = at::empty(sizes, x.options())).data_ptr(); };
     set_activations(chain, a);
     for (size_t l = 0; l < count; ++l) {
@@ -130,6 +145,7 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
   }
 
   auto saved_by = [&](size_t l) {
+    if (a.mask[l].defined()) return a.mask[l];
     return layers[l].act.kind == Act::none ? at::Tensor() : keeps_z(layers[l]) ? a.z[l] : a.h[l];
   };
   size_t deepest = 0;  // the first layer that has a gradient to give

@@ -16,11 +16,11 @@ struct MlpKernels {
   void (*chain_forward)(const Chain&, DType);
   void (*chain_backward)(Chain, DType, const at::Tensor& like);
   // One layer, see cpu/layer.h and cuda/layer.h.
-  void (*layer_forward)(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                        at::Tensor& y, const at::Tensor* z);
+  void (*layer_forward)(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, Outputs);
   Gradients (*layer_backward)(const Checked&, const Incoming&, const at::Tensor& x, const at::Tensor& weight,
                               bool need_x, bool need_weight, bool need_bias, Gate* below);
-  bool dgrad_sums_dbias;  // layer_backward may fill Gate::dbias
+  bool dgrad_sums_dbias;               // layer_backward may fill Gate::dbias
+  bool (*takes_mask)(const Checked&);  // the layer's mask may stand for its y
 };
 
 // The entry points of mlp.h.

@@ -39,6 +39,10 @@ struct Activation {
   double slope;
 };
 
+// Where an activation gates (activation.h), a bit can stand for each element of y: byte i * n / 8 + j / 8 of a mask has that
+// of y[i, j] as bit j % 8. On CUDA, in 16 bits, where n is a multiple of 8.
+constexpr int kMaskBits = 8;
+
 // Where a product goes: rounded to its dtype, as the accumulators it was made in, or added to accumulators that are there.
 enum class Store : int32_t { rounded, accumulators, added };
 
@@ -101,6 +105,7 @@ struct ChainLayer {
   void* z;        // its input, likewise, where act' reads that
   void* dweight;  // [n, k] contiguous, or nullptr
   void* dbias;    // [n] contiguous, or nullptr
+  void* mask;     // on CUDA: of h, likewise; backward reads it in place of h; or nullptr
 };
 
 struct Chain {

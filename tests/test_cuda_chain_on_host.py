@@ -47,7 +47,7 @@ class ChainLayer(ctypes.Structure):  # of csrc/params.h
         ("weight", View),
         ("bias", ctypes.c_void_p),
         ("act", Activation),
-        *((name, ctypes.c_void_p) for name in ("h", "z", "dweight", "dbias")),
+        *((name, ctypes.c_void_p) for name in ("h", "z", "dweight", "dbias", "mask")),
     ]
 
 
@@ -114,8 +114,8 @@ class Network:
         sums = self.ask("slices") * sum(n * k + n for k, n in self.pairs)
         return self.ask("partials") > sums + 3
 
-    def forward(self, *, keep=True):
-        """h and z of every layer, None where not kept."""
+    def forward(self, *, keep=True, masks=None):
+        """h and z of every layer, None where not kept. To a list ``masks`` that of each layer is added."""
         call = Call(self.kernels)
         chain, layers = self.description(call)
         h, z = [None] * len(layers), [None] * len(layers)
@@ -127,12 +127,18 @@ class Network:
             if keep and not self.saves_y(i):
                 pointer, z[i] = call.output(self.rows, layer.n, dtype=self.dtype)
                 layer.z = pointer.value
+            if masks is not None:
+                pointer, mask = call.output(self.rows, layer.n // 8, dtype=torch.uint8)
+                layer.mask = pointer.value
+                masks.append(mask)
         self._call(self.kernels.chain_forward, chain)
+        if masks is not None:
+            masks[:] = [mask.clone() for mask in masks]
         return [t if t is None else t.clone() for t in h], [t if t is None else t.clone() for t in z]
 
-    def backward(self, h, z, wanted=None):
-        """The gradients named in ``wanted``, all by default: "dx", "dweight0", "dbias0", …"""
-        call = Call(self.kernels)
+    def backward(self, h, z, wanted=None, mask=None):
+        """The gradients named in ``wanted``, all by default: "dx", "dweight0", "dbias0", … ``mask`` of one layer."""
+        call = Call(self.kernels, aligned=mask is not None)
         chain, layers = self.description(call)
         outputs = {}
 
@@ -147,6 +153,7 @@ class Network:
             reads_h = i + 1 < len(layers) or (self.saves_y(i) and self.acts[i] != "none")
             layer.h = call.pointer(h[i] if reads_h else None).value
             layer.z = call.pointer(z[i]).value
+            layer.mask = call.pointer(mask).value
             layer.dweight = output(f"dweight{i}", layer.n, layer.k)
             layer.dbias = output(f"dbias{i}", layer.n)
         chain.dx = output("dx", self.rows, layers[0].k)

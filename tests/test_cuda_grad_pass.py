@@ -7,7 +7,7 @@ import torch
 
 from tests.cuda_on_host.library import DTYPES, ILLEGAL_ADDRESS, Call, accumulator, assert_within, tensor
 from tests.cuda_on_host.library import kernels as compiled_kernels
-from tests.test_cuda_on_host import ACTIVATIONS, SLOPE, gradient
+from tests.test_cuda_on_host import ACTIVATIONS, SLOPE, bit_view, bits, gradient
 
 OF_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 # one element; primes; whole 16-byte rows; more columns than a block has lanes; several slices and batches of rows
@@ -37,11 +37,12 @@ def grad_pass(kernels, g, saved, act, *, dz=True, dbias=True, aligned=False):
         DTYPES.index(g.dtype),
         *map(ctypes.c_int64, (m, n)),
         *call.view(g),
-        *call.view(saved),
+        *(call.view(saved) if not bits(saved) else bit_view(call, saved, g)),
         list(ACTIVATIONS).index(act),
         ctypes.c_double(SLOPE),
         *(pointer for pointer, _ in outputs),
         partials,
+        bits(saved),
     )
     assert status != ILLEGAL_ADDRESS, "touched memory beyond its operands"
     assert status == 0

@@ -58,13 +58,16 @@ def kernels():
     return compiled_kernels()
 
 
-def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, gate=None, wants=(), splits=1):
-    """c = A · B (see csrc/params.h), and of "z", "row_sum", "column_sum" those in ``wants``; fresh, guarded memory."""
+def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, gate=None, wants=(), splits=1, aligned=False):
+    """c = A · B (see csrc/params.h), and of "z", "row_sum", "column_sum", "mask" those in ``wants``; fresh, guarded
+    memory. ``saved`` and ``gate`` may be masks: uint8, of which ``saved`` comes as if of contiguous y, transposed where
+    A is."""
     (m, k), n = a.shape, b.shape[1] if b is not None else 0
-    call = Call(kernels)
+    call = Call(kernels, aligned)
     outputs = {"c": call.output(m, n, dtype=a.dtype)}
-    sizes = {"z": (m, n), "row_sum": (m,), "column_sum": (n,)}
-    outputs |= {name: call.output(*sizes[name], dtype=a.dtype) for name in wants}
+    sizes = {"z": (m, n), "row_sum": (m,), "column_sum": (n,), "mask": (m, n // 8)}
+    dtypes = {"mask": torch.uint8}
+    outputs |= {name: call.output(*sizes[name], dtype=dtypes.get(name, a.dtype)) for name in wants}
     null = (None, None)
     partials, _ = call.output(max(splits * (m * n + m), -(-m // 32) * n), dtype=accumulator(a.dtype))
     gate_saved, gate_act = gate or (None, "none")
@@ -73,7 +76,7 @@ def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, gate=None, w
         DTYPES.index(a.dtype),
         *map(ctypes.c_int64, (m, n, k)),
         *call.view(a),
-        *call.view(saved),
+        *(call.view(saved) if not bits(saved) else bit_view(call, saved, a)),
         *call.view(b),
         list(ACTIVATIONS).index(act),
         ctypes.c_double(SLOPE),
@@ -86,11 +89,25 @@ def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, gate=None, w
         outputs.get("column_sum", null)[0],
         splits,
         partials,
+        outputs.get("mask", null)[0],
+        bits(saved),
+        bits(gate_saved),
     )
     assert status != ILLEGAL_ADDRESS, "touched memory beyond its operands"
     assert status == 0
     results = [t.clone() for _, t in outputs.values()]
     return results if wants else results[0]
+
+
+def bits(saved):
+    return saved is not None and saved.dtype == torch.uint8
+
+
+def bit_view(call, mask, a):
+    """``mask`` [rows, features / 8] as the view of y that A, y's gradient or its transpose, has of it."""
+    features = mask.shape[1] * 8
+    strides = (features, 1) if a.shape[1] == features else (1, features)
+    return [call.pointer(mask), *map(ctypes.c_int64, strides)]
 
 
 def gradient(act, g, saved):
@@ -259,7 +276,7 @@ def test_act_pass(kernels, dtype):
         call = Call(kernels)
         pointer, y = call.output(count, dtype=dtype)
         arguments = (ctypes.c_int64(count), call.pointer(z), list(ACTIVATIONS).index(act), ctypes.c_double(SLOPE))
-        assert kernels.act_pass(DTYPES.index(dtype), *arguments, pointer) == 0
+        assert kernels.act_pass(DTYPES.index(dtype), *arguments, pointer, None) == 0
         assert_within(y, function(z.double()), z.double().abs() + 1, 1)
 
 

@@ -11,7 +11,7 @@ import pytest
 from tests.cuda_ops_on_host import plugin
 
 TESTS = Path(__file__).parent
-FILES = ["forward_backward", "mlp", "special_values", "promises"]
+FILES = ["forward_backward", "masks", "mlp", "special_values", "promises"]
 
 
 @pytest.fixture(scope="module")

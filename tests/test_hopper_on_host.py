@@ -8,16 +8,14 @@ what only the GPU does: its speed, and that it does what its manual says.
 
 import ctypes
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.cuda_on_host import library
 from tests.cuda_on_host.library import DTYPES, ILLEGAL_ADDRESS, Call, assert_within, tensor
-from tests.test_cuda_on_host import ACTIVATIONS, SLOPE, gradient
+from tests.test_cuda_on_host import ACTIVATIONS, SLOPE, bits, gradient
 
-HERE = Path(__file__).parent / "hopper_on_host"
 INVALID_VALUE = 1
 TILES = [128, 256]
 OF_KERNELS = pytest.mark.parametrize(
@@ -32,7 +30,7 @@ SHAPES = [(1, 8, 8), (130, 264, 520), (300, 520, 72)]
 
 def compile_kernels(changes=None):
     compiled = library.compile_kernels(
-        changes, files=("cuda/hopper/*.cu", "entry.cpp", "entry_guarded.cpp"), stand_ins=(HERE, library.HERE)
+        changes, files=("cuda/hopper/*.cu", "entry.cpp", "entry_guarded.cpp"), stand_ins=(library.HOPPER, library.HERE)
     )
     compiled.shared_descriptor.restype = ctypes.c_uint64
     return compiled
@@ -48,8 +46,9 @@ def gemm(kernels, tile, a, b, act="none", *, bias=None, gate=None, wants=(), spl
     (m, k), n = a.shape, b.shape[1]
     call = Call(kernels)
     outputs = {"c": call.output(m, n, dtype=a.dtype)}
-    sizes = {"z": (m, n), "column_sum": (n,)}
-    outputs |= {name: call.output(*sizes[name], dtype=a.dtype) for name in wants}
+    sizes = {"z": (m, n), "column_sum": (n,), "mask": (m, n // 8)}
+    dtypes = {"mask": torch.uint8}
+    outputs |= {name: call.output(*sizes[name], dtype=dtypes.get(name, a.dtype)) for name in wants}
     partials, _ = call.output(max(splits * m * n, -(-m // 64) * n), dtype=torch.float32)
     gate_saved, gate_act = gate or (None, "none")
     null = (None, None)
@@ -72,6 +71,8 @@ def gemm(kernels, tile, a, b, act="none", *, bias=None, gate=None, wants=(), spl
         partials,
         call.pointer(saved),
         call.pointer(row_sum),
+        outputs.get("mask", null)[0],
+        bits(gate_saved),
         ctypes.byref(takes),
     )
     assert status != ILLEGAL_ADDRESS, "touched memory beyond its operands"

@@ -147,9 +147,10 @@ def test_activation_lists_agree():
 
 
 def test_saved_tensor_agrees():
-    """Whether backward reads y or z: each functor's constant, and Python's."""
+    """Whether backward reads y or z, and whether a bit is enough: each functor's constants, and Python's."""
     header = (CSRC / "activation.h").read_text()
     functor = dict(re.findall(r"case Act::(\w+): return f\((\w+)\{\}\)", header)) | {"none": "Identity"}
     for name, activation in ACTIVATIONS.items():
         body = header[header.index(f"struct {functor[name]} {{") :]
-        assert re.search(r"saves_output = (\w+);", body).group(1) == str(activation.saves_output).lower(), name
+        constants = re.search(r"saves_output = (\w+), gates = (\w+);", body).groups()
+        assert constants == tuple(str(c).lower() for c in (activation.saves_output, activation.gates)), name

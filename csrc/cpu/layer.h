@@ -21,8 +21,8 @@ void layer_backward(const Checked&, const Incoming&, const at::Tensor& x, const 
 
 // As MlpKernels wants them.
 inline void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                          at::Tensor& y, const at::Tensor* z) {
-  layer_forward(c, x, weight, bias, y, z, nullptr);
+                          Outputs out) {
+  layer_forward(c, x, weight, bias, out.y, out.z.defined() ? &out.z : nullptr, nullptr);
 }
 inline Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
                                 bool need_x, bool need_weight, bool need_bias, Gate* below = nullptr) {

@@ -16,7 +16,7 @@ at::Tensor linear_act_forward_cpu(const at::Tensor& x, const at::Tensor& weight,
                                   int64_t act, double slope) {
   const Checked c = check_forward(x, weight, bias, act, slope);
   at::Tensor y = at::empty(resized_last(x, c.shape.n), x.options());
-  cpu::layer_forward(c, x, weight, contiguous_or_none(bias), y, nullptr);
+  cpu::layer_forward(c, x, weight, contiguous_or_none(bias), {y});
   return y;
 }
 
@@ -25,7 +25,7 @@ std::tuple<at::Tensor, at::Tensor> linear_act_forward_z_cpu(const at::Tensor& x,
   const Checked c = check_forward(x, weight, bias, act, slope);
   at::Tensor y = at::empty(resized_last(x, c.shape.n), x.options());
   at::Tensor z = at::empty(y.sizes(), x.options());
-  cpu::layer_forward(c, x, weight, contiguous_or_none(bias), y, &z);
+  cpu::layer_forward(c, x, weight, contiguous_or_none(bias), {y, z});
   return {y, z};
 }
 

@@ -33,6 +33,7 @@ const MlpKernels kKernels = {
     &cpu::layer_forward,
     &cpu::layer_backward,
     /*dgrad_sums_dbias=*/false,
+    /*takes_mask=*/[](const Checked&) { return false; },
 };
 
 }  // namespace

@@ -11,13 +11,17 @@ __global__ void __launch_bounds__(kActThreads, 4) act_pass_kernel(const ActPass 
   using A = Acc<T>;
   const int64_t stride = int64_t{gridDim.x} * kActThreads, first = int64_t{blockIdx.x} * kActThreads + threadIdx.x;
   with_activation(p.act.kind, [&](auto act) {
+    using Functor = decltype(act);
     auto walk = [&](int64_t from, int64_t to, auto width) {
       constexpr int kWidth = decltype(width)::value;
       for (int64_t at = from + first * kWidth; at < to; at += stride * kWidth) {
         A v[kWidth];
         load<T>(p.z, at, v);
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) v[e] = decltype(act)::template value<Ops<A>>(v[e], Ops<A>::lit(p.act.slope));
+        for (int e = 0; e < kWidth; ++e) v[e] = Functor::template value<Ops<A>>(v[e], Ops<A>::lit(p.act.slope));
+        if constexpr (kHasMask<T, kWidth> && Functor::gates) {
+          if (p.mask) store_mask<Functor, T>(p.mask, at, v);
+        }
         store<T>(p.y, at, v);
       }
     };
@@ -39,6 +43,7 @@ cudaError_t run(const ActPass& p, cudaStream_t stream) {
 
 cudaError_t act_pass(DType dtype, const ActPass& p, cudaStream_t stream) {
   if (p.count == 0) return cudaSuccess;
+  if (p.mask && !mask_fits(dtype, p.count, {p.z, p.y})) return cudaErrorInvalidValue;
   return with_dtype(dtype, [&](auto t) { return run<decltype(t)>(p, stream); });
 }
 

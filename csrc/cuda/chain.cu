@@ -163,9 +163,11 @@ ChainPass pass_of(const Chain& p) {
   ChainPass pass{};
   for (int l = 0; l < p.layers; ++l) {
     pass.layer[l] = p.layer[l];
-    const Act kind = p.layer[l].act.kind;
-    pass.saved[l] = kind == Act::none ? nullptr : saves_output(kind) ? p.layer[l].h : p.layer[l].z;
+    const ChainLayer& layer = p.layer[l];
+    const Act kind = layer.act.kind;
+    pass.saved[l] = kind == Act::none ? nullptr : layer.mask ? layer.mask : saves_output(kind) ? layer.h : layer.z;
   }
+  pass.saved_bits = p.layers == 1 && p.layer[0].mask;
   pass.rows = p.rows;
   pass.x = p.x;
   return pass;
@@ -222,6 +224,7 @@ cudaError_t backward(const Chain& p, DType dtype, cudaStream_t stream) {
     pass.pitch = part.stages ? LayerBackward<T>::pitch(features) : pitch_of<T>(features);
     pass.block_rows = part.block_rows;
     pass.stages = part.stages;
+    if (pass.saved_bits && !part.stages) return cudaErrorInvalidValue;  // of a device that shares next to nothing
     const cudaError_t status =
         launch(part.stages ? layer_backward_kernel<T> : chain_backward_kernel<T>, dim3(static_cast<unsigned>(p.slices)),
                part.threads, static_cast<size_t>(part.bytes), stream, pass);
@@ -265,6 +268,8 @@ cudaError_t chain_forward(const Chain& p, DType dtype, cudaStream_t stream) {
 
 cudaError_t chain_backward(const Chain& p, DType dtype, cudaStream_t stream) {
   if (!chain_takes(p, dtype)) return cudaErrorInvalidValue;
+  for (int l = 0; p.layers > 1 && l < p.layers; ++l)
+    if (p.layer[l].mask) return cudaErrorInvalidValue;
   return with_chain_dtype(dtype, [&](auto t) { return backward<decltype(t)>(p, dtype, stream); });
 }
 

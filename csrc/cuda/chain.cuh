@@ -15,6 +15,7 @@ constexpr int kChainFeatures = 128;
 struct ChainPass {
   ChainLayer layer[kChainLayers];
   const void* saved[kChainLayers];  // h or z, what the gradient of the layer reads; nullptr for the identity
+  bool saved_bits;                  // backward of one layer: `saved` is the mask of its h
   int64_t rows;
   int begin, end;
   int pitch;       // of the rows in shared memory: that of the widest of these layers
@@ -44,8 +45,8 @@ DLK_HD int weight_rows(int n) {
 
 // ---- what both backwards do -------------------------------------------------------------------------------------------
 
-// dz = g · act'(saved) for `rows` rows of a block, in place of g.
-template <class T>
+// dz = g · act'(saved) for `rows` rows of a block, in place of g. kBits: `saved` is their mask.
+template <bool kBits, class T>
 DLK_DEVICE void mask_rows(const Activation& activation, T* g, const T* saved, int pitch, int rows, int cols) {
   using O = Ops<float>;
   constexpr int kChunk = kPack<T>;
@@ -56,7 +57,10 @@ DLK_DEVICE void mask_rows(const Activation& activation, T* g, const T* saved, in
       const int col = walk.at * kChunk, at = walk.row * pitch + col;
       float gs[kChunk], s[kChunk];
       load<T>(g, at, gs);
-      load<T>(saved, at, s);
+      if constexpr (kBits)
+        load_mask<T>(saved, walk.row * cols + col, s);
+      else
+        load<T>(saved, at, s);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
         gs[i] = col + i < cols ? decltype(act)::template grad<O>(gs[i], s[i], O::lit(activation.slope)) : 0.0f;

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) chain_backward_kernel(con
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
-      mask_rows(p.layer[top].act, dz, free, pitch, rows, static_cast<int>(p.layer[top].n));
+      mask_rows<false>(p.layer[top].act, dz, free, pitch, rows, static_cast<int>(p.layer[top].n));
     }
 
     at = layers;

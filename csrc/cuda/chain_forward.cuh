@@ -17,6 +17,20 @@ DLK_HD int strip_bytes(int pitch) {
   return kStrip * pitch * static_cast<int>(sizeof(T));
 }
 
+// The mask of what lies in the strip.
+template <class T>
+DLK_DEVICE void mask_strip(const ChainLayer& layer, const T* strip, int pitch, int64_t i0, int rows) {
+  with_activation(layer.act.kind, [&](auto act) {
+    if constexpr (decltype(act)::gates) {
+      for (Walk walk(this_warp(), static_cast<int>(layer.n) / kMaskBits); walk.row < rows; walk.next()) {
+        float y[kMaskBits];
+        load<T>(strip, walk.row * pitch + walk.at * kMaskBits, y);
+        store_mask<decltype(act), T>(layer.mask, (i0 + walk.row) * layer.n + walk.at * kMaskBits, y);
+      }
+    }
+  });
+}
+
 // One layer for the 16 rows of `strip`, in place. Every lane of the warp may read the strip before and after it.
 template <class T, int kUnits>
 DLK_DEVICE void forward_layer(const ChainLayer& layer, const unsigned char* shared, T* strip, int pitch, int64_t i0,
@@ -43,6 +57,9 @@ DLK_DEVICE void forward_layer(const ChainLayer& layer, const unsigned char* shar
   Tile::store(strip, pitch, kStrip, n, units, acc);
   __syncwarp();
   if (layer.h) store_rows(this_warp(), layer.h, i0, rows, n, strip, pitch);
+  if constexpr (kHasMask<T, kPack<T>>) {
+    if (layer.mask) mask_strip(layer, strip, pitch, i0, rows);
+  }
 }
 
 // Every warp has two strips: while one goes through the layers, the rows of the next are on their way into the other.

@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "launch.cuh"
+#include "mask.cuh"
 #include "primitives.cuh"
 
 namespace dlk::cuda {
@@ -33,6 +34,9 @@ DLK_DEVICE bool in_packs(const Gemm& p) {
   return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.gate) && aligned(p.bias);
 }
 
+// A mask is stored in these steps.
+inline bool mask_fits(const Gemm& p) { return !p.mask || (mask_fits(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.gate); }
+
 // Finishes C[i, j ... j + kWidth) from its sums; leaves in `acc` what it stored, before rounding.
 template <class T, int kWidth>
 DLK_DEVICE void finish(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth]) {
@@ -47,7 +51,13 @@ DLK_DEVICE void finish(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth
   }
   if (p.z) store<T>(p.z, at, acc);
   if (p.gate) {
-    load<T>(p.gate, at, other);
+    if constexpr (kHasMask<T, kWidth>) {
+      if (p.gate_bits) load_mask<T>(p.gate, at, other);
+    }
+    if constexpr (kWidth == 1)
+      other[0] = saved_at<T>({p.gate, p.n, 1}, p.gate_bits, i, j);
+    else if (!kHasMask<T, kWidth> || !p.gate_bits)
+      load<T>(p.gate, at, other);
     with_activation(p.gate_act.kind, [&](auto act) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e)
@@ -57,6 +67,9 @@ DLK_DEVICE void finish(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth
     with_activation(p.act.kind, [&](auto act) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) acc[e] = decltype(act)::template value<O>(acc[e], O::lit(p.act.slope));
+      if constexpr (kHasMask<T, kWidth> && decltype(act)::gates) {
+        if (p.mask) store_mask<decltype(act), T>(p.mask, at, acc);
+      }
     });
   }
   store<T>(p.c, at, acc);

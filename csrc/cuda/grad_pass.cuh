@@ -46,6 +46,12 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
           const int64_t row = i + b * step;
           if (row >= end) continue;
           load_run<T>(p.g, row, j, g_in_runs, kWidth, g[b]);
+          if constexpr (kHasMask<T, kWidth> && decltype(act)::gates) {
+            if (p.saved_bits) {
+              load_mask<T>(p.saved.data, row * p.n + j, saved[b]);
+              continue;
+            }
+          }
           if constexpr (kReadsSaved) load_run<T>(p.saved, row, j, saved_in_runs, kWidth, saved[b]);
         }
 #pragma unroll

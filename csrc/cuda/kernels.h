@@ -12,7 +12,11 @@
 
 namespace dlk::cuda {
 
+// Masks are 16-byte aligned.
 struct Gemm : dlk::Gemm {
+  void* mask;       // of c, or nullptr; c and bias are 16-byte aligned then
+  bool saved_bits;  // `saved` is a mask, and the view that of y which it stands for: its strides count bits
+  bool gate_bits;   // `gate` is a mask
   // With a gate: [n] sums of c's columns, dbias of the layer below; or nullptr.
   void* column_sum;
   int tile;  // tensor cores: side of a block's tile of C, 64 or 128; 0: by the size of C
@@ -37,12 +41,18 @@ cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream);
 bool hopper_takes(const Gemm& p);
 bool hopper_available();
 
+struct ActPass : dlk::ActPass {
+  void* mask;  // of y, or nullptr
+};
 cudaError_t act_pass(DType dtype, const ActPass& p, cudaStream_t stream);
 
 // How many slices k is cut in, so that a small C with a long k still fills the device: a function of the shape alone,
 // hence the same bits on every run.
 int gemm_splits(int64_t m, int64_t n, int64_t k);
 
+struct GradPass : dlk::GradPass {
+  bool saved_bits;  // as in Gemm
+};
 // dz and dbias in one pass. `saved` may be null for Act::none. `partials` holds grad_pass_partials() accumulators.
 cudaError_t grad_pass(const GradPass& p, cudaStream_t stream);
 int64_t grad_pass_partials(const GradPass& p);
@@ -72,7 +82,7 @@ cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream);
 // the device, and on nothing else: the same inputs give the same bits.
 bool chain_takes(const Chain& p, DType dtype);
 cudaError_t chain_forward(const Chain& p, DType dtype, cudaStream_t stream);
-// Wants `slices` and `partials` of these sizes, the latter in f32.
+// Wants `slices` and `partials` of these sizes, the latter in f32. Takes a mask of a chain of one layer.
 int chain_slices(const Chain& p, DType dtype);
 int64_t chain_partials(const Chain& p, DType dtype);
 cudaError_t chain_backward(const Chain& p, DType dtype, cudaStream_t stream);

@@ -14,7 +14,24 @@
 namespace dlk::cuda {
 namespace {
 
+// t, contiguous and where 16-byte accesses may begin.
+at::Tensor aligned(const at::Tensor& t) {
+  const at::Tensor out = t.contiguous();
+  return reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 == 0 ? out : out.clone();
+}
+
+void* data(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+// What act' reads, of a Gemm or a GradPass: of mask bits the view of the y that they stand for.
+template <class P>
+void set_saved(P& p, const Checked& c, const Incoming& in) {
+  if (!in.saved.defined()) return;
+  p.act = c.act;
+  p.saved_bits = is_mask(in.saved);
+  p.saved = p.saved_bits ? View{in.saved.const_data_ptr(), c.shape.n, 1} : view_of(in.saved);
+}
 
 Path path_of(Op op, const Checked& c, const View& left, const View& right) {
   const int arch = current_arch();
@@ -38,11 +55,10 @@ void launch(Path path, Gemm p, const at::Tensor& like) {
 void narrow_backward(const Checked& c, const Incoming& in, const at::Tensor& x2, const at::Tensor& weight,
                      const at::Tensor& dx, const at::Tensor& dweight, const at::Tensor& dbias) {
   ChainOfOne p(c.shape);
-  auto data = [](const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
   const at::Tensor saved = in.saved.defined() ? in.saved.contiguous() : in.saved;
   if (saved.defined()) {  // else g is dz already
     p.layer.act = c.act;
-    (saves_output(c.act.kind) ? p.layer.h : p.layer.z) = data(saved);
+    (is_mask(saved) ? p.layer.mask : saves_output(c.act.kind) ? p.layer.h : p.layer.z) = data(saved);
   }
   if (weight.defined()) p.layer.weight = view_of(weight);
   if (x2.defined()) p.chain.x = view_of(x2);
@@ -58,9 +74,8 @@ void pass(const Checked& c, const Incoming& in, const at::Tensor& dz, const at::
   p.dtype = c.dtype;
   p.m = c.shape.m, p.n = c.shape.n;
   p.g = view_of(in.g);
-  if (in.saved.defined()) p.saved = view_of(in.saved), p.act = c.act;
-  p.dz = dz.defined() ? dz.data_ptr() : nullptr;
-  p.dbias = dbias.defined() ? dbias.data_ptr() : nullptr;
+  set_saved(p, c, in);
+  p.dz = data(dz), p.dbias = data(dbias);
   at::Tensor partials;
   if (const int64_t count = grad_pass_partials(p)) {
     partials = accumulators(count, in.g);
@@ -76,10 +91,11 @@ void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& we
     return;
   }
   Gemm p = product(Op::dgrad, c.shape, c.dtype, view_of(in.g), view_of(weight));
-  if (in.saved.defined()) p.saved = view_of(in.saved), p.act = c.act;
+  set_saved(p, c, in);
   p.c = dx.data_ptr();
   if (below) {
     p.gate = below->saved.const_data_ptr();
+    p.gate_bits = is_mask(below->saved);
     p.gate_act = below->act;
     below->applied = true;
     below->summed = below->dbias.defined() && path != Path::simt;
@@ -95,9 +111,10 @@ void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2
     return;
   }
   Gemm p = product(Op::wgrad, c.shape, c.dtype, view_of(in.g), view_of(x2));
-  if (in.saved.defined()) p.saved = view_of(in.saved).transposed(), p.act = c.act;
+  set_saved(p, c, in);
+  p.saved = p.saved.transposed();
   p.c = dweight.data_ptr();
-  p.row_sum = dbias.defined() ? dbias.data_ptr() : nullptr;
+  p.row_sum = data(dbias);
   p.splits = gemm_splits(p.m, p.n, p.k);
   launch(path, p, dweight);
 }
@@ -110,6 +127,12 @@ void run_chain_backward(Chain p, DType dtype, const at::Tensor& like) {
   p.partials = partials.data_ptr();
   C10_CUDA_CHECK(chain_backward(p, dtype, stream()));
 }
+
+bool takes_mask(const Checked& c) {
+  return gates(c.act.kind) && (c.dtype == DType::bf16 || c.dtype == DType::f16) && c.shape.n % kMaskBits == 0;
+}
+
+bool is_mask(const at::Tensor& saved) { return saved.scalar_type() == at::kByte; }
 
 int current_arch() {
   int device = 0, major = 0, minor = 0;
@@ -131,7 +154,7 @@ bool tf32_allowed() {
 }
 
 void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                   at::Tensor& y, const at::Tensor* z) {
+                   Outputs out) {
   const auto [m, n, k] = c.shape;
   if (m == 0 || n == 0) return;
   const at::Tensor x2 = as_rows(x);
@@ -142,26 +165,28 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
     p.layer.act = c.act;
     p.chain.x = view_of(x2);
     p.layer.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
-    p.layer.h = y.data_ptr();
-    p.layer.z = z ? z->data_ptr() : nullptr;
+    p.layer.h = data(out.y), p.layer.z = data(out.z), p.layer.mask = data(out.mask);
     C10_CUDA_CHECK(chain_forward(p.chain, c.dtype, stream()));
     return;
   }
 
   Gemm p = product(Op::forward, c.shape, c.dtype, view_of(x2), view_of(weight));
   p.act = c.act;
-  p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
-  p.c = y.data_ptr();
-  p.z = z ? z->data_ptr() : nullptr;
-  if (path != Path::cublas) return launch(path, p, y);
+  const at::Tensor of_mask = bias.defined() && out.mask.defined() ? aligned(bias) : at::Tensor();
+  p.bias = of_mask.defined() ? of_mask.const_data_ptr() : bias.defined() ? bias.const_data_ptr() : nullptr;
+  p.c = data(out.y), p.z = data(out.z), p.mask = data(out.mask);
+  if (path != Path::cublas) return launch(path, p, out.y);
 
-  at::Tensor pre = z ? z->view({m, n}) : y.view({m, n});
+  at::Tensor pre = (p.z ? out.z : out.y).view({m, n});
   if (bias.defined())
     at::addmm_out(pre, bias, x2, weight.t());
   else
     at::mm_out(pre, x2, weight.t());
-  if (z || c.act.kind != Act::none)
-    C10_CUDA_CHECK(act_pass(c.dtype, {m * n, pre.const_data_ptr(), c.act, y.data_ptr()}, stream()));
+  if (!p.z && c.act.kind == Act::none) return;
+  ActPass pass{};
+  pass.count = m * n, pass.act = c.act;
+  pass.z = pre.const_data_ptr(), pass.y = p.c, pass.mask = p.mask;
+  C10_CUDA_CHECK(act_pass(c.dtype, pass, stream()));
 }
 
 Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
@@ -171,7 +196,8 @@ Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor&
   if (m == 0 || n == 0) return {dx, dweight, dbias};
   need_x = need_x && k > 0;
   need_weight = need_weight && k > 0;
-  Incoming rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
+  Incoming rows = {as_rows(in.g), in.saved};
+  if (in.saved.defined()) rows.saved = as_rows(is_mask(in.saved) ? aligned(in.saved) : in.saved);
   const at::Tensor x2 = need_weight ? as_rows(x) : at::Tensor();
   const View dz_view = in.saved.defined() ? View{nullptr, n, 1} : view_of(rows.g);  // as it would come to exist
   Path dx_path = need_x ? path_of(Op::dgrad, c, dz_view, view_of(weight)) : Path::simt;

@@ -8,13 +8,16 @@
 
 namespace dlk::cuda {
 
-// y = act(x · weightᵀ + bias), and z where it is given; bias contiguous or undefined. On the current device.
-void layer_forward(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& y,
-                   const at::Tensor* z);
+// y = act(x · weightᵀ + bias); bias contiguous or undefined. On the current device.
+void layer_forward(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, Outputs);
 
 // x may be undefined without need_weight, weight without need_x.
 Gradients layer_backward(const Checked&, const Incoming&, const at::Tensor& x, const at::Tensor& weight, bool need_x,
                          bool need_weight, bool need_bias, Gate* below = nullptr);
+
+// Whether the layer has a mask; see params.h.
+bool takes_mask(const Checked&);
+bool is_mask(const at::Tensor& saved);
 
 // A chain's backward with the scratch it wants; `like` is of its dtype and on its device.
 void run_chain_backward(Chain, DType, const at::Tensor& like);

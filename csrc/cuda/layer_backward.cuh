@@ -38,6 +38,14 @@ struct LayerBackward {
   }
 };
 
+// The mask of rows i0 ... i0 + rows, of n features, to shared memory as it lies. i0 is a multiple of 16, so that it is aligned.
+DLK_DEVICE void load_mask_rows(void* to, const void* mask, int64_t i0, int rows, int n) {
+  const auto* from = static_cast<const unsigned char*>(mask) + i0 * n / kMaskBits;
+  const int bytes = rows * n / kMaskBits;
+  for (int at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16)
+    cp_async_16(static_cast<unsigned char*>(to) + at, from + at, min(16, bytes - at));
+}
+
 // blockIdx.x is the slice of the rows.
 template <class T>
 __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const __grid_constant__ ChainPass p) {
@@ -52,7 +60,7 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
   const int64_t first = blockIdx.x * blocks / p.slices, last = (blockIdx.x + 1) * blocks / p.slices;
 
   // What masks are taken from, where that is no other operand. Both, and z has to wait until `own` has been read.
-  const View own{p.masked ? nullptr : p.saved[l], n, 1};
+  const bool own = !p.masked && p.saved[l];
   const View z{p.masks_by_input(l) ? nullptr : p.mask_below(l), k, 1};
 
   auto rows_of = [&](int64_t block) {
@@ -70,8 +78,10 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       T* const stage = stage_of(block);
       load_block(stage, p.incoming, block, n);
       if (p.needs_input(l)) load_block(stage + buffer, p.input(l), block, k);
-      if (own.data)
-        load_block(stage + 2 * buffer, own, block, n);
+      if (own && p.saved_bits)
+        load_mask_rows(stage + 2 * buffer, p.saved[l], block * p.block_rows, rows_of(block), n);
+      else if (own)
+        load_block(stage + 2 * buffer, View{p.saved[l], n, 1}, block, n);
       else if (z.data)
         load_block(stage + 2 * buffer, z, block, k);
     }
@@ -100,8 +110,11 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       cp_async_wait<0>();
     __syncthreads();  // these rows are there, and those before them, whose place is loaded next, have been read by all
     load_stage(block + p.stages - 1);
-    if (own.data) {
-      mask_rows(layer.act, dz, third, pitch, rows, n);
+    if (own) {
+      if constexpr (kHasMask<T, kPack<T>>) {
+        if (p.saved_bits) mask_rows<true>(layer.act, dz, third, pitch, rows, n);
+      }
+      if (!p.saved_bits) mask_rows<false>(layer.act, dz, third, pitch, rows, n);
       __syncthreads();  // dz is made
       if (z.data) {
         load_block(third, z, block, k);
@@ -120,7 +133,7 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       }
     }
     if (!p.outgoing) continue;
-    if (own.data && z.data) {
+    if (own && z.data) {
       cp_async_wait<0>();
       __syncthreads();  // z is there
     }

@@ -19,6 +19,7 @@ const MlpKernels kKernels = {
     &cuda::layer_forward,
     &cuda::layer_backward,
     /*dgrad_sums_dbias=*/true,
+    &cuda::takes_mask,
 };
 
 }  // namespace

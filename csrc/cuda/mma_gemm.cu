@@ -50,7 +50,7 @@ cudaError_t run_dtype(const Gemm& p, cudaStream_t stream) {
 
 cudaError_t mma_gemm(const Gemm& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return p.row_sum ? cudaErrorInvalidValue : cudaSuccess;  // row sums alone: grad_pass
-  if (p.column_sum && (p.splits != 1 || !p.gate)) return cudaErrorInvalidValue;
+  if ((p.column_sum && (p.splits != 1 || !p.gate)) || !mask_fits(p)) return cudaErrorInvalidValue;
   if (p.tile != 0 && p.tile != kSmall && p.tile != kLarge) return cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::f64: break;

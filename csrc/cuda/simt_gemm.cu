@@ -23,7 +23,7 @@ cudaError_t run(const Gemm& p, cudaStream_t stream) {
 
 cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream) {
   if (p.m == 0 || (p.n == 0 && !p.row_sum)) return cudaSuccess;
-  if (p.column_sum) return cudaErrorInvalidValue;
+  if (p.column_sum || !mask_fits(p)) return cudaErrorInvalidValue;
   return with_dtype(p.dtype, [&](auto t) { return run<decltype(t)>(p, stream); });
 }
 

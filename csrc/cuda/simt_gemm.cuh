@@ -33,7 +33,7 @@ DLK_DEVICE Acc<T> load_a(const Gemm& p, int64_t i, int64_t s) {
   using O = Ops<Acc<T>>;
   const Acc<T> a = widen(static_cast<const T*>(p.a.data)[i * p.a.row_stride + s * p.a.col_stride]);
   if (!p.saved.data) return a;
-  const Acc<T> saved = widen(static_cast<const T*>(p.saved.data)[i * p.saved.row_stride + s * p.saved.col_stride]);
+  const Acc<T> saved = saved_at<T>(p.saved, p.saved_bits, i, s);
   return with_activation(p.act.kind,
                          [&](auto act) { return decltype(act)::template grad<O>(a, saved, O::lit(p.act.slope)); });
 }
@@ -61,6 +61,24 @@ DLK_DEVICE void store_row_sum(const Gemm& p, int64_t i, double sum) {
     static_cast<Acc<T>*>(p.partials)[p.splits * p.m * p.n + blockIdx.z * p.m + i] = acc;
   else
     narrow(acc, static_cast<T*>(p.row_sum) + i);
+}
+
+// The mask of a tile of C that lies in memory, where it can be read by the byte: no thread made 8 columns in a row.
+template <class Traits>
+DLK_DEVICE void mask_tile(const Gemm& p, int64_t i0, int64_t j0) {
+  using T = typename Traits::T;
+  if constexpr (kHasMask<T, kPack<T>>) {
+    constexpr int kAcross = Traits::kTileN / kMaskBits;
+    for (int e = threadIdx.x; e < Traits::kTileM * kAcross; e += Traits::kThreads) {
+      const int64_t i = i0 + e / kAcross, j = j0 + e % kAcross * kMaskBits;
+      if (i >= p.m || j >= p.n) continue;
+      float y[kMaskBits];
+      load<T>(p.c, i * p.n + j, y);
+      with_activation(p.act.kind, [&](auto act) {
+        if constexpr (decltype(act)::gates) store_mask<decltype(act), T>(p.mask, i * p.n + j, y);
+      });
+    }
+  }
 }
 
 // blockIdx.x walks the tiles of C, blockIdx.z is the slice of k.
@@ -135,6 +153,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
         const int64_t row = i0 + lane_m + i * kLanesM, col = j0 + lane_n + j * kLanesN;
         if (row < p.m && col < p.n) store_c<T>(p, row, col, acc[i][j]);
       }
+    }
+    if (p.mask) {
+      __syncthreads();  // the tile is in memory
+      mask_tile<Traits>(p, i0, j0);
     }
   }
 }

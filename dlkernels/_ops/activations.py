@@ -22,6 +22,7 @@ class Activation:
     value: Callable[[Tensor, float], Tensor]
     first: Callable[[Tensor, float], Tensor]  # d y / d z
     bend: Callable[[Tensor, float], Tensor] | None  # d first / d saved; None: zero wherever it exists
+    gates: bool  # `first` reads of y no more than a bit, as in csrc/activation.h
 
 
 def _gate(s: Tensor, closed: float) -> Tensor:
@@ -115,8 +116,10 @@ _ALL = (
     ),
 )
 
+_GATES = {"relu", "leaky_relu"}
+
 ACTIVATIONS: dict[str, Activation] = {
-    name: Activation(name, code, saves_output, value, first, bend)
+    name: Activation(name, code, saves_output, value, first, bend, name in _GATES)
     for code, (name, saves_output, value, first, bend) in enumerate(_ALL)
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dlkernels._ops import masks
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.linear_cross_entropy import stock_linear_cross_entropy
 from dlkernels._ops.losses import grad_dtype, stock_cross_entropy, stock_gaussian_nll, stock_mse
@@ -25,6 +26,11 @@ def _forward_z(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> Tensor:
     return _forward_z(x, weight, bias, act, slope)[0]
+
+
+def _forward_mask(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
+    y = _forward(x, weight, bias, act, slope)
+    return y, masks.packed(y, _BY_CODE[act])
 
 
 def _mse_loss(input: Tensor, target: Tensor, reduction: int, need_grad: bool) -> tuple[Any, ...]:
@@ -71,6 +77,7 @@ _ops = torch.ops.dlkernels
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     _ops._linear_act_forward.default: _forward,
     _ops._linear_act_forward_z.default: _forward_z,
+    _ops._linear_act_forward_mask.default: _forward_mask,
     _ops._mse_loss.default: _mse_loss,
     _ops._gaussian_nll_loss.default: _gaussian_nll_loss,
     _ops._cross_entropy.default: _cross_entropy,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkernels._ops import masks
 from dlkernels._ops.activations import ACTIVATIONS, Activation
 from dlkernels._ops.modes import forward_mode
 
@@ -19,9 +20,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def keep(
     ctx: Any, x: Tensor, weight: Tensor, outputs: Tensor | tuple[Tensor, Tensor], act: Activation, slope: float
 ) -> None:
-    """Save what a layer's backward will read; ``outputs`` is y, or (y, z) where that reads z."""
+    """Save what a layer's backward will read; ``outputs`` is y, or y and what it reads instead: z, or a mask."""
     need_x, need_weight, _ = ctx.needs_input_grad[:3]
-    saved = outputs if act.saves_output else outputs[1]
+    saved = outputs if isinstance(outputs, Tensor) else outputs[1]
     # Only what the gradients asked for will read (the identity's read neither y nor z). What is not saved costs no
     # memory and may be changed in place before backward, as in stock torch.
     ctx.save_for_backward(x if need_weight else None, weight if need_x else None, None if act.name == "none" else saved)
@@ -128,6 +129,8 @@ def gradients(
 ) -> Gradients:
     """(dx, dweight, dbias) from the gradients of y and of z, which comes where a derivative returns through what was
     saved. Differentiable where autograd records; ``saved`` is None for the identity."""
+    if saved is not None and masks.is_mask(saved) and g is not None:
+        saved = masks.unpacked(saved, g.dtype)
 
     def through(g: Tensor, saved: Tensor, act: Activation) -> Gradients:
         if forward_mode():

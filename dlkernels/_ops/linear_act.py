@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkernels._ops import autocast, sharding
+from dlkernels._ops import autocast, masks, sharding
 from dlkernels._ops.activations import ACTIVATIONS, Activation
 from dlkernels._ops.derivatives import (
     Gradients,
@@ -37,6 +37,7 @@ from dlkernels._ops.modes import autocast_active, autocast_operands, forward_mod
 
 _forward = torch.ops.dlkernels._linear_act_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_forward_z.default
+_forward_mask = torch.ops.dlkernels._linear_act_forward_mask.default
 
 # ---- fake kernels: shapes and dtypes for compile, export and the meta device ---------------------------------------
 
@@ -85,6 +86,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) ->
     return y, torch.empty_like(y)
 
 
+@torch.library.register_fake("dlkernels::_linear_act_forward_mask")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
+    y = _fake_y(x, weight, bias)
+    return y, y.new_empty((*y.shape[:-1], y.shape[-1] // masks.BITS), dtype=torch.uint8)
+
+
 @torch.library.register_fake("dlkernels::_linear_act_backward")
 def _(
     grad_y: Tensor,
@@ -97,7 +104,7 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
-    _check_like("grad_y", grad_y, ("x", x), ("weight", weight), ("saved", saved))
+    _check_like("grad_y", grad_y, ("x", x), ("weight", weight), ("saved", None if masks.is_mask(saved) else saved))
     n = grad_y.shape[-1]
     dx = grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])) if need_x and weight is not None else None
     dweight = grad_y.new_empty((n, x.shape[-1])) if need_weight and x is not None else None
@@ -113,13 +120,18 @@ def check_shapes(x: Tensor, weight: Tensor) -> None:
 
 
 class _LinearAct(torch.autograd.Function):
-    """y, or (y, z) where the gradient reads z: an output, so that a second derivative can come back through it."""
+    """y, or (y, z) where the gradient reads z: an output, so that a second derivative can come back through it. Or y
+    and its mask (``masks``), which backward reads."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
     ) -> Tensor | tuple[Tensor, Tensor]:
-        outputs = (_forward if act.saves_output else _forward_z)(x, weight, bias, act.code, slope)
+        masked = masks.stand_for_y(act, x, weight)
+        op = _forward_mask if masked else _forward if act.saves_output else _forward_z
+        outputs = op(x, weight, bias, act.code, slope)
+        if masked:
+            ctx.mark_non_differentiable(outputs[1])
         keep(ctx, x, weight, outputs, act, slope)
         return outputs
 
@@ -127,6 +139,8 @@ class _LinearAct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, gz: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        if saved is not None and masks.is_mask(saved):
+            gz = None  # the mask's, which a compiler makes up
         if gz is None and g is not None and not torch.is_grad_enabled() and not forward_mode():  # what training does
             grads = backward_op(g, x, weight, g if saved is None else saved, ctx.act.code, ctx.slope, *needs)
             return *grads, None, None
@@ -255,5 +269,5 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, 
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         outputs = _LinearAct.apply(x, weight, bias, act, slope)
-        return outputs if act.saves_output else outputs[0]
+        return outputs if isinstance(outputs, Tensor) else outputs[0]
     return _forward(x, weight, bias, act.code, slope)

@@ -3,16 +3,17 @@
 
 namespace {
 
-dlk::GradPass described(int dtype, int64_t m, int64_t n, const void* g, int64_t g_row, int64_t g_col, const void* saved,
-                        int64_t saved_row, int64_t saved_col, int act, double slope, void* dz, void* dbias,
-                        void* partials) {
-  dlk::GradPass p{};
+dlk::cuda::GradPass described(int dtype, int64_t m, int64_t n, const void* g, int64_t g_row, int64_t g_col,
+                              const void* saved, int64_t saved_row, int64_t saved_col, int act, double slope, void* dz,
+                              void* dbias, void* partials, bool saved_bits = false) {
+  dlk::cuda::GradPass p{};
   p.dtype = static_cast<dlk::DType>(dtype);
   p.m = m, p.n = n;
   p.g = {g, g_row, g_col};
   p.saved = {saved, saved_row, saved_col};
   p.act = {static_cast<dlk::Act>(act), slope};
   p.dz = dz, p.dbias = dbias, p.partials = partials;
+  p.saved_bits = saved_bits;
   return p;
 }
 
@@ -21,9 +22,11 @@ dlk::GradPass described(int dtype, int64_t m, int64_t n, const void* g, int64_t 
 extern "C" {
 
 int grad_pass(int dtype, int64_t m, int64_t n, const void* g, int64_t g_row, int64_t g_col, const void* saved,
-              int64_t saved_row, int64_t saved_col, int act, double slope, void* dz, void* dbias, void* partials) {
+              int64_t saved_row, int64_t saved_col, int act, double slope, void* dz, void* dbias, void* partials,
+              int saved_bits) {
   return dlk::cuda::grad_pass(
-      described(dtype, m, n, g, g_row, g_col, saved, saved_row, saved_col, act, slope, dz, dbias, partials), nullptr);
+      described(dtype, m, n, g, g_row, g_col, saved, saved_row, saved_col, act, slope, dz, dbias, partials, saved_bits),
+      nullptr);
 }
 
 // With dbias.

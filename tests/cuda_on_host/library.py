@@ -4,10 +4,12 @@ Index arithmetic, masks, epilogues, edges, barriers and determinism are the real
 what only a GPU does (memory coalescing, occupancy, speed).
 """
 
+import atexit
 import ctypes
 import functools
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,9 @@ from torch import Tensor
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the order of DType in csrc/params.h
+HOPPER = HERE.parent / "hopper_on_host"  # headers in front of ours, of which they are an extension
+# fortified longjmp refuses to switch stacks
+COMPILER = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE"
 ILLEGAL_ADDRESS = 700
 MUTATION = "DLKERNELS_TEST_MUTATION"  # JSON: file, text, its replacement, what to compile; see mutations.py
 
@@ -36,29 +41,36 @@ def build(
 ) -> Path:
     """Kernels and their C entry points in one library, in the folder ``here``.
 
-    ``changes``, for tests of the tests: file name, or how its path ends → (text, its replacement). ``stand_ins``:
-    folders of headers in CUDA's place; ``files``: patterns, in csrc and in these folders. ``compiling``, ``linking``:
-    more options.
+    ``changes``, for tests of the tests: file name, or how its path ends → (text, its replacement). ``files``: patterns,
+    in csrc and in the folders ``stand_ins``, whose headers come before csrc's. ``compiling``: more options for what is
+    no kernel; ``linking``: for the library. A kernel is compiled once in a process, for every library that it is in.
     """
     source = CSRC
     if changes:
         source = here / "csrc"
         _changed_copy(source, changes)
-    includes = " ".join(f"-I {folder}" for folder in (*stand_ins, source))
-    # fortified longjmp refuses to switch stacks
-    command = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE {includes}"
 
     def compiled(path: Path) -> Path:
-        output = here / f"{path.stem}.o"
-        subprocess.run(f"{command} {compiling} -x c++ -c {path} -o {output}", shell=True, check=True)
-        return output
+        if path.suffix == ".cu":
+            return _compiled(path, (HOPPER, HERE, source))
+        return _compiled(path, (*stand_ins, source), compiling)
 
     paths = [path for pattern in files for place in (source, *stand_ins) for path in sorted(place.glob(pattern))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = " ".join(map(str, pool.map(compiled, paths)))
     library = here / "kernels.so"
-    subprocess.run(f"{command} -shared {objects} {linking} -o {library}", shell=True, check=True)
+    subprocess.run(f"{COMPILER} -shared {objects} {linking} -o {library}", shell=True, check=True)
     return library
+
+
+@functools.cache
+def _compiled(path: Path, includes: tuple[Path, ...], options: str = "") -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    output = folder / f"{path.stem}.o"
+    folders = " ".join(f"-I {include}" for include in includes)
+    subprocess.run(f"{COMPILER} {folders} {options} -x c++ -c {path} -o {output}", shell=True, check=True)
+    return output
 
 
 def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None, **options: Any) -> ctypes.CDLL:
@@ -149,7 +161,7 @@ class Call:
         return [self.pointer(t), *map(ctypes.c_int64, (0, 0) if t is None else t.stride())]
 
     def output(self, *shape: int, dtype: torch.dtype) -> tuple[ctypes.c_void_p, Tensor]:
-        guarded = self._guarded(torch.full(shape, float("nan"), dtype=dtype))
+        guarded = self._guarded(torch.full(shape, float("nan") if dtype.is_floating_point else 0xAA, dtype=dtype))
         return guarded.pointer, guarded.tensor
 
 

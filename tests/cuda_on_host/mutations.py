@@ -23,6 +23,7 @@ class Mutation(NamedTuple):
 
 
 GEMM, PASS, LOSSES = "test_cuda_on_host.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
+MASKS = "test_cuda_masks.py"
 CHAIN, OPS = "test_cuda_chain_on_host.py", "test_cuda_ops_on_host.py::test_layers_and_their_launches"
 # What each of them needs compiled.
 FILES = {
@@ -30,6 +31,10 @@ FILES = {
     PASS: ("cuda/grad_pass.cu", "cuda/losses.cu", "entry_losses.cpp"),
     LOSSES: ("cuda/grad_pass.cu", "cuda/losses.cu", "entry_losses.cpp"),
     CHAIN: ("cuda/chain.cu", "entry_chain.cpp"),
+    MASKS: (
+        *(f"cuda/{name}.cu" for name in ("simt_gemm", "mma_gemm", "act_pass", "grad_pass", "losses", "chain")),
+        *(f"entry_{name}.cpp" for name in ("gemm", "losses", "chain")),
+    ),
     OPS: (),  # it compiles everything
 }
 MUTATIONS = [
@@ -65,6 +70,16 @@ MUTATIONS = [
     Mutation("mma_gemm.cuh", "const int64_t k_begin = blockIdx.z * slice,", "const int64_t k_begin = 0 * slice,", GEMM),
     Mutation("tile.cuh", "other < 32; other *= 2", "other < 16; other *= 2", GEMM),
     Mutation("mma_gemm.cuh", "blockIdx.z * p.m + i0 + i] = sum", "i0 + i] = sum", GEMM),
+    # mask bits
+    Mutation("mask.cuh", "(widen(rounded));", "(y);", MASKS),
+    Mutation("mask.cuh", "(y[e])) << e;", "(y[e])) << (7 - e);", MASKS),
+    Mutation("mask.cuh", "(bits >> e & 1);", "(bits >> (7 - e) & 1);", MASKS),
+    Mutation("mask.cuh", ">> at % kMaskBits & 1", "& 1", MASKS),
+    Mutation("simt_gemm.cuh", "__syncthreads();  // the tile is in memory", "", MASKS),
+    Mutation("layer_backward.cuh", "min(16, bytes - at)", "16", MASKS),
+    Mutation("chain_forward.cuh", "kMaskBits); walk.row < rows;", "kMaskBits); walk.row < kStrip;", MASKS),
+    Mutation("epilogue.cuh", "if (p.gate_bits) load_mask<T>(p.gate, at, other);", "load<T>(p.gate, at, other);", MASKS),
+    Mutation("chain.cu", "p.layers == 1 && p.layer[0].mask;", "false;", MASKS),
     # the chain and the losses
     Mutation("chain_forward.cuh", "__syncwarp();  // before the strip is loaded again", "", CHAIN),
     Mutation("chain_backward.cuh", "__syncthreads();  // dz and input are there, and `free` is", "", CHAIN),

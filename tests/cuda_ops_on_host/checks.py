@@ -35,7 +35,7 @@ def test_a_layer(shape, activation, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden", ["gelu", "silu", "tanh"])
+@pytest.mark.parametrize("hidden", ["relu", "gelu", "silu", "tanh"])
 def test_narrow_layers_among_wide_ones(hidden, dtype, device):
     """Each layer goes its own way: some apply the mask of the layer below, and some leave it to that layer."""
     chain = Chain(90, MIXED, device, dtype, acts=[hidden] * 3 + ["relu"])

@@ -9,6 +9,7 @@
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("_linear_act_forward", &dlk::linear_act_forward_cuda);
   m.impl("_linear_act_forward_z", &dlk::linear_act_forward_z_cuda);
+  m.impl("_linear_act_forward_mask", &dlk::linear_act_forward_mask_cuda);
   m.impl("_linear_act_backward", &dlk::linear_act_backward_cuda);
   m.impl("_mlp_forward", &dlk::mlp_forward_cuda);
   m.impl("_mlp_backward", &dlk::mlp_backward_cuda);

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dlkernels  # noqa: F401 (registers the CPU ops first)
+from dlkernels._ops import masks
 from tests.cuda_on_host import library
 
 HERE = Path(__file__).parent
@@ -37,13 +38,15 @@ def build(folder: Path) -> Path:
             *("check.cpp", "check_losses.cpp", "loss_calls.cpp", "mlp_host.cpp"),
             *("entry.cpp", "entry_ops.cpp"),  # Hopper's driver; the registration
         ),
-        stand_ins=(HERE, HERE.parent / "hopper_on_host", library.HERE),
+        stand_ins=(HERE, library.HOPPER, library.HERE),
         compiling=f"-std=c++20 -Wno-psabi -isystem {include} -isystem {include}/torch/csrc/api/include",
         linking=f"-L {lib} -ltorch_cpu -lc10",
     )
 
 
 _library = ctypes.CDLL(os.environ[LIBRARY]) if LIBRARY in os.environ else None
+if _library is not None:
+    masks.DEVICES.add("cpu")
 
 
 def launches() -> int:

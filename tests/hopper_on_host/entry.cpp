@@ -42,7 +42,7 @@ extern "C" {
 int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
                 const void* b, int64_t b_row, int64_t b_col, int act, double slope, const void* bias, void* c, void* z,
                 const void* gate, int gate_act, void* column_sum, int splits, void* partials, const void* saved,
-                void* row_sum, int* takes) {
+                void* row_sum, void* mask, int gate_bits, int* takes) {
   dlk::cuda::Gemm p{};
   p.dtype = static_cast<dlk::DType>(dtype);
   p.m = m, p.n = n, p.k = k;
@@ -53,6 +53,7 @@ int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void
   p.bias = bias, p.c = c, p.z = z, p.gate = gate, p.column_sum = column_sum, p.row_sum = row_sum;
   p.gate_act = {static_cast<dlk::Act>(gate_act), slope};
   p.splits = splits, p.partials = partials;
+  p.mask = mask, p.gate_bits = gate_bits;
   p.tile = tile;
   cuda_on_host::device.processors = 3;  // a block has several tiles in turn, and blocks have different numbers of them
   *takes = dlk::cuda::hopper_takes(p);

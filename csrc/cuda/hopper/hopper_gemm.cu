@@ -122,7 +122,7 @@ bool hopper_takes(const Gemm& p) {
 
 cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream) {
   if (!hopper_takes(p)) return cudaErrorInvalidValue;
-  if (p.column_sum && (p.splits != 1 || !p.gate)) return cudaErrorInvalidValue;
+  if ((p.column_sum && (p.splits != 1 || !p.gate)) || !mask_fits(p)) return cudaErrorInvalidValue;
   if (p.tile != 0 && p.tile != kNarrow && p.tile != kWide) return cudaErrorInvalidValue;
   int processors;
   const cudaError_t status = available(&processors);
