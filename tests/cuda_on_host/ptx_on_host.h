@@ -82,20 +82,23 @@ inline float element(uint32_t r, unsigned, float) {
 
 template <class T>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
+  constexpr unsigned kElements = 4 / sizeof(T);  // of a register
   struct Operands {
-    uint32_t a[4], b[2];
+    float a[4][kElements], b[2][kElements];
   } mine;
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
+  for (unsigned e = 0; e < kElements; ++e) {
+    for (unsigned r = 0; r < 4; ++r) mine.a[r][e] = element(a[r], e, T{});
+    for (unsigned r = 0; r < 2; ++r) mine.b[r][e] = element(b[r], e, T{});
+  }
   const auto all = cuda_on_host::exchange(mine, "mma");
   const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   double sum[4] = {d[0], d[1], d[2], d[3]};
   for (unsigned k = 0; k < 4; ++k) {  // registers along k; each holds elements k and, in its other half, k + 4
     const Operands rows = all[g * 4 + k], cols[2] = {all[t * 8 + k], all[t * 8 + 4 + k]};
     for (unsigned half = 0; half < 2; ++half)
-      for (unsigned e = 0; e < 4 / sizeof(T); ++e)
+      for (unsigned e = 0; e < kElements; ++e)
         for (unsigned i = 0; i < 4; ++i)  // of D[g + 8 (i / 2)][2t + i % 2]
-          sum[i] += double{element(rows.a[i / 2 + half * 2], e, T{})} * double{element(cols[i % 2].b[half], e, T{})};
+          sum[i] += double{rows.a[i / 2 + half * 2][e]} * double{cols[i % 2].b[half][e]};
   }
   for (unsigned i = 0; i < 4; ++i) d[i] = static_cast<float>(sum[i]);
 }
