@@ -12,7 +12,7 @@ import torch
 from tests import test_cuda_chain_on_host as chain
 from tests import test_cuda_grad_pass as grad_pass
 from tests import test_hopper_on_host as hopper
-from tests.cuda_on_host.library import DTYPES, ILLEGAL_ADDRESS, Call, tensor
+from tests.cuda_on_host.library import DTYPES, Call, tensor
 from tests.cuda_on_host.library import kernels as compiled_kernels
 from tests.test_cuda_on_host import ACTIVATIONS, SIDES, SLOPE, gemm
 
@@ -133,8 +133,11 @@ def test_act_pass(kernels, dtype, act):
         call = Call(kernels)
         (y_at, y), (mask_at, mask) = call.output(m, n, dtype=dtype), call.output(m, n // 8, dtype=torch.uint8)
         arguments = (ctypes.c_int64(m * n), call.pointer(z), list(ACTIVATIONS).index(act), ctypes.c_double(SLOPE))
-        assert kernels.act_pass(DTYPES.index(dtype), *arguments, y_at, mask_at) != ILLEGAL_ADDRESS
+        assert kernels.act_pass(DTYPES.index(dtype), *arguments, y_at, mask_at) == 0
         assert torch.equal(mask, mask_of(y, act))
+        y_at, same_y = call.output(m, n, dtype=dtype)
+        assert kernels.act_pass(DTYPES.index(dtype), *arguments, y_at, None) == 0
+        assert same_bits(y, same_y)
 
 
 # Rows of one and several blocks, cut short; widths that are multiples of 8 and not of 16; all tiles of dweight.
@@ -166,6 +169,18 @@ def test_every_layer_of_a_chain_may_have_one(kernels, dtype):
         assert torch.equal(mask, mask_of(y, act))
     with pytest.raises(AssertionError, match="1 == 0"):  # backward takes one layer's
         net.backward(h, z, mask=masks[0])
+    chain.pretend(kernels, chain.H100, 132)
+
+
+def test_chains_refuse_masks_that_no_byte_fits(kernels):
+    chain.pretend(kernels, chain.H100, 2)
+    for sizes, dtype in (([16, 12], torch.bfloat16), ([16, 8], torch.float32)):
+        net = chain.Network(kernels, sizes, 9, dtype, ["relu"])
+        (y,), z = net.forward()
+        with pytest.raises(AssertionError, match="1 == 0"):
+            net.forward(masks=[])
+        with pytest.raises(AssertionError, match="1 == 0"):
+            net.backward([None], z, mask=y.byte())
     chain.pretend(kernels, chain.H100, 132)
 
 

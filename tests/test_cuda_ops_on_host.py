@@ -37,6 +37,8 @@ def test_every_path(library, path):
     """Forced wherever it can be taken; elsewhere the dispatcher chooses another."""
     only = ["-k", "float32"] if path == "chain" else []  # by default 16 bits go that way
     run(library, "tests/cuda_ops_on_host/checks.py::test_a_layer", *only, DLKERNELS_CUDA_GEMM=path)
+    if path != "chain":
+        run(library, "tests/test_masks.py", "-k", "as_from_y or alone", DLKERNELS_CUDA_GEMM=path)
 
 
 def test_layers_and_their_launches(library):

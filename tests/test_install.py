@@ -214,7 +214,7 @@ def test_build_config_tells_the_truth():
     config = _C.build_config()
     assert config["torch"] == torch.__version__ == _load.BUILT_FOR["torch"]
     assert config["cuda_archs"] == _load.BUILT_FOR["cuda"]
-    for op in ("_linear_act_forward", "_linear_act_forward_z", "_linear_act_backward"):
+    for op in ("_linear_act_forward", "_linear_act_forward_z", "_linear_act_forward_mask", "_linear_act_backward"):
         has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels::{op}", "CUDA")
         assert has_cuda == (config["cuda"] is not None)
     assert config["cxx_standard"] in (17, 20)

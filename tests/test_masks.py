@@ -4,6 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from dlkernels import functional
 from dlkernels._ops import masks
@@ -40,6 +42,11 @@ def from_y(monkeypatch, function):
     with monkeypatch.context() as patch:
         patch.setattr(masks, "DEVICES", set())
         return function()
+
+
+def moved(t):
+    """A mask where no 16-byte access may begin."""
+    return torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape) if t.dtype == torch.uint8 else t
 
 
 def assert_same_bits(got, want):
@@ -93,7 +100,7 @@ def test_training_is_as_from_y(shape, act, dtype, masked, monkeypatch):
 
     assert keeps(functional.linear_act(x, w, b, act)).shape == (shape[0], shape[1] // 8)
     assert_same_bits(step(), from_y(monkeypatch, step))
-    y, mask = ops._linear_act_forward_mask(x, w, b, ACTIVATIONS[act].code, SLOPE)
+    y, mask = ops._linear_act_forward_mask(*(t.detach() for t in (x, w, b)), ACTIVATIONS[act].code, SLOPE)
     assert torch.equal(mask, masks.packed(y, ACTIVATIONS[act]))
 
 
@@ -180,9 +187,6 @@ def test_a_mask_that_comes_back_otherwise(shape, masked):
         wide[1:, 1::2] = t
         return wide[1:, 1::2]
 
-    def moved(t):
-        return torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape) if t.dtype == torch.uint8 else t
-
     def step(unpack):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             y = functional.linear_relu(x, w, b)
@@ -207,7 +211,7 @@ def test_a_mask_that_is_none(masked):
         backward(mask, ACTIVATIONS["gelu"].code)
     with pytest.raises(RuntimeError, match="bfloat16 or float16"):
         backward(mask, dtype=torch.float32)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="saved has dtype Char but grad_y has dtype BFloat16"):
         backward(y.to(torch.int8))
 
 
@@ -231,13 +235,39 @@ def test_decomposition(act, masked):
     torch.testing.assert_close(y, ops._linear_act_forward(x, w, b, *settings))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_writes_none(strict, masked):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(24, 16, device=masked, dtype=torch.bfloat16))
+
+        def forward(self, x):
+            return functional.linear_relu(x, self.weight)
+
+    x = torch.randn(3, 16, device=masked, dtype=torch.bfloat16)
+    program = torch.export.export(Layer(), (x,), strict=strict)
+    graphs = [module.graph for module in program.graph_module.modules() if hasattr(module, "graph")]
+    targets = {node.target for graph in graphs for node in graph.nodes}
+    assert ops._linear_act_forward.default in targets
+    assert ops._linear_act_forward_mask.default not in targets
+
+
 def test_compiled(masked):
     x, w, b, g = operands(masked, torch.bfloat16)
 
     def step(x, w, b):
         return functional.linear_relu(x, w, b)
 
-    want, got = step(x, w, b), torch.compile(step, fullgraph=True, backend="aot_eager")(x, w, b)
+    targets = []
+
+    def compiler(graph, _):
+        targets.extend(node.target for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+    want, got = step(x, w, b), compiled(x, w, b)
+    assert ops._linear_act_forward_mask.default in targets
     assert torch.equal(got, want)
     assert_same_bits(torch.autograd.grad(got, (x, w, b), g), torch.autograd.grad(want, (x, w, b), g))
 
@@ -260,9 +290,14 @@ def test_chain(act, dtype, masked):
         one_by_one = functional.linear_act(one_by_one, w, b, a)
     g = torch.randn_like(y)
     inputs = [x, *weights, *biases]
-    for got, want in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(one_by_one, inputs, g), strict=True):
+    gradients = torch.autograd.grad(y, inputs, g)
+    for got, want in zip(gradients, torch.autograd.grad(one_by_one, inputs, g), strict=True):
         # a chain sums dbias before it rounds dz
         torch.testing.assert_close(got, want, rtol=0, atol=float(4 * torch.finfo(dtype).eps * want.abs().max()))
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, moved):
+        again = functional.mlp(x, weights, biases, act)
+    assert_same_bits(torch.autograd.grad(again, inputs, g), gradients)
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.float() if t.dtype == torch.uint8 else t),
         pytest.raises(RuntimeError, match="expected of layer 0 what forward kept"),

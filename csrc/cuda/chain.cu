@@ -237,6 +237,12 @@ cudaError_t backward(const Chain& p, DType dtype, cudaStream_t stream) {
   return launch(chain_sum_kernel<T>, grid, kSumOutputs * kSumSharers, 0, stream, pass);
 }
 
+bool masks_fit(const Chain& p, DType dtype) {
+  for (int l = 0; l < p.layers; ++l)
+    if (p.layer[l].mask && !comes_in_bytes(dtype, p.layer[l].n, {})) return false;
+  return true;
+}
+
 }  // namespace
 
 bool chain_takes(const Chain& p, DType dtype) {
@@ -261,13 +267,13 @@ int64_t chain_partials(const Chain& p, DType dtype) {
 }
 
 cudaError_t chain_forward(const Chain& p, DType dtype, cudaStream_t stream) {
-  if (!chain_takes(p, dtype)) return cudaErrorInvalidValue;
+  if (!chain_takes(p, dtype) || !masks_fit(p, dtype)) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
   return with_chain_dtype(dtype, [&](auto t) { return forward<decltype(t)>(p, stream); });
 }
 
 cudaError_t chain_backward(const Chain& p, DType dtype, cudaStream_t stream) {
-  if (!chain_takes(p, dtype)) return cudaErrorInvalidValue;
+  if (!chain_takes(p, dtype) || !masks_fit(p, dtype)) return cudaErrorInvalidValue;
   for (int l = 0; p.layers > 1 && l < p.layers; ++l)
     if (p.layer[l].mask) return cudaErrorInvalidValue;
   return with_chain_dtype(dtype, [&](auto t) { return backward<decltype(t)>(p, dtype, stream); });

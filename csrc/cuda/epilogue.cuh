@@ -27,6 +27,18 @@ DLK_DEVICE void store(void* to, int64_t at, const Acc<T> (&v)[kWidth]) {
   *reinterpret_cast<Pack<T, kWidth>*>(static_cast<T*>(to) + at) = pack;
 }
 
+// saved[at] and on, or what stands for it; one element, or 16 bytes.
+template <class T, int kWidth>
+DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&out)[kWidth]) {
+  if constexpr (kHasMask<T, kWidth>) {
+    if (bits) return load_mask<T>(saved, at, out);
+  }
+  if constexpr (kWidth == 1)
+    out[0] = saved_at<T>(saved, bits, at);
+  else
+    load<T>(saved, at, out);
+}
+
 // Whether rows of C, and what is read beside them, can be walked in 16-byte steps.
 template <class T>
 DLK_DEVICE bool in_packs(const Gemm& p) {
@@ -34,8 +46,10 @@ DLK_DEVICE bool in_packs(const Gemm& p) {
   return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.gate) && aligned(p.bias);
 }
 
-// A mask is stored in these steps.
-inline bool mask_fits(const Gemm& p) { return !p.mask || (mask_fits(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.gate); }
+// Whether its mask, where it has one, is stored in these steps.
+inline bool mask_fits(const Gemm& p) {
+  return !p.mask || (comes_in_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.gate);
+}
 
 // Finishes C[i, j ... j + kWidth) from its sums; leaves in `acc` what it stored, before rounding.
 template <class T, int kWidth>
@@ -51,13 +65,7 @@ DLK_DEVICE void finish(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth
   }
   if (p.z) store<T>(p.z, at, acc);
   if (p.gate) {
-    if constexpr (kHasMask<T, kWidth>) {
-      if (p.gate_bits) load_mask<T>(p.gate, at, other);
-    }
-    if constexpr (kWidth == 1)
-      other[0] = saved_at<T>({p.gate, p.n, 1}, p.gate_bits, i, j);
-    else if (!kHasMask<T, kWidth> || !p.gate_bits)
-      load<T>(p.gate, at, other);
+    load_saved<T>(p.gate, p.gate_bits, at, other);
     with_activation(p.gate_act.kind, [&](auto act) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e)

@@ -172,8 +172,9 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
 
   Gemm p = product(Op::forward, c.shape, c.dtype, view_of(x2), view_of(weight));
   p.act = c.act;
-  const at::Tensor of_mask = bias.defined() && out.mask.defined() ? aligned(bias) : at::Tensor();
-  p.bias = of_mask.defined() ? of_mask.const_data_ptr() : bias.defined() ? bias.const_data_ptr() : nullptr;
+  const bool aligns = bias.defined() && out.mask.defined() && path != Path::cublas;
+  const at::Tensor epilogue_bias = aligns ? aligned(bias) : bias;
+  p.bias = epilogue_bias.defined() ? epilogue_bias.const_data_ptr() : nullptr;
   p.c = data(out.y), p.z = data(out.z), p.mask = data(out.mask);
   if (path != Path::cublas) return launch(path, p, out.y);
 

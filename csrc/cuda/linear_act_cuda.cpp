@@ -10,9 +10,8 @@ namespace {
 
 void check_mask(const Checked& c) {
   TORCH_CHECK(cuda::takes_mask(c),
-              "linear_act: a mask has the bits of relu or leaky_relu, in bfloat16 or float16, with a ", "multiple of ",
-              kMaskBits, " out_features; got activation ", static_cast<int>(c.act.kind), " and ", c.shape.n,
-              " out_features; save y");
+              "linear_act: a mask is of relu or leaky_relu, in bfloat16 or float16, with a multiple of ", kMaskBits,
+              " out_features; got activation code ", static_cast<int>(c.act.kind), " and ", c.shape.n, " out_features");
 }
 
 }  // namespace

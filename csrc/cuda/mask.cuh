@@ -13,11 +13,11 @@ namespace dlk::cuda {
 template <class T, int kWidth>
 constexpr bool kHasMask = sizeof(T) == 2 && kWidth == kMaskBits;
 
-// Whether every byte of a mask can be stored with its elements: of a product, or of elements one after the other.
-inline bool mask_fits(DType dtype, int64_t elements_in_a_row, std::initializer_list<const void*> others) {
-  bool fits = (dtype == DType::bf16 || dtype == DType::f16) && elements_in_a_row % kMaskBits == 0;
-  for (const void* p : others) fits = fits && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  return fits;
+// Whether elements in rows of n come by the byte of a mask, in 16-byte accesses to all of `memory`.
+inline bool comes_in_bytes(DType dtype, int64_t n, std::initializer_list<const void*> memory) {
+  bool whole = (dtype == DType::bf16 || dtype == DType::f16) && n % kMaskBits == 0;
+  for (const void* p : memory) whole = whole && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return whole;
 }
 
 // y as memory has it: what rounds to 0 is closed.
@@ -46,12 +46,11 @@ DLK_DEVICE void load_mask(const void* mask, int64_t at, Acc<T> (&out)[kWidth]) {
   for (int e = 0; e < kMaskBits; ++e) out[e] = static_cast<Acc<T>>(bits >> e & 1);
 }
 
-// saved[row, col], or what stands for it.
+// saved[at], or, of its mask, what stands for it.
 template <class T>
-DLK_DEVICE Acc<T> saved_at(const View& saved, bool bits, int64_t row, int64_t col) {
-  const int64_t at = row * saved.row_stride + col * saved.col_stride;
-  if (bits) return static_cast<Acc<T>>(static_cast<const uint8_t*>(saved.data)[at / kMaskBits] >> at % kMaskBits & 1);
-  return widen(static_cast<const T*>(saved.data)[at]);
+DLK_DEVICE Acc<T> saved_at(const void* saved, bool bits, int64_t at) {
+  if (bits) return static_cast<Acc<T>>(static_cast<const uint8_t*>(saved)[at / kMaskBits] >> at % kMaskBits & 1);
+  return widen(static_cast<const T*>(saved)[at]);
 }
 
 }  // namespace dlk::cuda

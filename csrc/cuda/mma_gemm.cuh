@@ -130,9 +130,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
         auto plain_or_masked = [&](auto act) {
           Traits::A::load_made(stage, a, i0, k0, [&](int64_t row, int64_t col, int e) {
             float v = widen(a.data[row * a.row_stride + col * a.col_stride]);
-            if (p.saved.data)
-              v = decltype(act)::template grad<Ops<float>>(v, saved_at<T>(p.saved, p.saved_bits, col, row),
+            if (p.saved.data) {
+              const int64_t at = col * p.saved.row_stride + row * p.saved.col_stride;
+              v = decltype(act)::template grad<Ops<float>>(v, saved_at<T>(p.saved.data, p.saved_bits, at),
                                                            static_cast<float>(p.act.slope));
+            }
             if (sums_rows) row_sum[e] += v;
             return v;
           });

@@ -33,7 +33,7 @@ DLK_DEVICE Acc<T> load_a(const Gemm& p, int64_t i, int64_t s) {
   using O = Ops<Acc<T>>;
   const Acc<T> a = widen(static_cast<const T*>(p.a.data)[i * p.a.row_stride + s * p.a.col_stride]);
   if (!p.saved.data) return a;
-  const Acc<T> saved = saved_at<T>(p.saved, p.saved_bits, i, s);
+  const Acc<T> saved = saved_at<T>(p.saved.data, p.saved_bits, i * p.saved.row_stride + s * p.saved.col_stride);
   return with_activation(p.act.kind,
                          [&](auto act) { return decltype(act)::template grad<O>(a, saved, O::lit(p.act.slope)); });
 }
@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
         if (row < p.m && col < p.n) store_c<T>(p, row, col, acc[i][j]);
       }
     }
-    if (p.mask) {
-      __syncthreads();  // the tile is in memory
+    if (p.mask && p.splits == 1) {
+      __syncthreads();  // the tile is in memory; of slices, finish_kernel makes the mask
       mask_tile<Traits>(p, i0, j0);
     }
   }

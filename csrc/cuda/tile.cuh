@@ -40,7 +40,7 @@ struct Strip {
 
   // What was put is C[i0, j0] and on. Adds to `column_sum` what it stored of columns kWidth (lane % kLanesPerRow) and
   // following. `packs` is in_packs<T>(p).
-  DLK_DEVICE static void store(const Gemm& p, int64_t i0, int64_t j0, bool packs, const float* strip,
+  DLK_DEVICE static void store(const Gemm& p, int64_t i0, int64_t j0, bool packs, float* strip,
                                float (&column_sum)[kWidth]) {
     const int lane = threadIdx.x % 32, col = lane % kLanesPerRow * kWidth;
     const int64_t j = j0 + col;
@@ -48,7 +48,7 @@ struct Strip {
     for (int r = lane / kLanesPerRow; r < 16; r += kRowsAtOnce) {
       const int64_t i = i0 + r;
       if (i >= p.m || j >= p.n) continue;
-      const float* from = strip + r * kPitch + col;
+      float* const from = strip + r * kPitch + col;
       if (p.splits > 1) {
         auto* partials = static_cast<float*>(p.partials) + (blockIdx.z * p.m + i) * p.n + j;
         for (int e = 0; e < kWidth && j + e < p.n; ++e) partials[e] = from[e];
@@ -60,11 +60,15 @@ struct Strip {
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) column_sum[e] += v[e];
       } else {
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
+#pragma unroll 1  // finish is long: one copy of it. What it made goes back to where it came from.
+        for (int e = 0; e < kWidth && j + e < p.n; ++e) {
           float v[1] = {from[e]};
-          if (j + e < p.n) finish<T>(p, i, j + e, v), column_sum[e] += v[0];
+          finish<T>(p, i, j + e, v);
+          from[e] = v[0];
         }
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e)
+          if (j + e < p.n) column_sum[e] += from[e];
       }
     }
     __syncwarp();

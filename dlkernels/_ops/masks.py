@@ -15,9 +15,14 @@ DEVICES = {"cuda"}  # whose kernels read and write masks
 
 
 def stand_for_y(act: Activation, x: Tensor, weight: Tensor) -> bool:
-    """Whether the layer keeps a mask: a rule of shapes and dtypes alone, which a compiler can follow."""
+    """Whether the layer keeps a mask: never for what a kernel's path is, so that a compiler can tell.
+
+    Not in a program that is exported, which may run where no kernel of ours writes one. Fake tensors are no plain ones:
+    what counts memory with them counts y.
+    """
     return (
         act.gates
+        and not torch.compiler.is_exporting()
         and x.device.type in DEVICES
         and x.dtype in (torch.bfloat16, torch.float16)
         and {type(x), type(weight)} <= PLAIN  # a DTensor's parts may not be whole bytes

@@ -75,10 +75,10 @@ MUTATIONS = [
     Mutation("mask.cuh", "(y[e])) << e;", "(y[e])) << (7 - e);", MASKS),
     Mutation("mask.cuh", "(bits >> e & 1);", "(bits >> (7 - e) & 1);", MASKS),
     Mutation("mask.cuh", ">> at % kMaskBits & 1", "& 1", MASKS),
-    Mutation("simt_gemm.cuh", "__syncthreads();  // the tile is in memory", "", MASKS),
+    Mutation("simt_gemm.cuh", "__syncthreads();  // the tile is in memory", "//", MASKS),
     Mutation("layer_backward.cuh", "at < bytes;", "at + 16 < bytes;", MASKS),
     Mutation("chain_forward.cuh", "kMaskBits); walk.row < rows;", "kMaskBits); walk.row < kStrip;", MASKS),
-    Mutation("epilogue.cuh", "if (p.gate_bits) load_mask<T>(p.gate, at, other);", "load<T>(p.gate, at, other);", MASKS),
+    Mutation("epilogue.cuh", "if (bits) return load_mask<T>(saved, at, out);", "", MASKS),
     Mutation("chain.cu", "p.layers == 1 && p.layer[0].mask;", "false;", MASKS),
     # the chain and the losses
     Mutation("chain_forward.cuh", "__syncwarp();  // before the strip is loaded again", "", CHAIN),
