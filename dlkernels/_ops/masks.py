@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlkernels._ops.activations import Activation
-from dlkernels._ops.modes import PLAIN
+from dlkernels._ops.modes import PLAIN, exporting
 
 BITS = 8  # of a byte
 DEVICES = {"cuda"}  # whose kernels read and write masks
@@ -22,7 +22,7 @@ def stand_for_y(act: Activation, x: Tensor, weight: Tensor) -> bool:
     """
     return (
         act.gates
-        and not torch.compiler.is_exporting()
+        and not exporting()
         and x.device.type in DEVICES
         and x.dtype in (torch.bfloat16, torch.float16)
         and {type(x), type(weight)} <= PLAIN  # a DTensor's parts may not be whole bytes

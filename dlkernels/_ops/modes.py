@@ -18,6 +18,11 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_mode()
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` is at work. In torch 2.11 ``is_exporting()`` is true wherever Dynamo traces."""
+    return torch.compiler._is_exporting_flag
+
+
 def autocast_active(t: Tensor) -> bool:
     """Whether autocast is on for the device of ``t``."""
     # one cheap question for the usual answer; a compiler could not answer it
