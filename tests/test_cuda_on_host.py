@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.cuda_on_host.library import (
+    CSRC,
     DTYPES,
     ILLEGAL_ADDRESS,
     Call,
@@ -17,6 +18,7 @@ from tests.cuda_on_host.library import (
     tensor,
 )
 from tests.cuda_on_host.library import kernels as compiled_kernels
+from tests.cuda_on_host.mutations import MUTATIONS
 
 SLOPE = 0.1
 # In the order of Act in csrc/params.h: the activation, and whether its gradient reads y (else z).
@@ -324,3 +326,10 @@ def test_route_follows_the_measured_table():
         assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 1, 90, 0, 0).decode() == path
     assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 90, 0, 0) == b"mma"
     assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 80, 0, 0) == b"mma"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.file)
+def test_a_mutation_finds_its_place(mutation):
+    """`make mutations` takes half an hour: that it still breaks what it means to is seen here."""
+    (file,) = (path for path in CSRC.rglob("*") if path.match(mutation.file))
+    assert file.read_text().count(mutation.old) == 1

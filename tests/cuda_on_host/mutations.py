@@ -94,7 +94,7 @@ MUTATIONS = [
     Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
     Mutation("losses.cuh", "} else if (p.target[row] != p.ignore_index) {", "} else {", LOSSES),
     # the host code in front of the kernels
-    Mutation("cuda/layer.cpp", "(saves_output(c.act.kind) ? p.layer.h : p.layer.z)", "p.layer.h", OPS),
+    Mutation("cuda/layer.cpp", ": saves_output(c.act.kind) ? p.layer.h : p.layer.z)", ": p.layer.h)", OPS),
     Mutation("cuda/layer.cpp", "p.gate_act = below->act;", "", OPS),
     Mutation("cuda/layer.cpp", "if (narrow_weight) need_weight = false,", "if (narrow_weight)", OPS),
 ]
