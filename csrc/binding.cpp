@@ -46,13 +46,13 @@ TORCH_LIBRARY(dlkernels, m) {
     m.impl("_mse_loss", &dlk::mse_loss_##suffix);                         \
     m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_##suffix);       \
     m.impl("_cross_entropy", &dlk::cross_entropy_##suffix);               \
+    m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_##suffix); \
   }
 
-// On CPU only: a loss with its layer, and a layer with the casts of autocast. Elsewhere dlkernels/_ops takes them apart.
+// On CPU only: a layer with the casts of autocast. Elsewhere dlkernels/_ops takes them apart.
 #define DLK_IMPLEMENT_CPU(key)                                                         \
   DLK_IMPLEMENT(key, cpu)                                                              \
   TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                              \
-    m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_cpu);                   \
     m.impl("_linear_act_autocast_forward", &dlk::linear_act_autocast_forward_cpu);     \
     m.impl("_linear_act_autocast_forward_z", &dlk::linear_act_autocast_forward_z_cpu); \
     m.impl("_linear_act_autocast_backward", &dlk::linear_act_autocast_backward_cpu);   \

@@ -129,4 +129,37 @@ CrossEntropyCall call_cross_entropy(const at::Tensor& input, const at::Tensor& t
   return call;
 }
 
+LinearCrossEntropyCall call_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
+                                                 const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                                 const std::optional<at::Tensor>& class_weight,
+                                                 const std::optional<at::Tensor>& grad_loss, int64_t reduction,
+                                                 int64_t ignore_index, double label_smoothing) {
+  LinearCrossEntropyCall call{};
+  call.reduction = check_reduction(reduction, "linear_cross_entropy");
+  const LinearClassProblem problem =
+      check_linear_cross_entropy(x, weight, bias, target, class_weight, grad_loss, label_smoothing);
+  call.shape = problem.shape;
+  call.dtype = problem.dtype;
+  const at::ScalarType acc = accumulator_type(x);
+  call.x = as_rows(x);
+  call.indices = target.to(at::kLong).contiguous();
+  if (bias) call.bias = bias->contiguous();
+  if (class_weight) call.weights = class_weight->to(acc).contiguous();
+  if (grad_loss) call.row_grad = grad_loss->to(acc).contiguous().view({problem.shape.m});
+  call.accumulators = x.options().dtype(acc);
+  // binary16 holds no gradient before the incoming one is applied
+  call.gradients = problem.dtype == DType::f16 ? call.accumulators : x.options();
+
+  CrossEntropy& p = call.p;
+  p.outer = 1, p.classes = problem.shape.n, p.inner = problem.shape.m;
+  p.x_strides = p.grad_strides = {0, 1, problem.shape.n};
+  p.target = call.indices.const_data_ptr<int64_t>();
+  p.ignore_index = ignore_index;
+  p.weight = class_weight ? call.weights.const_data_ptr() : nullptr;
+  p.row_grad = grad_loss ? call.row_grad.const_data_ptr() : nullptr;
+  p.smoothing = problem.smoothing;
+  p.scale = 1;
+  return call;
+}
+
 }  // namespace dlk

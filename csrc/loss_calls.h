@@ -39,4 +39,21 @@ CrossEntropyCall call_cross_entropy(const at::Tensor& input, const at::Tensor& t
                                     const std::optional<at::Tensor>& weight, int64_t reduction, int64_t ignore_index,
                                     double label_smoothing, bool need_input, bool need_target);
 
+// linear_cross_entropy's call, whose rows come in blocks.
+struct LinearCrossEntropyCall {
+  at::Reduction::Reduction reduction;
+  Shape shape;  // rows, classes, in_features
+  DType dtype;
+  at::Tensor x, bias;                         // [rows, in_features]; contiguous or undefined
+  at::Tensor indices, weights, row_grad;      // what `p` points into; row_grad [rows]; undefined where not given
+  at::TensorOptions accumulators, gradients;  // of sums, and of what is returned
+  CrossEntropy p;                             // of logits [rows, classes] that lie in no memory yet, and a scale of 1
+};
+
+LinearCrossEntropyCall call_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
+                                                 const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                                                 const std::optional<at::Tensor>& class_weight,
+                                                 const std::optional<at::Tensor>& grad_loss, int64_t reduction,
+                                                 int64_t ignore_index, double label_smoothing);
+
 }  // namespace dlk

@@ -42,10 +42,11 @@ struct CrossEntropy {
   const void* weight;  // [classes], f32 (f64 for f64), or nullptr
   double weight_sum;   // over the classes
   double smoothing;
-  double scale;     // of the gradients: 1/denominator for the mean
-  void* loss;       // [outer, inner] contiguous, or nullptr
-  void* grad;       // of x, or nullptr
-  void* grad_soft;  // of t, likewise
+  double scale;          // of the gradients: 1/denominator for the mean
+  const void* row_grad;  // [outer, inner], f32 (f64 for f64), that the rows' gradients are multiplied by, or nullptr
+  void* loss;            // [outer, inner] contiguous, or nullptr
+  void* grad;            // of x, or nullptr
+  void* grad_soft;       // of t, likewise
   ClassStrides grad_strides;
   double* sums;  // per slice
 };

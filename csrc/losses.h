@@ -47,5 +47,9 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
                                       const at::Tensor& target, const OptionalTensor& class_weight,
                                       const OptionalTensor& grad_loss, int64_t reduction, int64_t ignore_index,
                                       double label_smoothing, bool need_x, bool need_weight, bool need_bias);
+LossOfLinear linear_cross_entropy_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                       const at::Tensor& target, const OptionalTensor& class_weight,
+                                       const OptionalTensor& grad_loss, int64_t reduction, int64_t ignore_index,
+                                       double label_smoothing, bool need_x, bool need_weight, bool need_bias);
 
 }  // namespace dlk

@@ -63,7 +63,7 @@ struct Gemm {
   Activation act;    // of the epilogue (forward) or of dz (backward)
   const void* bias;  // [n] contiguous, or nullptr
   void* c;           // [m, n] contiguous
-  Store store;       // of c; other than rounded: no activation, and by gemm only
+  Store store;       // of c; other than rounded: on CPU no activation, and by gemm only; on CUDA no mask
   void* z;           // [m, n] contiguous pre-activation, or nullptr
   const void* gate;  // [m, n] contiguous: c is multiplied by gate_act'(gate), the layer below's mask; or nullptr
   Activation gate_act;
@@ -82,7 +82,7 @@ struct GradPass {
   Activation act;
   void* dz;        // [m, n] contiguous, or nullptr
   void* dbias;     // [n], or nullptr
-  Store store;     // of dbias; on CUDA rounded only
+  Store store;     // of dbias; on CUDA not added
   void* partials;  // slices(m) * n accumulators of the twin that runs it, f32 (f64 for f64), when dbias is set
 };
 

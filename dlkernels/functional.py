@@ -147,9 +147,11 @@ def linear_cross_entropy(
     """``cross_entropy(linear(x, weight, bias), target)`` that never holds the logits, for large numbers of classes.
 
     Equal to ``F.cross_entropy(F.linear(x, weight, bias), target, class_weight, ...)`` with gradients for x, weight and
-    bias. On CPU the logits and their gradient exist for a block of rows at a time: as many rows as 4 million logits
-    have (16 MiB in float32), and never fewer than 256 (512 in 16-bit dtypes). The idea is that of Liger Kernel's fused
-    linear cross entropy (Hsu et al. 2024). torch 2.13 has a function of this name with another order of arguments.
+    bias. The logits and their gradient exist for a block of rows at a time. On CPU that is as many rows as 4 million
+    logits have (16 MiB in float32), and never fewer than 256 (512 in 16-bit dtypes); on CUDA 64 million (128 MiB in
+    16-bit dtypes) and 2048, which were not tuned: ``DLKERNELS_LOSS_BLOCK_ROWS`` overrides them. The idea is that of
+    Liger Kernel's fused linear cross entropy (Hsu et al. 2024). torch 2.13 has a function of this name with another
+    order of arguments.
 
     Args:
         x: ``[..., in_features]``, any strides; every leading index is a row.
@@ -163,18 +165,20 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1], the share of the target that is spread evenly over the classes.
 
     x, weight and bias share one dtype (float64, float32, bfloat16, float16) and device. Logits, losses and sums over
-    rows are in float32 (float64 for float64), as are all gradients until backward rounds them once.
+    rows are in float32 (float64 for float64), as are all gradients until backward rounds them once; on CUDA the logits
+    and their gradient are rounded to the dtype, as those of torch's two functions are.
 
-    Double backward, ``torch.func``, forward mode and other devices than the CPU work by torch's own functions, which do
-    hold the logits; so does a ``class_weight`` that requires a gradient, and gets torch's refusal. x, weight and bias
-    must not be changed in place before backward.
+    Double backward, ``torch.func``, forward mode and devices without kernels of ours work by torch's own functions,
+    which do hold the logits; so does a ``class_weight`` that requires a gradient, and gets torch's refusal. x, weight
+    and bias must not be changed in place before backward.
 
     Returns:
         ``[]``, or one value per row with ``"none"``: target's shape. In x's dtype; under autocast in float32.
 
     Raises:
         ValueError: unknown reduction, a target or ``class_weight`` of another shape, ``label_smoothing`` above 1.
-        IndexError: a class index outside ``[0, classes)``.
+        IndexError: a class index outside ``[0, classes)``. On CUDA, where raising would wait for the device, it makes
+            NaN of its row's loss and gradient, and of a mean.
         TypeError: a dtype the kernels do not have, class probabilities as target, or no tensor.
         RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
     """

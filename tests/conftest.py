@@ -53,6 +53,13 @@ def device(request):
 
 
 @pytest.fixture
+def on_device(device):
+    """``device``, where the test makes its tensors unless it says otherwise."""
+    with torch.device(device):
+        yield device
+
+
+@pytest.fixture
 def gpu():
     """Its name; its free memory is full of NaN, and an error of a kernel fails the test that launched it."""
     if not HAS_GPU:

@@ -57,7 +57,7 @@ class Judge:
 
 
 def long(t: Tensor) -> np.ndarray:
-    return t.double().numpy().astype(np.longdouble)
+    return t.double().cpu().numpy().astype(np.longdouble)
 
 
 def assert_like(ours, stock, tensors) -> None:

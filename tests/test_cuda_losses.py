@@ -40,6 +40,11 @@ CLASS_SHAPES = [
 SHAPES = [(), (1,), (7,), (16,), (33,), (3, 5), (64, 17), (2, 3, 4, 5), (3, 2001)]
 
 
+@pytest.fixture
+def on_device():
+    """The kernels on the host take the CPU's tensors, whatever other device there is."""
+
+
 @pytest.fixture(autouse=True)
 def _cuda_kernels(monkeypatch):
     for name, op in OPS.items():

@@ -39,6 +39,26 @@ def test_every_path(library, path):
     run(library, "tests/cuda_ops_on_host/checks.py::test_a_layer", *only, DLKERNELS_CUDA_GEMM=path)
     if path != "chain":
         run(library, "tests/test_masks.py", "-k", "as_from_y or alone", DLKERNELS_CUDA_GEMM=path)
+    if path in {"hopper", "cublas"}:  # what a block of rows adds to dweight
+        loss = "tests/test_linear_cross_entropy.py", "-k", "oracle and mean and weighted"
+        run(library, *loss, DLKERNELS_CUDA_GEMM=path, DLKERNELS_LOSS_BLOCK_ROWS="50")
+
+
+def test_losses(library):
+    chosen = "not indices and not probabilities and not same_bits"  # test_cuda_losses.py has their kernels
+    run(library, *(f"tests/test_losses_{name}.py" for name in ("autograd", "cross_entropy")), "-k", chosen)
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        ("", "oracle and mean and plain or gradcheck or subset or asked or leading or opcheck"),
+        ("50", "oracle and (mean or none) and plain or oracle and sum and smoothed or incoming or nothing or ignore"),
+    ],
+    ids=["one block", "several"],
+)
+def test_linear_cross_entropy(library, rows, chosen):
+    run(library, "tests/test_linear_cross_entropy.py", "-k", chosen, DLKERNELS_LOSS_BLOCK_ROWS=rows)
 
 
 def test_layers_and_their_launches(library):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import ON_EVERY_DEVICE
 from isolated import python
 from oracle import error
 from torch import nn
@@ -107,7 +108,7 @@ def reordered_stock(x, weight, bias, target, class_weight, **kw):
     return [loss[im] if each else loss, dx[im][:, ik], dw[ic][:, ik], db[ic]]
 
 
-# rows, classes, in_features. The last one takes two blocks of rows in every dtype.
+# rows, classes, in_features. One has rows of multiples of 16 bytes; the last takes two blocks of rows in every dtype.
 SHAPES = [
     (1, 1, 1),
     (1, 33, 65),
@@ -116,10 +117,12 @@ SHAPES = [
     (65, 33, 784),
     (65, 5003, 8),
     (300, 1000, 65),
+    (260, 520, 72),
     (530, 8200, 3),
 ]
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("settings", ["plain", "weighted", "smoothed"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -143,6 +146,7 @@ def test_oracle(dtype, reduction, settings):
         assert mine <= 2 * max(1.0, theirs), f"{name}: {mine:.3g} rounding units, stock {theirs:.3g}"
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_over_slices_of_several_blocks(dtype):
     """Few classes and many rows: dweight is cut in slices of rows, which are added to what earlier blocks left."""
@@ -150,9 +154,10 @@ def test_sums_over_slices_of_several_blocks(dtype):
     ours = run(linear_cross_entropy, *args)
     exact = run(stock, *(t.double() for t in args[:3]), args[3])
     for a, b in zip(ours, exact, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=float(b.abs().max()) * 4 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=float(b.abs().max()) * 8 * torch.finfo(dtype).eps)
 
 
+@ON_EVERY_DEVICE
 def test_small_gradients_survive_in_float16():
     """1/count times a softmax over many classes is below binary16's range, and loss scaling comes only afterwards."""
     x, weight, bias, target, _ = problem(2048, 3000, 16, torch.float16, ignored=False)
@@ -168,6 +173,7 @@ def test_small_gradients_survive_in_float16():
     close(each[1:], total[1:], rtol=2e-3, atol=0)
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("g", [0.0, 1e-7, 6e4])
 def test_incoming_gradients_over_the_whole_range_of_float16(g):
     x, weight, bias, target, class_weight = problem(30, 9, 4, torch.float16)
@@ -178,6 +184,7 @@ def test_incoming_gradients_over_the_whole_range_of_float16(g):
         torch.testing.assert_close(a, b.to(torch.float16), rtol=1e-2, atol=max(float(b.abs().max()) * 2e-3, 1e-7))
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ignore_index_inside_the_classes(reduction):
     x, weight, bias, target, class_weight = problem(40, 5, 7, ignored=False)
@@ -188,6 +195,7 @@ def test_ignore_index_inside_the_classes(reduction):
         assert (ours[1][target == ignore] == 0).all()
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_nothing_to_average(reduction, dtype):
@@ -198,9 +206,11 @@ def test_nothing_to_average(reduction, dtype):
         if m == 4 and k:
             target[:] = -100
         ours, stocks = (run(op, x, weight, bias, target, reduction=reduction) for op in (linear_cross_entropy, stock))
-        close(ours, stocks)
+        rough = {} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-5}  # CUDA rounds each row's gradient
+        close(ours, stocks, **rough)
 
 
+@ON_EVERY_DEVICE
 def test_special_values_stay_in_their_rows():
     x, weight, bias, target, _ = problem(6, 40, 8, ignored=False)
     x[1, 2], x[3, 0], x[4] = float("nan"), float("inf"), 1e30
@@ -210,6 +220,7 @@ def test_special_values_stay_in_their_rows():
     close([ours[1][[0, 2, 5]]], [stocks[1][[0, 2, 5]]])
 
 
+@ON_EVERY_DEVICE
 def test_leading_sizes():
     """Every leading index is a row; x may be one row alone."""
     x, weight, bias, target, _ = problem(12, 7, 5)
@@ -230,6 +241,7 @@ def layouts(t):
     return [t, sliced, t.t().contiguous().t()] if t.dim() == 2 else [t, sliced]
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype):
     x, weight, bias, target, _ = problem(9, 37, 21, dtype)
@@ -248,6 +260,7 @@ def test_strides(dtype):
     )
 
 
+@ON_EVERY_DEVICE
 def test_class_weight_in_float32_beside_16_bits():
     x, weight, bias, target, class_weight = problem(30, 9, 4, torch.bfloat16)
     exact = stock(x.double(), weight.double(), bias.double(), target, class_weight.float().double() / 3)
@@ -255,6 +268,7 @@ def test_class_weight_in_float32_beside_16_bits():
     torch.testing.assert_close(got.double(), exact, rtol=1e-2, atol=0)
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_bias_is_a_bias_of_zeros(dtype):
     """Bit for bit, although without one the gradient of 16-bit logits is rounded where they lie."""
@@ -303,6 +317,7 @@ def test_the_logits_never_exist(dtype, reduction, shape):
     assert extra_bytes(step, Inputs(*leaves, g)) < logits / 4
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_time_on_any_number_of_threads(dtype):
     """Several blocks of rows; few classes, where the sum over rows is cut in slices; none."""
@@ -327,6 +342,7 @@ def test_same_bits_every_time_on_any_number_of_threads(dtype):
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradcheck_and_gradgradcheck(reduction, bias):
@@ -340,6 +356,7 @@ def test_gradcheck_and_gradgradcheck(reduction, bias):
     assert torch.autograd.gradgradcheck(op, inputs)
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_subset_of_gradients(reduction):
     *tensors, target, _ = problem(20, 6, 5)
@@ -360,6 +377,7 @@ def test_every_subset_of_gradients(reduction):
         assert not linear_cross_entropy(tensors[0].requires_grad_(), *tensors[1:], target).requires_grad
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize(("dtype", "kept_in"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
 def test_only_the_gradients_asked_for_are_made(dtype, kept_in):
     x, weight, bias, target, _ = problem(9, 5, 4, dtype)
@@ -370,6 +388,7 @@ def test_only_the_gradients_asked_for_are_made(dtype, kept_in):
         assert all(t.dtype == kept_in for t in grads if t is not None)
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_twice_gives_the_same_and_leaves_no_trace(reduction):
     x, weight, bias, target, _ = problem(6, 5, 4)
@@ -383,6 +402,7 @@ def test_backward_twice_gives_the_same_and_leaves_no_trace(reduction):
     assert all(torch.equal(a, b) for a, b in zip(second, expected, strict=True))
 
 
+@ON_EVERY_DEVICE
 def test_a_tied_weight():
     """The embedding's weight is the head's too: both gradients arrive in it."""
     weight, target = torch.randn(11, 6, dtype=torch.float64, requires_grad=True), torch.randint(11, (20,))
@@ -393,6 +413,7 @@ def test_a_tied_weight():
     close(*grads)
 
 
+@ON_EVERY_DEVICE
 def test_activation_checkpoint_and_batched_gradients():
     x, weight, bias, target, _ = problem(6, 5, 4)
     plain = run(linear_cross_entropy, x, weight, bias, target)
@@ -437,6 +458,7 @@ def test_func_transforms(reduction):
     close(*results, rtol=1e-10, atol=1e-12)
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend):
     """Forward and backward without a graph break, and the bits of eager (the op is the same)."""
@@ -452,6 +474,7 @@ def test_compile_fullgraph(backend):
         assert all(torch.equal(a, b) for a, b in zip(ours, run(op, x, weight, bias, target), strict=True))
 
 
+@ON_EVERY_DEVICE
 def test_compile_dynamic_shapes_and_autocast():
     torch._dynamo.reset()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -472,6 +495,7 @@ def test_export():
     assert torch.equal(exported.module()(*args), Loss()(*args))
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     x, weight, bias, target, class_weight = problem(6, 5, 4, dtype)
@@ -494,6 +518,7 @@ def test_meta_device():
     assert x.grad.shape == x.shape
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast(dtype, low):
@@ -522,6 +547,7 @@ def test_autocast(dtype, low):
 # ---- module ---------------------------------------------------------------------------------------------------------
 
 
+@ON_EVERY_DEVICE
 def test_module():
     """Initialised as nn.Linear, with its checkpoint; its gradients are those of the two stock modules."""
     class_weight = torch.rand(5)

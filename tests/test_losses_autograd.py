@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import ON_EVERY_DEVICE
 from losses_oracle import DTYPES, REDUCTIONS, assert_like, class_problem, run
 from oracle import assert_no_worse, error
 
@@ -11,6 +12,7 @@ from dlkernels import losses
 # ---- dtypes and modes -----------------------------------------------------------------------------------------------
 
 
+@ON_EVERY_DEVICE
 def test_small_gradients_survive_in_float16():
     """A gradient of 1/N before loss scaling is below binary16's range; scaled, it must not have been rounded away."""
     x, index, _, _ = class_problem((4096, 10), torch.float16, False, ignored=False)
@@ -25,6 +27,7 @@ def test_small_gradients_survive_in_float16():
         assert_no_worse(mine, exact, exact.abs() + 2.0**-10, error(theirs, exact, exact.abs() + 2.0**-10))
 
 
+@ON_EVERY_DEVICE
 def test_dtypes_promote():
     x, t = torch.randn(4, 3), torch.randn(4, 3)
     assert losses.mse_loss(x, t.double()).dtype == torch.float64
@@ -102,6 +105,7 @@ def test_gradcheck_and_gradgradcheck(name):
     assert torch.autograd.gradgradcheck(op, inputs)
 
 
+@ON_EVERY_DEVICE
 def test_every_subset_of_gradients():
     x, t, var = torch.randn(4, 5), torch.randn(4, 5).softmax(1), torch.rand(4, 5) + 0.1
     for ours, stock, tensors in (
@@ -126,6 +130,7 @@ def test_every_subset_of_gradients():
         assert not losses.mse_loss(x.clone().requires_grad_(), t).requires_grad
 
 
+@ON_EVERY_DEVICE
 def test_backward_twice_gives_the_same_and_leaves_no_trace():
     x, index, _, _ = class_problem((6, 5), torch.float32, False)
     x.requires_grad_()
@@ -137,6 +142,7 @@ def test_backward_twice_gives_the_same_and_leaves_no_trace():
     assert torch.equal(second, expected)
 
 
+@ON_EVERY_DEVICE
 def test_one_tensor_in_both_places():
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
     assert (torch.autograd.grad(losses.mse_loss(x, x), x)[0] == 0).all()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import ON_EVERY_DEVICE
 from losses_oracle import DTYPES, class_problem, incoming, run
 from test_losses_autograd import CASES
 from torch import nn
@@ -90,6 +91,7 @@ def test_compile_fullgraph(backend):
         compiled(torch.zeros(3), torch.zeros(3), torch.tensor([1.0, -1.0, 1.0]))
 
 
+@ON_EVERY_DEVICE
 def test_compile_dynamic_shapes():
     torch._dynamo.reset()
     compiled = torch.compile(losses.cross_entropy, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -113,6 +115,7 @@ def test_export():
     assert torch.equal(exported.module()(*args), Loss()(*args))
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_opcheck(dtype):
     x, index, soft, weight = class_problem((6, 5), dtype, True)
@@ -146,6 +149,7 @@ def test_meta_device():
     assert losses.gaussian_nll_loss(x, x.detach(), x.detach()).shape == ()
 
 
+@ON_EVERY_DEVICE
 def test_activation_checkpoint():
     x, index, _, _ = class_problem((6, 5), torch.float32, False)
     plain = run(lambda a: losses.cross_entropy(a, index), [x], torch.ones_like)
@@ -153,6 +157,7 @@ def test_activation_checkpoint():
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_time_on_any_number_of_threads(dtype):
     x, index, soft, weight = class_problem((3000, 50), dtype, True)

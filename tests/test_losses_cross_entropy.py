@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import ON_EVERY_DEVICE
 from losses_oracle import (
     DTYPES,
     INF,
@@ -52,10 +53,10 @@ def see_cross_entropy(judge, x, target, weight, reduction, smoothing):
     if target.is_floating_point():
         counted, t, denominator = np.ones(x[:, 0].shape), long(target), x.numel() / c
     else:
-        counted = (target != -100).numpy()
+        counted = (target != -100).cpu().numpy()
         index = target.clamp(min=0)
-        t = F.one_hot(index, c).movedim(-1, 1).numpy() * counted[:, None]
-        denominator = (w[index.numpy()] * counted).sum()
+        t = F.one_hot(index, c).movedim(-1, 1).cpu().numpy() * counted[:, None]
+        denominator = (w[index.cpu().numpy()] * counted).sum()
     q = by_class * ((1 - smoothing) * t + np.longdouble(smoothing) / c) * counted[:, None]
     exact = class_oracle(x, q, counted, reduction, denominator, by_class * (1 - smoothing))
     tensors = [x, target] if target.is_floating_point() else [x]
@@ -66,6 +67,7 @@ def see_cross_entropy(judge, x, target, weight, reduction, smoothing):
     judge.see(call(losses.cross_entropy), call(F.cross_entropy), tensors, exact[: len(tensors) + 1])
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -78,6 +80,7 @@ def test_cross_entropy_indices(dtype, reduction, weighted, smoothing):
     judge.decide()
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -90,6 +93,7 @@ def test_cross_entropy_probabilities(dtype, reduction, weighted, smoothing):
     judge.decide()
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ignore_index_inside_the_classes(reduction):
     x, index, _, weight = class_problem((40, 5), torch.float32, True, ignored=False)
@@ -105,6 +109,7 @@ def test_ignore_index_inside_the_classes(reduction):
         x = x.detach()
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_nothing_to_average(reduction, smoothing):
@@ -125,6 +130,7 @@ def test_nothing_to_average(reduction, smoothing):
         assert_like(lambda a, b: losses.cross_entropy(a, b, **kw), lambda a, b: F.cross_entropy(a, b, **kw), tensors)
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_one_row(reduction):
     x = torch.randn(5)
@@ -159,6 +165,7 @@ def special_rows(c):
     return rows
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_logits(dtype, smoothing):
@@ -184,6 +191,7 @@ def test_extreme_logits(dtype, smoothing):
         )
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(6, 5), (6, 70), (3, 5, 4, 6), (2, 40, 3, 2)], ids=str)
 def test_cross_entropy_strides(shape, dtype):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import ON_EVERY_DEVICE
 from losses_oracle import DTYPES, INF, NAN, REDUCTIONS, SHAPES, Judge, assert_like, gradient_of, long, reduced
 from oracle import assert_no_worse, error
 
@@ -24,6 +25,7 @@ def gaussian_oracle(x, t, var, full, reduction, eps=1e-6):
     ]
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,6 +59,7 @@ def test_logarithm():
     assert got[3] < -51
 
 
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gaussian_clamp_is_a_constant_to_gradients(dtype):
     x, t = (torch.randn(40).to(dtype) for _ in range(2))
@@ -72,6 +75,7 @@ def test_gaussian_clamp_is_a_constant_to_gradients(dtype):
     judge.decide()
 
 
+@ON_EVERY_DEVICE
 def test_gaussian_shapes_of_var():
     """One variance for many entries: a size of 1, the last size missing, a float; and a target that broadcasts."""
     x = torch.randn(4, 3, 5)

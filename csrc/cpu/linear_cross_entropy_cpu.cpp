@@ -16,8 +16,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../check.h"
-#include "../check_losses.h"
+#include "../loss_calls.h"
 #include "../losses.h"
 #include "layer.h"
 #include "losses_host.h"
@@ -100,23 +99,17 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
                                       const at::Tensor& target, const OptionalTensor& class_weight,
                                       const OptionalTensor& grad_loss, int64_t reduction_code, int64_t ignore_index,
                                       double label_smoothing, bool need_x, bool need_weight, bool need_bias) {
-  const auto reduction = check_reduction(reduction_code, kOp);
-  const auto [shape, smoothing, dtype] =
-      check_linear_cross_entropy(x, weight, bias, target, class_weight, grad_loss, label_smoothing);
-  const auto [m, classes, k] = shape;
-  const at::ScalarType acc = accumulator_type(x);
-  const at::TensorOptions options = x.options().dtype(acc);
-  const at::Tensor rows = as_rows(x), indices = target.to(at::kLong).contiguous();
-  const at::Tensor bias_values = bias ? bias->contiguous() : at::Tensor();
-  const at::Tensor weights = class_weight ? class_weight->to(acc).contiguous() : at::Tensor();
-  const at::Tensor row_grad = grad_loss ? grad_loss->to(acc).contiguous().view({m}) : at::Tensor();
-  const double denominator = cpu::checked_denominator(indices, weights, classes, ignore_index, kOp);
+  const LinearCrossEntropyCall call = call_linear_cross_entropy(x, weight, bias, target, class_weight, grad_loss,
+                                                                reduction_code, ignore_index, label_smoothing);
+  const auto [m, classes, k] = call.shape;
+  const at::Reduction::Reduction reduction = call.reduction;
+  const DType dtype = call.dtype;
+  const at::TensorOptions &options = call.accumulators, &grad_options = call.gradients;
+  const at::Tensor &weights = call.weights, &row_grad = call.row_grad;
+  const double denominator = cpu::checked_denominator(call.indices, weights, classes, ignore_index, kOp);
   const double mean = reduction == at::Reduction::Mean ? denominator : 1;
-
-  // float16 holds no gradient before the incoming one is applied
-  const bool rounds = x.scalar_type() != acc, keeps = !rounds || dtype == DType::bf16;
-  const at::TensorOptions grad_options = keeps ? x.options() : options;
-  const Store store = keeps ? Store::rounded : Store::accumulators;
+  const bool rounds = dtype == DType::bf16 || dtype == DType::f16;
+  const Store store = dtype == DType::f16 ? Store::accumulators : Store::rounded;
   at::Tensor each, dx, dweight, dbias;
   if (reduction == at::Reduction::None) each = at::zeros(target.sizes(), options);
   std::vector<double> sums;
@@ -130,7 +123,7 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
   const bool need_grad = need_x || need_weight || need_bias;
   const DType acc_dtype = rounds ? DType::f32 : dtype;
   const double lift = need_grad && dtype == DType::f16 ? lift_of(weights, row_grad, mean) : 1;
-  const int64_t block = std::min(m, block_rows(shape, rounds));
+  const int64_t block = std::min(m, block_rows(call.shape, rounds));
   const bool one_block = block == m, aten = by_aten({block, classes, k}, dtype);
   const at::Tensor logits = at::empty({block, classes}, aten ? x.options() : options);
   // A row of dlogits begins where its logits do; rounded, it takes half of their place. dbias adds up what is not rounded.
@@ -141,14 +134,9 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
   if (need_weight) dweight = at::empty(weight.sizes(), one_block ? grad_options : options);
   if (need_bias) dbias = at::zeros({classes}, options);
 
-  cpu::CrossEntropy p{};
-  p.outer = 1, p.classes = classes;
+  cpu::CrossEntropy p{call.p};
   p.x = logits.const_data_ptr();
-  p.x_strides = {0, 1, classes};
-  p.ignore_index = ignore_index;
-  p.weight = weights.defined() ? weights.const_data_ptr() : nullptr;
   p.weight_sum = cpu::weight_sum(weights, classes);
-  p.smoothing = smoothing;
   p.scale = lift / mean;
   p.grad = need_grad ? dlogits.data_ptr() : nullptr;
   p.grad_dtype = round_later ? acc_dtype : dtype;
@@ -156,12 +144,12 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
 
   for (int64_t first = 0; first < m; first += block) {
     const int64_t n = std::min(block, m - first);
-    const at::Tensor x_block = rows.narrow(0, first, n);
+    const at::Tensor x_block = call.x.narrow(0, first, n);
     at::Tensor dz = dlogits.narrow(0, 0, n);
-    product(aten, Op::forward, dtype, x_block, weight.t(), bias_values, Store::accumulators, logits.narrow(0, 0, n));
+    product(aten, Op::forward, dtype, x_block, weight.t(), call.bias, Store::accumulators, logits.narrow(0, 0, n));
 
     p.inner = n;
-    p.target = indices.const_data_ptr<int64_t>() + first;
+    p.target = call.indices.const_data_ptr<int64_t>() + first;
     p.row_grad = row_grad.defined() ? row_grad.narrow(0, first, n).const_data_ptr() : nullptr;
     p.loss = each.defined() ? each.view(m).narrow(0, first, n).data_ptr() : nullptr;
     const size_t before = sums.size();

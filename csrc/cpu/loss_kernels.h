@@ -26,8 +26,7 @@ using dlk::ClassStrides;
 // Every class index is checked. `loss` takes accumulators; `grad` may lie where x does, if no row begins behind its own
 // logits.
 struct CrossEntropy : dlk::CrossEntropy {
-  const void* row_grad;  // [outer, inner], f32 (f64 for f64), that the rows' gradients are multiplied by, or nullptr
-  DType grad_dtype;      // of grad: accumulators, or bf16 or f16 rounded
+  DType grad_dtype;  // of grad: accumulators, or bf16 or f16 rounded
 };
 
 // Rows per slice: about 64 thousand logits, in whole registers.

@@ -43,7 +43,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
                                bool need_target) {
   const auto call =
       call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, need_input, need_target);
-  cpu::CrossEntropy p{call.p, nullptr, call.dtype == DType::f64 ? DType::f64 : DType::f32};
+  cpu::CrossEntropy p{call.p, call.dtype == DType::f64 ? DType::f64 : DType::f32};
   at::Tensor each = call.each;
   if (each.defined()) each = at::empty(each.sizes(), each.options().dtype(accumulator_type(each)));
   p.loss = each.defined() ? each.data_ptr() : nullptr;

@@ -27,6 +27,21 @@ DLK_DEVICE void store(void* to, int64_t at, const Acc<T> (&v)[kWidth]) {
   *reinterpret_cast<Pack<T, kWidth>*>(static_cast<T*>(to) + at) = pack;
 }
 
+// Accumulators, added to those that are there where `adds`.
+template <class A, int kWidth>
+DLK_DEVICE void store_sums(void* to, int64_t at, bool adds, A (&v)[kWidth]) {
+  constexpr int kRun = kWidth < kPack<A> ? kWidth : kPack<A>;
+  auto* sums = static_cast<A*>(to) + at;
+#pragma unroll
+  for (int first = 0; first < kWidth; first += kRun) {
+    auto* run = reinterpret_cast<Pack<A, kRun>*>(sums + first);
+    Pack<A, kRun> pack = adds ? *run : Pack<A, kRun>{};
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) pack.at[e] = adds ? pack.at[e] + v[first + e] : v[first + e];
+    *run = pack;
+  }
+}
+
 // saved[at] and on, or what stands for it; one element, or 16 bytes.
 template <class T, int kWidth>
 DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&out)[kWidth]) {
@@ -48,7 +63,7 @@ DLK_DEVICE bool in_packs(const Gemm& p) {
 
 // Whether its mask, where it has one, is stored in these steps.
 inline bool mask_fits(const Gemm& p) {
-  return !p.mask || (comes_in_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.gate);
+  return !p.mask || (comes_in_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.gate && p.store == Store::rounded);
 }
 
 // Finishes C[i, j ... j + kWidth) from its sums; leaves in `acc` what it stored, before rounding.
@@ -80,7 +95,10 @@ DLK_DEVICE void finish(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth
       }
     });
   }
-  store<T>(p.c, at, acc);
+  if (p.store == Store::rounded)
+    store<T>(p.c, at, acc);
+  else
+    store_sums(p.c, at, p.store == Store::added, acc);
 }
 
 // partials[splits, m, n] to the finished C.

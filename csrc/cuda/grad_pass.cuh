@@ -84,8 +84,10 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
       const A sum = static_cast<A>(sums[e][thread]);
       if (cut.slices > 1)
         static_cast<A*>(p.partials)[slice * p.n + j + e] = sum;
-      else
+      else if (p.store == Store::rounded)
         narrow(sum, static_cast<T*>(p.dbias) + j + e);
+      else
+        static_cast<A*>(p.dbias)[j + e] = sum;
     }
   }
 }

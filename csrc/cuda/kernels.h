@@ -59,7 +59,8 @@ int64_t grad_pass_partials(const GradPass& p);
 
 // The losses. Nothing waits for the device, so nothing that is found there can be raised: a negative var and a class
 // index out of range make NaN of their own term and gradients, the index also of a mean, and reach no memory.
-constexpr int64_t kLossScratch = 1536;  // doubles that `sums` must hold
+constexpr int64_t kLossScratch = 1536;                      // doubles that `sums` must hold
+constexpr int64_t kLossCountsAt = 1024, kLossCounts = 256;  // of these: parts of what a mean divides by
 
 struct ElementwiseLoss : dlk::ElementwiseLoss {
   DType dtype;
@@ -71,11 +72,17 @@ struct CrossEntropy : dlk::CrossEntropy {
   DType dtype;
   bool mean;      // class indices: over the weights of those that count, added up here; scale is not read
   void* reduced;  // [] Σ loss over that denominator, else Σ loss · scale; or nullptr
+  // Of logits that are some of a call's rows:
+  bool in_place;     // grad takes x's place, rounded to its dtype, and loss takes accumulators
+  int64_t counted;   // rows that count_targets added up, all of the call's; 0: these rows are all
+  const void* lift;  // [] an accumulator that scale is multiplied by, or nullptr
 };
 
 cudaError_t squared_error(const ElementwiseLoss& p, cudaStream_t stream);
 cudaError_t gaussian_nll(const ElementwiseLoss& p, cudaStream_t stream);
 cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream);
+// Adds up what the targets weigh, in `sums`: for calls with some of their rows each, and the same `sums`.
+cudaError_t count_targets(const CrossEntropy& p, cudaStream_t stream);
 
 // A chain of layers of 1 to 128 features each, in bf16, fp16 or (exact, no TF32) fp32: where all weights fit in a block's
 // shared memory, and in backward a layer with blocks of its rows. How a chain is cut depends on its shape and on

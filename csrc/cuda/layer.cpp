@@ -76,6 +76,7 @@ void pass(const Checked& c, const Incoming& in, const at::Tensor& dz, const at::
   p.g = view_of(in.g);
   set_saved(p, c, in);
   p.dz = data(dz), p.dbias = data(dbias);
+  if (dbias.defined() && dbias.scalar_type() != in.g.scalar_type()) p.store = Store::accumulators;
   at::Tensor partials;
   if (const int64_t count = grad_pass_partials(p)) {
     partials = accumulators(count, in.g);
@@ -119,7 +120,35 @@ void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2
   launch(path, p, dweight);
 }
 
+bool half(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+
 }  // namespace
+
+void layer_product(Op op, const Checked& c, const at::Tensor& dz, const at::Tensor& other, Store store,
+                   at::Tensor out) {
+  if (out.numel() == 0) return;
+  Path path = path_of(op, c, view_of(dz), view_of(other));
+  // A library's product is rounded to dz's dtype before it is accumulated; binary16 might not even hold it.
+  if (path == Path::chain || (path == Path::cublas && c.dtype == DType::f16))
+    path = half(c.dtype) ? Path::mma : Path::simt;
+  if (path == Path::cublas) {
+    const at::Tensor left = op == Op::wgrad ? dz.t() : dz;
+    if (store == Store::added)
+      out.add_(at::mm(left, other));
+    else if (out.scalar_type() == dz.scalar_type())
+      at::mm_out(out, left, other);
+    else
+      out.copy_(at::mm(left, other));
+    return;
+  }
+  Gemm p = product(op, c.shape, c.dtype, view_of(dz), view_of(other));
+  p.c = out.data_ptr();
+  p.store = store;
+  if (op == Op::wgrad) p.splits = gemm_splits(p.m, p.n, p.k);
+  launch(path, p, dz);
+}
+
+void layer_dbias(const Checked& c, const at::Tensor& dz, const at::Tensor& dbias) { pass(c, {dz, {}}, {}, dbias); }
 
 void run_chain_backward(Chain p, DType dtype, const at::Tensor& like) {
   p.slices = chain_slices(p, dtype);
@@ -128,9 +157,7 @@ void run_chain_backward(Chain p, DType dtype, const at::Tensor& like) {
   C10_CUDA_CHECK(chain_backward(p, dtype, stream()));
 }
 
-bool takes_mask(const Checked& c) {
-  return gates(c.act.kind) && (c.dtype == DType::bf16 || c.dtype == DType::f16) && c.shape.n % kMaskBits == 0;
-}
+bool takes_mask(const Checked& c) { return gates(c.act.kind) && half(c.dtype) && c.shape.n % kMaskBits == 0; }
 
 bool is_mask(const at::Tensor& saved) { return saved.scalar_type() == at::kByte; }
 

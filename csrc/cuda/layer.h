@@ -15,6 +15,12 @@ void layer_forward(const Checked&, const at::Tensor& x, const at::Tensor& weight
 Gradients layer_backward(const Checked&, const Incoming&, const at::Tensor& x, const at::Tensor& weight, bool need_x,
                          bool need_weight, bool need_bias, Gate* below = nullptr);
 
+// dx = dz · weight, or dweight = dzᵀ · x, into `out`: of dz's dtype where `store` is rounded, else accumulators.
+// For products over some of the rows; a layer's own are layer_backward's.
+void layer_product(Op, const Checked&, const at::Tensor& dz, const at::Tensor& other, Store store, at::Tensor out);
+// dbias = Σ dz, of dz's dtype or accumulators.
+void layer_dbias(const Checked&, const at::Tensor& dz, const at::Tensor& dbias);
+
 // Whether the layer has a mask; see params.h.
 bool takes_mask(const Checked&);
 bool is_mask(const at::Tensor& saved);

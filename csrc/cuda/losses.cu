@@ -55,17 +55,21 @@ cudaError_t rows(const CrossEntropy& p, int64_t* blocks, cudaStream_t stream) {
 }
 
 template <class T>
+cudaError_t count(const CrossEntropy& p, cudaStream_t stream) {
+  const bool wanted = p.target && (p.mean || (p.weight && p.smoothing > 0));
+  if (!wanted || count_blocks(p) == 0) return cudaSuccess;
+  return launch(count_kernel<Acc<T>>, dim3(count_blocks(p)), kLossThreads, 0, stream, p);
+}
+
+template <class T>
 cudaError_t cross_entropy_of(const CrossEntropy& p, cudaStream_t stream) {
-  const bool counted_mean = p.mean && p.target;
-  cudaError_t status = cudaSuccess;
-  if (counted_mean || (p.target && p.weight && p.smoothing > 0))
-    status = launch(count_kernel<Acc<T>>, dim3(count_blocks(p)), kLossThreads, 0, stream, p);
+  cudaError_t status = p.counted ? cudaSuccess : count<T>(p, stream);
   if (status != cudaSuccess) return status;
   int64_t blocks = 0;
   status = rows<T>(p, &blocks, stream);
   if (status != cudaSuccess || !p.reduced) return status;
-  return reduce<T>(p.sums, blocks, counted_mean ? counts_of(p) : nullptr, count_blocks(p), 1 / p.scale, p.reduced,
-                   stream);
+  const double* counts = p.mean && p.target ? counts_of(p) : nullptr;
+  return reduce<T>(p.sums, blocks, counts, count_blocks(p), 1 / p.scale, p.reduced, stream);
 }
 
 }  // namespace
@@ -80,6 +84,10 @@ cudaError_t gaussian_nll(const ElementwiseLoss& p, cudaStream_t stream) {
 
 cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream) {
   return with_dtype(p.dtype, [&](auto t) { return cross_entropy_of<decltype(t)>(p, stream); });
+}
+
+cudaError_t count_targets(const CrossEntropy& p, cudaStream_t stream) {
+  return with_dtype(p.dtype, [&](auto t) { return count<decltype(t)>(p, stream); });
 }
 
 }  // namespace dlk::cuda

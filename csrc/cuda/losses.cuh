@@ -13,12 +13,12 @@ constexpr int kLossThreads = 256;
 using LossBlock = Team<kLossThreads>;
 
 // Where a call's sums lie in its scratch.
-constexpr int kLossBlocks = 1024;           // at most: each SM of the largest devices can hold 8 blocks of 256 threads
-constexpr int kCountBlocks = kLossThreads;  // at most: one thread of a block reads one's count
-static_assert(kLossScratch >= kLossBlocks + 2 * kCountBlocks);
+constexpr int kLossBlocks = kLossCountsAt;  // at most: each SM of the largest devices can hold 8 blocks of 256 threads
+constexpr int kCountBlocks = kLossCounts;   // at most: one thread of a block reads one's count
+static_assert(kCountBlocks <= kLossThreads && kLossScratch >= kLossBlocks + 2 * kCountBlocks);
 DLK_HD double* counts_of(const CrossEntropy& p) { return p.sums + kLossBlocks; }
 DLK_HD int count_blocks(const CrossEntropy& p) {
-  const int64_t rows = p.outer * p.inner, most = rows > p.classes ? rows : p.classes;
+  const int64_t rows = p.counted ? p.counted : p.outer * p.inner, most = rows > p.classes ? rows : p.classes;
   const int64_t blocks = ceil_div(most, kLossThreads);
   return static_cast<int>(blocks < kCountBlocks ? blocks : kCountBlocks);
 }
@@ -204,14 +204,18 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   const int64_t outer = p.outer == 1 ? 0 : quotient(row, p.inner), inner = row - outer * p.inner;
   auto offset = [&](const ClassStrides& s) { return outer * s.outer + inner * s.inner; };
   const int rank = threadIdx.x % kTeam;
+  const bool soft = !p.target;
+  const int64_t index = soft ? -1 : p.target[row];
+  const bool legal = index >= 0 && index < p.classes;
   Logits<T, kTeam, kPer> logits{
       static_cast<const T*>(p.x) + offset(p.x_strides), p.x_strides.cls, p.classes, rank, cache, {}};
+  // Read now: in place, another thread may write its gradient there as soon as the team has met.
+  const A target_logit = rank == 0 && legal ? widen(logits.row[index * logits.stride]) : A(0);
   A largest, exp_sum;
   logits.softmax(&largest, &exp_sum);
   const A log_sum = O::log(exp_sum);
 
   // Of q without the hard target's own term: Σ q·(x - largest), in units of `share` for class indices, and Σ q.
-  const bool soft = !p.target;
   const T* const soft_row = soft ? static_cast<const T*>(p.soft) + offset(p.soft_strides) : nullptr;
   auto soft_q = [&](int64_t c) {
     return class_weight<A>(p, c) * (O::lit(terms.share) + O::lit(terms.kept) * widen(soft_row[c * p.soft_strides.cls]));
@@ -228,6 +232,7 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
     if (soft) q_sum = Team<kTeam>::sum(qs.value());
   }
 
+  const A scale = p.row_grad ? terms.scale * static_cast<const A*>(p.row_grad)[row] : terms.scale;
   double loss = 0, all_q = 0;
   A target_grad = 0;
   int64_t target = -1;
@@ -235,42 +240,45 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   if (soft) {
     all_q = q_sum;
     loss = all_q * log_sum - dot;
-  } else if (p.target[row] != p.ignore_index) {
-    target = p.target[row];
+  } else if (index != p.ignore_index) {
+    target = index;
     live = true;
-    const bool legal = target >= 0 && target < p.classes;
     const double weight = legal ? class_weight<A>(p, target) : __builtin_nan("");
     const double target_q = weight * terms.kept;
-    if (rank == 0 && legal)
-      loss = target_q * (double{log_sum} - (double{widen(logits.row[target * logits.stride])} - largest));
+    if (rank == 0 && legal) loss = target_q * (double{log_sum} - (double{target_logit} - largest));
     if (!legal) loss = weight;
     if (terms.dense) loss += terms.share * (terms.weight_sum * log_sum - dot);
     all_q = target_q + terms.share * terms.weight_sum;
-    target_grad = static_cast<A>(target_q + terms.share * weight) * terms.scale;
+    target_grad = static_cast<A>(target_q + terms.share * weight) * scale;
   }
   // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
-  const A factor = static_cast<A>(all_q) * (live ? terms.scale : A(0)) / exp_sum;
+  const A factor = static_cast<A>(all_q) * (live ? scale : A(0)) / exp_sum;
 
   if (!there) return 0;
-  if (rank == 0 && p.loss) narrow(static_cast<A>(loss), static_cast<T*>(p.loss) + row);
+  if (rank == 0 && p.loss && p.in_place) static_cast<A*>(p.loss)[row] = static_cast<A>(loss);
+  if (rank == 0 && p.loss && !p.in_place) narrow(static_cast<A>(loss), static_cast<T*>(p.loss) + row);
   const int64_t grad_offset = offset(p.grad_strides), grad_stride = p.grad_strides.cls;
   if (p.grad) {
-    A* grad = static_cast<A*>(p.grad) + grad_offset;
     logits.each([&](int64_t c, A v) {
       A q = 0;
       if (c == target)
         q = target_grad;
       else if (soft)
-        q = soft_q(c) * terms.scale;
+        q = soft_q(c) * scale;
       else if (terms.dense && live)
-        q = class_weight<A>(p, c) * O::lit(terms.share) * terms.scale;
-      grad[c * grad_stride] = O::exp(v - largest) * factor - q;
+        q = class_weight<A>(p, c) * O::lit(terms.share) * scale;
+      const A grad = O::exp(v - largest) * factor - q;
+      const int64_t at = grad_offset + c * grad_stride;
+      if (p.in_place)
+        narrow(grad, static_cast<T*>(p.grad) + at);
+      else
+        static_cast<A*>(p.grad)[at] = grad;
     });
   }
   if (p.grad_soft) {
     A* grad = static_cast<A*>(p.grad_soft) + grad_offset;
     logits.each([&](int64_t c, A v) {
-      grad[c * grad_stride] = class_weight<A>(p, c) * O::lit(-terms.kept) * terms.scale * (v - largest - log_sum);
+      grad[c * grad_stride] = class_weight<A>(p, c) * O::lit(-terms.kept) * scale * (v - largest - log_sum);
     });
   }
   return rank == 0 ? loss : 0;
@@ -285,12 +293,13 @@ __global__ void __launch_bounds__(kLossThreads, 2) cross_entropy_kernel(const Cr
   RowTerms<A> terms{O::lit(p.scale), p.classes ? p.smoothing / p.classes : 0, 1 - p.smoothing,
                     static_cast<double>(p.classes), !p.target || p.smoothing > 0};
   if (p.mean && p.target) terms.scale = static_cast<A>(1 / total_count(counts_of(p), count_blocks(p)));
+  if (p.lift) terms.scale *= *static_cast<const A*>(p.lift);
   if (p.weight && p.target && terms.dense) terms.weight_sum = total_count(counts_of(p) + kCountBlocks, count_blocks(p));
 
   T* const cache = cached ? reinterpret_cast<T*>(dynamic_shared()) : nullptr;
   const int64_t rows = p.outer * p.inner;
   double total = 0;
-  // teams beyond the last row do it again, because lanes meet in every row
+  // teams beyond the last row do it again, because lanes meet in every row; in place they may read its gradient, for nothing
   for (int64_t first = int64_t{blockIdx.x} * kRows; first < rows; first += int64_t{gridDim.x} * kRows) {
     const int64_t row = first + threadIdx.x / kTeam;
     total += cross_entropy_row<T, kTeam, kPer>(p, terms, min(row, rows - 1), row < rows, cache);

@@ -143,7 +143,7 @@ def linear_cross_entropy(
         class_weight = autocast(class_weight, torch.float32) if class_weight is not None else None
         dtype = grad_dtype(x)
     settings = reduction, ignore_index, label_smoothing
-    if plain_torch(x, ("cpu", "meta")) or (class_weight is not None and wants_grad(class_weight)):
+    if plain_torch(x) or (class_weight is not None and wants_grad(class_weight)):
         return stock_linear_cross_entropy(x, weight, bias, target, class_weight, *settings, dtype)
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if wants_grad(*inputs):

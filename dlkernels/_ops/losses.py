@@ -265,10 +265,10 @@ class _CrossEntropy(torch.autograd.Function):
 # ---- the entries ----------------------------------------------------------------------------------------------------
 
 
-def plain_torch(t: Tensor, devices: tuple[str, ...] = DEVICES) -> bool:
+def plain_torch(t: Tensor) -> bool:
     """Whether torch's formulas serve this call: no kernel for the device, a transform that must see inside, a DTensor
     (torch's have sharding rules, for classes that are split over ranks too)."""
-    return under_transform() or t.device.type not in devices or (type(t) is not Tensor and is_dtensor(t))
+    return under_transform() or t.device.type not in DEVICES or (type(t) is not Tensor and is_dtensor(t))
 
 
 def wants_grad(*tensors: Tensor) -> bool:

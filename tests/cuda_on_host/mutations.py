@@ -25,6 +25,7 @@ class Mutation(NamedTuple):
 GEMM, PASS, LOSSES = "test_cuda_on_host.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
 MASKS = "test_cuda_masks.py"
 CHAIN, OPS = "test_cuda_chain_on_host.py", "test_cuda_ops_on_host.py::test_layers_and_their_launches"
+LINEAR = "test_cuda_ops_on_host.py::test_linear_cross_entropy"
 # What each of them needs compiled.
 FILES = {
     GEMM: ("cuda/simt_gemm.cu", "cuda/mma_gemm.cu", "cuda/act_pass.cu", "entry_gemm.cpp"),
@@ -35,7 +36,8 @@ FILES = {
         *(f"cuda/{name}.cu" for name in ("simt_gemm", "mma_gemm", "act_pass", "grad_pass", "losses", "chain")),
         *(f"entry_{name}.cpp" for name in ("gemm", "losses", "chain")),
     ),
-    OPS: (),  # it compiles everything
+    OPS: (),  # they compile everything
+    LINEAR: (),
 }
 MUTATIONS = [
     # a barrier or a wait
@@ -93,6 +95,11 @@ MUTATIONS = [
     Mutation("layer_backward.cuh", "share_begin = sharer * share;", "share_begin = 0 * share;", CHAIN),
     Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
     Mutation("losses.cuh", "} else if (p.target[row] != p.ignore_index) {", "} else {", LOSSES),
+    # a layer and its loss
+    Mutation("losses.cuh", "double{target_logit}", "double{widen(logits.row[index * logits.stride])}", LINEAR),
+    Mutation("losses.cuh", "static_cast<const A*>(p.row_grad)[row]", "static_cast<const A*>(p.row_grad)[0]", LINEAR),
+    Mutation("epilogue.cuh", "p.store == Store::added, acc", "false, acc", LINEAR),
+    Mutation("linear_cross_entropy_cuda.cpp", "p.counted = m;", "p.counted = 0;", LINEAR),
     # the host code in front of the kernels
     Mutation("cuda/layer.cpp", ": saves_output(c.act.kind) ? p.layer.h : p.layer.z)", ": p.layer.h)", OPS),
     Mutation("cuda/layer.cpp", "p.gate_act = below->act;", "", OPS),

@@ -16,6 +16,7 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("_mse_loss", &dlk::mse_loss_cuda);
   m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_cuda);
   m.impl("_cross_entropy", &dlk::cross_entropy_cuda);
+  m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_cuda);
 }
 
 // Kernels launched so far.
