@@ -34,7 +34,7 @@ OF_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Around every switch of losses.cu: how many threads share a row and how many classes they hold; a row too long for
 # shared memory; neighbouring threads across rows. Several blocks.
 CLASS_SHAPES = [
-    (1, 1), (70, 5), (3, 16), (300, 17), (2, 64), (9, 65), (3, 256), (2, 257), (2, 4099), (1, 33_000),
+    (1, 1), (70, 5), (3, 16), (300, 17), (2, 64), (9, 65), (3, 256), (2, 257), (2, 4099), (1, 12_288), (1, 33_000),
     (2, 3, 5), (3, 32, 17), (2, 5, 4, 6), (1, 200, 33), (110, 3, 2),
 ]  # fmt: skip
 SHAPES = [(), (1,), (7,), (16,), (33,), (3, 5), (64, 17), (2, 3, 4, 5), (3, 2001)]

@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "primitives.cuh"
 
@@ -30,12 +33,34 @@ cudaError_t with_dtype(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
+// Of a block, without being asked: 48 KiB, in which the kernel's own arrays must fit too.
+constexpr size_t kSharedUnasked = 32 * 1024;
+
+// Lets a kernel's blocks have all the shared memory of the device, once. Not what a launch needs: host threads that launch it
+// with more and with less would take it from each other.
+inline cudaError_t allow_all_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  cudaFuncAttributes own{};
+  status = cudaFuncGetAttributes(&own, kernel);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(own.sharedSizeBytes));
+  if (status == cudaSuccess) allowed.insert({kernel, device});
+  return status;
+}
+
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t dynamic_shared, cudaStream_t stream,
                    Args... args) {
-  if (dynamic_shared > 48 * 1024) {  // more than every device gives unasked
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared));
+  if (dynamic_shared > kSharedUnasked) {
+    const cudaError_t status = allow_all_shared(reinterpret_cast<const void*>(kernel));
     if (status != cudaSuccess) return status;
   }
   cudaLaunchConfig_t config{};

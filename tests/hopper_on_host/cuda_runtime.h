@@ -7,15 +7,6 @@
 
 constexpr auto cudaErrorNoKernelImageForDevice = static_cast<cudaError_t>(209);
 
-struct cudaFuncAttributes {
-  int maxThreadsPerBlock;
-};
-template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-  attributes->maxThreadsPerBlock = cuda_on_host::device.most_threads;
-  return cudaSuccess;
-}
-
 template <class T>
 T __shfl_sync(unsigned, T v, int lane) {
   return cuda_on_host::exchange(v, "shfl")[static_cast<unsigned>(lane)];
