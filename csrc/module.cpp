@@ -152,7 +152,7 @@ py::list explain_cuda(int64_t m, int64_t n, int64_t k, const std::string& dtype,
     row["path"] = cuda::name(route.path);
     row["kernel"] = cuda::kernel(route.path, type);
     row["splits"] = cuda::splits_of(route.path, op, {m, n, k}, type);
-    row["why"] = route.why;
+    row["why"] = cuda::explained(route);
     rows.append(row);
   };
   add("forward", Op::forward, view(x), view(weight));

@@ -316,6 +316,14 @@ def test_narrow_rows_of_odd_widths_are_read_as_one_run(kernels):
         assert kernels.route(0, *map(ctypes.c_int64, (65536, 64, 33)), 2, 0, 0, in_rows, 90, 1, 1) == path
 
 
+def test_hopper_off_is_said(kernels):
+    """Of products that its kernel takes, where the device and the build have it."""
+    shape = [*map(ctypes.c_int64, (256, 256, 784))]
+    for dtype, hopper, off in ((2, 1, True), (2, 0, False), (1, 1, False)):
+        why = kernels.route_why(0, *shape, dtype, 0, 1, 1, 90, hopper, 0).decode()
+        assert ("hopper_gemm is off" in why) == off, why
+
+
 def test_route_follows_the_measured_table():
     row = "// dispatch:begin\n{90, DType::bf16, 8, 8, 9, Op::forward, Path::cublas},"
     kernels = compile_kernels(

@@ -64,18 +64,10 @@ const Measured* measured(const Asked& a) {
   return nullptr;
 }
 
-}  // namespace
-
-Route route(const Asked& a) {
+// Memory bounds a narrow layer, and the chain kernels move the least: backward is one read of g, y and x where products read
+// g and y twice. Of the others, products large enough to hide a few launches go where kernels are tuned.
+Route unmeasured(const Asked& a) {
   const auto [m, n, k] = a.shape;
-  if (m == 0 || n == 0 || k == 0) return {Path::simt, "nothing to multiply"};
-  if (forced() && takes(*forced(), a)) return {*forced(), "DLKERNELS_CUDA_GEMM"};
-  if (const Measured* row = measured(a); row && takes(row->path, a))
-    return {row->path, "measured fastest on this architecture for shapes of this size"};
-
-  // Nothing was measured here. Memory bounds a narrow layer, and the chain kernels move the least: backward is one read of
-  // g, y and x where products read g and y twice. Of the others, products large enough to hide a few launches go where
-  // kernels are tuned.
   const double multiplications = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
   if (takes(Path::chain, a) && half(a) && (a.in_rows || multiplications < 1 << 27))
     return {Path::chain,
@@ -92,6 +84,24 @@ Route route(const Asked& a) {
             "bound by arithmetic: mma.sync reaches part of this architecture's rate, cuBLAS more; our passes around it "
             "(not measured here)"};
   return {Path::mma, "tensor cores, epilogue in registers (not measured here)"};
+}
+
+}  // namespace
+
+Route route(const Asked& a) {
+  const auto [m, n, k] = a.shape;
+  if (m == 0 || n == 0 || k == 0) return {Path::simt, "nothing to multiply"};
+  if (forced() && takes(*forced(), a)) return {*forced(), "DLKERNELS_CUDA_GEMM"};
+  if (const Measured* row = measured(a); row && takes(row->path, a))
+    return {row->path, "measured fastest on this architecture for shapes of this size"};
+  Route chosen = unmeasured(a);
+  chosen.hopper_off = takes(Path::hopper, a);
+  return chosen;
+}
+
+std::string explained(const Route& r) {
+  return r.hopper_off ? std::string(r.why) + "; hopper_gemm is off until it has been measured on this architecture"
+                      : r.why;
 }
 
 const char* name(Path path) {

@@ -2,6 +2,8 @@
 // No torch, no device: what it needs to know comes in.
 #pragma once
 
+#include <string>
+
 #include "../params.h"
 
 namespace dlk::cuda {
@@ -23,9 +25,11 @@ struct Asked {
 struct Route {
   Path path;
   const char* why;
+  bool hopper_off = false;  // Hopper's kernel takes the product too, but was never measured on it
 };
 
 Route route(const Asked&);
+std::string explained(const Route&);  // why, as explain() prints it
 
 const char* name(Path path);
 const char* kernel(Path path, DType dtype);  // as explain() prints it

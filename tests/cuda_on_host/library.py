@@ -81,6 +81,7 @@ def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None, **opti
         ("guarded_new", ctypes.c_void_p),
         ("guarded_data", ctypes.c_void_p),
         ("route", ctypes.c_char_p),
+        ("route_why", ctypes.c_char_p),
     ):
         if hasattr(loaded, name):
             getattr(loaded, name).restype = result
