@@ -4,19 +4,20 @@
 #
 #   build     the extension for the GPU that is here, in place; one kernel is launched
 #   test      the suite on the GPU (free memory full of NaN, every test synchronised), then the rest of it
+#   paths     layers, chains, masks and losses once more, on every path of the CUDA dispatcher by force
 #   sanitize  compute-sanitizer's memcheck, racecheck and synccheck on small shapes
 #   bench     every layer of the GPU's grid: bench/results/GPU.json and its table
 #   networks  whole networks, their graphs and the floor of chains: bench/results/GPU-networks.json
 #   autotune  a few layers beside torch.compile's max-autotune, which tunes for minutes: GPU-max-autotune.json
 #   dispatch  times every path of the CUDA dispatcher and writes csrc/cuda/dispatch_table.inc; build and bench follow
 #
-# Without a stage all of them run, in this order. Each is meant to take less than 10 minutes on 16 cores; a benchmark
-# stops after STAGE_SECONDS (590).
+# Without a stage all of them run, in this order. Each is meant to take less than 10 minutes on 16 cores, and is stopped
+# where a kernel hangs; a benchmark stops after STAGE_SECONDS (590).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 out=${OUT:-build/gpu-check}
-all=(build test sanitize bench networks autotune dispatch)
+all=(build test paths sanitize bench networks autotune dispatch)
 readonly SKIPPED=77
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 note=$(mktemp)
@@ -31,7 +32,7 @@ built() { # otherwise every test would be skipped, and pass
 }
 
 stage_build() {
-  "$python" _build/gpu.py setuptools 2>"$note" || { cat "$note" && return 1; }
+  "$python" _build/gpu.py setuptools ninja numpy 2>"$note" || { cat "$note" && return 1; }
   local toolkit
   toolkit=$("$python" -c 'import os; from _build.plan import find_toolkit; print(find_toolkit(os.environ) or "")')
   if [[ -z $toolkit ]]; then
@@ -54,22 +55,45 @@ print("a kernel ran")
 EOF
 }
 
-stage_test() {
-  "$python" _build/gpu.py pytest numpy rich 2>"$note" || { cat "$note" && return 1; }
-  built || return 1
-  local options=() status=0 workers results=() part
+# tested NAME SECONDS ARGUMENT...: pytest on half of the cores; adds a line to `results`, and 1 to `wrong` where it fails or
+# hangs. No test collected is a failure too (exit status 5).
+tested() {
+  local options=() workers part status
   workers=$(($(nproc) / 2 < 8 ? $(nproc) / 2 : 8))
   has xdist && ((workers > 1)) && options+=(-n "$workers")
   has pytest_timeout && options+=(--timeout 300)
   part=$(mktemp)
-  for which in "cuda and not slow" "not cuda and not slow"; do  # no test collected is a failure too (exit status 5)
-    OMP_NUM_THREADS=2 "$python" -m pytest -q -m "$which" "${options[@]}" 2>&1 | tee "$part"
-    ((PIPESTATUS[0] == 0)) || status=1
-    results+=("$which: $(tail -1 "$part" | tr -d =)")
-  done
+  echo "== $1"
+  OMP_NUM_THREADS=2 timeout -k 10 "$2" "$python" -m pytest -q "${options[@]}" "${@:3}" 2>&1 | tee "$part"
+  status=${PIPESTATUS[0]}
+  ((status == 0)) || ((++wrong))
+  if ((status == 124 || status == 137)); then results+=("$1: ran past $2 s"); else results+=("$1: $(tail -1 "$part" | tr -d =)"); fi
   rm -f "$part"
+}
+
+stage_test() {
+  "$python" _build/gpu.py pytest numpy rich 2>"$note" || { cat "$note" && return 1; }
+  built || return 1
+  local results=() wrong=0
+  for which in "cuda and not slow" "not cuda and not slow"; do
+    tested "$which" 900 -m "$which"
+  done
   say "$(printf '%s; ' "${results[@]}")"
-  return $status
+  return $((wrong > 0))
+}
+
+stage_paths() {
+  "$python" _build/gpu.py pytest numpy rich 2>"$note" || { cat "$note" && return 1; }
+  built || return 1
+  local results=() wrong=0 path paths
+  paths=$("$python" -c 'from bench import dispatch; print(*dispatch.paths())') || return 1
+  for path in $paths; do
+    DLKERNELS_CUDA_GEMM=$path tested "$path" 240 -m "cuda and not slow" \
+      tests/test_{forward_backward,mlp,masks,linear_cross_entropy,cuda}.py \
+      --deselect=tests/test_cuda.py::test_{at_most_four_launches_per_layer_and_step,forward_makes_no_full_size_temporary}
+  done
+  say "$(printf '%s; ' "${results[@]}")"
+  return $((wrong > 0))
 }
 
 stage_sanitize() {
@@ -92,16 +116,19 @@ stage_sanitize() {
     say "compute-sanitizer does not work on this machine: see the log"
     return $SKIPPED
   fi
-  for check in memcheck racecheck synccheck; do
-    echo "== $check"
+  local run check path
+  for run in {memcheck,racecheck,synccheck} memcheck:cublas {memcheck,racecheck,synccheck}:hopper; do
+    echo "== $run"
+    check=${run%:*} path=${run#"${run%:*}"}
     # Without its cache torch allocates each tensor by itself, so that memcheck sees where one ends.
     # shellcheck disable=SC2086  # several words, or none
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 170 "$tool" --tool "$check" ${own[$check]-} "${options[@]}" \
-      "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k small_shapes
+    DLKERNELS_CUDA_GEMM=${path#:} PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 170 \
+      "$tool" --tool "$check" ${own[$check]-} "${options[@]}" \
+      "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k "small_shapes or test_losses or linear_cross"
     case $? in
-      0) results+=("$check clean") ;;
-      124) results+=("$check ran past 170 s") && status=1 ;;
-      *) results+=("$check FAILED") && status=1 ;;
+      0) results+=("$run clean") ;;
+      124 | 137) results+=("$run ran past 170 s") && status=1 ;;
+      *) results+=("$run FAILED") && status=1 ;;
     esac
   done
   say "$(printf '%s; ' "${results[@]}")"

@@ -3,7 +3,8 @@
 A row is a class of layers (architecture, dtype, the powers of two at or below M, N and K), a product, and its path.
 Every path that this build offers is timed on every class in a process of its own, since DLKERNELS_CUDA_GEMM, which
 chooses it, may be read once. Rows of other architectures, and of classes not measured, stay; a path is replaced only by
-one that is clearly faster, so that noise changes no row. Exit status 77 where the build has no choice.
+one that is clearly faster, so that noise changes no row. A path that is wrong, fails or hangs is left out. Exit status
+77 where the build has no choice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +27,10 @@ import torch
 from bench import harness, machine
 from bench.clock import CudaClock, Graph
 from bench.grid import DTYPES, GPU_SHAPES, Shape
+from bench.judge import Judge
 from dlkernels import _C, functional
 from dlkernels.atomic import atomic_write
+from tests import oracle
 
 TABLE = machine.ROOT / "csrc" / "cuda" / "dispatch_table.inc"
 BEGIN, END = "// dispatch:begin", "// dispatch:end"
@@ -34,6 +38,8 @@ VARIABLE = "DLKERNELS_CUDA_GEMM"
 PRODUCTS = ("forward", "dgrad", "wgrad")
 CLEARLY = 0.97  # of the present path's time
 NO_CHOICE = 77
+JUDGED_ROWS = 1024  # at most: a class's kernels, at a price that a GPU slow in float64 can pay
+PATIENCE = 300  # seconds for a path: one that hangs must not keep the others from being measured
 
 
 class Class(NamedTuple):
@@ -121,7 +127,7 @@ def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
 
     dgrad and wgrad are their parts of what a backward with both takes, in proportion to what each takes alone: a path
     that makes both from one read is worth what it saves. Products that the path does not take, and that therefore go
-    another way, are left out.
+    another way, are left out. RuntimeError where the path's results are wrong: before its first time is told.
     """
     path = os.environ[VARIABLE]
     major, minor = torch.cuda.get_device_capability()
@@ -131,11 +137,20 @@ def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
         taken = {row.op for row in functional.explain(inputs.x, inputs.weight) if row.path == path}
         if not taken:
             continue
+        refuse_wrong(shape, dtype)
         sets = harness.rotation(inputs, DTYPES[dtype], cache)[:64]
         took = shares(lambda products, sets=sets: _median(products, sets))  # type: ignore[misc]
         for c in classes(10 * major + minor, dtype, shape):
             if c.product in taken:
                 yield c, took[c.product]
+
+
+def refuse_wrong(shape: Shape, dtype: str, device: str = "cuda") -> None:
+    """RuntimeError where a layer of this class breaks the tests' tolerance rule."""
+    i = harness.draw(replace(shape, m=min(shape.m, JUDGED_ROWS)), dtype, 0, device)
+    wrong = Judge(oracle.Layer(i.x, i.weight, i.bias, i.g, "relu")).objection(functional.linear_relu)
+    if wrong:
+        raise RuntimeError(f"wrong at {shape} in {dtype}: {wrong}")
 
 
 def shares(median: Callable[[Collection[str]], float]) -> dict[str, float]:
@@ -169,13 +184,17 @@ def _median(products: Collection[str], sets: Sequence[harness.Inputs]) -> float:
 
 def time_path(path: str, dtypes: Sequence[str]) -> Times:
     """What :func:`time_here` finds in a process where ``path`` is chosen."""
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.dispatch", "--time-here", "--dtypes", *dtypes],
-        env={**os.environ, VARIABLE: path},
-        cwd=machine.ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "bench.dispatch", "--time-here", "--dtypes", *dtypes],
+            env={**os.environ, VARIABLE: path},
+            cwd=machine.ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{VARIABLE}={path}: still running after {PATIENCE} s") from None
     if run.returncode:
         raise RuntimeError(f"{VARIABLE}={path}: exit status {run.returncode}; its message is above")
     return {Class(*row): seconds for row, seconds in map(json.loads, run.stdout.splitlines())}

@@ -430,3 +430,18 @@ def test_a_path_is_timed_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(dispatch.subprocess, "run", lambda line, **o: subprocess.CompletedProcess(line, 3, stdout=""))
     with pytest.raises(RuntimeError, match="DLKERNELS_CUDA_GEMM=mma: exit status 3"):
         dispatch.time_path("mma", ["bf16"])
+
+    def hang(line, timeout, **options):
+        raise subprocess.TimeoutExpired(line, timeout)
+
+    monkeypatch.setattr(dispatch.subprocess, "run", hang)
+    with pytest.raises(RuntimeError, match="DLKERNELS_CUDA_GEMM=mma: still running after 300 s"):
+        dispatch.time_path("mma", ["bf16"])
+
+
+def test_a_wrong_path_is_never_timed(monkeypatch):
+    shape = Shape("any", 5000, 33, 17)
+    dispatch.refuse_wrong(shape, "fp32", "cpu")
+    monkeypatch.setattr(dispatch.functional, "linear_relu", lambda x, w, b: torch.relu(x @ w.t() + 1.001 * b))
+    with pytest.raises(RuntimeError, match="wrong at 5000, 33→17 in fp32: y: error"):
+        dispatch.refuse_wrong(shape, "fp32", "cpu")

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import fill_free_memory_with_nan
 from oracle import STOCK, Layer, check
 from test_forward_backward import DTYPES, SHAPES, make, ours
 from torch.profiler import ProfilerActivity, profile
@@ -17,7 +18,9 @@ from dlkernels.nn import MLP
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("gpu")]
 
 # Below, at and above the edges of tiles; compute-sanitizer is a hundred times slower than the GPU.
-SMALL = [(1, 1, 1), (7, 3, 5), (65, 17, 63), (128, 32, 64), (130, 40, 10), (3, 129, 33)]
+SMALL = [
+    (1, 1, 1), (7, 3, 5), (65, 17, 63), (128, 32, 64), (130, 40, 10), (3, 129, 33), (130, 264, 136), (2100, 144, 136),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -29,11 +32,28 @@ def test_small_shapes(shape, activation, dtype):
         check(make(*shape, dtype, activation, bias, "cuda"), ours(activation))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [[33, 64, 7, 50], [136, 264, 144, 152]], ids=["narrow", "wide"])
 @pytest.mark.parametrize("rows", [3, 130])
-def test_small_shapes_of_a_chain(rows):
-    model, x = MLP([33, 64, 7, 50], device="cuda"), torch.randn(rows, 33, device="cuda")
+def test_small_shapes_of_a_chain(rows, sizes, dtype):
+    model, x = MLP(sizes, device="cuda", dtype=dtype), torch.randn(rows, sizes[0], device="cuda", dtype=dtype)
     model(x).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5000, 520, 520), (2048, 2048, 1536), (4096, 768, 1024)], ids=str)
+def test_products_of_many_tiles(shape, dtype):
+    """Large tiles on tensor cores, several waves of blocks, sums over rows in slices."""
+    check(make(*shape, dtype, "relu", device="cuda"), ours("relu"))
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 12_288), (torch.bfloat16, 24_576)], ids=str)
+def test_a_row_that_just_fits_in_shared_memory(dtype, classes):
+    """48 KiB, which with the kernel's own is more than a block has unless it was asked for."""
+    x, target = torch.randn(3, classes, dtype=dtype, device="cuda"), torch.tensor([0, 5, classes - 1], device="cuda")
+    loss = losses.cross_entropy(x, target)
+    torch.testing.assert_close(loss, F.cross_entropy(x.double(), target).to(dtype))
 
 
 @pytest.fixture
@@ -57,6 +77,7 @@ def test_every_element_is_written(activation, dtype, nothing_uninitialised):
 
 def test_free_memory_is_full_of_nan(gpu):
     for count in (1, 1000, 10**5, 10**7):
+        fill_free_memory_with_nan()  # what was asked of the last one lies there
         assert torch.empty(count, device=gpu).isnan().all()
 
 

@@ -481,7 +481,7 @@ def test_compile_dynamic_shapes_and_autocast():
     for m, c, k in ((6, 5, 4), (9, 7, 8), (40, 33, 5)):
         args = problem(m, c, k)[:4]
         assert torch.equal(compiled(*args), linear_cross_entropy(*args))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(args[0].device.type, torch.bfloat16):
             assert torch.equal(compiled(*args), linear_cross_entropy(*args))
 
 
@@ -529,14 +529,14 @@ def test_autocast(dtype, low):
             results = []
             for op in (linear_cross_entropy, stock):
                 leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-                with torch.autocast("cpu", low):
+                with torch.autocast(x.device.type, low):
                     loss = op(*leaves, target, weights, reduction=reduction)
                 results.append([loss.detach(), *torch.autograd.grad(loss, leaves, incoming(loss))])
             for a, b in zip(*results, strict=True):
                 assert a.dtype == b.dtype
                 rough = dtype != torch.float64
                 torch.testing.assert_close(a, b, rtol=0, atol=float(b.abs().max()) * (2e-2 if rough else 1e-12))
-    with torch.autocast("cpu", low):
+    with torch.autocast(x.device.type, low):
         leaves = [t.clone().float().requires_grad_() for t in (x, weight, bias)]
         (dx,) = torch.autograd.grad(linear_cross_entropy(*leaves, target), leaves[0], create_graph=True)
     assert dx.requires_grad

@@ -94,13 +94,18 @@ def autograd_cases():
     yield "row", lambda a: losses.cross_entropy(a, torch.tensor(2), reduction="none"), (x[0].detach().requires_grad_(),)
 
 
-torch.manual_seed(0)
-CASES = {name: (op, inputs) for name, op, inputs in autograd_cases()}
+def cases():
+    torch.manual_seed(0)
+    return {name: (op, inputs) for name, op, inputs in autograd_cases()}
 
 
+CASES = cases()
+
+
+@ON_EVERY_DEVICE
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck_and_gradgradcheck(name):
-    op, inputs = CASES[name]
+    op, inputs = cases()[name]  # where this test's tensors lie
     assert torch.autograd.gradcheck(op, inputs)
     assert torch.autograd.gradgradcheck(op, inputs)
 

@@ -78,10 +78,11 @@ def test_mlp_over_shapes(rows, sizes, dtype, device):
     chain = Chain(rows, sizes, device, dtype)
     ours, theirs = chain.layers(linear_act), chain.layers(stock)
     y = chain.mlp()
-    torch.testing.assert_close(y, ours[-1])
-    assert y.dtype == dtype and y.shape == chain.g.shape
     # one rounding of every element is always allowed; in float64 the oracle itself has errors of a few
     unit = torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
+    # by another path a layer may round before its activation too
+    torch.testing.assert_close(y, ours[-1], rtol=2 * unit, atol=max(1e-5, 2 * unit * float(y.abs().max())))
+    assert y.dtype == dtype and y.shape == chain.g.shape
     mine = distance(chain.gradients(y), chain.exact(ours))
     stocks = distance(chain.gradients(theirs[-1]), chain.exact(theirs))
     for error, allowed in zip(mine, stocks, strict=True):

@@ -170,10 +170,12 @@ def test_matmul_precision_setting(precision, device):
     shapes = {"relu": (64, 300, 40), "gelu": (3, 100, 33)}
     layers = [make(*shape, torch.float32, activation, device=device) for activation, shape in shapes.items()]
     highest = [layer.run(ours(layer.activation)) for layer in layers]
+    # TF32 rounds both operands to 2⁻¹¹, float32's unit is 2⁻²⁴; and cuBLAS may make no use of it.
+    granted = 2.0**14 if precision == "high" and device == "cuda" else 1.0
     try:
         torch.set_float32_matmul_precision(precision)
         for layer in layers:
-            check(layer, ours(layer.activation))
+            check(layer, ours(layer.activation), granted)
     finally:
         torch.set_float32_matmul_precision(before)
     if precision == "highest":

@@ -94,7 +94,7 @@ MUTATIONS = [
     Mutation("layer_backward.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();", CHAIN),
     Mutation("layer_backward.cuh", "share_begin = sharer * share;", "share_begin = 0 * share;", CHAIN),
     Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
-    Mutation("losses.cuh", "} else if (p.target[row] != p.ignore_index) {", "} else {", LOSSES),
+    Mutation("losses.cuh", "} else if (index != p.ignore_index) {", "} else {", LOSSES),
     # a layer and its loss
     Mutation("losses.cuh", "double{target_logit}", "double{widen(logits.row[index * logits.stride])}", LINEAR),
     Mutation("losses.cuh", "static_cast<const A*>(p.row_grad)[row]", "static_cast<const A*>(p.row_grad)[0]", LINEAR),
