@@ -4,6 +4,7 @@ by the CUDA kernels and the host code in front of them."""
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,43 @@ import pytest
 from tests.cuda_ops_on_host import plugin
 
 TESTS = Path(__file__).parent
-FILES = ["forward_backward", "masks", "mlp", "special_values", "promises"]
+CHECKS, LOSS = "tests/cuda_ops_on_host/checks.py", "tests/test_linear_cross_entropy.py"
+PATH, ROWS = "DLKERNELS_CUDA_GEMM", "DLKERNELS_LOSS_BLOCK_ROWS"
+
+# What is run, in processes of their own, the longest first: pytest's arguments, and the environment.
+RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "what-a-gpu-would-run": (
+        [f"tests/test_{name}.py" for name in ("forward_backward", "masks", "mlp", "special_values", "promises")],
+        {},
+    ),
+    "loss-in-blocks": (
+        [
+            LOSS,
+            "-k",
+            "oracle and (mean or none) and plain or oracle and sum and smoothed or incoming or nothing or ignore",
+        ],
+        {ROWS: "50"},
+    ),
+    "loss-in-one-block": (
+        [LOSS, "-k", "oracle and mean and plain or gradcheck or subset or asked or leading or opcheck"],
+        {},
+    ),
+    "layers": ([CHECKS], {}),
+    "losses": (  # test_cuda_losses.py has their kernels
+        [
+            *(f"tests/test_losses_{name}.py" for name in ("autograd", "cross_entropy")),
+            *("-k", "not indices and not probabilities and not same_bits"),
+        ],
+        {},
+    ),
+}
+# Every path, forced wherever it can be taken; elsewhere the dispatcher chooses another.
+for path in ("hopper", "cublas", "mma", "simt"):
+    RUNS[f"layers-{path}"] = [f"{CHECKS}::test_a_layer"], {PATH: path}
+    RUNS[f"masks-{path}"] = ["tests/test_masks.py", "-k", "as_from_y or alone"], {PATH: path}
+for path in ("hopper", "cublas"):  # what a block of rows adds to dweight; the others are taken as it is
+    RUNS[f"loss-{path}"] = [LOSS, "-k", "oracle and mean and weighted"], {PATH: path, ROWS: "50"}
+RUNS["layers-chain"] = [f"{CHECKS}::test_a_layer", "-k", "float32"], {PATH: "chain"}  # by default 16 bits go that way
 
 
 @pytest.fixture(scope="module")
@@ -19,53 +56,30 @@ def library(tmp_path_factory):
     return plugin.build(tmp_path_factory.mktemp("cuda_ops"))
 
 
-def run(library, *arguments, **environment):
-    """pytest with the plugin; its output."""
+def run(library, arguments, environment) -> subprocess.CompletedProcess[str]:
+    """pytest with the plugin, on one core: kernels on the host have no use for more."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin.__name__, *arguments]
-    environment = os.environ | {plugin.LIBRARY: str(library)} | environment
-    run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-10_000:] + run.stderr[-2_000:]
-    return run.stdout
+    environment = os.environ | {"OMP_NUM_THREADS": "1", plugin.LIBRARY: str(library)} | environment
+    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
 
 
-def test_what_a_gpu_would_run(library):
-    run(library, *(f"tests/test_{name}.py" for name in FILES))
+@pytest.fixture(scope="module")
+def running(library, request):
+    """Those of RUNS that this session asks for, on all cores."""
+    chosen = {item.callspec.params["name"] for item in request.session.items if item.originalname == test_run.__name__}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run, library, *RUNS[name]) for name in RUNS if name in chosen}
+        pool.shutdown(cancel_futures=True)  # after a failure nobody asks for the rest
 
 
-@pytest.mark.parametrize("path", ["simt", "mma", "hopper", "cublas", "chain"])
-def test_every_path(library, path):
-    """Forced wherever it can be taken; elsewhere the dispatcher chooses another."""
-    only = ["-k", "float32"] if path == "chain" else []  # by default 16 bits go that way
-    run(library, "tests/cuda_ops_on_host/checks.py::test_a_layer", *only, DLKERNELS_CUDA_GEMM=path)
-    if path != "chain":
-        run(library, "tests/test_masks.py", "-k", "as_from_y or alone", DLKERNELS_CUDA_GEMM=path)
-    if path in {"hopper", "cublas"}:  # what a block of rows adds to dweight
-        loss = "tests/test_linear_cross_entropy.py", "-k", "oracle and mean and weighted"
-        run(library, *loss, DLKERNELS_CUDA_GEMM=path, DLKERNELS_LOSS_BLOCK_ROWS="50")
-
-
-def test_losses(library):
-    chosen = "not indices and not probabilities and not same_bits"  # test_cuda_losses.py has their kernels
-    run(library, *(f"tests/test_losses_{name}.py" for name in ("autograd", "cross_entropy")), "-k", chosen)
-
-
-@pytest.mark.parametrize(
-    ("rows", "chosen"),
-    [
-        ("", "oracle and mean and plain or gradcheck or subset or asked or leading or opcheck"),
-        ("50", "oracle and (mean or none) and plain or oracle and sum and smoothed or incoming or nothing or ignore"),
-    ],
-    ids=["one block", "several"],
-)
-def test_linear_cross_entropy(library, rows, chosen):
-    run(library, "tests/test_linear_cross_entropy.py", "-k", chosen, DLKERNELS_LOSS_BLOCK_ROWS=rows)
-
-
-def test_layers_and_their_launches(library):
-    run(library, "tests/cuda_ops_on_host/checks.py")
+@pytest.mark.parametrize("name", RUNS)
+def test_run(running, name):
+    done = running[name].result()
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
 
 
 def test_no_kernel_is_no_proof(library):
     """The plugin fails a run in which nothing was launched."""
-    with pytest.raises(AssertionError, match="0 kernels were launched"):
-        run(library, "tests/test_forward_backward.py::test_empty[cpu-(0, 0, 0)]")
+    done = run(library, ["tests/test_forward_backward.py::test_empty[cpu-(0, 0, 0)]"], {})
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "0 kernels were launched" in done.stdout

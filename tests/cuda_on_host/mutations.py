@@ -24,8 +24,8 @@ class Mutation(NamedTuple):
 
 GEMM, PASS, LOSSES = "test_cuda_on_host.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
 MASKS = "test_cuda_masks.py"
-CHAIN, OPS = "test_cuda_chain_on_host.py", "test_cuda_ops_on_host.py::test_layers_and_their_launches"
-LINEAR = "test_cuda_ops_on_host.py::test_linear_cross_entropy"
+CHAIN, OPS = "test_cuda_chain_on_host.py", "test_cuda_ops_on_host.py::test_run[layers]"
+LINEAR = "test_cuda_ops_on_host.py::test_run[loss-in-blocks]"
 # What each of them needs compiled.
 FILES = {
     GEMM: ("cuda/simt_gemm.cu", "cuda/mma_gemm.cu", "cuda/act_pass.cu", "entry_gemm.cpp"),
