@@ -6,7 +6,12 @@
 //
 // forward: a block of DLK_DOT_M rows of x meets DLK_DOT_N rows of w; each pair has its own accumulator register, so a loaded
 // register of w serves every row of x. The lanes are added at the end by row_sums.
+//
+// Long sums are cut, and what the cuts give is added in f64: along k after kDotSums registers, in dgrad after kRowSums rows.
 namespace dlk::cpu::DLK_ISA {
+
+constexpr int64_t kDotSums = 256;
+constexpr int64_t kRowSums = 512;
 
 template <class E, int R, int C>
 void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int64_t ld) {
@@ -18,38 +23,42 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
   constexpr int64_t span = E::kVL * E::kStep;
   const A* x = (const A*)p.a.data + i0 * p.a.row_stride;
   const B* w = (const B*)p.b.data + j0 * p.b.col_stride;
-  V acc[kGroups * E::kVL] = {};
+  typename E::Acc sums[kGroups * E::kVL];
+  double total[kCount] = {};
   // The first block of rows of x asks for the rows of w that come next. No hardware prefetcher follows from one short row to
   // another; in float32 one that has been started keeps up with the products, in bf16 these are twice as fast.
   const int64_t ask_to = i0 > 0 ? 0 : E::kStep > 1 ? p.k : 128;
-  int64_t k = 0;
-  for (; k + span <= p.k; k += span) {
-    if (k < ask_to)
+  for (int64_t k = 0, k0 = 0; k0 < p.k; k0 += kDotSums * span) {
+    const int64_t k1 = min(k0 + kDotSums * span, p.k);
+    V acc[kGroups * E::kVL] = {};
+    for (; k + span <= k1; k += span) {
+      if (k < ask_to)
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j)
-        for (int64_t line = 0; line < span; line += 64 / sizeof(B))
-          prefetch_l2(w + (C + j) * p.b.col_stride + k + line);
-    V xv[R];
+        for (int j = 0; j < C; ++j)
+          for (int64_t line = 0; line < span; line += 64 / sizeof(B))
+            prefetch_l2(w + (C + j) * p.b.col_stride + k + line);
+      V xv[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) xv[i] = E::load_cells(x + i * p.a.row_stride + k, span);
+      for (int i = 0; i < R; ++i) xv[i] = E::load_cells(x + i * p.a.row_stride + k, span);
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) {
-      const V wv = E::load_cells(w + j * p.b.col_stride + k, span);
+      for (int j = 0; j < C; ++j) {
+        const V wv = E::load_cells(w + j * p.b.col_stride + k, span);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) acc[i * C + j] = E::multiply_add(acc[i * C + j], xv[i], wv);
+        for (int i = 0; i < R; ++i) acc[i * C + j] = E::multiply_add(acc[i * C + j], xv[i], wv);
+      }
     }
-  }
-  if (k < p.k) {
-    V xv[R];
-    for (int i = 0; i < R; ++i) xv[i] = E::load_cells(x + i * p.a.row_stride + k, p.k - k);
-    for (int j = 0; j < C; ++j) {
-      const V wv = E::load_cells(w + j * p.b.col_stride + k, p.k - k);
-      for (int i = 0; i < R; ++i) acc[i * C + j] = E::multiply_add(acc[i * C + j], xv[i], wv);
+    if (k < k1) {
+      V xv[R];
+      for (int i = 0; i < R; ++i) xv[i] = E::load_cells(x + i * p.a.row_stride + k, p.k - k);
+      for (int j = 0; j < C; ++j) {
+        const V wv = E::load_cells(w + j * p.b.col_stride + k, p.k - k);
+        for (int i = 0; i < R; ++i) acc[i * C + j] = E::multiply_add(acc[i * C + j], xv[i], wv);
+      }
     }
-  }
-  typename E::Acc sums[kGroups * E::kVL];
 #pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g) store_bits(sums + g * E::kVL, row_sums(acc + g * E::kVL));
+    for (int g = 0; g < kGroups; ++g) store_bits(sums + g * E::kVL, row_sums(acc + g * E::kVL));
+    if (p.k > kDotSums * span) add_to_total(sums, kCount, total, kCount, 1, kCount, k0 == 0, k1 == p.k);
+  }
   for (int i = 0; i < R; ++i)
     for (int j = 0; j < C; ++j) out[i * ld + j] = sums[i * C + j];
 }
@@ -158,7 +167,7 @@ DLK_INLINE void add_rows(const Acc<T>* dz, int64_t dz_stride, const T* w, int64_
     for (int r = 0; r < R; ++r) {
       auto sum = rows[0] * broadcast(dz[r * dz_stride]);
 #pragma GCC unroll 8
-      for (int u = 1; u < U; ++u) sum += rows[u] * dz[r * dz_stride + u];
+      for (int u = 1; u < U; ++u) sum = fma(rows[u], broadcast(dz[r * dz_stride + u]), sum);
       store(dx + r * dx_stride + j, load(dx + r * dx_stride + j) + sum);
     }
   }
@@ -177,17 +186,22 @@ void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n 
     for (int64_t task = begin; task < end; ++task) {
       const int64_t j0 = task * kCols, cols = min(kCols, p.n - j0);
       Acc<C> dx[kFewRows * ld];
-      for (int64_t i = 0; i < p.m * ld; ++i) dx[i] = 0;
-      int64_t n = 0;
-      for (; n + 8 <= p.k; n += 8) {
-        int64_t i = 0;
-        for (; i + 4 <= p.m; i += 4)
-          add_rows<B, 4, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
-        for (; i < p.m; ++i) add_rows<B, 1, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+      double total[kFewRows * ld];
+      for (int64_t n0 = 0; n0 < p.k; n0 += kRowSums) {
+        const int64_t n1 = min(n0 + kRowSums, p.k);
+        for (int64_t i = 0; i < p.m * ld; ++i) dx[i] = 0;
+        int64_t n = n0;
+        for (; n + 8 <= n1; n += 8) {
+          int64_t i = 0;
+          for (; i + 4 <= p.m; i += 4)
+            add_rows<B, 4, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+          for (; i < p.m; ++i) add_rows<B, 1, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+        }
+        for (; n < n1; ++n)
+          for (int64_t i = 0; i < p.m; ++i)
+            add_rows<B, 1, 1>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+        if (p.k > kRowSums) add_to_total(dx, ld, total, ld, p.m, cols, n0 == 0, n1 == p.k);
       }
-      for (; n < p.k; ++n)
-        for (int64_t i = 0; i < p.m; ++i)
-          add_rows<B, 1, 1>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
       for (int64_t i = 0; i < p.m; ++i)
         for (int64_t j = 0; j < cols; j += kLanes<C>)
           store_some((C*)p.c + i * p.n + j0 + j, load(dx + i * ld + j), cols - j);

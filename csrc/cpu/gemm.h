@@ -6,6 +6,7 @@
 //         for each A micro-panel              stays in L1
 //           for each B micro-panel            streams from L2
 //             ukernel                         accumulators in registers
+//             total                           behind kTotal cells of k, in f64
 //             epilogue                        on the last k block, micro-tile still in L1
 //
 // Every element of C is accumulated over k in one order whatever the tiling, so the result does not depend on the
@@ -33,12 +34,14 @@ constexpr int64_t kNB = 256;
 constexpr int64_t kSharedTiles = 3;
 
 struct Tiling {
-  int64_t mc, nc;  // tile of C
-  int64_t nb;      // columns of a B block
-  int64_t mt, nt;  // tiles per direction
-  int64_t kc, kt;  // k elements per slice, slices
-  int64_t kb;      // k elements per block: a slice in equal parts
-  bool one_block;  // a slice is one k block: tiles below each other share their B block
+  int64_t mc, nc;     // tile of C
+  int64_t nb;         // columns of a B block
+  int64_t mt, nt;     // tiles per direction
+  int64_t kc, kt;     // k elements per slice, slices
+  int64_t kb;         // k elements per block: a slice in equal parts
+  bool one_block;     // a slice is one k block: tiles below each other share their B block
+  int64_t per_total;  // k blocks per addition to the total
+  DLK_HD bool totals() const { return k_blocks() > per_total; }
   DLK_HD int64_t tasks() const { return mt * nt * kt; }
 
   // B blocks, numbered by slice, k block, tile, block of the tile.
@@ -59,6 +62,7 @@ Tiling tile(const Gemm& p, int threads) {
   const int64_t kc = round_up(ceil_div(p.k, kt), kSum<E> * E::kStep);
   const int64_t kb = round_up(ceil_div(kc, max(1, ceil_div(kc, kblock))), 16 * E::kStep);
   const bool one_block = kc <= kb;
+  const int64_t per_total = max(1, kTotal<E> * E::kStep / max(kb, 1));
   // a B block that is shared must be there whole; a shallow one may be wider
   const int64_t widest = one_block ? min(kNC, max(kNB, kKC<E> * kNB / ceil_div(max(kc, 1), E::kStep) / nr * nr)) : kNC;
   Tiling best{};
@@ -73,8 +77,16 @@ Tiling tile(const Gemm& p, int threads) {
       const int64_t cost = rounds * (mc * round_up(nc, E::kVL) + 16 * (mc + nc));
       if (best_cost < 0 || cost < best_cost) {
         best_cost = cost;
-        best = {mc,         nc,       one_block ? nc : min(nc, kNB), ceil_div(p.m, mc), ceil_div(p.n, nc), kc, kt,
-                max(kb, 1), one_block};
+        best = {mc,
+                nc,
+                one_block ? nc : min(nc, kNB),
+                ceil_div(p.m, mc),
+                ceil_div(p.n, nc),
+                kc,
+                kt,
+                max(kb, 1),
+                one_block,
+                per_total};
       }
     }
   }
@@ -100,6 +112,7 @@ struct Buffers {
   typename E::Acc* acc;     // the tile between k blocks
   ColumnSum<E> row_sum;     // [kMC]: columns of the runs, which are rows of A
   typename E::Packed* run;  // two runs on their way into a panel
+  double* total;            // of the tile, where its sums are several
 
   static constexpr int64_t kRun = (kMC > kNC ? kMC : kNC) + DLK_VBYTES;
   static constexpr int64_t kA = kMC * kAStride<E>;
@@ -107,10 +120,10 @@ struct Buffers {
   static constexpr int64_t kB = kKC<E> * (kNB + kNV * E::kVL) + kNC / E::kVL * kPanelGap<E>;
   static constexpr int64_t kAcc = kMC * (kNC + kNV * E::kVL);
 
-  static Buffers get() {
+  static Buffers get(bool totals) {
     constexpr int64_t bytes = sizeof(Cell) * (kA + kB) + sizeof(typename E::Acc) * kAcc + sizeof(Cell) * 3 * kRun +
                               (sizeof(double) + sizeof(typename E::Acc)) * kRun;
-    char* at = (char*)scratch(bytes);
+    char* at = (char*)scratch(bytes + (totals ? sizeof(double) * kAcc : 0));
     Buffers s;
     s.a = (Cell*)at;
     s.b = s.a + kA;
@@ -118,6 +131,7 @@ struct Buffers {
     s.run = (typename E::Packed*)(s.acc + kAcc);
     s.row_sum.total = (double*)((Cell*)s.run + 3 * kRun);
     s.row_sum.block = (typename E::Acc*)(s.row_sum.total + kRun);
+    s.total = (double*)(at + bytes);
     return s;
   }
 };
@@ -271,10 +285,25 @@ struct Packed {
 struct Block {
   int64_t i0, j0, tk;  // where in C, and which slice
   int64_t rows, cols, cells;
-  bool first, last;  // of the tile's k blocks
+  bool first, last;  // of the k blocks of a sum
+  double* total;     // of the tile's sums, rows as far apart as acc's; or nullptr: there is one sum
+  bool first_sum, last_sum;
 };
 
-// The packed A block times the packed B block, into acc [rows, ld] or, on the last k block, out of it.
+// A finished sum into the total; the last one takes the total with it.
+template <class A>
+void add_to_total(A* c, int64_t ldc, double* total, int64_t ld, int64_t rows, int64_t cols, bool first, bool last) {
+  for (int64_t i = 0; i < rows; ++i, c += ldc, total += ld) {
+    if (!first)
+      for (int64_t j = 0; j < cols; ++j) total[j] += c[j];
+    else
+      for (int64_t j = 0; j < cols; ++j) total[j] = c[j];
+    if (last)
+      for (int64_t j = 0; j < cols; ++j) c[j] = (A)total[j];
+  }
+}
+
+// The packed A block times the packed B block, into acc [rows, ld] or, on the last k block of a sum, out of it.
 template <class E>
 void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell* block_a,
                     const typename E::Cell* block_b, typename E::Acc* acc, int64_t ld) {
@@ -302,6 +331,8 @@ void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell
         q += kCall<E>;
       } while (q < at.cells);
       if (!at.last) continue;
+      if (at.total) add_to_total(c, ldc, at.total + i * ld + j, ld, r, width, at.first_sum, at.last_sum);
+      if (!at.last_sum) continue;
       const int64_t n = min(width, at.cols - j);
       if (plan.t.kt == 1) {
         plan.epilogue(p, c, ldc, at.i0 + i, at.j0 + j, r, n);
@@ -346,7 +377,8 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
   if (sum_rows) s.row_sum.clear(rows);
 
   for (int64_t p0 = k0; p0 < k1 || p0 == k0; p0 += t.kb) {  // an empty k still writes its tile
-    const int64_t ks = min(t.kb, k1 - p0);
+    const int64_t ks = min(t.kb, k1 - p0), k_block = (p0 - k0) / t.kb, in_sum = k_block % t.per_total;
+    const bool last = p0 + t.kb >= k1;
     const bool new_a = a.renew(i0, p0) || sum_rows;
     if (new_a && plan.order == kRowMajor)
       pack_a_rows<E>(plan.a, s.a, i0, rows, p0, ks);
@@ -356,11 +388,21 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
       const int64_t width = min(t.nb, cols - jb);
       const auto* block_b = s.b;
       if (p.panels)
-        block_b = shared_block(plan, t.b_block(tk, (p0 - k0) / t.kb, tj, jb / t.nb));
+        block_b = shared_block(plan, t.b_block(tk, k_block, tj, jb / t.nb));
       else if (b.renew(j0 + jb, p0))
         pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
-      multiply_block<E>(plan, {i0, j0 + jb, tk, rows, width, cells_of<E>(ks), p0 == k0, p0 + t.kb >= k1}, s.a, block_b,
-                        s.acc + jb, round_up(cols, E::kVL));
+      const Block at = {i0,
+                        j0 + jb,
+                        tk,
+                        rows,
+                        width,
+                        cells_of<E>(ks),
+                        in_sum == 0,
+                        last || in_sum + 1 == t.per_total,
+                        t.totals() ? s.total + jb : nullptr,
+                        k_block < t.per_total,
+                        last};
+      multiply_block<E>(plan, at, s.a, block_b, s.acc + jb, round_up(cols, E::kVL));
     }
   }
   if (sum_rows) {
@@ -372,13 +414,14 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
   }
 }
 
-// out[i] = Σ over slices, in slice order; or out[i] += that
+// out[i] = Σ over slices, in slice order, as if in twice the precision; or out[i] += that
 template <class T, class C>
 void sum_slices(const Acc<T>* parts, int64_t count, int64_t n, C* out, int64_t begin, int64_t end, bool add = false) {
   for (int64_t i = begin; i < end; i += kLanes<T>) {
     const int64_t left = min(kLanes<T>, end - i);
-    auto sum = load_some(parts + i, 1, left);
-    for (int64_t s = 1; s < count; ++s) sum += load_some(parts + s * n + i, 1, left);
+    ExactLanes<Vec<Acc<T>>> exact;
+    for (int64_t s = 0; s < count; ++s) exact.add(load_some(parts + s * n + i, 1, left));
+    auto sum = exact.value();
     if (add) sum = load_some(out + i, 1, left) + sum;
     store_some(out + i, sum, left);
   }
@@ -408,13 +451,13 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
       &p, t, b_block_cells<E>(t), Source<E>::of(p.a, p.saved, p.act), order, epilogue_of<C, typename E::ElemB>(p)};
   if (p.panels)
     parallel.run(t.b_blocks(), &plan, [](const void* context, int64_t begin, int64_t end) {
-      auto buffers = Buffers<E>::get();
+      auto buffers = Buffers<E>::get(false);
       for (int64_t block = begin; block < end; ++block) pack_shared_block<E>(*(const Plan<E>*)context, block, buffers);
     });
   parallel.run(plan.t.tasks(), &plan, [](const void* context, int64_t begin, int64_t end) {
     const auto& plan = *(const Plan<E>*)context;
     const Tiling& t = plan.t;
-    auto buffers = Buffers<E>::get();
+    auto buffers = Buffers<E>::get(t.totals());
     [[maybe_unused]] const typename E::Scope scope;
     Packed a, b;
     // One k block: go down, where tiles share their B block. Several: go sideways, where they share A in L3.

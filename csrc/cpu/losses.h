@@ -164,17 +164,11 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
       f(i, classes, L::lanes(classes, rows));
     }
   };
-  // The sums per row of what f(i, classes, lanes) returns, with what each addition rounds away (Knuth's two-sum): many
-  // small terms are as good as few. Not where a term is infinite.
+  // The sums per row of what f(i, classes, lanes) returns.
   auto sum = [&](auto&& f) {
-    V total{}, lost{};
-    each([&](int64_t i, int64_t classes, int64_t lanes) {
-      const V term = f(i, classes, lanes), next = total + term, added = next - total;
-      lost += (total - (next - added)) + (term - added);
-      total = next;
-    });
-    const V exact = L::sum(total) + L::sum(lost);
-    return exact == exact ? exact : L::sum(total);
+    ExactLanes<V> total;
+    each([&](int64_t i, int64_t classes, int64_t lanes) { total.add(f(i, classes, lanes)); });
+    return ExactLanes<V>{L::sum(total.sum), L::sum(total.lost)}.value();
   };
   auto class_weight = [&](int64_t i, int64_t classes) {
     return p.weight ? L::of_classes((const A*)p.weight + i * L::kClasses, classes) : V{} + weight_one;

@@ -13,6 +13,10 @@ constexpr int64_t kKC = 1024 / sizeof(typename E::Cell);
 // n = 784 that is 3.5 times better, for one pass over the tile in L1 (4 % of its FMAs). bf16 products have error to spare.
 template <class E>
 constexpr int64_t kSum = 64 * E::kStep;
+// k cells per sum of a tile; such sums are added in f64. In f32 one after the other they err like sqrt(k / 64) again: at
+// k = 65536 that was 5 times torch's error. A tile instruction adds to one sum all along, so there they are shorter.
+template <class E>
+constexpr int64_t kTotal = (E::kDepth > 1 ? 4 : 16) * kKC<E>;
 // k cells per call of the micro-kernel. A tile instruction starts a sum of its own, so there a call takes the whole block.
 template <class E>
 constexpr int64_t kCall = E::kDepth > 1 ? kKC<E> : kSum<E>;

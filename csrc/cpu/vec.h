@@ -203,6 +203,22 @@ DLK_INLINE void store_some(T* p, Vec<Acc<T>> v, int64_t n) {
 #endif
 }
 
+// A sum that keeps what each addition rounds away (Knuth's two-sum): many small terms are as good as few.
+template <class V>
+struct ExactLanes {
+  V sum{}, lost{};
+
+  DLK_HD void add(V term) {
+    const V next = sum + term, added = next - sum;
+    lost += (sum - (next - added)) + (term - added);
+    sum = next;
+  }
+  DLK_HD V value() const {
+    const V exact = sum + lost;
+    return exact == exact ? exact : sum;  // where a term is infinite, so is what it lost
+  }
+};
+
 // ---- permutations -----------------------------------------------------------------------------------------------
 
 // a0 b0 a1 b1 ... from the lower (half = 0) or upper (half = 1) halves.
