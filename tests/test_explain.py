@@ -1,7 +1,7 @@
 """explain() tells the truth: about the instruction set, the path, and why."""
 
 import json
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -41,6 +41,15 @@ def test_path_is_the_one_taken(shape, dtype):
     told = paths(x, weight)
     expected = (int(told["forward"] == "aten"), sum(told[op] == "aten" for op in ("dgrad", "wgrad")))
     assert library_products(x, weight) == expected
+
+
+@pytest.mark.parametrize("shape", [*product((0, 3), repeat=3)], ids=str)
+def test_layers_of_nothing(shape):
+    """Planning divides by sizes: a division by 0 would end the process."""
+    code = "from dlkernels.functional import explain; import torch, sys; m, n, k = map(int, sys.argv[1:])\n"
+    code += "for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):\n"
+    code += "    print(*(row.op for row in explain(torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype))))"
+    assert python("-c", code, *map(str, shape)).splitlines() == ["forward dgrad wgrad"] * 4
 
 
 def test_rows_and_reasons():

@@ -135,6 +135,7 @@ int gemm_splits(int64_t m, int64_t n, int64_t k) {
   // Few tiles and a long k, as in the wgrad of a tall batch: cut k so that about 16 tasks exist. Each slice keeps at
   // least 2048 steps, which makes its pass over the partial sums (m·n per slice) cheap beside its m·n·2048 FMAs.
   const int64_t tiles = ((m + 127) / 128) * ((n + 127) / 128);
+  if (tiles == 0) return 1;
   const int64_t wanted = 16 / tiles;
   const int64_t most = k / 2048;
   const int64_t splits = wanted < most ? wanted : most;
