@@ -167,7 +167,7 @@ def gaussian_nll_loss(
     if isinstance(var, float):
         if var < 0:
             raise ValueError("var has negative entry/entries")
-        variance = input.new_full((), var).expand_as(input)
+        variance = (input.new_ones(()) * var).expand_as(input)  # infinite beyond the dtype, where new_full raises
     elif isinstance(var, Tensor):
         variance = var
     else:

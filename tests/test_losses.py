@@ -11,6 +11,7 @@ import torch
 from isolated import TESTS
 from losses_oracle import NAN, class_problem
 from torch import nn
+from torch.nn import functional as F
 
 from dlkernels import _C, functional, losses
 from dlkernels import nn as dnn
@@ -41,6 +42,28 @@ def test_modules():
         assert losses.cross_entropy(x, index, size_average=False) == losses.cross_entropy(x, index, reduction="sum")
     with pytest.warns(UserWarning, match="size_average"):
         assert losses.mse_loss(x, soft, reduce=False).shape == x.shape
+
+
+# ---- beyond the dtype -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_loss_beyond_the_dtype_is_infinite(dtype, reduction):
+    """As stock's: the sum is made in float64, and 1e39 is no float32."""
+    far = torch.finfo(dtype).max * 0.9
+    x = torch.tensor([[far, -far], [-far, far]], dtype=dtype)
+    index, var = torch.tensor([1, 0]), torch.ones_like(x)
+    for ours, stock, args in (
+        (losses.cross_entropy, F.cross_entropy, (x, index)),
+        (losses.mse_loss, F.mse_loss, (x, -x)),
+        (losses.gaussian_nll_loss, F.gaussian_nll_loss, (x, -x, var)),
+        (losses.gaussian_nll_loss, F.gaussian_nll_loss, (x * 0, x * 0, 1e300)),
+    ):
+        torch.testing.assert_close(ours(*args, reduction=reduction), stock(*args, reduction=reduction))
+    eye = torch.eye(2, dtype=dtype)
+    ours = functional.linear_cross_entropy(x, eye, None, index, reduction=reduction)
+    torch.testing.assert_close(ours, F.cross_entropy(x, index, reduction=reduction))
 
 
 # ---- malformed calls ------------------------------------------------------------------------------------------------

@@ -19,7 +19,10 @@ inline at::Tensor reduced(const at::Tensor& each, const std::vector<double>& sum
   ExactSum total;
   for (double sum : sums) total.add(sum);
   const double value = total.value();
-  return at::scalar_tensor(reduction == at::Reduction::Mean ? value / denominator : value, options);
+  // a conversion of tensors makes infinity of what is beyond the dtype, one of numbers raises
+  const at::Tensor exact =
+      at::scalar_tensor(reduction == at::Reduction::Mean ? value / denominator : value, options.dtype(at::kDouble));
+  return exact.to(options.dtype().toScalarType());
 }
 
 // f(class) for the weight of a class; 1 without weights.
