@@ -1,7 +1,7 @@
 // One functor per activation: its value, and its gradient from what the forward saved.
 //
 // A functor is written once against an `O` ("ops") that names a value type `O::T` - a scalar on CUDA, a vector
-// register on CPU - with `O::lit`, `O::exp`, `O::tanh`, `O::erf`. Comparisons and `?:` work on both.
+// register on CPU - with `O::lit`, `O::exp`, `O::normal_exp`, `O::tanh`, `O::erf`. Comparisons and `?:` work on both.
 //
 //   saves_output  true: `grad` reads y;  false: `grad` reads the pre-activation z, which forward then stores
 //   gates         true: of y, `grad` reads no more than a bit, see `opens`: 1 and 0 may stand for it
@@ -75,8 +75,8 @@ struct GELU {
   }
   template <class O, class T = typename O::T>
   DLK_HD static T grad(T g, T z, T) {
-    T pdf = O::lit(0.39894228040143267794) * O::exp(O::lit(-0.5) * z * z);  // 1/sqrt(2π)
-    return g * (cdf<O>(z) + z * pdf);
+    T scaled = O::lit(0.39894228040143267794) * z;  // 1/sqrt(2π); first, for φ(z) alone can be subnormal
+    return g * (cdf<O>(z) + scaled * O::normal_exp(O::lit(-0.5) * z * z));
   }
   template <class O, class T = typename O::T>
   DLK_HD static T cdf(T z) {
