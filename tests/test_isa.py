@@ -35,8 +35,8 @@ def test_kernels(isa):
 
 
 def test_library_gemm():
-    """Our elementwise passes around torch's products."""
-    assert run_subset(SUBSET, DLKERNELS_CPU_GEMM="aten") > 100
+    """Our elementwise passes around torch's products, which read past a row of an operand in 16 bits by AMX."""
+    assert run_subset(SUBSET + " or spreads", DLKERNELS_CPU_GEMM="aten") > 100
 
 
 def test_isa_this_cpu_lacks_is_refused():

@@ -4,6 +4,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include "../activation.h"
 #include "route.h"
@@ -98,6 +99,14 @@ void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor*
 
 }  // namespace
 
+at::Tensor for_library(const at::Tensor& a) {
+  constexpr int64_t piece = 32;
+  const int64_t m = a.size(0), k = a.size(1);
+  if (a.element_size() != 2 || k % piece == 0) return a;
+  at::Tensor copy = at::zeros({m, (k / piece + 1) * piece}, a.options()).narrow(1, 0, k);
+  return copy.copy_(a);
+}
+
 void packed_gemm(Gemm p) { run_packed(packed_product(p.dtype), p); }
 
 void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
@@ -108,7 +117,8 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
   const Path path = path_of(Op::forward, c, x2.stride(1) == 1 && weight.stride(1) == 1, autocast);
   if (path == Path::aten) {
     at::Tensor pre = (z ? *z : y).view({m, n});
-    bias.defined() ? at::addmm_out(pre, bias, x2, weight.t()) : at::mm_out(pre, x2, weight.t());
+    const at::Tensor a = for_library(x2);
+    bias.defined() ? at::addmm_out(pre, bias, a, weight.t()) : at::mm_out(pre, a, weight.t());
     engine(c.dtype).act_pass({m * n, pre.const_data_ptr(), c.act, y.data_ptr()}, parallel_for_work(m * n * 16));
     return;
   }
@@ -149,7 +159,7 @@ void layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, c
               autocast ? Store::accumulators : Store::rounded);
     if (dx_by_aten) {
       at::Tensor out = dx.view({m, k});
-      at::mm_out(out, dz, weight);
+      at::mm_out(out, for_library(dz), weight);
     }
     if (dw_by_aten) at::mm_out(dweight, dz.t(), as_rows(x));
   }

@@ -31,4 +31,9 @@ inline Gradients layer_backward(const Checked& c, const Incoming& in, const at::
   return made;
 }
 
+// A [M, K] for a product of torch's: the same values, with zeros behind the rows in 16 bits. By AMX, oneDNN reads rows of A in
+// pieces of 32 and multiplies what lies behind a row by 0, so that a NaN there, in padding or in the next row, would reach
+// the row's sums.
+at::Tensor for_library(const at::Tensor& a);
+
 }  // namespace dlk::cpu
