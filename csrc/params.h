@@ -82,7 +82,7 @@ struct GradPass {
   Activation act;
   void* dz;        // [m, n] contiguous, or nullptr
   void* dbias;     // [n], or nullptr
-  Store store;     // of dbias; on CUDA not added
+  Store store;     // of dbias; not added
   void* partials;  // slices(m) * n accumulators of the twin that runs it, f32 (f64 for f64), when dbias is set
 };
 

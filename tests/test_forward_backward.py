@@ -128,7 +128,11 @@ def test_more_than_2_31_elements(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1024, 1024), (32, 200, 130), (256, 784, 256), (9001, 20, 30)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1024, 1024), (32, 200, 130), (256, 784, 256), (9001, 20, 30), (40, 20000, 50), (7, 9000, 5000)],
+    ids=str,
+)
 def test_same_bits_every_time_on_any_number_of_threads(shape, dtype):
     layer = make(*shape, dtype, "gelu")
     before = torch.get_num_threads()
