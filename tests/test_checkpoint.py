@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
+import enum
 import json
 import os
 import pickle
 import random
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from training import batches, make, network, stop_after
+from training import assert_same, batches, make, network, stop_after
 
 from dlkernels.atomic import atomic_write, write_json
-from dlkernels.trainer import CheckpointError, Checkpoints, Trainer, checkpoint
+from dlkernels.trainer import Callback, CheckpointError, Checkpoints, Trainer, checkpoint
 
 
 @pytest.fixture
@@ -109,6 +113,151 @@ def test_code_in_a_checkpoint_is_not_run(saved, tmp_path):
 def test_newer_version(saved, monkeypatch):
     monkeypatch.setattr(checkpoint, "VERSION", 0)
     assert_refused(saved, "has checkpoint version 2; this dlkernels reads version 0")
+
+
+# --- what is written can be read ---
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Colour(str, enum.Enum):
+    RED = "red"
+
+
+class Notes(Callback):
+    """Keeps ``held`` in the checkpoint."""
+
+    def __init__(self, held=None):
+        self.held = held
+
+    def state_dict(self):
+        return {"held": self.held}
+
+    def load_state_dict(self, state):
+        self.held = state["held"]
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (np.float64(0.5), 0.5),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (np.str_("a"), "a"),
+        (np.array(2.5), 2.5),
+        (Level.HIGH, 3),
+        (Colour.RED, "red"),
+        ([1, (np.float64(2), {np.int32(3): {np.float16(4)}})], [1, (2.0, {3: {4.0}})]),
+        (OrderedDict(a=np.float64(1)), OrderedDict(a=1.0)),
+        (Counter("aab"), Counter("aab")),
+        (1j, 1j),
+        (torch.Size([2]), torch.Size([2])),
+    ],
+)
+def test_numbers_and_texts_are_written_as_they_can_be_read(tmp_path, value, read):
+    make(checkpoint=tmp_path / "run.pt", callbacks=[Notes(value)]).fit(1)
+    again = make(callbacks=[Notes()])
+    again.load(tmp_path / "run.pt")
+
+    def kinds(value):
+        inside = value.items() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+        return type(value), [kinds(item) for item in inside]
+
+    assert again.callbacks[0].held == read
+    assert kinds(again.callbacks[0].held) == kinds(read)
+
+
+class Scaled(torch.Tensor):
+    """A tensor of a kind that torch does not know."""
+
+
+def noted():
+    tensor = torch.ones(2)
+    tensor.note = object()
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (np.ones(2), r"ndarray: give its tolist\(\), or torch\.from_numpy of it"),
+        (Path("x"), "PosixPath"),
+        (datetime.datetime(2020, 1, 1), "datetime"),
+        (np.datetime64("2020"), "datetime64"),
+        (defaultdict(int), "defaultdict"),
+        (frozenset([1]), "frozenset"),
+        pytest.param(10**1000, "int", id="a large int"),
+        (np.longdouble(1), "longdouble"),
+        (Notes, "type"),
+        (len, "builtin_function_or_method"),
+        (torch.ones(2).as_subclass(Scaled), "Scaled"),
+        (noted(), "Tensor"),
+        (torch.ones(2, device="meta"), "Tensor on the meta device, which has no values"),
+    ],
+)
+def test_the_rest_is_refused_before_the_first_batch(tmp_path, value, named):
+    path = tmp_path / "run.pt"
+    for held, place in ((value, ""), ([{"x": value}], r"\[0\]\.x")):
+        trainer = make(checkpoint=path, callbacks=[Notes(held)])
+        with pytest.raises(TypeError, match=rf"callbacks\.0 Notes\.held{place} is a {named}"):
+            trainer.fit(1)
+        assert trainer.updates == 0
+        with pytest.raises(TypeError, match=named):
+            checkpoint.save(path, {"held": held})
+    with pytest.raises(TypeError, match=f"config.x is a {named}"):
+        make(checkpoint=path, config={"x": value}).fit(1)
+    assert not list(tmp_path.iterdir())
+
+
+class Means(Callback):
+    """Puts a number of NumPy's in the row."""
+
+    def epoch_ends(self, trainer, row):
+        row["mean"], row["half"] = np.mean([1.0, 2.0]), np.float32(0.5)
+
+
+def test_numpys_numbers_anywhere_in_a_training(tmp_path):
+    """As learning rate, from a schedule, in a row and in the configuration."""
+
+    def training(**options):
+        model = network()
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.1), momentum=np.float32(0.5))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: np.float64(0.9) ** update)
+        options |= {"scheduler": schedule, "callbacks": [Means()], "config": {"lr": np.float64(0.1)}}
+        return Trainer(model, nn.CrossEntropyLoss(), optimizer, batches(), progress="silent", **options)
+
+    whole = training()
+    whole.fit(3)
+    training(checkpoint=Checkpoints(tmp_path)).fit(2)
+    again = training()
+    again.load(tmp_path, fallback=True)
+    again.fit(3)
+    assert_same(again, whole)
+    assert [type(again.history[0][name]) for name in ("mean", "half", "lr")] == [float] * 3
+    assert json.loads(json.dumps(whole.history)) == whole.history
+    assert not list(tmp_path.glob("*.damaged"))
+
+
+def test_numbers_of_numpy_that_earlier_versions_wrote_are_read(saved):
+    state = checkpoint.load(saved)
+    state["history"][0]["mean"] = np.float64(1.5)
+    state["optimizer"]["state"]["param_groups"][0]["lr"] = np.float32(0.5)
+    torch.save(state, saved)
+    trainer = make(config={"lr": 0.001})
+    trainer.load(saved)
+    assert type(trainer.history[0]["mean"]) is float
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_what_a_module_wrote_on_its_state_is_kept(tmp_path):
+    state = OrderedDict(a=np.float64(1))
+    state._metadata = {"": {"version": 2}}
+    checkpoint.save(tmp_path / "x.pt", {"state": state})
+    assert checkpoint.load(tmp_path / "x.pt")["state"]._metadata == {"": {"version": 2}}
 
 
 def test_another_model(saved):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+SCORE = Monitor("score", "max")
+
+
 class Scores(Callback):
     """A metric that is what the test says."""
 
@@ -29,12 +33,12 @@ class Scores(Callback):
 
 
 def test_the_last_and_the_best_are_kept(tmp_path):
-    keep = Checkpoints(tmp_path / "kept", keep_last=2, monitor="score")
+    keep = Checkpoints(tmp_path / "kept", keep_last=2, monitor=SCORE)
     trainer = make(checkpoint=keep, callbacks=[Scores(0.1, 0.9, 0.5, 0.6)])
     trainer.fit(4)
     assert names(tmp_path / "kept") == ["best.pt", "epoch-0003.pt", "epoch-0004.pt"]
     assert checkpoint.load(tmp_path / "kept" / "best.pt")["epoch"] == 2
-    again = make(checkpoint=Checkpoints(tmp_path / "kept", monitor="score"), callbacks=[Scores(0, 0, 0, 0, 0.8)])
+    again = make(checkpoint=Checkpoints(tmp_path / "kept", monitor=SCORE), callbacks=[Scores(0, 0, 0, 0, 0.8)])
     assert again.load(tmp_path / "kept") == tmp_path / "kept" / "epoch-0004.pt"
     again.fit(5)  # 0.8 is no better than the 0.9 of the first process
     assert checkpoint.load(tmp_path / "kept" / "best.pt")["epoch"] == 2
@@ -138,6 +142,45 @@ def test_fallback_is_for_damage_only(tmp_path):
     with pytest.raises(CheckpointError, match=r"epoch-0002\.pt was made with"):
         make(config={"lr": 1}).load(tmp_path, fallback=True)
     assert "epoch-0002.pt" in names(tmp_path)
+
+
+@pytest.mark.parametrize("why", ["content", "permission", "memory", "newer torch"])
+def test_what_could_be_read_another_time_is_not_set_aside(tmp_path, monkeypatch, why):
+    """Its checksums hold, but it has a class that is not allowed; or it cannot be read for now."""
+    make(checkpoint=Checkpoints(tmp_path)).fit(2)
+    newest, before = newest_first(tmp_path)
+    reason = {
+        "content": "Unsupported global: GLOBAL pathlib.PosixPath",
+        "permission": "Permission denied",
+        "memory": "no room",
+        "newer torch": "maximum supported version",
+    }[why]
+    load, zip_file = torch.load, zipfile.ZipFile
+
+    def fail(error):
+        def function(file, *args, **options):
+            if Path(file) == newest:
+                raise error
+            return load(file, *args, **options)
+
+        return function
+
+    if why == "content":
+        torch.save(checkpoint.load(newest) | {"x": Path("x")}, newest)
+    elif why == "permission":
+        denied = fail(PermissionError(13, "Permission denied"))
+        monkeypatch.setattr("zipfile.ZipFile", lambda file: denied(file) if file == newest else zip_file(file))
+    else:
+        errors = {
+            "memory": MemoryError("no room"),
+            "newer torch": RuntimeError("PytorchStreamReader: version 99, but the maximum supported version is 10"),
+        }
+        monkeypatch.setattr("torch.load", fail(errors[why]))
+    held = names(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"epoch-0002\.pt cannot be read .*stays as it is: .*{reason}"):
+        make().load(tmp_path, fallback=True)
+    assert names(tmp_path) == held
+    assert make().load(before) == before
 
 
 def test_nothing_whole_is_left(tmp_path):

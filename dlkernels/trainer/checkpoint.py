@@ -6,7 +6,9 @@ A checkpoint is a ``torch.save`` file of plain containers, numbers, strings and 
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dlkernels.atomic import atomic_write
+from dlkernels.trainer.plain import numpy_numbers, plain
 
 FORMAT = "dlkernels.checkpoint"
 VERSION = 2
@@ -29,39 +32,14 @@ class DamagedCheckpoint(CheckpointError):
     """It is truncated or a part of it fails its checksum: an earlier one may be whole."""
 
 
-PLAIN = (Tensor, str, bytes, bool, int, float, type(None))
-
-
-def check_plain(value: Any, place: str = "") -> None:
-    """Make sure that ``value`` will be read back by ``weights_only=True``, before it is all that is left of a run.
-
-    Raises:
-        TypeError: something is not a plain container, number, string or tensor; it is named.
-    """
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            check_plain(key, f"{place} (a key)")
-            check_plain(item, f"{place}.{key}" if place else str(key))
-    elif type(value) in (list, tuple, set):
-        for index, item in enumerate(value):
-            if type(item) is not float:  # the common case: a history of losses
-                check_plain(item, f"{place}[{index}]")
-    elif not isinstance(value, PLAIN) and not isinstance(value, (torch.dtype, torch.device, torch.Size)):
-        raise TypeError(
-            f"expected plain containers, numbers, strings and tensors in a checkpoint; {place} is a "
-            f"{type(value).__name__}"
-        )
-
-
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write ``state`` (plain containers, numbers, strings, tensors) to ``path``, atomically.
 
     Raises:
         OSError: it cannot be written; what was at ``path`` before is untouched.
-        TypeError: something in it could not be read back; nothing was written.
+        TypeError: something in it could not be read back (``plain``); nothing was written.
     """
-    check_plain(state)
-    content = {"format": FORMAT, "version": VERSION, "torch": str(torch.__version__), **state}
+    content = {"format": FORMAT, "version": VERSION, "torch": str(torch.__version__), **plain(dict(state))}
     try:
         with atomic_write(path) as file:
             torch.save(content, file)
@@ -77,25 +55,28 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint, with its tensors on the CPU.
 
     Raises:
-        CheckpointError: no such file, written by something else, or by another version of this package.
+        CheckpointError: no such file or none that this process may read, written by something else, or whole but with
+            content that this version, torch's or ours, does not read.
         DamagedCheckpoint: truncated or damaged (every member's CRC-32 is checked).
     """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself does not notice a flipped bit in a tensor
-        if damaged:
-            raise DamagedCheckpoint(f"{path} is damaged: {damaged} in it fails its checksum; use an earlier checkpoint")
-        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint at {path}") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever zipfile, pickle or torch makes of a broken file
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DamagedCheckpoint(
-            f"{path} cannot be read as a checkpoint (truncated or another kind of file?): {what}"
-        ) from error
+    except Exception as error:  # whatever zipfile makes of a broken file
+        blameless = isinstance(error, (OSError, MemoryError)) and getattr(error, "errno", None) != errno.EINVAL
+        raise (_not_read if blameless else _broken)(path, error) from error
+    if damaged:
+        raise DamagedCheckpoint(f"{path} is damaged: {damaged} in it fails its checksum; use an earlier checkpoint")
+    try:
+        with torch.serialization.safe_globals(numpy_numbers()):
+            state = plain(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        # The checksums hold: only what torch's reader finds wrong in the archive's headers is damage.
+        headers = "PytorchStreamReader" in str(error) and "maximum supported version" not in str(error)
+        raise (_broken if headers else _not_read)(path, error) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         held = f"a dict with keys {list(state)[:5]}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise CheckpointError(f"{path} is not a dlkernels checkpoint: expected format {FORMAT!r}; it holds {held}")
@@ -105,6 +86,25 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"use the dlkernels that wrote it"
         )
     return state
+
+
+def _broken(path: Path, error: Exception) -> CheckpointError:
+    return DamagedCheckpoint(
+        f"{path} cannot be read as a checkpoint (truncated or another kind of file?): {_first_line(error)}"
+    )
+
+
+def _not_read(path: Path, error: Exception) -> CheckpointError:
+    """Of a file that may be whole: with another version, or at another time, it can perhaps be read."""
+    unsupported = re.search(r"Unsupported (?:global|class|operand).*", str(error))  # of torch's whole page of advice
+    reason = unsupported[0].partition(" was not ")[0] if unsupported else _first_line(error)
+    return CheckpointError(
+        f"{path} cannot be read as a checkpoint here, though it does not look damaged, and stays as it is: {reason}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_model(path: object, model_state: Mapping[str, Any], model: torch.nn.Module) -> None:

@@ -70,5 +70,9 @@ def evaluate(
 
 
 def _plain(value: Any) -> Any:
-    """A metric's value as JSON can hold it: a number, or nested lists of them."""
+    """A metric's value as JSON can hold it: a number, or nested lists and dicts of them."""
+    if isinstance(value, Mapping):  # of a MetricCollection
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value

@@ -22,6 +22,7 @@ from dlkernels.trainer.distributed import Part, Ranks
 from dlkernels.trainer.evaluation import Metrics, evaluate
 from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
+from dlkernels.trainer.plain import as_atom
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
 from dlkernels.trainer.state import TrainingState
 from dlkernels.trainer.step import Every, Loss, Step, forward
@@ -196,6 +197,7 @@ class Trainer(TrainingState):
         with InterruptGuard() as guard:
             try:
                 self._call("fit_begins")
+                self._check_plain()
                 self._in_epoch = True
                 while self.epoch < last and self.stopped is None:
                     progress.begin(f"{self.name} epoch {self.epoch + 1}/{epochs}", self._batches.length())
@@ -305,6 +307,7 @@ class Trainer(TrainingState):
         self._step.epoch_ends(row.get("val_loss", row["loss"]))
         for callback in self.callbacks:
             callback.epoch_ends(self, row)
+            row.update({key: as_atom(value) for key, value in row.items()})  # np.mean gives a number of NumPy's
         self.history.append(row)
         self.batch_losses = self._meter.losses
         self.epoch += 1

@@ -19,6 +19,7 @@ from dlkernels.trainer.checkpoints import OneFile
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.metrics import Meter
 from dlkernels.trainer.optimizers import running_as_made
+from dlkernels.trainer.plain import plain
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Step
 
@@ -152,6 +153,21 @@ class TrainingState:
         self.stopped = state["stopped"]
         if self.checkpoint is not None:
             self.checkpoint.load_state_dict(state.get("checkpoints", {}))
+
+    def _check_plain(self) -> None:
+        """Make sure that what the caller brought can be read back from a checkpoint: now, not after an epoch.
+
+        Raises:
+            TypeError: it cannot; the message names it.
+        """
+        if self.checkpoint is not None:
+            parts = self._parts()
+            brought = {name: parts[name]() for name in ("step", "batches", "callbacks", "config")}
+
+            def check() -> None:
+                plain(brought)
+
+            self.ranks.from_main(check)
 
     def _check_idle(self, what: str) -> None:
         """A callback or another thread would pull the state from under an epoch's feet."""
