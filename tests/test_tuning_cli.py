@@ -97,6 +97,14 @@ def test_divergence_is_told(tmp_path, capsys):
     )
 
 
+def test_a_suggestion_at_the_edge_is_told(tmp_path, capsys):
+    """All of these rates are too small for the loss to reach its fastest fall."""
+    assert find_lr(tmp_path, "--optimizer", "sgd", "--first", 1e-3, "--last", 1e-2) == 0
+    said = "do not rely on it: it is at the upper end of the rates that were tried: go on beyond 0.01 (--first, --last"
+    assert said in capsys.readouterr().out
+    assert rates(tmp_path)["edge"] in said
+
+
 def test_what_decides_an_update_arrives(tmp_path, capsys):
     """Gradients of next to no length move nothing, at any rate; in the other dtype the losses are rounded otherwise."""
     common = ["--optimizer", "sgd", "--first", 0.01, "--last", 10, "--batches", 12]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
 import torch
 from torch import nn
-from training import X, Y, batches, network
+from training import SPLITS, X, Y, batches, network
 
 from dlkernels.data import TensorLoader
 from dlkernels.trainer import Fold, Trainer, adam, cross_validate, find_lr, folds, sgd
+from dlkernels.trainer.lr_finder import LearningRates
 
 
 @pytest.mark.parametrize("kind", ["plain", "stratified", "grouped"])
@@ -85,6 +87,111 @@ def test_find_lr_finds_what_is_known_and_leaves_no_trace(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
     found.plot(tmp_path / "rates.png")
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Everything(nn.Module):
+    """A dropout and batch statistics that are frozen, a buffer that no state_dict has, and a part nobody trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+        self.body[1].eval()
+        self.body[3].eval()
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+        self.other = nn.Parameter(torch.ones(10))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.body(x) * self.other
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("diverges", [False, True])
+def test_find_lr_leaves_a_model_as_it_was(mode, diverges):
+    """Modes, buffers and gradients too, and the parameters of a loss; whether it ends by itself or by a NaN."""
+    model = Everything()
+    if not mode:
+        model.eval()
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, scores, y):
+            return nn.functional.cross_entropy(scores * self.factor, y)
+
+    loss = Scale()
+    nn.functional.cross_entropy(model(X), Y).backward()
+    loss.factor.grad = torch.tensor(3.0)
+    tensors = [*model.parameters(), *model.buffers(), loss.factor]
+    before = [(one.detach().clone(), one.grad, copy.deepcopy(one.grad)) for one in tensors]
+    modes = [module.training for module in model.modules()]
+    optimizer = sgd([*model.body.parameters(), loss.factor])
+    found = find_lr(model, loss, optimizer, batches(), batches=20, last=1e9 if diverges else 1.0)
+    assert (len(found.rates) < 20) == diverges
+    assert [module.training for module in model.modules()] == modes
+    assert all(a is b for a, b in zip(tensors, [*model.parameters(), *model.buffers(), loss.factor], strict=True))
+    for one, (value, gradient, was) in zip(tensors, before, strict=True):
+        assert torch.equal(one, value)
+        assert one.grad is gradient and (gradient is None or torch.equal(gradient, was))
+
+
+def test_find_lr_tries_every_rate_though_a_scaler_leaves_updates_out():
+    """The first scale is too large for float16 and is halved until it fits; an epoch is one batch."""
+    model = network()
+    loss = nn.CrossEntropyLoss()
+    data = [(X, Y)]
+    found = find_lr(model, lambda out, y: 1e4 * loss(out, y), sgd(model.parameters()), data, autocast=torch.float16)
+    assert len(found.rates) == 100 or max(found.losses) > 2 * min(found.losses)
+
+
+def curve(falls: list[float]) -> LearningRates:
+    losses = [10.0]
+    for fall in falls:
+        losses.append(losses[-1] - fall)
+    return LearningRates([10.0 ** (index / 20 - 5) for index in range(len(losses))], losses)
+
+
+def test_find_lr_suggests_nothing_from_the_start_or_from_one_batch():
+    """A first batch that is an easy one, and one in between."""
+    falls = [0.0] * 99
+    falls[0] = falls[30] = 2.0
+    falls[58:65] = [0.5] * 7
+    found = curve(falls)
+    assert 58 <= found.rates.index(found.suggestion) <= 65
+    assert found.edge is None
+
+
+@pytest.mark.parametrize(
+    ("falls", "edge"),
+    [
+        ([0.5 * 0.9**index for index in range(99)], "lower end .*: begin below 1e-05"),
+        ([0.5 * 1.1 ** (index - 99) for index in range(99)], "upper end .*: go on beyond 0.89"),
+        ([-0.1] * 99, "the loss falls nowhere"),
+        ([0.0] * 99, "the loss falls nowhere"),
+    ],
+)
+def test_find_lr_tells_where_it_cannot_be_relied_on(falls, edge):
+    assert re.search(edge, curve(falls).edge)
+
+
+@pytest.mark.parametrize("count", range(3, 40))
+def test_find_lr_has_a_suggestion_of_however_few_rates(count):
+    found = curve([0.1] * (count - 1))
+    assert found.suggestion in found.rates
+
+
+def test_find_lr_is_not_at_the_bottom_of_its_range_for_small_batches():
+    """In these trainings the steepest step of the average is one of the first two, by the chance of a batch."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        data = TensorLoader(SPLITS.train_x, SPLITS.train_y, batch_size=8, shuffle=True, seed=seed)
+        found = find_lr(model, nn.CrossEntropyLoss(), sgd(model.parameters()), data)
+        steps = [later - earlier for earlier, later in zip(found.losses, found.losses[1:], strict=False)]
+        assert steps.index(min(steps)) < 4
+        assert found.suggestion > 1e-2
 
 
 def test_find_lr_leaves_a_tensor_where_it_is():

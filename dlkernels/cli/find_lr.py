@@ -51,11 +51,11 @@ def _find_lr(args: argparse.Namespace) -> int:
         raise SettingError(str(error)) from None
     if len(found.rates) < args.batches:
         print(f"stopped after {len(found.rates)}: beyond {found.rates[-1]:.2g} the loss diverges")
-    write_json(
-        folder.rates,
-        made_by(config) | {"suggestion": found.suggestion, "rates": found.rates, "losses": found.losses},
-    )
+    facts = {"suggestion": found.suggestion, "edge": found.edge, "rates": found.rates, "losses": found.losses}
+    write_json(folder.rates, made_by(config) | facts)
     found.plot(folder.rates_curve)
     print(f"the loss falls fastest at {found.suggestion:.2g}; to train with it, add --lr {found.suggestion:.2g}")
+    if found.edge is not None:
+        print(f"do not rely on it: {found.edge} (--first, --last, --batches)")
     print(f"{folder.rates} and {folder.rates_curve} have the losses")
     return 0

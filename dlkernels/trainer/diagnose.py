@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from dlkernels.trainer.mode import buffers_kept
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 
 
@@ -49,16 +49,14 @@ def _first_layer(model: nn.Module, run: Callable[[], Any]) -> str | None:
 
         return hook
 
-    buffers, random_state = copy.deepcopy(dict(model.named_buffers())), rng_state()
+    random_state = rng_state()
     hooks = [module.register_forward_hook(look(name or "the model")) for name, module in model.named_modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(model):  # running statistics move
             run()
     finally:
         for handle in hooks:
             handle.remove()
-        for name, value in model.named_buffers():  # running statistics moved
-            value.copy_(buffers[name])
         set_rng_state(random_state)
     return found[0] if found else None
 

@@ -30,7 +30,7 @@ class GraphedStep:
         self.forget()
 
     def forget(self) -> None:
-        """Capture anew, for the optimizer has other tensors than those that the graph reads."""
+        """Capture anew: the optimizer has other tensors than those that the graph reads, or modules another mode."""
         self._left = WARM_UP
         self._held: tuple[Tensor, Tensor] | None = None  # the batch that the graph reads
         self._result: tuple[Any, Tensor] | None = None

@@ -22,6 +22,7 @@ from dlkernels.trainer.distributed import Part, Ranks
 from dlkernels.trainer.evaluation import Metrics, evaluate
 from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
+from dlkernels.trainer.mode import TrainMode
 from dlkernels.trainer.plain import as_atom
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
 from dlkernels.trainer.state import TrainingState
@@ -37,7 +38,8 @@ class Trainer(TrainingState):
         trainer.history[-1]["val_accuracy"]
 
     Args:
-        model: any nn.Module; it stays on its device, and batches are moved there.
+        model: any nn.Module; it stays on its device, and batches are moved there. ``fit`` puts it in train mode, but
+            for those of its modules that are in eval mode while others are not: they are frozen, and stay so.
         loss: a callable ``(output, target) -> 0-d tensor``, the mean over the batch. For a model with several
             outputs, one that takes them apart: ``lambda out, y: gaussian_nll_loss(out[0], y, out[1])``.
         optimizer: any torch optimizer over the model's parameters.
@@ -151,6 +153,7 @@ class Trainer(TrainingState):
         if compile:
             self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
         self._graph = GraphedStep(model, self._run, loss, step, autocast) if cuda_graph else None
+        self._mode = TrainMode(model)
         self._in_step = False
         self._progress_mode = progress
 
@@ -229,7 +232,8 @@ class Trainer(TrainingState):
 
     def _train_epoch(self, guard: InterruptGuard, progress: Progress) -> bool:
         """Whether it was gone through; otherwise somebody stopped it."""
-        self.model.train()
+        if self._mode.begin() and self._graph is not None:
+            self._graph.forget()  # it has the modes in it
         started = time.perf_counter()
         refresh = started + REFRESH_SECONDS
         length = self._batches.length()

@@ -16,11 +16,14 @@ from torch import nn
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.diagnose import NonFiniteLoss
 from dlkernels.trainer.loop import Trainer
+from dlkernels.trainer.mode import buffers_kept, gradients_kept, modes_kept, values_kept
 from dlkernels.trainer.optimizers import set_lr
 from dlkernels.trainer.step import Loss
 
 FIRST, LAST, BATCHES = 1e-6, 1.0, 100  # what is tried unless told
 SMOOTHING = 0.9  # of the losses, exponentially
+START = round(1 / (1 - SMOOTHING))  # rates until the average is of as many losses as it takes
+SPAN = 5  # rates to each side, over which the loss falls
 DIVERGED = 4.0  # times the best loss: the end of the search
 
 
@@ -33,9 +36,42 @@ class LearningRates:
 
     @property
     def suggestion(self) -> float:
-        """Where the loss falls fastest per factor of the rate."""
-        falls = [later - earlier for earlier, later in zip(self.losses, self.losses[1:], strict=False)]
-        return self.rates[min(range(len(falls)), key=falls.__getitem__)]
+        """Where the loss falls fastest per factor of the rate; ``edge`` says if that may be elsewhere.
+
+        The fall is that over the rates around, 5 to each side, since one batch is noise. The first 10 are not looked
+        at: until the average is over as many batches as it takes, it moves by whatever the next one is. (A sixth and a
+        quarter of the rates, where these are few.)
+        """
+        return self.rates[self._steepest]
+
+    @property
+    def edge(self) -> str | None:
+        """Why the suggestion is none to rely on: it is at an end of the rates, or the loss does not fall. Else None."""
+        looked_at = self._looked_at
+        if self._fall(self._steepest) >= 0:
+            return "the loss falls nowhere: try other rates, or more batches"
+        if self._steepest == looked_at[0]:
+            return f"it is at the lower end of the rates that were tried: begin below {self.rates[0]:.2g}"
+        if self._steepest == looked_at[-1]:
+            return f"it is at the upper end of the rates that were tried: go on beyond {self.rates[-1]:.2g}"
+        return None
+
+    @property
+    def _span(self) -> int:
+        return max(1, min(SPAN, len(self.losses) // 6))
+
+    @property
+    def _looked_at(self) -> range:
+        """Indices of rates; of three losses, there is one."""
+        start = min(START, len(self.losses) // 4)
+        return range(start + self._span, len(self.losses) - self._span)
+
+    @property
+    def _steepest(self) -> int:
+        return min(self._looked_at, key=self._fall)
+
+    def _fall(self, index: int) -> float:
+        return self.losses[index + self._span] - self.losses[index - self._span]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Loss over rate as a PNG.
@@ -64,7 +100,8 @@ def find_lr(
 ) -> LearningRates:
     """Try ``batches`` rates from ``first`` to ``last``, each a fixed factor above the one before.
 
-    Ends early where the loss has diverged. Model, optimizer and random state are as before afterwards.
+    Ends early where the loss has diverged. Afterwards model, optimizer and random state are as before: weights,
+    buffers, gradients, train and eval mode, and parameters of the optimizer that are the loss's.
 
     Args:
         model, loss, optimizer, train_data, autocast, accumulate, clip_norm: as for ``Trainer``; all parameter groups
@@ -90,12 +127,21 @@ def find_lr(
         progress="silent",
     )
     before = copy.deepcopy(trainer.state_dict())
-    try:
-        trainer.fit(batches)  # epochs: at least one update each
-    except NonFiniteLoss:
-        pass  # as far as one can go
-    finally:
-        trainer.load_state_dict(before)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = {id(parameter): parameter for parameter in model.parameters()}
+    others = {id(parameter): parameter for parameter in trained if id(parameter) not in own}  # the loss's
+    with (
+        modes_kept(model),
+        buffers_kept(model),
+        values_kept(others.values()),
+        gradients_kept((own | others).values()),
+    ):
+        try:
+            trainer.fit(2 * batches)  # epochs: at least one update each, but for some that a scaler leaves out
+        except NonFiniteLoss:
+            pass  # as far as one can go
+        finally:
+            trainer.load_state_dict(before)
     if len(sweep.losses) < 3:
         raise ValueError(f"expected a loss that falls at first; it diverged at a rate of {first:g}: begin lower")
     return LearningRates(sweep.rates[: len(sweep.losses)], sweep.losses)
