@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from dlkernels.__main__ import main
 from dlkernels.data import TensorLoader, load_digits, load_mnist
 from dlkernels.nn import MLP
+from dlkernels.runs.folder import RunFolder
 from dlkernels.stock import ACTIVATIONS, InAnotherOrder, copy_parameters, stock_mlp
 from dlkernels.trainer import Trainer, adam, set_printoptions
 from dlkernels.trainer.compare import compare
@@ -299,15 +301,49 @@ def test_ctrl_c_then_resume(tmp_path):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    found = re.search(r"interrupted after (\d+) epochs and \d+ batches; load .*checkpoints to go on", output)
+    said = r"^interrupted after (\d+) epochs and \d+ batches; to go on: python -m dlkernels (.*)$"
+    found = re.search(said, output, re.M)
     assert found, output
     assert not (tmp_path / "cut" / "weights.pt").exists()
 
     epochs = int(found[1]) + 1
-    assert train(tmp_path / "cut", "--epochs", epochs, "--resume") == 0
+    assert main([*shlex.split(found[2]), "--epochs", str(epochs)]) == 0
     assert train(tmp_path / "whole", "--epochs", epochs) == 0
     cut, whole = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("cut", "whole"))
     assert all(torch.equal(cut[key], whole[key]) for key in whole)
+
+
+def settings(out: Path) -> dict:
+    return RunFolder(out).config().model_dump(exclude={"out"})
+
+
+def test_a_resume_has_the_settings_of_its_run(tmp_path, capsys):
+    """Of the run in OUT, or of the one whose checkpoint is given; flags overrule them, and so does a file."""
+    chosen = ["--sizes", 64, 16, 10, "--activation", "tanh", "--optimizer", "sgd", "--lr", 0.3, "--batch-size", 100]
+    first, other = tmp_path / "a b", tmp_path / "c"
+    assert train(first, *chosen, "--epochs", 2, "--patience", 5, "--quiet") == 0
+    made = settings(first)
+    assert made["progress"] == "lines"  # --quiet was for that command
+    assert main(["train", "--resume", "--out", str(first)]) == 0
+    assert settings(first) == made
+    assert main(["train", "--resume", "--out", str(first), "--epochs", "3", "--patience", "none"]) == 0
+    assert settings(first) == made | {"epochs": 3, "patience": None}
+    assert len(history(first)["history"]) == 3
+    checkpoints = first / "checkpoints"
+    for number, place in enumerate([checkpoints, checkpoints / "epoch-0002.pt", checkpoints / "best.pt"]):
+        assert main(["train", "--resume", str(place), "--out", str(other), "--epochs", str(4 + number)]) == 0
+        assert settings(other) == made | {"epochs": 4 + number, "patience": None}
+    (tmp_path / "file.toml").write_text('dataset = "digits"\nlr = 0.5\n')
+    capsys.readouterr()
+    assert main(["train", "--resume", "--out", str(first), "--config", str(tmp_path / "file.toml")]) == 1
+    assert "holds another model" in capsys.readouterr().err
+
+
+def test_a_resume_by_the_data_set_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--dataset", "digits", "--lr", "0.01", "--epochs", "1", "--quiet"]) == 0
+    assert main(["train", "--dataset", "digits", "--epochs", "2", "--quiet", "--resume"]) == 0
+    assert settings(Path("runs/digits"))["lr"] == 0.01
 
 
 def test_resume_with_fewer_epochs_is_refused_and_changes_nothing(tmp_path, capsys):
@@ -351,7 +387,7 @@ def test_stopped_run_goes_on_where_patience_now_allows_it(tmp_path, capsys):
     assert reached < 20
     assert train(tmp_path, *stop, "--epochs", 30, "--resume") == 0
     assert "stopped after" in capsys.readouterr().out and len(history(tmp_path)["history"]) == reached
-    assert train(tmp_path, "--lr", 0.1, "--epochs", reached + 1, "--resume") == 0
+    assert train(tmp_path, "--patience", "none", "--epochs", reached + 1, "--resume") == 0
     assert len(history(tmp_path)["history"]) == reached + 1
 
 

@@ -7,6 +7,7 @@ import contextlib
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,20 +39,24 @@ def add_parser(subparsers: Any) -> None:
         _add_flags,
         help="train an MLP of fused layers on MNIST or digits",
         description="Train an MLP of fused layers; save its settings, history, weights, checkpoints and a report. "
-        "Every setting is a flag here and a key of the --config file; flags overrule the file.",
+        "Every setting is a flag here and a key of the --config file; flags overrule the file. With --resume the "
+        "file is the run's own, unless one is given.",
     )
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE (default: the newest in OUT)")
+    resume = "go on from FILE (default: the newest in OUT), with the settings of its run"
+    add("--resume", nargs="?", const="", metavar="FILE", help=resume)
     add("--compare-stock", action="store_true", help="train stock layers too, taking turns, and compare")
     add("--require-accuracy", type=float, metavar="A", help="exit status 1 if test accuracy ends below A")
     add("-q", "--quiet", action="store_true", help="print only how it ended")
 
 
 def _train(args: argparse.Namespace) -> int:
-    config = settings_of(args, **{"progress": "silent"} if args.quiet else {})
+    if args.resume is not None and args.config is None:
+        args.config = _settings_of_the_run(args)
+    config = settings_of(args)
     _check(args, config)
     with (
         joined(config.device) as ranks,
@@ -59,6 +64,22 @@ def _train(args: argparse.Namespace) -> int:
         contextlib.ExitStack() as held,
     ):
         return _train_together(args, config, ranks, held)
+
+
+def _settings_of_the_run(args: argparse.Namespace) -> Path | None:
+    """The config.toml of the run to go on with, which is that around FILE, or in OUT. None: there is no such file."""
+    from dlkernels.cli.settings import given
+    from dlkernels.runs.config import load_config
+    from dlkernels.runs.folder import RunFolder
+
+    if args.resume:
+        place = Path(args.resume).absolute()
+        folders = [place, *place.parents[:2]]  # FILE may also be a folder of checkpoints
+    else:
+        where = {name: value for name, value in given(args).items() if name in ("dataset", "out")}
+        folders = [Path(load_config(None, where).out)]
+    files = (RunFolder(folder).config_file for folder in folders)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks, held: contextlib.ExitStack) -> int:
@@ -71,7 +92,8 @@ def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks, h
         require_one_process(ranks, "--cuda-graph")
     say = (lambda *_: None) if args.quiet else print
     folder = RunFolder(config.out)
-    job = prepare(config, ranks)
+    # The folder gets the settings without --quiet, which is this command's and not a later --resume's.
+    job = prepare(config.model_copy(update={"progress": "silent"}) if args.quiet else config, ranks)
     checkpoint = None if args.resume is None else args.resume or folder.checkpoints
     if checkpoint is None and restarted() and ranks.from_main(lambda: any(folder.checkpoints.glob("*.pt"))):
         checkpoint = folder.checkpoints

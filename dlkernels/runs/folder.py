@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -57,6 +58,11 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.resolve().name
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with the run; its settings are in its folder."""
+        return f"python -m dlkernels train --resume --out {shlex.quote(str(self.path))}"
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:

@@ -65,9 +65,14 @@ class Job:
             callbacks.append(TensorBoard(folder.tensorboard))
         if self.ranks.is_main:
             callbacks.append(CsvLog(folder.history_csv))
-        network = self._network()
         return self._trainer(
-            "fused", network, CrossEntropyLoss(), self.autocast, checkpoint=checkpoints, callbacks=callbacks
+            "fused",
+            self._network(),
+            CrossEntropyLoss(),
+            self.autocast,
+            checkpoint=checkpoints,
+            callbacks=callbacks,
+            resume_with=f"to go on: {folder.resume_command}",
         )
 
     def on_fold(self, fold: Fold, folds: int) -> Trainer:

@@ -67,6 +67,7 @@ class Trainer(TrainingState):
         config: JSON-able settings kept in the checkpoint; ``load`` makes sure they are still the same.
         ranks: the processes that train together. None: all of ``torch.distributed``, if it is initialised.
         name: what the progress lines call this run.
+        resume_with: what somebody who interrupts it is told about going on; None: to load the checkpoint.
 
     Attributes:
         history: a JSON-able dict per finished epoch: ``epoch`` (from 1), ``loss`` (mean over the epoch's
@@ -120,6 +121,7 @@ class Trainer(TrainingState):
         config: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
         name: str = "train",
+        resume_with: str | None = None,
     ) -> None:
         ranks = distributed.current() if ranks is None else ranks
         self._run: Any = ranks.run(model)
@@ -150,6 +152,7 @@ class Trainer(TrainingState):
         self.autocast = autocast
         self.metrics = dict(metrics or {})
         self.name = name
+        self.resume_with = resume_with
         if compile:
             self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
         self._graph = GraphedStep(model, self._run, loss, step, autocast) if cuda_graph else None
@@ -415,12 +418,14 @@ class Trainer(TrainingState):
     def _save_interrupted(self, progress: Progress) -> None:
         position = f"interrupted after {self._place()}"
         if self.checkpoint is None:
-            progress.note(f"{position}; no checkpoint was asked for")
-        elif self._in_step:  # weights, optimizer and position may disagree
-            progress.note(f"{position}, within a step; {self.checkpoint} was left as it was")
+            return progress.note(f"{position}; no checkpoint was asked for")
+        if self._in_step:  # weights, optimizer and position may disagree
+            position += f", within a step; {self.checkpoint} was left as it was"
         else:
             self._save_here()
-            progress.note(f"{position}; load {self.checkpoint} to go on from there")
+        if self.checkpoint.newest() is not None:
+            position += "; " + (self.resume_with or f"load {self.checkpoint} to go on from there")
+        progress.note(position)
 
     def _place(self) -> str:
         return f"{self.epoch} epochs and {self.batch} batches"
