@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,10 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from training import SPLITS, X, Y, assert_same, batches, make, network
 
+import dlkernels.losses
 import dlkernels.trainer
 from dlkernels.data import TensorLoader
-from dlkernels.trainer import NonFiniteLoss, Trainer, adam, metrics, set_printoptions
+from dlkernels.trainer import NonFiniteLoss, Trainer, adam, metrics, set_printoptions, sgd
 from dlkernels.trainer.metrics import SCORES, Meter, is_classification
+from dlkernels.trainer.transfer import in_float32
 
 
 def test_learns_and_keeps_history():
@@ -97,6 +102,57 @@ def test_evaluate_restores_modes_and_random_state():
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
+class Frozen(nn.Module):
+    """A network with a part to freeze; ``own``: by its own ``train``, as torchvision's detectors do."""
+
+    def __init__(self, own=False):
+        super().__init__()
+        self.norm, self.drop, self.head = nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)
+        self.own = own
+
+    def forward(self, x):
+        return self.head(self.drop(self.norm(x)))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.own:
+            self.norm.eval()
+        return self
+
+
+@pytest.mark.parametrize("again", ["at once", "after eval()", "after train()"])
+@pytest.mark.parametrize("own", [False, True])
+def test_what_its_owner_froze_stays_frozen(own, again):
+    model = Frozen(own)
+    model.drop.eval()
+    if not own:
+        model.norm.eval()
+    mean = model.norm.running_mean.clone()
+    trainer = make(model=model)
+    trainer.fit(1)
+    if again != "at once":
+        model.train(again == "after train()")
+    trainer.fit(2)
+    thawed = again == "after train()"  # by its owner
+    modes = (model.training, model.head.training, model.drop.training, model.norm.training)
+    assert modes == (True, True, thawed, thawed and not own)
+    assert torch.equal(model.norm.running_mean, mean) == (own or not thawed)
+
+
+def test_a_model_in_eval_mode_is_put_in_train_mode():
+    model = Frozen().eval()
+    make(model=model).fit(1)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_part_alone_can_be_in_train_mode():
+    model = Frozen().eval()
+    model.head.train()
+    with pytest.warns(UserWarning, match="in eval mode, but for some of its modules"):
+        make(model=model).fit(1)
+    assert [name for name, module in model.named_modules() if module.training] == ["head"]
+
+
 def test_regression_has_no_accuracy():
     torch.manual_seed(0)
     x = torch.randn(64, 3)
@@ -153,6 +209,86 @@ def test_autocast_keeps_weights_and_loss_in_float32(dtype):
     assert set(inner) == {dtype}
     assert set(seen) == {torch.float32}
     assert model[0].weight.dtype == torch.float32
+
+
+class Answer(NamedTuple):
+    scores: torch.Tensor
+    note: str
+
+
+@dataclass(frozen=True)
+class Record:
+    scores: torch.Tensor
+    parts: list
+
+
+class Nested(nn.Module):
+    """A network whose output is in something."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.layer, self.around = nn.Linear(64, 1), around
+
+    def forward(self, x):
+        return self.around(self.layer(x))
+
+
+def normal(z):
+    return torch.distributions.Normal(z, torch.ones_like(z), validate_args=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("around", "take"),
+    [
+        (lambda z: (z, "note"), lambda out: out[0]),
+        (lambda z: {"deep": [z, (z, 1)]}, lambda out: out["deep"][1][0]),
+        (lambda z: OrderedDict(scores=z), lambda out: out["scores"]),
+        (lambda z: Answer(z, "note"), lambda out: out.scores),
+        (lambda z: Record(z, [z]), lambda out: out.parts[0]),
+        (lambda z: Record(z, [z]), lambda out: out.scores),
+        (lambda z: SimpleNamespace(scores=z), lambda out: out.scores),
+        (normal, lambda out: out.loc),
+    ],
+)
+def test_autocast_computes_the_loss_of_any_output_in_float32(around, take, dtype):
+    """A squared error of 400 is 160,000, which float16 does not have; the kinds of the containers stay."""
+    kind, losses = type(around(torch.zeros(1))), []
+
+    def loss(output, y):
+        assert type(output) is kind
+        value = (take(output) - 400).square().mean()
+        losses.append((value.dtype, value.item()))
+        return value
+
+    model = Nested(around)
+    nn.init.zeros_(model.layer.weight), nn.init.zeros_(model.layer.bias)
+    data = [(X[:8], torch.zeros(8, 1))]
+    trainer = Trainer(model, loss, sgd(model.parameters(), lr=1e-9), data, data, progress="silent", autocast=dtype)
+    assert trainer.evaluate() == {"loss": 160_000}
+    trainer.fit(1)
+    assert set(losses) == {(torch.float32, 160_000.0)}
+
+
+def test_autocast_of_transformers_outputs():
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    model = Nested(lambda z: outputs.SequenceClassifierOutput(logits=z, hidden_states=(z,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(X[:8]).logits.dtype == torch.bfloat16
+    seen = []
+
+    def loss(output, y):
+        seen.append((type(output).__name__, output.logits.dtype, output[0].dtype, output.hidden_states[0].dtype))
+        return output.logits.square().mean()
+
+    trainer = Trainer(model, loss, sgd(model.parameters()), [(X, Y)], progress="silent", autocast=torch.bfloat16)
+    trainer.fit(1)
+    assert seen == [("SequenceClassifierOutput", *[torch.float32] * 3)]
+
+
+def test_autocast_leaves_float64_and_integers():
+    output = {"double": torch.ones(2, dtype=torch.float64), "index": torch.ones(2, dtype=torch.int64)}
+    assert in_float32(output) is output
 
 
 def test_adam_is_fused_where_it_can_be():
@@ -357,6 +493,52 @@ def test_what_has_an_accuracy():
     assert not is_classification(scores, labels[:1])
     assert not is_classification(scores, labels.bool())
     assert not is_classification((scores, scores), labels)
+    assert not is_classification(scores[:, :1], labels)  # a logit, or a count
+
+
+def test_one_logit_has_no_accuracy_that_could_be_wrong():
+    y = (X[:, 20] > 0.5).long()
+    model = nn.Linear(64, 1)
+    data = [(X, y)]
+
+    def loss(output, y):
+        return nn.functional.binary_cross_entropy_with_logits(output[:, 0], y.float())
+
+    trainer = Trainer(model, loss, sgd(model.parameters()), data, data, progress="silent")
+    assert "accuracy" not in trainer.fit(1)[0]
+    assert trainer.evaluate().keys() == {"loss"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "ignored", "dtype"),
+    [
+        (nn.CrossEntropyLoss(), -100, torch.int64),
+        (dlkernels.losses.CrossEntropyLoss(ignore_index=3), 3, torch.int64),  # such as padding
+        (lambda scores, y: nn.functional.cross_entropy(scores, y.long(), ignore_index=255), 255, torch.uint8),
+    ],
+)
+def test_accuracy_is_over_the_targets_that_count(loss, ignored, dtype):
+    """Of [N, C, length] scores; every second target is left out, and for the rest the scores are right in 2 of 3."""
+    y = torch.arange(24).reshape(4, 6) % 3
+    scores = nn.functional.one_hot((y + (y == 2)) % 3, 5).movedim(-1, 1).float()
+    y[:, ::2] = ignored
+    y = y.to(dtype)
+    keep = y.long() != ignored
+    right = (scores.argmax(1) == y.long())[keep].double().mean().item()
+    data = [(scores, y)]
+    model = nn.Conv1d(5, 5, 1)
+    nn.init.zeros_(model.bias)
+    model.weight.data = torch.eye(5)[..., None]
+    trainer = Trainer(model, loss, sgd(model.parameters(), lr=1e-9), data, data, progress="silent")
+    assert trainer.evaluate()["accuracy"] == pytest.approx(right)
+    assert trainer.fit(1)[0]["accuracy"] == pytest.approx(right)
+    assert 0.3 < right < 0.9
+
+
+def test_accuracy_where_no_target_counts():
+    meter = Meter(ignored=1)
+    meter.add(torch.tensor(0.0), torch.rand(3, 2), torch.ones(3, dtype=torch.long), 3)
+    assert meter.accuracy is None
 
 
 @pytest.mark.parametrize("scores_kept", [1, 31, 40, SCORES])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from dlkernels.data.vision import import_torchvision
 from dlkernels.trainer import (
     Callback,
     CheckpointError,
+    Checkpoints,
     EarlyStopping,
     Monitor,
     Trainer,
@@ -77,6 +79,33 @@ def test_float16_scales_the_loss_and_leaves_out_an_update_that_overflowed():
     assert trainer.history[-1]["loss"] < trainer.history[0]["loss"]
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"clip_norm": 1.0}])
+@pytest.mark.parametrize("made", [sgd, torch.optim.SGD])  # fused, and not: the one, or the scaler, leaves the step out
+def test_an_update_that_the_scaler_leaves_out_is_none(made, options):
+    """Three of them have an infinite gradient."""
+    model = plain(torch.float32)
+    optimizer = made(model.parameters(), lr=0.1)
+    scheduler = schedule(optimizer, "linear", updates=100)
+    trainer = Trainer(
+        model,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        TensorLoader(X[:192], Y[:192], batch_size=16),
+        progress="silent",
+        scaler=torch.amp.GradScaler("cpu", init_scale=1.0),
+        scheduler=scheduler,
+        ema=0.5,
+        **options,
+    )
+    together = options.get("accumulate", 1)
+    model[2].bias.register_hook(lambda g: g / 0 if trainer.batch // together in (0, 1, 4) else g)
+    trainer.fit(1)
+    updates = 12 // together - 3
+    assert trainer.updates == scheduler.last_epoch == trainer._step.averaged.n_averaged == updates
+    assert trainer.history[0]["lr"] == optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - updates / 100))
+    assert trainer._step.scaler.get_scale() == 0.125
+
+
 def test_schedules():
     def factors(shape, **options):
         optimizer = sgd(nn.Linear(1, 1).parameters(), lr=2.0)
@@ -125,6 +154,8 @@ def test_moving_average():
     torch.testing.assert_close(trainer.evaluated[0].weight, expected)
     assert trainer.evaluated is not trainer.model
     data = TensorLoader(SPLITS.test_x, SPLITS.test_y, batch_size=100)
+    for averaged_buffer, buffer in zip(trainer.evaluated.buffers(), trainer.model.buffers(), strict=True):
+        assert torch.equal(averaged_buffer, buffer)  # the model's, as documented
     averaged = trainer.evaluate(data)
     with torch.no_grad():
         trainer.model[0].weight.zero_()
@@ -138,6 +169,7 @@ def test_moving_average():
         ({"clip_norm": 0.0}, "above 0, or None; got 0.0"),
         ({"ema": 1.0}, "between 0 and 1, or None; got 1.0"),
         ({"schedule_every": "batch"}, "'update' or 'epoch'; got 'batch'"),
+        ({"metrics": {"loss": object()}}, "other names than 'loss', which is the trainer's own"),
     ],
 )
 def test_options_that_cannot_be(wrong, match):
@@ -245,6 +277,79 @@ def test_monitor():
     assert high.better(2.0, 1.0) and not high.better(1.0, 1.0) and not high.better(float("nan"), None)
 
 
+def test_no_direction_is_guessed_from_a_name(tmp_path):
+    """Of a metric that does not say it, or of a number from a callback; before the first batch."""
+    for name in ("val_mae", "val_wer", "mse", "nll", "score"):
+        for options in (
+            {"callbacks": [EarlyStopping(name)]},
+            {"checkpoint": Checkpoints(tmp_path, monitor=name)},
+            {"callbacks": [EarlyStopping(name)], "metrics": {"mae": SimpleNamespace(higher_is_better=None)}},
+        ):
+            trainer = make(**options)
+            with pytest.raises(ValueError, match=rf"whether low or high .* give Monitor\('{name}', 'min'\)"):
+                trainer.fit(1)
+            assert trainer.updates == 0
+    with pytest.raises(ValueError, match="'min' or 'max'; got 'low'"):
+        Monitor("val_mae", "low")
+    with pytest.raises(ValueError, match="whether low or high"):
+        Monitor.of("val_mae").better(1.0, 2.0)
+
+
+class Says:
+    """A metric with the values of a list, one per epoch, and a direction."""
+
+    def __init__(self, higher_is_better, *values):
+        self.higher_is_better, self.values = higher_is_better, iter(values)
+
+    def update(self, output, target): ...
+
+    def reset(self): ...
+
+    def to(self, device): ...
+
+    def compute(self):
+        return torch.tensor(next(self.values))
+
+
+@pytest.mark.parametrize(
+    ("higher", "values", "best"),
+    [(False, (5.0, 3.0, 1.0, 2.0, 4.0), 1.0), (True, (1.0, 3.0, 5.0, 4.0, 2.0), 5.0)],
+)
+@pytest.mark.parametrize("name", ["mae", "error", "accuracy"])
+def test_a_metric_says_its_direction(tmp_path, name, higher, values, best):
+    """Also against its name."""
+    monitor = f"val_{name}"
+    stopper, kept = EarlyStopping(monitor, patience=2), Checkpoints(tmp_path, monitor=monitor)
+    trainer = make(metrics={name: Says(higher, *values)}, callbacks=[stopper], checkpoint=kept)
+    assert len(trainer.fit(9)) == 5
+    assert (stopper.best, kept.best) == (best, best)
+    assert [row[monitor] for row in trainer.history] == list(values)
+    told = Says(higher, 1.0, 1.0)  # what the caller says counts
+    other = make(metrics={name: told}, callbacks=[EarlyStopping(Monitor(monitor, "min" if higher else "max"))])
+    other.fit(1)
+    assert other.callbacks[0].monitor.mode == ("min" if higher else "max")
+
+
+def test_the_best_in_the_other_direction_is_no_measure():
+    stopper = EarlyStopping(Monitor("val_mae", "max"))
+    stopper.best = 2.87
+    for mode, known in (("max", True), ("min", False), (None, True)):
+        again = EarlyStopping(Monitor("val_mae", mode))
+        again.load_state_dict(stopper.state_dict())
+        assert (again.best is not None) == known
+
+
+def test_a_metric_that_is_no_number_cannot_be_watched():
+    with pytest.raises(ValueError, match="a metric out of loss to watch; got 'val_confusion', a list"):
+        Monitor("val_confusion", "max").read({"loss": 1.0, "val_confusion": [[1]]})
+
+
+def test_a_plateau_is_one_of_losses():
+    optimizer = sgd(network().parameters())
+    with pytest.raises(ValueError, match="ReduceLROnPlateau of losses, mode 'min'; got mode 'max'"):
+        make(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max"))
+
+
 def test_torchmetrics_in_validation():
     with contextlib.suppress(ImportError):  # torchmetrics imports it where it is installed, and would stop there
         import_torchvision()
@@ -253,8 +358,11 @@ def test_torchmetrics_in_validation():
         "f1": torchmetrics.F1Score(task="multiclass", num_classes=10, average="macro"),
         "confusion": torchmetrics.ConfusionMatrix(task="multiclass", num_classes=10),
     }
-    trainer = make(metrics=metrics)
+    collection = torchmetrics.MetricCollection([torchmetrics.Accuracy(task="multiclass", num_classes=10)])
+    trainer = make(metrics=metrics | {"several": collection}, callbacks=[stopper := EarlyStopping("val_f1")])
     trainer.fit(2)
+    assert stopper.monitor.mode == "max"
+    assert type(trainer.history[-1]["val_several"]["MulticlassAccuracy"]) is float
     row = trainer.history[-1]
     assert 0 < row["val_f1"] < 1
     right = sum(row["val_confusion"][i][i] for i in range(10))
@@ -341,6 +449,17 @@ def test_a_load_has_the_step_captured_anew(graphs_on_the_cpu):
     trainer.load_state_dict(state)  # replaces the optimizer's moments, which the graph goes on to update
     trainer.fit(2)
     assert len(graphs_on_the_cpu) == before + 4 - graph.WARM_UP
+
+
+def test_a_change_of_modes_has_the_step_captured_anew(graphs_on_the_cpu):
+    trainer = make(cuda_graph=True)
+    trainer.fit(3)
+    before = len(graphs_on_the_cpu)
+    trainer.fit(4)
+    assert len(graphs_on_the_cpu) == before + 4  # batches of one shape, all replayed
+    trainer.model[1].eval()
+    trainer.fit(5)
+    assert len(graphs_on_the_cpu) == before + 4 + 4 - graph.WARM_UP
 
 
 def test_graphs_need_a_gpu():

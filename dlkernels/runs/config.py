@@ -16,6 +16,7 @@ from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
 from dlkernels.data.info import INFO
 from dlkernels.runs.refusals import refusal
+from dlkernels.trainer.monitor import Monitor
 from dlkernels.trainer.progress import Mode
 from dlkernels.trainer.schedule import Shape
 
@@ -152,6 +153,10 @@ class RunConfig(BaseModel):
         if monitor not in columns:
             raise ValueError(f"out of {', '.join(columns)}; got {monitor!r}")
         return monitor
+
+    def best(self) -> Monitor:
+        """What is best, and whether that is a low value or a high one: all columns but the losses are to be high."""
+        return Monitor(self.monitor, "min" if self.monitor.endswith("loss") else "max")
 
     def decisive(self) -> dict[str, Any]:
         """The settings that the numbers depend on: what a checkpoint is checked against before a resume."""

@@ -57,7 +57,7 @@ class Job:
         checkpoints = Checkpoints(
             folder.checkpoints,
             keep_last=config.keep_last,
-            monitor=config.monitor,
+            monitor=config.best(),
             every_seconds=config.checkpoint_seconds,
         )
         callbacks = self._stopping()
@@ -198,7 +198,7 @@ class Job:
 
     def _stopping(self) -> list[Callback]:
         config = self.config
-        return [] if config.patience is None else [EarlyStopping(config.monitor, patience=config.patience)]
+        return [] if config.patience is None else [EarlyStopping(config.best(), patience=config.patience)]
 
     def _optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         config = self.config

@@ -27,7 +27,7 @@ def write_report(folder: RunFolder) -> Path:
     """
     config, record = folder.config(), folder.record()
     history = record["history"]
-    best = best_epoch(history, config.monitor)
+    best = best_epoch(history, config.best())
     unfinished = "accuracy_after" not in record
     write_page(
         folder.report,
@@ -55,11 +55,11 @@ def title(config: RunConfig) -> str:
     return f"{config.dataset}, {'-'.join(map(str, config.sizes))} {config.activation}, {config.dtype}"
 
 
-def best_epoch(history: Sequence[Mapping[str, Any]], name: str) -> int | None:
+def best_epoch(history: Sequence[Mapping[str, Any]], monitor: Monitor) -> int | None:
     """The epoch with the best value of a column, None where no row has one."""
-    monitor, best, found = Monitor.of(name), None, None
+    best, found = None, None
     for row in history:
-        value = row.get(name)
+        value = row.get(monitor.name)
         if isinstance(value, (int, float)) and monitor.better(value, best):
             best, found = value, row["epoch"]
     return found

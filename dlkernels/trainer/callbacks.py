@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dlkernels.trainer.monitor import Monitor
+from dlkernels.trainer.monitor import Monitor, same_measure, state_of
 
 if TYPE_CHECKING:
     from dlkernels.trainer.loop import Trainer
@@ -45,7 +45,8 @@ class EarlyStopping(Callback):
     """Stops when a metric has not improved for ``patience`` epochs in a row.
 
     Args:
-        monitor: a key of the history rows, or a ``Monitor``; a metric that is missing there raises ValueError.
+        monitor: a key of the history rows, or a ``Monitor``, which says whether low or high is good. ``fit`` raises
+            ValueError if neither that nor the metric nor the name says so (``Monitor.of``), or if a row lacks the key.
         patience: epochs without improvement that are waited for, at least 1.
         min_delta: an improvement must be larger than this, in the metric's own unit.
     """
@@ -53,11 +54,15 @@ class EarlyStopping(Callback):
     def __init__(self, monitor: str | Monitor = "val_loss", *, patience: int = 5, min_delta: float = 0.0) -> None:
         if patience < 1 or min_delta < 0:
             raise ValueError(f"expected patience >= 1 and min_delta >= 0; got {patience} and {min_delta}")
+        self._asked = monitor
         self.monitor = Monitor.of(monitor)
         self.patience = patience
         self.min_delta = min_delta
         self.best: float | None = None
         self.waited = 0
+
+    def fit_begins(self, trainer: Trainer) -> None:
+        self.monitor = Monitor.of(self._asked, metrics=trainer.metrics)
 
     def epoch_ends(self, trainer: Trainer, row: dict[str, Any]) -> None:
         value = self.monitor.read(row)
@@ -69,8 +74,8 @@ class EarlyStopping(Callback):
             trainer.stop(f"{self.monitor.name} has not improved for {self.waited} epochs; the best was {self.best:g}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited, "monitor": self.monitor.name}
+        return {"best": self.best, "waited": self.waited, **state_of(self.monitor)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.get("monitor", self.monitor.name) == self.monitor.name:  # another metric's is no measure
+        if same_measure(state, self.monitor):  # another metric's is no measure
             self.best, self.waited = state["best"], state["waited"]

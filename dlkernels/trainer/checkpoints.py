@@ -13,7 +13,7 @@ from typing import Any
 
 from dlkernels.atomic import atomic_write, remove_leftovers
 from dlkernels.trainer import checkpoint
-from dlkernels.trainer.monitor import Monitor
+from dlkernels.trainer.monitor import Monitor, same_measure, state_of
 
 NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.pt")
 BEST = "best.pt"
@@ -26,11 +26,12 @@ class OneFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()  # the same place after a chdir
 
-    def begin(self) -> None:
-        """Remove what a process that was killed in the middle of a write left.
+    def begin(self, metrics: Mapping[str, Any]) -> None:
+        """Remove what a process that was killed in the middle of a write left; ``metrics`` are the trainer's.
 
         Raises:
             IsADirectoryError: there is a folder, where the file would be.
+            ValueError: nothing says whether low or high values of the metric that is watched are good.
         """
         if self.path.is_dir():  # now: not after an epoch of training
             raise IsADirectoryError(
@@ -69,8 +70,8 @@ class Checkpoints(OneFile):
 
     Args:
         keep_last: how many to keep, at least 1.
-        monitor: the metric of ``best.pt``: a key of the history rows or a ``Monitor``; None: ``val_loss``, or
-            ``loss`` where nothing is validated.
+        monitor: the metric of ``best.pt``: a key of the history rows or a ``Monitor``, as for ``EarlyStopping``; None:
+            ``val_loss``, or ``loss`` where nothing is validated.
         every_seconds, every_batches: write within epochs too, when so much time or so many batches have passed.
 
     Raises:
@@ -95,6 +96,7 @@ class Checkpoints(OneFile):
         super().__init__(folder)
         self.path.mkdir(parents=True, exist_ok=True)  # now: not after an epoch of training
         self.keep_last = keep_last
+        self._asked = monitor
         self.monitor = None if monitor is None else Monitor.of(monitor)
         self.every_seconds = every_seconds
         self.every_batches = every_batches
@@ -102,7 +104,9 @@ class Checkpoints(OneFile):
         self._batches = 0
         self._next = float("inf")
 
-    def begin(self) -> None:
+    def begin(self, metrics: Mapping[str, Any]) -> None:
+        if self._asked is not None:
+            self.monitor = Monitor.of(self._asked, metrics=metrics)
         remove_leftovers(self.path)
         self._restart()
 
@@ -135,11 +139,10 @@ class Checkpoints(OneFile):
         return next(iter(newest_first(self.path)), None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "monitor": self.monitor and self.monitor.name}
+        return {"best": self.best, **state_of(self.monitor)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        own = self.monitor and self.monitor.name
-        self.best = state.get("best") if state.get("monitor", own) == own else None  # another metric's is no measure
+        self.best = state.get("best") if same_measure(state, self.monitor) else None  # another metric's is no measure
 
     def _restart(self) -> None:
         self._batches = 0

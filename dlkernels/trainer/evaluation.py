@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dlkernels.trainer.distributed import Ranks
-from dlkernels.trainer.metrics import Meter
+from dlkernels.trainer.metrics import Meter, ignored_class
 from dlkernels.trainer.mode import evaluating
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Loss, forward
@@ -25,6 +25,13 @@ class Metric(Protocol):
 
 
 Metrics = Mapping[str, Metric]
+
+
+def check_names(metrics: Metrics) -> Metrics:
+    """``metrics``; raises ValueError if one is called ``loss``, by which plateaus and best epochs are found."""
+    if "loss" in metrics:
+        raise ValueError("expected metrics of other names than 'loss', which is the trainer's own; rename that one")
+    return metrics
 
 
 def evaluate(
@@ -44,10 +51,10 @@ def evaluate(
     its part of every batch, and all get the values of the whole; ``torchmetrics`` metrics see to that themselves.
 
     Raises:
-        ValueError: there is no batch, or one is not a pair.
+        ValueError: there is no batch, or one is not a pair; or a metric is called ``loss``.
     """
     ranks = ranks or Ranks()
-    meter, metrics = Meter(ranks.total), metrics or {}
+    meter, metrics = Meter(ranks.total, ignored_class(loss)), check_names(metrics or {})
     random_state = rng_state()
     for metric in metrics.values():
         metric.to(device)

@@ -19,7 +19,7 @@ from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.checkpoints import OneFile
 from dlkernels.trainer.diagnose import NonFiniteLoss, first_not_finite
 from dlkernels.trainer.distributed import Part, Ranks
-from dlkernels.trainer.evaluation import Metrics, evaluate
+from dlkernels.trainer.evaluation import Metrics, check_names, evaluate
 from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
 from dlkernels.trainer.mode import TrainMode
@@ -44,22 +44,26 @@ class Trainer(TrainingState):
             outputs, one that takes them apart: ``lambda out, y: gaussian_nll_loss(out[0], y, out[1])``.
         optimizer: any torch optimizer over the model's parameters.
         train_data, val_data: iterables of ``(x, y)``, gone through once per epoch: a ``TensorLoader``, a
-            ``torch.utils.data.DataLoader``, or anything of the kind. Accuracy is reported where outputs are
-            class scores and targets integer (``metrics.is_classification``).
+            ``torch.utils.data.DataLoader``, or anything of the kind. Accuracy is reported where outputs are scores of
+            two or more classes and targets integer (``metrics.is_classification``), over the targets that count:
+            classes other than the loss's ``ignore_index``.
         checkpoint: file to write after every epoch, and when interrupted; or ``Checkpoints(folder)``, which keeps
             the last few and the best. None writes nothing.
         autocast: run the model under ``torch.autocast`` in this dtype. Weights and optimizer keep their own
-            dtype and the loss is computed in float32 (mixed precision).
-        scaler: loss scaling. None: a ``torch.amp.GradScaler`` under float16 autocast, nothing otherwise.
+            dtype and the loss is computed in float32 (mixed precision), of whatever the model returns: tensors, tuples,
+            dicts, dataclasses.
+        scaler: loss scaling. None: a ``torch.amp.GradScaler`` under float16 autocast, nothing otherwise. An update that
+            it leaves out (a gradient overflowed) is none: ``updates``, schedule and average stay where they are.
         accumulate: batches per update of the weights; their gradients are averaged over samples. What an epoch's
             last update lacks is not waited for.
         clip_norm: scale an update's gradients to at most this 2-norm over all parameters.
         scheduler: a torch learning-rate scheduler over ``optimizer`` (``schedule`` makes the usual ones).
         schedule_every: call it after every ``update`` or every ``epoch``; a ReduceLROnPlateau goes by epochs, and
-            by the validation loss.
-        ema: keep an exponential moving average of weights and buffers with this decay, ``evaluated``: it is what
-            validation and ``evaluate`` run.
-        metrics: names and ``torchmetrics`` metrics, for validation; the rows have them as ``val_<name>``.
+            by the validation loss (mode ``min``).
+        ema: keep an exponential moving average of the weights with this decay, ``evaluated``: it is what validation and
+            ``evaluate`` run. Its buffers are no average but the model's as of the last update (batch statistics).
+        metrics: names and ``torchmetrics`` metrics, for validation; the rows have them as ``val_<name>``. One that is
+            called ``accuracy`` takes the place of the trainer's own; ``loss`` is the loss, and no metric's name.
         callbacks: ``Callback`` objects, run in this order.
         compile: train by ``torch.compile``, with these arguments if a mapping; checkpoints are the model's own.
         cuda_graph: capture the whole step as a CUDA graph and replay it on batches of the same shapes (``graph``).
@@ -145,12 +149,19 @@ class Trainer(TrainingState):
             ema=ema,
         )
         super().__init__(
-            model, optimizer, step, train_data, checkpoint=checkpoint, callbacks=callbacks, config=config, ranks=ranks
+            model,
+            loss,
+            optimizer,
+            step,
+            train_data,
+            checkpoint=checkpoint,
+            callbacks=callbacks,
+            config=config,
+            ranks=ranks,
         )
-        self.loss = loss
         self.val_data = val_data
         self.autocast = autocast
-        self.metrics = dict(metrics or {})
+        self.metrics = dict(check_names(metrics or {}))
         self.name = name
         self.resume_with = resume_with
         if compile:
@@ -198,8 +209,8 @@ class Trainer(TrainingState):
         progress = make_progress(self._progress_mode if self.ranks.is_main else "silent")
         self._in_step = False
         self._step.discard()  # of a step that was broken off
-        if self.checkpoint is not None:
-            self.ranks.from_main(self.checkpoint.begin)
+        if (files := self.checkpoint) is not None:
+            self.ranks.from_main(lambda: files.begin(self.metrics))
         with InterruptGuard() as guard:
             try:
                 self._call("fit_begins")

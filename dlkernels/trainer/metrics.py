@@ -16,17 +16,28 @@ SCORES = 1 << 17  # kept for one count: half a megabyte of float32
 def is_classification(output: Any, target: Any) -> bool:
     """Whether accuracy has a meaning, in torch's convention for classification.
 
-    That is for floating-point scores ``output`` [N, C, ...] and integer class numbers ``target`` [N, ...]. Regression
-    targets, soft labels and tuples of outputs have no accuracy.
+    That is for floating-point scores ``output`` [N, C, ...] of at least two classes, and integer class numbers
+    ``target`` [N, ...]. Regression targets, soft labels and tuples of outputs have no accuracy, and neither has a
+    single output [N, 1]: a logit, a probability and a count look alike.
     """
     if not (isinstance(output, Tensor) and isinstance(target, Tensor) and target.dtype in CLASS_NUMBERS):
         return False
     scores = output.shape
-    return len(scores) > 1 and scores[:1] + scores[2:] == target.shape and output.is_floating_point()
+    one_per_class = len(scores) > 1 and scores[1] > 1 and scores[:1] + scores[2:] == target.shape
+    return one_per_class and output.is_floating_point()
+
+
+def ignored_class(loss: Any) -> int | None:
+    """The class number whose targets ``loss`` leaves out, where it tells."""
+    ignored = getattr(loss, "ignore_index", None)
+    return ignored if isinstance(ignored, int) else None
 
 
 class Correct:
-    """Counts right predictions, those of many small batches at once.
+    """Counts right predictions and the targets that count, those of many small batches at once.
+
+    A target counts that is one of the classes 0 to C - 1, unless it is ``ignored``: ``cross_entropy`` leaves out those
+    of its ``ignore_index`` (-100 unless told), and takes nothing else that is no class.
 
     Between the large kernels of a step a small one takes 10 to 20 µs, nearly all to reach it: argmax, comparison and
     sum are 3 % of a step of 784-256-10 with 256 rows. So scores and class numbers are copied next to those before, and
@@ -34,8 +45,8 @@ class Correct:
     next batch to the same place. Batches of another size than the first, and large ones, are counted as they come.
     """
 
-    def __init__(self) -> None:
-        self._judged = 0
+    def __init__(self, ignored: int | None = None) -> None:
+        self._ignored = ignored
         self._counts: list[Tensor] = []
         self._kind: tuple[Any, ...] | None = None  # shape and dtypes of the batches that are kept
         self._filled = 0  # batches
@@ -46,9 +57,8 @@ class Correct:
         if self._kind is None and 0 < output.numel() <= SCORES // 2:
             self._kind = kind
             self._make_slots(output, target)
-        self._judged += target.numel()
         if kind != self._kind:
-            self._counts.append(_right(output, target))
+            self._counts.append(self._right(output, target))
             return
         scores, labels = self._slots[self._filled]
         scores.copy_(output.detach())
@@ -58,11 +68,10 @@ class Correct:
             self._count()
 
     def take(self) -> Tensor:
-        """How many were right and how many there were since the last call: int64 [2]."""
+        """How many were right and how many counted since the last call: int64 [2]."""
         self._count()
-        right = torch.stack(self._counts).sum() if self._counts else torch.tensor(0)
-        taken = torch.stack([right, torch.full_like(right, self._judged)])
-        self._judged, self._counts = 0, []
+        taken = torch.stack(self._counts).sum(0) if self._counts else torch.zeros(2, dtype=torch.int64)
+        self._counts = []
         return taken
 
     def _make_slots(self, output: Tensor, target: Tensor) -> None:
@@ -74,12 +83,15 @@ class Correct:
     def _count(self) -> None:
         if self._filled:
             rows = self._filled * len(self._slots[0][1])
-            self._counts.append(_right(self._scores[:rows], self._labels[:rows]))
+            self._counts.append(self._right(self._scores[:rows], self._labels[:rows]))
             self._filled = 0
 
-
-def _right(output: Tensor, target: Tensor) -> Tensor:
-    return (output.argmax(dim=1) == target).sum()
+    def _right(self, output: Tensor, target: Tensor) -> Tensor:
+        target = target.long()  # uint8 cannot be compared with -100
+        counts = (target >= 0) & (target < output.shape[1])
+        if self._ignored is not None:
+            counts &= target != self._ignored
+        return torch.stack([((output.argmax(dim=1) == target) & counts).sum(), counts.sum()])
 
 
 class Meter:
@@ -91,10 +103,12 @@ class Meter:
 
     Args:
         total: adds up over processes, each of which has a part of every batch; a flush calls it.
+        ignored: the class number of targets that do not count (``ignored_class``).
     """
 
-    def __init__(self, total: Callable[[Tensor], Tensor] = lambda values: values) -> None:
+    def __init__(self, total: Callable[[Tensor], Tensor] = lambda values: values, ignored: int | None = None) -> None:
         self._total = total
+        self._ignored = ignored
         self.samples = 0
         self._losses: list[float] = []
         self._loss_sum = 0.0
@@ -102,7 +116,7 @@ class Meter:
         self._judged = 0  # predictions that accuracy has counted
         self._waiting: list[tuple[Tensor, int]] = []
         self._waiting_correct = False
-        self._right = Correct()
+        self._right = Correct(self._ignored)
 
     def add(self, loss: Tensor, output: Any, target: Any, samples: int, share: float = 1.0) -> None:
         """Note a batch: its mean loss (0-d, detached), what the model gave and should have, how many samples.
@@ -144,7 +158,7 @@ class Meter:
 
     @property
     def accuracy(self) -> float | None:
-        """Right predictions over all; None where there was no classification (``is_classification``)."""
+        """Right predictions over all that count; None where there are none of those (``is_classification``)."""
         self.flush()
         return self._correct / self._judged if self._judged else None
 
@@ -172,4 +186,4 @@ class Meter:
         self._judged = state["judged"]
         self._waiting.clear()
         self._waiting_correct = False
-        self._right = Correct()
+        self._right = Correct(self._ignored)

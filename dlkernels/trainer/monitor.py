@@ -5,41 +5,105 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Mode = Literal["min", "max"]
-LOWER_IS_BETTER = ("loss", "error", "perplexity")
+LOWER_IS_BETTER = ("loss", "error", "perplexity")  # as the last word of a name
+HIGHER_IS_BETTER = ("accuracy",)
 
 
 @dataclass(frozen=True)
 class Monitor:
-    """``name`` is a key of the history rows; ``mode`` says whether low or high values are good."""
+    """``name`` is a key of the history rows; ``mode`` says whether low or high values are good, None: not known."""
 
     name: str
-    mode: Mode
+    mode: Mode | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in (None, *get_args(Mode)):
+            raise ValueError(f"expected mode 'min' or 'max'; got {self.mode!r}")
 
     @classmethod
-    def of(cls, name: str | Monitor, mode: Mode | None = None) -> Monitor:
-        """From a name: losses and errors are to be low, anything else high, unless ``mode`` says otherwise."""
+    def of(cls, name: str | Monitor, mode: Mode | None = None, metrics: Mapping[str, Any] | None = None) -> Monitor:
+        """From a name, and ``mode`` if that is given.
+
+        Else the one of ``metrics`` (a trainer's, whose values are ``val_<name>``) says it, by its ``higher_is_better``,
+        which torchmetrics' have; else the name: losses, errors and perplexities are to be low, accuracies high.
+        Nothing else is guessed.
+
+        Raises:
+            ValueError: another mode; or ``metrics`` are given, and nothing says the direction.
+        """
         if isinstance(name, Monitor):
-            return name
-        if mode not in (None, "min", "max"):
-            raise ValueError(f"expected mode 'min' or 'max'; got {mode!r}")
-        return cls(name, mode or ("min" if name.endswith(LOWER_IS_BETTER) else "max"))
+            mode = mode or name.mode
+            name = name.name
+        monitor = cls(name, mode or _declared(name, metrics or {}) or _named(name))
+        if metrics is not None:
+            monitor.require_mode()
+        return monitor
+
+    def require_mode(self) -> Mode:
+        """The mode.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        if self.mode is None:
+            raise ValueError(
+                f"expected to be told whether low or high values of {self.name!r} are good: give "
+                f"Monitor({self.name!r}, 'min') or Monitor({self.name!r}, 'max'), or a metric with higher_is_better"
+            )
+        return self.mode
 
     def read(self, row: Mapping[str, Any]) -> float:
         """The value in a history row.
 
         Raises:
-            ValueError: it is not there; the message lists what is.
+            ValueError: it is not there, or no number; the message lists what is.
         """
-        if self.name not in row:
+        try:
+            return float(row[self.name])
+        except (KeyError, TypeError, ValueError):
             numbers = ", ".join(key for key, value in row.items() if isinstance(value, float))
-            raise ValueError(f"expected a metric out of {numbers} to watch; got {self.name!r}")
-        return float(row[self.name])
+            what = f"{self.name!r}, a {type(row[self.name]).__name__}" if self.name in row else repr(self.name)
+            raise ValueError(f"expected a metric out of {numbers} to watch; got {what}") from None
 
     def better(self, value: float, best: float | None, min_delta: float = 0.0) -> bool:
-        """Whether ``value`` improves on ``best`` (None: nothing yet) by more than ``min_delta``; NaN never does."""
+        """Whether ``value`` improves on ``best`` (None: nothing yet) by more than ``min_delta``; NaN never does.
+
+        Raises:
+            ValueError: the mode is not known.
+        """
+        mode = self.require_mode()
         if math.isnan(value) or best is None:
             return not math.isnan(value)
-        return value < best - min_delta if self.mode == "min" else value > best + min_delta
+        return value < best - min_delta if mode == "min" else value > best + min_delta
+
+
+def state_of(monitor: Monitor | None) -> dict[str, Any]:
+    """What a checkpoint keeps beside a best value, to tell what it is the best of."""
+    return {"monitor": monitor and monitor.name, "mode": monitor and monitor.mode}
+
+
+def same_measure(held: Mapping[str, Any], monitor: Monitor | None) -> bool:
+    """Whether a best value, ``held`` with ``state_of`` its monitor, is one of ``monitor``'s, as far as is known."""
+    own = state_of(monitor)
+    return held.get("monitor", own["monitor"]) == own["monitor"] and (
+        own["mode"] is None or held.get("mode", own["mode"]) == own["mode"]
+    )
+
+
+def _declared(name: str, metrics: Mapping[str, Any]) -> Mode | None:
+    """What the metric of this name says."""
+    metric = metrics.get(name.removeprefix("val_")) if name.startswith("val_") else None
+    higher = getattr(metric, "higher_is_better", None)
+    if not isinstance(higher, bool):
+        return None
+    return "max" if higher else "min"
+
+
+def _named(name: str) -> Mode | None:
+    """What the name says by itself."""
+    if name.endswith(LOWER_IS_BETTER):
+        return "min"
+    return "max" if name.endswith(HIGHER_IS_BETTER) else None

@@ -17,11 +17,11 @@ from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.checkpoint import CheckpointError
 from dlkernels.trainer.checkpoints import OneFile
 from dlkernels.trainer.distributed import Ranks
-from dlkernels.trainer.metrics import Meter
+from dlkernels.trainer.metrics import Meter, ignored_class
 from dlkernels.trainer.optimizers import running_as_made
 from dlkernels.trainer.plain import plain
 from dlkernels.trainer.randomness import rng_state, set_rng_state
-from dlkernels.trainer.step import Step
+from dlkernels.trainer.step import Loss, Step
 
 
 class TrainingState:
@@ -33,6 +33,7 @@ class TrainingState:
     def __init__(
         self,
         model: nn.Module,
+        loss: Loss,
         optimizer: torch.optim.Optimizer,
         step: Step,
         train_data: Any,
@@ -43,6 +44,7 @@ class TrainingState:
         ranks: Ranks,
     ) -> None:
         self.model = model
+        self.loss = loss
         self.optimizer = optimizer
         self.train_data = train_data
         self.checkpoint = checkpoint if checkpoint is None or isinstance(checkpoint, OneFile) else OneFile(checkpoint)
@@ -61,7 +63,7 @@ class TrainingState:
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        self._meter = Meter(self.ranks.total)
+        self._meter = Meter(self.ranks.total, ignored_class(self.loss))
         self._seconds = 0.0  # spent on training in the epoch in progress
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dlkernels.trainer.transfer import in_float32
+
 Every = Literal["update", "epoch"]
 Loss = Callable[[Any, Any], Tensor]
 
@@ -18,7 +20,9 @@ Loss = Callable[[Any, Any], Tensor]
 def forward(
     run: Callable[[Any], Any], loss: Loss, x: Any, y: Any, device: torch.device, autocast: torch.dtype | None
 ) -> tuple[Any, Tensor]:
-    """``run(x)``, under ``device``'s autocast if asked, and the loss of it, in float32 then.
+    """``run(x)``, under ``device``'s autocast if asked, and the loss of it, in float32 then (float64 stays).
+
+    However the output is nested, its 16-bit tensors are float32 before the loss sees them (``in_float32``).
 
     Raises:
         ValueError: the loss is no tensor, or not a scalar.
@@ -28,8 +32,7 @@ def forward(
     else:
         with torch.autocast(device.type, dtype=autocast):
             output = run(x)
-        if isinstance(output, Tensor):
-            output = output.float()
+        output = in_float32(output)
     value = loss(output, y)
     if not isinstance(value, Tensor) or value.ndim:
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -41,7 +44,8 @@ class Step:
     """Gathers gradients and updates the weights: scaling, clipping, optimizer, schedule, average.
 
     Gradients of ``accumulate`` batches are averaged over their samples, so that k batches give the gradient of one
-    that is k times as large. ``updates`` counts the optimizer's steps.
+    that is k times as large. ``updates`` counts the optimizer's steps. One that the scaler leaves out, since a gradient
+    was not finite, is none: schedule and average stay where they are, too.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class Step:
                 f"expected an optimizer that steps by the gradients it finds; {type(optimizer).__name__} asks for the "
                 "loss again and again (a closure): write that loop yourself"
             )
+        if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != "min":
+            raise ValueError(f"expected a ReduceLROnPlateau of losses, mode 'min'; got mode {scheduler.mode!r}")
         self.model = model
         self.optimizer = optimizer
         self.accumulate = accumulate
@@ -127,18 +133,22 @@ class Step:
             for parameter in self._parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(self._weight)
-        self.apply()
-        self.updated()
+        self._gathered = 0
+        if self.apply():
+            self.updated()
 
-    def apply(self) -> None:
-        """Clip, and step."""
+    def apply(self) -> bool:
+        """Clip, and step; False if the scaler left the step out."""
         if self.clip_norm is not None:
             self._clip(self.clip_norm)
         if self.scaler is None:
             self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            return True
+        # The scale falls where a step was left out and only there, and this is all that a scaler tells.
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale > 0  # at 0 it can fall no further, and every gradient is NaN
 
     def _clip(self, norm: float) -> None:
         try:
@@ -152,7 +162,6 @@ class Step:
 
     def updated(self) -> None:
         """The optimizer has stepped: what follows it."""
-        self._gathered = 0
         self.updates += 1
         if self.scheduler is not None and self.schedule_every == "update":
             self.scheduler.step()

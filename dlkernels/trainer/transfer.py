@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def pair(item: Any) -> tuple[Any, Any]:
@@ -28,9 +30,59 @@ def to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {key: to(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        items = [to(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # of a namedtuple, or not
+        return _of_kind(value, [to(item, device) for item in value])
     return value
+
+
+def in_float32(value: Any) -> Any:
+    """``value`` with every 16-bit tensor in it in float32; itself where there is none.
+
+    It looks into mappings, tuples, lists and dataclasses, and into objects of other classes by their attributes (a
+    ``torch.distributions.Normal`` has its parameters there). What it changes it copies; the kinds stay what they are.
+    """
+    return _in_float32(value, frozenset())
+
+
+def _in_float32(value: Any, around: frozenset[int]) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if id(value) in around or isinstance(value, (str, bytes, nn.Module)) or callable(value):
+        return value
+    around |= {id(value)}
+    if isinstance(value, Mapping):
+        return _with_items(value, changed) if (changed := _changed(value, around)) else value
+    if isinstance(value, (tuple, list)):
+        items = [_in_float32(item, around) for item in value]
+        return value if all(new is old for new, old in zip(items, value, strict=True)) else _of_kind(value, items)
+    slots = [field.name for field in fields(value)] if is_dataclass(value) else []
+    attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+    if not (changed := _changed(attributes, around)):
+        return value
+    copied = copy.copy(value)
+    for name, item in changed.items():
+        object.__setattr__(copied, name, item)  # also of a frozen dataclass
+    return copied
+
+
+def _changed(items: Mapping[Any, Any], around: frozenset[int]) -> dict[Any, Any]:
+    """Those of ``items`` that have 16-bit tensors, in float32."""
+    found = ((key, item, _in_float32(item, around)) for key, item in items.items())
+    return {key: new for key, old, new in found if new is not old}
+
+
+def _with_items(value: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
+    """A copy of a mapping, of its kind where that can be written to: transformers' outputs are also dataclasses."""
+    if not isinstance(value, MutableMapping):
+        return {**value, **changed}
+    copied = copy.copy(value)
+    for key, item in changed.items():
+        copied[key] = item
+    return copied
+
+
+def _of_kind(value: Any, items: list[Any]) -> Any:
+    """A tuple or list of ``value``'s kind; a namedtuple is one of its fields."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def samples_of(x: Any, y: Any) -> int:
