@@ -38,6 +38,7 @@ void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Ce
   }
 #pragma GCC unroll 1
   for (int64_t p = 0; p < cells; p += size, a += size, b += size * C * size) {
+    prefetch_lines(b + size * C * size, C * size * 64);
     _tile_loadd(4, a, a_bytes);
     _tile_loadd(6, b, b_bytes);
     _tile_dpbf16ps(0, 4, 6);

@@ -187,8 +187,7 @@ DLK_INLINE void chain_product(const typename E::Packed* a, const typename E::Cel
       const int64_t width = min(nr, padded - j);
       const auto uk = ukernel_for<E, kRowMajor>(r, width / E::kVL);
       const auto* panel_b = b + panel_at<E>(j, nr, cells);
-      for (int64_t q = 0; q < cells; q += kSum<E>)
-        uk(min(kSum<E>, cells - q), panel_a + q, panel_b + q * width, acc, nr, q > 0);
+      uk(cells, panel_a, panel_b, acc, nr, false);
       out(MicroTile{i, j, r, min(width, cols - j)});
     }
   }
@@ -208,13 +207,13 @@ void chain_wgrad(const ChainBuffers<E>& s, const typename E::Packed* dz, const V
     const int64_t width = min(nr, padded - j);
     for (int64_t i = 0; i < layer.n; i += kMR) {
       const auto uk = ukernel_for<E, in_place ? kInPlace : kKMajor>(min(kMR, layer.n - i), width / E::kVL);
-      for (int64_t q = 0; q < cells; q += kSum<E>) {
+      for (int64_t q = 0; q < cells; q += kKC<E>) {
         const typename E::Cell* a;
         if constexpr (in_place)
           a = dz + q * kPitch<E> + i;
         else
           a = s.wgrad_a + panel_at<E>(i, kMR, cells) + q * kMR;
-        uk(min(kSum<E>, cells - q), a, s.wgrad_b + panel_at<E>(j, nr, cells) + q * width, sums + i * pitch + j, pitch,
+        uk(min(kKC<E>, cells - q), a, s.wgrad_b + panel_at<E>(j, nr, cells) + q * width, sums + i * pitch + j, pitch,
            add || q > 0);
       }
     }

@@ -24,12 +24,13 @@ DLK_INLINE int64_t cells_of(int64_t ks) {
   return round_up(ceil_div(ks, E::kStep), E::kDepth);
 }
 
-// Limits of a tile of C. 24 micro-panels high (12 of AMX's): a packed element of B serves 336 rows. An A block (dz is the dearer
-// one to make) serves up to kNC columns; between k blocks the accumulators of a tile cost 8 bytes per kKC FMAs, which
-// L3 carries. B blocks of kKC × kNB (256 KiB) stay in L2 beside the A block.
-constexpr int64_t kMC = (kMR < 16 ? 24 : 12) * kMR;
+// Limits of a tile of C. 24 micro-panels high (8 of AMX's): a packed element of B serves 336 rows (256). An A block (dz is the
+// dearer one to make) serves up to kNC columns. Between k blocks the accumulators of a tile cost 8 bytes per kKC FMAs. AMX
+// multiplies 12 times as fast, so there they must stay in L2 (1 MiB). B blocks of kKC × kNB (256 KiB) stay in L2 beside the A
+// block.
+constexpr int64_t kMC = (kMR < 16 ? 24 : 8) * kMR;
 constexpr int64_t kNC = 1024;
-constexpr int64_t kNB = 256;
+constexpr int64_t kNB = kMR < 16 ? 256 : 512;
 // Tiles above each other from which on they share one packed B.
 constexpr int64_t kSharedTiles = 3;
 
@@ -41,6 +42,7 @@ struct Tiling {
   int64_t kb;         // k elements per block: a slice in equal parts
   bool one_block;     // a slice is one k block: tiles below each other share their B block
   int64_t per_total;  // k blocks per addition to the total
+  int64_t per_sum;    // k cells per running sum
   DLK_HD bool totals() const { return k_blocks() > per_total; }
   DLK_HD int64_t tasks() const { return mt * nt * kt; }
 
@@ -59,7 +61,7 @@ Tiling tile(const Gemm& p, int threads) {
   constexpr int64_t nr = kNV * E::kVL;
   constexpr int64_t kblock = kKC<E> * E::kStep;
   const int64_t kt = max(1, p.splits);
-  const int64_t kc = round_up(ceil_div(p.k, kt), kSum<E> * E::kStep);
+  const int64_t kc = round_up(ceil_div(p.k, kt), 64 * E::kStep);
   const int64_t kb = round_up(ceil_div(kc, max(1, ceil_div(kc, kblock))), 16 * E::kStep);
   const bool one_block = kc <= kb;
   const int64_t per_total = max(1, kTotal<E> * E::kStep / max(kb, 1));
@@ -86,7 +88,8 @@ Tiling tile(const Gemm& p, int threads) {
                 kt,
                 max(kb, 1),
                 one_block,
-                per_total};
+                per_total,
+                p.m == 1 || p.n == 1 ? kVectorSum<E> : kKC<E>};
       }
     }
   }
@@ -109,7 +112,7 @@ struct Buffers {
   using Cell = typename E::Cell;
   Cell* a;                  // micro-panels of A
   Cell* b;                  // micro-panels of B
-  typename E::Acc* acc;     // the tile between k blocks
+  typename E::Acc* acc;     // the tile between k blocks, micro-tile by micro-tile
   ColumnSum<E> row_sum;     // [kMC]: columns of the runs, which are rows of A
   typename E::Packed* run;  // two runs on their way into a panel
   double* total;            // of the tile, where its sums are several
@@ -303,7 +306,7 @@ void add_to_total(A* c, int64_t ldc, double* total, int64_t ld, int64_t rows, in
   }
 }
 
-// The packed A block times the packed B block, into acc [rows, ld] or, on the last k block of a sum, out of it.
+// The packed A block times the packed B block, into acc or, on the last k block of a sum, out of it.
 template <class E>
 void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell* block_a,
                     const typename E::Cell* block_b, typename E::Acc* acc, int64_t ld) {
@@ -319,27 +322,24 @@ void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell
     for (int64_t j = 0; j < padded; j += nr) {
       const int64_t width = min(nr, padded - j);
       const auto* panel_b = block_b + panel_at<E>(j, nr, at.cells);
-      A* c = one_block ? acc : acc + i * ld + j;
-      const int64_t ldc = one_block ? nr : ld;
+      const int64_t micro_tile = i * ld + j * kMR;
+      A* c = one_block ? acc : acc + micro_tile;
       using M = typename E::Multiply;
       const auto uk =
           row_major ? ukernel_for<M, kRowMajor>(r, width / E::kVL) : ukernel_for<M, kKMajor>(r, width / E::kVL);
-      int64_t q = 0;
-      do {
-        uk(min(kCall<E>, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, ldc,
+      for (int64_t q = 0; q == 0 || q < at.cells; q += plan.t.per_sum)
+        uk(min(plan.t.per_sum, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, nr,
            !at.first || q > 0);
-        q += kCall<E>;
-      } while (q < at.cells);
       if (!at.last) continue;
-      if (at.total) add_to_total(c, ldc, at.total + i * ld + j, ld, r, width, at.first_sum, at.last_sum);
+      if (at.total) add_to_total(c, nr, at.total + micro_tile, nr, r, width, at.first_sum, at.last_sum);
       if (!at.last_sum) continue;
       const int64_t n = min(width, at.cols - j);
       if (plan.t.kt == 1) {
-        plan.epilogue(p, c, ldc, at.i0 + i, at.j0 + j, r, n);
+        plan.epilogue(p, c, nr, at.i0 + i, at.j0 + j, r, n);
       } else {
         A* part = (A*)p.partials + (at.tk * p.m + at.i0 + i) * p.n + at.j0 + j;
         for (int64_t x = 0; x < r; ++x)
-          for (int64_t y = 0; y < n; ++y) part[x * p.n + y] = c[x * ldc + y];
+          for (int64_t y = 0; y < n; ++y) part[x * p.n + y] = c[x * nr + y];
       }
     }
   }
@@ -399,10 +399,10 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
                         cells_of<E>(ks),
                         in_sum == 0,
                         last || in_sum + 1 == t.per_total,
-                        t.totals() ? s.total + jb : nullptr,
+                        t.totals() ? s.total + jb * kMR : nullptr,
                         k_block < t.per_total,
                         last};
-      multiply_block<E>(plan, at, s.a, block_b, s.acc + jb, round_up(cols, E::kVL));
+      multiply_block<E>(plan, at, s.a, block_b, s.acc + jb * kMR, round_up(cols, kNV * E::kVL));
     }
   }
   if (sum_rows) {

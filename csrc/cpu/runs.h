@@ -37,12 +37,29 @@ DLK_INLINE void copy_run(typename E::Packed* dst, const T* src, int64_t stride, 
   }
 }
 
+#ifdef DLK_BF16_PAIRS
+// In bf16 ReLU's gradient is g or 0, selected without a detour through f32: y is above 0 as an integer, or NaN.
+DLK_INLINE void relu_grad_run(Bf16* dst, const Bf16* g, const Bf16* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 valid = n - i < 32 ? (1u << (n - i)) - 1 : ~0u;
+    const __m512i bits = _mm512_maskz_loadu_epi16(valid, y + i), minus_infinity = _mm512_set1_epi16((short)0xff80);
+    const __mmask32 keep = _mm512_cmpgt_epi16_mask(bits, _mm512_setzero_si512()) |
+                           _mm512_cmpgt_epu16_mask(bits, minus_infinity);
+    _mm512_mask_storeu_epi16(dst + i, valid, _mm512_maskz_loadu_epi16(keep, g + i));
+  }
+}
+#endif
+
 // dst[0..n) = g · act'(saved): the gradient at the pre-activation, never stored at full size.
 template <class E, class Act>
 void grad_run(typename E::Packed* dst, const typename E::Elem* g, int64_t g_stride, const typename E::Elem* saved,
               int64_t saved_stride, int64_t n, double slope) {
   using O = Ops<typename E::Acc>;
   const typename E::V s = O::lit(slope);
+#ifdef DLK_BF16_PAIRS
+  if constexpr (kSame<Act, ReLU> && kSame<typename E::Packed, Bf16> && kSame<typename E::Elem, Bf16>)
+    if (g_stride == 1 && saved_stride == 1) return relu_grad_run(dst, g, saved, n);
+#endif
   int64_t i = 0;
   if (g_stride == 1 && saved_stride == 1) {
     for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, Act::template grad<O>(load(g + i), load(saved + i), s));
