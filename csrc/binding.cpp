@@ -19,10 +19,10 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_linear_act_autocast_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor saved, ScalarType x_dtype, "
       "int act, float slope, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
-  m.def("_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, bool keep) -> Tensor[]");
+  m.def("_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, int[] keep) -> Tensor[]");
   m.def(
-      "_mlp_backward(Tensor grad_y, Tensor x, Tensor[] weights, Tensor? y, Tensor[] kept, int[] acts, float slope, "
-      "int[] needs) -> Tensor[]");
+      "_mlp_backward(Tensor grad_y, Tensor? x, Tensor?[] weights, Tensor? y, Tensor[] kept, int[] keep, int[] acts, "
+      "float slope, int[] needs) -> Tensor[]");
   m.def("_mse_loss(Tensor input, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)");
   m.def(
       "_gaussian_nll_loss(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction, "

@@ -43,20 +43,6 @@ namespace {
 
 constexpr const char* kOp = "linear_act";
 
-int64_t rows_of(const at::Tensor& t) {  // every index but the last one, one after the other
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return rows;
-}
-
-Activation check_activation(int64_t act, double slope) {
-  TORCH_CHECK_VALUE(act >= 0 && act < kActivations, "linear_act: expected an activation code in [0, ", kActivations,
-                    "), got ", act);
-  TORCH_CHECK_VALUE(slope >= 0,
-                    "linear_act: negative_slope must be >= 0 (the gradient is read from the sign of y), got ", slope);
-  return {static_cast<Act>(act), slope};
-}
-
 void check_dtype(const at::Tensor& t, const char* name, at::ScalarType wanted, const char* op) {
   TORCH_CHECK_TYPE(t.scalar_type() == wanted, op, ": expected ", name, " in ", wanted, " under autocast, got ",
                    t.scalar_type());
@@ -76,6 +62,20 @@ void check_autocast_input(at::ScalarType x, const char* op) {
 }
 
 }  // namespace
+
+int64_t rows_of(const at::Tensor& t) {  // every index but the last one, one after the other
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
+Activation check_activation(int64_t act, double slope) {
+  TORCH_CHECK_VALUE(act >= 0 && act < kActivations, "linear_act: expected an activation code in [0, ", kActivations,
+                    "), got ", act);
+  TORCH_CHECK_VALUE(slope >= 0,
+                    "linear_act: negative_slope must be >= 0 (the gradient is read from the sign of y), got ", slope);
+  return {static_cast<Act>(act), slope};
+}
 
 std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weight,
                                      const std::optional<at::Tensor>& bias, const char* op, Dtypes dtypes) {

@@ -11,20 +11,28 @@ namespace dlk {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// y, and with `keep` behind it what backward takes as `kept`: h[1] … h[L-1], then z of every layer whose act' reads it, then
-// the masks that stand for h (on CUDA).
+// y, and behind it what backward takes as `kept`: first every h that `keep` asks for, then every z, then the masks.
+// `keep`: per layer a sum of Keep, or empty for nothing.
+enum Keep : int64_t {
+  kKeepH = 1,     // the output of a hidden layer
+  kKeepZ = 2,     // the pre-activation
+  kKeepMask = 4,  // on CUDA, of layers that run one by one: the mask of the output, if the layer has one
+};
 std::vector<at::Tensor> mlp_forward_cpu(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
-                                        at::IntArrayRef acts, double slope, bool keep);
+                                        at::IntArrayRef acts, double slope, at::IntArrayRef keep);
 std::vector<at::Tensor> mlp_forward_cuda(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
-                                         at::IntArrayRef acts, double slope, bool keep);
+                                         at::IntArrayRef acts, double slope, at::IntArrayRef keep);
 
-// [dx, dweight_0 …, dbias_0 …]; undefined where `needs`, of the same order, is 0. y only where the last layer's act'
-// reads it.
-std::vector<at::Tensor> mlp_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, at::TensorList weights,
-                                         const std::optional<at::Tensor>& y, at::TensorList kept, at::IntArrayRef acts,
-                                         double slope, at::IntArrayRef needs);
-std::vector<at::Tensor> mlp_backward_cuda(const at::Tensor& grad_y, const at::Tensor& x, at::TensorList weights,
-                                          const std::optional<at::Tensor>& y, at::TensorList kept, at::IntArrayRef acts,
-                                          double slope, at::IntArrayRef needs);
+// Those of [dx, dweight_0 ..., dbias_0 ...] that `needs`, of the same order, asks for. `keep` is what forward was given. Only
+// what these gradients read has to be there: x for dweight_0, weights[l] for the gradients below layer l, y where the last
+// layer's act' reads it.
+std::vector<at::Tensor> mlp_backward_cpu(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                                         const OptionalTensors& weights, const std::optional<at::Tensor>& y,
+                                         at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
+                                         at::IntArrayRef needs);
+std::vector<at::Tensor> mlp_backward_cuda(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                                          const OptionalTensors& weights, const std::optional<at::Tensor>& y,
+                                          at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
+                                          at::IntArrayRef needs);
 
 }  // namespace dlk

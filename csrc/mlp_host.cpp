@@ -2,12 +2,12 @@
 
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
+
 #include "activation.h"
 
 namespace dlk {
 namespace {
-
-bool keeps_z(const Checked& c) { return !saves_output(c.act.kind); }
 
 // What passes between forward and backward, for both ways: outputs h[1] …, pre-activations z, and of layer by layer masks,
 // which dgrad reads of the layer below; undefined where unused.
@@ -17,23 +17,14 @@ struct Activations {
   explicit Activations(size_t layers) : h(layers), z(layers), mask(layers) {}
 };
 
-bool keeps_mask(const MlpKernels& kernels, const std::vector<Checked>& layers, size_t l, bool as_chain) {
-  return !as_chain && l + 1 < layers.size() && kernels.takes_mask(layers[l]);
-}
-
-std::vector<ChainLayer> chain_layers(const std::vector<Checked>& layers, at::TensorList weights) {
-  std::vector<ChainLayer> out(layers.size());
-  for (size_t l = 0; l < layers.size(); ++l) {
-    out[l].n = layers[l].shape.n, out[l].k = layers[l].shape.k;
-    out[l].weight = view_of(weights[l]);
-    out[l].act = layers[l].act;
-  }
-  return out;
-}
-
-void set_activations(std::vector<ChainLayer>& layers, const Activations& a) {
+ChainLayer chain_layer(const Checked& layer, const at::Tensor& weight, const at::Tensor& h, const at::Tensor& z) {
   auto data = [](const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
-  for (size_t l = 0; l < layers.size(); ++l) layers[l].h = data(a.h[l]), layers[l].z = data(a.z[l]);
+  ChainLayer out{};
+  out.n = layer.shape.n, out.k = layer.shape.k;
+  out.act = layer.act;
+  if (weight.defined()) out.weight = view_of(weight);
+  out.h = data(h), out.z = data(z);
+  return out;
 }
 
 Chain chain_of(const std::vector<ChainLayer>& layers, int64_t rows) {
@@ -47,12 +38,17 @@ Chain chain_of(const std::vector<ChainLayer>& layers, int64_t rows) {
 }  // namespace
 
 std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor& x, at::TensorList weights,
-                                    const OptionalTensors& biases, at::IntArrayRef acts, double slope, bool keep) {
+                                    const OptionalTensors& biases, at::IntArrayRef acts, double slope,
+                                    at::IntArrayRef keep) {
   const std::vector<Checked> layers = check_mlp(x, weights, biases, acts, slope);
   const c10::DeviceGuard device(x.device());
   const DType dtype = layers[0].dtype;
   const size_t count = layers.size();
-  std::vector<ChainLayer> chain = chain_layers(layers, weights);
+  TORCH_CHECK(keep.empty() || keep.size() == count, "mlp: expected ", count, " entries in keep, or none, got ",
+              keep.size());
+  auto keeps = [&](size_t l, Keep what) { return !keep.empty() && (keep[l] & what) != 0; };
+  std::vector<ChainLayer> chain;
+  for (size_t l = 0; l < count; ++l) chain.push_back(chain_layer(layers[l], weights[l], {}, {}));
   Chain p = chain_of(chain, layers[0].shape.m);
   const bool as_chain = kernels.takes(p, dtype);
   Activations a(count);
@@ -61,15 +57,17 @@ std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor&
     const int64_t n = layers[l].shape.n;
     auto make = [&] { return at::empty(resized_last(x, n), x.options()); };
     if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
-    if (keep || !as_chain || l + 1 == count) a.h[l] = make();
-    if (keep && keeps_z(layers[l])) a.z[l] = make();
-    if (keep && keeps_mask(kernels, layers, l, as_chain))
+    if (keeps(l, kKeepH) || !as_chain || l + 1 == count) a.h[l] = make();
+    if (keeps(l, kKeepZ)) a.z[l] = make();
+    if (keeps(l, kKeepMask) && !as_chain && kernels.takes_mask(layers[l]))
       a.mask[l] = at::empty(resized_last(x, n / kMaskBits), x.options().dtype(at::kByte));
   }
 
   if (as_chain) {
-    set_activations(chain, a);
-    for (size_t l = 0; l < count; ++l) chain[l].bias = bias[l].defined() ? bias[l].const_data_ptr() : nullptr;
+    for (size_t l = 0; l < count; ++l) {
+      chain[l] = chain_layer(layers[l], weights[l], a.h[l], a.z[l]);
+      chain[l].bias = bias[l].defined() ? bias[l].const_data_ptr() : nullptr;
+    }
     const at::Tensor x2 = as_rows(x);
     p.x = view_of(x2);
     kernels.chain_forward(p, dtype);
@@ -78,97 +76,133 @@ std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor&
       kernels.layer_forward(layers[l], l ? a.h[l - 1] : x, weights[l], bias[l], {a.h[l], a.z[l], a.mask[l]});
   }
   std::vector<at::Tensor> out = {a.h.back()};
-  if (!keep) return out;
-  out.insert(out.end(), a.h.begin(), a.h.end() - 1);
+  for (size_t l = 0; l + 1 < count; ++l)
+    if (keeps(l, kKeepH)) out.push_back(a.h[l]);
   for (const std::vector<at::Tensor>& more : {a.z, a.mask})
     for (const at::Tensor& t : more)
       if (t.defined()) out.push_back(t);
   return out;
 }
 
-std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor& grad_y, const at::Tensor& x,
-                                     at::TensorList weights, const std::optional<at::Tensor>& y, at::TensorList kept,
+std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor& grad_y,
+                                     const std::optional<at::Tensor>& x, const OptionalTensors& weights,
+                                     const std::optional<at::Tensor>& y, at::TensorList kept, at::IntArrayRef keep,
                                      at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
-  const std::vector<Checked> layers =
-      check_mlp(x, weights, OptionalTensors(std::vector<std::optional<at::Tensor>>(weights.size())), acts, slope);
-  const size_t count = layers.size();
-  const Checked& last = layers.back();
-  check_like(grad_y, "grad_y", x, "x", "mlp");
-  const std::vector<int64_t> y_sizes = resized_last(x, last.shape.n);
-  TORCH_CHECK(grad_y.sizes() == at::IntArrayRef(y_sizes), "mlp: grad_y must have y's shape ", y_sizes, ", got ",
-              grad_y.sizes());
-  TORCH_CHECK(needs.size() == 1 + 2 * count, "mlp: expected ", 1 + 2 * count, " entries in needs, got ", needs.size());
-  TORCH_CHECK(y || keeps_z(last) || last.act.kind == Act::none, "mlp: the last layer's gradient reads y, got None");
-  std::vector<ChainLayer> chain = chain_layers(layers, weights);
-  Chain p = chain_of(chain, layers[0].shape.m);
-  const c10::DeviceGuard device(x.device());
-  const DType dtype = layers[0].dtype;
-  const bool as_chain = kernels.takes(p, dtype);
-  size_t expected = count - 1;
-  for (size_t l = 0; l < count; ++l) expected += keeps_z(layers[l]) + keeps_mask(kernels, layers, l, as_chain);
-  TORCH_CHECK(kept.size() == expected, "mlp: expected the ", expected, " tensors that forward kept, got ", kept.size());
-
-  // What was kept may come back otherwise than it was, through hooks for saved tensors: the kernels read it as it was.
-  auto as_kept = [&](const at::Tensor& t, size_t l, bool mask = false) {
-    check_place(t, "what forward kept", x, "x", "mlp");
-    const at::ScalarType dtype = mask ? at::kByte : x.scalar_type();
-    const std::vector<int64_t> sizes = resized_last(x, layers[l].shape.n / (mask ? kMaskBits : 1));
-    TORCH_CHECK(t.scalar_type() == dtype && t.sizes() == at::IntArrayRef(sizes), "mlp: expected of layer ", l,
-                " what forward kept, ", dtype, " ", at::IntArrayRef(sizes), ", got ", t.scalar_type(), " ", t.sizes());
-    return t.contiguous();
-  };
-  Activations a(count);
-  for (size_t l = 0; l + 1 < count; ++l) a.h[l] = as_kept(kept[l], l);
-  if (y) a.h[count - 1] = as_kept(*y, count - 1);
-  size_t next = count - 1;
-  for (size_t l = 0; l < count; ++l)
-    if (keeps_z(layers[l])) a.z[l] = as_kept(kept[next++], l);
-  for (size_t l = 0; l < count; ++l)
-    if (keeps_mask(kernels, layers, l, as_chain)) a.mask[l] = as_kept(kept[next++], l, true);
-  std::vector<at::Tensor> grads(needs.size());
+  const size_t count = weights.size();
+  TORCH_CHECK(count > 0 && acts.size() == count && keep.size() == count && needs.size() == 1 + 2 * count,
+              "mlp: expected for each of ", count,
+              " weights an activation, an entry in keep and two in needs, after x's; ", "got ", acts.size(), ", ",
+              keep.size(), " and ", needs.size());
+  check_layout(grad_y, "grad_y", "mlp");
+  const DType dtype = dtype_of(grad_y, "mlp");
+  TORCH_CHECK(grad_y.dim() >= 1, "mlp: grad_y must be [..., out_features], got a 0-dimensional tensor");
+  const c10::DeviceGuard device(grad_y.device());
+  const bool need_x = needs[0] != 0;
   auto need_weight = [&](size_t l) { return needs[1 + l] != 0; };
   auto need_bias = [&](size_t l) { return needs[1 + count + l] != 0; };
+  size_t deepest = 0;  // the first layer that has a gradient to give: those below it are not looked at
+  while (!need_x && deepest + 1 < count && !need_weight(deepest) && !need_bias(deepest)) ++deepest;
+  auto need_input = [&](size_t l) { return l > deepest || need_x; };  // its gradient
 
-  if (as_chain) {
-    auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = at::empty(sizes, x.options())).data_ptr(); };
-    set_activations(chain, a);
-    for (size_t l = 0; l < count; ++l) {
-      if (need_weight(l)) chain[l].dweight = make(1 + l, {chain[l].n, chain[l].k});
-      if (need_bias(l)) chain[l].dbias = make(1 + count + l, {chain[l].n});
-    }
-    const at::Tensor x2 = as_rows(x), g2 = as_rows(grad_y);
-    p.x = view_of(x2);
-    p.grad_y = view_of(g2);
-    p.dx = needs[0] ? make(0, x.sizes()) : nullptr;
-    kernels.chain_backward(p, dtype, x);
-    return grads;
-  }
-
-  auto saved_by = [&](size_t l) {
-    if (a.mask[l].defined()) return a.mask[l];
-    return layers[l].act.kind == Act::none ? at::Tensor() : keeps_z(layers[l]) ? a.z[l] : a.h[l];
+  // Tensors of grad_y's rows. What was kept may come back otherwise than it was, through hooks for saved tensors: the
+  // kernels read it as it was.
+  auto check_rows = [&](const at::Tensor& t, const char* name, size_t l, int64_t features, bool mask = false) {
+    TORCH_CHECK(t.defined(), "mlp: expected ", name, " of layer ", l, " for these gradients, got None");
+    check_place(t, name, grad_y, "grad_y", "mlp");
+    const at::ScalarType type = mask ? at::kByte : grad_y.scalar_type();
+    const std::vector<int64_t> sizes = resized_last(grad_y, features);
+    TORCH_CHECK(t.scalar_type() == type && t.sizes() == at::IntArrayRef(sizes), "mlp: expected ", name, " of layer ", l,
+                " as ", type, " ", at::IntArrayRef(sizes), ", got ", t.scalar_type(), " ", t.sizes());
   };
-  size_t deepest = 0;  // the first layer that has a gradient to give
-  while (needs[0] == 0 && deepest + 1 < count && !need_weight(deepest) && !need_bias(deepest)) ++deepest;
-  Incoming in = {grad_y, saved_by(count - 1)};
-  at::Tensor dbias_above;  // of this layer, summed by the dgrad of the layer above
+
+  Activations a(count);
+  const auto asked = [&](Keep what) {
+    return std::count_if(keep.begin(), keep.end(), [&](int64_t k) { return (k & what) != 0; });
+  };
+  const size_t values = asked(kKeepH) + asked(kKeepZ);
+  TORCH_CHECK(kept.size() >= values, "mlp: expected the ", values, " tensors that forward kept, got ", kept.size());
+  size_t next = 0, last_mask = kept.size();
+  for (size_t l = 0; l < count; ++l)
+    if (keep[l] & kKeepH) a.h[l] = kept[next++].contiguous();
+  for (size_t l = 0; l < count; ++l)
+    if (keep[l] & kKeepZ) a.z[l] = kept[next++].contiguous();
+  if (y) a.h[count - 1] = y->contiguous();
+
+  // Checked from the top down, where a layer's outputs are known.
+  std::vector<Checked> layers(count);
+  std::vector<at::Tensor> weight(count), input(count);
+  Shape shape{rows_of(grad_y), 0, grad_y.size(-1)};
   for (size_t l = count; l-- > deepest;) {
-    Gate gate;
-    if (l > 0) {
-      gate = {saved_by(l - 1), layers[l - 1].act};
-      if (kernels.dgrad_sums_dbias && need_bias(l - 1)) gate.dbias = at::empty({layers[l - 1].shape.n}, x.options());
+    shape = {shape.m, shape.k, 0};
+    if (need_input(l)) {
+      weight[l] = weights.get(l).value_or(at::Tensor());
+      TORCH_CHECK(weight[l].defined(), "mlp: expected weights[", l, "] for these gradients, got None");
+      check_like(weight[l], "a weight", grad_y, "grad_y", "mlp");
+      TORCH_CHECK(weight[l].dim() == 2 && weight[l].size(0) == shape.n, "mlp: weights[", l,
+                  "] must be [out_features, in_features] with out_features = ", shape.n, ", got ", weight[l].sizes());
+      shape.k = weight[l].size(1);
     }
-    const bool summed = dbias_above.defined();
-    const auto [dx, dweight, dbias] =
-        kernels.layer_backward(layers[l], in, l ? a.h[l - 1] : x, weights[l], l > deepest || needs[0] != 0,
-                               need_weight(l), need_bias(l) && !summed, gate.saved.defined() ? &gate : nullptr);
-    grads[1 + l] = dweight;
-    grads[1 + count + l] = summed ? dbias_above : dbias;
-    if (l == 0) grads[0] = dx;
-    in = {dx, gate.applied ? at::Tensor() : gate.saved};
-    dbias_above = gate.summed ? gate.dbias : at::Tensor();
+    if (need_weight(l)) {
+      input[l] = l > 0 ? a.h[l - 1] : x.value_or(at::Tensor());
+      if (!need_input(l) && input[l].defined() && input[l].dim() > 0) shape.k = input[l].size(-1);
+      check_rows(input[l], "the input", l, shape.k);
+    }
+    layers[l] = {shape, dtype, check_activation(acts[l], slope)};
+    const Act kind = layers[l].act.kind;
+    if (kind != Act::none) check_rows(saves_output(kind) ? a.h[l] : a.z[l], "what act' reads", l, shape.n);
+    if ((keep[l] & kKeepMask) && last_mask > values && kernels.takes_mask(layers[l])) {
+      a.mask[l] = kept[--last_mask].contiguous();
+      check_rows(a.mask[l], "the mask", l, shape.n / kMaskBits, true);
+    }
   }
-  return grads;
+
+  std::vector<ChainLayer> chain;
+  for (size_t l = deepest; l < count; ++l) chain.push_back(chain_layer(layers[l], weight[l], a.h[l], a.z[l]));
+  Chain p = chain_of(chain, shape.m);
+  std::vector<at::Tensor> grads(needs.size());
+  if (kernels.takes(p, dtype)) {
+    const at::TensorOptions options = grad_y.options();
+    auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = at::empty(sizes, options)).data_ptr(); };
+    for (size_t l = deepest; l < count; ++l) {
+      ChainLayer& layer = chain[l - deepest];
+      if (need_weight(l)) layer.dweight = make(1 + l, {layer.n, layer.k});
+      if (need_bias(l)) layer.dbias = make(1 + count + l, {layer.n});
+    }
+    const at::Tensor x2 = need_weight(deepest) ? as_rows(input[deepest]) : at::Tensor(), g2 = as_rows(grad_y);
+    if (x2.defined()) p.x = view_of(x2);
+    p.grad_y = view_of(g2);
+    p.dx = need_x ? make(0, resized_last(grad_y, shape.k)) : nullptr;
+    kernels.chain_backward(p, dtype, grad_y);
+  } else {
+    auto saved_by = [&](size_t l) {
+      if (a.mask[l].defined()) return a.mask[l];
+      const Act kind = layers[l].act.kind;
+      return kind == Act::none ? at::Tensor() : saves_output(kind) ? a.h[l] : a.z[l];
+    };
+    Incoming in = {grad_y, saved_by(count - 1)};
+    at::Tensor dbias_above;  // of this layer, summed by the dgrad of the layer above
+    for (size_t l = count; l-- > deepest;) {
+      Gate gate;
+      if (l > deepest) {
+        gate = {saved_by(l - 1), layers[l - 1].act};
+        if (kernels.dgrad_sums_dbias && need_bias(l - 1))
+          gate.dbias = at::empty({layers[l - 1].shape.n}, grad_y.options());
+      }
+      const bool summed = dbias_above.defined();
+      const auto [dx, dweight, dbias] =
+          kernels.layer_backward(layers[l], in, input[l], weight[l], need_input(l), need_weight(l),
+                                 need_bias(l) && !summed, gate.saved.defined() ? &gate : nullptr);
+      grads[1 + l] = dweight;
+      grads[1 + count + l] = summed ? dbias_above : dbias;
+      if (l == 0) grads[0] = dx;
+      in = {dx, gate.applied ? at::Tensor() : gate.saved};
+      dbias_above = gate.summed ? gate.dbias : at::Tensor();
+    }
+  }
+  std::vector<at::Tensor> out;
+  for (size_t i = 0; i < needs.size(); ++i)
+    if (needs[i]) out.push_back(grads[i]);
+  return out;
 }
 
 }  // namespace dlk

@@ -25,9 +25,11 @@ struct MlpKernels {
 
 // The entry points of mlp.h.
 std::vector<at::Tensor> mlp_forward(const MlpKernels&, const at::Tensor& x, at::TensorList weights,
-                                    const OptionalTensors& biases, at::IntArrayRef acts, double slope, bool keep);
-std::vector<at::Tensor> mlp_backward(const MlpKernels&, const at::Tensor& grad_y, const at::Tensor& x,
-                                     at::TensorList weights, const std::optional<at::Tensor>& y, at::TensorList kept,
-                                     at::IntArrayRef acts, double slope, at::IntArrayRef needs);
+                                    const OptionalTensors& biases, at::IntArrayRef acts, double slope,
+                                    at::IntArrayRef keep);
+std::vector<at::Tensor> mlp_backward(const MlpKernels&, const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                                     const OptionalTensors& weights, const std::optional<at::Tensor>& y,
+                                     at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
+                                     at::IntArrayRef needs);
 
 }  // namespace dlk

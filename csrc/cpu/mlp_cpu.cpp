@@ -39,14 +39,15 @@ const MlpKernels kKernels = {
 }  // namespace
 
 std::vector<at::Tensor> mlp_forward_cpu(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
-                                        at::IntArrayRef acts, double slope, bool keep) {
+                                        at::IntArrayRef acts, double slope, at::IntArrayRef keep) {
   return mlp_forward(kKernels, x, weights, biases, acts, slope, keep);
 }
 
-std::vector<at::Tensor> mlp_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, at::TensorList weights,
-                                         const std::optional<at::Tensor>& y, at::TensorList kept, at::IntArrayRef acts,
-                                         double slope, at::IntArrayRef needs) {
-  return mlp_backward(kKernels, grad_y, x, weights, y, kept, acts, slope, needs);
+std::vector<at::Tensor> mlp_backward_cpu(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                                         const OptionalTensors& weights, const std::optional<at::Tensor>& y,
+                                         at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
+                                         at::IntArrayRef needs) {
+  return mlp_backward(kKernels, grad_y, x, weights, y, kept, keep, acts, slope, needs);
 }
 
 }  // namespace dlk
