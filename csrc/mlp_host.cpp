@@ -106,13 +106,13 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
 
   // Tensors of grad_y's rows. What was kept may come back otherwise than it was, through hooks for saved tensors: the
   // kernels read it as it was.
-  auto check_rows = [&](const at::Tensor& t, const char* name, size_t l, int64_t features, bool mask = false) {
-    TORCH_CHECK(t.defined(), "mlp: expected ", name, " of layer ", l, " for these gradients, got None");
+  auto check_rows = [&](const at::Tensor& t, size_t l, const char* name, int64_t features, bool mask = false) {
+    TORCH_CHECK(t.defined(), "mlp: expected of layer ", l, " ", name, ", which these gradients read, got None");
     check_place(t, name, grad_y, "grad_y", "mlp");
     const at::ScalarType type = mask ? at::kByte : grad_y.scalar_type();
     const std::vector<int64_t> sizes = resized_last(grad_y, features);
-    TORCH_CHECK(t.scalar_type() == type && t.sizes() == at::IntArrayRef(sizes), "mlp: expected ", name, " of layer ", l,
-                " as ", type, " ", at::IntArrayRef(sizes), ", got ", t.scalar_type(), " ", t.sizes());
+    TORCH_CHECK(t.scalar_type() == type && t.sizes() == at::IntArrayRef(sizes), "mlp: expected of layer ", l, " ", name,
+                ", ", type, " ", at::IntArrayRef(sizes), ", got ", t.scalar_type(), " ", t.sizes());
   };
 
   Activations a(count);
@@ -145,15 +145,17 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
     if (need_weight(l)) {
       input[l] = l > 0 ? a.h[l - 1] : x.value_or(at::Tensor());
       if (!need_input(l) && input[l].defined() && input[l].dim() > 0) shape.k = input[l].size(-1);
-      check_rows(input[l], "the input", l, shape.k);
+      check_rows(input[l], l, "the input", shape.k);
     }
     layers[l] = {shape, dtype, check_activation(acts[l], slope)};
-    const Act kind = layers[l].act.kind;
-    if (kind != Act::none) check_rows(saves_output(kind) ? a.h[l] : a.z[l], "what act' reads", l, shape.n);
-    if ((keep[l] & kKeepMask) && last_mask > values && kernels.takes_mask(layers[l])) {
+    if ((keep[l] & kKeepMask) && last_mask > values && kernels.takes_mask(layers[l]))
       a.mask[l] = kept[--last_mask].contiguous();
-      check_rows(a.mask[l], "the mask", l, shape.n / kMaskBits, true);
-    }
+  }
+  for (size_t l = deepest; l < count; ++l) {
+    const auto& [own, type, act] = layers[l];
+    const char* name = "what forward kept";
+    if (act.kind != Act::none) check_rows(saves_output(act.kind) ? a.h[l] : a.z[l], l, name, own.n);
+    if (a.mask[l].defined()) check_rows(a.mask[l], l, name, own.n / kMaskBits, true);
   }
 
   std::vector<ChainLayer> chain;

@@ -18,7 +18,10 @@ PATH, ROWS = "DLKERNELS_CUDA_GEMM", "DLKERNELS_LOSS_BLOCK_ROWS"
 # What is run, in processes of their own, the longest first: pytest's arguments, and the environment.
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "what-a-gpu-would-run": (
-        [f"tests/test_{name}.py" for name in ("forward_backward", "masks", "mlp", "special_values", "promises")],
+        [
+            f"tests/test_{name}.py"
+            for name in ("forward_backward", "masks", "mlp", "mlp_derivatives", "special_values", "promises")
+        ],
         {},
     ),
     "loss-in-blocks": (
