@@ -11,6 +11,7 @@ from torch.nn import _reduction
 
 from dlkernels import _C
 from dlkernels._ops import autocast as _autocast
+from dlkernels._ops import flops as _flops  # noqa: F401  registers the operators' formulas
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops import linear_cross_entropy as _linear_cross_entropy
 from dlkernels._ops import mlp as _mlp
@@ -301,7 +302,11 @@ def explain_mlp(x: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[Explanation
         weights: one ``[out_features, in_features]`` per layer, each taking what the one before gives.
 
     The answer comes from the same decision the op takes.
+
+    Raises:
+        RuntimeError: no layers, or shapes that do not fit together.
     """
+    _mlp.check_some(weights)
     first, *others = weights
     converts = autocast_active(x) and _mlp.converts(x, weights, [None] * len(weights))
     layers = [_explain(x, first, converts)]

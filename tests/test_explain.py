@@ -121,3 +121,8 @@ def test_explain_mlp_names_the_chain_where_it_runs():
     assert rows == functional.explain(*t)
     with pytest.raises(RuntimeError):
         functional.explain_mlp(torch.randn(3, 4), [torch.randn(5, 4), torch.randn(6, 7)])
+
+
+def test_a_chain_of_no_layers_is_refused():
+    with pytest.raises(RuntimeError, match="mlp: expected at least one layer, got no weights"):
+        functional.explain_mlp(torch.randn(3, 4), [])

@@ -1,0 +1,86 @@
+"""Formulas for ``torch.utils.flop_counter``: two operations for each multiplication of the products, as torch counts
+its own, and none for what is elementwise. A backward counts the products of the gradients that it makes.
+
+``linear_cross_entropy`` makes its gradients with its loss, and without reduction the logits once more in backward: they
+count where they are made.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_ops = torch.ops.dlkernels
+Shape = Sequence[int]
+
+
+def _product(rows: Shape, weight: Shape) -> int:
+    """[..., K] times [N, K]ᵀ, or either product of the backward, which has the same number of terms."""
+    return 2 * math.prod(rows[:-1]) * math.prod(weight)
+
+
+@register_flop_formula(
+    [
+        _ops._linear_act_forward,
+        _ops._linear_act_forward_z,
+        _ops._linear_act_forward_mask,
+        _ops._linear_act_autocast_forward,
+        _ops._linear_act_autocast_forward_z,
+    ]
+)
+def _forward(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return _product(x, weight)
+
+
+def _gradients(g: Shape, x: Shape | None, weight: Shape | None, need_x: bool, need_weight: bool) -> int:
+    from_x = _product(g, (g[-1], x[-1])) if need_weight and x is not None else 0
+    return from_x + (_product(g, weight) if need_x and weight is not None else 0)
+
+
+@register_flop_formula(_ops._linear_act_backward)
+def _backward(
+    g: Shape,
+    x: Shape | None,
+    weight: Shape | None,
+    saved: Shape,
+    act: int,
+    slope: float,
+    need_x: bool,
+    need_weight: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _gradients(g, x, weight, need_x, need_weight)
+
+
+@register_flop_formula(_ops._linear_act_autocast_backward)
+def _autocast_backward(
+    g: Shape, x: Shape | None, weight: Shape | None, saved: Shape, x_dtype: torch.dtype, *rest: Any, **__: Any
+) -> int:
+    _act, _slope, need_x, need_weight, _need_bias = rest
+    return _gradients(g, x, weight, need_x, need_weight)
+
+
+@register_flop_formula(_ops._mlp_forward)
+def _mlp_forward(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return sum(_product(x, weight) for weight in weights)
+
+
+@register_flop_formula(_ops._mlp_backward)
+def _mlp_backward(*args: Any, out_shape: Sequence[Shape], **_: Any) -> int:
+    g, _x, weights, *_rest, needs = args
+    # a gradient of a weight has its shape; one goes through every layer above the lowest that has one to give
+    count = len(weights)
+    gradients = iter(out_shape)
+    made = [next(gradients) if need else None for need in needs]
+    lowest = 0 if needs[0] else min(i % count for i, need in enumerate(needs[1:]) if need) + 1
+    through = sum(_product(g, weight) for weight in weights[lowest:])
+    return through + sum(_product(g, shape) for shape in made[1 : 1 + count] if shape is not None)
+
+
+@register_flop_formula(_ops._linear_cross_entropy)
+def _linear_cross_entropy(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    need_x, need_weight = rest[-3:-1]
+    return _product(x, weight) * (1 + bool(need_x) + bool(need_weight))
