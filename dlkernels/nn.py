@@ -226,6 +226,18 @@ class MLP(nn.Sequential):
     and
     its ``state_dict`` has the same keys ("0.weight", "0.bias", "2.weight", "2.bias"): either loads the other's.
 
+    Without ``norm``, a hidden layer's activation is in its :class:`LinearAct`, and the ``nn.Identity`` behind it only
+    holds the activation's position. So what is done to the layers means something else than in stock's
+    ``nn.Sequential``, where linear map and activation are two modules:
+
+    * ``mlp[0]`` and ``mlp[:1]`` give the layer with its activation, and a hook on ``mlp[0]`` sees the activation's
+      output;
+    * ``mlp.insert(1, module)`` puts the module behind the activation, not in front of it;
+    * ``del mlp[1]`` and ``mlp[1] = module`` leave the activation where it is, which is ``mlp[0].activation``;
+    * ``mlp[0] = nn.Linear(...)`` takes the activation away with the layer: assign a :class:`LinearAct`.
+
+    To edit layers as in stock, build the ``nn.Sequential`` and :func:`dlkernels.fuse` it.
+
     Args:
         sizes: features from input to output, at least two.
         activation: of the hidden layers.

@@ -330,3 +330,24 @@ def test_module_steps_aside_where_a_layer_is_special(calls):
         assert seen(lambda m: None, MLP([12, 20, 5]))
     finally:
         handle.remove()
+
+
+def test_editing_does_what_the_docstring_says():
+    """The activation is in the layer: it goes where the layer goes, and stays where only its position is touched."""
+    x = torch.randn(9, 12)
+    model = MLP([12, 20, 5], "tanh")
+    first = linear_act(x, model[0].weight, model[0].bias, "tanh")
+
+    def last(h):
+        return F.linear(h, model[-1].weight, model[-1].bias)
+
+    for piece in (model[0], model[:1]):
+        torch.testing.assert_close(piece(x), first)
+    model[1] = nn.Hardtanh(0.0, 0.1)
+    torch.testing.assert_close(model(x), last(first.clamp(0.0, 0.1)))
+    model.insert(1, nn.Softmax(-1))
+    torch.testing.assert_close(model(x), last(first.softmax(-1).clamp(0.0, 0.1)))
+    del model[1:3]
+    torch.testing.assert_close(model(x), last(first))
+    model[0].activation = "sigmoid"
+    torch.testing.assert_close(model(x), last(linear_act(x, model[0].weight, model[0].bias, "sigmoid")))
