@@ -15,7 +15,7 @@ import pytest
 import torch
 from foreign import pointer, view
 from isolated import python
-from oracle import Layer, check
+from oracle import Layer, assert_no_worse, check, error, oracle
 
 from dlkernels import _C
 from dlkernels._ops.activations import ACTIVATIONS
@@ -244,6 +244,42 @@ def test_against_the_oracle(kernels, act, shape):
 def test_slices_of_k(kernels, splits):
     """The last one may be empty: 1000 rows in 3 slices of 512."""
     check(random_layer(1000, 40, 50), layer_op(kernels, "relu", splits, threads=3))
+
+
+def few_rows(kernels, x, weight, act="none", bias=None, threads=1):
+    """(y, z) of act(x Wᵀ + bias), written over NaN-filled tensors."""
+    (m, k), n = x.shape, len(weight)
+    y, z = (torch.full((m, n), float("nan"), dtype=x.dtype) for _ in range(2))
+    strides = (ctypes.c_int64(t.stride(0)) for t in (x, weight))
+    operands = (argument for t, stride in zip((x, weight), strides, strict=True) for argument in (pointer(t), stride))
+    sizes, slope = map(ctypes.c_int64, (m, n, k)), ctypes.c_double(SLOPE)
+    code = ACTIVATIONS[act].code
+    assert kernels.few_rows(*sizes, *operands, code, slope, *map(pointer, (bias, y, z)), threads) == 0
+    return y, z
+
+
+# Rows: one, a tile, more than one, panels of 32. Columns: fewer than a task's 32, whole ones, one more. k: less than a step of
+# 32, whole steps, one more; more than one sum.
+@pytest.mark.parametrize("m", [1, 2, 16, 17, 33, 70])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (31, 31), (32, 64), (33, 65), (70, 2048), (40, 4500)])
+def test_few_rows(kernels, m, n, k):
+    layer = random_layer(m, n, k)
+    exact, stock = oracle(layer, layer.stock()["y"])["y"], layer.stock()["y"]
+    for threads in (1, 3):
+        y, z = few_rows(kernels, layer.x, layer.weight, "relu", layer.bias, threads)
+        assert_no_worse(y, *exact, error(stock, *exact))
+        assert torch.equal(z.relu(), y)
+
+
+def test_few_rows_read_nothing_beside_their_own(kernels):
+    """What lies behind a row of x or weight may be NaN; 0 · NaN would be, too."""
+    x, weight = (torch.full((rows, 200), float("nan"), dtype=torch.bfloat16) for rows in (5, 40))
+    x[:, :70], weight[:, :70] = 1, 1
+    y, _ = few_rows(kernels, x[:, :70], weight[:, :70])
+    assert (y == 70).all()
+    x[3, 69] = float("inf")
+    infinite = ~few_rows(kernels, x[:, :70], weight[:, :70])[0].isfinite()
+    assert infinite[3].all() and infinite.sum() == 40
 
 
 def strided(t):

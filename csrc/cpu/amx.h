@@ -15,13 +15,14 @@ struct alignas(64) TileConfig {
 };
 constexpr TileConfig kTileConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// The micro-kernel: R × C tiles of C in tmm0 to tmm3, A in tmm4 and tmm5, B in tmm6 and tmm7. At 2 × 2 that is four
-// products for four loads.
-template <class E, int R, int C>
-void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, float* c, int64_t ldc,
-                  bool add) {
+// R × C tiles of C in tmm0 to tmm3, A in tmm4 and tmm5, B in tmm6 and tmm7. At 2 × 2 that is four products for four loads.
+// Rows of A are a_bytes apart. What is streamed is asked for: the next step of B, or some steps of A (kStreamsA).
+template <class E, int R, int C, bool kStreamsA>
+DLK_INLINE void tile_product(int64_t cells, const typename E::Cell* a, int64_t a_bytes, const typename E::Cell* b,
+                             float* c, int64_t ldc, bool add) {
   constexpr int64_t size = 16;  // rows, and cells in one
-  constexpr int64_t a_bytes = kAStride<E> * sizeof(*a), b_bytes = C * size * sizeof(*b);
+  constexpr int64_t b_bytes = C * size * sizeof(*b), ahead = 4;
+  const auto* a_below = (const typename E::Cell*)((const char*)a + size * a_bytes);
   const int64_t c_bytes = ldc * sizeof(*c);
   float* below = c + size * ldc;
   __asm__ volatile("" ::: "memory");  // GCC 12 is not told that a tile load reads memory: what was packed is there now
@@ -37,8 +38,13 @@ void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Ce
     if constexpr (R > 1 && C > 1) _tile_zero(3);
   }
 #pragma GCC unroll 1
-  for (int64_t p = 0; p < cells; p += size, a += size, b += size * C * size) {
-    prefetch_lines(b + size * C * size, C * size * 64);
+  for (int64_t p = 0; p < cells; p += size, a += size, a_below += size, b += size * C * size) {
+    if constexpr (kStreamsA) {
+#pragma GCC unroll 32
+      for (int64_t i = 0; i < R * size; ++i) __builtin_prefetch((const char*)(a + ahead * size) + i * a_bytes);
+    } else {
+      prefetch_lines(b + size * C * size, C * size * 64);
+    }
     _tile_loadd(4, a, a_bytes);
     _tile_loadd(6, b, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
@@ -47,7 +53,7 @@ void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Ce
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (R > 1) {
-      _tile_loadd(5, a + size * kAStride<E>, a_bytes);
+      _tile_loadd(5, a_below, a_bytes);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (C > 1) _tile_dpbf16ps(3, 5, 7);
     }
@@ -56,6 +62,13 @@ void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Ce
   if constexpr (C > 1) _tile_stored(1, c + size, c_bytes);
   if constexpr (R > 1) _tile_stored(2, below, c_bytes);
   if constexpr (R > 1 && C > 1) _tile_stored(3, below + size, c_bytes);
+}
+
+// The micro-kernel.
+template <class E, int R, int C>
+void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, float* c, int64_t ldc,
+                  bool add) {
+  tile_product<E, R, C, false>(cells, a, kAStride<E> * sizeof(*a), b, c, ldc, add);
 }
 
 template <class A, class B = A, class C = A>

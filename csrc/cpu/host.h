@@ -25,6 +25,11 @@ inline Parallel parallel_for_work(int64_t operations) {
 
 inline const Engine& engine(DType dtype) { return kernels().engine[static_cast<int>(dtype)]; }
 
+inline const FewForward& few_forward(DType dtype, int64_t rows) {
+  const FewForward& tiles = engine(dtype).tiles_forward;
+  return tiles.run && rows >= tiles.least_rows ? tiles : engine(dtype).few_forward;
+}
+
 // Whether torch lets f32 products run in bf16: set_float32_matmul_precision("medium"), torch.backends.mkldnn.
 inline bool bf16_products_allowed() {
   return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==

@@ -21,6 +21,7 @@ extern const Kernels k_avx2;
 extern const Kernels k_avx512;
 extern const Kernels k_avx512_bf16;
 extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
+extern const FewForward k_amx_few_forward;
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 #endif
 
@@ -58,6 +59,7 @@ const Kernels& amx_kernels() {
     Engine& bf16 = amx.engine[static_cast<int>(DType::bf16)];
     bf16.ukernel = "bf16 32x32 amx";
     bf16.packed = k_amx_bf16;
+    bf16.tiles_forward = k_amx_few_forward;
     amx.f32_in_bf16 = {"f32 rounded to bf16 32x32 amx", k_amx_f32_in_bf16};
     amx.autocast.ukernel = "bf16, f32 rounded to it 32x32 amx";
     amx.autocast.f32_x.packed = k_amx_autocast_f32_x;

@@ -34,15 +34,21 @@ struct PackedProduct {
   bool exact;
 };
 
+// A layer's forward for few rows, and for how many.
+struct FewForward {
+  void (*run)(const Gemm&, const Parallel&);
+  int64_t least_rows, most_rows;
+};
+
 // The entry points for one element type.
 struct Engine {
   const char* ukernel;  // dtype, tile and ISA, as explain() prints it
   void (*act_pass)(const ActPass&, const Parallel&);
   PackedProduct packed;
   // The three products for few rows, without packing. forward: x and weight contiguous along k; dgrad: weight too.
-  void (*few_forward)(const Gemm&, const Parallel&);  // M <= kFewRowsForward
-  void (*few_dgrad)(const Gemm&, const Parallel&);    // M <= kFewRows
-  void (*few_wgrad)(const Gemm&, const Parallel&);    // M <= kFewRows
+  FewForward few_forward, tiles_forward;            // from tiles_forward.least_rows on that one, where there is one
+  void (*few_dgrad)(const Gemm&, const Parallel&);  // M <= kFewRows
+  void (*few_wgrad)(const Gemm&, const Parallel&);  // M <= kFewRows
   void (*grad_pass)(const GradPass&, const Parallel&);
   // Layers of at most chain_features in and out features.
   int64_t chain_features;

@@ -132,7 +132,7 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
   p.c = y.data_ptr();
   p.z = z ? z->data_ptr() : nullptr;
   if (path == Path::few_rows) {
-    const auto few_rows = autocast ? autocast->few_rows.forward : engine(c.dtype).few_forward;
+    const auto few_rows = autocast ? autocast->few_rows.forward : few_forward(c.dtype, m).run;
     return few_rows(p, parallel_for_work(m * n * k));
   }
   run_packed(autocast ? autocast->packed.forward : packed_product(c.dtype), p);

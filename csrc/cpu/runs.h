@@ -43,8 +43,8 @@ DLK_INLINE void relu_grad_run(Bf16* dst, const Bf16* g, const Bf16* y, int64_t n
   for (int64_t i = 0; i < n; i += 32) {
     const __mmask32 valid = n - i < 32 ? (1u << (n - i)) - 1 : ~0u;
     const __m512i bits = _mm512_maskz_loadu_epi16(valid, y + i), minus_infinity = _mm512_set1_epi16((short)0xff80);
-    const __mmask32 keep = _mm512_cmpgt_epi16_mask(bits, _mm512_setzero_si512()) |
-                           _mm512_cmpgt_epu16_mask(bits, minus_infinity);
+    const __mmask32 keep =
+        _mm512_cmpgt_epi16_mask(bits, _mm512_setzero_si512()) | _mm512_cmpgt_epu16_mask(bits, minus_infinity);
     _mm512_mask_storeu_epi16(dst + i, valid, _mm512_maskz_loadu_epi16(keep, g + i));
   }
 }

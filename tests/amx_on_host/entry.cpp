@@ -15,6 +15,7 @@ const Kernels k_portable = {"portable", {}}, k_avx2 = {"avx2", {}}, k_avx512 = {
               k_avx512_bf16 = {"avx512_bf16", {}};
 
 extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
+extern const FewForward k_amx_few_forward;
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 
 // By what A, B and C hold; nullptr: no layer has such a product.
@@ -65,6 +66,21 @@ EXPORT int gemm(int a_dtype, int b_dtype, int c_dtype, int64_t m, int64_t n, int
   p.panels = panels ? memory.get() : nullptr;
   product->gemm(p, parallel);
   return amx_on_host::config.palette;  // nothing is left configured
+}
+
+// The forward of few rows, all bf16; x and weight contiguous along k. The same answer.
+EXPORT int few_rows(int64_t m, int64_t n, int64_t k, const void* x, int64_t x_row, const void* weight,
+                    int64_t weight_row, int act, double slope, const void* bias, void* y, void* z, int threads) {
+  Gemm p{};
+  p.dtype = DType::bf16;
+  p.m = m, p.n = n, p.k = k;
+  p.a = {x, x_row, 1};
+  p.b = {weight, 1, weight_row};
+  p.act = {static_cast<Act>(act), slope};
+  p.bias = bias, p.c = y, p.z = z;
+  threads_in_use = threads;
+  cpu::k_amx_few_forward.run(p, {threads, &in_threads});
+  return amx_on_host::config.palette;
 }
 
 EXPORT int gemm_splits(int64_t m, int64_t n, int64_t k) { return cpu::gemm_splits(m, n, k); }

@@ -1,0 +1,141 @@
+// Few rows by AMX: y = act(x · weightᵀ + bias) for some rows of x, limited by how fast weight can be read. Tiles take the rows of
+// weight from where they lie: here weight is A and xᵀ is B, and the tiles are of yᵀ. Only x is packed, by every thread for
+// itself.
+//
+//   task (32 columns of y)
+//     for each 32 rows of x
+//       for each sum of kTotal cells          added in f64, as in gemm.h
+//         whole steps                         weight's rows as tiles, unpacked
+//         the last step, where k is ragged    from a copy with zeros behind it, for 0 · NaN is not 0
+//       turn the tiles round, epilogue
+namespace dlk::cpu::DLK_ISA {
+
+template <class E>
+struct FewRowsTiles {
+  using Cell = typename E::Cell;
+  static constexpr int64_t kRows = kMR;
+  const Gemm* p;
+  EpilogueFn<typename E::ElemC> epilogue;
+  int64_t cells;  // of a row, padded to whole steps
+
+  DLK_HD int64_t whole() const {
+    return p->k / (E::kDepth * E::kStep) * E::kDepth;
+  }  // cells that lie in memory in full
+};
+
+// Scratch of one thread, carved from one allocation.
+template <class E>
+struct FewRowsBuffers {
+  using Tiles = FewRowsTiles<E>;
+  typename E::Cell* x;      // panels of 32 rows of x
+  typename E::Packed* run;  // on its way into a panel
+  typename E::Cell* edge;   // the task's rows of weight with zeros behind them: one step, or all where rows are missing
+  float *tiles, *turned;    // of yᵀ [weight's rows, x's rows], of y
+  double* total;
+
+  static FewRowsBuffers get(const Tiles& call) {
+    constexpr int64_t square = Tiles::kRows * Tiles::kRows, run = 2 * Buffers<E>::kRun;
+    const int64_t x = panel_at<E>(round_up(call.p->m, Tiles::kRows), Tiles::kRows, call.cells);
+    const int64_t edge = Tiles::kRows * call.cells;
+    char* at = (char*)scratch(sizeof(double) * square + sizeof(float) * 2 * square +
+                              sizeof(typename E::Cell) * (x + edge) + sizeof(typename E::Packed) * run);
+    FewRowsBuffers s;
+    s.total = (double*)at;
+    s.tiles = (float*)(s.total + square);
+    s.turned = s.tiles + square;
+    s.x = (typename E::Cell*)(s.turned + square);
+    s.edge = s.x + x;
+    s.run = (typename E::Packed*)(s.edge + edge);
+    return s;
+  }
+};
+
+// Rows of weight from k on, `cells` cells of each, with zeros behind the last element and the last row.
+template <class E>
+void copy_edge(const Gemm& p, int64_t j0, int64_t rows, int64_t k, int64_t cells, typename E::Cell* out) {
+  const auto* weight = (const typename E::ElemB*)p.b.data;
+  const int64_t elements = cells * E::kStep, there = min(elements, p.k - k);
+  for (int64_t j = 0; j < FewRowsTiles<E>::kRows; ++j, out += cells) {
+    auto* row = (typename E::Packed*)out;
+    const int64_t n = j < rows ? there : 0;
+    if (n > 0) __builtin_memcpy(row, weight + (j0 + j) * p.b.col_stride + k, n * sizeof(*row));
+    for (int64_t i = n; i < elements; ++i) row[i] = {};
+  }
+}
+
+// out[c, r] = in[r, c], 32 × 32.
+template <class E>
+void turn(const float* in, float* out) {
+  constexpr int64_t size = FewRowsTiles<E>::kRows, lanes = E::kVL;
+  for (int64_t r = 0; r < size; r += lanes)
+    for (int64_t c = 0; c < size; c += lanes) {
+      typename E::V square[lanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) square[i] = load_bits<typename E::V>(in + (r + i) * size + c);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) store_bits(out + (c + i) * size + r, square[i]);
+    }
+}
+
+// A task's rows of weight: `whole` cells of each where they lie, the last step in a copy.
+template <class E>
+struct FewRowsWeight {
+  const typename E::Cell* rows;
+  int64_t row_bytes, whole;
+
+  static FewRowsWeight of(const FewRowsTiles<E>& call, const FewRowsBuffers<E>& s, int64_t j0, int64_t columns) {
+    const Gemm& p = *call.p;
+    if (columns < call.kRows) {
+      copy_edge<E>(p, j0, columns, 0, call.cells, s.edge);
+      return {s.edge, call.cells * (int64_t)sizeof(*s.edge), call.cells};
+    }
+    if (call.whole() < call.cells) copy_edge<E>(p, j0, columns, call.whole() * E::kStep, E::kDepth, s.edge);
+    const auto* first = (const typename E::ElemB*)p.b.data + j0 * p.b.col_stride;
+    return {(const typename E::Cell*)first, p.b.col_stride * (int64_t)sizeof(*first), call.whole()};
+  }
+};
+
+// One task for rows i0.. of x, into s.turned.
+template <class E>
+void few_rows_tile(const FewRowsTiles<E>& call, const FewRowsBuffers<E>& s, const FewRowsWeight<E>& weight,
+                   int64_t i0) {
+  using Cell = typename E::Cell;
+  constexpr int64_t size = FewRowsTiles<E>::kRows;
+  const Gemm& p = *call.p;
+  const int64_t width = min(size, round_up(p.m - i0, E::kVL));
+  const auto streamed = width > E::kVL ? &tile_product<E, 2, 2, true> : &tile_product<E, 2, 1, true>;
+  const auto packed = width > E::kVL ? &tile_product<E, 2, 2, false> : &tile_product<E, 2, 1, false>;
+  const auto* x = s.x + panel_at<E>(i0, size, call.cells);
+  for (int64_t q = 0; q == 0 || q < call.cells; q += kTotal<E>) {
+    const int64_t to = min(q + kTotal<E>, call.cells);
+    streamed(max(min(to, weight.whole) - q, 0), weight.rows + q, weight.row_bytes, x + q * width, s.tiles, size, false);
+    if (to > weight.whole)
+      packed(E::kDepth, s.edge, E::kDepth * sizeof(Cell), x + weight.whole * width, s.tiles, size, true);
+    if (call.cells > kTotal<E>) add_to_total(s.tiles, size, s.total, size, size, size, q == 0, to == call.cells);
+  }
+  turn<E>(s.tiles, s.turned);
+}
+
+template <class E>
+void few_rows_tiles(const Gemm& p, const Parallel& parallel) {
+  using Tiles = FewRowsTiles<E>;
+  const Tiles call = {&p, epilogue_of<typename E::ElemC, typename E::ElemB>(p), cells_of<E>(p.k)};
+  parallel.run(ceil_div(p.n, Tiles::kRows), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& call = *(const Tiles*)context;
+    const Gemm& p = *call.p;
+    const auto s = FewRowsBuffers<E>::get(call);
+    [[maybe_unused]] const typename E::Scope scope;
+    pack_b<E>(p.a.transposed(), s.x, 0, p.k, 0, p.m, s.run);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t j0 = task * Tiles::kRows, columns = min(Tiles::kRows, p.n - j0);
+      const auto weight = FewRowsWeight<E>::of(call, s, j0, columns);
+      for (int64_t i = 0; i < p.m; i += Tiles::kRows) {
+        few_rows_tile<E>(call, s, weight, i);
+        call.epilogue(p, s.turned, Tiles::kRows, i, j0, min(Tiles::kRows, p.m - i), columns);
+      }
+    }
+  });
+}
+
+}  // namespace dlk::cpu::DLK_ISA
