@@ -20,7 +20,7 @@ be changed in place.
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import _reduction
 from torch.nn import functional as F
 
@@ -28,6 +28,10 @@ from dlkernels._ops import losses as _losses
 from dlkernels._ops.modes import autocast, autocast_active
 
 __all__ = ["CrossEntropyLoss", "GaussianNLLLoss", "MSELoss", "cross_entropy", "gaussian_nll_loss", "mse_loss"]
+
+# torch.fx.symbolic_trace finds the calls in this module, and puts them into its graph whole.
+for _name in ("cross_entropy", "gaussian_nll_loss", "mse_loss"):
+    fx.wrap(_name)
 
 
 def _in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -11,15 +11,26 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
-from dlkernels import functional
 from dlkernels._ops.activations import activation_named
+from dlkernels._ops.decompositions import DECOMPOSITIONS
 from dlkernels._ops.mlp import mlp
+from dlkernels.choices import Activation
+from dlkernels.functional import linear_act, linear_cross_entropy
 from dlkernels.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
 
 __all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearCrossEntropy", "LinearReLU", "MSELoss"]
+
+# torch.fx.symbolic_trace finds these calls in this module, and puts them into its graph whole.
+fx.wrap("linear_act")
+fx.wrap("linear_cross_entropy")
+
+# torch.onnx.export writes operators that it has no form for by the decompositions in this table.
+for _operator, _form in DECOMPOSITIONS.items():
+    torch._decomp.decomposition_table[_operator] = _form
 
 
 def _check_size(name: str, size: Any) -> None:
@@ -92,7 +103,7 @@ class LinearAct(_Linear):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str = "relu",
+        activation: Activation = "relu",
         negative_slope: float = 0.01,
     ) -> None:
         activation_named(activation)  # a typing error should show here, not in the first forward
@@ -104,7 +115,7 @@ class LinearAct(_Linear):
         self.negative_slope = negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear_act(x, self.weight, self.bias, self.activation, negative_slope=self.negative_slope)
+        return linear_act(x, self.weight, self.bias, self.activation, negative_slope=self.negative_slope)
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
@@ -175,7 +186,7 @@ class LinearCrossEntropy(_Linear):
         self.label_smoothing = label_smoothing
 
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return functional.linear_cross_entropy(
+        return linear_cross_entropy(
             x,
             self.weight,
             self.bias,
@@ -256,7 +267,7 @@ class MLP(nn.Sequential):
     def __init__(
         self,
         sizes: Sequence[int],
-        activation: str = "relu",
+        activation: Activation = "relu",
         dropout: float = 0.0,
         norm: str | None = None,
         device: Any = None,
@@ -288,7 +299,7 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = None if torch.compiler.is_compiling() else self._chain()
+        layers = None if torch.compiler.is_compiling() or isinstance(x, Proxy) else self._chain()
         if layers is None:
             return super().forward(x)
         slope = next((layer.negative_slope for layer in layers if layer.activation == "leaky_relu"), 0.0)

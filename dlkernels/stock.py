@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlkernels.choices import Activation
+
 
 class SquaredReLU(nn.Module):
     """relu(x)², which torch has no module for."""
@@ -31,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def stock_mlp(sizes: Sequence[int], activation: str = "relu") -> nn.Sequential:
+def stock_mlp(sizes: Sequence[int], activation: Activation = "relu") -> nn.Sequential:
     """``nn.Linear`` and an activation module, layer by layer; the last layer has none."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):

@@ -1,0 +1,73 @@
+"""torch's own tracers and exporters on our layers: torch.fx.symbolic_trace and torch.onnx.export."""
+
+import copy
+
+import pytest
+import torch
+
+import dlkernels
+from dlkernels.nn import MLP, CrossEntropyLoss, GaussianNLLLoss, LinearAct, LinearCrossEntropy, LinearReLU, MSELoss
+
+LAYERS = {
+    "LinearReLU": lambda: LinearReLU(8, 4),
+    "LinearAct, no bias": lambda: LinearAct(8, 4, bias=False, activation="gelu"),
+    "MLP": lambda: MLP([8, 6, 5, 4], activation="leaky_relu"),
+    "MLP, dropout and norm": lambda: MLP([8, 6, 4], dropout=0.1, norm="batch").eval(),
+    "in a Sequential": lambda: torch.nn.Sequential(MLP([8, 6, 4]), torch.nn.Sigmoid()),
+    "fused": lambda: dlkernels.fuse(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_symbolic_trace(make):
+    """The graph computes what the module does, gradients included, and can be copied."""
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(3, 8)
+    graph = copy.deepcopy(torch.fx.symbolic_trace(module))
+    torch.testing.assert_close(graph(x), module(x), rtol=0, atol=0)
+    graph(x).square().sum().backward()
+    module(x).square().sum().backward()
+    for ours, expected in zip(graph.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad)
+
+
+LOSSES = {
+    "LinearCrossEntropy": (lambda: LinearCrossEntropy(8, 4), lambda: (torch.randn(3, 8), torch.tensor([1, 2, 3]))),
+    "CrossEntropyLoss": (CrossEntropyLoss, lambda: (torch.randn(3, 8), torch.tensor([1, 2, 3]))),
+    "MSELoss": (MSELoss, lambda: (torch.randn(3, 8), torch.randn(3, 8))),
+    "GaussianNLLLoss": (GaussianNLLLoss, lambda: (torch.randn(3, 8), torch.randn(3, 8), torch.rand(3, 8))),
+}
+
+
+class OfTwo(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, x, target):
+        return self.loss(x, target)
+
+
+class OfThree(OfTwo):
+    def forward(self, x, target, variance):
+        return self.loss(x, target, variance)
+
+
+@pytest.mark.parametrize(("make", "inputs"), LOSSES.values(), ids=LOSSES)
+def test_symbolic_trace_of_losses(make, inputs):
+    torch.manual_seed(0)
+    loss, args = make(), inputs()
+    graph = torch.fx.symbolic_trace((OfTwo if len(args) == 2 else OfThree)(loss))
+    torch.testing.assert_close(graph(*args), loss(*args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_onnx_export_by_torch_itself(make):
+    """In standard operators."""
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    module, x = make().eval(), torch.randn(3, 8)
+    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
+    assert {node.domain for node in program.model_proto.graph.node} <= {"", "ai.onnx"}
+    pytest.importorskip("onnxruntime")
+    torch.testing.assert_close(program(x)[0], module(x))
