@@ -95,15 +95,56 @@ def test_inverts_what_has_a_light_border(tmp_path):
 
 
 def test_scales_and_keeps_proportions(tmp_path):
-    """A tall white bar of half the height of a wide picture stays tall, in the middle, with black above and below."""
+    """A tall white bar fills the height of the digits' 8 pixels; --no-crop scales the wide picture around it, too."""
     wide = np.zeros((40, 80), np.uint8)
-    wide[:, 30:50] = 255
-    Image.fromarray(wide).save(tmp_path / "wide.jpg", quality=100)
-    pixels, _ = pixels_of(tmp_path / "wide.jpg", invert=False)
-    assert pixels[2:6, 3:5].min() > 0.9
-    assert pixels[:2].max() == pixels[6:].max() == 0
-    assert pixels[:, :2].max() < 0.2
-    assert pixels_of(tmp_path / "wide.jpg", info=INFO["mnist"])[0].shape == (28, 28)
+    wide[:, 10:30] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    pixels, _ = pixels_of(tmp_path / "wide.png", invert=False)
+    assert pixels[:, 2:6].min() == 1 and pixels[:, :2].max() == pixels[:, 6:].max() == 0
+    _, samples = read([tmp_path / "wide.png"], DIGITS, invert=False, crop=False)
+    pixels = samples.view(8, 8)
+    assert pixels[2:6, 1:3].min() > 0.9
+    assert pixels[:2].max() == pixels[6:].max() == 0 and pixels[:, 4:].max() < 0.2
+
+
+def letter():
+    """[28, 28] uint8, as MNIST has it: the longer side is 20 pixels, the centre of mass in the middle. An L."""
+    pixels = np.zeros((28, 28), np.uint8)
+    pixels[2:22, 11:15] = 255
+    pixels[18:22, 15:22] = 200
+    return pixels
+
+
+def test_what_is_drawn_goes_where_mnist_has_it(tmp_path):
+    """From any place, at any size, the same; and from where MNIST has it, the same pixels."""
+    mnist = INFO["mnist"]
+    for name, picture in {
+        "as it is": letter(),
+        "moved": np.roll(letter(), (6, -9), (0, 1)),
+        "in a corner": np.pad(letter(), ((0, 200), (300, 0))),
+        "four times as large": np.pad(letter().repeat(4, 0).repeat(4, 1), ((90, 3), (5, 160))),
+        "dark on light": 255 - np.pad(letter(), ((0, 50), (0, 0))),
+    }.items():
+        Image.fromarray(picture).save(tmp_path / "x.png")
+        pixels, inverted = pixels_of(tmp_path / "x.png", info=mnist)
+        assert inverted == (name == "dark on light")
+        exact = name != "four times as large"
+        expected = torch.tensor(letter() / 255, dtype=torch.float32)
+        assert (pixels - expected).abs().mean() < (1e-6 if exact else 0.02), name
+    Image.fromarray(np.full((50, 60), 7, np.uint8)).save(tmp_path / "x.png")  # nothing is drawn
+    assert pixels_of(tmp_path / "x.png", info=mnist)[0].max() <= 7 / 255 + 1e-6
+
+
+def test_mnist_s_own_images_keep_their_pixels(tmp_path):
+    from dlkernels.data import DataError, load
+
+    try:
+        splits = load("mnist")
+    except DataError as error:
+        pytest.skip(str(error))
+    for pixels in splits.test_x[:100]:
+        Image.fromarray((pixels.view(28, 28) * 255).round().byte().numpy()).save(tmp_path / "x.png")
+        assert torch.equal(pixels_of(tmp_path / "x.png", info=INFO["mnist"])[0].flatten(), pixels)
 
 
 def test_turns_as_the_camera_says(tmp_path):
@@ -301,7 +342,7 @@ def test_command_predicts_on_a_device(run, model, tmp_path, capsys, request, mon
         request.getfixturevalue("gpu")
     used = []
     monkeypatch.setattr(
-        "dlkernels.cli.predict.predict",
+        "dlkernels.serving.predict",
         lambda model, *rest: used.append(next(model.parameters()).device.type) or predict(model, *rest),
     )
     np.save(tmp_path / "rows.npy", RAW)
@@ -348,6 +389,8 @@ def test_command_exports(run, model, tmp_path, capsys):
 )
 def test_commands_refuse(run, capsys, arguments, message):
     capsys.readouterr()
-    assert main([str(run) if argument == "RUN" else argument for argument in arguments]) == 1
+    status = main([str(run) if argument == "RUN" else argument for argument in arguments])
+    # A file that cannot be read or written is a failure; anything else is a mistake in what was typed.
+    assert status == (1 if "nothing.png" in arguments or "/dev/null/m.pt2" in arguments else 2)
     printed = capsys.readouterr().err
     assert f"python -m dlkernels {message}" in printed and printed.count("\n") == 1

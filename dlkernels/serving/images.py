@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dlkernels.data.info import DatasetInfo
+from dlkernels.extras import how_to_get
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm")
 
@@ -18,16 +20,20 @@ class InputError(RuntimeError):
     """What is to be predicted cannot be read, or does not fit the data the model was trained on."""
 
 
-def read_image(path: Path, info: DatasetInfo, invert: bool | None = None) -> tuple[Tensor, bool]:
+INK = 0.2  # of the way from the background to the brightest pixel: from there on it is drawn; so are MNIST's boxes
+
+
+def read_image(path: Path, info: DatasetInfo, invert: bool | None = None, crop: bool = True) -> tuple[Tensor, bool]:
     """Read an image as ``info``'s data set has them.
 
-    It is turned as its EXIF says, made grey, inverted if it is dark on light, scaled to fit with its proportions kept,
-    and what that leaves is filled with black. An image of the data set's own size keeps its pixels.
+    It is turned as its EXIF says, made grey, inverted if it is dark on light; what is drawn is cut out, scaled with its
+    proportions kept, and put where the data set has it. An image of the data set itself keeps its pixels.
 
     Args:
         path: of the file, in any format that Pillow reads.
         info: of the data set.
         invert: whether dark becomes light; None to guess: where the border is light.
+        crop: whether to cut out what is drawn. Without, all of the picture is scaled to fit, and the rest is black.
 
     Returns:
         [features] float32 in [0, 1], and whether it was inverted.
@@ -38,16 +44,73 @@ def read_image(path: Path, info: DatasetInfo, invert: bool | None = None) -> tup
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise InputError(f"images are read by Pillow ({error}); run: pip install pillow") from None
+        raise InputError(f"images are read by Pillow ({error}): {how_to_get('PIL')}") from None
     try:
         with Image.open(path) as image:
             grey = _grey(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise InputError(f"{path} cannot be read as an image: {_one_line(error)}") from None
     inverted = _light_border(grey) if invert is None else invert
-    image = Image.fromarray(255 - grey if inverted else grey)
-    fitted = ImageOps.pad(image, (info.width, info.height), method=Image.Resampling.LANCZOS, color=0)
-    return torch.tensor(np.asarray(fitted), dtype=torch.float32).flatten() / 255, inverted
+    grey = 255 - grey if inverted else grey
+    # Where the data set leaves no margin, any image of its size may be its own.
+    own = info.box == max(info.height, info.width) and grey.shape == (info.height, info.width)
+    drawn = _drawn(grey) if crop and not own else None
+    if drawn is None:
+        size, method = (info.width, info.height), Image.Resampling.LANCZOS
+        fitted = np.asarray(ImageOps.pad(Image.fromarray(grey), size, method=method, color=0))
+    else:
+        fitted = _placed(grey, drawn, info)
+    return torch.tensor(fitted, dtype=torch.float32).flatten() / 255, inverted
+
+
+def _drawn(grey: Any) -> tuple[slice, slice] | None:
+    """Rows and columns of what is drawn, light on dark; None where nothing is."""
+    background, brightest = float(np.median(_border(grey))), float(grey.max())
+    ink = grey > background + INK * (brightest - background)
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    if not len(rows):
+        return None
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _placed(grey: Any, drawn: tuple[slice, slice], info: DatasetInfo) -> Any:
+    """[height, width] uint8: what is ``drawn``, of the size and in the place that the data set has it."""
+    from PIL import Image
+
+    longer = max(side.stop - side.start for side in drawn)
+    margin = longer  # a drawing's faint edge, and no more of a picture than is needed
+    kept = tuple(
+        slice(max(0, side.start - margin), min(size, side.stop + margin))
+        for side, size in zip(drawn, grey.shape, strict=True)
+    )
+    background = int(np.median(_border(grey)))
+    grey = grey[kept]
+    if longer != info.box:
+        height, width = (max(1, round(size * info.box / longer)) for size in grey.shape)
+        grey = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.LANCZOS))
+    placed = np.full((info.height, info.width), background, np.uint8)
+    shifts = [_shift(grey, axis, background, info) for axis in (0, 1)]
+    to, of = zip(*map(_overlap, shifts, grey.shape, placed.shape), strict=True)
+    placed[to] = grey[of]
+    return placed
+
+
+def _overlap(shift: int, length: int, size: int) -> tuple[slice, slice]:
+    """Where ``length`` pixels, moved by ``shift``, come to lie among ``size``, and which of them do."""
+    first, last = max(0, shift), min(size, shift + length)
+    return slice(first, last), slice(first - shift, last - shift)
+
+
+def _shift(grey: Any, axis: int, background: int, info: DatasetInfo) -> int:
+    """By how many pixels to move ``grey`` along ``axis`` to where the data set has it."""
+    size = (info.height, info.width)[axis]
+    weight = (grey.astype(np.float64) - background).clip(0).sum(1 - axis)
+    if info.by_mass:
+        centre = float((weight * np.arange(len(weight))).sum() / weight.sum())
+        return math.ceil((size - 1) / 2 - centre)  # MNIST's lie from 13.5 on and below 14.5
+    where = _drawn(grey)
+    assert where is not None
+    return round((size - where[axis].start - where[axis].stop) / 2)
 
 
 def _grey(image: Any) -> Any:
@@ -68,9 +131,12 @@ def _grey(image: Any) -> Any:
     return (grey * opacity + background * (1 - opacity)).round().astype(np.uint8)
 
 
+def _border(grey: Any) -> Any:
+    return np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
+
+
 def _light_border(grey: Any) -> bool:
-    border = np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
-    return bool(border.mean() > 127.5)
+    return bool(_border(grey).mean() > 127.5)
 
 
 def _one_line(error: Exception) -> str:

@@ -30,7 +30,7 @@ class Place:
 
 
 def read(
-    inputs: Sequence[str | PathLike[str]], info: DatasetInfo, invert: bool | None = None
+    inputs: Sequence[str | PathLike[str]], info: DatasetInfo, invert: bool | None = None, crop: bool = True
 ) -> tuple[list[Place], Tensor]:
     """Read images, folders of images (and of folders), and arrays, in the order given.
 
@@ -38,7 +38,7 @@ def read(
         inputs: files and folders. An image is known by its suffix, an array by ``.npy``, ``.npz`` or ``.pt``, an idx
             file by its first bytes.
         info: of the data set the model was trained on.
-        invert: of images, see :func:`~dlkernels.serving.images.read_image`.
+        invert, crop: of images, see :func:`~dlkernels.serving.images.read_image`.
 
     Returns:
         The places, and the samples [N, features] float32 in [0, 1].
@@ -54,7 +54,7 @@ def read(
             places += [Place(path, row) for row in range(len(rows))]
             samples.append(rows)
         else:
-            pixels, inverted = read_image(path, info, invert)
+            pixels, inverted = read_image(path, info, invert, crop)
             places.append(Place(path, None, inverted))
             samples.append(pixels.unsqueeze(0))
     if not samples:
