@@ -6,7 +6,7 @@ import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -18,6 +18,7 @@ from dlkernels.fusion.sites import Report, Site, Status
 from dlkernels.fusion.source import NoSource
 from dlkernels.fusion.swap import Plan, plan_of, swap, swap_back
 
+Module = TypeVar("Module", bound=nn.Module)
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 ALL = tuple(name for name in ACTIVATIONS if name != "none")
@@ -27,14 +28,14 @@ _seen: WeakKeyDictionary[nn.Module, Seen] = WeakKeyDictionary()  # by model: wha
 
 
 def fuse(
-    model: nn.Module,
+    model: Module,
     *,
     inplace: bool = True,
     activations: Iterable[str] = ALL,
     include: Iterable[Which] | None = None,
     exclude: Iterable[Which] = (),
     example_inputs: Any = None,
-) -> nn.Module:
+) -> Module:
     """Let every linear layer of ``model`` that is followed by an activation run as one fused layer.
 
     The places are found in the source of the modules' methods, whatever way they are written in, and replaced there:
@@ -101,7 +102,7 @@ def fuse(
     return model
 
 
-def unfuse(model: nn.Module) -> nn.Module:
+def unfuse(model: Module) -> Module:
     """The stock model, exactly: every module gets the class back that it had.
 
     Raises:
