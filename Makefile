@@ -13,7 +13,10 @@ SOURCES := pyproject.toml setup.py $(wildcard _build/*.py) $(shell find csrc -ty
 
 .PHONY: demo test lint bench bench-full sanitize cuda-check gpu-check mutations clean
 
-demo: .venv/.examples  ## train 784-256-10 on MNIST, fused beside stock
+demo: .venv/.demo  ## train 784-256-10 on MNIST, fused beside stock
+	@echo "== data: MNIST, from the cache or fetched"
+	@$(BIN)/python -c "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s'); from dlkernels.data import load; print(load('mnist'))"
+	@echo "== training: 10 epochs, fused and stock in turns"
 	$(BIN)/python -m dlkernels train --dataset mnist --sizes 784 256 10 --batch-size 256 --epochs 10 --compare-stock --out runs/demo
 
 test: .venv/.dev  ## the whole suite

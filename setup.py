@@ -4,8 +4,10 @@ Environment: FORCE_CUDA, FORCE_CPU, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, a
 ("address,undefined" or "thread") for an instrumented build.
 """
 
+import contextlib
 import json
 import os
+import re
 import sys
 from glob import glob
 from importlib.util import find_spec
@@ -15,7 +17,7 @@ from typing import Any
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _build.plan import Plan, PlanError, Torch, free_memory_gib, job_count, make_plan, usable_cores
+from _build.plan import Plan, PlanError, Torch, check_compiler, free_memory_gib, job_count, make_plan, usable_cores
 
 
 def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
@@ -70,13 +72,30 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
             os.makedirs(self.build_temp, exist_ok=True)
 
         def run(self) -> None:
-            print(f"dlkernels: building {plan}; {os.environ['MAX_JOBS']} job(s)", flush=True)
+            try:
+                check_compiler(os.environ)
+            except PlanError as e:
+                sys.exit(f"dlkernels: {e}")
+            say(f"dlkernels: building {plan}; {len(sources)} files, {os.environ['MAX_JOBS']} at a time. {plan.advice}")
             super().run()
             # Read before the module is loaded (dlkernels/_load.py), hence a file of its own beside it.
             built = {"torch": torch.version, "cuda": plan.archs or None, "plan": str(plan)}
             Path(self.get_ext_fullpath(module.name)).with_name("_C.json").write_text(json.dumps(built) + "\n")
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def say(text: str) -> None:
+    """Print; on the terminal too where pip keeps to itself what a build prints, which takes minutes."""
+    print(text, flush=True)
+    if os.environ.get("DLKERNELS_SAY") == "terminal":
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(f"\n{text}\n")
+
+
+def long_description() -> str:
+    """README.md without its links to files of the sources, which lead nowhere on the page of a package index."""
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", Path("README.md").read_text())
 
 
 def extension() -> dict[str, Any]:
@@ -93,4 +112,4 @@ def extension() -> dict[str, Any]:
         sys.exit(f"dlkernels: {e}")
 
 
-setup(**extension())
+setup(long_description=long_description(), long_description_content_type="text/markdown", **extension())

@@ -39,13 +39,14 @@ def _compiles(hook: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(
                 f"dlkernels is compiled against the torch you use, and {sys.prefix} has none: run "
                 "`pip install torch` first, then install dlkernels again (tools that build in an environment "
-                "of their own, such as `python -m build` and uv, need their --no-isolation option)."
+                "of their own do not see it: give `python -m build` --no-isolation, and uv --no-build-isolation)."
             )
         if int(setuptools.__version__.split(".")[0]) < 77:
             sys.exit(
                 f"dlkernels needs setuptools >= 77 to build and found {setuptools.__version__}: "
                 "run `pip install -U setuptools ninja`, or leave out --no-build-isolation."
             )
+        os.environ["DLKERNELS_SAY"] = "terminal"  # setup.py's to read: pip shows nothing of what a build prints
         return hook(*args, **kwargs)
 
     return guarded

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ class Plan:
     why: str
     toolkit: Toolkit | None = None
     archs: str = ""  # in the notation of TORCH_CUDA_ARCH_LIST
+    guessed: bool = False  # nobody named the architectures, and no GPU is there to ask
 
     @property
     def cuda(self) -> bool:
@@ -55,6 +57,16 @@ class Plan:
 
     def __str__(self) -> str:
         return f"CUDA for {self.archs} ({self.why})" if self.cuda else f"CPU only: {self.why}"
+
+    @property
+    def advice(self) -> str:
+        """What to know before a long build; "" where there is nothing."""
+        if not self.guessed:
+            return ""
+        return (
+            f"No GPU is visible, so the CUDA kernels are compiled for {self.archs.count(';') + 1} architectures, which "
+            "takes several minutes: TORCH_CUDA_ARCH_LIST=9.0a names one, FORCE_CPU=1 leaves CUDA out."
+        )
 
 
 def make_plan(env: Mapping[str, str], torch: Torch, gpus: Sequence[tuple[int, int]] = ()) -> Plan:
@@ -99,7 +111,7 @@ def make_plan(env: Mapping[str, str], torch: Torch, gpus: Sequence[tuple[int, in
             f"for CUDA {_major(toolkit.version)}.x, or set FORCE_CPU=1 to build without CUDA."
         )
     why = f"torch {torch.version}, nvcc {toolkit.version} in {toolkit.home}"
-    return Plan(why, toolkit, _archs(env, toolkit, gpus))
+    return Plan(why, toolkit, _archs(env, toolkit, gpus), not (gpus or env.get("TORCH_CUDA_ARCH_LIST", "").strip()))
 
 
 def _flag(env: Mapping[str, str], name: str) -> bool:
@@ -108,6 +120,39 @@ def _flag(env: Mapping[str, str], name: str) -> bool:
 
 def _major(version: str) -> int:
     return int(version.split(".")[0])
+
+
+# --- the compiler ----------------------------------------------------------------------------------------
+
+OLDEST_GCC = 11  # the first with the intrinsics of AMX
+
+
+def check_compiler(env: Mapping[str, str]) -> None:
+    """Raise PlanError unless the C++ compiler that torch will call is a GCC.
+
+    Each kernel file names its instruction set by ``#pragma GCC target``. Clang ignores that, and would then refuse the
+    intrinsics one by one.
+    """
+    named = env.get("CXX", "").strip()
+    command = shlex.split(named) or ["c++"]
+    called = f"CXX={named}" if named else "c++"
+    need = f"install GCC {OLDEST_GCC} or newer (Debian, Ubuntu: apt-get install g++), or set CXX to one"
+    try:
+        macros = subprocess.run(
+            [*command, "-dM", "-E", "-x", "c++", os.devnull],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={"PATH": os.defpath, **env},
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PlanError(f"there is no C++ compiler here ({called}: {error}): {need}.") from None
+    if re.search(r"#define __clang__\b", macros):
+        raise PlanError(f"{called} is Clang, which ignores `#pragma GCC target` and cannot build the kernels: {need}.")
+    gcc = re.search(r"#define __GNUC__ (\d+)", macros)
+    if gcc is None or int(gcc[1]) < OLDEST_GCC:
+        found = f"GCC {gcc[1]}" if gcc else "no GCC"
+        raise PlanError(f"{called} is {found}: {need}.")
 
 
 # --- the toolkit -----------------------------------------------------------------------------------------

@@ -1,27 +1,48 @@
 #!/usr/bin/env bash
-# venv.sh FOLDER EXTRA: make FOLDER a virtual environment with torch and, built against it, dlkernels[EXTRA].
+# venv.sh FOLDER EXTRA: make FOLDER a virtual environment with torch and, built against it, dlkernels[EXTRA]. Says what it
+# does, phase by phase, with the seconds since it began.
 set -euo pipefail
 venv=$1 extra=$2
 has_torch='import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)'
 
+phase() { echo "== $* (after $SECONDS s)"; }
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
 if [[ ! -x $venv/bin/python ]]; then
   # A torch that is there already is the one its owner wants to build against.
   if "$PYTHON" -c "$has_torch" 2>/dev/null; then
+    phase "environment: $venv, with the torch of $PYTHON"
     "$PYTHON" -m venv --system-site-packages "$venv"
   else
+    phase "environment: $venv"
     "$PYTHON" -m venv "$venv"
   fi
 fi
 if ! "$venv/bin/python" -c "$has_torch" 2>/dev/null; then
+  phase "torch: $TORCH, the largest download"
   # shellcheck disable=SC2086  # TORCH may hold options too, such as an index
-  "$venv/bin/python" -m pip install --quiet $TORCH
+  pip install --quiet $TORCH
 fi
-"$venv/bin/python" -m pip install --quiet --editable ".[$extra]"
+
+# Compiled here, where it can be seen, and not by pip, which shows nothing until it is done: pip finds the objects.
+phase "build: compiling the kernels"
+pip install --quiet "setuptools>=77" ninja
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+# Of ninja's lines, its counter and the file; torch's and setuptools' own lines are in the log.
+"$venv/bin/python" setup.py build_ext --inplace 2>&1 | tee "$log" |
+  sed -nu -e 's/^dlkernels: /  &/p' -e 's/^\(\[[0-9]*\/[0-9]*\]\).* -c [^ ]*\/\(csrc\/[^ ]*\) .*/  \1 \2/p' ||
+  { cat "$log" >&2 && exit 1; }
+
+phase "packages: dlkernels[$extra]"
+pip install --quiet --no-build-isolation --editable ".[$extra]"
 
 # The tests of `fuse` use torchvision's models. Its wheels pin one torch, which may not be this one: so without their
 # dependencies, in the release that goes with torch 2.N. Where there is none, those tests are skipped and say so.
 if [[ $extra == dev ]]; then
   release=$("$venv/bin/python" -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)')
-  "$venv/bin/python" -m pip install --quiet --no-deps "torchvision==0.$release.*" pillow ||
+  pip install --quiet --no-deps "torchvision==0.$release.*" pillow ||
     echo "no torchvision 0.$release for this torch: the tests of its models will be skipped" >&2
 fi
+phase "ready"
