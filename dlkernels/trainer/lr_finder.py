@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlkernels.choices import HIGHEST_RATE, LOWEST_RATE, RATES
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.diagnose import NonFiniteLoss
 from dlkernels.trainer.loop import Trainer
@@ -20,7 +21,7 @@ from dlkernels.trainer.mode import buffers_kept, gradients_kept, modes_kept, val
 from dlkernels.trainer.optimizers import set_lr
 from dlkernels.trainer.step import Loss
 
-FIRST, LAST, BATCHES = 1e-6, 1.0, 100  # what is tried unless told
+FIRST, LAST, BATCHES = LOWEST_RATE, HIGHEST_RATE, RATES  # what is tried unless told
 SMOOTHING = 0.9  # of the losses, exponentially
 START = round(1 / (1 - SMOOTHING))  # rates until the average is of as many losses as it takes
 SPAN = 5  # rates to each side, over which the loss falls

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+from dlkernels.choices import Progress as Mode
 from dlkernels.trainer.display import number
 
-Mode = Literal["auto", "bar", "lines", "silent"]
 REFRESH_SECONDS = 0.25  # between two looks at the running loss: each one waits for the device
 
 

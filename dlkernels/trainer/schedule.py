@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-Shape = Literal["constant", "linear", "cosine", "step"]
+from dlkernels.choices import Schedule as Shape
+
 # The factor on the learning rate, of the share of the updates after the warm-up that are done, 0 to 1.
 FACTORS: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
