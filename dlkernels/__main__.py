@@ -1,22 +1,25 @@
 """``python -m dlkernels``: a dispatcher. Every module of a subcommand (``dlkernels.cli``) has
 ``add_parser(subparsers)``, which adds its parser and sets ``execute``: a function from the parsed arguments to the exit
-status."""
+status. None of them imports torch before its function runs."""
 
 import argparse
 import sys
 
 from dlkernels._version import __version__
 from dlkernels.cli import compare, cross_validate, export, find_lr, fuse, info, predict, report, train
+from dlkernels.cli.command import STATUSES, orderly, program, refuse_unknown
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dlkernels", description="Fused layers for PyTorch.")
+    parser = argparse.ArgumentParser(prog=program(), description="Fused layers for PyTorch.", epilog=STATUSES)
     parser.add_argument("--version", action="version", version=f"dlkernels {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (info, train, find_lr, cross_validate, report, compare, predict, export, fuse):
         command.add_parser(subparsers)
-    args = parser.parse_args(argv)
-    return int(args.execute(args) or 0)
+    args, unknown = parser.parse_known_args(argv)
+    refuse_unknown(args.command, unknown)
+    with orderly():
+        return int(args.execute(args) or 0)
 
 
 if __name__ == "__main__":

@@ -138,13 +138,13 @@ def test_a_refusal_names_setting_value_and_what_is_allowed(tmp_path, text, sente
 
 def test_every_mistake_is_told_where_it_was_made(tmp_path, capsys):
     path = written(tmp_path, "dataset = 'cifar'\nlr = -1.0\n")
-    assert main(["train", "--config", str(path), "--epochs", "0", "--out", str(tmp_path / "out")]) == 1
+    assert main(["train", "--config", str(path), "--epochs", "0", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.removeprefix("python -m dlkernels train: ").splitlines() == [
         f"{path}: expected dataset out of mnist, digits; got 'cifar'",
         "expected --epochs of at least 1; got 0",
         f"{path}: expected lr above 0; got -1.0",
     ]
-    assert main(["train", "--config", str(tmp_path / "none.toml")]) == 1
+    assert main(["train", "--config", str(tmp_path / "none.toml")]) == 2
     assert "there is no config file at" in capsys.readouterr().err
 
 
@@ -247,7 +247,7 @@ def test_without_pydantic_train_says_so_and_the_rest_works(capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pydantic", None)
     assert main(["train", "--dataset", "digits"]) == 1
-    assert "run pip install pydantic" in capsys.readouterr().err
+    assert "run pip install" in capsys.readouterr().err
     assert main(["report", "somewhere"]) == 1
-    assert "run pip install pydantic" in capsys.readouterr().err
+    assert "run pip install" in capsys.readouterr().err
     assert main(["info"]) == 0

@@ -66,5 +66,5 @@ def test_transformers(capsys):
     ids=lambda a: " ".join(a) if isinstance(a, list) else "",
 )
 def test_mistakes_are_named(arguments, message, capsys):
-    assert main(["fuse", *arguments]) == 1
+    assert main(["fuse", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -9,7 +9,6 @@ from dlkernels.atomic import write_json
 from dlkernels.cli.command import SettingError
 from dlkernels.cli.info import made_by
 from dlkernels.cli.prepare import add_training, prepare_alone, settings_of
-from dlkernels.trainer import cross_validate, folds
 
 KINDS = ("plain", "stratified")  # grouped needs a group for every sample, which our data sets do not have
 WITHOUT = {"parallel", "keep_last", "checkpoint_seconds", "tensorboard"}  # a fold leaves nothing on disk
@@ -38,6 +37,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _cross_validate(args: argparse.Namespace) -> int:
     from dlkernels.runs.folder import RunFolder
+    from dlkernels.trainer import cross_validate, folds
 
     config = settings_of(args)
     if args.folds < 2:

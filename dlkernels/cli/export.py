@@ -6,14 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dlkernels.cli.command import SettingError, add_command
 from dlkernels.cli.trained import trained
-from dlkernels.serving.check import ExportError
-from dlkernels.serving.export import export_onnx, export_program
 
-FORMATS = {"pt2": export_program, "onnx": export_onnx}
+FORMATS = ("pt2", "onnx")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
         _export,
         help="write a trained run as a torch.export program or ONNX",
         description="Write a trained run as a file that runs where dlkernels is not installed, checked against it.",
-        errors=(ExportError, OSError),
+        errors=_errors,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run")
@@ -33,12 +29,23 @@ def add_parser(subparsers: Any) -> None:
     add("--fixed-batch", type=int, metavar="N", help="for batches of N only (default: of any size)")
 
 
+def _errors() -> tuple[type[Exception], ...]:
+    from dlkernels.serving.check import ExportError
+
+    return ExportError, OSError
+
+
 def _export(args: argparse.Namespace) -> int:
+    import torch
+
+    from dlkernels.serving.export import export_onnx, export_program
+
     if args.fixed_batch is not None and args.fixed_batch < 1:
         raise SettingError(f"expected --fixed-batch of at least 1; got {args.fixed_batch}")
     folder, model = trained(args.run)
     dtype = next(model.parameters()).dtype
     example = torch.rand(args.fixed_batch or 2, folder.dataset.features, dtype=dtype)
     out = args.out or folder.path / f"model.{args.format}"
-    print(FORMATS[args.format](model, example, out, dynamic_batch=not args.fixed_batch))
+    export = export_onnx if args.format == "onnx" else export_program
+    print(export(model, example, out, dynamic_batch=not args.fixed_batch))
     return 0

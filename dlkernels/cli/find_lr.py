@@ -6,10 +6,10 @@ import argparse
 from typing import Any
 
 from dlkernels.atomic import write_json
+from dlkernels.choices import HIGHEST_RATE, LOWEST_RATE, RATES
 from dlkernels.cli.command import SettingError
 from dlkernels.cli.info import made_by
 from dlkernels.cli.prepare import add_training, prepare_alone, require_libraries, settings_of
-from dlkernels.trainer.lr_finder import BATCHES, FIRST, LAST
 
 # What an update with a rate that is being tried does not depend on.
 WITHOUT = {"lr", "epochs", "schedule", "warmup_epochs", "ema", "patience", "metrics", "compile", "cuda_graph"}
@@ -32,9 +32,9 @@ def add_parser(subparsers: Any) -> None:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--first", type=float, default=FIRST, metavar="X", help=f"the lowest rate (default: {FIRST:g})")
-    add("--last", type=float, default=LAST, metavar="X", help=f"the highest (default: {LAST:g})")
-    add("--batches", type=int, default=BATCHES, metavar="N", help=f"how many to try, at least 10 (default: {BATCHES})")
+    add("--first", type=float, default=LOWEST_RATE, metavar="X", help=f"the lowest rate (default: {LOWEST_RATE:g})")
+    add("--last", type=float, default=HIGHEST_RATE, metavar="X", help=f"the highest (default: {HIGHEST_RATE:g})")
+    add("--batches", type=int, default=RATES, metavar="N", help=f"how many to try, at least 10 (default: {RATES})")
 
 
 def _find_lr(args: argparse.Namespace) -> int:

@@ -6,25 +6,24 @@ import argparse
 import ast
 import contextlib
 import copy
+import difflib
 import importlib
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
-
-from dlkernels.agreement import arguments
 from dlkernels.cli.command import SettingError, add_command
-from dlkernels.data.vision import import_torchvision
-from dlkernels.fusion import fuse, report
-from dlkernels.fusion.observe import Disagreement
+from dlkernels.cli.prepare import require_device
+from dlkernels.extras import how_to_get
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Made = tuple[nn.Module, Any]  # a model and its example inputs
 
 SECONDS = 5.0  # for timing both
-Made = tuple[nn.Module, Any]  # a model and its example inputs
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
         _fuse,
         help="fuse a model, check it against stock, time both",
         description="Fuse a model with random weights; compare outputs with stock's; time both; print every site.",
-        errors=(Disagreement,),
+        errors=_errors,
     )
     add = parser.add_argument
     add(
@@ -54,13 +53,26 @@ def add_parser(subparsers: Any) -> None:
     add("--train", action="store_true", help="time forward and backward (default: forward only)")
 
 
+def _errors() -> tuple[type[Exception], ...]:
+    from dlkernels.fusion.observe import Disagreement
+
+    return (Disagreement,)
+
+
 def _fuse(args: argparse.Namespace) -> int:
+    import torch
+    from torch import Tensor
+    from torch.utils._pytree import tree_map_only
+
+    from dlkernels.fusion import fuse, report
+
     if (
         args.batch_size < 1
         or (args.size is not None and args.size < 1)
         or (args.threads is not None and args.threads < 1)
     ):
         raise SettingError("expected --batch-size, --size and --threads of at least 1")
+    require_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -101,11 +113,24 @@ def make(spec: str, settings: dict[str, Any], batch_size: int, size: int | None)
     make_it: Callable[..., Made] = {"torchvision": _torchvision, "transformers": _transformers}.get(kind, _factory)
     try:
         return make_it(*([kind] if make_it is _factory else []), name, settings, batch_size, size)
+    except SettingError:
+        raise
     except ImportError as error:
-        raise SettingError(f"cannot import {kind} ({error})") from error
+        get_it = "" if make_it is _factory else f": {how_to_get(kind)}"
+        raise SettingError(f"cannot import {kind} ({error}){get_it}") from error
+    except Exception as error:
+        if not settings:
+            raise
+        asked = " ".join(f"{key}={value}" for key, value in settings.items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingError(f"{spec} cannot be made with --set {asked}: {reason}") from error
 
 
 def _torchvision(name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
+    import torch
+
+    from dlkernels.data.vision import import_torchvision
+
     models = import_torchvision().models
     if name not in models.list_models():
         raise SettingError(f"torchvision has no model {name!r}; it has {', '.join(models.list_models())}")
@@ -114,14 +139,23 @@ def _torchvision(name: str, settings: dict[str, Any], batch_size: int, size: int
 
 
 def _transformers(name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
+    import torch
+
+    from dlkernels.data.vision import import_torchvision
+
     with contextlib.suppress(ImportError):  # transformers imports it where it is installed, and would stop there
         import_torchvision()
     transformers = importlib.import_module("transformers")
     try:
+        known = transformers.AutoConfig.for_model(name).to_dict()
         config = transformers.AutoConfig.for_model(name, **settings)
         model = transformers.AutoModel.from_config(config)
     except ValueError as error:
         raise SettingError(f"transformers:{name}: {str(error).splitlines()[0]}") from error
+    if foreign := [key for key in settings if key not in known]:  # it is kept, and does nothing
+        near = difflib.get_close_matches(foreign[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise SettingError(f"transformers:{name} has no setting {foreign[0]}{hint}")
     if model.main_input_name == "pixel_values":
         pixels = size or getattr(config, "image_size", 224)
         height, width = pixels if isinstance(pixels, list | tuple) else (pixels, pixels)
@@ -135,6 +169,8 @@ def _transformers(name: str, settings: dict[str, Any], batch_size: int, size: in
 
 
 def _factory(module: str, name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
+    from torch import nn
+
     sys.path.insert(0, "")  # as `python -m` does for the module it runs: a file beside the user
     try:
         factory = getattr(importlib.import_module(module), name, None)
@@ -152,6 +188,12 @@ def _factory(module: str, name: str, settings: dict[str, Any], batch_size: int, 
 
 def time_both(stock: nn.Module, fused: nn.Module, inputs: Any, train: bool) -> tuple[float, float]:
     """Median seconds of a step of each, taking turns. With ``train`` the sum of all outputs is differentiated."""
+    import torch
+    from torch import Tensor
+    from torch.utils._pytree import tree_flatten
+
+    from dlkernels.agreement import arguments
+
     args, kwargs = arguments(inputs)
     seconds: tuple[list[float], list[float]] = ([], [])
 

@@ -7,10 +7,6 @@ import os
 import platform
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dlkernels import _C
-from dlkernels._load import BUILT_FOR
 from dlkernels._version import __version__
 from dlkernels.cli.command import add_command
 
@@ -22,6 +18,11 @@ Facts = dict[str, dict[str, Any]]
 
 def collect() -> Facts:
     """Facts by section, values printable; sections "dlkernels", "built for", "you have", "CPU", "CUDA"."""
+    import torch
+
+    from dlkernels import _C
+    from dlkernels._load import BUILT_FOR
+
     built = _C.build_config()
     return {
         "dlkernels": {"version": __version__, "build": BUILT_FOR["plan"]},
@@ -45,6 +46,8 @@ def collect() -> Facts:
 
 def made_by(config: RunConfig) -> dict[str, Any]:
     """What a stored result says of its origin: settings, versions, machine, threads."""
+    import torch
+
     facts = collect()
     return {
         "config": config.model_dump(),
@@ -55,6 +58,10 @@ def made_by(config: RunConfig) -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
+    import torch
+
+    from dlkernels import _C
+
     kernels = _C.cpu_kernels()
     return {
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
@@ -65,6 +72,8 @@ def _cpu() -> dict[str, Any]:
 
 
 def _cuda(archs: str | None) -> dict[str, Any]:
+    import torch
+
     if archs is None:
         return {"kernels": "not built"}
     count = torch.cuda.device_count()
@@ -89,11 +98,29 @@ def render(facts: Facts) -> str:
     return "\n".join(lines)
 
 
+def one_line(facts: Facts) -> str:
+    """What a bug report is to have, in one line."""
+    built, have, cpu = facts["built for"], facts["you have"], facts["CPU"]
+    parts = [
+        f"dlkernels {facts['dlkernels']['version']}",
+        f"torch {have['torch']}" + ("" if built["torch"] == have["torch"] else f" (built for {built['torch']})"),
+        f"CUDA {built['CUDA']}" + ("" if built["architectures"] == "none" else f" for {built['architectures']}"),
+        *(value for name, value in facts["CUDA"].items() if name.startswith("device ")),
+        f"Python {have['Python']}",
+        have["platform"],
+        built["compiler"],
+        f"{cpu['in use']}, threads {cpu['threads']}",
+    ]
+    return "; ".join(parts)
+
+
 def add_parser(subparsers: Any) -> None:
     """Add ``info`` to the command's subparsers."""
     add_command(subparsers, "info", _info, help="what was built, what is here, what will run")
 
 
 def _info(args: argparse.Namespace) -> int:
-    print(render(collect()))
+    facts = collect()
+    print(render(facts))
+    print(f"\nfor a bug report: {one_line(facts)}")
     return 0

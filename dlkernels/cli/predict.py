@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlkernels.atomic import write_json
+from dlkernels.choices import PREDICTED_AT_ONCE
 from dlkernels.cli.command import SettingError, add_command
 from dlkernels.cli.trained import trained
-from dlkernels.serving.predict import BATCH_SIZE, Predictions, predict
-from dlkernels.serving.readers import InputError, Place, read
-from dlkernels.trainer.display import table
+
+if TYPE_CHECKING:
+    from dlkernels.serving.predict import Predictions
+    from dlkernels.serving.readers import Place
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,27 +25,42 @@ def add_parser(subparsers: Any) -> None:
         _predict,
         help="classify images or arrays with a trained run",
         description="Classify images, folders of images and arrays (.npy, .npz, .pt, idx) with a trained run.",
-        errors=(InputError, OSError),
+        errors=_errors,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run")
     add("inputs", nargs="+", metavar="INPUT", help="image, folder of images, or array: raw pixels, or floats in [0, 1]")
     add("--top", type=int, default=1, metavar="K", help="show the K most probable classes (default: 1)")
     add("--json", metavar="FILE", help="write the predictions as JSON; - is standard output, in place of the table")
-    add("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help=f"default: {BATCH_SIZE}")
+    add("--batch-size", type=int, default=PREDICTED_AT_ONCE, metavar="N", help=f"default: {PREDICTED_AT_ONCE}")
     add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     add(
         "--invert",
         action=argparse.BooleanOptionalAction,
         help="images are dark on light (default: those with a light border are)",
     )
+    add(
+        "--crop",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="cut out what is drawn in an image, scale and centre it as the data set does (--no-crop: scale the whole)",
+    )
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    from dlkernels.serving.readers import InputError
+
+    return InputError, OSError
 
 
 def _predict(args: argparse.Namespace) -> int:
+    from dlkernels.serving import predict
+    from dlkernels.serving.readers import read
+
     if args.top < 1 or args.batch_size < 1:
         raise SettingError("expected --top and --batch-size of at least 1")
     folder, model = trained(args.run, args.device)
-    places, samples = read(args.inputs, folder.dataset, args.invert)
+    places, samples = read(args.inputs, folder.dataset, args.invert, args.crop)
     found = predict(model, samples, args.batch_size)
     if args.json is not None:
         rows = _rows(places, found, args.top)
@@ -74,6 +91,8 @@ def _rows(places: list[Place], found: Predictions, k: int) -> list[dict[str, Any
 
 
 def _table(places: list[Place], found: Predictions, k: int) -> str:
+    from dlkernels.trainer.display import table
+
     probabilities, classes = (t.tolist() for t in found.top(k))
     shown = len(classes[0])
     header = ["input", *(["class", "probability"] * shown)]

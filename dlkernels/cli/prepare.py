@@ -7,16 +7,12 @@ import importlib
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dlkernels.cli.command import SettingError, accept_anything, add_command
-from dlkernels.data import DataError, load
-from dlkernels.trainer import CheckpointError, NonFiniteLoss, set_printoptions
-from dlkernels.trainer.distributed import Ranks, joined
 
 if TYPE_CHECKING:
     from dlkernels.runs.config import RunConfig
     from dlkernels.runs.job import Job
+    from dlkernels.trainer.distributed import Ranks
 
 
 def add_training(
@@ -30,8 +26,7 @@ def add_training(
     without: Collection[str] = (),
 ) -> None:
     """Add a command that trains: with ``--config``, its own flags, and one for every setting but those ``without``."""
-    errors = (DataError, CheckpointError, NonFiniteLoss, OSError)
-    parser = add_command(subparsers, name, action, help=help, description=description, errors=errors)
+    parser = add_command(subparsers, name, action, help=help, description=description, errors=_errors)
     try:
         from dlkernels.cli.settings import add_settings
     except ModuleNotFoundError as error:  # said to whoever uses this command; the others work
@@ -39,6 +34,13 @@ def add_training(
     parser.add_argument("--config", metavar="FILE", help="settings in TOML; the config.toml of a run is such a file")
     add_flags(parser)
     add_settings(parser, without)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    from dlkernels.data import DataError
+    from dlkernels.trainer import CheckpointError, NonFiniteLoss
+
+    return DataError, CheckpointError, NonFiniteLoss, OSError
 
 
 def settings_of(args: argparse.Namespace, **overruled: Any) -> RunConfig:
@@ -60,6 +62,8 @@ def settings_of(args: argparse.Namespace, **overruled: Any) -> RunConfig:
 
 def require_device(device: str) -> None:
     """Make sure that tensors can be on ``device`` and come back; raises :class:`SettingError`."""
+    import torch
+
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says it in all these ways
@@ -81,6 +85,8 @@ def require_one_process(ranks: Ranks, what: str) -> None:
 
 def prepare_alone(config: RunConfig, command: str) -> Job:
     """As ``prepare``, for a command that one process runs by itself; raises :class:`SettingError` if there are more."""
+    from dlkernels.trainer.distributed import joined
+
     with joined(config.device) as ranks:
         require_one_process(ranks, command)
         return prepare(config, ranks)
@@ -92,7 +98,11 @@ def prepare(config: RunConfig, ranks: Ranks) -> Job:
     Raises:
         DataError: they cannot be had.
     """
+    import torch
+
+    from dlkernels.data import load
     from dlkernels.runs.job import Job
+    from dlkernels.trainer import set_printoptions
 
     set_printoptions(precision=config.precision)
     if config.threads is not None:

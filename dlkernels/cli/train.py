@@ -10,22 +10,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from dlkernels.atomic import atomic_write, write_json
 from dlkernels.cli.command import SettingError
 from dlkernels.cli.info import made_by
 from dlkernels.cli.prepare import add_training, prepare, require_libraries, require_one_process, settings_of
-from dlkernels.trainer import Trainer
-from dlkernels.trainer.compare import Comparison
-from dlkernels.trainer.display import number
-from dlkernels.trainer.distributed import Ranks, joined, restarted
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dlkernels.runs.config import RunConfig
     from dlkernels.runs.folder import RunFolder
     from dlkernels.runs.job import Job
+    from dlkernels.trainer import Trainer
+    from dlkernels.trainer.compare import Comparison
+    from dlkernels.trainer.distributed import Ranks
 
 NEEDED_AT_THE_END = ("matplotlib", "sklearn", "jinja2", "tomli_w")
 
@@ -54,6 +52,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from dlkernels.trainer.distributed import joined
+
     if args.resume is not None and args.config is None:
         args.config = _settings_of_the_run(args)
     config = settings_of(args)
@@ -85,6 +85,8 @@ def _settings_of_the_run(args: argparse.Namespace) -> Path | None:
 def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks, held: contextlib.ExitStack) -> int:
     """In every process of torchrun's; the main one prints and writes, and has the folder to itself while ``held``."""
     from dlkernels.runs.folder import RunFolder
+    from dlkernels.trainer.display import number
+    from dlkernels.trainer.distributed import restarted
 
     if args.compare_stock:
         require_one_process(ranks, "--compare-stock")
@@ -156,6 +158,8 @@ def _save(
 
     The record comes last: with it the run is finished, and the rest is of its epoch.
     """
+    import torch
+
     from dlkernels.runs import figures
     from dlkernels.runs.report import title, write_report
     from dlkernels.trainer import plots
@@ -186,6 +190,8 @@ def _save(
 
 
 def _verdict(comparison: Comparison) -> str:
+    from dlkernels.trainer.display import number
+
     medians = [statistics.median(curve.seconds) for curve in (comparison.candidate, comparison.stock)]
     accuracies = " and ".join(number(value, 4) for value in comparison.accuracies)
     return "\n".join(

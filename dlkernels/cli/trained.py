@@ -6,12 +6,12 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from dlkernels.cli.command import SettingError
 from dlkernels.cli.prepare import require_device
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dlkernels.runs.folder import RunFolder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dlkernels.data.splits import DataError, Splits
+from dlkernels.extras import how_to_get
 
 _TEST_SAMPLES = 360  # a fifth
 _SPLIT_SEED = 0  # the split is part of the data set: the same everywhere, whatever the training seed
@@ -19,7 +20,7 @@ def load_digits() -> Splits:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise DataError(f"the digits come with scikit-learn ({error}); run: pip install scikit-learn") from error
+        raise DataError(f"the digits come with scikit-learn ({error}): {how_to_get('sklearn')}") from error
 
     pixels, labels = datasets.load_digits(return_X_y=True)
     x = torch.tensor(pixels, dtype=torch.float32) / 16.0  # pixel values are 0 to 16

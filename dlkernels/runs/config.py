@@ -7,18 +7,19 @@ import sys
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
+from dlkernels.choices import Activation, Progress, Schedule
 from dlkernels.data.info import INFO
 from dlkernels.runs.refusals import refusal
-from dlkernels.trainer.monitor import Monitor
-from dlkernels.trainer.progress import Mode
-from dlkernels.trainer.schedule import Shape
+
+if TYPE_CHECKING:
+    from dlkernels.trainer.monitor import Monitor
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +28,6 @@ else:
 
 HIDDEN = 256
 Dataset = Literal["mnist", "digits"]
-Activation = Literal["none", "relu", "leaky_relu", "relu2", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"]
 Metric = Literal["f1", "precision", "recall"]
 COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # of the history, whatever the settings
 # What the numbers of a training do not depend on: a resume may change it.
@@ -77,7 +77,7 @@ class RunConfig(BaseModel):
     lr: float = setting("training", 1e-3, "learning rate", gt=0)
     weight_decay: float = setting("training", 0.0, "of the optimizer", ge=0)
     momentum: float = setting("training", 0.9, "of sgd", ge=0, lt=1)
-    schedule: Shape = setting("training", "constant", "of the learning rate, after the warm-up")
+    schedule: Schedule = setting("training", "constant", "of the learning rate, after the warm-up")
     warmup_epochs: float = setting("training", 0.0, "in which the learning rate rises from 0", ge=0)
     accumulate: int = setting("training", 1, "batches whose gradients make one update", ge=1)
     clip_norm: float | None = setting("training", None, "largest norm of the gradient; none: as it is", gt=0)
@@ -105,7 +105,7 @@ class RunConfig(BaseModel):
     checkpoint_seconds: float | None = setting("files", None, "write one this often, too, within an epoch", gt=0)
     tensorboard: bool = setting("files", False, "write TensorBoard's event files to OUT/tensorboard")
 
-    progress: Mode = setting("display", "auto", "auto is a bar on a terminal, else lines")
+    progress: Progress = setting("display", "auto", "auto is a bar on a terminal, else lines")
     precision: int = setting("display", 3, "digits after the point, printed", ge=0, le=17)
 
     @field_validator("data")
@@ -156,6 +156,8 @@ class RunConfig(BaseModel):
 
     def best(self) -> Monitor:
         """What is best, and whether that is a low value or a high one: all columns but the losses are to be high."""
+        from dlkernels.trainer.monitor import Monitor
+
         return Monitor(self.monitor, "min" if self.monitor.endswith("loss") else "max")
 
     def decisive(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from dlkernels.agreement import arguments
+from dlkernels.extras import how_to_get
 from dlkernels.serving.check import ExportError
 
 STANDARD = ("", "ai.onnx")
@@ -24,7 +25,7 @@ def require() -> None:
     """Raise :class:`ExportError` unless what torch's exporter needs is installed."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise ExportError(f"ONNX export needs {' and '.join(missing)}: run pip install {' '.join(missing)}")
+        raise ExportError(f"ONNX export needs {' and '.join(missing)}: {how_to_get(missing[0])}")
 
 
 def convert(program: ExportedProgram, batch_dims: Any) -> bytes:

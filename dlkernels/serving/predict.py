@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dlkernels.choices import PREDICTED_AT_ONCE
 from dlkernels.data import TensorLoader
 from dlkernels.trainer.mode import evaluating
-
-BATCH_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Predictions:
         return best.values, best.indices
 
 
-def predict(model: nn.Module, inputs: Tensor, batch_size: int = BATCH_SIZE) -> Predictions:
+def predict(model: nn.Module, inputs: Tensor, batch_size: int = PREDICTED_AT_ONCE) -> Predictions:
     """Run ``model`` over ``inputs``, in eval mode and batch by batch; afterwards it is in the mode it was.
 
     Args:

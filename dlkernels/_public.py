@@ -1,0 +1,16 @@
+"""The names of the package that need torch and the compiled module; ``dlkernels`` shows them."""
+
+from dlkernels import _load  # noqa: F401  first: the rest needs the operators
+from dlkernels.functional import explain
+from dlkernels.fusion import fuse, register_fusion, report, unfuse
+from dlkernels.trainer import Trainer, set_printoptions
+
+__all__ = [
+    "Trainer",
+    "explain",
+    "fuse",
+    "register_fusion",
+    "report",
+    "set_printoptions",
+    "unfuse",
+]
