@@ -1,6 +1,7 @@
 """Every gate of the build (CPU or CUDA, for what, with how many jobs), decided without building anything."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -193,6 +194,17 @@ def test_default_leaves_out_what_an_older_nvcc_does_not_know(tmp_path):
     assert made.archs == "8.0+PTX;9.0a"
 
 
+def test_a_long_build_is_announced(env):
+    """Without a GPU and without architectures named, for all of them; it says how to have fewer, or none."""
+    made = plan.make_plan(env, CUDA, gpus=())
+    architectures = made.archs.count(";") + 1
+    assert f"for {architectures} architectures" in made.advice
+    assert "TORCH_CUDA_ARCH_LIST=" in made.advice and "FORCE_CPU=1" in made.advice
+    assert plan.make_plan(env, CUDA, gpus=[(9, 0)]).advice == ""
+    assert plan.make_plan({**env, "TORCH_CUDA_ARCH_LIST": "9.0a"}, CUDA, gpus=()).advice == ""
+    assert plan.make_plan({**env, "FORCE_CPU": "1"}, CUDA, gpus=()).advice == ""
+
+
 def test_visible_gpus_are_the_target_when_nothing_is_asked(env):
     assert plan.make_plan(env, CUDA, gpus=[(9, 0), (8, 6), (9, 0)]).archs == "8.6;9.0a"
 
@@ -226,3 +238,40 @@ def test_jobs_fit_cores_and_memory(cores, free_gib, cuda, jobs):
 def test_this_machine_has_cores_and_memory():
     assert plan.usable_cores() >= 1
     assert 0 < plan.free_memory_gib() < 2**20
+
+
+# ---- the compiler ----------------------------------------------------------------------------------------------------
+
+
+def compiler(tmp_path, macros):
+    """A program that prints these macros, as `c++ -dM -E` does."""
+    path = tmp_path / "cxx"
+    path.write_text("#!/bin/sh\n" + "\n".join(f"echo '#define {macro}'" for macro in macros) + "\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("version", ["11", "12", "15"])
+def test_gcc_will_do(tmp_path, version):
+    plan.check_compiler({"CXX": compiler(tmp_path, [f"__GNUC__ {version}"])})
+    plan.check_compiler({"CXX": f"env A=b {compiler(tmp_path, [f'__GNUC__ {version}'])}", "PATH": os.environ["PATH"]})
+
+
+@pytest.mark.parametrize(
+    ("macros", "message"),
+    [
+        (["__GNUC__ 4", "__clang__ 1"], "is Clang, which ignores `#pragma GCC target`"),
+        (["__GNUC__ 10"], "is GCC 10: install GCC 11 or newer"),
+        ([], "is no GCC: install GCC 11 or newer"),
+    ],
+)
+def test_other_compilers_are_refused_in_one_sentence(tmp_path, macros, message):
+    with pytest.raises(plan.PlanError) as refused:
+        plan.check_compiler({"CXX": compiler(tmp_path, macros)})
+    assert message in str(refused.value) and "CXX" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_missing_compiler_is_one_sentence(tmp_path):
+    for environment in ({"CXX": str(tmp_path / "nowhere")}, {"PATH": str(tmp_path)}):
+        with pytest.raises(plan.PlanError, match=r"there is no C\+\+ compiler here .*apt-get install g\+\+"):
+            plan.check_compiler(environment)

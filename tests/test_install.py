@@ -7,6 +7,7 @@ for the same interpreter, reuses its objects.
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,12 @@ def environment(folder: Path, *, with_torch: bool) -> Path:
         purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
         Path(purelib, "torch_from_outside.pth").write_text(f"{SITE}\n")
     return python
+
+
+def readme_commands(heading: str) -> list[str]:
+    """The lines of the first block of commands under the heading."""
+    block = (ROOT / "README.md").read_text().partition(heading)[2].partition("```sh\n")[2].partition("```")[0]
+    return [line for line in block.splitlines() if line]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +174,20 @@ def test_editable_install_reuses_the_objects(installed, unpacked, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_readme_s_order_of_commands(installed, unpacked):
+    """Its Install, as printed, in the folder of the sources."""
+    python, *_ = installed
+    install, *commands = readme_commands("## Install")
+    pip_install(python, *shlex.split(install)[2:], cwd=unpacked)
+    assert commands[0].startswith("python -m dlkernels info")
+    for command in commands:
+        run(python, *command.partition(" #")[0].split()[1:], "--help", cwd=unpacked)
+    said = run(python, "-m", "dlkernels", "info", cwd=unpacked)
+    assert torch.__version__ in said and said.splitlines()[-1].startswith("for a bug report: ")
+    assert run(python.with_name("dlkernels"), "info", cwd=unpacked.parent) == said
+
+
+@pytest.mark.slow
 def test_install_without_isolation(installed, unpacked, tmp_path):
     python, *_ = installed
     pip_install(python, "--no-build-isolation", ".", cwd=unpacked)
@@ -246,3 +267,20 @@ def test_version_is_the_one_in_the_metadata():
     from importlib.metadata import version
 
     assert dlkernels.__version__ == version("dlkernels")
+
+
+def test_the_sdist_has_what_its_tests_and_makefile_use(tmp_path):
+    """All that git has but its own settings."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("no checkout")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+        [described] = [m for m in tar.getmembers() if m.name.count("/") == 1 and m.name.endswith("/PKG-INFO")]
+        metadata = tar.extractfile(described).read().decode()
+    ours = {name for name in tracked if not name.startswith((".ci/", ".git", ".pre-commit"))}
+    assert ours - packed == set()
+    # On an index's page a link to a file of the sources leads nowhere.
+    assert "# dlkernels\n" in metadata and re.findall(r"\]\((?!https?:)", metadata) == []

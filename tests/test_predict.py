@@ -100,7 +100,7 @@ def test_scales_and_keeps_proportions(tmp_path):
     wide[:, 10:30] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
     pixels, _ = pixels_of(tmp_path / "wide.png", invert=False)
-    assert pixels[:, 2:6].min() == 1 and pixels[:, :2].max() == pixels[:, 6:].max() == 0
+    assert pixels[:, 2:6].min() > 0.9 and pixels[:, :2].max() < 0.2 and pixels[:, 6:].max() < 0.2
     _, samples = read([tmp_path / "wide.png"], DIGITS, invert=False, crop=False)
     pixels = samples.view(8, 8)
     assert pixels[2:6, 1:3].min() > 0.9
@@ -110,8 +110,8 @@ def test_scales_and_keeps_proportions(tmp_path):
 def letter():
     """[28, 28] uint8, as MNIST has it: the longer side is 20 pixels, the centre of mass in the middle. An L."""
     pixels = np.zeros((28, 28), np.uint8)
-    pixels[2:22, 11:15] = 255
-    pixels[18:22, 15:22] = 200
+    pixels[3:23, 11:15] = 255
+    pixels[19:23, 15:22] = 200
     return pixels
 
 
@@ -120,7 +120,7 @@ def test_what_is_drawn_goes_where_mnist_has_it(tmp_path):
     mnist = INFO["mnist"]
     for name, picture in {
         "as it is": letter(),
-        "moved": np.roll(letter(), (6, -9), (0, 1)),
+        "moved": np.roll(letter(), (5, -9), (0, 1)),
         "in a corner": np.pad(letter(), ((0, 200), (300, 0))),
         "four times as large": np.pad(letter().repeat(4, 0).repeat(4, 1), ((90, 3), (5, 160))),
         "dark on light": 255 - np.pad(letter(), ((0, 50), (0, 0))),

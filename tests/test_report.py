@@ -255,7 +255,7 @@ def test_model_of_a_run(runs, first):
 
 def test_mistakes_are_the_most_confident_ones():
     scores = torch.tensor([[0.0, 9, 0], [5, 0, 0], [0, 0, 3], [1, 0, 0]])
-    info = INFO["digits"].__class__(height=1, width=3, classes=3, white=1, batch_size=1)
+    info = INFO["digits"].__class__(height=1, width=3, classes=3, white=1, batch_size=1, box=1, by_mass=False)
     evaluation = Evaluation(torch.nn.Identity(), scores, torch.tensor([0, 0, 1, 2]), info)
     assert evaluation.confusion.tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
     assert [(one.truth, one.predicted) for one in evaluation.worst(2)] == [(0, 1), (1, 2)]
