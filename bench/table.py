@@ -34,7 +34,7 @@ MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
 def show(result: Record, console: Console | None = None) -> None:
     """Tables by dtype, mode and column, then means, the layers where stock is faster, and who was refused."""
     # A pipe or a file has no width; tables folded at 80 columns could not be read.
-    console = console or Console(width=None if sys.stdout.isatty() else 150, highlight=False, soft_wrap=True)
+    console = console or Console(width=None if sys.stdout.isatty() else 250, highlight=False, soft_wrap=True)
     rows = figures.rows(result)
     console.print(f"\n[bold]{escape(title(result))}[/]\n")
     for group in dict.fromkeys((row.dtype, row.mode, row.column) for row in rows):

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -466,3 +467,12 @@ def test_trainer_loop(monkeypatch, tmp_path, capsys):
     found = json.loads((tmp_path / "loop.json").read_text())
     assert found["bare"] > 0 < found["trainer"]
     assert f"{found['ratio']:.3f} of it" in capsys.readouterr().out
+
+
+def test_tables_in_a_file_are_whole(monkeypatch, capsys):
+    """No terminal, no width: nothing is cut off."""
+    from bench import table
+
+    monkeypatch.setenv("COLUMNS", "80")
+    table.show(records.load(Path(__file__).parents[1] / "bench/results/amd-epyc-2t.json"))
+    assert "…" not in capsys.readouterr().out
