@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 # Import name to the name to install, where they differ.
@@ -18,6 +18,8 @@ def how_to_get(module: str) -> str:
     """What to run to have ``module``: the extra that brings it, and all else of it that is missing too."""
     name = DISTRIBUTIONS.get(module, module)
     extra, names = next(((e, names) for e in FOR_USERS if name in (names := _brought_by(e))), ("", []))
+    if name == "torchvision":  # in no extra: its wheels pin one torch, and pip would replace the one that is here
+        return f"run pip install --no-deps 'torchvision==0.{int(version('torch').split('.')[1]) + 15}.*' pillow"
     if not extra:
         return f"run pip install {name}"
     also = [other for other in names if other != name and find_spec(MODULES.get(other, other)) is None]

@@ -10,13 +10,14 @@ python examples/dqn.py [--small]
 import copy
 from functools import partial
 
-import gymnasium
 import numpy
 import torch
 import torch.nn.functional as F
 from both import Prepare, Training, both
 from options import options
 from torch import Tensor, nn
+
+import gymnasium  # isort: skip  after options, which says how to get it
 
 DISCOUNT, BATCH, MEMORY = 0.99, 128, 50_000
 POLES = 8  # played at once, a step of each for a step of the optimizer

@@ -2,9 +2,26 @@
 
 import argparse
 import pathlib
+import sys
+from types import TracebackType
 from typing import Any
 
 import torch
+
+from dlkernels.extras import how_to_get
+
+
+def say_what_is_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """For ``sys.excepthook``: a library that is not installed is a sentence; anything else has its traceback."""
+    if not isinstance(error, ModuleNotFoundError):
+        return sys.__excepthook__(kind, error, traceback)
+    module = (error.name or "").split(".")[0]
+    name = pathlib.Path(sys.argv[0]).name
+    print(f"{name}: this example needs {module} ({error}): {how_to_get(module)}", file=sys.stderr)
+
+
+if "examples" in pathlib.Path(sys.argv[0]).resolve().parts:  # a program of its own, not a test's
+    sys.excepthook = say_what_is_missing
 
 
 def options(doc: str, **defaults: Any) -> argparse.Namespace:
