@@ -139,6 +139,21 @@ def test_a_missing_library_is_one_sentence(tmp_path):
     assert run("info", env=hidden).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("example", "module"), [("dqn", "gymnasium"), ("alexnet", "torchvision"), ("gpt", "transformers")]
+)
+def test_an_example_says_what_it_needs(example, module, tmp_path):
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{example}.py", "--small"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"{example}.py: this example needs {module} ") and "run pip install " in done.stderr
+
+
 # ---- how it ends -----------------------------------------------------------------------------------------------------
 
 
