@@ -352,8 +352,10 @@ def test_gradcheck_and_gradgradcheck(reduction, bias):
     def op(x, weight, bias=None):
         return linear_cross_entropy(x, weight, bias, target, class_weight, reduction=reduction, label_smoothing=0.2)
 
-    assert torch.autograd.gradcheck(op, inputs)
-    assert torch.autograd.gradgradcheck(op, inputs)
+    assert torch.autograd.gradcheck(
+        op, inputs, check_batched_grad=True, check_forward_ad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(op, inputs, check_batched_grad=True)
 
 
 @ON_EVERY_DEVICE
@@ -425,7 +427,12 @@ def test_activation_checkpoint_and_batched_gradients():
             leaf = x.clone().requires_grad_()
             loss = op(leaf, weight, bias, target, reduction=reduction)
             many = torch.stack([torch.ones_like(loss), incoming(loss)])
-            results.append(torch.autograd.grad(loss, leaf, many, is_grads_batched=True))
+            graph = {"retain_graph": True, "create_graph": True}
+            (batched,) = torch.autograd.grad(loss, leaf, many, is_grads_batched=True, **graph)
+            (mapped,) = vmap(lambda g, y=loss, a=leaf: torch.autograd.grad(y, a, g, retain_graph=True))(many)
+            assert batched.requires_grad
+            assert not mapped.requires_grad, "nobody asked for a graph"
+            results.append([mapped, batched, *torch.autograd.grad(batched.square().sum(), leaf)])
         close(*results)
 
 

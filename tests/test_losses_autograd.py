@@ -8,6 +8,7 @@ from losses_oracle import DTYPES, REDUCTIONS, assert_like, class_problem, run
 from oracle import assert_no_worse, error
 
 from dlkernels import losses
+from dlkernels.functional import linear_cross_entropy
 
 # ---- dtypes and modes -----------------------------------------------------------------------------------------------
 
@@ -106,8 +107,9 @@ CASES = cases()
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck_and_gradgradcheck(name):
     op, inputs = cases()[name]  # where this test's tensors lie
-    assert torch.autograd.gradcheck(op, inputs)
-    assert torch.autograd.gradgradcheck(op, inputs)
+    batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(op, inputs, check_forward_ad=True, **batched)
+    assert torch.autograd.gradgradcheck(op, inputs, check_batched_grad=True)
 
 
 @ON_EVERY_DEVICE
@@ -145,6 +147,62 @@ def test_backward_twice_gives_the_same_and_leaves_no_trace():
     first.zero_()  # what autograd hands out is the user's
     (second,) = torch.autograd.grad(loss, x)
     assert torch.equal(second, expected)
+
+
+@ON_EVERY_DEVICE
+def test_a_batched_gradient_has_a_graph():
+    """A penalty on it, as stock's, by both of torch's ways to batch; without create_graph there is none."""
+    x, t, var = (a.double() for a in (torch.randn(4, 5), torch.randn(4, 5).softmax(1), torch.rand(4, 5) + 0.1))
+    for ours, stock, tensors in (
+        (losses.mse_loss, F.mse_loss, (x, t)),
+        (losses.cross_entropy, F.cross_entropy, (x, t)),
+        (losses.gaussian_nll_loss, F.gaussian_nll_loss, (x, t, var)),
+    ):
+        for reduction in REDUCTIONS:
+            results = []
+            for op in (ours, stock):
+                leaves = [a.clone().requires_grad_() for a in tensors]
+                loss = op(*leaves, reduction=reduction)
+                many = torch.stack([torch.ones_like(loss), loss.detach().cos()])
+
+                def grads(g, graph, loss=loss, leaves=leaves, **batched):
+                    return torch.autograd.grad(loss, leaves, g, retain_graph=True, create_graph=graph, **batched)
+
+                batched = grads(many, True, is_grads_batched=True)
+                mapped = torch.vmap(lambda g, grads=grads: grads(g, True))(many)
+                assert not any(a.requires_grad for a in torch.vmap(lambda g, grads=grads: grads(g, False))(many))
+                results.append([*batched, *mapped])
+                results[-1] += torch.autograd.grad(sum(a.square().sum() for a in batched), leaves, retain_graph=True)
+                results[-1] += torch.autograd.grad(sum(a.square().sum() for a in mapped), leaves)
+            torch.testing.assert_close(*results)
+
+
+@ON_EVERY_DEVICE
+def test_hooks_run_once_and_paths_count_once():
+    """Inputs that depend on each other, with hooks, and a gradient that is differentiated."""
+    for ours, stock in (
+        (lambda x, w: losses.mse_loss(x, x * w), lambda x, w: F.mse_loss(x, x * w)),
+        (lambda x, w: losses.cross_entropy(x @ w, x.softmax(1)), lambda x, w: F.cross_entropy(x @ w, x.softmax(1))),
+        (
+            lambda x, w: losses.gaussian_nll_loss(x, x * w, x * x + 1),
+            lambda x, w: F.gaussian_nll_loss(x, x * w, x * x + 1),
+        ),
+        (
+            lambda x, w: linear_cross_entropy(x, w, x[0], torch.arange(4)),
+            lambda x, w: F.cross_entropy(F.linear(x, w, x[0]), torch.arange(4)),
+        ),
+    ):
+        results = []
+        for op in (ours, stock):
+            torch.manual_seed(0)
+            leaves = [torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+            calls, middle = [], [t * 1 for t in leaves]
+            for t in (*leaves, *middle):
+                t.register_hook(lambda g, calls=calls, t=t: calls.append(t.is_leaf) or g * 2)
+            grads = torch.autograd.grad(op(*middle), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+            results.append([*grads, *second, torch.tensor(sorted(calls))])
+        torch.testing.assert_close(*results)
 
 
 @ON_EVERY_DEVICE

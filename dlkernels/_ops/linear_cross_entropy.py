@@ -111,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs, rest = ctx.needs_input_grad[:3], (None,) * 5
         settings: tuple[int, int, float] = ctx.settings
         dtype = grad_dtype(x)  # of the loss
-        if torch.is_grad_enabled() or under_transform():
+        if torch.is_grad_enabled() or (settings[0] == NONE and under_transform()):  # into the op nothing could see
             inputs = (x, weight) if bias is None else (x, weight, bias)
 
             def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -160,13 +160,15 @@ def _has_negative(var: Tensor) -> bool:
 def differentiable_gradients(
     formula: Callable[..., Tensor], tensors: tuple[Tensor, ...], needs: tuple[bool, ...], g: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``formula(*tensors)`` that can themselves be differentiated, to any order."""
+    """Gradients of ``formula(*tensors)`` that, where autograd records, can themselves be differentiated, to any
+    order."""
+    recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         # aliases, so that a tensor that comes twice gets the gradient of each place
         places = [t.view_as(t) for t in tensors]
         loss = formula(*places)
     wanted = [t for t, need in zip(places, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
+    grads = iter(torch.autograd.grad(loss, wanted, g, create_graph=recorded))
     return [next(grads) if need else None for need in needs]
 
 
