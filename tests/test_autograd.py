@@ -1,10 +1,13 @@
 """Derivatives of every order and mode against finite differences and against stock torch, in float64."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import REWRITTEN, STOCK
 from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.functional import hessian, jacobian
 
 from dlkernels import functional
 
@@ -136,3 +139,110 @@ def test_tangent_of_the_incoming_gradient(activation, create_graph, device):
     assert all(t is not None for t in results[0])
     for got, want in zip(*results, strict=True):
         assert_close_in_norm(got, want)
+
+
+# ---- gradients that are batched, and differentiated again ----------------------------------------------------------
+
+BATCHED = {
+    "is_grads_batched": lambda y, t, basis: torch.autograd.grad(
+        y, t, basis, is_grads_batched=True, create_graph=True, retain_graph=True
+    ),
+    "vmap": lambda y, t, basis: torch.vmap(
+        lambda g: torch.autograd.grad(y, t, g, create_graph=True, retain_graph=True)
+    )(basis),
+}
+
+
+@pytest.mark.parametrize("how", BATCHED)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("activation", STOCK)
+def test_a_batched_gradient_has_a_graph(activation, lead, how, device):
+    """A penalty on it trains x, weight, bias and g; the identity's gradients do not depend on the bias."""
+    inputs, results = arguments(lead, device=device), []
+    basis = torch.randn(2, *lead, 5, dtype=torch.float64, device=device, requires_grad=True)
+    for op in (ours(activation), stock(activation)):
+        grads = BATCHED[how](op(*inputs), inputs, basis)
+        assert all(t.requires_grad for t in grads)
+        penalty = sum(t.pow(3).sum() for t in grads)
+        results.append([*grads, *torch.autograd.grad(penalty, (*inputs, basis), allow_unused=True)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("activation", STOCK)
+def test_vectorised_jacobian_and_hessian_have_graphs(activation, device):
+    inputs, results = arguments(device=device), []
+    for op in (ours(activation), stock(activation)):
+        blocks = [
+            *jacobian(op, inputs, vectorize=True, create_graph=True),
+            *sum(hessian(lambda *a, op=op: op(*a).pow(3).sum(), inputs, vectorize=True, create_graph=True), ()),
+        ]
+        results.append([*blocks, *torch.autograd.grad(sum(t.square().sum() for t in blocks), inputs)])
+    for got, want in zip(*results, strict=True):
+        assert got.requires_grad == want.requires_grad
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("activation", STOCK)
+def test_a_gradient_depends_on_what_it_depends_on_in_stock(activation, device):
+    """For every subset of (x, weight, bias, g) that requires gradients, and all pairs in it: the gradient, zeros
+    included, or the same refusal, where one tensor's gradient does not depend on another."""
+
+    def second(op, tensors, first, then):
+        y = op(*tensors[:3])
+        (d,) = torch.autograd.grad(y, tensors[first], tensors[3], create_graph=True)
+        try:
+            (dd,) = torch.autograd.grad(d.sum(), tensors[then])
+        except RuntimeError as refusal:
+            return d, d.requires_grad, str(refusal)
+        return d, d.requires_grad, dd
+
+    values = [t.detach() for t in arguments(device=device)]
+    values.append(torch.linspace(-1, 1, 15, dtype=torch.float64, device=device).view(3, 5))
+    for needs in product([False, True], repeat=4):
+        tensors = [t.clone().requires_grad_(need) for t, need in zip(values, needs, strict=True)]
+        for first, then in product(range(3), range(4)):
+            if needs[first] and needs[then]:
+                got, want = (second(op(activation), tensors, first, then) for op in (ours, stock))
+                torch.testing.assert_close(got[:2], want[:2])
+                assert type(got[2]) is type(want[2]), (needs, first, then, got[2], want[2])
+                if isinstance(want[2], str):
+                    assert got[2] == want[2]
+                else:
+                    torch.testing.assert_close(got[2], want[2])
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_an_infinite_gradient_stops_at_a_closed_gate(activation, device):
+    """Also where torch's own operators do the work: with a batch, with a tangent, in the second derivative."""
+    x = torch.tensor([[-1.0], [2.0]], dtype=torch.float64, device=device, requires_grad=True)
+    one, results = torch.ones(1, 1, dtype=torch.float64, device=device), []
+    g = torch.tensor([[torch.inf], [1.0]], dtype=torch.float64, device=device, requires_grad=True)
+    for op in (ours(activation), stock(activation)):
+        y = op(x, one)
+        (batch,) = torch.autograd.grad(y, x, g.detach()[None], is_grads_batched=True, create_graph=True)
+        (d,) = torch.autograd.grad(y, x, g, create_graph=True)
+        (second,) = torch.autograd.grad(d, g, g.detach())
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(g.detach(), g.detach())
+            tangent = torch.autograd.forward_ad.unpack_dual(torch.autograd.grad(y, x, dual)[0]).tangent
+        results.append([batch, d, second, tangent])
+    for got, want in zip(*results, strict=True):
+        assert torch.isfinite(want).all()
+        torch.testing.assert_close(got, want)
+
+
+def test_hooks_run_once_and_paths_count_once(device):
+    """A weight that comes twice, an input that depends on another, and hooks on all of them, with create_graph."""
+    results = []
+    for op in (ours("tanh"), stock("tanh")):
+        torch.manual_seed(0)
+        x, w = (torch.randn(4, 4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+        calls = []
+        for t, name in ((x, "x"), (w, "w")):
+            t.register_hook(lambda g, name=name, calls=calls: calls.append(name) or g * 2)
+        value = op(op(x, w), w.t(), w[0]).square().sum() + op(x, x).sum()
+        grads = torch.autograd.grad(value, (x, w), create_graph=True)
+        results.append([*grads, *torch.autograd.grad(sum(t.square().sum() for t in grads), (x, w)), sorted(calls)])
+    torch.testing.assert_close(results[0][:-1], results[1][:-1])
+    assert results[0][-1] == results[1][-1]

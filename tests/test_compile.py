@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from oracle import STOCK
+from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim
 
 from dlkernels import functional
@@ -44,6 +46,31 @@ def test_fullgraph_forward_and_backward(activation, bias, device):
         y = op(*args)
         results.append((y, *torch.autograd.grad(y.square().sum(), wanted)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("activation", STOCK)
+def test_a_compiled_backward_is_one_operator(activation, dynamic, device):
+    """Also where the forward has a second output, z, whose gradient a compiler would make up."""
+    graphs = {"forward": [], "backward": []}
+
+    def compiler(name):
+        def record(graph, _):
+            graphs[name] += [node.target for node in graph.graph.nodes if "dlkernels" in str(node.target)]
+            return make_boxed_func(graph.forward)
+
+        return record
+
+    def f(x, w, b):
+        return functional.linear_act(x, w, b, activation)
+
+    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    args = arguments(device)
+    torch.compile(f, fullgraph=True, dynamic=dynamic, backend=backend)(*args).sum().backward()
+    assert graphs["backward"] == [ops._linear_act_backward.default]
+    assert len(graphs["forward"]) == 1
+    for got, want in zip(args, torch.autograd.grad(f(*args).sum(), args), strict=True):
+        assert torch.equal(got.grad, want)
 
 
 def test_training_step_by_the_default_compiler(device):

@@ -115,6 +115,49 @@ def test_functional_call_of_an_ensemble(device):
     assert_same(y, torch.stack([m(x) for m in models]))
 
 
+@pytest.mark.parametrize("in_dims", [(0, None, None), (0, 0, 0), (None, 0, None)], ids=str)
+def test_a_batch_of_no_samples(in_dims, device):
+    sizes = ((3, 4), (5, 4), (5,))
+    args = tuple(
+        torch.randn(*s if d is None else (0, *s), dtype=torch.float64, device=device)
+        for s, d in zip(sizes, in_dims, strict=True)
+    )
+    mine, theirs = (
+        [vmap(f, in_dims)(*args) for f in (op, grad(lambda *a, op=op: op(*a).sum(), (0, 1, 2)))]
+        for op in (ours("gelu"), stock("gelu"))
+    )
+    assert_same(mine, theirs)
+
+
+# ---- torch.jit.trace -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: LinearReLU(4, 3), lambda: LinearAct(4, 3, activation="gelu"), lambda: MLP([4, 6, 3], activation="silu")],
+    ids=["LinearReLU", "LinearAct", "MLP"],
+)
+def test_trace(make, grads, device):
+    """Torch's own operators: passes the tracer's own check, trains, takes any batch, runs without this package."""
+    model = make().to(device)
+    with torch.set_grad_enabled(grads):
+        traced = torch.jit.trace(model, torch.randn(2, 4, device=device))
+    assert "dlkernels::" not in str(traced.inlined_graph)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    loaded = torch.jit.load(buffer)
+    x = torch.randn(7, 4, device=device)
+    torch.testing.assert_close(loaded(x), model(x))
+    loaded(x).square().sum().backward()
+    model(x).square().sum().backward()
+    for (name, p), (loaded_name, q) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == loaded_name
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 # ---- autocast ------------------------------------------------------------------------------------------------------
 
 
@@ -140,12 +183,25 @@ def test_autocast(activation, dtype, device):
         assert_no_worse(t, *exact[name], error(stocks[name], *stock_exact[name]), name)
 
 
-def test_autocast_leaves_float64_alone(device):
-    args = arguments((3,), device)
-    with torch.autocast(device, torch.bfloat16):
-        y = functional.linear_relu(*args)
-    assert y.dtype == torch.float64
-    assert_same(y, stock("relu")(*args))
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_leaves_float64_alone(low, device):
+    """As F.linear: a float64 model stays one, losses included."""
+    x, w, b = (t.requires_grad_() for t in arguments((3,), device))
+    target = torch.tensor([0, 4, 2], device=device)
+    for op, theirs in (
+        (functional.linear_relu, stock("relu")),
+        (lambda x, w, b: functional.mlp(x, [w, w.t()], [b, None]), lambda x, w, b: stock("relu")(x, w, b) @ w),
+        (lambda *a: functional.linear_cross_entropy(*a, target), lambda *a: F.cross_entropy(F.linear(*a), target)),
+        (lambda x, *_: functional.cross_entropy(x, target % 4), lambda x, *_: F.cross_entropy(x, target % 4)),
+        (lambda x, w, _: functional.mse_loss(x, w[:3]), lambda x, w, _: F.mse_loss(x, w[:3])),
+    ):
+        results = []
+        for f in (op, theirs):
+            with torch.autocast(device, low):
+                y = f(x, w, b)
+            results.append([y, *torch.autograd.grad(y.sum(), (x, w, b), allow_unused=True)])
+        assert results[0][0].dtype == torch.float64
+        assert_same(*results)
 
 
 def test_autocast_mixes_input_dtypes(device):

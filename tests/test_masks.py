@@ -69,6 +69,10 @@ def test_a_mask_has_every_derivative_of_y(act, dtype):
     instead = masks.unpacked(mask, dtype)
     assert torch.equal(activation.first(instead, SLOPE), activation.first(y, SLOPE))
     assert activation.bend is None
+    anchor = torch.empty(0, dtype=dtype, requires_grad=True)
+    anchored = masks.unpacked(mask, dtype, anchor)
+    assert torch.equal(anchored, instead)
+    assert torch.autograd.grad(anchored.sum(), anchor)[0].shape == (0,)
 
 
 def test_bits_of_a_byte():
@@ -128,6 +132,29 @@ def test_a_gradient_that_is_differentiated(act, dtype, masked, monkeypatch):
         return torch.autograd.grad(sum((t.float() ** 2).sum() for t in first), (g, x, w))
 
     assert_same_bits(twice(), from_y(monkeypatch, twice))
+
+
+@OF_ACTIVATIONS
+def test_a_gradient_depends_on_what_y_is_made_of(act, masked, monkeypatch):
+    """By zeros, as in stock: one gradient at a time, alone and batched, with each subset of inputs that get some."""
+    values = [t.detach() for t in operands(masked, torch.bfloat16, 4, 8, 3)]
+    g = values.pop()
+    for frozen in range(4):
+        inputs = [t.clone().requires_grad_(i != frozen) for i, t in enumerate(values)]
+        trained = [t for t in inputs if t.requires_grad]
+
+        def second(inputs=inputs, trained=trained):
+            y = functional.linear_act(*inputs, act)
+            results = []
+            for t in trained:
+                (first,) = torch.autograd.grad(y, t, g, create_graph=True)
+                (many,) = torch.autograd.grad(y, t, g[None], is_grads_batched=True, create_graph=True)
+                results += [first, many]
+                results += torch.autograd.grad(first.sum(), trained, retain_graph=True)
+                results += torch.autograd.grad(many.sum(), trained, retain_graph=True)
+            return results
+
+        assert_same_bits(second(), from_y(monkeypatch, second))
 
 
 def test_y_may_change_before_backward(masked, monkeypatch):

@@ -23,11 +23,30 @@ class Activation:
     first: Callable[[Tensor, float], Tensor]  # d y / d z
     bend: Callable[[Tensor, float], Tensor] | None  # d first / d saved; None: zero wherever it exists
     gates: bool  # `first` reads of y no more than a bit, as in csrc/activation.h
+    closes: bool  # the gradient of z is 0 where what is saved is at most 0, even that of an infinite one of y
+
+    def times_first(self, g: Tensor, s: Tensor, slope: float) -> Tensor:
+        """``g * first(s)``, the gradient of z for g of y; where the gate is closed it is selected, as in torch."""
+        return self._selected(g * self.first(s, slope), s)
+
+    def times_bend(self, hg: Tensor, s: Tensor, slope: float) -> Tensor | None:
+        """``hg * bend(s)``, the gradient of what is saved; None where the derivative reads nothing of it. As in torch
+        it is there where it is zero, so that what z is made of has a gradient."""
+        if self.bend is None:
+            return None if self.name == "none" else torch.zeros_like(hg)
+        return self._selected(hg * self.bend(s, slope), s)
+
+    def _selected(self, t: Tensor, s: Tensor) -> Tensor:
+        return _threshold(t, s, 0) if self.closes else t
 
 
-def _gate(s: Tensor, closed: float) -> Tensor:
-    # Not `s > 0`: a NaN keeps its gate open, as in torch's ReLU.
-    return torch.where(s <= 0, torch.full_like(s, closed), torch.ones_like(s))
+# torch's own: to them a derivative with respect to s exists, and is zero. A NaN in s keeps the gate open.
+_threshold = torch.ops.aten.threshold_backward.default
+_leaky = torch.ops.aten.leaky_relu_backward.default
+
+
+def _gate(s: Tensor) -> Tensor:
+    return _threshold(torch.ones_like(s), s, 0)
 
 
 def _normal_pdf(z: Tensor) -> Tensor:
@@ -70,12 +89,12 @@ def _silu_second(z: Tensor, _: float) -> Tensor:
 _ALL = (
     # codes are positions: the order of `enum class Act` in csrc/params.h
     ("none", True, lambda z, a: z, lambda y, a: torch.ones_like(y), None),
-    ("relu", True, lambda z, a: torch.relu(z), lambda y, a: _gate(y, 0.0), None),
+    ("relu", True, lambda z, a: torch.relu(z), lambda y, a: _gate(y), None),
     (
         "leaky_relu",
         True,
         lambda z, a: torch.nn.functional.leaky_relu(z, a),
-        lambda y, a: torch.where(y > 0, torch.ones_like(y), torch.full_like(y, a)),
+        lambda y, a: _leaky(torch.ones_like(y), y, a, True),
         None,
     ),
     (
@@ -83,7 +102,7 @@ _ALL = (
         False,
         lambda z, a: torch.relu(z).square(),
         lambda z, a: 2 * torch.relu(z),
-        lambda z, a: 2 * _gate(z, 0.0),
+        lambda z, a: 2 * _gate(z),
     ),
     (
         "gelu",
@@ -117,9 +136,10 @@ _ALL = (
 )
 
 _GATES = {"relu", "leaky_relu"}
+_CLOSES = {"relu", "relu2"}
 
 ACTIVATIONS: dict[str, Activation] = {
-    name: Activation(name, code, saves_output, value, first, bend, name in _GATES)
+    name: Activation(name, code, saves_output, value, first, bend, name in _GATES, name in _CLOSES)
     for code, (name, saves_output, value, first, bend) in enumerate(_ALL)
 }
 

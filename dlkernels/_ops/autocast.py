@@ -17,7 +17,7 @@ from torch import Tensor
 from dlkernels import _C
 from dlkernels._ops.activations import Activation
 from dlkernels._ops.derivatives import gradients, keep
-from dlkernels._ops.modes import PLAIN, forward_mode, under_transform
+from dlkernels._ops.modes import PLAIN, under_transform
 
 _forward = torch.ops.dlkernels._linear_act_autocast_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_autocast_forward_z.default
@@ -38,15 +38,15 @@ class _LinearActAutocast(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
     ) -> Tensor | tuple[Tensor, Tensor]:
         outputs = (_forward if act.saves_output else _forward_z)(x, weight, bias, act.code, slope)
-        keep(ctx, x, weight, outputs, act, slope)
+        keep(ctx, x, weight, outputs if isinstance(outputs, Tensor) else outputs[1], act, slope)
         ctx.x_dtype = x.dtype
         return outputs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, gz: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, weight, saved = ctx.saved_tensors
+        x, weight, saved, _ = ctx.saved_tensors
         needs, act, slope, x_dtype = ctx.needs_input_grad[:3], ctx.act, ctx.slope, ctx.x_dtype
-        if gz is None and g is not None and not torch.is_grad_enabled() and not forward_mode():
+        if gz is None and g is not None and not torch.is_grad_enabled() and not under_transform():
             grads = _backward(g, x, weight, g if saved is None else saved, x_dtype, act.code, slope, *needs)
             return *grads, None, None
         low_x, low_weight = (_cast(t, torch.bfloat16) for t in (x, weight))

@@ -3,6 +3,7 @@
 Formulas: ``linear_act``.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dlkernels._ops import masks
 from dlkernels._ops.activations import ACTIVATIONS, Activation
-from dlkernels._ops.modes import forward_mode
+from dlkernels._ops.modes import is_batched, under_transform
 
 backward_op = torch.ops.dlkernels._linear_act_backward.default
 
@@ -18,20 +19,20 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def keep(
-    ctx: Any, x: Tensor, weight: Tensor, outputs: Tensor | tuple[Tensor, Tensor], act: Activation, slope: float
+    ctx: Any, x: Tensor, weight: Tensor, saved: Tensor, act: Activation, slope: float, anchor: Tensor | None = None
 ) -> None:
-    """Save what a layer's backward will read; ``outputs`` is y, or y and what it reads instead: z, or a mask."""
+    """Save what a layer's backward will read; ``saved`` is y, z, or a mask with its anchor (``masks``)."""
     need_x, need_weight, _ = ctx.needs_input_grad[:3]
-    saved = outputs if isinstance(outputs, Tensor) else outputs[1]
     # Only what the gradients asked for will read (the identity's read neither y nor z). What is not saved costs no
     # memory and may be changed in place before backward, as in stock torch.
-    ctx.save_for_backward(x if need_weight else None, weight if need_x else None, None if act.name == "none" else saved)
+    saved_or_none = None if act.name == "none" else saved
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None, saved_or_none, anchor)
     ctx.set_materialize_grads(False)
     ctx.act, ctx.slope = act, slope
 
 
 def rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # reshape(-1, n) refuses a tensor without elements
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
@@ -49,8 +50,8 @@ def backward_of_backward(
     grads: Gradients,
     needs: tuple[bool, ...] = (True, True, True, True),
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for (g, x, weight, saved) of the backward; see the module's docstring. None where zero or not
-    needed."""
+    """Gradients for (g, x, weight, saved) of the backward; see the module's docstring. None where not needed, and where
+    nothing that is given depends on it."""
     gx, gw, gb = grads
     h = total(
         gx @ weight.t() if gx is not None and weight is not None else None,
@@ -60,14 +61,13 @@ def backward_of_backward(
     if h is None:
         return None, None, None, None
     h = h.expand_as(g)
-    d = act.first(saved, slope)
-    q = g * d
+    q = act.times_first(g, saved, slope)
     need_g, need_x, need_w, need_saved = needs
     return (
-        h * d if need_g else None,
+        act.times_first(h, saved, slope) if need_g else None,
         q @ gw if need_x and gw is not None else None,
         rows(q).t() @ rows(gx) if need_w and gx is not None else None,
-        h * g * act.bend(saved, slope) if need_saved and act.bend is not None else None,
+        act.times_bend(h * g, saved, slope) if need_saved else None,
     )
 
 
@@ -80,8 +80,9 @@ def backward_in_torch(
     slope: float,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> Gradients:
-    """The backward for a g with a tangent, which the op would drop."""
-    q = g * act.first(saved, slope)
+    """The backward for a g with a tangent or a batch, in which torch must see every step; and the identity's, where it
+    is differentiated: each gradient then depends on what its product reads, and on nothing else."""
+    q = g if act.name == "none" else act.times_first(g, saved, slope)
     need_x, need_weight, need_bias = needs
     return (
         q @ weight if need_x and weight is not None else None,
@@ -126,16 +127,22 @@ def gradients(
     act: Activation,
     slope: float,
     needs: tuple[bool, bool, bool],
+    anchor: Tensor | None = None,
 ) -> Gradients:
-    """(dx, dweight, dbias) from the gradients of y and of z, which comes where a derivative returns through what was
-    saved. Differentiable where autograd records; ``saved`` is None for the identity."""
-    if saved is not None and masks.is_mask(saved) and g is not None:
-        saved = masks.unpacked(saved, g.dtype)
+    """(dx, dweight, dbias) from the gradients of y and of z or the anchor, which come where a derivative returns
+    through what was saved. Differentiable where autograd records; ``saved`` is None for the identity."""
+    if saved is not None and masks.is_mask(saved):
+        if g is None and gz is not None:
+            g = masks.zeros_of_y(saved, gz)
+        gz = None
+        if g is not None:
+            saved = masks.unpacked(saved, g.dtype, anchor)
 
     def through(g: Tensor, saved: Tensor, act: Activation) -> Gradients:
-        if forward_mode():
+        recorded = torch.is_grad_enabled()
+        if under_transform() or (recorded and (act.name == "none" or is_batched(g))):
             return backward_in_torch(g, x, weight, saved, act, slope, needs)
-        if not torch.is_grad_enabled():
+        if not recorded:
             return backward_op(g, x, weight, saved, act.code, slope, *needs)
         return _LinearActBackward.apply(g, x, weight, saved, act, slope, needs)
 

@@ -11,9 +11,9 @@ With d = act'(z), s the saved y or z, g the gradient of y and q = g·d (all elem
 Two Functions do each step. The plain pair (``ctx`` in forward) is the fast one, for eager, compile and export; what its
 second derivative sends into s goes on through the first Function, whose output s is, so every order is right and no
 input is kept for it. Under a ``torch.func`` transform the call goes to the pair with ``setup_context`` and ``vmap``,
-which
-recomputes z where a derivative is itself differentiated. In forward-mode AD torch's own operators do the work: a
-Function's ``jvp`` does not see the tangents of an enclosing level, and forward over forward would be zero.
+which recomputes z where a derivative is itself differentiated. Torch's own operators do the work in forward-mode AD (a
+Function's ``jvp`` does not see the tangents of an enclosing level, and forward over forward would be zero), in the
+backward where gradients are batched, and under ``torch.jit.trace``.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ from dlkernels._ops.derivatives import (
     rows,
     total,
 )
-from dlkernels._ops.modes import autocast_active, autocast_operands, forward_mode, under_transform
+from dlkernels._ops.modes import autocast_active, autocast_operands, forward_mode, tracing, under_transform
 
 _forward = torch.ops.dlkernels._linear_act_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_forward_z.default
@@ -120,31 +120,35 @@ def check_shapes(x: Tensor, weight: Tensor) -> None:
 
 
 class _LinearAct(torch.autograd.Function):
-    """y, or (y, z) where the gradient reads z: an output, so that a second derivative can come back through it. Or y
-    and its mask (``masks``), which backward reads."""
+    """y; or (y, z) where the gradient reads z: an output, so that a second derivative can come back through it. With a
+    mask in y's place (``masks``) the second output is its anchor.
+
+    A compiler differentiates no gradient, and would make one up for a second output: there is none for it.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
     ) -> Tensor | tuple[Tensor, Tensor]:
         masked = masks.stand_for_y(act, x, weight)
-        op = _forward_mask if masked else _forward if act.saves_output else _forward_z
-        outputs = op(x, weight, bias, act.code, slope)
-        if masked:
-            ctx.mark_non_differentiable(outputs[1])
-        keep(ctx, x, weight, outputs, act, slope)
-        return outputs
+        if act.saves_output and not masked:
+            y = _forward(x, weight, bias, act.code, slope)
+            keep(ctx, x, weight, y, act, slope)
+            return y
+        y, saved = (_forward_mask if masked else _forward_z)(x, weight, bias, act.code, slope)
+        compiling = torch.compiler.is_dynamo_compiling()
+        anchor = x.new_empty(0) if masked and not compiling else None
+        keep(ctx, x, weight, saved, act, slope, anchor)
+        return y if compiling else (y, saved if anchor is None else anchor)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, gz: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, weight, saved = ctx.saved_tensors
+        x, weight, saved, anchor = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if saved is not None and masks.is_mask(saved):
-            gz = None  # the mask's, which a compiler makes up
-        if gz is None and g is not None and not torch.is_grad_enabled() and not forward_mode():  # what training does
+        if gz is None and g is not None and not torch.is_grad_enabled() and not under_transform():  # what training does
             grads = backward_op(g, x, weight, g if saved is None else saved, ctx.act.code, ctx.slope, *needs)
             return *grads, None, None
-        return *gradients(g, gz, x, weight, saved, ctx.act, ctx.slope, needs), None, None
+        return *gradients(g, gz, x, weight, saved, ctx.act, ctx.slope, needs, anchor), None, None
 
 
 # ---- the pair for torch.func transforms ----------------------------------------------------------------------------
@@ -156,8 +160,20 @@ def _recomputed(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation,
     return act.value(z, slope) if act.saves_output else z
 
 
-def _unbatched(t: Any, dim: int | None, i: int) -> Any:
-    return t if dim is None else t.select(dim, i)
+def _sample_by_sample(
+    function: Any, info: Any, in_dims: tuple[Any, ...], tensors: tuple[Any, ...], *settings: Any
+) -> tuple[Tensor, ...]:
+    """``function`` of each sample of the batched ones of ``tensors``; every result is [batch, ...]."""
+    if info.batch_size == 0:  # the shapes are those of a sample of zeros
+        tensors = tuple(
+            t if d is None else t.new_zeros(t.movedim(d, 0).shape[1:]) for t, d in zip(tensors, in_dims, strict=True)
+        )
+        return tuple(out.new_empty((0, *out.shape)) for out in function.apply(*tensors, *settings))
+    outs = [
+        function.apply(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)), *settings)
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(out) for out in zip(*outs, strict=True))
 
 
 class _LinearActBackwardTransform(torch.autograd.Function):
@@ -186,7 +202,7 @@ class _LinearActBackwardTransform(torch.autograd.Function):
         to_g, to_x, to_w, to_s = backward_of_backward(act, ctx.slope, g, x, weight, saved, grads)  # type: ignore[arg-type]
         if to_s is None:
             return to_g, to_x, to_w, None, None, None, None
-        r = to_s * act.first(saved, ctx.slope) if act.saves_output else to_s  # gradient of z
+        r = act.times_first(to_s, saved, ctx.slope) if act.saves_output else to_s  # gradient of z
         return (
             to_g,
             total(to_x, r @ weight),
@@ -199,13 +215,7 @@ class _LinearActBackwardTransform(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        outs = [
-            _LinearActBackwardTransform.apply(
-                *(_unbatched(a, d, i) for a, d in zip(args[:5], in_dims[:5], strict=True)), *args[5:]
-            )
-            for i in range(info.batch_size)
-        ]
-        return tuple(torch.stack(o) for o in zip(*outs, strict=True)), (0, 0, 0)
+        return _sample_by_sample(_LinearActBackwardTransform, info, in_dims[:5], args[:5], *args[5:]), (0, 0, 0)
 
 
 class _LinearActTransform(torch.autograd.Function):
@@ -236,13 +246,7 @@ class _LinearActTransform(torch.autograd.Function):
         x, weight, bias, act, slope = args
         if in_dims[1] is None and in_dims[2] is None:  # one layer, many inputs: just more rows
             return _LinearActTransform.apply(x.movedim(in_dims[0], 0), weight, bias, act, slope), (0, 0)
-        outs = [
-            _LinearActTransform.apply(
-                *(_unbatched(a, d, i) for a, d in zip(args[:3], in_dims[:3], strict=True)), act, slope
-            )
-            for i in range(info.batch_size)
-        ]
-        return tuple(torch.stack(o) for o in zip(*outs, strict=True)), (0, 0)
+        return _sample_by_sample(_LinearActTransform, info, in_dims[:3], args[:3], act, slope), (0, 0)
 
 
 # ---- the entry -----------------------------------------------------------------------------------------------------
@@ -260,10 +264,11 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, 
         x, weight, bias = autocast_operands(x, weight, bias)
     if under_transform():
         # A compiler that traces through a transform would drop the Function's backward, and gradients would be zero.
-        if forward_mode() or torch.compiler.is_dynamo_compiling():
-            # as rows: batched tangents of a 1-D x come out of torch's linear in the wrong shape
-            z = torch.nn.functional.linear(torch.atleast_2d(x), weight, bias).view(*x.shape[:-1], -1)
-            return act.value(z, slope)
+        if forward_mode() or tracing() or torch.compiler.is_dynamo_compiling():
+            # as a row: batched tangents of a 1-D x come out of torch's linear in the wrong shape
+            row = x.dim() == 1
+            z = torch.nn.functional.linear(x.unsqueeze(0) if row else x, weight, bias)
+            return act.value(z.squeeze(0) if row else z, slope)
         return _LinearActTransform.apply(x, weight, bias, act, slope)[0]
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -2,6 +2,9 @@
 
 A mask is uint8 [..., N / 8]; bit j % 8 of byte j / 8 is that of element j (``csrc/cuda/mask.cuh``). y itself is not
 kept for it, and may be changed in place before backward.
+
+The derivative of the gradient with respect to what y is made of is zero, but exists, as in torch. y not being kept, it
+returns to the layer through an anchor: an output of no elements beside the mask.
 """
 
 import torch
@@ -35,10 +38,17 @@ def is_mask(saved: Tensor) -> bool:
     return saved.dtype == torch.uint8
 
 
-def unpacked(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 and 0 for what is open and closed, [..., N]: of them every derivative is that of y."""
+def unpacked(mask: Tensor, dtype: torch.dtype, anchor: Tensor | None = None) -> Tensor:
+    """1 and 0 for what is open and closed, [..., N]: of them every derivative is that of y. A function of ``anchor``,
+    whose sum is 0."""
     bits = torch.arange(BITS, dtype=torch.uint8, device=mask.device)
-    return (mask.unsqueeze(-1) >> bits & 1).flatten(-2).to(dtype)
+    ones = (mask.unsqueeze(-1) >> bits & 1).flatten(-2).to(dtype)
+    return ones if anchor is None else ones + anchor.sum()
+
+
+def zeros_of_y(mask: Tensor, anchor: Tensor) -> Tensor:
+    """The gradient of y where only the anchor's has come."""
+    return anchor.new_zeros((*mask.shape[:-1], mask.shape[-1] * BITS))
 
 
 def packed(y: Tensor, act: Activation) -> Tensor:

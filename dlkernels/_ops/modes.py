@@ -13,9 +13,26 @@ def forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def tracing() -> bool:
+    """Whether ``torch.jit.trace`` is at work. Its program may run where our ops are not, and must have a backward."""
+    return torch._C._is_tracing()
+
+
+# A compiler cannot look inside; it asks once, and is not at work where torch.jit.trace is. This is
+# torch.compiler.assume_constant_result, which would import the compiler.
+tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def under_transform() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode AD is at work; neither sees into an op of ours."""
-    return torch._C._are_functorch_transforms_active() or forward_mode()
+    """Whether a ``torch.func`` transform, forward-mode AD or ``torch.jit.trace`` is at work; none sees into an op of
+    ours."""
+    return torch._C._are_functorch_transforms_active() or forward_mode() or tracing()
+
+
+def is_batched(g: Tensor) -> bool:
+    """Whether ``g`` is a batch of gradients from ``torch.autograd.grad(..., is_grads_batched=True)``, to which an
+    autograd Function is one call: the graph of its result would be lost."""
+    return torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 def exporting() -> bool:
