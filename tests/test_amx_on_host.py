@@ -258,8 +258,8 @@ def few_rows(kernels, x, weight, act="none", bias=None, threads=1):
     return y, z
 
 
-# Rows: one, a tile, more than one, panels of 32. Columns: fewer than a task's 32, whole ones, one more. k: less than a step
-# of 32, whole steps, one more; more than one sum.
+# m: one row, a tile, more than one, panels of 32. n: fewer columns than a task's 32, whole tasks, one column more.
+# k: less than a step of 32, whole steps, one element more, more than one sum.
 @pytest.mark.parametrize("m", [1, 2, 16, 17, 33, 70])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (31, 31), (32, 64), (33, 65), (70, 2048), (40, 4500)])
 def test_few_rows(kernels, m, n, k):
