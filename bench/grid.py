@@ -71,9 +71,15 @@ SHAPES = {
         Shape("tall-128", 65536, 128, 128),
         Shape("wide", 8192, 256, 1024),
         Shape("square", 2048, 2048, 2048),
+        Shape("regression", 20000, 32, 1),
+        Shape("few-classes", 4096, 256, 16),
+        Shape("vit-s-ffn", 1576, 384, 1536),
+        Shape("odd-batch", 333, 1000, 1000),
+        Shape("small-batch", 64, 512, 512),
+        Shape("odd-sizes", 12345, 77, 131),
     )
 }
-"""The standard grid, from well-known models."""
+"""The standard grid: layers of well-known models, then few columns, few rows and odd sizes."""
 
 GPU_SHAPES = SHAPES | {
     shape.name: shape for shape in (Shape("llm-square", 8192, 4096, 4096), Shape("llm-up", 16384, 1024, 4096))

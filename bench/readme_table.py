@@ -1,6 +1,7 @@
-"""Put the measured ratios into README.md: ``python -m bench.readme_table bench/results/NAME.json``.
+"""Put the measured ratios into README.md: ``python -m bench.readme_table bench/results/NAME.json ...``.
 
-The table stands between two marker lines; what is there is replaced, so figures are never copied by hand.
+A table for each record, under its processor's name, stands between two marker lines; what is there is replaced, so figures are
+never copied by hand.
 """
 
 from __future__ import annotations
@@ -63,6 +64,19 @@ def markdown(result: Record, source: str, column: str = "hot") -> str:
     return "\n".join([*lines, "", *_caption(result, rows, source, column)])
 
 
+def side_by_side(records: Sequence[tuple[Record, str]], column: str = "hot") -> str:
+    """The tables of records, each with where it lies; of several, each under the name of its machine."""
+    if len(records) == 1:
+        return markdown(*records[0], column)
+    tables = [f"### {heading(result)}\n\n{markdown(result, source, column)}" for result, source in records]
+    return "\n\n".join(tables)
+
+
+def heading(result: Record) -> str:
+    machine = result.machine
+    return f"{machine.get('gpu') or machine['cpu']}, {machine['isa']}"
+
+
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
@@ -82,15 +96,15 @@ def _caption(result: Record, rows: Sequence[Row], source: str, column: str) -> l
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme_table", description=__doc__)
-    parser.add_argument("record", type=Path, help="a run's JSON")
+    parser.add_argument("records", type=Path, nargs="+", metavar="record", help="a run's JSON")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--column", choices=tuple(_BUFFERS), default="hot")
     args = parser.parse_args(argv)
     # As the README links to it; no folder of this machine gets into the file.
-    source = os.path.relpath(args.record.resolve(), args.readme.resolve().parent)
+    sources = [Path(os.path.relpath(path.resolve(), args.readme.resolve().parent)).as_posix() for path in args.records]
     try:
-        table = markdown(record.load(args.record), Path(source).as_posix(), args.column)
-        text = rewrite(args.readme.read_text(), table)
+        records = [record.load(path) for path in args.records]
+        text = rewrite(args.readme.read_text(), side_by_side(list(zip(records, sources, strict=True)), args.column))
     except (OSError, ValueError) as wrong:
         parser.error(str(wrong))
     with atomic_write(args.readme) as file:

@@ -399,6 +399,20 @@ def test_readme_is_rewritten_between_its_markers_only(tmp_path):
         assert text.count(BEGIN) == text.count(END) == 1
 
 
+def test_readme_shows_several_machines_side_by_side(tmp_path):
+    readme, paths = tmp_path / "README.md", [tmp_path / f"{name}.json" for name in "ab"]
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    for path, cpu in zip(paths, ("CPU A", "CPU B"), strict=True):
+        result = made()
+        result.machine["cpu"] = cpu
+        result.save(path)
+    assert write_readme([*map(str, paths), "--readme", str(readme)]) == 0
+    headings = [line for line in readme.read_text().splitlines() if line.startswith("### ")]
+    isa = made().machine["isa"]
+    assert headings == [f"### CPU A, {isa}", f"### CPU B, {isa}"]
+    assert readme.read_text().count("| **geometric mean** |") == 2
+
+
 @pytest.mark.parametrize("text", ["no markers", BEGIN, END + BEGIN, BEGIN + END + BEGIN + END])
 def test_readme_without_its_markers_is_refused(text):
     with pytest.raises(ValueError, match="expected one line <!-- bench:begin -->"):
