@@ -63,21 +63,25 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
     for (int j = 0; j < C; ++j) out[i * ld + j] = sums[i * C + j];
 }
 
-template <class E, int R, int C>
+template <class E>
 using DotBlock = void (*)(const Gemm&, int64_t, int64_t, typename E::Acc*, int64_t);
+
+// The block of that many rows of x, so that w is read once for all of them.
+template <class E, int R = DLK_DOT_M>
+DotBlock<E> dot_block_for(int64_t rows) {
+  if constexpr (R > 1) {
+    if (rows < R) return dot_block_for<E, R - 1>(rows);
+  }
+  return &dot_block<E, R, DLK_DOT_N>;
+}
 
 // A block of rows of x against n rows of w.
 template <class E>
 DLK_INLINE void dot_rows(const Gemm& p, int64_t i0, int64_t rows, int64_t j0, int64_t n, typename E::Acc* out,
                          int64_t ld) {
-  if (rows == DLK_DOT_M && n == DLK_DOT_N) return dot_block<E, DLK_DOT_M, DLK_DOT_N>(p, i0, j0, out, ld);
-  for (int64_t r = 0; r < rows; ++r) {
-    if (n == DLK_DOT_N) {
-      dot_block<E, 1, DLK_DOT_N>(p, i0 + r, j0, out + r * ld, ld);
-    } else {
-      for (int64_t c = 0; c < n; ++c) dot_block<E, 1, 1>(p, i0 + r, j0 + c, out + r * ld + c, ld);
-    }
-  }
+  if (n == DLK_DOT_N) return dot_block_for<E>(rows)(p, i0, j0, out, ld);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < n; ++c) dot_block<E, 1, 1>(p, i0 + r, j0 + c, out + r * ld + c, ld);
 }
 
 template <class E>
