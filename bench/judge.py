@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.contenders import Op
 from bench.harness import reason
-from tests.oracle import Layer, assert_no_worse, error, oracle, reordered_stock
+from tests.oracle import Layer, assert_no_worse, oracle, stock_errors
 
 
 class Judge:
@@ -23,11 +23,10 @@ class Judge:
                 "expected Python with assertions, which check the results; got python -O. Run it without"
             )
         self.layer = layer
-        # Against an oracle of its own precision stock shows no error; in another order of summation it does.
-        stock = reordered_stock(layer) if layer.x.dtype == torch.float64 else layer.stock()
+        stock = layer.stock()
         self._gates = stock["y"] > 0
         self._exact = self._oracle(stock["y"])
-        self._stock_error = {name: error(t, *self._exact[name]) for name, t in stock.items()}
+        self._stock_error = stock_errors(layer, stock, self._exact)
 
     def _oracle(self, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         # Where the layer is: on a GPU's grid a CPU would take minutes for it.

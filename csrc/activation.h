@@ -1,7 +1,7 @@
 // One functor per activation: its value, and its gradient from what the forward saved.
 //
 // A functor is written once against an `O` ("ops") that names a value type `O::T` - a scalar on CUDA, a vector
-// register on CPU - with `O::lit`, `O::exp`, `O::normal_exp`, `O::tanh`, `O::erf`. Comparisons and `?:` work on both.
+// register on CPU - with `O::lit`, `O::exp`, `O::normal_exp`, `O::tanh`, `O::normal_cdf`. Comparisons and `?:` work on both.
 //
 //   saves_output  true: `grad` reads y;  false: `grad` reads the pre-activation z, which forward then stores
 //   gates         true: of y, `grad` reads no more than a bit, see `opens`: 1 and 0 may stand for it
@@ -71,16 +71,12 @@ struct GELU {
   static constexpr bool saves_output = false, gates = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
-    return z * cdf<O>(z);
+    return z * O::normal_cdf(z);
   }
   template <class O, class T = typename O::T>
   DLK_HD static T grad(T g, T z, T) {
     T scaled = O::lit(0.39894228040143267794) * z;  // 1/sqrt(2π); first, for φ(z) alone can be subnormal
-    return g * (cdf<O>(z) + scaled * O::normal_exp(O::lit(-0.5) * z * z));
-  }
-  template <class O, class T = typename O::T>
-  DLK_HD static T cdf(T z) {
-    return O::lit(0.5) * (O::lit(1) + O::erf(z * O::lit(0.70710678118654752440)));  // 1/sqrt(2)
+    return g * (O::normal_cdf(z) + scaled * O::normal_exp(O::lit(-0.5) * z * z));
   }
 };
 

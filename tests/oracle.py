@@ -28,11 +28,21 @@ def _tanh(z: Tensor) -> Tensor:
     return z.sign() * -torch.expm1(-2 * z.abs()) / (1 + e)
 
 
-# The same functions by other, equally well-conditioned formulas: what rounding inside an activation may do.
-REWRITTEN = {
+def _gelu_tanh_inner(z: Tensor) -> Tensor:
+    return (2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)
+
+
+# What the oracle evaluates in float64: stock's formulas, but for the left tails of both GELUs, where stock's cancel.
+EXACT = {
     **STOCK,
     "gelu": lambda z: z * 0.5 * torch.erfc(z * -(0.5**0.5)),
-    "gelu_tanh": lambda z: 0.5 * z * (1 + _tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3))),
+    "gelu_tanh": lambda z: z * torch.sigmoid(2 * _gelu_tanh_inner(z)),
+}
+
+# The same functions by other, equally well-conditioned formulas: what rounding inside an activation may do.
+REWRITTEN = {
+    **EXACT,
+    "gelu_tanh": lambda z: 0.5 * z * (1 + _tanh(_gelu_tanh_inner(z))),
     "silu": lambda z: z * (z.exp() / (1 + z.exp())),
     "tanh": _tanh,
     "sigmoid": lambda z: z.exp() / (1 + z.exp()),
@@ -69,17 +79,46 @@ class Layer:
         return self.run(lambda x, w, b: activations[self.activation](F.linear(x, w, b)))
 
 
+def _slices(a: Tensor, bits: int) -> list[Tensor]:
+    """Matrices that add up to ``a``, down to 2^-70 of each row's largest element. In a row, each is integers of
+    ``bits`` bits times one power of two."""
+    slices = []
+    for _ in range(-(-70 // bits)):
+        unit = torch.exp2(torch.frexp(a.abs().amax(1, keepdim=True))[1].double() - bits)
+        slices.append((a / unit).round() * unit)
+        a = a - slices[-1]
+    return slices
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [K, N] in float64, rounded about once however long the sum.
+
+    Products of slices are sums of integers below 2^53, which no order of addition rounds (Ozaki et al., 2012).
+    """
+    if min(*a.shape, *b.shape) == 0:
+        return a @ b
+    bits = (52 - (a.shape[1] - 1).bit_length()) // 2
+    left, right = _slices(a, bits), [t.t() for t in _slices(b.t(), bits)]
+    total = a.new_zeros(a.shape[0], b.shape[1])
+    for order in reversed(range(len(left))):  # the smallest first
+        for i in range(order + 1):
+            total += left[i] @ right[order - i]
+    return total
+
+
 def oracle(layer: Layer, y: Tensor, device: torch.device | str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
-    """Each result of ``layer`` in float64, and its scale: what one rounding error of every term may add up to.
+    """Each result of ``layer`` in float64, and its scale: what one rounding error of every term may add up to. For a
+    layer in float64 itself, products are exact but for their last rounding.
 
     ``y`` is the output under test: ReLU's gate is read from it, because a z within rounding of 0 may rightly fall on
     either side of the kink. Computed on ``device``: by default on the CPU, whatever the device under test.
     """
     layer, y = layer.to(device), y.to(device)
-    act, k, n = STOCK[layer.activation], layer.x.shape[-1], layer.g.shape[-1]
+    act, k, n = EXACT[layer.activation], layer.x.shape[-1], layer.g.shape[-1]
+    product = exact_product if layer.x.dtype == torch.float64 else torch.mm
     x, w, g = layer.x.double().reshape(-1, k), layer.weight.double(), layer.g.double().reshape(-1, n)
     b = layer.bias.double() if layer.bias is not None else w.new_zeros(n)
-    z = (x @ w.t() + b).requires_grad_()
+    z = (product(x, w.t()) + b).requires_grad_()
     size = x.abs() @ w.abs().t() + b.abs()  # Σ|terms| of z
     value = act(z)
     (d,) = torch.autograd.grad(value.sum(), z, create_graph=True)
@@ -92,9 +131,9 @@ def oracle(layer: Layer, y: Tensor, device: torch.device | str = "cpu") -> dict[
     dz, dz_size = g * d, g.abs() * (d.abs() + dd.abs() * size)
     exact = {
         "y": (value, value.abs() + torch.maximum(slope, d.abs()) * size),
-        "dx": (dz @ w, dz_size @ w.abs()),
-        "dweight": (dz.t() @ x, dz_size.t() @ x.abs()),
-        "dbias": (dz.sum(0), dz_size.sum(0)),
+        "dx": (product(dz, w), dz_size @ w.abs()),
+        "dweight": (product(dz.t(), x), dz_size.t() @ x.abs()),
+        "dbias": (product(dz.t(), dz.new_ones(len(dz), 1))[:, 0], dz_size.sum(0)),
     }
     shapes = {"y": layer.g.shape, "dx": layer.x.shape, "dweight": w.shape, "dbias": (n,)}
     return {name: (t.reshape(shapes[name]), size.reshape(shapes[name])) for name, (t, size) in exact.items()}
@@ -119,24 +158,38 @@ def assert_no_worse(ours: Tensor, exact: Tensor, scale: Tensor, stock_error: flo
     assert mine <= allowed, f"{what}: error {mine:.3g} rounding units, twice stock's is {allowed:.3g}"
 
 
+def stock_errors(layer: Layer, stock: dict[str, Tensor], exact: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """:func:`error` of each of stock's results. ``exact`` is the oracle with the gates of ``stock``'s y.
+
+    In float64 the largest of stock's as it is and of two other orders and formulas: there stock's order of addition is
+    not ours everywhere, and of two equally good orders the largest errors of one draw can differ by more than 2. Of 26
+    draws of 33 × 64 × 65 by MKL's AVX2, stock's was 1.86 on average and 3.09 at most, ours 1.91 and 3.09; in one draw
+    ours was 2.2 times stock's. The oracle's activations are rounded like stock's, too.
+    """
+    worst = {name: error(t, *exact[name]) for name, t in stock.items()}
+    for _ in range(2 if layer.x.dtype == torch.float64 else 0):
+        other = reordered_stock(layer)
+        same_gates = torch.equal(other["y"] > 0, stock["y"] > 0)
+        theirs = exact if same_gates else oracle(layer, other["y"], exact["y"][0].device)
+        worst = {name: max(worst[name], error(t, *theirs[name])) for name, t in other.items()}
+    return worst
+
+
 def check(layer: Layer, op: Op, granted: float = 1.0) -> None:
     """op(x, weight, bias) and its gradients have stock's shapes, dtypes and device, and follow the rule.
 
     ``granted``: rounding units that count as stock's error where it has less.
     """
     ours, stock = layer.run(op), layer.stock()
+    exact, allowed = oracle(layer, ours["y"]), stock_errors(layer, stock, oracle(layer, stock["y"]))
     for name, t in ours.items():
         s = stock[name]
         assert (t.shape, t.dtype, t.device) == (s.shape, s.dtype, s.device), name
-    if layer.x.dtype == torch.float64:
-        stock = reordered_stock(layer)  # against an oracle of the same precision, stock itself shows no error
-    exact, stock_exact = oracle(layer, ours["y"]), oracle(layer, stock["y"])
-    for name, t in ours.items():
-        assert_no_worse(t, *exact[name], max(granted, error(stock[name], *stock_exact[name])), name)
+        assert_no_worse(t, *exact[name], max(granted, allowed[name]), name)
 
 
 def reordered_stock(layer: Layer) -> dict[str, Tensor]:
-    """Stock's results with every sum in another order and formula: in float64 they show what rounding may do."""
+    """Stock's results with every sum in another order, drawn at random, and activations by the other formula."""
     k, n = layer.x.shape[-1], layer.g.shape[-1]
     x, g = layer.x.reshape(-1, k), layer.g.reshape(-1, n)
     pm, pn, pk = (torch.randperm(size, device=x.device) for size in (x.shape[0], n, k))

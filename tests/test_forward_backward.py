@@ -79,8 +79,6 @@ def test_strides_of_every_operand(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stride_zero(dtype, device):
     base = make(40, 33, 50, dtype, "relu", device=device)
-    if dtype == torch.float64:  # equal terms in another order are no other oracle: few bits, so that sums are exact
-        base = Layer(*(t.half().double() for t in (base.x, base.weight, base.bias, base.g)), "relu")
     x = base.x[:1].expand(40, -1)
     weight = base.weight[:, :1].expand(-1, 33)
     bias = base.bias[:1].expand(50)

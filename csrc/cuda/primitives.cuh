@@ -52,7 +52,12 @@ struct Ops {
   DLK_DEVICE static T normal_exp(T v) { return std::exp(v); }  // a GPU is as fast on subnormal numbers
   DLK_DEVICE static T log(T v) { return std::log(v); }
   DLK_DEVICE static T tanh(T v) { return std::tanh(v); }
-  DLK_DEVICE static T erf(T v) { return std::erf(v); }
+  DLK_DEVICE static T normal_cdf(T v) {  // as torch's GELU on CUDA: accurate in the left tail too
+    if constexpr (sizeof(T) == sizeof(float))
+      return ::normcdff(v);
+    else
+      return ::normcdf(v);
+  }
 };
 
 // Consecutive elements that travel as one load or store, which their address is aligned for.

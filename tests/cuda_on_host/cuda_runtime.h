@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -22,6 +23,9 @@
 
 using std::max;
 using std::min;
+
+inline double normcdf(double v) { return 0.5 * std::erfc(v * -0.70710678118654752440); }
+inline float normcdff(float v) { return 0.5f * std::erfc(v * -0.70710678f); }
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
