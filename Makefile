@@ -11,7 +11,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := pyproject.toml setup.py $(wildcard _build/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test lint bench bench-full sanitize cuda-check gpu-check mutations clean
+.PHONY: demo test test-isa lint bench bench-full sanitize cuda-check gpu-check mutations clean
 
 demo: .venv/.demo  ## train 784-256-10 on MNIST, fused beside stock
 	@echo "== data: MNIST, from the cache or fetched"
@@ -21,6 +21,9 @@ demo: .venv/.demo  ## train 784-256-10 on MNIST, fused beside stock
 
 test: .venv/.dev  ## the whole suite
 	$(BIN)/python -m pytest
+
+test-isa: .venv/.dev  ## the kernel tests as on one processor after another: instruction sets capped, ours and torch's
+	$(BIN)/python -m tests.every_processor
 
 lint: .venv/.dev  ## formatting, style and types; the versions pinned in pyproject.toml
 	_build/lint.sh

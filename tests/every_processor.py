@@ -1,8 +1,8 @@
 """The kernel tests as on one processor after another: ``python -m tests.every_processor [pytest arguments]``.
 
 Instruction sets are capped for our kernels and for torch's (its own, oneDNN's and MKL's) together. Every test file runs
-with our products, and with torch's but for what those treat in their own way. The last line belongs in docs/design.md,
-section 11.
+with our products, and with torch's but for what those treat in their own way. At the end: a line per set, and, where
+all passed, a row for the table in docs/design.md, section 11.
 """
 
 import os
@@ -40,26 +40,15 @@ def processor() -> str:
     return "unknown processor"
 
 
-def run(isa: str, gemm: str, arguments: list[str]) -> str:
-    """What pytest's last line says, or an empty string where a test failed; its output goes to this one's then."""
+def run(isa: str, gemm: str, arguments: list[str]) -> tuple[bool, str]:
+    """Whether all passed, and pytest's last line; its output goes to this one's where they did not."""
     capability, onednn, mkl, _ = PROCESSORS[isa]
     caps = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
     files = [f"tests/test_{name}.py" for name in (FILES if gemm == "own" else LIBRARY).split()]
     chosen = [] if gemm == "own" else ["-k", "not same_bits"]  # torch's bits depend on the number of threads
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not cuda and not slow"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not cuda and not slow",
-            *files,
-            *chosen,
-            *arguments,
-        ],
+        [sys.executable, *pytest, *files, *chosen, *arguments],
         cwd=ROOT,
         env={**os.environ, **caps, "DLKERNELS_CPU_ISA": isa, "DLKERNELS_CPU_GEMM": gemm},
         capture_output=True,
@@ -67,22 +56,23 @@ def run(isa: str, gemm: str, arguments: list[str]) -> str:
     )
     if done.returncode:
         print(done.stdout[-20_000:], done.stderr[-2_000:], file=sys.stderr)
-        return ""
-    return done.stdout.strip().splitlines()[-1]
+    return done.returncode == 0, (done.stdout.strip() or "no output").splitlines()[-1].strip("= ")
 
 
 def main() -> int:
     there = [isa for isa in PROCESSORS if isa == "portable" or _C.cpu_features()[isa]]
-    failed = []
+    lines, failed = [], []
     for isa in there:
         for gemm in ("own", "aten"):
+            print(f"== {isa} {gemm}", flush=True)
             began = time.monotonic()
-            said = run(isa, gemm, sys.argv[1:])
-            print(
-                f"{isa:12} {gemm:5} {time.monotonic() - began:4.0f} s  {said or 'FAILED'}  as {PROCESSORS[isa][3]}",
-                flush=True,
+            passed, said = run(isa, gemm, sys.argv[1:])
+            verdict = "passed" if passed else "FAILED"
+            lines.append(
+                f"{isa:12} {gemm:5} {verdict} {time.monotonic() - began:4.0f} s  {said}  as {PROCESSORS[isa][3]}"
             )
-            failed += [] if said else [f"{isa} {gemm}"]
+            failed += [] if passed else [f"{isa} {gemm}"]
+    print(*lines, sep="\n")
     if failed:
         print("failed:", ", ".join(failed))
         return 1

@@ -1,5 +1,6 @@
 """Cross entropy of a linear layer without its logits: numbers by the oracle's rule, memory, what torch does with it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -300,9 +301,14 @@ def test_numbers_on_every_kernel_set(kernels):
     ids=["float32", "bfloat16"],
 )
 def test_the_logits_never_exist(dtype, reduction, shape):
-    """The peak of a step, gradients included, is a fraction of what the logits alone would take."""
+    """The peak of a step, gradients included, is a fraction of what the logits alone would take.
+
+    A block is an eighth of them here. torch's GEMM, where it is asked for, may have scratch of its own: oneDNN, on a
+    processor without bf16 instructions, holds a block's product in float32 beside the rounded one.
+    """
     m, c, _ = shape
     logits = m * c * 4
+    scratch = logits / 8 if os.environ.get("DLKERNELS_CPU_GEMM") == "aten" else 0
     x, weight, bias, target, _ = problem(*shape, dtype)
     g = torch.ones(m if reduction == "none" else (), dtype=dtype)
 
@@ -312,7 +318,7 @@ def test_the_logits_never_exist(dtype, reduction, shape):
     def step(i):
         return torch.autograd.grad(loss(i), (i.x, i.weight, i.bias), i.g)
 
-    assert extra_bytes(loss, Inputs(x, weight, bias, g)) < logits / 7
+    assert extra_bytes(loss, Inputs(x, weight, bias, g)) < logits / 7 + scratch
     leaves = (t.requires_grad_() for t in (x, weight, bias))
     assert extra_bytes(step, Inputs(*leaves, g)) < logits / 4
 
