@@ -104,6 +104,7 @@ py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool
     const cpu::Route route = autocast ? cpu::autocast_route(op, {m, n, k}, contiguous)
                                       : cpu::route(op, {m, n, k}, static_cast<DType>(index), contiguous);
     const bool sliced = op == Op::wgrad && route.path == cpu::Path::packed;
+    const bool striped = op == Op::wgrad && route.path == cpu::Path::few_columns;
     py::dict row;
     row["op"] = name;
     row["path"] = cpu::name(route.path);
@@ -112,13 +113,13 @@ py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool
     row["kernel"] = autocast ? cpu::kernels().autocast.ukernel
                     : rounds ? rounded
                              : cpu::kernels().engine[index].ukernel;
-    row["splits"] = sliced ? cpu::gemm_splits(n, k, m) : 1;
+    row["splits"] = sliced ? cpu::gemm_splits(n, k, m) : striped ? static_cast<int>(cpu::column_slices(m)) : 1;
     row["why"] = route.why;
     rows.append(row);
   };
   add("forward", Op::forward, x_contiguous && weight_contiguous);
   add("dgrad", Op::dgrad, weight_contiguous);
-  add("wgrad", Op::wgrad, true);
+  add("wgrad", Op::wgrad, x_contiguous);
   return rows;
 }
 

@@ -208,7 +208,8 @@ class Explanation:
     """Which path one product of a layer takes, and why.
 
     ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` on CPU is "packed"
-    (our blocked GEMM), "few_rows" (our kernels for small batches) or "aten" (torch's GEMM with our elementwise passes);
+    (our blocked GEMM), "few_rows" (our kernels for small batches), "few_columns" (those for up to 16 out_features) or
+    "aten" (torch's GEMM with our elementwise passes);
     on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma), "cublas" (with our passes) or "chain"
     (up to 128 features: the weight stays in shared memory, dgrad and wgrad are one kernel); of several layers, on both,
     "chain" (a block of rows through all of them, see :func:`mlp`).

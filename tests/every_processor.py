@@ -17,7 +17,8 @@ from dlkernels import _C
 
 ROOT = Path(__file__).parents[1]
 FILES = (
-    "forward_backward special_values conversions accuracy long_sums mlp autocast precision losses linear_cross_entropy"
+    "forward_backward few_columns special_values conversions accuracy long_sums mlp autocast precision losses"
+    " linear_cross_entropy"
 )
 # Where torch's GEMM multiplies, its rounding and what it does to special values and subnormals are its own.
 LIBRARY = "forward_backward mlp losses linear_cross_entropy"

@@ -11,10 +11,10 @@ from dlkernels import _C
 LEVELS = ["avx2", "avx512", "avx512_bf16", "amx"]
 ISAS = ["portable", *(isa for isa in LEVELS if _C.cpu_features()[isa])]
 FILES = ["test_forward_backward.py", "test_special_values.py", "test_conversions.py", "test_accuracy.py", "test_mlp.py"]
-FILES += ["test_autocast.py"]
+FILES += ["test_autocast.py", "test_few_columns.py"]
 # Each activation and dtype in every path, tile edges, strides: what depends on the width of a register.
 SUBSET = "every_activation or (relu_over_shapes and (33 or 47 or 97)) or (strides_of and 40) or stride_zero or empty"
-SUBSET += " or mlp_over_shapes or mlp_with_every_activation or mlp_confines or mlp_takes_strides"
+SUBSET += " or few_columns or mlp_over_shapes or mlp_with_every_activation or mlp_confines or mlp_takes_strides"
 CONVERSIONS = " or conversions or accuracy or subnormals"  # of numbers that torch's GEMM treats in its own way
 
 

@@ -10,10 +10,13 @@ from torch.nn import functional as F
 
 from dlkernels.functional import cross_entropy, linear_act, linear_cross_entropy, mlp, mse_loss
 
-# M, K, N: few rows, packed, and rows cut in slices, with a long sum in forward, in dgrad, in wgrad and dbias.
+# M, K, N: few rows, packed, few columns, and rows cut in slices, with a long sum in forward, in dgrad, in wgrad and
+# dbias.
 FORWARD = [(1, 65536, 20), (1, 1_000_000, 5), (16, 65536, 20), (16, 2_000_000, 2), (33, 65536, 8), (33, 16384, 40)]
 DGRAD = [(1, 64, 100_000), (2, 70, 20_000), (4, 64, 65536), (8, 64, 65536), (40, 9, 20_000)]
 WGRAD = [(5000, 70, 40), (65536, 30, 40), (65536, 300, 150), (1_000_000, 3, 2)]
+# Few columns: rows in slices, or k in cuts.
+COLUMNS = [(20000, 32, 1), (300_000, 33, 1), (65536, 64, 8), (100, 65536, 1), (100, 30_000, 16)]
 
 
 def positive(*shape, dtype=torch.float32):
@@ -21,7 +24,7 @@ def positive(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", FORWARD + DGRAD + WGRAD, ids=str)
+@pytest.mark.parametrize("shape", FORWARD + DGRAD + WGRAD + COLUMNS, ids=str)
 def test_products(shape, dtype):
     m, k, n = shape
     layer = Layer(*(positive(*s, dtype=dtype) for s in ((m, k), (n, k), (n,), (m, n))), "none")
@@ -29,7 +32,9 @@ def test_products(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(33, 65536, 8), (4, 64, 65536), (16, 65536, 20), (65536, 8, 9)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(33, 65536, 8), (4, 64, 65536), (16, 65536, 20), (65536, 8, 9), (20000, 32, 1)], ids=str
+)
 def test_products_of_16_bits(shape, dtype):
     """Small enough for float16: a sum has at most 65536 terms below 1/4."""
     m, k, n = shape

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KERNELS = 13
+KERNELS = 15
 
 
 def build(folder, *flags):

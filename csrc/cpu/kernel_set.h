@@ -10,6 +10,7 @@
 #include "ukernel.h"
 #include "gemm.h"
 #include "few_rows.h"
+#include "few_columns.h"
 #include "chain.h"
 #include "passes.h"
 #include "losses.h"
@@ -25,6 +26,8 @@ constexpr Engine engine(const char* ukernel) {
           {},
           &few_dgrad_with<typename E::Elem, typename E::ElemB, typename E::ElemC>,
           &few_wgrad_with<typename E::Elem, typename E::ElemB, typename E::ElemC>,
+          &few_columns_forward_with<E>,
+          &few_columns_backward_with<typename E::Elem>,
           &grad_pass_with<typename E::Elem>,
           kChainFeatures<E>,
           &chain_forward_with<E>,

@@ -27,6 +27,24 @@ constexpr int64_t kFewRowsForward = 32;
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kFewDz = 1 << 18;  // elements of dz that every thread then makes for itself: 1 MiB
 
+// Where rows of x, not weight, are what a product reads: dot products and outer products of them, without packing.
+constexpr int64_t kFewColumns = 16;
+// Backward of such a layer in one pass over the rows: the gradients that are set.
+struct ColumnsBackward {
+  int64_t m, n, k;
+  View g, saved;  // [m, n]; saved as in Gemm
+  Activation act;
+  View weight;     // [n, k], contiguous along k; for dx
+  View x;          // [m, k], likewise; for dweight
+  void* dx;        // [m, k] contiguous, or nullptr
+  void* dweight;   // [n, k] contiguous, or nullptr
+  void* dbias;     // [n], or nullptr
+  void* partials;  // column_slices(m) > 1: scratch of as many times n * (k + 1) accumulators, for dweight and dbias
+};
+// In how many slices its rows are cut: a function of the shape alone. One has at least 128 rows, which makes adding it to
+// the others cheap, and there are enough for 32 threads.
+DLK_HD int64_t column_slices(int64_t m) { return m < 256 ? 1 : m < 32 * 128 ? m / 128 : 32; }
+
 struct PackedProduct {
   void (*gemm)(const Gemm&, const Parallel&);
   int64_t (*panels_size)(const Gemm&, int threads);
@@ -49,6 +67,9 @@ struct Engine {
   FewForward few_forward, tiles_forward;            // from tiles_forward.least_rows on that one, where there is one
   void (*few_dgrad)(const Gemm&, const Parallel&);  // M <= kFewRows
   void (*few_wgrad)(const Gemm&, const Parallel&);  // M <= kFewRows
+  // The same for few columns: N <= kFewColumns; x and weight contiguous along k.
+  void (*few_columns_forward)(const Gemm&, const Parallel&);
+  void (*few_columns_backward)(const ColumnsBackward&, const Parallel&);
   void (*grad_pass)(const GradPass&, const Parallel&);
   // Layers of at most chain_features in and out features.
   int64_t chain_features;

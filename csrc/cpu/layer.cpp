@@ -79,6 +79,23 @@ void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2
   run_packed(autocast ? autocast->packed.wgrad : packed_product(c.dtype), p);
 }
 
+// Those of the gradients that are given, from one pass over the rows.
+void few_columns_backward(const Checked& c, const Incoming& in, const at::Tensor& x2, const at::Tensor& weight,
+                          at::Tensor* dx, at::Tensor* dweight, at::Tensor* dbias) {
+  const auto [m, n, k] = c.shape;
+  const Gemm described = gradient_product(c, in);
+  ColumnsBackward p = {m, n, k, described.a, described.saved, described.act};
+  if (dx) p.weight = view_of(weight), p.dx = dx->data_ptr();
+  if (dweight) p.x = view_of(x2), p.dweight = dweight->data_ptr();
+  if (dbias) p.dbias = dbias->data_ptr();
+  at::Tensor partials;
+  if (column_slices(m) > 1 && (dweight || dbias)) {
+    partials = accumulators(column_slices(m) * n * (k + 1), c.dtype);
+    p.partials = partials.data_ptr();
+  }
+  engine(c.dtype).few_columns_backward(p, parallel_for_work(m * n * k));
+}
+
 void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor* dbias, Store store) {
   const auto [m, n, k] = c.shape;
   at::Tensor partials;
@@ -135,6 +152,7 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
     const auto few_rows = autocast ? autocast->few_rows.forward : few_forward(c.dtype, m).run;
     return few_rows(p, parallel_for_work(m * n * k));
   }
+  if (path == Path::few_columns) return engine(c.dtype).few_columns_forward(p, parallel_for_work(m * n * k));
   run_packed(autocast ? autocast->packed.forward : packed_product(c.dtype), p);
 }
 
@@ -145,11 +163,14 @@ void layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, c
   if (m == 0 || n == 0) return;
   const Incoming rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
   const Path dx_path = path_of(Op::dgrad, c, weight.defined() && weight.stride(1) == 1, autocast);
-  const Path dw_path = path_of(Op::wgrad, c, true, autocast);
+  const at::Tensor x2 = dweight.defined() ? as_rows(x) : at::Tensor();
+  const Path dw_path = path_of(Op::wgrad, c, x2.defined() && x2.stride(1) == 1, autocast);
   const bool need_x = dx.defined() && k > 0, need_weight = dweight.defined() && k > 0, need_bias = dbias.defined();
   const bool dx_by_aten = need_x && dx_path == Path::aten, dw_by_aten = need_weight && dw_path == Path::aten;
   const bool dw_by_us = need_weight && !dw_by_aten;
-  const bool dbias_with_dw = dw_by_us && (dw_path == Path::few_rows || autocast || packed_product(c.dtype).exact);
+  const bool dx_by_columns = need_x && dx_path == Path::few_columns;
+  const bool dw_by_columns = need_weight && dw_path == Path::few_columns;
+  const bool dbias_with_dw = dw_by_us && (dw_path != Path::packed || autocast || packed_product(c.dtype).exact);
 
   if (dx_by_aten || dw_by_aten || (need_bias && !dbias_with_dw)) {
     at::Tensor dz;
@@ -161,10 +182,14 @@ void layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, c
       at::Tensor out = dx.view({m, k});
       at::mm_out(out, for_library(dz), weight);
     }
-    if (dw_by_aten) at::mm_out(dweight, dz.t(), as_rows(x));
+    if (dw_by_aten) at::mm_out(dweight, dz.t(), x2);
   }
-  if (need_x && !dx_by_aten) dgrad(dx_path, c, rows, weight, dx, below, autocast);
-  if (dw_by_us) wgrad(dw_path, c, rows, as_rows(x), dweight, need_bias && dbias_with_dw ? &dbias : nullptr, autocast);
+  at::Tensor* const dbias_beside = need_bias && dbias_with_dw ? &dbias : nullptr;
+  if (dx_by_columns || dw_by_columns)
+    few_columns_backward(c, rows, x2, weight, dx_by_columns ? &dx : nullptr, dw_by_columns ? &dweight : nullptr,
+                         dw_by_columns ? dbias_beside : nullptr);
+  if (need_x && !dx_by_aten && !dx_by_columns) dgrad(dx_path, c, rows, weight, dx, below, autocast);
+  if (dw_by_us && !dw_by_columns) wgrad(dw_path, c, rows, x2, dweight, dbias_beside, autocast);
 }
 
 }  // namespace dlk::cpu

@@ -8,14 +8,15 @@
 
 namespace dlk::cpu {
 
-enum class Path { packed, few_rows, aten };
+enum class Path { packed, few_rows, few_columns, aten };
 
 struct Route {
   Path path;
   const char* why;
 };
 
-// `contiguous`: weight, and in forward x too, has its last stride 1, which few_rows needs.
+// `contiguous`: what the product reads of weight and x has its last stride 1, which few_columns needs, and few_rows but in
+// wgrad.
 Route route(Op op, const Shape& shape, DType dtype, bool contiguous);
 
 // Whether layers under autocast have kernels of their own here (autocast.h): the same for all of them in a process.

@@ -274,17 +274,34 @@ DLK_INLINE void transpose(V* rows) {
     for (int i = 0; i < lanes; ++i) rows[i] = from[i];
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]; a tree, so 3 operations per sum. Clobbers rows.
-template <class V>
+// Lanes of a whose index has the bit `bit` clear, lanes of b where it is set: their own (swap = 0), or those `bit` lanes away.
+template <int bit, int swap, class V>
+DLK_INLINE V by_bit(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  using I = decltype(a < b);
+  I index;
+  for (int i = 0; i < lanes; ++i) index[i] = (i ^ (swap * bit)) + (i & bit ? lanes : 0);
+#if defined(__clang__)
+  V r;
+  for (int i = 0; i < lanes; ++i) r[i] = index[i] < lanes ? a[index[i]] : b[index[i] - lanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]; a tree, so 3 operations per sum, one of which crosses lanes.
+// Clobbers rows.
+template <class V, int half = sizeof(V) / sizeof(V{}[0]) / 2>
 DLK_INLINE V row_sums(V* rows) {
-  constexpr int lanes = sizeof(V) / sizeof(rows[0][0]);
+  if constexpr (half > 0) {
 #pragma GCC unroll 8
-  for (int half = lanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 16
     for (int i = 0; i < half; ++i)
-      rows[i] = interleave<0>(rows[i], rows[i + half]) + interleave<1>(rows[i], rows[i + half]);
+      rows[i] = by_bit<half, 0>(rows[i], rows[i + half]) + by_bit<half, 1>(rows[i], rows[i + half]);
+    return row_sums<V, half / 2>(rows);
+  } else {
+    return rows[0];
   }
-  return rows[0];
 }
 
 }  // namespace dlk::cpu::DLK_ISA

@@ -102,6 +102,21 @@ int main() {
   product("few rows, dgrad", dgrad, false, 1, engine.few_dgrad);
   product("few rows, wgrad", wgrad, true, 1, engine.few_wgrad);
 
+  Gemm columns{};
+  columns.m = 5 * m, columns.n = 11, columns.k = 60;
+  columns.a = {x.data(), 60, 1}, columns.b = {w.data(), 1, 60};
+  columns.act = relu, columns.bias = b.data();
+  product("few columns, forward", columns, false, 1, engine.few_columns_forward);
+  good &= same_on_any_number_of_threads(
+      "few columns, backward", {columns.m * 60, 11 * 60, 11}, [&](Results& r, const Parallel& parallel) {
+        ColumnsBackward p = {columns.m, 11, 60, {g.data(), 11, 1}, {y.data(), 11, 1}, relu, {w.data(), 60, 1}};
+        p.x = columns.a;
+        p.dx = r[0].data(), p.dweight = r[1].data(), p.dbias = r[2].data();
+        std::vector<float> partials(column_slices(p.m) * 11 * 61);
+        p.partials = partials.data();
+        engine.few_columns_backward(p, parallel);
+      });
+
   good &= same_on_any_number_of_threads("dz and dbias", {m * n, n}, [&](Results& r, const Parallel& parallel) {
     std::vector<float> partials(slices(m) * n);
     engine.grad_pass({DType::f32,
