@@ -219,7 +219,8 @@ _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether calling this module does what its class says: nobody listens, and ``forward`` is the class's own."""
+    """Whether calling this module does what its class says: nobody listens, ``forward`` is the class's own, and it was
+    not compiled by itself."""
     state = module.__dict__
     return not (
         state["_forward_hooks"]
@@ -227,6 +228,8 @@ def untouched(module: nn.Module) -> bool:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        or "_compiled_call_impl" in state
+        or "_call_impl" in state
     )
 
 

@@ -216,3 +216,12 @@ def test_backend_is_registered_by_its_name():
     model, x = Net().eval(), torch.randn(5, 6)
     compiled = torch.compile(model, backend="dlkernels", options={"then": "eager"})
     torch.testing.assert_close(compiled(x), copy.deepcopy(model)(x))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 6), (5, 6)], ids=str)
+def test_backend_leaves_a_bias_that_stock_broadcasts(shape, monkeypatch):
+    counts = counted(monkeypatch)
+    x, weight, bias = torch.randn(5, 6), torch.randn(6, 6), torch.randn(shape)
+    compiled = torch.compile(lambda: F.relu(F.linear(x, weight, bias)), backend=backend.dlkernels)
+    torch.testing.assert_close(compiled(), F.relu(F.linear(x, weight, bias)))
+    assert not any(counts)

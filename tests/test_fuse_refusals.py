@@ -55,7 +55,7 @@ def also_added(self, x):
     return F.relu(h) + h
 
 
-@refused("no activation takes")
+@refused("kept in an attribute")
 def also_kept(self, x):
     self.kept = h = self.fc1(x)
     return F.relu(h)
@@ -84,14 +84,14 @@ def changed_in_between(self, x):
     return F.relu(h)
 
 
-@refused("no activation takes")
+@refused("between it and the activation, may have an effect")
 def an_effect_in_between(self, x):
     h = self.fc1(x)
     torch.set_grad_enabled(True)
     return F.relu(h)
 
 
-@refused("no activation takes")
+@refused("called in a try statement")
 def a_handler_might_read_it(self, x):
     h = x
     try:
@@ -102,7 +102,7 @@ def a_handler_might_read_it(self, x):
     return h
 
 
-@refused("no activation takes")
+@refused("looks at its variables (locals)")
 def looks_at_names(self, x):
     h = self.fc1(x)
     h = F.relu(h)

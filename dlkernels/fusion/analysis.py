@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any
@@ -12,11 +13,11 @@ import torch
 from torch import nn
 
 from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
-from dlkernels.fusion.patterns import Pattern, patterns, shared
-from dlkernels.fusion.rules import METHODS, activation_of, is_linear
+from dlkernels.fusion.patterns import Pattern, called, loose_ends, patterns, shared, why_none
+from dlkernels.fusion.rules import METHODS, activation_of, is_linear, may_be_activation
 from dlkernels.fusion.source import NoSource, Source, check
-from dlkernels.fusion.swap import method_source, original_class
-from dlkernels.fusion.values import Namespace
+from dlkernels.fusion.swap import method_source, original_class, plan_of, walk
+from dlkernels.fusion.values import LocalFunction, Namespace, state
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Pair:
     activation: str  # for the report
     why: str  # empty: there is a kernel for it
     where: str
+    sure: bool = True  # not: the source has one place for several layers, and which of them come there is not known
 
     @property
     def known(self) -> bool:
@@ -47,43 +49,61 @@ class Analysis:
 
 def analyse(model: nn.Module) -> Analysis:
     """Nothing of the model runs or changes."""
-    linears = {id(m): (path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) or is_linear(m)}
+    linears = {id(m): (path, m) for path, m in walk(model) if issubclass(type(m), nn.Linear) or is_linear(m)}
     pairs: list[Pair] = []
     reasons: dict[int, str] = {}
-    for path, module in model.named_modules():
-        if id(module) in linears or not any(id(m) in linears for m in module.modules()):
+    seen: set[int] = set()  # layers whose call is in a method's source
+    for path, module in walk(model):
+        if id(module) in linears or not any(id(m) in linears for _, m in walk(module)):
             continue
-        pairs += _own_pairs(module, path, linears, reasons)
+        pairs += _own_pairs(module, path, linears, reasons, seen)
+    for key in linears:
+        if key not in seen:
+            reasons.setdefault(key, "fuse does not see where it is called")
     return Analysis(tuple(pairs), linears, reasons)
 
 
-def _own_pairs(module: nn.Module, path: str, linears: dict[int, Any], reasons: dict[int, str]) -> Iterator[Pair]:
+def _own_pairs(
+    module: nn.Module, path: str, linears: dict[int, Any], reasons: dict[int, str], seen: set[int]
+) -> Iterator[Pair]:
     cls = original_class(module)
-    mine = {n for n, child in module._modules.items() if child and any(id(m) in linears for m in child.modules())}
-    direct = [child for child in module._modules.values() if id(child) in linears]
+    children = {n: child for n, child in state(module)["_modules"].items() if child is not None}
+    below = {n: [m for _, m in walk(child) if id(m) in linears] for n, child in children.items()}
+    mine = {n for n, inside in below.items() if inside}
+    direct = [child for child in children.values() if id(child) in linears]
     if isinstance(module, torch.jit.ScriptModule):
-        for inside in module.modules():
+        for _, inside in walk(module):
             reasons.setdefault(id(inside), "it is part of a ScriptModule")
         return
-    if "forward" in module.__dict__:
+    if "forward" in state(module):
         for child in direct:
             reasons.setdefault(id(child), f"forward of this {cls.__name__} was replaced")
+    hidden: set[str] = set()  # names in methods of a parent class that one of the same name stands before
     for name in _methods(cls):
-        if name in module.__dict__:
+        if name in state(module) and plan_of(module) is None:
             continue
         try:
             source = method_source(cls, name)
-            if not (_names(source.function.__code__) & mine or isinstance(module, nn.Sequential | nn.ModuleList)):
+            names = _names(source.function.__code__)
+            if "super" in names:
+                hidden |= _overridden(cls, name)
+            if not (names & mine or isinstance(module, nn.Sequential | nn.ModuleList)):
                 continue
+            found = []
             for pattern in patterns(source.node):
                 for pair in _pairs(module, path, name, source, pattern, linears):
                     check(source)
-                    yield pair
-            _note_shared(module, source, linears, reasons)
+                    found.append(pair)
+            yield from found
+            _note_rest(module, source, linears, reasons, seen)
+            seen.update(id(pair.linear) for pair in found)
         except NoSource as missing:
             if name == "forward":
                 for child in direct:
                     reasons.setdefault(id(child), str(missing))
+    for child in (m for name in hidden & mine for m in below[name]):
+        if id(child) not in seen:
+            reasons.setdefault(id(child), "it is called by super(), whose method fuse does not rewrite")
 
 
 def _methods(cls: type) -> list[str]:
@@ -96,6 +116,11 @@ def _methods(cls: type) -> list[str]:
     return [n for n, value in names.items() if n == "forward" or (isinstance(value, FunctionType) and n != "__init__")]
 
 
+def _overridden(cls: type, name: str) -> set[str]:
+    found = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+    return set().union(*(_names(f.__code__) for f in found[1:] if type(f) is FunctionType))
+
+
 def _names(code: CodeType) -> set[str]:
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*map(_names, inner)) | {c for c in code.co_consts if isinstance(c, str)}
@@ -103,43 +128,85 @@ def _names(code: CodeType) -> set[str]:
 
 def _pairs(
     module: nn.Module, path: str, method: str, source: Source, pattern: Pattern, linears: dict[int, Any]
-) -> Iterator[Pair]:
+) -> list[Pair]:
     names = Namespace(source, module)
     line = pattern.first[0]
     where = f"{original_class(module).__name__}.{method}:{line}"
+    found: dict[tuple[int, int, str], Pair] = {}
 
-    def pair(linear: Any, act: Any, activation: str, why: str) -> Pair:
-        return Pair(module, path, method, pattern, linear, act, activation, why, where)
+    def add(linear: Any, act: Any, activation: str, why: str, sure: bool = True) -> None:
+        key = id(linear), id(act), activation
+        sure = sure or (key in found and found[key].sure)
+        found[key] = Pair(module, path, method, pattern, linear, act, activation, why, where, sure)
 
     if pattern.kind == "chain":
         for modules in names.chains(pattern.linear) or ():
             for linear, act in pairwise(modules):
                 if id(linear) in linears:
-                    yield pair(linear, act, *_judged(linear, act, (), {}))
-        return
+                    add(linear, act, *_judged(linear, act, (), {}))
+        return list(found.values())
+    why = pattern.why or _why_not_there(names, pattern)
+    for sure in names.rounds(pattern.around):
+        for linear, act, activation, reason in _meetings(names, pattern, linears):
+            add(linear, act, activation, reason or why, sure)
+    if len({id(pair.linear) for pair in found.values()}) > 1:
+        return list(found.values())
+    return [replace(pair, sure=True) for pair in found.values()]
+
+
+def _why_not_there(names: Namespace, pattern: Pattern) -> str:
+    """Why what stands for the activation, or runs in between, cannot be looked at before the layer runs."""
+    for read in pattern.reads:
+        if not names.is_plain(read):
+            return f"looking up {ast.unparse(read)} may run code of the model's"
+    for node, _ in pattern.between:
+        several = names.of(node.func)
+        if several is None or not all(is_linear(v) or activation_of(v) for v in several):
+            return f"{ast.unparse(node)}, between it and the activation, may have an effect"
+    return ""
+
+
+def _meetings(names: Namespace, pattern: Pattern, linears: dict[int, Any]) -> Iterator[tuple[Any, Any, str, str]]:
+    """Layer, activation, its name and why there is no kernel: for each that a place may mean; None: the call shows."""
     layers, acts, together = _meant(names, pattern)
-    args = [names.of(a) for a in pattern.args]
-    kwargs = {name: names.of(a) for name, a in pattern.kwargs}
     if layers is not None and not any(id(v) in linears for v in layers):
         return
-    if (
-        acts is None
-        or any(a is None or len(a) != 1 for a in [*args, *kwargs.values()])
-        or (layers and together is None)
-    ):
-        for linear in layers or ():
-            if id(linear) in linears:
-                yield pair(linear, None, "", why_not_linear(linear))
-        return
-    given = tuple(a[0] for a in args if a), {k: v[0] for k, v in kwargs.items() if v}
+    several = [names.of(a) for a in pattern.args], {name: names.of(a) for name, a in pattern.kwargs}
+    args = [a[0] for a in several[0] if a is not None and len(a) == 1]
+    kwargs = {name: a[0] for name, a in several[1].items() if a is not None and len(a) == 1}
+    known = len(args) == len(several[0]) and len(kwargs) == len(several[1])
+    given = tuple(args), kwargs
+    if acts is None or not known or (layers and together is None):
+        if acts is not None and not any(may_be_activation(act) for act in acts):
+            known, given = True, ((), {})  # whatever the arguments are
+        if known and acts is not None and len(acts) == 1:
+            together = [(layer, acts[0]) for layer in layers or ()]
+        elif acts is not None or _may_call_activation(pattern):
+            for linear in layers or ():
+                if id(linear) in linears:
+                    yield linear, None, "", why_not_linear(linear)
+            return
+        else:
+            return
     if layers is None:
-        for act in acts:
-            if not why_not_activation(act, *given):
-                yield pair(None, act, *_judged(None, act, *given))
+        for act in acts or ():
+            if not why_not_activation(act, *given) and not _is_tensor_method(pattern.linear):
+                yield None, act, *_judged(None, act, *given)
         return
     for linear, act in together or ():
         if id(linear) in linears:
-            yield pair(linear, act, *_judged(linear, act, *given))
+            yield linear, act, *_judged(linear, act, *given)
+
+
+def _may_call_activation(pattern: Pattern) -> bool:
+    """Whether a call of an unknown thing can be one: no activation takes more than two arguments behind the tensor."""
+    return isinstance(pattern.activation, str) or (
+        len(pattern.args) + len(pattern.kwargs) <= 2 and not _is_tensor_method(pattern.activation)
+    )
+
+
+def _is_tensor_method(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and hasattr(torch.Tensor, node.attr)
 
 
 def _meant(
@@ -159,12 +226,30 @@ def _judged(linear: Any, act: Any, args: Any, kwargs: Any) -> tuple[str, str]:
     return known[0] if known else describe(act), why
 
 
-def _note_shared(module: nn.Module, source: Source, linears: dict[int, Any], reasons: dict[int, str]) -> None:
-    """For layers whose output goes to an activation, and to something else too."""
+def _note_rest(
+    module: nn.Module, source: Source, linears: dict[int, Any], reasons: dict[int, str], seen: set[int]
+) -> None:
+    """Of layers in no pair: how their output meets an activation where no place is, and that they are called."""
     names = Namespace(source, module)
-    for callee, count, act in shared(source.node):
+
+    def layers(callee: ast.expr) -> list[Any]:
+        return [v for v in names.of(callee) or () if id(v) in linears]
+
+    none = why_none(source.node)
+    for callee in called(source.node):
+        for layer in layers(callee):
+            seen.add(id(layer))
+            if none:
+                reasons.setdefault(id(layer), none)
+    for callee, way, act in (*shared(source.node), *loose_ends(source.node)):
         acts = [METHODS[act]] if isinstance(act, str) else names.of(act) or ()
-        if any(activation_of(a) for a in acts):
-            for layer in names.of(callee) or ():
-                if id(layer) in linears:
-                    reasons.setdefault(id(layer), f"its output is used {count} times")
+        if any(activation_of(a) for a in acts if type(a) is not LocalFunction):
+            for layer in layers(callee):
+                reasons.setdefault(id(layer), way)
+    for pattern in patterns(source.node):
+        if pattern.kind == "chain":
+            chains = names.chains(pattern.linear)
+            for layer in [v for modules in chains for v in modules] if chains else names.items(pattern.linear) or ():
+                seen.add(id(layer))
+                if not chains:
+                    reasons.setdefault(id(layer), "the loop that calls it goes over what can be gone through only once")

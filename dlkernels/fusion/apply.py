@@ -7,24 +7,26 @@ import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dlkernels._ops.activations import ACTIVATIONS, activation_named
 from dlkernels.fusion.analysis import Analysis, Pair, analyse
-from dlkernels.fusion.observe import Events, Seen, check_against_stock, observe
+from dlkernels.fusion.observe import Seen, check_against_stock, observe
 from dlkernels.fusion.sites import Report, Site, Status
 from dlkernels.fusion.source import NoSource
-from dlkernels.fusion.swap import Plan, plan_of, swap, swap_back
+from dlkernels.fusion.swap import Plan, fused_class, plan_of, swap, swap_back, walk, why_not_back
+from dlkernels.fusion.values import state
 
 Module = TypeVar("Module", bound=nn.Module)
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 ALL = tuple(name for name in ACTIVATIONS if name != "none")
 
-_refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # by owner: why its class could not be made
-_seen: WeakKeyDictionary[nn.Module, Seen] = WeakKeyDictionary()  # by model: what the last example inputs showed
+_refused = WeakIdKeyDictionary()  # by owner: why its class could not be made
+_asked = WeakIdKeyDictionary()  # by owner: the activations asked for, and the layers' paths below it not asked for
+_seen = WeakIdKeyDictionary()  # by model: what the last example inputs showed (Seen)
 
 
 def fuse(
@@ -66,7 +68,10 @@ def fuse(
         TypeError: ``model`` is no module.
         ValueError: an unknown activation.
         Disagreement: a RuntimeError; with ``example_inputs``: the outputs differ from stock's by more than rounding
-            explains. The model is stock again.
+            explains.
+        RuntimeError: another tool has made a class of its own from a fused one.
+
+    Whatever is raised, by a function given here or by the model too, leaves the stock model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a module, got {type(model).__name__}")
@@ -75,6 +80,15 @@ def fuse(
     if not inplace:
         model = copy.deepcopy(model)
     unfuse(model)
+    try:
+        _fuse(model, chosen, include, exclude, example_inputs)
+    except BaseException:
+        unfuse(model)
+        raise
+    return model
+
+
+def _fuse(model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any, example_inputs: Any) -> None:
     analysis = analyse(model)
     left = {
         path
@@ -82,24 +96,21 @@ def fuse(
         if (include is not None and not _any(include, path, layer)) or _any(exclude, path, layer)
     }
     stock = copy.deepcopy(model) if example_inputs is not None else None
-    for module, pairs in _by_owner(analysis).items():
-        if plan := _plan(module, pairs, chosen, left, analysis):
+    for module, pairs in _by_owner(analysis):
+        without = {_relative(pair, analysis) for pair in pairs if _path(pair, analysis) in left}
+        _asked[module] = chosen, without
+        if plan := _plan(pairs, chosen, without, analysis):
             try:
-                swap(module, plan)
-            except (NoSource, TypeError) as refusal:  # TypeError: a class that cannot be derived from, or swapped
+                swap(module, fused_class(type(module), plan))
+            except (NoSource, TypeError) as refusal:  # TypeError: instances of the new class have another layout
                 _refused[module] = str(refusal)
     if "none" in chosen:
         for path, layer in analysis.linears.values():
             if type(layer) is nn.Linear and path not in left:
-                swap(layer, Plan(frozenset(), ("none",), alone=True))
+                swap(layer, fused_class(nn.Linear, Plan(frozenset(), ("none",), alone=True)))
     if stock is not None:
-        try:
-            agreement = check_against_stock(stock, model, example_inputs)
-            _seen[model] = Seen(agreement, observe(model, example_inputs))
-        except BaseException:
-            unfuse(model)
-            raise
-    return model
+        agreement = check_against_stock(stock, model, example_inputs)
+        _seen[model] = Seen(agreement, observe(model, example_inputs))
 
 
 def unfuse(model: Module) -> Module:
@@ -108,9 +119,14 @@ def unfuse(model: Module) -> Module:
     Raises:
         RuntimeError: another tool has made a class of its own from a fused one.
     """
-    for module in model.modules():
+    modules = [module for _, module in walk(model)]
+    for module in modules:
+        if why := why_not_back(module):
+            raise RuntimeError(f"unfuse: {why}")
+    for module in modules:
         swap_back(module)
         _refused.pop(module, None)
+        _asked.pop(module, None)
     _seen.pop(model, None)
     return model
 
@@ -158,24 +174,22 @@ def _any(which: Iterable[Which], path: str, layer: nn.Module) -> bool:
     )
 
 
-def _by_owner(analysis: Analysis) -> dict[nn.Module, list[Pair]]:
-    owners: dict[nn.Module, list[Pair]] = {}
+def _by_owner(analysis: Analysis) -> list[tuple[nn.Module, list[Pair]]]:
+    owners: dict[int, tuple[nn.Module, list[Pair]]] = {}
     for pair in analysis.pairs:
-        owners.setdefault(pair.owner, []).append(pair)
-    return owners
+        owners.setdefault(id(pair.owner), (pair.owner, []))[1].append(pair)
+    return list(owners.values())
 
 
-def _plan(
-    module: nn.Module, pairs: Sequence[Pair], activations: tuple[str, ...], left: set[str], analysis: Analysis
-) -> Plan | None:
+def _plan(pairs: Sequence[Pair], activations: tuple[str, ...], without: set[str], analysis: Analysis) -> Plan | None:
     """The places of a module where something can be fused; None if there are none."""
-    places, without = set(), set()
-    for pair in pairs:
-        path = _path(pair, analysis)
-        if path in left:
-            without.add(path.removeprefix(f"{pair.owner_path}.") if pair.owner_path else path)
-        elif not pair.why and (pair.act is None or pair.activation in activations):
-            places.add(pair)
+    places = [
+        pair
+        for pair in pairs
+        if not pair.why
+        and _relative(pair, analysis) not in without
+        and (pair.act is None or pair.activation in activations)
+    ]
     # In f(g(h(x))) with names that only a call explains, the inner pair goes first.
     taken = {(pair.method, pair.pattern.at) for pair in places}
     chosen = frozenset(
@@ -186,35 +200,47 @@ def _plan(
     return Plan(chosen, activations, tuple(sorted(without))) if chosen else None
 
 
+def _relative(pair: Pair, analysis: Analysis) -> str:
+    """The layer's path below the module whose method calls it."""
+    path = _path(pair, analysis)
+    return path.removeprefix(f"{pair.owner_path}.") if pair.owner_path else path
+
+
 def _path(pair: Pair, analysis: Analysis) -> str:
     return analysis.linears[id(pair.linear)][0] if pair.linear is not None else ""
 
 
 def _site(pair: Pair, analysis: Analysis) -> Site:
-    path = _path(pair, analysis)
-    row = Site(path, pair.activation, pair.where, "left", pair.why or "not asked for")
+    row = Site(_path(pair, analysis), pair.activation, pair.where, "left", pair.why)
     if pair.why:
         return row
     if pair.owner in _refused:
         return replace(row, why=_refused[pair.owner])
     plan = plan_of(pair.owner)
+    activations, without = _asked.get(pair.owner) or ((plan.activations, plan.without) if plan else (None, ()))
+    if activations is None:
+        return replace(row, why="fuse has not been called, or not since this could be fused")
+    if _relative(pair, analysis) in without or (pair.act is not None and pair.activation not in activations):
+        return replace(row, why="not asked for")
     if plan is None or (pair.method, pair.pattern.at) not in plan.places:
-        return row
-    relative = path.removeprefix(f"{pair.owner_path}.") if pair.owner_path else path
-    if relative in plan.without or (pair.act is not None and pair.activation not in plan.activations):
-        return row
+        return replace(row, why="it could not be fused when fuse was called: call it again")
     if not pair.known:
         return replace(row, status="open", why="what these names mean shows at the call: give example_inputs")
-    return replace(row, status="fused", why="")
+    if not pair.sure:
+        return replace(row, status="open", why="whether this layer comes here shows at the call: give example_inputs")
+    if pair.method in state(pair.owner):
+        return replace(row, status="open", why=f"its {pair.method} was replaced: what that calls shows at the call")
+    return replace(row, status="fused")
 
 
-def _with_seen(site: Site, pair: Pair, seen: Events | None) -> Site:
+def _with_seen(site: Site, pair: Pair, seen: Any) -> Site:
     """The row, with what example inputs showed at it."""
     if seen is None or pair.linear is None or site.status == "left":
         return site
     events = [e for e in seen.get(pair.linear, ()) if pair.act is None or e.activation == pair.activation]
     if not events:
-        return replace(site, reached=False)
+        unmet = {"status": "left", "why": "the example inputs did not bring it here"} if site.status == "open" else {}
+        return replace(site, reached=False, **unmet)  # type: ignore[arg-type]
     event = events[0]
     status: Status = "left" if event.why else "fused"
     return replace(site, activation=event.activation, status=status, why=event.why, reached=True, gain=event.gain)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from dlkernels import functional
-from dlkernels.fusion.call import DEVICES, DTYPES
+from dlkernels.fusion.call import DEVICES, DTYPES, why_not_shapes
 from dlkernels.fusion.rules import METHODS, Activation, activation_of
 
 _LINEAR = (F.linear, torch._C._nn.linear)
@@ -97,11 +97,10 @@ def _is_linear(node: fx.Node) -> bool:
     x, weight, bias = tensors
     if not all(isinstance(t, Tensor) and not t.is_nested and t.layout is torch.strided for t in (x, weight)):
         return False
-    if bias is not None and not (isinstance(bias, Tensor) and bias.dim() == 1):
+    if (bias is not None and not isinstance(bias, Tensor)) or why_not_shapes(weight, bias):
         return False
     return (
-        weight.dim() == 2
-        and x.dim() >= 1
+        x.dim() >= 1
         and weight.dtype in DTYPES
         and x.dtype in DTYPES
         and weight.device.type in DEVICES

@@ -8,19 +8,29 @@ Every refusal runs the two calls that the source has. Dynamo traces all of this 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils import _python_dispatch
+from torch.utils._device import DeviceContext
 
-from dlkernels import _C, functional
-from dlkernels.fusion.rules import activation_of, identity, linear_rule
+from dlkernels import _C
+from dlkernels._ops import linear_act as _linear_act
+from dlkernels._ops.activations import ACTIVATIONS
+from dlkernels.fusion.rules import activation_of, identity, linear_rule, may_be_activation
 from dlkernels.nn import untouched
 
 _PLAIN = (Tensor, nn.Parameter)  # no subclass that wants to see the operators: DTensor, quantised, fake, traced
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "meta") if _C.build_config()["cuda"] is None else ("cpu", "meta", "cuda")
+
+_STOCK = F.linear, nn.Linear.forward  # some tools put their own in the place of these
+
+_NO_KEYWORDS: dict[str, Any] = {}
 
 Ready = tuple[Tensor, Tensor | None, str, float]  # weight, bias, activation, slope
 
@@ -38,10 +48,12 @@ def _linear(linear: Any) -> str | tuple[Tensor, Tensor | None]:
     rule = linear_rule(type(linear))
     if rule is None:
         if isinstance(linear, nn.Linear):
+            if type(linear).forward is nn.Linear.forward:
+                return "its weight or bias is no plain attribute: it is parametrised"
             return f"{type(linear).__name__} is a subclass of Linear with a forward of its own"
         return f"{describe(linear)} is no linear layer that fuse knows"
     if not untouched(linear):
-        return "it has a hook, or its forward was replaced"
+        return "it has a hook, or its forward was replaced or compiled"
     parameters = rule(linear)
     if parameters is None:
         return "its weight or bias is no parameter: it is parametrised"
@@ -50,9 +62,20 @@ def _linear(linear: Any) -> str | tuple[Tensor, Tensor | None]:
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in DTYPES:
         return f"there are no kernels for {weight.dtype}"
-    if weight.device.type not in DEVICES:
+    if not (weight.is_cpu or weight.device.type in DEVICES):  # the cheap question first
         return f"there are no kernels for {weight.device.type}"
-    return parameters
+    if weight.layout is not torch.strided:
+        return f"its weight has the layout {weight.layout}"
+    return why_not_shapes(weight, bias) or parameters
+
+
+def why_not_shapes(weight: Tensor, bias: Tensor | None) -> str:
+    """Why these are not a matrix and a bias for each of its rows, which stock may broadcast; empty if they are."""
+    if weight.dim() != 2:
+        return f"its weight has the shape {tuple(weight.shape)}"
+    if bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0)):
+        return f"its bias has the shape {tuple(bias.shape)}, not {tuple(weight.shape[:1])}"
+    return ""
 
 
 def why_not_activation(act: Any, args: Any = (), kwargs: Any = None) -> str:
@@ -64,14 +87,33 @@ def why_not_activation(act: Any, args: Any = (), kwargs: Any = None) -> str:
 def _activation(act: Any, args: Any, kwargs: Any) -> str | tuple[str, float]:
     known = activation_of(act, args, kwargs)
     if known is None:
-        return f"no kernel ends in {describe(act)}"
+        return _why_unknown(act)
     if isinstance(act, nn.Module) and not untouched(act):
-        return "the activation has a hook, or its forward was replaced"
+        return "the activation has a hook, or its forward was replaced or compiled"
     return known
 
 
+def _why_unknown(act: Any) -> str:
+    if may_be_activation(act):
+        return f"no kernel ends in {describe(act)} with these arguments"
+    if type(act) is BuiltinFunctionType or _module(act).partition(".")[0] == "torch":
+        return f"no kernel ends in {describe(act)}"
+    return f"fuse has no rule for {describe(act)} of {_module(act)} (register_fusion takes one)"
+
+
+def _module(called: Any) -> str:
+    named = called if type(called) in _NAMED else type(called)
+    return str(named.__module__)
+
+
+_NAMED = (FunctionType, BuiltinFunctionType, MethodType)
+
+
 def describe(called: Any) -> str:
-    return type(called).__name__ if isinstance(called, nn.Module) else getattr(called, "__name__", repr(called))
+    """A name for the report, without asking the object for one."""
+    if type(called) is MethodType:
+        return f"{type(called.__self__).__name__}.{called.__func__.__name__}"
+    return str(called.__name__ if type(called) in (*_NAMED, type) else type(called).__name__)
 
 
 def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> str | Ready:
@@ -79,79 +121,148 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
 
     ``self`` is the module whose forward is running; its class says which activations and layers were asked for.
     """
+    if _has_any_global_hook():
+        return "there is a global module hook"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records stock operators only"
+    if F.linear is not _STOCK[0] or nn.Linear.forward is not _STOCK[1]:
+        return "F.linear or nn.Linear.forward was replaced"
+    if (modes := torch._C._len_torch_function_stack()) and not _only_device_modes(modes):
+        return "a TorchFunctionMode sees stock functions only"
+    if _python_dispatch._is_in_non_infra_torch_dispatch_mode:
+        return "a TorchDispatchMode sees stock operators only"
     found = _linear(linear)
     if isinstance(found, str):
         return found
     known = _activation(act, args, kwargs)
     if isinstance(known, str):
         return known
+    plan = getattr(type(self), "_fused_plan", None)
+    if plan is None:  # a method that somebody kept
+        return "unfuse gave the module its class back"
     weight, bias = found
     name, slope = known
-    plan = type(self)._fused_plan
     if name not in plan.activations:
         return "not asked for"
-    if plan.without and any(self.get_submodule(path) is linear for path in plan.without):
+    if plan.without and any(_is_at(self, path, linear) for path in plan.without):
         return "not asked for"
-    if _has_any_global_hook():
-        return "there is a global module hook"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace records stock operators only"
     if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
         return f"the kernels do not take its input, a {type(x).__name__}"
     # Stock shall say what is wrong with a call that is; under autocast dtypes may differ.
-    shape = x.shape
-    if not shape or shape[-1] != weight.shape[1] or x.device != weight.device:
+    if not x.dim() or x.size(-1) != weight.size(1) or x.device != weight.device:
         return "input and weight do not fit together"
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        return "input and weight do not fit together"
+    dtype = weight.dtype
+    alike = x.dtype == dtype and (bias is None or bias.dtype == dtype)
+    if not alike and not torch.is_autocast_enabled(x.device.type):
+        return "input, weight and bias do not fit together"
     return weight, bias, name, slope
+
+
+def _only_device_modes(count: int) -> bool:
+    """Whether the modes are those of ``with torch.device(...)`` and ``set_default_device``, which change no layer."""
+    return all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(count))
+
+
+def _is_at(module: Any, path: str, linear: Any) -> bool:
+    for name in path.split("."):
+        module = module._modules.get(name)
+        if module is None:
+            return False
+    return module is linear
 
 
 def _run(x: Tensor, ready: Ready) -> Tensor:
     weight, bias, name, slope = ready
-    return functional.linear_act(x, weight, bias, name, negative_slope=slope)
+    return _linear_act.linear_act(x, weight, bias, ACTIVATIONS[name], slope)  # functional.linear_act, checked above
 
 
 def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """``act(linear(x), *args, **kwargs)``"""
+    """``act(linear(x), *args, **kwargs)``, the arguments constants."""
     decision = decide(self, act, linear, x, args, kwargs)
     if watcher is not None:
-        watcher(linear, act, x, decision, args, kwargs)
+        watcher(self, linear, act, x, decision, args, kwargs)
     return act(linear(x), *args, **kwargs) if isinstance(decision, str) else _run(x, decision)
 
 
-def head(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
-    """``linear(x)``, whose value goes to ``act`` some statements later and nowhere else; or, and True, act's value."""
+def later(self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tuple[Any, Any]], /) -> Any:
+    """The same, where the layer's own call may change what the arguments are."""
+    args, kwargs = arguments()
     decision = decide(self, act, linear, x, args, kwargs)
     if watcher is not None:
-        watcher(linear, act, x, decision, args, kwargs)
+        watcher(self, linear, act, x, decision, args, kwargs)
+    if not isinstance(decision, str):
+        return _run(x, decision)
+    z = linear(x)
+    args, kwargs = arguments()
+    return act(z, *args, **kwargs)
+
+
+def head(
+    self: Any, act: Any, linear: Any, x: Any, /, args: Any = (), kwargs: Any = _NO_KEYWORDS, between: Any = ()
+) -> tuple[Any, bool]:
+    """``linear(x)``, whose value goes to ``act`` some statements later and nowhere else; or, and True, act's value."""
+    decision = decide(self, act, linear, x, args, kwargs)
+    if between and not isinstance(decision, str) and not all(_is_harmless(*part) for part in between):
+        decision = "a call between it and the activation may have an effect"
+    if watcher is not None:
+        watcher(self, linear, act, x, decision, args, kwargs)
     return (linear(x), False) if isinstance(decision, str) else (_run(x, decision), True)
 
 
-def tail(self: Any, act: Any, done: bool, h: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return h if done else act(h, *args, **kwargs)
+def _is_harmless(called: Any, index: Any, x: Any) -> bool:
+    """Whether ``called(x)``, or ``called[index](x)``, is a layer or an activation that nobody listens to. ``x`` is None
+    where it is what another one returns."""
+    if index is not None:
+        if type(called) not in _CONTAINERS:
+            return False
+        called = called[index]
+    if x is not None and type(x) not in _PLAIN:
+        return False
+    return not (why_not_linear(called) and why_not_activation(called))
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, list, tuple)
 
 
 def alone(self: Any, input: Any) -> Any:
     """The forward of a linear layer that no activation follows."""
     decision = decide(self, identity, self, input, (), {})
-    return type(self)._fused_from.forward(self, input) if isinstance(decision, str) else _run(input, decision)
+    return nn.Linear.forward(self, input) if isinstance(decision, str) else _run(input, decision)
 
 
 def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
     """``for module in modules: x = module(x)``"""
-    layers = list(modules)
+    if isinstance(modules, GeneratorType) and modules.gi_code is _CHILDREN:
+        modules = list(modules)
+    # What comes next can be seen before the loop comes to it, and seeing it runs none of the model's code.
+    seen: list[Any] = list(modules) if _is_container(modules) else []
+    rest = iter(modules)
     i = 0
-    while i < len(layers):
-        layer = layers[i]
+    for layer in rest:
         i += 1
-        if i < len(layers) and linear_rule(type(layer)) is not None:
-            decision = decide(self, layers[i], layer, x, (), {})
+        if i < len(seen) and linear_rule(type(layer)) is not None:
+            act = seen[i]
+            decision = decide(self, act, layer, x, (), {})
             if watcher is not None:
-                watcher(layer, layers[i], x, decision, (), {})
+                watcher(self, layer, act, x, decision, (), {})
             if not isinstance(decision, str):
-                x = _run(x, decision)
                 i += 1
+                following = next(rest, None)
+                if following is act:
+                    x = _run(x, decision)
+                else:  # a module that ran before has changed the list
+                    x = layer(x)
+                    x = x if following is None else following(x)
                 continue
         x = layer(x)
     return x
+
+
+_ITERATED = (nn.Sequential.__iter__, nn.ModuleList.__iter__)
+_CHILDREN = nn.Module.children.__code__
+
+
+def _is_container(modules: Any) -> bool:
+    if isinstance(modules, nn.Sequential | nn.ModuleList):
+        return type(modules).__iter__ in _ITERATED
+    return type(modules) in (list, tuple, type({}.values()))

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from dlkernels import functional
 from dlkernels.agreement import Agreement, arguments, judge, outputs
 from dlkernels.fusion import call
-from dlkernels.fusion.rules import activation_of, linear_rule
+from dlkernels.fusion.rules import activation_of
+from dlkernels.fusion.swap import walk
 
 SECONDS = 0.1  # for timing one shape
 
@@ -30,7 +30,7 @@ class Event:
     gain: float | None
 
 
-Events = WeakKeyDictionary[nn.Module, list[Event]]  # by linear layer
+Events = WeakIdKeyDictionary  # by linear layer: a list of Event
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def check_against_stock(stock: nn.Module, fused: nn.Module, example_inputs: Any)
 def observe(model: nn.Module, example_inputs: Any) -> Events:
     """Run a copy of a fused model in eval mode, and time both ways at each place where a layer meets an activation."""
     again = copy.deepcopy(model).eval()
-    mine = dict(zip(again.modules(), model.modules(), strict=True))
-    seen: Events = WeakKeyDictionary()
+    mine = {id(copied): module for (_, copied), (_, module) in zip(walk(again), walk(model), strict=True)}
+    seen = Events()
     timed: dict[Any, float] = {}
 
-    def watch(linear: Any, act: Any, x: Any, decision: str | call.Ready, args: Any, kwargs: Any) -> None:
-        if linear not in mine:
+    def watch(owner: Any, linear: Any, act: Any, x: Any, decision: str | call.Ready, args: Any, kwargs: Any) -> None:
+        if id(linear) not in mine:
             return
         known = activation_of(act, args, kwargs)
         gain = None
@@ -74,10 +74,10 @@ def observe(model: nn.Module, example_inputs: Any) -> Events:
             weight, _, name, _ = decision
             shape = (tuple(x.shape), tuple(weight.shape), x.dtype, x.device, name, type(linear))
             if shape not in timed:
-                timed[shape] = _gain(linear, lambda z: act(z, *args, **kwargs), x, decision)
+                timed[shape] = _gain(owner, linear, act, x, args, kwargs)
             gain = timed[shape]
         event = Event(known[0] if known else call.describe(act), decision if isinstance(decision, str) else "", gain)
-        events = seen.setdefault(mine[linear], [])
+        events = seen.setdefault(mine[id(linear)], [])
         if event not in events:
             events.append(event)
 
@@ -96,11 +96,9 @@ def _watching(watch: Callable[..., None]) -> Iterator[None]:
         call.watcher = None
 
 
-def _gain(linear: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor, ready: call.Ready) -> float:
-    """Stock's time over the kernel's, forward and, where a parameter learns, backward; in turns, the best of each."""
-    _, _, name, slope = ready
-    rule = linear_rule(type(linear))
-    assert rule is not None  # it was fused
+def _gain(owner: Any, linear: nn.Module, act: Any, x: Tensor, args: Any, kwargs: Any) -> float:
+    """Stock's time over that of the call which stands in its place, forward and, where a parameter learns, backward; in
+    turns, the best of each."""
     learns = any(p.requires_grad for p in linear.parameters())
     leaf = x.detach().requires_grad_(learns)
 
@@ -116,17 +114,18 @@ def _gain(linear: nn.Module, act: Callable[[Tensor], Tensor], x: Tensor, ready: 
             torch.cuda.synchronize(x.device)
         return time.perf_counter() - begin
 
-    def fused() -> Tensor:
-        weight, bias = rule(linear) or ready[:2]
-        return functional.linear_act(leaf, weight, bias, name, negative_slope=slope)
+    def stock() -> Tensor:
+        return act(linear(leaf), *args, **kwargs)
 
-    ways = lambda: act(linear(leaf)), fused
+    def fused() -> Tensor:
+        return call.call(owner, act, linear, leaf, *args, **kwargs)
+
     best = [float("inf"), float("inf")]
     watcher, call.watcher = call.watcher, None
     try:
         end = time.perf_counter() + SECONDS
         for turn in range(1000):
-            for i, way in enumerate(ways):
+            for i, way in enumerate((stock, fused)):
                 best[i] = min(best[i], step(way))
             if turn >= 2 and time.perf_counter() > end:
                 break

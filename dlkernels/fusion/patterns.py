@@ -5,7 +5,9 @@
 * chain: ``for layer in self.layers: x = layer(x)``, which is also what ``nn.Sequential`` does
 
 Whether it *is* a layer and an activation is not seen here but by ``values`` before, and by ``call`` at each call.
-Nothing but these calls is changed, and their parts are evaluated where they were.
+Nothing but these calls is changed. Their parts are evaluated where they were, but for the activation of the named form
+and the arguments behind its tensor: they are looked at before the layer runs. So they must be look-ups that run no code
+(``Pattern.reads``), and nothing that runs in between may change what they give.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,16 +26,26 @@ Position = tuple[int, int, int, int]
 _Scope = (
     ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 )
+_Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _LOOKS_AT_NAMES = ("locals", "vars", "dir", "eval", "exec")
-_BETWEEN = (ast.Assign, ast.AnnAssign, ast.AugAssign)  # may stand between; a call for its effect alone may not
+_BETWEEN = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 _SIMPLE = (*_BETWEEN, ast.Expr, ast.Return)
-_MODES = ("set_grad_enabled", "_set_grad_enabled", "set_autocast_enabled")
+# Nodes that run no code of their own before the last of their parts is evaluated, from left to right.
+_IN_ORDER = (
+    ast.Call | ast.keyword | ast.BinOp | ast.UnaryOp | ast.Attribute | ast.Subscript | ast.Tuple | ast.List | ast.Return
+    | ast.Expr | ast.Await | ast.AugAssign
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
     """One place. ``linear`` and ``activation`` are what is called there, for a chain both what is iterated over;
-    ``activation`` is a string for a method of a tensor."""
+    ``activation`` is a string for a method of a tensor.
+
+    ``reads`` are evaluated at another time than in the source, or in between. ``between`` are the calls that run
+    between layer and activation, each with whether its argument has a value before the layer runs. ``around`` are the
+    nodes from the function inwards to the place. ``why`` says why the place cannot be fused, whatever names mean.
+    """
 
     kind: Literal["nested", "named", "chain"]
     linear: ast.expr
@@ -42,6 +54,10 @@ class Pattern:
     first: Position  # of the linear call; for a chain as at
     args: tuple[ast.expr, ...] = ()  # of the activation, behind the tensor
     kwargs: tuple[tuple[str, ast.expr], ...] = ()
+    reads: tuple[ast.expr, ...] = ()
+    between: tuple[tuple[ast.Call, bool], ...] = ()
+    around: tuple[ast.AST, ...] = ()
+    why: str = ""
 
 
 def position(node: ast.AST) -> Position:
@@ -51,26 +67,50 @@ def position(node: ast.AST) -> Position:
 @functools.lru_cache(maxsize=1024)
 def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
     """Every place in ``function`` that has one of the three forms, whatever the names mean."""
-    if not function.args.posonlyargs and not function.args.args:
+    if why_none(function):
         return ()
-    if _self_name(function) in _stored(function) or any(_loads(function, name) for name in _LOOKS_AT_NAMES):
-        return ()
+    around = ancestors(function)
     found: list[Pattern] = []
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and (parts := _activation_call(node)):
             act, inner = parts
             if isinstance(inner, ast.Call) and _one_argument(inner):
-                found.append(Pattern("nested", inner.func, act, position(node), position(inner), *_rest(node, act)))
+                rest = _rest(node, act)
+                where = position(node), position(inner)
+                reads = _varying(rest)
+                found.append(Pattern("nested", inner.func, act, *where, *rest, reads, (), (*around[node], node)))
         elif isinstance(node, ast.For) and _is_chain(node, function):
             found.append(Pattern("chain", node.iter, node.iter, position(node), position(node)))
     for block in _blocks(function):
-        found += _named(block, function)
+        found += _named(block, function, around)
     return tuple(found)
 
 
-def shared(function: FunctionNode) -> Iterator[tuple[ast.expr, int, ast.expr | str]]:
-    """Where ``h = callee(x)`` and h is read more than once before its name means something else: callee, how often, and
-    each thing that h is given to."""
+def why_none(function: FunctionNode) -> str:
+    """Why no place in this function can be rewritten; empty if one can."""
+    if not function.args.posonlyargs and not function.args.args:
+        return "it is called in a method without self"
+    name = self_name(function)
+    inner = {a.arg for n in ast.walk(function) if n is not function and isinstance(n, _Function) for a in _arguments(n)}
+    if name in _stored(function) | inner:
+        return f"the method that calls it gives {name} another meaning"
+    if looks := [name for name in _LOOKS_AT_NAMES if _loads(function, name)]:
+        return f"the method that calls it looks at its variables ({looks[0]})"
+    return ""
+
+
+def ancestors(function: FunctionNode) -> dict[ast.AST, tuple[ast.AST, ...]]:
+    """The nodes around each node, from the function inwards."""
+    found: dict[ast.AST, tuple[ast.AST, ...]] = {function: ()}
+    for node in ast.walk(function):
+        for child in ast.iter_child_nodes(node):
+            found[child] = (*found[node], node)
+    return found
+
+
+def shared(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | str]]:
+    """Where ``h = callee(x)`` and h is read more than once before its name means something else: callee, that, and each
+    thing that h is given to."""
     for block in _blocks(function):
         for i, first in enumerate(block):
             call = first.value if isinstance(first, ast.Assign | ast.AnnAssign) else None
@@ -81,14 +121,83 @@ def shared(function: FunctionNode) -> Iterator[tuple[ast.expr, int, ast.expr | s
             count = sum(_loads(statement, name) for statement in reading)
             for node in (n for statement in reading for n in ast.walk(statement)) if count > 1 else ():
                 if act := _applied_to(node, name):
-                    yield call.func, count, act
+                    yield call.func, f"its output is used {count} times", act
+
+
+def loose_ends(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | str]]:
+    """Where a call's value goes to something else on a way that is not followed: callee, the way, and the something."""
+    around = ancestors(function)
+    calls = [n for n in around if isinstance(n, ast.Call)]
+    for call in filter(_one_argument, calls):
+        holder = around[call][-1]
+        if isinstance(holder, ast.keyword) and isinstance(outer := around[holder][-1], ast.Call):
+            yield call.func, "its output goes to the activation as a keyword argument", outer.func
+        target, way = _kept(call, around[call])
+        if not target:
+            continue
+        name = ast.unparse(target)
+        for other in calls:
+            if not _reaches(call, other, name, around):
+                continue
+            func = other.func
+            given = [*other.args, *(k.value for k in other.keywords)]
+            if isinstance(func, ast.Attribute) and func.attr in METHODS and ast.unparse(func.value) == name:
+                yield call.func, way, func.attr
+            elif any(ast.unparse(g.target if isinstance(g, ast.NamedExpr) else g) == name for g in given):
+                yield call.func, way, func
+
+
+def _reaches(call: ast.Call, other: ast.Call, name: str, around: dict[ast.AST, tuple[ast.AST, ...]]) -> bool:
+    """Whether ``name``, given a value by ``call``, may have it at ``other`` still: no statement that is always passed
+    in between gives it another."""
+    if other in around[call]:
+        return True
+    if position(other) <= position(call):
+        return False
+    for node, outside in around.items():
+        if not isinstance(node, _BETWEEN) or node in around[call] or node in around[other]:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        passed = position(call) < position(node) < position(other) and set(outside) <= set(around[other])
+        if passed and any(ast.unparse(target) == name for target in targets):
+            return False
+    return True
+
+
+def _kept(call: ast.Call, around: tuple[ast.AST, ...]) -> tuple[ast.expr | None, str]:
+    """Where a call's value is put, and the way there."""
+    holder, statement = around[-1], around[-2] if len(around) > 1 else None
+    if isinstance(holder, ast.NamedExpr):
+        return holder.target, "its output is named by := inside an expression"
+    if isinstance(holder, ast.Tuple | ast.List) and isinstance(statement, ast.Assign):
+        targets = statement.targets[0]
+        if isinstance(targets, ast.Tuple | ast.List) and len(targets.elts) == len(holder.elts):
+            return targets.elts[holder.elts.index(call)], "its output is named in an assignment of several values"
+    if not isinstance(holder, ast.Assign | ast.AnnAssign) or holder.value is not call:
+        return None, ""
+    names = holder.targets if isinstance(holder, ast.Assign) else [holder.target]
+    if len(names) > 1 or not isinstance(names[0], ast.Name):
+        name = next((t for t in names if isinstance(t, ast.Name)), names[0])
+        return name, "its output is kept in an attribute, an element, or under a second name"
+    if any(isinstance(n, ast.Try) or type(n).__name__ == "TryStar" for n in around):
+        return names[0], "it is called in a try statement, whose handlers may read its output"
+    return names[0], "between it and the activation are statements that fuse does not follow"
+
+
+def called(function: FunctionNode) -> list[ast.expr]:
+    """Everything that is called in a function."""
+    return [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
 
 
-def _self_name(function: FunctionNode) -> str:
+def self_name(function: FunctionNode) -> str:
     return (function.args.posonlyargs + function.args.args)[0].arg
+
+
+def _arguments(function: _Function) -> list[ast.arg]:
+    return [node for node in ast.walk(function.args) if isinstance(node, ast.arg)]
 
 
 def _stored(node: ast.AST) -> set[str]:
@@ -127,6 +236,11 @@ def _activation_call(call: ast.Call) -> tuple[ast.expr | str, ast.expr] | None:
 def _rest(call: ast.Call, act: ast.expr | str) -> tuple[tuple[ast.expr, ...], tuple[tuple[str, ast.expr], ...]]:
     args = call.args if isinstance(act, str) else call.args[1:]
     return tuple(args), tuple((k.arg, k.value) for k in call.keywords if k.arg)
+
+
+def _varying(rest: tuple[tuple[ast.expr, ...], tuple[tuple[str, ast.expr], ...]]) -> tuple[ast.expr, ...]:
+    """Of an activation's further arguments those that are no constants."""
+    return tuple(a for a in (*rest[0], *(value for _, value in rest[1])) if isinstance(a, ast.Name | ast.Attribute))
 
 
 def _is_chain(loop: ast.For, function: FunctionNode) -> bool:
@@ -170,26 +284,43 @@ def _blocks(function: FunctionNode) -> Iterator[list[ast.stmt]]:
             waiting += [n for n in inside if type(n).__name__ not in ("Try", "TryStar")]
 
 
-def _named(block: list[ast.stmt], function: FunctionNode) -> Iterator[Pattern]:
+def _named(
+    block: list[ast.stmt], function: FunctionNode, around: dict[ast.AST, tuple[ast.AST, ...]]
+) -> Iterator[Pattern]:
     for i, first in enumerate(block):
         call = first.value if isinstance(first, ast.Assign | ast.AnnAssign) else None
         target = _target(first)
         if not (isinstance(call, ast.Call) and target and _one_argument(call)) or _in_scope(function, target):
             continue
-        for later in block[i + 1 :]:
+        for n, later in enumerate(block[i + 1 :], i + 1):
             if not isinstance(later, _SIMPLE):
                 break
             if _loads(later, target):
                 act = _only_use(later, target)
-                last = _target(later) == target or isinstance(later, ast.Return) or _loads(function, target) == 1
-                if act is not None and last:
-                    parts = _activation_call(act)
-                    assert parts is not None
-                    if _unchanged_between(parts[0], act, block[i + 1 : block.index(later)], target):
-                        rest = _rest(act, parts[0])
-                        yield Pattern("named", call.func, parts[0], position(act), position(call), *rest)
+                reads_once = _loads(function, target) == 1
+                if act is None or not (_target(later) == target or isinstance(later, ast.Return) or reads_once):
+                    break
+                # A context manager may swallow what is raised in between, and then the name is read as it is.
+                swallowed = any(isinstance(node, ast.With | ast.AsyncWith) for node in around[first])
+                between = _Between(block[i + 1 : n], later, act, target)
+                parts = _activation_call(act)
+                assert parts is not None
+                yield Pattern(
+                    "named",
+                    call.func,
+                    parts[0],
+                    position(act),
+                    position(call),
+                    *_rest(act, parts[0]),
+                    tuple(between.reads),
+                    tuple(between.calls),
+                    (*around[first], first),
+                    "it is read after a with statement that may swallow an error in between"
+                    if swallowed and not reads_once
+                    else between.why,
+                )
                 break
-            if target in _stored(later) or not isinstance(later, _BETWEEN):
+            if target in _stored(later):
                 break
 
 
@@ -229,29 +360,90 @@ def _applied_to(node: ast.AST, name: str) -> ast.expr | str | None:
     return parts[0] if parts and isinstance(parts[1], ast.Name) and parts[1].id == name else None
 
 
-def _unchanged_between(act: ast.expr | str, call: ast.Call, between: list[ast.stmt], target: str) -> bool:
-    """Whether activation and its arguments mean at the first call what they mean at the second."""
-    settled = [*call.args[1:], *(k.value for k in call.keywords)] + ([] if isinstance(act, str) else [act])
-    names = {n.id for part in settled for n in ast.walk(part) if isinstance(n, ast.Name)}
-    attributes = {n.attr for part in settled for n in ast.walk(part) if isinstance(n, ast.Attribute)}
-    if target in names or not (isinstance(act, str) or _is_settled(act)):
-        return False
-    for statement in between:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Attribute) and node.attr in _MODES:
+class _Between:
+    """Everything evaluated between a layer's call and the activation's. ``why`` it may have an effect; empty if it has
+    none as long as ``reads`` are mere look-ups and ``calls`` are of layers and activations that nobody listens to."""
+
+    def __init__(self, statements: list[ast.stmt], later: ast.stmt, act: ast.Call, target: str) -> None:
+        parts = _activation_call(act)
+        assert parts is not None
+        rest = _rest(act, parts[0])
+        self.reads: list[ast.expr] = [*_varying(rest), *([] if isinstance(parts[0], str) else [parts[0]])]
+        self.calls: list[tuple[ast.Call, bool]] = []
+        self.why = ""
+        meant = {n.id for part in self.reads for n in ast.walk(part) if isinstance(n, ast.Name)}
+        if target in meant or not all(map(_is_settled, self.reads)):
+            self.why = "what stands for the activation can only be looked up at its call"
+            return
+        made: set[str] = set()  # by calls in between
+        set_here: set[str] = set()
+        for statement in statements:
+            name = _target(statement)
+            value = getattr(statement, "value", None)
+            if name is None or name in meant or not self._harmless(value, made, set_here):
+                self._refuse(statement)
+                return
+            set_here.add(name)
+            (made.add if isinstance(value, ast.Call) else made.discard)(name)
+        before = _evaluated_before(later, act)
+        if before is None or not all(self._harmless(part, made, set_here) for part in before):
+            self._refuse(later)
+
+    def _refuse(self, node: ast.AST) -> None:
+        self.why = f"line {node.lineno}, between it and the activation, may have an effect"  # type: ignore[attr-defined]
+
+    def _harmless(self, node: ast.AST | None, made: set[str], set_here: set[str]) -> bool:
+        if isinstance(node, ast.Tuple | ast.List):
+            return isinstance(node.ctx, ast.Load) and all(self._harmless(e, made, set_here) for e in node.elts)
+        if isinstance(node, ast.Call) and _one_argument(node) and isinstance(node.args[0], ast.Name):
+            argument, callee = node.args[0].id, node.func
+            if isinstance(callee, ast.Subscript) and isinstance(callee.slice, ast.Constant):
+                callee = callee.value
+            callee_set_here = any(isinstance(n, ast.Name) and n.id in set_here for n in ast.walk(callee))
+            if callee_set_here or (argument in set_here and argument not in made) or not _is_settled(callee):
                 return False
-            stored = isinstance(node, ast.Name | ast.Attribute) and not isinstance(node.ctx, ast.Load)
-            if stored and (node.id in names if isinstance(node, ast.Name) else node.attr in attributes):  # type: ignore[attr-defined]
-                return False
-    return True
+            self.reads.append(callee)
+            self.calls.append((node, argument not in set_here))
+            return True
+        if isinstance(node, ast.expr) and _is_settled(node):
+            self.reads.append(node)
+            return True
+        return isinstance(node, ast.expr_context | ast.operator | ast.unaryop)
+
+
+def _evaluated_before(node: ast.AST, call: ast.Call) -> list[ast.AST] | None:
+    """The parts of ``node`` that are evaluated before ``call``, which is in it; None where code may run besides."""
+    if node is call:
+        return []
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        inside: list[ast.AST] = [node.value] if node.value else []
+    elif isinstance(node, ast.NamedExpr):
+        inside = [node.value]
+    elif isinstance(node, ast.Compare):
+        inside = [node.left, node.comparators[0]]
+    elif isinstance(node, _IN_ORDER):
+        inside = list(ast.iter_child_nodes(node))
+    else:
+        return None
+    for i, child in enumerate(inside):
+        if any(n is call for n in ast.walk(child)):
+            before = _evaluated_before(child, call)
+            return None if before is None else [*inside[:i], *before]
+    return None
 
 
 # ---- replacing -------------------------------------------------------------------------------------------------------
 
+HELPERS = ("call", "later", "head", "chain", "methods")  # free variables of a rewritten function, under helper_name
+
+
+def helper_name(name: str) -> str:
+    return f"__fused_{name}__"
+
 
 def rewritten(function: FunctionNode, chosen: list[Pattern]) -> FunctionNode:
-    """A copy of ``function`` in which the chosen places call ``self._fused_call`` and its like (module ``call``)."""
-    return _Rewrite(_self_name(function), chosen).visit(copy.deepcopy(function))
+    """A copy of ``function`` in which the chosen places call the functions of module ``call``, by ``helper_name``."""
+    return _Rewrite(self_name(function), chosen).visit(copy.deepcopy(function))
 
 
 class _Rewrite(ast.NodeTransformer):
@@ -261,38 +453,35 @@ class _Rewrite(ast.NodeTransformer):
         self.chains = {p.at: p for p in chosen if p.kind == "chain"}
         self.heads = {p.first: p for p in chosen if p.kind == "named"}
         self.tails = {p.at: i for i, p in enumerate(chosen) if p.kind == "named"}
-        self.acts: dict[Position, ast.Call] = {}
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Call) and position(inner) in self.tails:
-                self.acts.setdefault(position(inner), copy.deepcopy(inner))
-        return self.generic_visit(node)
-
-    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         where = position(node)
-        self.generic_visit(node)
-        if where in self.nested:
-            act, inner, rest = self._parts(node)
-            assert isinstance(inner, ast.Call)
-            return self._helper("call", node, [act, inner.func, inner.args[0], *rest], node.keywords)
+        parts = _activation_call(node)
         if where in self.tails:
-            act, h, rest = self._parts(node)
-            done = ast.Name(self._flag(where), ast.Load())
-            return self._helper("tail", node, [act, done, h, *rest], node.keywords)
-        return node
+            assert parts is not None
+            return _placed(ast.IfExp(ast.Name(self._flag(where), ast.Load()), parts[1], node), node)
+        if where not in self.nested:
+            return self.generic_visit(node)
+        assert parts is not None and isinstance(parts[1], ast.Call)
+        act, inner = self._activation(parts[0]), parts[1]
+        called = [self.visit(act), self.visit(inner.func), self.visit(inner.args[0])]
+        rest = [] if isinstance(parts[0], str) else node.args[1:]
+        if not self.nested[where].reads:
+            return self._helper("call", node, [*called, *rest], node.keywords)
+        # Arguments that the layer's call might change are asked for once more behind it, if it runs by itself.
+        nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+        later = ast.Lambda(nothing, ast.Tuple([_tuple(rest), _dict(node.keywords)], ast.Load()))
+        return self._helper("later", node, [*called, later], [])
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        where = position(node.value)
-        self.generic_visit(node)
-        return self._head(node, node.targets[0], self.heads[where]) if where in self.heads else node
+        if pattern := self.heads.get(position(node.value)):
+            return self._head(node, node.targets[0], pattern)
+        return self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        where = position(node.value) if node.value else None
-        self.generic_visit(node)
-        return self._head(node, node.target, self.heads[where]) if where in self.heads else node
+        if node.value and (pattern := self.heads.get(position(node.value))):
+            return self._head(node, node.target, pattern)
+        return self.generic_visit(node)
 
     def visit_For(self, node: ast.For) -> ast.AST:
         where = position(node)
@@ -306,36 +495,44 @@ class _Rewrite(ast.NodeTransformer):
     def _head(self, statement: ast.Assign | ast.AnnAssign, target: ast.expr, pattern: Pattern) -> ast.AST:
         linear = statement.value
         assert isinstance(linear, ast.Call)
-        act, _, rest = self._parts(copy.deepcopy(self.acts[pattern.at]))
-        keywords = copy.deepcopy(self.acts[pattern.at].keywords)
-        value = self._helper("head", linear, [act, linear.func, linear.args[0], *rest], keywords)
+        args = [self._activation(pattern.activation), self.visit(linear.func), self.visit(linear.args[0])]
+        if pattern.args or pattern.kwargs or pattern.between:
+            keywords = [ast.keyword(name, value) for name, value in pattern.kwargs]
+            args += [_tuple(pattern.args), _dict(keywords), _tuple([_part(*part) for part in pattern.between])]
+        value = self._helper("head", linear, copy.deepcopy(args), [])
         both = ast.Tuple([target, ast.Name(self._flag(pattern.at), ast.Store())], ast.Store())
         return _placed(ast.Assign([both], value), statement)
 
     def _flag(self, at: Position) -> str:
-        return f"_fused_{self.tails[at]}"
+        return f"__fused_{self.tails[at]}__"
 
-    def _parts(self, call: ast.Call) -> tuple[ast.expr, ast.expr, list[ast.expr]]:
-        """The activation as an expression, its first argument, the rest."""
-        parts = _activation_call(call)
-        if parts is None:  # after its inside was rewritten it still has its shape
-            raise AssertionError(ast.unparse(call))
-        act, inner = parts
-        if isinstance(act, str):
-            table = _placed(self._own("_fused_methods"), call)
-            return _placed(ast.Subscript(table, ast.Constant(act), ast.Load()), call), inner, []
-        return act, inner, call.args[1:]
-
-    def _own(self, name: str) -> ast.expr:
-        return ast.Attribute(ast.Name(self.self_name, ast.Load()), name, ast.Load())
+    def _activation(self, act: ast.expr | str) -> ast.expr:
+        if not isinstance(act, str):
+            return act
+        return ast.Subscript(ast.Name(helper_name("methods"), ast.Load()), ast.Constant(act), ast.Load())
 
     def _helper(self, name: str, like: ast.expr, args: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:
-        return _placed(ast.Call(self._own(f"_fused_{name}"), args, keywords), like)
+        owner = ast.Name(self.self_name, ast.Load())
+        return _placed(ast.Call(ast.Name(helper_name(name), ast.Load()), [owner, *args], keywords), like)
+
+
+def _part(call: ast.Call, there: bool) -> ast.expr:
+    """A call in between for ``call.head``: callee or its container, the index in it, the argument if it is there."""
+    callee, index = (call.func.value, call.func.slice) if isinstance(call.func, ast.Subscript) else (call.func, None)
+    return _tuple([callee, index or ast.Constant(None), call.args[0] if there else ast.Constant(None)])
+
+
+def _tuple(parts: Sequence[ast.expr]) -> ast.expr:
+    return ast.Tuple(list(parts), ast.Load())
+
+
+def _dict(keywords: list[ast.keyword]) -> ast.expr:
+    return ast.Dict([ast.Constant(k.arg) for k in keywords], [k.value for k in keywords])
 
 
 def _placed(node, like):  # type: ignore[no-untyped-def]
     """``node`` on the lines of ``like``: tracebacks show the source that was written."""
     for inner in ast.walk(node):
-        if not hasattr(inner, "lineno") and isinstance(inner, ast.expr | ast.stmt | ast.keyword):
+        if not hasattr(inner, "lineno") and isinstance(inner, ast.expr | ast.stmt | ast.keyword | ast.arg):
             ast.copy_location(inner, like)
     return node

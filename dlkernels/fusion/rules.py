@@ -6,6 +6,7 @@ Classes of libraries that may not be installed are named by their dotted name, s
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodType
 from typing import Any
 
 import torch
@@ -37,11 +38,15 @@ def _may_be_inplace(name: str) -> Rule:
     return lambda inplace=False: (name, 0.0)  # what it would overwrite is the product, which nobody else sees
 
 
-def _gelu(*, approximate: str = "none") -> Activation | None:
+def _gelu(*, approximate: Any = "none") -> Activation | None:
+    if type(approximate) is not str:  # nothing is compared whose comparison could be the model's own code
+        return None
     return {"none": ("gelu", 0.0), "tanh": ("gelu_tanh", 0.0)}.get(approximate)
 
 
-def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activation | None:
+def _leaky_relu(negative_slope: Any = 0.01, inplace: bool = False) -> Activation | None:
+    if type(negative_slope) not in (float, int):
+        return None
     return ("leaky_relu", float(negative_slope)) if negative_slope >= 0 else None
 
 
@@ -72,8 +77,8 @@ _functions: dict[Any, Rule] = {
 # Modules, by exact class: a rule takes the module.
 _modules: dict[Any, Rule] = {
     nn.ReLU: lambda m: ("relu", 0.0),
-    nn.LeakyReLU: lambda m: _leaky_relu(m.negative_slope),
-    nn.GELU: lambda m: _gelu(approximate=m.approximate),
+    nn.LeakyReLU: lambda m: _leaky_relu(m.__dict__.get("negative_slope")),
+    nn.GELU: lambda m: _gelu(approximate=m.__dict__.get("approximate")),
     nn.SiLU: lambda m: ("silu", 0.0),
     nn.Tanh: lambda m: ("tanh", 0.0),
     nn.Sigmoid: lambda m: ("sigmoid", 0.0),
@@ -94,7 +99,10 @@ _linears: dict[Any, Callable[[Any], Parameters]] = {
 
 
 def _found(table: dict[Any, Any], cls: type) -> Any:
-    rule = table.get(cls)
+    try:
+        rule = table.get(cls)
+    except TypeError:  # its metaclass has an __eq__ and no __hash__
+        return None
     return table.get(f"{cls.__module__}.{cls.__qualname__}") if rule is None else rule
 
 
@@ -161,11 +169,21 @@ def activation_of(act: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] |
     return (known, 0.0) if isinstance(known, str) else known
 
 
+# Types whose __hash__ and __eq__ are Python's own.
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, MethodDescriptorType)
+
+
 def _function_rule(act: Any) -> Rule | None:
-    try:
+    if type(act) in _FUNCTIONS:
         return _functions.get(act)
-    except TypeError:  # not hashable
-        return None
+    return next((rule for function, rule in _functions.items() if function is act), None)
+
+
+def may_be_activation(act: Any) -> bool:
+    """Whether there is a rule for this, whatever arguments it is called with."""
+    if isinstance(act, nn.Module):
+        return _found(_modules, type(act)) is not None
+    return _function_rule(act) is not None
 
 
 def linear_rule(cls: type) -> Callable[[Any], Parameters | None] | None:
@@ -177,14 +195,18 @@ def linear_rule(cls: type) -> Callable[[Any], Parameters | None] | None:
         return linear_rule(cls._fused_from)  # type: ignore[attr-defined]
     if (rule := _found(_linears, cls)) is not None:
         return rule
-    if issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward and cls.__call__ is nn.Module.__call__:
-        return _own_parameters
-    return None
+    if not issubclass(cls, nn.Linear) or hasattr(cls, "weight") or hasattr(cls, "bias"):  # it has properties of its own
+        return None
+    return _own_parameters if all(getattr(cls, name) is getattr(nn.Linear, name) for name in _CALLED) else None
+
+
+# The methods that run when a linear layer is called.
+_CALLED = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 
 
 def _own_parameters(linear: nn.Linear) -> Parameters | None:
-    own = linear._parameters
-    if "weight" in own and "bias" in own:
+    own, instead = linear._parameters, linear.__dict__
+    if "weight" in own and "bias" in own and "weight" not in instead and "bias" not in instead:
         return own["weight"], own["bias"]  # type: ignore[return-value]
     return None
 

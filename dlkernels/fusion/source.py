@@ -16,6 +16,7 @@ from types import CellType, CodeType, FunctionType
 from typing import Any
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+_TYPE_PARAMS = "type_params" in ast.FunctionDef._fields  # since Python 3.12
 _FUTURE = functools.reduce(
     lambda flags, name: flags | getattr(__future__, name).compiler_flag, __future__.all_feature_names, 0
 )
@@ -33,11 +34,15 @@ class Source:
     node: FunctionNode
     around: tuple[ast.AST, ...]
 
-    def rebuilt(self, node: FunctionNode) -> FunctionType:
-        """The function with the body of ``node``: same globals, closure, defaults, name and lines."""
+    def rebuilt(self, node: FunctionNode, given: dict[str, Any]) -> FunctionType:
+        """The function with the body of ``node``: same globals, closure, defaults, name and lines. ``given`` are values
+        of further free variables: the function needs nothing of the class it stands in, and so outlives it there."""
         old = self.function
-        code = _compiled(self, node)
+        code = _compiled(self, _enclosed(node, list(given)))
+        if hasattr(code, "co_qualname"):  # since Python 3.11
+            code = code.replace(co_qualname=old.__code__.co_qualname)  # type: ignore[attr-defined,call-arg]
         cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
+        cells |= {name: CellType(value) for name, value in given.items()}
         new = FunctionType(
             code, old.__globals__, old.__name__, old.__defaults__, tuple(cells[n] for n in code.co_freevars)
         )
@@ -142,6 +147,19 @@ def _imports(tree: ast.Module) -> list[ast.stmt]:
                 *waiting,
             ]
     return found
+
+
+def _enclosed(node: FunctionNode, names: list[str]) -> FunctionNode:
+    """``node`` inside a function whose arguments are ``names``, which makes them free variables of it."""
+    arguments = ast.arguments(
+        posonlyargs=[], args=[ast.arg(name) for name in names], kwonlyargs=[], kw_defaults=[], defaults=[]
+    )
+    outer = ast.FunctionDef("__fused__", arguments, [node], [])
+    if _TYPE_PARAMS:
+        outer.type_params = []  # type: ignore[attr-defined]
+    for made in (outer, *arguments.args):
+        ast.copy_location(made, node)
+    return outer
 
 
 def _compiled(source: Source, node: FunctionNode) -> CodeType:

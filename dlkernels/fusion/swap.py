@@ -6,17 +6,19 @@ The class differs in the rewritten methods alone, and bears the same name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
 from dlkernels.fusion import call
-from dlkernels.fusion.patterns import Position, patterns, rewritten
+from dlkernels.fusion.patterns import HELPERS, Position, helper_name, patterns, rewritten
 from dlkernels.fusion.rules import METHODS
 from dlkernels.fusion.source import NoSource, Source, check, rewrap, source_of, undecorated
+from dlkernels.fusion.values import state
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,20 @@ class Fused(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the original's: it registers the classes its author wrote, and this is none of them."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made, args, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        cls, original = type(self), type(self)._fused_from
-        args = tuple(original if a is cls else a for a in args)
-        return (_again, (original, cls._fused_plan, made, args), *rest)
+
+def _reduce_ex(self: Any, protocol: Any) -> Any:
+    """``__reduce_ex__`` of a fused class: pickles name the original class and the plan."""
+    fused: Any = next(cls for cls in type(self).__mro__ if "_fused_plan" in vars(cls))
+    made, args, *rest = cast(tuple[Any, ...], super(fused, self).__reduce_ex__(protocol))
+    args = tuple(fused._fused_from if a is fused else a for a in args)
+    return (_again, (fused._fused_from, fused._fused_plan, made, args), *rest)
 
 
 def _again(original: type[nn.Module], plan: Plan, made: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     module = made(*args)
     if type(module) is original:
-        with contextlib.suppress(NoSource):  # another version of its code: it is the stock module then
-            swap(module, plan)
+        with contextlib.suppress(NoSource, TypeError):  # another version of its code: it is the stock module then
+            swap(module, fused_class(original, plan))
     return module
 
 
@@ -62,51 +66,81 @@ def method_source(cls: type, name: str) -> Source:
 
 
 def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
-    """The class of a fused ``cls``; one for each plan. Raises :class:`NoSource` and what making a class raises."""
-    for known in cls.__subclasses__():
-        if known.__dict__.get("_fused_plan") == plan:
+    """The class of a fused ``cls``; one for each plan. Raises :class:`NoSource`, also where no class can be made."""
+    for known in type.__subclasses__(cls):
+        if vars(known).get("_fused_plan") == plan:
             return known
     body: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        "__reduce_ex__": _reduce_ex,
         "_fused_plan": plan,
         "_fused_from": cls,
-        "_fused_methods": METHODS,
-        "_fused_call": call.call,
-        "_fused_head": call.head,
-        "_fused_tail": call.tail,
-        "_fused_chain": call.chain,
     }
     for name in sorted({name for name, _ in plan.places}):
         source = method_source(cls, name)
         check(source)
         chosen = [p for p in patterns(source.node) if (name, p.at) in plan.places]
-        new = source.rebuilt(rewritten(source.node, chosen))
+        new = source.rebuilt(rewritten(source.node, chosen), _helpers())
         body[name] = rewrap(getattr(cls, name), source.function, new)
     if plan.alone:
         body["forward"] = call.alone
-    return types.new_class(cls.__name__, (Fused, cls), {}, lambda namespace: namespace.update(body))
+    # The original first, so that it decides the layout of instances (its own first base may have none: abc.ABC);
+    # behind Fused only where it has an __init_subclass__ that Fused is to stand in for.
+    bases = (Fused, cls) if _hears_of_subclasses(cls) else (cls, Fused)
+    try:
+        return types.new_class(cls.__name__, bases, {}, lambda namespace: namespace.update(body))
+    except Exception as error:  # of a metaclass
+        raise NoSource(f"no class can be derived from {cls.__name__}: {error}") from error
 
 
-def swap(module: nn.Module, plan: Plan) -> None:
-    object.__setattr__(module, "__class__", fused_class(type(module), plan))
+@functools.lru_cache(maxsize=1)
+def _helpers() -> dict[str, Any]:
+    values = {"methods": METHODS} | {name: getattr(call, name) for name in HELPERS if name != "methods"}
+    return {helper_name(name): value for name, value in values.items()}
+
+
+def _hears_of_subclasses(cls: type) -> bool:
+    library = ("builtins", "typing", "typing_extensions")
+    return any("__init_subclass__" in vars(base) and base.__module__ not in library for base in cls.__mro__)
+
+
+def swap(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module the fused class. Raises TypeError where the layout of its instances differs."""
+    object.__setattr__(module, "__class__", cls)
 
 
 def plan_of(module: nn.Module) -> Plan | None:
     """What is fused in this module's own methods; also where another tool (FSDP) made a class from the fused one."""
-    return type(module)._fused_plan if isinstance(module, Fused) else None
+    return getattr(type(module), "_fused_plan", None) if issubclass(type(module), Fused) else None
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    return type(module)._fused_from if isinstance(module, Fused) else type(module)
+    cls = type(module)
+    return cls._fused_from if issubclass(cls, Fused) else cls
+
+
+def why_not_back(module: nn.Module) -> str:
+    """Why a fused module cannot get its class back; empty if it can."""
+    if "_fused_plan" in vars(type(module)) or not issubclass(type(module), Fused):
+        return ""
+    name = type(module).__name__
+    return f"{name} was made from a fused class by another tool (a parametrization, FSDP); undo that first"
 
 
 def swap_back(module: nn.Module) -> None:
-    if "_fused_plan" in type(module).__dict__:
+    if "_fused_plan" in vars(type(module)):
         object.__setattr__(module, "__class__", type(module)._fused_from)  # type: ignore[attr-defined]
-    elif isinstance(module, Fused):
-        raise RuntimeError(
-            f"unfuse: {type(module).__name__} was made from a fused class by another tool (a parametrization, FSDP); "
-            "undo that first"
-        )
+
+
+def walk(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """What ``named_modules`` gives, without asking a module for its hash, its truth or its children."""
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield path, module
+    for name, child in state(module)["_modules"].items():
+        if child is not None:
+            yield from walk(child, f"{path}.{name}" if path else name, seen)

@@ -1,16 +1,17 @@
 """What an expression of a method may be, as far as can be said without running anything.
 
 Answers are lists of objects, or None where only the call will show. No code of the model runs: no property, no
-``__getattr__`` but ``nn.Module``'s own, no function.
+``__getattr__`` but ``nn.Module``'s own, no function, no ``__eq__``, ``__hash__``, ``__bool__`` or ``__len__``.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
-import inspect
+import operator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,21 @@ from dlkernels.fusion.source import Source
 
 Values = list[Any] | None
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
+_EXACT = (int, float, bool, str, type(None))  # types whose operators run no code of the model
+_OPERATORS: dict[type[ast.AST], Any] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+    ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.Not: operator.not_,
+    ast.USub: operator.neg,
+}  # fmt: skip
+_ROUNDS = 1000  # of a loop that is gone through
+_JUMPS = (ast.Continue, ast.Break, ast.Return, ast.Raise)
+
+
+class LocalFunction:
+    """Stands for a function that the method itself defines: no layer, and no activation with a rule."""
+
+    __name__ = "a function of the method's own"
 
 
 class Namespace:
@@ -40,13 +56,11 @@ class Namespace:
             for name in _bound_by(node):
                 self.bound.setdefault(name, []).append(node)
         self.busy: set[str] = set()
+        self.round: dict[str, Any] = {}  # the names of loops, in the round that is looked at
 
     def of(self, node: ast.expr) -> Values:
-        if isinstance(node, ast.Constant | ast.UnaryOp):
-            try:
-                return [ast.literal_eval(node)]
-            except ValueError:
-                return None
+        if isinstance(node, ast.Constant):
+            return [node.value]
         if isinstance(node, ast.Name):
             return self._name(node.id)
         if isinstance(node, ast.Attribute):
@@ -55,40 +69,146 @@ class Namespace:
             return self._subscript(node)
         if isinstance(node, ast.IfExp):
             return _together([self.of(node.body), self.of(node.orelse)])
-        return None
+        if isinstance(node, ast.Lambda):
+            return [LocalFunction()]
+        return self._computed(node)
+
+    def _computed(self, node: ast.expr) -> Values:
+        """The value of an expression of numbers, such as ``i < len(self.layers) - 1``."""
+        if isinstance(node, ast.UnaryOp):
+            return _applied(type(node.op), self.of(node.operand))
+        if isinstance(node, ast.BinOp):
+            return _applied(type(node.op), self.of(node.left), self.of(node.right))
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            return _applied(type(node.ops[0]), self.of(node.left), self.of(node.comparators[0]))
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 1):
+            return None
+        several = self.of(node.args[0]) if _is_one(self._name(node.func.id), len) else None
+        elements = _elements(several[0]) if several is not None and len(several) == 1 else None
+        return None if elements is None else [len(elements)]
+
+    def is_plain(self, node: ast.expr) -> bool:
+        """Whether evaluating a name or an attribute runs no code, whatever object stands there when it is."""
+        if not isinstance(node, ast.Attribute):
+            return isinstance(node, ast.Name | ast.Constant | ast.UnaryOp)
+        if isinstance(node.value, ast.Name) and node.value.id == self.self_name:
+            return _is_plain_attribute(type(self.module), node.attr)
+        holder = self._python_module(node.value)
+        return holder is not None and node.attr in state(holder)
+
+    def _python_module(self, node: ast.expr) -> ModuleType | None:
+        if isinstance(node, ast.Name):
+            known = node.id not in self.parameters and node.id not in self.bound
+            value = self.scope.get(node.id) if known else None
+        elif isinstance(node, ast.Attribute) and (holder := self._python_module(node.value)) is not None:
+            value = state(holder).get(node.attr)
+        else:
+            value = None
+        return value if issubclass(type(value), ModuleType) else None
 
     def pairs(self, first: ast.expr, second: ast.expr) -> list[tuple[Any, Any]] | None:
         """What two expressions may be at the same time; None where that is not known."""
-        if isinstance(first, ast.Name) and isinstance(second, ast.Name):
-            loops = self.bound.get(first.id, [])
-            if loops == self.bound.get(second.id) and len(loops) == 1 and isinstance(loops[0], ast.For):
-                loop = loops[0]
-                both = [
-                    (_unpacked(loop.target, [i], first.id), _unpacked(loop.target, [i], second.id))
-                    for i in self.items(loop.iter) or ()
-                ]
-                return [(a[0], b[0]) for a, b in both] if all(a and b for a, b in both) else None  # type: ignore[index]
-        several = self.of(first), self.of(second)
-        if None in several or min(map(len, several)) > 1:  # type: ignore[arg-type]
+        one, two = self.of(first), self.of(second)
+        if one is None or two is None or min(len(one), len(two)) > 1:
             return None
-        return [(a, b) for a in several[0] for b in several[1]]  # type: ignore[union-attr]
+        return [(a, b) for a in one for b in two]
+
+    def rounds(self, around: Sequence[ast.AST], sure: bool = True) -> Iterator[bool]:
+        """Goes through those rounds of the loops ``around`` a place, the last of ``around``, that come to it. Meanwhile
+        names mean what they mean in that round. Yields whether it is sure that the round comes there."""
+        if len(around) < 2:
+            yield sure
+            return
+        node, child, inside = around[0], around[1], around[1:]
+        if isinstance(node, ast.For) and any(child is s for s in node.body):
+            items = self.items(node.iter)
+            if items is None or len(items) > _ROUNDS or not self._binds_alone(node):
+                yield from self.rounds(inside, False)
+                return
+            at = next(i for i, s in enumerate(node.body) if s is child)
+            for item in items:
+                with_names = {n: _unpacked(node.target, [item], n) for n in _names_in(node.target)}
+                outer, self.round = self.round, {**self.round, **{n: v[0] for n, v in with_names.items() if v}}
+                goes_on, sure = self._passes(node.body[:at], sure)
+                if goes_on is True:
+                    yield from self.rounds(inside, sure)
+                    goes_on, sure = self._passes(node.body[at + 1 :], sure)
+                self.round = outer
+                if goes_on is False:
+                    return
+        elif isinstance(node, ast.If | ast.IfExp) and child is not node.test:
+            body = node.body if isinstance(node.body, list) else [node.body]
+            decided = self._decided(node.test)
+            if decided is None or decided is any(child is part for part in body):
+                yield from self.rounds(inside, sure and decided is not None)
+            elif decided == "alike":
+                yield from self.rounds(inside, sure)
+        else:
+            yield from self.rounds(inside, sure)
+
+    def _passes(self, statements: list[ast.stmt], sure: bool) -> tuple[bool | None, bool]:
+        """Whether a round of a loop goes on behind the statements (None: the next round comes; False: none does), and
+        whether that is sure."""
+        for statement in statements:
+            if not any(isinstance(n, _JUMPS) for n in ast.walk(statement)):
+                continue
+            if isinstance(statement, _JUMPS):
+                return (None if isinstance(statement, ast.Continue) else False), sure
+            if isinstance(statement, ast.If) and isinstance(statement.body[-1], _JUMPS) and not statement.orelse:
+                decided = self._decided(statement.test)
+                if decided is True:
+                    return (None if isinstance(statement.body[-1], ast.Continue) else False), sure
+                sure = sure and decided is not None
+            else:
+                sure = False
+        return True, sure
+
+    def _decided(self, test: ast.expr) -> Any:
+        """The value of a condition in this round; "alike" if it does not depend on the round, None if not known."""
+        if not self._may_vary(test, set()):
+            return "alike"
+        values = self.of(test)
+        return bool(values[0]) if values is not None and len(values) == 1 and type(values[0]) in _EXACT else None
+
+    def _may_vary(self, node: ast.AST, asked: set[str]) -> bool:
+        """Whether an expression may have another value in another round."""
+        for name in {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - asked:
+            asked.add(name)
+            if name in self.round:
+                return True
+            for binding in self.bound.get(name, ()):
+                if not isinstance(binding, ast.Assign) or self._may_vary(binding.value, asked):
+                    return True
+        return False
+
+    def _binds_alone(self, loop: ast.For) -> bool:
+        """Whether no other statement in the loop gives its names a value."""
+        inside = {id(n) for n in ast.walk(loop)}
+        names = _names_in(loop.target)
+        return not any(n is not loop and id(n) in inside for name in names for n in self.bound.get(name, ()))
 
     def items(self, node: ast.expr) -> Values:
         """The elements of what a loop goes over; of tuples as tuples."""
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
             function = self._name(node.func.id)
+            if _is_one(function, range):
+                return _range([self.of(a) for a in node.args])
             inner = [self.items(a) for a in node.args]
-            if function == [enumerate] and len(inner) == 1 and inner[0] is not None:
-                return list(enumerate(inner[0]))
-            if function == [zip] and inner and None not in inner:
+            if any(i is None for i in inner) or not inner:
+                return None
+            if _is_one(function, enumerate) and len(inner) == 1:
+                return list(enumerate(inner[0]))  # type: ignore[arg-type]
+            if _is_one(function, zip):
                 return list(zip_longest(*inner))  # type: ignore[arg-type]
-            if function in ([reversed], [list], [tuple], [iter]) and len(inner) == 1:
+            if _is_one(function, reversed) and len(inner) == 1:
+                return inner[0][::-1]  # type: ignore[index]
+            if any(_is_one(function, f) for f in (list, tuple, iter)) and len(inner) == 1:
                 return inner[0]
             return None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
             if node.func.attr in ("children", "values"):
                 return _each(
-                    self.of(node.func.value), lambda v: list(v._modules.values()) if _is_container(v) else None
+                    self.of(node.func.value), lambda v: _elements(v) if _is_container(v) or _is_table(v) else None
                 )
             return None
         if isinstance(node, ast.Tuple | ast.List):
@@ -96,17 +216,23 @@ class Namespace:
         return _each(self.of(node), _elements)
 
     def chains(self, node: ast.expr) -> list[list[Any]] | None:
-        """What a chain may go over: a list of its modules for each possibility."""
+        """What a chain may go over: a list of its modules for each possibility; None: not known, or no list."""
         containers = self.of(node)
         if containers is None:
-            items = self.items(node)
+            called = node.func if isinstance(node, ast.Call) else None
+            once = called is None or (
+                not any(_is_one(self.of(called), f) for f in (list, tuple)) if isinstance(called, ast.Name) else False
+            )
+            items = None if once else self.items(node)
             return None if items is None else [items]
-        lists = [_elements(c) for c in containers]
-        return None if None in lists else lists  # type: ignore[return-value]
+        lists = [elements for c in containers if (elements := _elements(c)) is not None]
+        return lists if len(lists) == len(containers) else None
 
     def _name(self, name: str) -> Values:
         if name == self.self_name:
             return [self.module]
+        if name in self.round:
+            return [self.round[name]]
         if name in self.parameters or name in self.busy:
             return None
         if name not in self.bound:
@@ -122,26 +248,54 @@ class Namespace:
             return self.of(node.value)
         if isinstance(node, ast.For | ast.comprehension):
             return _unpacked(node.target, self.items(node.iter), name)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+            return [LocalFunction()]
         return None
 
     def _subscript(self, node: ast.Subscript) -> Values:
         containers = self.of(node.value)
-        try:
-            index = ast.literal_eval(node.slice)
-        except ValueError:
-            index = _literal_slice(node.slice)
+        if isinstance(node.slice, ast.Slice):
+            index = self._slice(node.slice)
+        else:
+            several = self.of(node.slice)
+            index = several[0] if several is not None and len(several) == 1 and type(several[0]) in _EXACT else None
         if index is None:  # any of them
             return _each(containers, lambda v: _elements(v))
         return _each(containers, lambda v: _element(v, index))
 
+    def _slice(self, node: ast.Slice) -> slice | None:
+        parts = [[None] if n is None else self.of(n) for n in (node.lower, node.upper, node.step)]
+        known = [p[0] for p in parts if p is not None and len(p) == 1 and type(p[0]) in (int, type(None))]
+        return slice(*known) if len(known) == 3 else None
 
-def _literal_slice(node: ast.expr) -> slice | None:
-    if not isinstance(node, ast.Slice):
+
+def _is_one(values: Values, what: Any) -> bool:
+    return values is not None and len(values) == 1 and values[0] is what
+
+
+def _applied(kind: type[ast.AST], *operands: Values) -> Values:
+    """The operator on the operands, if each is one number, string or None; ``is`` of any two objects."""
+    any_type = kind in (ast.Is, ast.IsNot)
+    known = [v[0] for v in operands if v is not None and len(v) == 1 and (any_type or type(v[0]) in _EXACT)]
+    if len(known) < len(operands) or kind not in _OPERATORS:
         return None
     try:
-        return slice(*(ast.literal_eval(n) if n else None for n in (node.lower, node.upper, node.step)))
-    except ValueError:
+        return [_OPERATORS[kind](*known)]
+    except (TypeError, ArithmeticError):
         return None
+
+
+def _range(arguments: list[Values]) -> Values:
+    known = [v[0] for v in arguments if v is not None and len(v) == 1 and type(v[0]) is int]
+    try:
+        numbers = range(*known) if len(known) == len(arguments) else None
+    except (TypeError, ValueError):  # not one to three of them; a step of 0
+        return None
+    return None if numbers is None or len(numbers) > _ROUNDS else list(numbers)
+
+
+def _names_in(target: ast.expr) -> list[str]:
+    return [n.id for n in ast.walk(target) if isinstance(n, ast.Name)]
 
 
 def _bound_by(node: ast.AST) -> set[str]:
@@ -180,43 +334,73 @@ def _each(values: Values, f: Any) -> Values:
     return None if values is None else _together([f(v) for v in values])
 
 
+def state(value: Any) -> dict[str, Any]:
+    """The attributes of a module's own, of nn's or Python's, without asking its class."""
+    return object.__getattribute__(value, "__dict__")
+
+
+_NOTHING = object()
+
+
+def _in_class(cls: type, name: str) -> Any:
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _NOTHING)
+
+
+def _is_plain_attribute(cls: type, name: str) -> bool:
+    """Whether the attribute of a module of this class is looked up without running code of the class."""
+    found = _in_class(cls, name)
+    return _is_looked_up_plainly(cls) and (
+        found is _NOTHING
+        or type(found) in (FunctionType, staticmethod, classmethod)
+        or not hasattr(type(found), "__get__")
+    )
+
+
+def _is_looked_up_plainly(cls: type) -> bool:
+    return (
+        _in_class(cls, "__getattribute__") is object.__getattribute__
+        and _in_class(cls, "__getattr__") is nn.Module.__getattr__
+    )
+
+
 def _attribute(value: Any, name: str) -> Values:
-    if isinstance(value, nn.Module):
-        for table in (value.__dict__, value._modules):
-            if name in table:
-                return [table[name]]
-        found = inspect.getattr_static(type(value), name, None)
-        if isinstance(found, FunctionType):
-            return [MethodType(found, value)]
-        return [found.__func__] if isinstance(found, staticmethod) else None
-    if inspect.ismodule(value):
-        return [vars(value)[name]] if name in vars(value) else None
-    return None
+    if issubclass(type(value), ModuleType):
+        return [state(value)[name]] if name in state(value) else None
+    if not issubclass(type(value), nn.Module) or not _is_plain_attribute(type(value), name):
+        return None
+    own, found = state(value), _in_class(type(value), name)
+    if name in own:
+        return [own[name]]
+    if type(found) is FunctionType:
+        return [MethodType(found, value)]
+    if found is not _NOTHING:
+        return [found.__func__] if type(found) is staticmethod else None if type(found) is classmethod else [found]
+    return [own["_modules"][name]] if name in own["_modules"] else None
 
 
 def _is_container(value: Any) -> bool:
-    return isinstance(value, _CONTAINERS) and type(value).__iter__ in (nn.Sequential.__iter__, nn.ModuleList.__iter__)
+    cls = type(value)
+    return issubclass(cls, _CONTAINERS) and cls.__iter__ in (nn.Sequential.__iter__, nn.ModuleList.__iter__)
+
+
+def _is_table(value: Any) -> bool:
+    return issubclass(type(value), nn.ModuleDict)
 
 
 def _elements(value: Any) -> Values:
-    if _is_container(value):
-        return list(value._modules.values())
-    if isinstance(value, nn.ModuleDict):
-        return list(value._modules.values())
+    if _is_container(value) or _is_table(value):
+        return list(state(value)["_modules"].values())
     if type(value) in (list, tuple):
         return list(value)
     return list(value.values()) if type(value) is dict else None
 
 
 def _element(value: Any, index: Any) -> Values:
-    elements = value._modules if isinstance(value, nn.ModuleDict) else _elements(value)
-    if elements is None:
-        return None
+    elements = state(value)["_modules"] if _is_table(value) else value if type(value) is dict else _elements(value)
     try:
-        found = elements[index]
+        return None if elements is None else [elements[index]]
     except (LookupError, TypeError):
         return None
-    return [found]
 
 
 def _unpacked(target: ast.expr, items: Values, name: str) -> Values:
