@@ -80,10 +80,10 @@ class Layer:
 
 
 def _slices(a: Tensor, bits: int) -> list[Tensor]:
-    """Matrices that add up to ``a``, down to 2^-70 of each row's largest element. In a row, each is integers of
+    """Matrices that add up to ``a``, down to 2^-64 of each row's largest element. In a row, each is integers of
     ``bits`` bits times one power of two."""
     slices = []
-    for _ in range(-(-70 // bits)):
+    for _ in range(-(-64 // bits)):
         unit = torch.exp2(torch.frexp(a.abs().amax(1, keepdim=True))[1].double() - bits)
         slices.append((a / unit).round() * unit)
         a = a - slices[-1]
@@ -158,6 +158,13 @@ def assert_no_worse(ours: Tensor, exact: Tensor, scale: Tensor, stock_error: flo
     assert mine <= allowed, f"{what}: error {mine:.3g} rounding units, twice stock's is {allowed:.3g}"
 
 
+def with_gates(
+    layer: Layer, y: Tensor, stock: dict[str, Tensor], exact: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The oracle with the gates of ``y``: ``exact``, which has those of ``stock``'s y, where they are the same."""
+    return exact if torch.equal(y > 0, stock["y"] > 0) else oracle(layer, y, exact["y"][0].device)
+
+
 def stock_errors(layer: Layer, stock: dict[str, Tensor], exact: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     """:func:`error` of each of stock's results. ``exact`` is the oracle with the gates of ``stock``'s y.
 
@@ -169,8 +176,7 @@ def stock_errors(layer: Layer, stock: dict[str, Tensor], exact: dict[str, tuple[
     worst = {name: error(t, *exact[name]) for name, t in stock.items()}
     for _ in range(2 if layer.x.dtype == torch.float64 else 0):
         other = reordered_stock(layer)
-        same_gates = torch.equal(other["y"] > 0, stock["y"] > 0)
-        theirs = exact if same_gates else oracle(layer, other["y"], exact["y"][0].device)
+        theirs = with_gates(layer, other["y"], stock, exact)
         worst = {name: max(worst[name], error(t, *theirs[name])) for name, t in other.items()}
     return worst
 
@@ -181,7 +187,8 @@ def check(layer: Layer, op: Op, granted: float = 1.0) -> None:
     ``granted``: rounding units that count as stock's error where it has less.
     """
     ours, stock = layer.run(op), layer.stock()
-    exact, allowed = oracle(layer, ours["y"]), stock_errors(layer, stock, oracle(layer, stock["y"]))
+    stock_exact = oracle(layer, stock["y"])
+    exact, allowed = with_gates(layer, ours["y"], stock, stock_exact), stock_errors(layer, stock, stock_exact)
     for name, t in ours.items():
         s = stock[name]
         assert (t.shape, t.dtype, t.device) == (s.shape, s.dtype, s.device), name
