@@ -1,7 +1,7 @@
 """Put the measured ratios into README.md: ``python -m bench.readme_table bench/results/NAME.json ...``.
 
-A table for each record, under its processor's name, stands between two marker lines; what is there is replaced, so figures are
-never copied by hand.
+A table for each record, under its processor's name, stands between two marker lines; what is there is replaced, so
+figures are never copied by hand.
 """
 
 from __future__ import annotations

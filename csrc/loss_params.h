@@ -60,7 +60,9 @@ struct ExactSum {
     lost += (sum < 0 ? -sum : sum) >= (term < 0 ? -term : term) ? (sum - next) + term : (term - next) + sum;
     sum = next;
   }
-  DLK_HD double value() const { return lost == lost ? sum + lost : sum; }  // Inf - Inf was lost where sum is Inf
+  DLK_HD double value() const {
+    return sum - sum == 0 ? sum + lost : sum;
+  }  // where sum is infinite, nothing else counts
 };
 
 }  // namespace dlk

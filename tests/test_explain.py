@@ -114,8 +114,8 @@ def test_explain_mlp_names_the_chain_where_it_runs():
 
     assert paths_of(4096, [64, 32, 10]) == [{"chain"}, {"chain"}]
     assert paths_of(4096, [64, 128, 10], dtype=torch.bfloat16) == [{"chain"}, {"chain"}]
-    assert paths_of(300, [64, 32, 10]) == [{"packed"}, {"packed"}]
-    assert paths_of(4096, [784, 32, 10]) == [{"packed"}, {"packed"}]
+    assert paths_of(300, [64, 32, 10]) == [{"packed"}, {"few_columns"}]
+    assert paths_of(4096, [784, 32, 10]) == [{"packed"}, {"few_columns"}]
     assert paths_of(4096, [64, 32]) == [{"packed"}]
     (rows,) = functional.explain_mlp(*(t := layer(300, 400, 500))[:1], t[1:])
     assert rows == functional.explain(*t)

@@ -91,7 +91,8 @@ def test_leading_sizes(lead, device):
     x = torch.randn(*lead, 5, device=device)
     w = torch.randn(4, 5, device=device)
     b = torch.randn(4, device=device)
-    check(Layer(x, w, b, torch.randn(*lead, 4, device=device), "relu"), ours("relu"))
+    # Of sums of six terms and few of them, one order or another is lucky: two rounding errors are granted, not one.
+    check(Layer(x, w, b, torch.randn(*lead, 4, device=device), "relu"), ours("relu"), granted=2)
 
 
 def test_channels_last_view(device):

@@ -66,6 +66,17 @@ def test_a_loss_beyond_the_dtype_is_infinite(dtype, reduction):
     torch.testing.assert_close(ours, F.cross_entropy(x, index, reduction=reduction))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_beyond_float64_is_infinite(sign):
+    """Each row's loss is in float64, their sum is not; nothing is lost to Inf - Inf."""
+    z = torch.tensor([[0.7e308, -0.7e308]] * 3, dtype=torch.float64) * sign
+    index = torch.tensor([1 if sign > 0 else 0] * 3)
+    for reduction in ("sum", "mean"):
+        assert losses.cross_entropy(z, index, reduction=reduction) == torch.inf
+        ours = functional.linear_cross_entropy(z, torch.eye(2).double(), None, index, reduction=reduction)
+        assert ours == torch.inf
+
+
 # ---- malformed calls ------------------------------------------------------------------------------------------------
 
 X, INDEX, PROBABILITIES = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]), torch.full((4, 3), 1 / 3)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -139,6 +140,15 @@ def test_what_its_owner_froze_stays_frozen(own, again):
     assert torch.equal(model.norm.running_mean, mean) == (own or not thawed)
 
 
+def test_what_was_frozen_when_the_trainer_was_made_stays_frozen():
+    model = Frozen()
+    model.norm.eval()
+    trainer = make(model=model)
+    model.eval()  # an evaluation of the owner's
+    trainer.fit(1)
+    assert (model.training, model.norm.training) == (True, False)
+
+
 def test_a_model_in_eval_mode_is_put_in_train_mode():
     model = Frozen().eval()
     make(model=model).fit(1)
@@ -222,6 +232,13 @@ class Record:
     parts: list
 
 
+class Slotted:
+    __slots__ = ("scores",)
+
+    def __init__(self, scores):
+        self.scores = scores
+
+
 class Nested(nn.Module):
     """A network whose output is in something."""
 
@@ -249,6 +266,8 @@ def normal(z):
         (lambda z: Record(z, [z]), lambda out: out.scores),
         (lambda z: SimpleNamespace(scores=z), lambda out: out.scores),
         (normal, lambda out: out.loc),
+        (Slotted, lambda out: out.scores),
+        (lambda z: deque([z]), lambda out: out[0]),
     ],
 )
 def test_autocast_computes_the_loss_of_any_output_in_float32(around, take, dtype):
@@ -515,6 +534,7 @@ def test_one_logit_has_no_accuracy_that_could_be_wrong():
         (nn.CrossEntropyLoss(), -100, torch.int64),
         (dlkernels.losses.CrossEntropyLoss(ignore_index=3), 3, torch.int64),  # such as padding
         (lambda scores, y: nn.functional.cross_entropy(scores, y.long(), ignore_index=255), 255, torch.uint8),
+        (partial(nn.functional.cross_entropy, ignore_index=1), 1, torch.int64),
     ],
 )
 def test_accuracy_is_over_the_targets_that_count(loss, ignored, dtype):
@@ -573,9 +593,10 @@ def test_meter_weighs_batches_by_their_samples():
 
 
 def test_trainer_and_data_know_nothing_of_operators():
-    """They work with any module and any loss: of this package they import themselves and the file writer."""
+    """They work with any module and any loss: of this package they import themselves and what needs no torch."""
     root = Path(dlkernels.trainer.__file__).parent.parent
-    allowed = {"trainer": ("trainer", "data", "atomic"), "data": ("data", "atomic")}
+    plain = ("atomic", "choices", "extras")
+    allowed = {"trainer": ("trainer", "data", *plain), "data": ("data", *plain)}
     for folder, own in allowed.items():
         for path in (root / folder).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):

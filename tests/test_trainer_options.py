@@ -279,7 +279,7 @@ def test_monitor():
 
 def test_no_direction_is_guessed_from_a_name(tmp_path):
     """Of a metric that does not say it, or of a number from a callback; before the first batch."""
-    for name in ("val_mae", "val_wer", "mse", "nll", "score"):
+    for name in ("val_mae", "val_wer", "mse", "nll", "score", "val_inaccuracy", "gloss"):
         for options in (
             {"callbacks": [EarlyStopping(name)]},
             {"checkpoint": Checkpoints(tmp_path, monitor=name)},

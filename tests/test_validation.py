@@ -117,21 +117,25 @@ def test_find_lr_leaves_a_model_as_it_was(mode, diverges):
         def __init__(self):
             super().__init__()
             self.factor = nn.Parameter(torch.ones(()))
+            self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, scores, y):
+            self.calls += 1
             return nn.functional.cross_entropy(scores * self.factor, y)
 
     loss = Scale()
     nn.functional.cross_entropy(model(X), Y).backward()
     loss.factor.grad = torch.tensor(3.0)
-    tensors = [*model.parameters(), *model.buffers(), loss.factor]
+    tensors = [*model.parameters(), *model.buffers(), loss.factor, loss.calls]
     before = [(one.detach().clone(), one.grad, copy.deepcopy(one.grad)) for one in tensors]
     modes = [module.training for module in model.modules()]
     optimizer = sgd([*model.body.parameters(), loss.factor])
     found = find_lr(model, loss, optimizer, batches(), batches=20, last=1e9 if diverges else 1.0)
     assert (len(found.rates) < 20) == diverges
     assert [module.training for module in model.modules()] == modes
-    assert all(a is b for a, b in zip(tensors, [*model.parameters(), *model.buffers(), loss.factor], strict=True))
+    assert all(
+        a is b for a, b in zip(tensors, [*model.parameters(), *model.buffers(), loss.factor, loss.calls], strict=True)
+    )
     for one, (value, gradient, was) in zip(tensors, before, strict=True):
         assert torch.equal(one, value)
         assert one.grad is gradient and (gradient is None or torch.equal(gradient, was))

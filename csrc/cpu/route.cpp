@@ -84,7 +84,9 @@ Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
     return {Path::few_columns, "few columns: x is read where it lies, packing it would cost more than it saves"};
   const Engine& engine = kernels().engine[static_cast<int>(dtype)];
   const int64_t most_rows = engine.tiles_forward.run ? engine.tiles_forward.most_rows : few_rows_forward(shape, dtype);
-  if (takes_few_rows(op, shape, contiguous, most_rows)) return kFewRowsRoute;
+  // Tiles want all of x packed by every thread: at most 8 MiB.
+  const bool x_is_small = !engine.tiles_forward.run || op != Op::forward || shape.m * shape.k <= (int64_t{1} << 22);
+  if (x_is_small && takes_few_rows(op, shape, contiguous, most_rows)) return kFewRowsRoute;
   return {Path::packed, "our packed GEMM with the fused epilogue"};
 }
 

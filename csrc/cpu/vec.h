@@ -214,8 +214,7 @@ struct ExactLanes {
     sum = next;
   }
   DLK_HD V value() const {
-    const V exact = sum + lost;
-    return exact == exact ? exact : sum;  // where a term is infinite, so is what it lost
+    return sum - sum == V{} ? sum + lost : sum;  // where the sum is infinite, nothing else counts
   }
 };
 

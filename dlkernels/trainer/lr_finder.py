@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -134,6 +135,7 @@ def find_lr(
     with (
         modes_kept(model),
         buffers_kept(model),
+        buffers_kept(loss) if isinstance(loss, nn.Module) else contextlib.nullcontext(),
         values_kept(others.values()),
         gradients_kept((own | others).values()),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,8 @@ def is_classification(output: Any, target: Any) -> bool:
 
 def ignored_class(loss: Any) -> int | None:
     """The class number whose targets ``loss`` leaves out, where it tells."""
-    ignored = getattr(loss, "ignore_index", None)
+    keywords = loss.keywords if isinstance(loss, functools.partial) else {}
+    ignored = keywords.get("ignore_index", getattr(loss, "ignore_index", None))
     return ignored if isinstance(ignored, int) else None
 
 

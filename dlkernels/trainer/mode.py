@@ -22,12 +22,13 @@ class TrainMode:
     """Puts ``model`` in train mode, but for what its owner put in eval mode: a frozen BatchNorm or Dropout stays so.
 
     A model that is in eval mode as a whole has been used in between, and says nothing of what is frozen: then that
-    counts which was frozen the last time. The model's own ``train()`` says at each epoch what it keeps in eval mode.
+    counts which was frozen the last time, or when this was made. The model's own ``train()`` says at each epoch what it
+    keeps in eval mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._frozen: set[nn.Module] = set()
+        self._frozen = self._in_eval() if any(module.training for module in model.modules()) else set()
         self._of_model: set[nn.Module] = set()  # in eval mode by the model's own train()
 
     def begin(self) -> bool:

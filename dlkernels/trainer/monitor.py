@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -104,6 +105,7 @@ def _declared(name: str, metrics: Mapping[str, Any]) -> Mode | None:
 
 def _named(name: str) -> Mode | None:
     """What the name says by itself."""
-    if name.endswith(LOWER_IS_BETTER):
+    last = re.split(r"[\W_]", name)[-1]
+    if last in LOWER_IS_BETTER:
         return "min"
-    return "max" if name.endswith(HIGHER_IS_BETTER) else None
+    return "max" if last in HIGHER_IS_BETTER else None

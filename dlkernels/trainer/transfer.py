@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Mapping, MutableMapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -51,10 +51,10 @@ def _in_float32(value: Any, around: frozenset[int]) -> Any:
     around |= {id(value)}
     if isinstance(value, Mapping):
         return _with_items(value, changed) if (changed := _changed(value, around)) else value
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, deque)):
         items = [_in_float32(item, around) for item in value]
         return value if all(new is old for new, old in zip(items, value, strict=True)) else _of_kind(value, items)
-    slots = [field.name for field in fields(value)] if is_dataclass(value) else []
+    slots = [name for kind in type(value).__mro__ for name in _slots_of(kind)]
     attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
     if not (changed := _changed(attributes, around)):
         return value
@@ -80,8 +80,13 @@ def _with_items(value: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
     return copied
 
 
+def _slots_of(kind: type) -> tuple[str, ...]:
+    slots = kind.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
 def _of_kind(value: Any, items: list[Any]) -> Any:
-    """A tuple or list of ``value``'s kind; a namedtuple is one of its fields."""
+    """A tuple, list or deque of ``value``'s kind; a namedtuple is one of its fields."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
