@@ -16,7 +16,7 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from dlkernels._ops.activations import activation_named
-from dlkernels._ops.decompositions import DECOMPOSITIONS
+from dlkernels._ops.decompositions import LAYERS
 from dlkernels._ops.mlp import mlp
 from dlkernels.choices import Activation
 from dlkernels.functional import linear_act, linear_cross_entropy
@@ -28,8 +28,9 @@ __all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearCro
 fx.wrap("linear_act")
 fx.wrap("linear_cross_entropy")
 
-# torch.onnx.export writes operators that it has no form for by the decompositions in this table.
-for _operator, _form in DECOMPOSITIONS.items():
+# torch.onnx.export writes operators that it has no form for by the decompositions in this table. Others read it too, so
+# that of a loss, which leaves out the gradients, stays out.
+for _operator, _form in LAYERS.items():
     torch._decomp.decomposition_table[_operator] = _form
 
 

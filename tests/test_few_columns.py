@@ -83,8 +83,10 @@ def test_few_columns_give_the_gradients_asked_for(shape, dtype):
     for names in (["dx"], ["dweight"], ["dx", "dweight"], ["dweight", "dbias"]):
         for name, t in zip(names, gradients(layer, *names), strict=True):
             assert torch.equal(t, every[name]), f"{name} of {names}"
-    for names in (["dbias"], ["dx", "dbias"]):  # by another kernel, which may round otherwise
-        torch.testing.assert_close(gradients(layer, *names)[-1], every["dbias"])
+    # By another kernel: dz may be rounded before it is added up, or not.
+    rounding = torch.finfo(dtype).eps * layer.g.double().norm(dim=0).max().item()
+    for names in (["dbias"], ["dx", "dbias"]):
+        torch.testing.assert_close(gradients(layer, *names)[-1], every["dbias"], rtol=0.016, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

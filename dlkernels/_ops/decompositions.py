@@ -74,10 +74,14 @@ def _linear_cross_entropy(
 
 
 _ops = torch.ops.dlkernels
-DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+Decompositions = dict[torch._ops.OpOverload, Callable[..., Any]]
+LAYERS: Decompositions = {  # with every output of the operator
     _ops._linear_act_forward.default: _forward,
     _ops._linear_act_forward_z.default: _forward_z,
     _ops._linear_act_forward_mask.default: _forward_mask,
+}
+DECOMPOSITIONS: Decompositions = {
+    **LAYERS,
     _ops._mse_loss.default: _mse_loss,
     _ops._gaussian_nll_loss.default: _gaussian_nll_loss,
     _ops._cross_entropy.default: _cross_entropy,
