@@ -98,7 +98,7 @@ int main() {
 
   forward.m = 20, dgrad.m = 8, wgrad.k = 8;
   dgrad.gate = nullptr;
-  product("few rows, forward", forward, false, 1, engine.few_forward);
+  product("few rows, forward", forward, false, 1, engine.few_forward.run);
   product("few rows, dgrad", dgrad, false, 1, engine.few_dgrad);
   product("few rows, wgrad", wgrad, true, 1, engine.few_wgrad);
 
