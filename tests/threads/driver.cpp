@@ -14,6 +14,8 @@ extern const Kernels k_portable, k_avx2, k_avx512, k_avx512_bf16;
 const Kernels k_avx2 = {"avx2", {}}, k_avx512 = {"avx512", {}}, k_avx512_bf16 = {"avx512_bf16", {}};
 extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
 const PackedProduct k_amx_bf16{}, k_amx_f32_in_bf16{};
+extern const FewForward k_amx_few_forward;
+const FewForward k_amx_few_forward{};
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 const PackedLayer k_amx_autocast_f32_x{}, k_amx_autocast_bf16_x{};
 
