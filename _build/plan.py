@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def advice(self) -> str:
-        """What to know before a long build; "" where there is nothing."""
+        """A notice for the user before a long build; "" before a short one."""
         if not self.guessed:
             return ""
         return (

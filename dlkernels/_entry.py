@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def is_command_line() -> bool:
-    """Whether this process is ``python -m dlkernels`` or ``dlkernels``.
+    """Tells if this process is ``python -m dlkernels`` or ``dlkernels``.
 
     It answers ``--help`` without torch, which takes seconds to import, and stops at Ctrl-C without a traceback: so it
     imports torch later, in ``cli.command``.

@@ -12,15 +12,13 @@ namespace dlk::cpu::DLK_ISA {
 
 template <class E>
 struct FewRowsTiles {
-  using Cell = typename E::Cell;
   static constexpr int64_t kRows = kMR;
   const Gemm* p;
   EpilogueFn<typename E::ElemC> epilogue;
   int64_t cells;  // of a row, padded to whole steps
 
-  DLK_HD int64_t whole() const {
-    return p->k / (E::kDepth * E::kStep) * E::kDepth;
-  }  // cells that lie in memory in full
+  // Cells of the whole steps, which lie in memory in full.
+  DLK_HD int64_t whole() const { return p->k / (E::kDepth * E::kStep) * E::kDepth; }
 };
 
 // Scratch of one thread, carved from one allocation.

@@ -201,7 +201,7 @@ struct Next {
   bool there;
 };
 
-// What rows i0.. give in columns j0.. of x, a stripe of at most V registers: dx where it is set, and sums where they are.
+// A stripe: rows i0.. and columns j0.. of x, at most V registers wide. Writes dx and adds to sums, where these are set.
 template <class T, int V>
 DLK_INLINE void backward_stripe(const ColumnsBackward& p, const Acc<T>* dz, int64_t i0, int64_t rows, int64_t j0,
                                 int64_t cols, Acc<T>* sums, int64_t pitch, Next next) {

@@ -25,7 +25,7 @@ from dlkernels._ops import autocast
 from dlkernels._ops.activations import ACTIVATIONS, Activation
 from dlkernels._ops.derivatives import gradients, total
 from dlkernels._ops.linear_act import linear_act
-from dlkernels._ops.modes import PLAIN, autocast_active, autocast_operands, under_transform
+from dlkernels._ops.modes import PLAIN, autocast_active, autocast_operands, is_batched, under_transform
 
 _forward = torch.ops.dlkernels._mlp_forward.default
 _backward = torch.ops.dlkernels._mlp_backward.default
@@ -33,8 +33,6 @@ _layer = torch.ops.dlkernels._linear_act_forward.default
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
-
-_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by torch.autograd.grad(..., is_grads_batched=True)
 
 _BY_CODE = tuple(ACTIVATIONS.values())
 _H, _Z, _MASK = 1, 2, 4  # Keep of csrc/mlp.h
@@ -103,7 +101,7 @@ class _MLP(torch.autograd.Function):
         codes, slope, plan = ctx.codes, ctx.slope, ctx.plan
         saved, needs = len(codes) - plan.weights, ctx.needs_input_grad[2:]
         weights, kept = (None,) * plan.weights + rest[:saved], rest[saved:]
-        plain = g is not None and not torch.is_grad_enabled() and not under_transform() and not _is_batched(g)
+        plain = g is not None and not torch.is_grad_enabled() and not under_transform() and not is_batched(g)
         if plain and all(t is None for t in into_kept):  # what training does
             found = iter(_backward(g, x, weights, y, kept, plan.keep, codes, slope, needs))
             return None, None, *[next(found) if need else None for need in needs]

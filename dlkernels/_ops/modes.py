@@ -14,7 +14,7 @@ def forward_mode() -> bool:
 
 
 def tracing() -> bool:
-    """Whether ``torch.jit.trace`` is at work. Its program may run where our ops are not, and must have a backward."""
+    """True inside ``torch.jit.trace``. Its program may run without this package, and it must have a backward."""
     return torch._C._is_tracing()
 
 
@@ -24,14 +24,15 @@ tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def under_transform() -> bool:
-    """Whether a ``torch.func`` transform, forward-mode AD or ``torch.jit.trace`` is at work; none sees into an op of
-    ours."""
+    """True inside a ``torch.func`` transform, forward-mode AD or ``torch.jit.trace``: these cannot see into our ops."""
     return torch._C._are_functorch_transforms_active() or forward_mode() or tracing()
 
 
 def is_batched(g: Tensor) -> bool:
-    """Whether ``g`` is a batch of gradients from ``torch.autograd.grad(..., is_grads_batched=True)``, to which an
-    autograd Function is one call: the graph of its result would be lost."""
+    """True if ``g`` is a batch of gradients, from ``torch.autograd.grad(..., is_grads_batched=True)``.
+
+    An autograd Function sees such a batch as one call, and the graph of its result is lost.
+    """
     return torch._C._functorch.is_legacy_batchedtensor(g)
 
 
