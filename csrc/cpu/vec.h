@@ -220,6 +220,19 @@ struct ExactLanes {
 
 // ---- permutations -----------------------------------------------------------------------------------------------
 
+// Lane i of the result is lane index[i] of a and b, one behind the other.
+template <class V, class I>
+DLK_INLINE V shuffled(V a, V b, I index) {
+#if defined(__clang__)
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  V r;
+  for (int i = 0; i < lanes; ++i) r[i] = index[i] < lanes ? a[index[i]] : b[index[i] - lanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // a0 b0 a1 b1 ... from the lower (half = 0) or upper (half = 1) halves.
 template <int half, class V>
 DLK_INLINE V interleave(V a, V b) {
@@ -227,13 +240,7 @@ DLK_INLINE V interleave(V a, V b) {
   using I = decltype(a < b);
   I index;
   for (int i = 0; i < lanes; ++i) index[i] = half * lanes / 2 + i / 2 + (i % 2) * lanes;
-#if defined(__clang__)
-  V r;
-  for (int i = 0; i < lanes; ++i) r[i] = index[i] < lanes ? a[index[i]] : b[index[i] - lanes];
-  return r;
-#else
-  return __builtin_shuffle(a, b, index);
-#endif
+  return shuffled(a, b, index);
 }
 
 // a0 b0 a1 b1 ... from one register whose lower half is a and whose upper half is b.
@@ -280,13 +287,7 @@ DLK_INLINE V by_bit(V a, V b) {
   using I = decltype(a < b);
   I index;
   for (int i = 0; i < lanes; ++i) index[i] = (i ^ (swap * bit)) + (i & bit ? lanes : 0);
-#if defined(__clang__)
-  V r;
-  for (int i = 0; i < lanes; ++i) r[i] = index[i] < lanes ? a[index[i]] : b[index[i] - lanes];
-  return r;
-#else
-  return __builtin_shuffle(a, b, index);
-#endif
+  return shuffled(a, b, index);
 }
 
 // Lane i of the result is the sum of the lanes of rows[i]; a tree, so 3 operations per sum, one of which crosses lanes.
