@@ -452,6 +452,7 @@ def test_bar_shows_the_running_epoch(capsys, monkeypatch):
     monkeypatch.setattr("dlkernels.trainer.loop.REFRESH_SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich's way to be told of a terminal
+    monkeypatch.setenv("TERM", "xterm")  # in a dumb one, such as a CI job's, rich draws no bar
     make(progress="bar", name="run").fit(2)
     output = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
     assert "2/5 loss" in output
