@@ -9,7 +9,7 @@ export TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # The environment's tools go first, ninja too: another version of it would compile everything anew.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-SOURCES := pyproject.toml setup.py $(wildcard _build/*.py) $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py $(wildcard _build/*.py tools/*.sh) $(shell find csrc -type f)
 
 .PHONY: demo test test-isa lint bench bench-full sanitize cuda-check gpu-check mutations clean
 
@@ -23,10 +23,10 @@ test: .venv/.dev  ## the whole suite
 	$(BIN)/python -m pytest
 
 test-isa: .venv/.dev  ## the kernel tests as on one processor after another: instruction sets capped, ours and torch's
-	$(BIN)/python -m tests.every_processor
+	$(BIN)/python -m tests.kernels.every_processor
 
 lint: .venv/.dev  ## formatting, style and types; the versions pinned in pyproject.toml
-	_build/lint.sh
+	tools/lint.sh
 
 bench: .venv/.examples  ## the quick benchmark
 	$(BIN)/python -m bench --quick
@@ -35,20 +35,20 @@ bench-full: .venv/.examples  ## the whole grid
 	$(BIN)/python -m bench
 
 sanitize: .venv/.dev  ## kernel tests under AddressSanitizer and UBSan
-	_build/sanitize.sh address,undefined
+	tools/sanitize.sh address,undefined
 
 cuda-check:  ## compile every CUDA kernel for every architecture we ship; needs nvcc, no GPU
-	_build/cuda_check.sh
+	tools/cuda_check.sh
 
 gpu-check:  ## on a machine with a GPU: build, tests, sanitizers, benchmark; PYTHON's torch, no network
-	_build/gpu_check.sh
+	tools/gpu_check.sh
 
 mutations: .venv/.dev  ## break the CUDA kernels in one place at a time: the host tests must fail
-	$(BIN)/python -m tests.cuda_on_host.mutations
+	$(BIN)/python -m tests.emulation.cuda.mutations
 
 clean:
 	rm -rf build dist *.egg-info dlkernels/_C*.so dlkernels/_C.json .venv
 
 .venv/.%: $(SOURCES)
-	_build/venv.sh .venv $*
+	tools/venv.sh .venv $*
 	touch $@

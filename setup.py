@@ -44,11 +44,11 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
     else:
         cxx += ["-O3", "-g0"]
 
-    sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
+    sources = sorted(p for p in glob("csrc/**/*.cpp", recursive=True) if "/cuda/" not in p)
     flags = {"cxx": cxx}
     make_extension = cpp_extension.CppExtension
     if plan.toolkit:
-        sources += sorted(p for kind in ("cpp", "cu") for p in glob(f"csrc/cuda/**/*.{kind}", recursive=True))
+        sources += sorted(p for kind in ("cpp", "cu") for p in glob(f"csrc/*/cuda/**/*.{kind}", recursive=True))
         macros.append(("DLKERNELS_CUDA", f'"{plan.toolkit.version}"'))
         macros.append(("DLKERNELS_CUDA_ARCHS", f'"{plan.archs}"'))
         flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]

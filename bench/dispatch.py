@@ -1,4 +1,4 @@
-"""Which CUDA path is fastest, measured: ``python -m bench.dispatch`` rewrites csrc/cuda/dispatch_table.inc.
+"""Which CUDA path is fastest, measured: ``python -m bench.dispatch`` rewrites csrc/planning/cuda/dispatch_table.inc.
 
 A row is a class of layers (architecture, dtype, the powers of two at or below M, N and K), a product, and its path.
 Every path that this build offers is timed on every class in a process of its own, since DLKERNELS_CUDA_GEMM, which
@@ -30,9 +30,9 @@ from bench.grid import DTYPES, GPU_SHAPES, Shape
 from bench.judge import Judge
 from dlkernels import _C, functional
 from dlkernels.atomic import atomic_write
-from tests import oracle
+from dlkernels.testing import oracle
 
-TABLE = machine.ROOT / "csrc" / "cuda" / "dispatch_table.inc"
+TABLE = machine.ROOT / "csrc" / "planning" / "cuda" / "dispatch_table.inc"
 BEGIN, END = "// dispatch:begin", "// dispatch:end"
 VARIABLE = "DLKERNELS_CUDA_GEMM"
 PRODUCTS = ("forward", "dgrad", "wgrad")
@@ -65,7 +65,7 @@ def paths() -> tuple[str, ...]:
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 _ROW = re.compile(r"\{(\d+), DType::(\w+), (\d+), (\d+), (\d+), Op::(\w+), Path::(\w+)\},")
-_NAMES = {"fp64": "f64", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # DType in csrc/params.h
+_NAMES = {"fp64": "f64", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # DType in csrc/kernels/params.h
 
 
 def parse(text: str) -> Rows:
@@ -226,7 +226,7 @@ def update(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.dispatch", description=__doc__.split("\n")[0])
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
-    parser.add_argument("--table", type=Path, default=TABLE, help="(default: csrc/cuda/dispatch_table.inc)")
+    parser.add_argument("--table", type=Path, default=TABLE, help="(default: csrc/planning/cuda/dispatch_table.inc)")
     parser.add_argument("--time-here", action="store_true", help="time the path that the environment chose, print JSON")
     args = parser.parse_args(argv)
     if why := machine.no_gpu():

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from _build import gpu
 from bench import isa
 from dlkernels import _C
 from dlkernels._version import __version__
+from tools import gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 _CPUS = Path("/sys/devices/system/cpu")
@@ -70,7 +70,7 @@ def no_gpu() -> str | None:
     if why := gpu.absence():
         return why
     if _C.build_config()["cuda"] is None:
-        return "dlkernels was built here without CUDA kernels: `_build/gpu_check.sh build` builds them."
+        return "dlkernels was built here without CUDA kernels: `tools/gpu_check.sh build` builds them."
     return None
 
 

@@ -15,7 +15,7 @@ from bench.contenders import OURS, REFERENCE
 from bench.grid import MODES, shape_named
 from bench.judge import Judge
 from dlkernels.atomic import write_json
-from tests import oracle
+from dlkernels.testing import oracle
 
 
 def measure(seconds: float = 2.0, activation: str = "relu") -> dict[str, dict[str, float]]:

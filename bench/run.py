@@ -18,7 +18,7 @@ from bench.contenders import Op
 from bench.grid import COLUMNS, DTYPES, GPU_SHAPES, MODES, SHAPES, Shape, shape_named
 from bench.judge import Judge
 from dlkernels import functional
-from tests import oracle
+from dlkernels.testing import oracle
 
 
 @dataclass(frozen=True)

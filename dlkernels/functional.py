@@ -51,7 +51,7 @@ def linear_act(
         weight: ``[out_features, in_features]``.
         bias: ``[out_features]`` or None.
         activation: ``"none"``, ``"relu"``, ``"leaky_relu"``, ``"relu2"`` (``relu(z)**2``), ``"gelu"`` (erf),
-            ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"sigmoid"``. Formulas: ``csrc/activation.h``.
+            ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"sigmoid"``. Formulas: ``csrc/kernels/activation.h``.
         negative_slope: of ``leaky_relu``; at least 0.
 
     All tensors share one dtype (float64, float32, bfloat16, float16) and device. Products are accumulated in float32

@@ -1,7 +1,7 @@
 """The activations by name: their code in the op schemas and their derivatives in plain torch.
 
-The kernels compute ``act`` and ``act'`` themselves (``csrc/activation.h``, one functor per activation). The formulas
-here serve what no kernel is for: second derivatives and forward-mode AD.
+The kernels compute ``act`` and ``act'`` themselves (``csrc/kernels/activation.h``, one functor per activation). The
+formulas here serve what no kernel is for: second derivatives and forward-mode AD.
 """
 
 import math
@@ -22,7 +22,7 @@ class Activation:
     value: Callable[[Tensor, float], Tensor]
     first: Callable[[Tensor, float], Tensor]  # d y / d z
     bend: Callable[[Tensor, float], Tensor] | None  # d first / d saved; None: zero wherever it exists
-    gates: bool  # `first` reads of y no more than a bit, as in csrc/activation.h
+    gates: bool  # `first` reads of y no more than a bit, as in csrc/kernels/activation.h
     closes: bool  # the gradient of z is 0 where what is saved is at most 0, even that of an infinite one of y
 
     def times_first(self, g: Tensor, s: Tensor, slope: float) -> Tensor:
@@ -87,7 +87,7 @@ def _silu_second(z: Tensor, _: float) -> Tensor:
 
 
 _ALL = (
-    # codes are positions: the order of `enum class Act` in csrc/params.h
+    # codes are positions: the order of `enum class Act` in csrc/kernels/params.h
     ("none", True, lambda z, a: z, lambda y, a: torch.ones_like(y), None),
     ("relu", True, lambda z, a: torch.relu(z), lambda y, a: _gate(y), None),
     (

@@ -1,5 +1,5 @@
 """A layer under bfloat16 autocast that reads float32 x, weight and bias as they are: the kernels round what they
-multiply (``csrc/cpu/autocast.h``), so that no copy in bfloat16 is written, kept or read back.
+multiply (``csrc/kernels/cpu/gemm/autocast.h``), so that no copy in bfloat16 is written, kept or read back.
 
 y, what backward reads of it, and its gradient are bfloat16, as in stock torch; dx has x's dtype, dweight and dbias are
 float32 and rounded once less. x and weight themselves are kept for backward, as in float32: changed in place before,

@@ -1,7 +1,7 @@
 """One bit for each element of y, which a backward on CUDA reads where it would read y: a sixteenth of the bytes.
 
-A mask is uint8 [..., N / 8]; bit j % 8 of byte j / 8 is that of element j (``csrc/cuda/mask.cuh``). y itself is not
-kept for it, and may be changed in place before backward.
+A mask is uint8 [..., N / 8]; bit j % 8 of byte j / 8 is that of element j (``csrc/kernels/cuda/mask.cuh``). y itself
+is not kept for it, and may be changed in place before backward.
 
 The derivative of the gradient with respect to what y is made of is zero, but exists, as in torch. y not being kept, it
 returns to the layer through an anchor: an output of no elements beside the mask.

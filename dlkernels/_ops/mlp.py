@@ -1,10 +1,11 @@
 """A chain of layers, h[l+1] = act_l(h[l] W_lᵀ + b_l), as one autograd Function.
 
 What it has over the layers one by one: dgrad's epilogue applies the mask of the layer below, and narrow layers take a
-block of rows through all of them while it is in cache (``csrc/cpu/chain.h``) or in shared memory
-(``csrc/cuda/chain.cuh``), forward and backward. Where the chain has no kernel (other devices than CPU and CUDA,
-``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by one: the same products in the same order. So
-they do under autocast where they read float32 parameters as they are (``autocast``), unless the chain is narrow.
+block of rows through all of them while it is in cache (``csrc/kernels/cpu/mlp/chain.h``) or in shared memory
+(``csrc/kernels/cuda/mlp/chain.cuh``), forward and backward. Where the chain has no kernel (other devices than CPU and
+CUDA, ``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by one: the same products in the same
+order. So they do under autocast where they read float32 parameters as they are (``autocast``), unless the chain is
+narrow.
 
 The activations that forward keeps are outputs of the Function, as z is of one layer's (``linear_act``). So a gradient
 that is itself differentiated, in batches or along a tangent needs no second forward: backward then goes through the
@@ -35,7 +36,7 @@ Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
 
 _BY_CODE = tuple(ACTIVATIONS.values())
-_H, _Z, _MASK = 1, 2, 4  # Keep of csrc/mlp.h
+_H, _Z, _MASK = 1, 2, 4  # Keep of csrc/ops/mlp.h
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def time_both(stock: nn.Module, fused: nn.Module, inputs: Any, train: bool) -> t
     from torch import Tensor
     from torch.utils._pytree import tree_flatten
 
-    from dlkernels.agreement import arguments
+    from dlkernels.testing.agreement import arguments
 
     args, kwargs = arguments(inputs)
     seconds: tuple[list[float], list[float]] = ([], [])

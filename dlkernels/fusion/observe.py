@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dlkernels.agreement import Agreement, arguments, judge, outputs
 from dlkernels.fusion import call
 from dlkernels.fusion.rules import activation_of
 from dlkernels.fusion.swap import walk
+from dlkernels.testing.agreement import Agreement, arguments, judge, outputs
 
 SECONDS = 0.1  # for timing one shape
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dlkernels.agreement import Agreement
+from dlkernels.testing.agreement import Agreement
 
 Status = Literal["fused", "left", "open"]
 

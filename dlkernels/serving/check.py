@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dlkernels.agreement import Agreement, judge, outputs
+from dlkernels.testing.agreement import Agreement, judge, outputs
 
 # Rounding errors that count as the model's own: runtimes add up products in other orders than our kernels, whose sums
 # are short. In 16 bits all of them add in float32, and little but the last rounding is left.

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
-from dlkernels.agreement import arguments, outputs
 from dlkernels.atomic import atomic_write
 from dlkernels.serving import onnx
 from dlkernels.serving.check import Exported, ExportError, batch_size, check, in_batch, resized
 from dlkernels.serving.decompose import decompose
+from dlkernels.testing.agreement import arguments, outputs
 from dlkernels.trainer.mode import evaluating
 
 

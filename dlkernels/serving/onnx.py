@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from dlkernels.agreement import arguments
 from dlkernels.extras import how_to_get
 from dlkernels.serving.check import ExportError
+from dlkernels.testing.agreement import arguments
 
 STANDARD = ("", "ai.onnx")
 Run = Callable[[Any], list[Tensor]]

@@ -1,0 +1,38 @@
+// Everything above, for one instruction set: the entry points that isa.cpp chooses from.
+#define DLK_TEXT_(x) #x
+#define DLK_TEXT(x) DLK_TEXT_(x)
+
+#include "kernels/cpu/isa/vec.h"
+#include "kernels/cpu/isa/vmath.h"
+#include "kernels/cpu/gemm/engine.h"
+#include "kernels/cpu/gemm/runs.h"
+#include "kernels/cpu/gemm/epilogue.h"
+#include "kernels/cpu/gemm/ukernel.h"
+#include "kernels/cpu/gemm/gemm.h"
+#include "kernels/cpu/gemm/few_rows.h"
+#include "kernels/cpu/gemm/few_columns.h"
+#include "kernels/cpu/mlp/chain.h"
+#include "kernels/cpu/elementwise/passes.h"
+#include "kernels/cpu/losses/losses.h"
+
+namespace dlk::cpu::DLK_ISA {
+
+template <class E>
+constexpr Engine engine(const char* ukernel) {
+  return {ukernel,
+          &act_pass_with<typename E::Elem>,
+          packed_product<E>(),
+          {&few_forward_with<E>, 1, kFewRowsForward},
+          {},
+          &few_dgrad_with<typename E::Elem, typename E::ElemB, typename E::ElemC>,
+          &few_wgrad_with<typename E::Elem, typename E::ElemB, typename E::ElemC>,
+          &few_columns_forward_with<E>,
+          &few_columns_backward_with<typename E::Elem>,
+          &grad_pass_with<typename E::Elem>,
+          kChainFeatures<E>,
+          &chain_forward_with<E>,
+          &chain_backward_with<E>,
+          losses<typename E::Elem>()};
+}
+
+}  // namespace dlk::cpu::DLK_ISA

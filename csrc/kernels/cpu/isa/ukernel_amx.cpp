@@ -1,0 +1,33 @@
+// AMX: packed bf16 products by tiles. Everything else is AVX-512 BF16's; isa.cpp puts the two together.
+#if defined(__x86_64__)
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+
+#define DLK_ISA amx
+#define DLK_VBYTES 64
+#define DLK_MR 32
+#define DLK_NV 2
+#define DLK_BF16_PAIRS
+#include "kernels/cpu/isa/vec.h"
+#include "kernels/cpu/isa/vmath.h"
+#include "kernels/cpu/gemm/engine.h"
+#include "kernels/cpu/gemm/runs.h"
+#include "kernels/cpu/gemm/epilogue.h"
+#include "kernels/cpu/gemm/ukernel.h"
+#include "kernels/cpu/gemm/amx.h"
+#include "kernels/cpu/gemm/gemm.h"
+#include "kernels/cpu/gemm/amx_few_rows.h"
+#include "kernels/cpu/gemm/autocast.h"
+
+namespace dlk::cpu {
+
+extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
+extern const FewForward k_amx_few_forward;
+extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
+constexpr PackedProduct k_amx_bf16 = amx::packed_product<amx::AmxPairs<amx::Bf16>>();
+constexpr FewForward k_amx_few_forward = {&amx::few_rows_tiles<amx::AmxPairs<amx::Bf16>>, 2, 256};
+constexpr PackedProduct k_amx_f32_in_bf16 = amx::packed_product<amx::AmxPairs<float>>();
+constexpr PackedLayer k_amx_autocast_f32_x = amx::packed_autocast<amx::AmxPairs, float>();
+constexpr PackedLayer k_amx_autocast_bf16_x = amx::packed_autocast<amx::AmxPairs, amx::Bf16>();
+
+}  // namespace dlk::cpu
+#endif

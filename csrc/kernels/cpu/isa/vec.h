@@ -1,0 +1,307 @@
+// Vector registers of one instruction set, as compiler vectors: loads, stores, conversions, transposition.
+//
+// Included once per ukernel_*.cpp, which sets DLK_ISA (a namespace) and DLK_VBYTES (register width in bytes) and
+// has switched the compiler's target. Every name lives in that namespace and only freestanding headers come in, so
+// that no function compiled for a newer ISA can be merged by the linker with one that older CPUs run.
+#include "kernels/activation.h"
+#include "kernels/cpu/kernels.h"
+
+#if defined(__x86_64__) && DLK_VBYTES >= 32
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define DLK_INLINE static inline __attribute__((always_inline))
+
+namespace dlk::cpu::DLK_ISA {
+
+// 16-bit formats as they lie in memory; two distinct types so that conversions are chosen by overload.
+enum class Bf16 : uint16_t {};
+enum class F16 : uint16_t {};
+
+constexpr int kF32Lanes = DLK_VBYTES / 4;
+constexpr int kF64Lanes = DLK_VBYTES / 8;
+
+typedef float VF32 __attribute__((vector_size(DLK_VBYTES)));
+typedef double VF64 __attribute__((vector_size(DLK_VBYTES)));
+typedef uint32_t VU32 __attribute__((vector_size(DLK_VBYTES)));
+typedef int32_t VI32 __attribute__((vector_size(DLK_VBYTES)));
+typedef int64_t VI64 __attribute__((vector_size(DLK_VBYTES)));
+typedef uint16_t VU16 __attribute__((vector_size(DLK_VBYTES / 2)));  // as many lanes as VF32
+
+template <class S>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = VF32;
+};
+template <>
+struct VecOf<double> {
+  using type = VF64;
+};
+template <class S>
+using Vec = typename VecOf<S>::type;
+
+template <class V, class T>
+DLK_INLINE V load_bits(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+DLK_INLINE void store_bits(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// ---- arithmetic whose rounding is stated ---------------------------------------------------------------------------
+// The sources are compiled with -ffp-contract=off: where a product and a sum round once, it says fma here. Left to the
+// compiler, two copies of one inlined formula may fuse different products, and a value would depend on its place in a
+// tile.
+
+#if defined(__x86_64__) && DLK_VBYTES == 64
+DLK_INLINE VF32 broadcast(float a) { return (VF32)_mm512_set1_ps(a); }
+DLK_INLINE VF64 broadcast(double a) { return (VF64)_mm512_set1_pd(a); }
+DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return (VF32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return (VF64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#elif defined(__x86_64__) && DLK_VBYTES == 32
+DLK_INLINE VF32 broadcast(float a) { return (VF32)_mm256_set1_ps(a); }
+DLK_INLINE VF64 broadcast(double a) { return (VF64)_mm256_set1_pd(a); }
+DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return (VF32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return (VF64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+#else
+DLK_INLINE VF32 broadcast(float a) { return VF32{a, a, a, a}; }
+DLK_INLINE VF64 broadcast(double a) { return VF64{a, a}; }
+#if defined(__aarch64__)
+DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return (VF32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return (VF64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }
+#else
+DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return a * b + c; }
+DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return a * b + c; }
+#endif
+#endif
+
+// ---- 16-bit formats ---------------------------------------------------------------------------------------------
+
+DLK_INLINE VF32 from_bits(Bf16, VU16 h) { return (VF32)(__builtin_convertvector(h, VU32) << 16); }
+
+// Round to nearest, ties to even: add half of the last kept bit, less one unless that bit is odd. NaN stays NaN.
+DLK_INLINE VU16 to_bits(Bf16, VF32 f) {
+#ifdef DLK_BF16_PAIRS
+  // One instruction does the same, but flushes subnormals; those (class 0x20) are rare enough to branch on.
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)f, 0x20) == 0, 1)) return (VU16)_mm512_cvtneps_pbh((__m512)f);
+#endif
+  VU32 u = (VU32)f;
+  VU32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  VU32 nan = VU32{} + 0x7fc0u;
+  return __builtin_convertvector(f != f ? nan : rounded, VU16);
+}
+
+#if defined(__x86_64__) && DLK_VBYTES == 64
+DLK_INLINE VF32 from_bits(F16, VU16 h) { return (VF32)_mm512_cvtph_ps((__m256i)h); }
+DLK_INLINE VU16 to_bits(F16, VF32 f) {
+  return (VU16)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__x86_64__) && DLK_VBYTES == 32
+DLK_INLINE VF32 from_bits(F16, VU16 h) { return (VF32)_mm256_cvtph_ps((__m128i)h); }
+DLK_INLINE VU16 to_bits(F16, VF32 f) { return (VU16)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// binary16 has 5 exponent bits (bias 15) and 10 mantissa bits. Placed in a binary32 word the value is off by
+// 2^(127-15), which one multiplication mends for normal and subnormal numbers alike; Inf and NaN are set by hand.
+DLK_INLINE VF32 from_bits(F16, VU16 h) {
+  VU32 u = __builtin_convertvector(h, VU32);
+  VU32 magnitude = (u & 0x7fffu) << 13;
+  VF32 scaled = (VF32)magnitude * 0x1p112f;
+  VU32 special = magnitude | 0x7f800000u;
+  VU32 bits = magnitude >= (0x7c00u << 13) ? special : (VU32)scaled;
+  return (VF32)(bits | ((u & 0x8000u) << 16));
+}
+// Adding 2^(e+13) (at least 2^-1, where subnormals of binary16 end) makes the FPU drop exactly the bits that
+// binary16 lacks, rounding to nearest even; subtracting it again leaves the rounded value.
+DLK_INLINE VU16 to_bits(F16, VF32 f) {
+  VU32 u = (VU32)f;
+  VU32 sign = (u & 0x80000000u) >> 16;
+  VU32 a = u & 0x7fffffffu;
+  VU32 exponent = a & 0x7f800000u;
+  VU32 floor = VU32{} + 0x38800000u;  // 2^-14, the smallest normal binary16
+  VU32 base = (exponent < floor ? floor : exponent) + (13u << 23);
+  VU32 usable = a > 0x477fffffu ? VU32{} : a;  // >= 65536, Inf and NaN are set below
+  VF32 rounded = ((VF32)usable + (VF32)base) - (VF32)base;
+  VU32 normal = ((VU32)rounded >> 13) - (112u << 10);
+  VU32 subnormal = __builtin_convertvector(rounded * 0x1p24f, VU32);
+  VU32 r = (VU32)rounded < floor ? subnormal : normal;
+  VU32 inf = VU32{} + 0x7c00u, nan = VU32{} + 0x7e00u;
+  r = a > 0x477fffffu ? inf : (r > 0x7c00u ? inf : r);
+  r = a > 0x7f800000u ? nan : r;
+  return __builtin_convertvector(r | sign, VU16);
+}
+#endif
+
+// ---- one register of values, whatever the memory format ---------------------------------------------------------
+
+DLK_INLINE VF32 load(const float* p) { return load_bits<VF32>(p); }
+DLK_INLINE VF64 load(const double* p) { return load_bits<VF64>(p); }
+DLK_INLINE VF32 load(const Bf16* p) { return from_bits(Bf16{}, load_bits<VU16>(p)); }
+DLK_INLINE VF32 load(const F16* p) { return from_bits(F16{}, load_bits<VU16>(p)); }
+
+DLK_INLINE void store(float* p, VF32 v) { store_bits(p, v); }
+DLK_INLINE void store(double* p, VF64 v) { store_bits(p, v); }
+DLK_INLINE void store(Bf16* p, VF32 v) { store_bits(p, to_bits(Bf16{}, v)); }
+DLK_INLINE void store(F16* p, VF32 v) { store_bits(p, to_bits(F16{}, v)); }
+
+// The arithmetic type of a memory type.
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccOf<T>::type;
+template <class T>
+constexpr int kLanes = DLK_VBYTES / sizeof(Acc<T>);
+
+#if defined(__x86_64__) && DLK_VBYTES == 64
+// 0 < n < lanes elements, by masks.
+#define DLK_MASKS
+DLK_INLINE VF32 load_first(const float* p, int64_t n) { return (VF32)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+DLK_INLINE VF64 load_first(const double* p, int64_t n) { return (VF64)_mm512_maskz_loadu_pd((1u << n) - 1, p); }
+template <class T>
+DLK_INLINE VF32 load_first(const T* p, int64_t n) {
+  return from_bits(T{}, (VU16)_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+}
+DLK_INLINE void store_first(float* p, VF32 v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
+DLK_INLINE void store_first(double* p, VF64 v, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v); }
+template <class T>
+DLK_INLINE void store_first(T* p, VF32 v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)to_bits(T{}, v));
+}
+#endif
+
+// n <= lanes elements at a stride; the lanes behind them are zero.
+template <class T>
+DLK_INLINE Vec<Acc<T>> load_some(const T* p, int64_t stride, int64_t n) {
+  if (stride == 1 && n >= kLanes<T>) return load(p);
+#ifdef DLK_MASKS
+  if (stride == 1) return n > 0 ? load_first(p, n) : Vec<Acc<T>>{};
+#endif
+  T some[kLanes<T>] = {};
+  for (int64_t i = 0; i < n && i < kLanes<T>; ++i) some[i] = p[i * stride];
+  return load(some);
+}
+template <class T>
+DLK_INLINE void store_some(T* p, Vec<Acc<T>> v, int64_t n) {
+  if (n >= kLanes<T>) return store(p, v);
+#ifdef DLK_MASKS
+  if (n > 0) store_first(p, v, n);
+#else
+  T some[kLanes<T>];
+  store(some, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = some[i];
+#endif
+}
+
+// A sum that keeps what each addition rounds away (Knuth's two-sum): many small terms are as good as few.
+template <class V>
+struct ExactLanes {
+  V sum{}, lost{};
+
+  DLK_HD void add(V term) {
+    const V next = sum + term, added = next - sum;
+    lost += (sum - (next - added)) + (term - added);
+    sum = next;
+  }
+  DLK_HD V value() const {
+    return sum - sum == V{} ? sum + lost : sum;  // where the sum is infinite, nothing else counts
+  }
+};
+
+// ---- permutations -----------------------------------------------------------------------------------------------
+
+// Lane i of the result is lane index[i] of a and b, one behind the other.
+template <class V, class I>
+DLK_INLINE V shuffled(V a, V b, I index) {
+#if defined(__clang__)
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  V r;
+  for (int i = 0; i < lanes; ++i) r[i] = index[i] < lanes ? a[index[i]] : b[index[i] - lanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// a0 b0 a1 b1 ... from the lower (half = 0) or upper (half = 1) halves.
+template <int half, class V>
+DLK_INLINE V interleave(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  using I = decltype(a < b);
+  I index;
+  for (int i = 0; i < lanes; ++i) index[i] = half * lanes / 2 + i / 2 + (i % 2) * lanes;
+  return shuffled(a, b, index);
+}
+
+// a0 b0 a1 b1 ... from one register whose lower half is a and whose upper half is b.
+template <class V>
+DLK_INLINE V halves_interleaved(V ab) {
+  constexpr int lanes = sizeof(V) / sizeof(ab[0]);
+  using I = decltype(ab < ab);
+  I index;
+  for (int i = 0; i < lanes; ++i) index[i] = i / 2 + (i % 2) * (lanes / 2);
+#if defined(__clang__)
+  V r;
+  for (int i = 0; i < lanes; ++i) r[i] = ab[index[i]];
+  return r;
+#else
+  return __builtin_shuffle(ab, index);
+#endif
+}
+
+// Square transposition in registers: log2(lanes) rounds of perfect shuffles of rows i and i + lanes/2.
+template <class V>
+DLK_INLINE void transpose(V* rows) {
+  constexpr int lanes = sizeof(V) / sizeof(rows[0][0]);
+  V other[lanes];
+  V *from = rows, *to = other;
+#pragma GCC unroll 8
+  for (int round = 1; round < lanes; round *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes / 2; ++i) {
+      to[2 * i] = interleave<0>(from[i], from[i + lanes / 2]);
+      to[2 * i + 1] = interleave<1>(from[i], from[i + lanes / 2]);
+    }
+    V* swap = from;
+    from = to;
+    to = swap;
+  }
+  if (from != rows)
+    for (int i = 0; i < lanes; ++i) rows[i] = from[i];
+}
+
+// Lanes of a whose index has the bit `bit` clear, lanes of b where it is set: their own (swap = 0), or those `bit` lanes away.
+template <int bit, int swap, class V>
+DLK_INLINE V by_bit(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]);
+  using I = decltype(a < b);
+  I index;
+  for (int i = 0; i < lanes; ++i) index[i] = (i ^ (swap * bit)) + (i & bit ? lanes : 0);
+  return shuffled(a, b, index);
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]; a tree, so 3 operations per sum, one of which crosses lanes.
+// Clobbers rows.
+template <class V, int half = sizeof(V) / sizeof(V{}[0]) / 2>
+DLK_INLINE V row_sums(V* rows) {
+  if constexpr (half > 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      rows[i] = by_bit<half, 0>(rows[i], rows[i + half]) + by_bit<half, 1>(rows[i], rows[i + half]);
+    return row_sums<V, half / 2>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
+}  // namespace dlk::cpu::DLK_ISA

@@ -1,0 +1,126 @@
+// exp, log, tanh and the normal distribution function on a vector register, and the `O` that activation.h is written against.
+//
+// f32: branch-free polynomials, coefficients from a minimax fit (Lawson iteration) whose own error is given beside
+// each; with rounding every function stays within 2 ulp (tests/ops/test_accuracy.py measures it).
+// f64: libm lane by lane; double precision is for proofs, not for speed.
+#include <math.h>
+
+namespace dlk::cpu::DLK_ISA {
+
+template <class S>
+struct Ops;
+
+template <>
+struct Ops<double> {
+  using T = VF64;
+  DLK_INLINE T lit(double v) { return T{} + v; }
+  DLK_INLINE T exp(T x) { return lanes(x, ::exp); }
+  DLK_INLINE T normal_exp(T x) { return exp(x); }
+  DLK_INLINE T log(T x) { return lanes(x, ::log); }
+  DLK_INLINE T tanh(T x) { return lanes(x, ::tanh); }
+  DLK_INLINE T normal_cdf(T x) {
+    return lanes(x, [](double z) { return 0.5 * ::erfc(z * -0.70710678118654752440); });  // 1/sqrt(2)
+  }
+  DLK_INLINE T lanes(T x, double (*f)(double)) {
+    for (int i = 0; i < kF64Lanes; ++i) x[i] = f(x[i]);
+    return x;
+  }
+};
+
+template <>
+struct Ops<float> {
+  using T = VF32;
+  DLK_INLINE T lit(double v) { return T{} + (float)v; }
+
+  // e^x = 2^n · e^r, n = round(x / ln 2), |r| <= ln(2)/2; e^r = 1 + r + r²·P(r), relative error 3.1e-9.
+  DLK_INLINE T exp(T x) {
+    x = x > 89.0f ? lit(89.0) : x;  // e^89 > FLT_MAX; e^-104 < half the smallest subnormal
+    x = x < -104.0f ? lit(-104.0) : x;
+    const float magic = 12582912.0f;  // 1.5·2^23: adding it leaves round(·) in the low mantissa bits
+    T shifted = fma(x, lit(1.44269504), lit(magic));
+    VI32 n = (VI32)shifted - 0x4b400000;
+    T whole = shifted - magic;
+    T r = fma(whole, lit(-0.693359375), x);  // ln 2 in two parts, the first with 9 bits: exact products
+    r = fma(whole, lit(2.12194440e-4), r);
+    T p = lit(1.3814559e-3);
+    p = fma(p, r, lit(8.368735e-3));
+    p = fma(p, r, lit(4.166839e-2));
+    p = fma(p, r, lit(1.6666521e-1));
+    p = fma(p, r, lit(4.9999994e-1));
+    T e = fma(p * r, r, r) + 1.0f;
+    VI32 half = n >> 1;  // 2^n in two factors: n reaches -150 and 128, beyond one exponent field
+    return e * (T)((half + 127) << 23) * (T)((n - half + 127) << 23);
+  }
+
+  // e^x, and 0 where that is subnormal: a product that reads such numbers is many times as slow.
+  DLK_INLINE T normal_exp(T x) { return x < -87.3365f ? lit(0) : exp(x); }
+
+  // ln x = n·ln 2 + ln(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f²/2 + f³·P(f), relative error 6.5e-9.
+  DLK_INLINE T log(T x) {
+    const VI32 subnormal = x < 1.17549435e-38f;
+    const T normal = subnormal ? x * 8388608.0f : x;
+    const VI32 bits = (VI32)normal - 0x3f3504f3;  // sqrt(1/2): a mantissa below it borrows from the exponent
+    const T n = __builtin_convertvector((bits >> 23) - (subnormal ? VI32{} + 23 : VI32{}), T);
+    const T f = (T)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    T p = lit(-7.634497e-2);
+    p = p * f + 1.2761576e-1f;
+    p = p * f + -1.3160183e-1f;
+    p = p * f + 1.4201757e-1f;
+    p = p * f + -1.6623357e-1f;
+    p = p * f + 2.0001227e-1f;
+    p = p * f + -2.500082e-1f;
+    p = p * f + 3.333333e-1f;
+    T y = f * f * (p * f - 0.5f) + n * -2.12194440e-4f;  // ln 2 in the two parts of exp
+    y = n * 0.693359375f + (f + y);
+    y = x < lit(__builtin_inf()) ? y : x;  // also NaN
+    y = x < 0.0f ? lit(__builtin_nan("")) : y;
+    return x == 0.0f ? lit(-__builtin_inf()) : y;
+  }
+
+  // |x| < 0.63: x + x³·P(x²), relative error 4.8e-9; else 1 - 2/(e^2|x| + 1), with the sign put back.
+  DLK_INLINE T tanh(T x) {
+    T s = x * x;
+    T p = lit(-5.6669773e-3);
+    p = fma(p, s, lit(2.0606177e-2));
+    p = fma(p, s, lit(-5.3730007e-2));
+    p = fma(p, s, lit(1.3331331e-1));
+    p = fma(p, s, lit(-3.3333278e-1));
+    T a = abs(x);
+    T small = fma(p * s, a, a);
+    T large = 1.0f - 2.0f / (exp(a + a) + 1.0f);
+    return with_sign(a < 0.63f ? small : large, x);  // after the choice, so that tanh(-0) = -0
+  }
+
+  // Φ(z), the normal distribution function. |z| < 1: 1/2 + z·P(z²), relative error of P 3.4e-8. Else from
+  // Φ(-|z|) = e^(-z²/2)·R(|z|), relative error of R 6.4e-8: nothing cancels in the left tail. From 12.9 on, shortly before it
+  // becomes subnormal, that is 0.
+  DLK_INLINE T normal_cdf(T z) {
+    T s = z * z;
+    T p = lit(-7.6381757e-6);
+    p = fma(p, s, lit(1.13449867e-4));
+    p = fma(p, s, lit(-1.18630112e-3));
+    p = fma(p, s, lit(9.97331459e-3));
+    p = fma(p, s, lit(-6.64903596e-2));
+    p = fma(p, s, lit(3.98942292e-1));
+    T small = fma(p, z, lit(0.5));
+    T a = abs(z);
+    T c = a > 12.9f ? lit(12.9) : a;
+    T n = lit(2.37804689e-2);
+    n = fma(n, c, lit(1.41559079e-1));
+    n = fma(n, c, lit(3.96589547e-1));
+    n = fma(n, c, lit(4.99818444e-1));
+    T d = lit(5.9610717e-2);
+    d = fma(d, c, lit(3.54748219e-1));
+    d = fma(d, c, lit(1.05540979));
+    d = fma(d, c, lit(1.58923602));
+    d = fma(d, c, lit(1));
+    T e = exp(lit(-0.5) * z * z);  // GELU's gradient has it too: computed once
+    T tail = (a > 12.9f ? lit(0) : e) * (n / d);
+    return a < 1.0f ? small : z > 0.0f ? 1.0f - tail : tail;
+  }
+
+  DLK_INLINE T abs(T x) { return (T)((VU32)x & 0x7fffffffu); }
+  DLK_INLINE T with_sign(T magnitude, T sign) { return (T)((VU32)magnitude | ((VU32)sign & 0x80000000u)); }
+};
+
+}  // namespace dlk::cpu::DLK_ISA

@@ -1,0 +1,315 @@
+// The loss kernels: loss_params.h says what they compute.
+#include "kernels/loss_terms.h"
+
+namespace dlk::cpu::DLK_ISA {
+
+// ---- registers ------------------------------------------------------------------------------------------------------
+
+// The same element in every lane, or n elements at a stride.
+template <class T>
+DLK_INLINE Vec<Acc<T>> load_or_splat(const T* p, int64_t stride, int64_t n) {
+  if (stride != 0) return load_some(p, stride, n);
+  T same[kLanes<T>];
+  for (T& lane : same) lane = *p;
+  return load(same);
+}
+template <class T>
+DLK_INLINE void store_at_stride(T* p, int64_t stride, Vec<Acc<T>> v, int64_t n) {
+  if (stride == 1) return store_some(p, v, n);
+  T some[kLanes<T>];
+  store(some, v);
+  for (int64_t i = 0; i < n && i < kLanes<T>; ++i) p[i * stride] = some[i];
+}
+// v with `value` in the lanes from n on
+template <class V, class S>
+DLK_INLINE V fill_tail(V v, int64_t n, S value) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(S);
+  for (int64_t i = n; i < lanes; ++i) v[i] = value;
+  return v;
+}
+// The sum or the maximum of all lanes, in every lane. A NaN is no maximum.
+template <class V>
+DLK_INLINE V sum_lanes(V v) {
+  for (size_t lanes = sizeof(V) / sizeof(v[0]); lanes > 1; lanes /= 2) v = interleave<0>(v, v) + interleave<1>(v, v);
+  return v;
+}
+template <class V>
+DLK_INLINE V max_lanes(V v) {
+  for (size_t lanes = sizeof(V) / sizeof(v[0]); lanes > 1; lanes /= 2) {
+    const V a = interleave<0>(v, v), b = interleave<1>(v, v);
+    v = a > b ? a : b;
+  }
+  return v;
+}
+
+// Registers summed per lane before they go to the total: short sums err less.
+constexpr int64_t kSumBlock = 32;
+
+// ---- elementwise losses ---------------------------------------------------------------------------------------------
+
+template <class T, class Loss>
+void elementwise_slice(const ElementwiseLoss& p, int64_t slice) {
+  using A = Acc<T>;
+  using O = Ops<A>;
+  using V = Vec<A>;
+  const Loss loss(p);
+  const V divisor = O::lit(p.divisor);
+  ExactSum total;
+  V block{};
+  int64_t in_block = 0;
+  auto negative = V{} < V{};
+  const int64_t stop = min((slice + 1) * kLossSlice, p.rows * p.cols);
+  for (int64_t at = slice * kLossSlice; at < stop;) {
+    const int64_t row = at / p.cols, col = at % p.cols, n = min(p.cols - col, stop - at);
+    auto run = [&](const View& v) { return (const T*)v.data + row * v.row_stride + col * v.col_stride; };
+    const T *x = run(p.input), *t = run(p.target), *var = Loss::has_var ? run(p.var) : nullptr;
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const int64_t left = n - i;
+      const V xv = load_or_splat(x + i * p.input.col_stride, p.input.col_stride, left);
+      const V tv = load_or_splat(t + i * p.target.col_stride, p.target.col_stride, left);
+      V vv{};
+      if constexpr (Loss::has_var) {
+        vv = load_or_splat(var + i * p.var.col_stride, p.var.col_stride, left);
+        negative |= vv < V{};
+      }
+      const Terms<V> terms = loss(xv, tv, vv);
+      block += left < kLanes<T> ? fill_tail(terms.loss, left, A(0)) : terms.loss;
+      if (p.loss) store_some((T*)p.loss + at + i, terms.loss, left);
+      if (p.grad_input) store_some((A*)p.grad_input + at + i, terms.grad_input / divisor, left);
+      if (p.grad_var) store_some((A*)p.grad_var + at + i, terms.grad_var / divisor, left);
+      if (++in_block == kSumBlock) {
+        total.add(sum_lanes(block)[0]);
+        block = V{};
+        in_block = 0;
+      }
+    }
+    at += n;
+  }
+  total.add(sum_lanes(block)[0]);
+  p.sums[slice] = total.value();
+  if constexpr (Loss::has_var) {
+    p.negative[slice] = 0;
+    for (int i = 0; i < kLanes<T>; ++i) p.negative[slice] |= negative[i] != 0;
+  }
+}
+
+template <class T, class Loss>
+void elementwise_with(const ElementwiseLoss& p, const Parallel& parallel) {
+  parallel.run(loss_slices(p), &p, [](const void* context, int64_t begin, int64_t end) {
+    for (int64_t slice = begin; slice < end; ++slice)
+      elementwise_slice<T, Loss>(*(const ElementwiseLoss*)context, slice);
+  });
+}
+
+// ---- cross entropy --------------------------------------------------------------------------------------------------
+
+// What the lanes of a register are. In scratch a register follows the other either way.
+//
+//   AcrossClasses  one row at a time, kLanes of its classes: long contiguous rows
+//   AcrossRows     one class of kLanes rows: few classes, or classes that lie apart ([N, C, d1, ...])
+template <class T>
+struct AcrossClasses {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  static constexpr int64_t kRows = 1;
+  static constexpr int64_t kClasses = kLanes<T>;
+  static int64_t stride(const ClassStrides& s) { return s.cls; }
+  static int64_t lanes(int64_t classes, int64_t) { return min(kClasses, classes); }
+  static int64_t at(int64_t c, int64_t) { return c; }
+  DLK_INLINE V classes_only(V v, int64_t classes, A other) {
+    return classes < kClasses ? fill_tail(v, classes, other) : v;
+  }
+  DLK_INLINE V max(V v) { return max_lanes(v); }
+  DLK_INLINE V sum(V v) { return sum_lanes(v); }
+  DLK_INLINE V of_rows(const A* value) { return V{} + *value; }
+  DLK_INLINE V of_classes(const A* value, int64_t classes) { return load_some(value, 1, classes); }
+};
+
+template <class T>
+struct AcrossRows {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  static constexpr int64_t kRows = kLanes<T>;
+  static constexpr int64_t kClasses = 1;
+  static int64_t stride(const ClassStrides& s) { return s.inner; }
+  static int64_t lanes(int64_t, int64_t rows) { return rows; }
+  static int64_t at(int64_t c, int64_t row) { return c * kRows + row; }
+  DLK_INLINE V classes_only(V v, int64_t, A) { return v; }
+  DLK_INLINE V max(V v) { return v; }
+  DLK_INLINE V sum(V v) { return v; }
+  DLK_INLINE V of_rows(const A* value) { return load(value); }
+  DLK_INLINE V of_classes(const A* value, int64_t) { return V{} + *value; }
+};
+
+// `rows` (at most L::kRows) rows from inner0 on; adds their losses to total.
+template <class T, class L>
+void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, int64_t rows, ExactSum& total) {
+  using A = Acc<T>;
+  using O = Ops<A>;
+  using V = Vec<A>;
+  constexpr int64_t kVL = kLanes<T>;
+  const int64_t registers = ceil_div(p.classes, L::kClasses);
+  auto offset = [&](const ClassStrides& s) { return outer * s.outer + inner0 * s.inner; };
+  const T* x = (const T*)p.x + offset(p.x_strides);
+  const bool soft = !p.target;
+  const T* t = soft ? (const T*)p.soft + offset(p.soft_strides) : nullptr;
+  const int64_t first_row = outer * p.inner + inner0;
+  A* const values = (A*)scratch(registers * kVL * sizeof(A));  // x - max, or its exponential
+  const A weight_one = 1;
+
+  // f(i, classes left, valid lanes) for every register
+  auto each = [&](auto&& f) {
+    for (int64_t i = 0; i < registers; ++i) {
+      const int64_t classes = p.classes - i * L::kClasses;
+      f(i, classes, L::lanes(classes, rows));
+    }
+  };
+  // The sums per row of what f(i, classes, lanes) returns.
+  auto sum = [&](auto&& f) {
+    ExactLanes<V> total;
+    each([&](int64_t i, int64_t classes, int64_t lanes) { total.add(f(i, classes, lanes)); });
+    return ExactLanes<V>{L::sum(total.sum), L::sum(total.lost)}.value();
+  };
+  auto class_weight = [&](int64_t i, int64_t classes) {
+    return p.weight ? L::of_classes((const A*)p.weight + i * L::kClasses, classes) : V{} + weight_one;
+  };
+
+  V highest = O::lit(-__builtin_inf());
+  each([&](int64_t i, int64_t classes, int64_t lanes) {
+    const V loaded = load_some(x + i * L::kClasses * p.x_strides.cls, L::stride(p.x_strides), lanes);
+    const V v = L::classes_only(loaded, classes, A(-__builtin_inf()));
+    store(values + i * kVL, v);
+    highest = v > highest ? v : highest;
+  });
+  highest = L::max(highest);
+
+  // q without the hard target's own term is dense with class probabilities or smoothing, else zero.
+  const bool dense = soft || p.smoothing > 0;
+  auto dense_q = [&](double scale) {
+    const V uniform = O::lit(p.smoothing / p.classes * scale), kept = O::lit((1 - p.smoothing) * scale);
+    return [&, uniform, kept](int64_t i, int64_t classes, int64_t lanes) {
+      V q = uniform;
+      if (soft) q += kept * load_some(t + i * L::kClasses * p.soft_strides.cls, L::stride(p.soft_strides), lanes);
+      return class_weight(i, classes) * q;
+    };
+  };
+
+  const bool keep_exp = p.grad && !dense;
+  const V exp_sum = sum([&](int64_t i, int64_t, int64_t) {
+    const V d = load(values + i * kVL) - highest, e = O::exp(d);
+    store(values + i * kVL, keep_exp ? e : d);
+    return e;
+  });
+  const V log_sum = O::log(exp_sum);
+
+  // Of q without the hard target's own term: Σ q·(x - max), in units of `uniform` for class indices, and Σ q.
+  V dot{}, q_sum{};
+  if (soft) {
+    const auto q = dense_q(1);
+    dot = sum([&](int64_t i, int64_t classes, int64_t lanes) {
+      return L::classes_only(q(i, classes, lanes) * load(values + i * kVL), classes, A(0));
+    });
+    q_sum = sum([&](int64_t i, int64_t classes, int64_t lanes) {
+      return L::classes_only(q(i, classes, lanes), classes, A(0));
+    });
+  } else if (dense) {
+    dot = sum([&](int64_t i, int64_t classes, int64_t) {
+      return L::classes_only(class_weight(i, classes) * load(values + i * kVL), classes, A(0));
+    });
+  }
+
+  // What belongs to a row, in f64: a rounding here would be one of every term.
+  A factor[kVL] = {}, live[kVL] = {}, target_grad[kVL] = {}, row_grad[kVL] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const double log_s = log_sum[r];
+    double loss = 0, all_q = 0;
+    if (soft) {
+      all_q = q_sum[r];
+      loss = all_q * log_s - dot[r];
+      live[r] = 1;
+    } else if (const int64_t target = p.target[first_row + r]; target != p.ignore_index) {
+      const double x_target = load_some(x + target * p.x_strides.cls + r * p.x_strides.inner, 1, 1)[0];
+      const double weight = p.weight ? ((const A*)p.weight)[target] : A(1), share = p.smoothing / p.classes;
+      const double target_q = weight * (1 - p.smoothing);
+      loss = target_q * (log_s - (x_target - highest[r]));
+      if (dense) loss += share * (p.weight_sum * log_s - dot[r]);
+      all_q = target_q + share * p.weight_sum;
+      target_grad[r] = A((target_q + share * weight) * p.scale);
+      live[r] = 1;
+    }
+    factor[r] = A(all_q * (live[r] ? p.scale : 0) / exp_sum[r]);
+    total.add(loss);
+    if (p.loss) ((A*)p.loss)[first_row + r] = A(loss);
+    if (p.row_grad) row_grad[r] = ((const A*)p.row_grad)[first_row + r];
+  }
+
+  // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
+  if (p.grad_soft) {
+    A* grad = (A*)p.grad_soft + offset(p.grad_strides);
+    const V kept_scale = O::lit(-(1 - p.smoothing) * p.scale);
+    each([&](int64_t i, int64_t classes, int64_t lanes) {
+      const V g = class_weight(i, classes) * kept_scale * (load(values + i * kVL) - log_sum);
+      store_at_stride(grad + i * L::kClasses * p.grad_strides.cls, L::stride(p.grad_strides), g, lanes);
+    });
+  }
+  if (!p.grad) return;
+  const V row_factor = L::of_rows(factor), row_live = L::of_rows(live), row_scale = L::of_rows(row_grad);
+  const auto scaled_q = dense_q(p.scale);
+  auto store_grad = [&](auto* grad) {
+    grad += offset(p.grad_strides);
+    each([&](int64_t i, int64_t classes, int64_t lanes) {
+      V e = load(values + i * kVL), g;
+      if (dense) {
+        e = O::exp(e);
+        store(values + i * kVL, e);
+        g = e * row_factor - (row_live > V{} ? scaled_q(i, classes, lanes) : V{});
+      } else {
+        g = e * row_factor;
+      }
+      if (p.row_grad) g = g * row_scale;
+      store_at_stride(grad + i * L::kClasses * p.grad_strides.cls, L::stride(p.grad_strides), g, lanes);
+    });
+    for (int64_t r = 0; !soft && r < rows; ++r) {
+      const int64_t target = p.target[first_row + r];
+      if (target == p.ignore_index) continue;
+      const A g = values[L::at(target, r)] * factor[r] - target_grad[r];
+      store_some(grad + target * p.grad_strides.cls + r * p.grad_strides.inner,
+                 V{} + (p.row_grad ? g * row_grad[r] : g), 1);
+    }
+  };
+  if constexpr (kSame<A, float>) {
+    if (p.grad_dtype == DType::bf16) return store_grad((Bf16*)p.grad);
+    if (p.grad_dtype == DType::f16) return store_grad((F16*)p.grad);
+  }
+  store_grad((A*)p.grad);
+}
+
+template <class T, class L>
+void cross_entropy_slices(const CrossEntropy& p, int64_t begin, int64_t end) {
+  const int64_t slice_rows = row_slice(p.classes), per_outer = ceil_div(p.inner, slice_rows);
+  for (int64_t slice = begin; slice < end; ++slice) {
+    const int64_t outer = slice / per_outer, from = slice % per_outer * slice_rows;
+    const int64_t to = min(from + slice_rows, p.inner);
+    ExactSum total;
+    for (int64_t s = from; s < to; s += L::kRows) cross_entropy_rows<T, L>(p, outer, s, min(L::kRows, to - s), total);
+    p.sums[slice] = total.value();
+  }
+}
+
+template <class T>
+void cross_entropy_with(const CrossEntropy& p, const Parallel& parallel) {
+  parallel.run(loss_slices(p), &p, [](const void* context, int64_t begin, int64_t end) {
+    const auto& p = *(const CrossEntropy*)context;
+    const bool long_rows = p.x_strides.cls == 1 && p.classes >= 2 * kLanes<T>;
+    if (long_rows) return cross_entropy_slices<T, AcrossClasses<T>>(p, begin, end);
+    cross_entropy_slices<T, AcrossRows<T>>(p, begin, end);
+  });
+}
+
+template <class T>
+constexpr Losses losses() {
+  return {&elementwise_with<T, SquaredError<Ops<Acc<T>>>>, &elementwise_with<T, GaussianNLL<Ops<Acc<T>>>>,
+          &cross_entropy_with<T>};
+}
+
+}  // namespace dlk::cpu::DLK_ISA

@@ -1,0 +1,95 @@
+// dz = g · act'(saved) in memory and dbias = Σ dz over rows, from one read: for a library GEMM, or where no product runs.
+//
+// A block takes a few columns and a slice of the rows. Its threads lie as rows × lanes; each sums what it made, in f64
+// behind every kBatch rows, then the block adds up its rows of threads, then sum_slices the slices: a fixed order, cut by
+// the shape alone.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/cuda/elementwise/runs.cuh"
+
+namespace dlk::cuda {
+
+constexpr int kGradPassThreads = 128;
+constexpr int kGradPassBlocks = 4;  // per SM: each has 4 to 8 KiB on its way
+
+struct GradPassCut {
+  int lanes;       // threads along a row, a power of 2
+  int64_t tiles;   // of columns
+  int64_t rows;    // of a slice
+  int64_t slices;  // of all rows
+};
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
+    grad_pass_kernel(const GradPass p, const GradPassCut cut) {
+  using A = Acc<T>;
+  using O = Ops<A>;
+  constexpr int kBatch = sizeof(T) == 4 ? 2 : 1;  // rows of a thread on their way at once: as registers allow
+  __shared__ double sums[kWidth][kGradPassThreads];
+  const int thread = threadIdx.x, lane = thread % cut.lanes, first = thread / cut.lanes;
+  const int step = kGradPassThreads / cut.lanes;
+  const bool g_in_runs = lies_in_runs<T, kWidth>(p.g), saved_in_runs = lies_in_runs<T, kWidth>(p.saved);
+  const bool dz_in_runs = lies_in_runs<T, kWidth>({p.dz, p.n, 1});
+
+  for (int64_t block = blockIdx.x; block < cut.tiles * cut.slices; block += gridDim.x) {
+    const int64_t slice = block / cut.tiles, j = (block % cut.tiles * cut.lanes + lane) * kWidth;
+    const int64_t end = min(p.m, (slice + 1) * cut.rows);
+    double total[kWidth] = {};
+    with_activation(p.act.kind, [&](auto act) {
+      constexpr bool kReadsSaved = !std::is_same_v<decltype(act), Identity>;
+      for (int64_t i = slice * cut.rows + first; i < end && j < p.n; i += step * kBatch) {
+        A g[kBatch][kWidth], saved[kBatch][kWidth] = {}, sum[kWidth] = {};
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int64_t row = i + b * step;
+          if (row >= end) continue;
+          load_run<T>(p.g, row, j, g_in_runs, kWidth, g[b]);
+          if constexpr (kHasMask<T, kWidth> && decltype(act)::gates) {
+            if (p.saved_bits) {
+              load_mask<T>(p.saved.data, row * p.n + j, saved[b]);
+              continue;
+            }
+          }
+          if constexpr (kReadsSaved) load_run<T>(p.saved, row, j, saved_in_runs, kWidth, saved[b]);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int64_t row = i + b * step;
+          if (row >= end) continue;
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) {
+            g[b][e] = decltype(act)::template grad<O>(g[b][e], saved[b][e], O::lit(p.act.slope));
+            sum[e] += g[b][e];
+          }
+          if (p.dz) store_run<T>(p.dz, row * p.n + j, dz_in_runs, kWidth, g[b]);
+        }
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) total[e] += sum[e];
+      }
+    });
+    if (!p.dbias) continue;
+
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) sums[e][thread] = total[e];
+    __syncthreads();
+    for (int half = step / 2; half > 0; half /= 2) {
+      if (first < half)
+        for (int e = 0; e < kWidth; ++e) sums[e][thread] += sums[e][thread + half * cut.lanes];
+      __syncthreads();
+    }
+    if (first != 0 || j >= p.n) continue;
+    for (int e = 0; e < kWidth; ++e) {
+      const A sum = static_cast<A>(sums[e][thread]);
+      if (cut.slices > 1)
+        static_cast<A*>(p.partials)[slice * p.n + j + e] = sum;
+      else if (p.store == Store::rounded)
+        narrow(sum, static_cast<T*>(p.dbias) + j + e);
+      else
+        static_cast<A*>(p.dbias)[j + e] = sum;
+    }
+  }
+}
+
+}  // namespace dlk::cuda

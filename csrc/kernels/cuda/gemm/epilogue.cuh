@@ -1,0 +1,171 @@
+// What happens to a sum once it is complete: bias, activation or mask, rounding, store. And sums that arrive in slices.
+#pragma once
+
+#include "kernels/cuda/kernels.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/mask.cuh"
+#include "kernels/cuda/primitives.cuh"
+
+namespace dlk::cuda {
+
+// Elements of one 16-byte access.
+template <class T>
+constexpr int kPack = 16 / sizeof(T);
+
+template <class T, int kWidth>
+DLK_DEVICE void load(const void* from, int64_t at, Acc<T> (&out)[kWidth]) {
+  const auto pack = *reinterpret_cast<const Pack<T, kWidth>*>(static_cast<const T*>(from) + at);
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) out[e] = widen(pack.at[e]);
+}
+
+template <class T, int kWidth>
+DLK_DEVICE void store(void* to, int64_t at, const Acc<T> (&v)[kWidth]) {
+  Pack<T, kWidth> pack;
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) narrow(v[e], &pack.at[e]);
+  *reinterpret_cast<Pack<T, kWidth>*>(static_cast<T*>(to) + at) = pack;
+}
+
+// Accumulators, added to those that are there where `adds`.
+template <class A, int kWidth>
+DLK_DEVICE void store_sums(void* to, int64_t at, bool adds, A (&v)[kWidth]) {
+  constexpr int kRun = kWidth < kPack<A> ? kWidth : kPack<A>;
+  auto* sums = static_cast<A*>(to) + at;
+#pragma unroll
+  for (int first = 0; first < kWidth; first += kRun) {
+    auto* run = reinterpret_cast<Pack<A, kRun>*>(sums + first);
+    Pack<A, kRun> pack = adds ? *run : Pack<A, kRun>{};
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) pack.at[e] = adds ? pack.at[e] + v[first + e] : v[first + e];
+    *run = pack;
+  }
+}
+
+// saved[at] and on, or what stands for it; one element, or 16 bytes.
+template <class T, int kWidth>
+DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&out)[kWidth]) {
+  if constexpr (kHasMask<T, kWidth>) {
+    if (bits) return load_mask<T>(saved, at, out);
+  }
+  if constexpr (kWidth == 1)
+    out[0] = saved_at<T>(saved, bits, at);
+  else
+    load<T>(saved, at, out);
+}
+
+// Whether rows of C, and what is read beside them, can be walked in 16-byte steps.
+template <class T>
+DLK_DEVICE bool in_packs(const Gemm& p) {
+  auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
+  return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.gate) && aligned(p.bias);
+}
+
+// Whether its mask, where it has one, is stored in these steps.
+inline bool mask_fits(const Gemm& p) {
+  return !p.mask || (comes_in_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.gate && p.store == Store::rounded);
+}
+
+// Finishes C[i, j ... j + kWidth) from its sums; leaves in `acc` what it stored, before rounding.
+template <class T, int kWidth>
+DLK_DEVICE void finish(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth]) {
+  using A = Acc<T>;
+  using O = Ops<A>;
+  const int64_t at = i * p.n + j;
+  A other[kWidth];
+  if (p.bias) {
+    load<T>(p.bias, j, other);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) acc[e] += other[e];
+  }
+  if (p.z) store<T>(p.z, at, acc);
+  if (p.gate) {
+    load_saved<T>(p.gate, p.gate_bits, at, other);
+    with_activation(p.gate_act.kind, [&](auto act) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e)
+        acc[e] = decltype(act)::template grad<O>(acc[e], other[e], O::lit(p.gate_act.slope));
+    });
+  } else if (!p.saved.data) {
+    with_activation(p.act.kind, [&](auto act) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) acc[e] = decltype(act)::template value<O>(acc[e], O::lit(p.act.slope));
+      if constexpr (kHasMask<T, kWidth> && decltype(act)::gates) {
+        if (p.mask) store_mask<decltype(act), T>(p.mask, at, acc);
+      }
+    });
+  }
+  if (p.store == Store::rounded)
+    store<T>(p.c, at, acc);
+  else
+    store_sums(p.c, at, p.store == Store::added, acc);
+}
+
+// partials[splits, m, n] to the finished C.
+// 3 blocks per SM: 85 registers a thread. Left alone, sm_100a takes 32 and spills f64's erf.
+constexpr int kFinishThreads = 256;
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads, 3) finish_kernel(const Gemm p) {
+  using A = Acc<T>;
+  const auto* partials = static_cast<const A*>(p.partials);
+  const int64_t stride = int64_t{gridDim.x} * kFinishThreads,
+                first = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
+  auto walk = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    for (int64_t at = first * kWidth; at < p.m * p.n; at += stride * kWidth) {
+      A acc[kWidth] = {};
+      for (int slice = 0; slice < p.splits; ++slice) {
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) acc[e] += partials[slice * p.m * p.n + at + e];
+      }
+      finish<T>(p, at / p.n, at % p.n, acc);
+    }
+  };
+  if (in_packs<T>(p))
+    walk(std::integral_constant<int, kPack<T>>{});
+  else
+    walk(std::integral_constant<int, 1>{});
+}
+
+// out[i] = Σ over slices of partials[slice, i], in a fixed order: 8 threads share an output, each sums every eighth slice.
+constexpr int kSumOutputs = 32, kSumSharers = 8;
+template <class T>
+DLK_DEVICE void sum_slices_block(const Acc<T>* partials, int64_t slices, int64_t count, T* out) {
+  __shared__ double sums[kSumSharers][kSumOutputs];
+  const int output = threadIdx.x % kSumOutputs, sharer = threadIdx.x / kSumOutputs;
+  for (int64_t first = int64_t{blockIdx.x} * kSumOutputs; first < count; first += int64_t{gridDim.x} * kSumOutputs) {
+    const int64_t i = first + output;
+    double sum = 0;
+    if (i < count)
+      for (int64_t slice = sharer; slice < slices; slice += kSumSharers) sum += partials[slice * count + i];
+    sums[sharer][output] = sum;
+    __syncthreads();
+    if (sharer == 0 && i < count) {
+      for (int s = 1; s < kSumSharers; ++s) sum += sums[s][output];
+      narrow(static_cast<Acc<T>>(sum), out + i);
+    }
+    __syncthreads();
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSumOutputs* kSumSharers)
+    sum_slices_kernel(const Acc<T>* partials, int64_t slices, int64_t count, T* out) {
+  sum_slices_block(partials, slices, count, out);
+}
+
+template <class T>
+cudaError_t finish(const Gemm& p, cudaStream_t stream) {
+  const dim3 grid(grid_of(ceil_div(p.m * p.n, kFinishThreads)));
+  return launch(finish_kernel<T>, grid, kFinishThreads, 0, stream, p);
+}
+
+template <class T>
+cudaError_t sum_slices(const void* partials, int64_t slices, int64_t count, void* out, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const dim3 grid(grid_of(ceil_div(count, kSumOutputs)));
+  return launch(sum_slices_kernel<T>, grid, kSumOutputs * kSumSharers, 0, stream, static_cast<const Acc<T>*>(partials),
+                slices, count, static_cast<T*>(out));
+}
+
+}  // namespace dlk::cuda

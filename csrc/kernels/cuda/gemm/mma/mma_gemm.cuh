@@ -1,0 +1,175 @@
+// C = epilogue(A · B) on tensor cores (sm_80 and later): the three products of a layer, table in params.h.
+//
+// A block makes a tile of C. Tiles of A and B of kTileK steps come through shared memory, kStages deep: while one is
+// multiplied the next ones are under way (cp.async). Sums are f32, k is summed in one fixed order, nothing is atomic.
+#pragma once
+
+#include "kernels/cuda/gemm/operand.cuh"
+#include "kernels/cuda/gemm/tile.cuh"
+
+namespace dlk::cuda {
+
+template <class T_, bool kAAlongK_, bool kBAlongK_, int kWarpM_, int kWarpN_>
+struct MmaTraits {
+  using T = T_;
+  static constexpr bool kAAlongK = kAAlongK_, kBAlongK = kBAlongK_;
+  static constexpr int kWarpM = kWarpM_, kWarpN = kWarpN_;  // of C per warp
+  static constexpr int kWarpsM = 2, kWarpsN = 2, kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kTileM = kWarpM * kWarpsM, kTileN = kWarpN * kWarpsN;
+  static constexpr int kTileK = 64 / sizeof(T);  // rows of 64 bytes: two steps of mma
+  static constexpr int kStages = 4;
+  using A = Operand<T, kAAlongK, kTileM, kTileK, kThreads>;
+  using B = Operand<T, kBAlongK, kTileN, kTileK, kThreads>;
+  static constexpr int kStageBytes = A::kBytes + B::kBytes;
+  using Strip = cuda::Strip<T, kWarpN>;  // each warp has one
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
+  static_assert(kThreads / 32 * Strip::kBytes <= kSharedBytes);
+  // A thread of the large tile holds 128 sums: two such blocks, 255 registers each, fill the registers of an SM.
+  static constexpr int kBlocksPerSM = kWarpM * kWarpN > 32 * 32 ? 2 : 3;
+};
+
+// One stage's worth of multiplications for the tile of this warp.
+template <class Traits>
+DLK_DEVICE void multiply(const unsigned char* a, const unsigned char* b, int warp_m, int warp_n,
+                         float (&acc)[Traits::kWarpM / 16][Traits::kWarpN / 8][4]) {
+  using T = typename Traits::T;
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    uint32_t fa[Traits::kWarpM / 16][4], fb[Traits::kWarpN / 16][4];
+#pragma unroll
+    for (int i = 0; i < Traits::kWarpM / 16; ++i)
+      Traits::A::fragment_a(a, warp_m * Traits::kWarpM + i * 16, step, fa[i]);
+#pragma unroll
+    for (int j = 0; j < Traits::kWarpN / 16; ++j)
+      Traits::B::fragment_b(b, warp_n * Traits::kWarpN + j * 16, step, fb[j]);
+#pragma unroll
+    for (int i = 0; i < Traits::kWarpM / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < Traits::kWarpN / 8; ++j) {
+        const uint32_t half[2] = {fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]};
+        mma(acc[i][j], fa[i], half, T{});
+      }
+    }
+  }
+}
+
+// Sums of A's rows as they pass (A not along k): every thread has the same kPack rows of A in each stage, the block's
+// threads that share them add up at the end, in one order.
+template <class Traits>
+DLK_DEVICE void store_row_sums(const Gemm& p, int64_t i0, unsigned char* shared,
+                               const float (&mine)[kPack<typename Traits::T>]) {
+  using T = typename Traits::T;
+  constexpr int kSharers = Traits::kThreads / Traits::A::kChunks;
+  auto* sums = reinterpret_cast<float*>(shared);  // [kSharers][kTileM]
+  static_assert(kSharers * Traits::kTileM * sizeof(float) <= Traits::kSharedBytes);
+  const int thread = threadIdx.x, chunk = thread % Traits::A::kChunks, sharer = thread / Traits::A::kChunks;
+#pragma unroll
+  for (int e = 0; e < kPack<T>; ++e) sums[sharer * Traits::kTileM + chunk * kPack<T> + e] = mine[e];
+  __syncthreads();
+  for (int i = thread; i < Traits::kTileM && i0 + i < p.m; i += Traits::kThreads) {
+    float sum = 0;
+    for (int s = 0; s < kSharers; ++s) sum += sums[s * Traits::kTileM + i];
+    if (p.splits > 1)
+      static_cast<float*>(p.partials)[p.splits * p.m * p.n + blockIdx.z * p.m + i0 + i] = sum;
+    else
+      narrow(sum, static_cast<T*>(p.row_sum) + i0 + i);
+  }
+  __syncthreads();
+}
+
+// The tile of this warp, strip of 16 rows by strip.
+template <class Traits>
+DLK_DEVICE void store_tile(const Gemm& p, int64_t i0, int64_t j0, float* strip,
+                           const float (&acc)[Traits::kWarpM / 16][Traits::kWarpN / 8][4]) {
+  using Strip = typename Traits::Strip;
+  const bool packs = in_packs<typename Traits::T>(p);
+  float column_sum[Strip::kWidth] = {};
+#pragma unroll
+  for (int s = 0; s < Traits::kWarpM / 16; ++s) {
+    Strip::put(strip, acc[s]);
+    Strip::store(p, i0 + s * 16, j0, packs, strip, column_sum);
+  }
+
+  if (p.column_sum) {  // one row of partials per warp tile
+    Strip::sum_rows(column_sum);
+    const int lane = threadIdx.x % 32;
+    const int64_t j = j0 + lane * Strip::kWidth;
+    auto* partials = static_cast<float*>(p.partials) + i0 / Traits::kWarpM * p.n;
+#pragma unroll
+    for (int e = 0; e < Strip::kWidth; ++e)
+      if (lane < Strip::kLanesPerRow && i0 < p.m && j + e < p.n) partials[j + e] = column_sum[e];
+  }
+}
+
+// blockIdx.x is the tile of C, blockIdx.z the slice of k.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_gemm_kernel(const Gemm p) {
+  using T = typename Traits::T;
+  unsigned char* shared = dynamic_shared();
+  const int warp = threadIdx.x / 32, warp_m = warp / Traits::kWarpsN, warp_n = warp % Traits::kWarpsN;
+  const TileAt at = tile_at(blockIdx.x, ceil_div(p.m, Traits::kTileM), ceil_div(p.n, Traits::kTileN));
+  const int64_t i0 = at.i * Traits::kTileM, j0 = at.j * Traits::kTileN;
+  const int64_t slice = ceil_div(ceil_div(p.k, Traits::kTileK), p.splits) * Traits::kTileK;
+  const int64_t k_begin = blockIdx.z * slice, k_end = min(p.k, k_begin + slice);
+  const int64_t steps = max(int64_t{0}, ceil_div(k_end - k_begin, Traits::kTileK));
+
+  const auto a = Traits::A::source(p.a, p.m, k_end);
+  const auto b = Traits::B::source(p.b.transposed(), p.n, k_end);
+  const bool sums_rows = p.row_sum && j0 == 0;
+  const bool a_async = a.asynchronous && !p.saved.data && !p.row_sum;
+  float row_sum[kPack<T>] = {};
+
+  auto load_stage = [&](int64_t step) {
+    if (step < steps) {
+      unsigned char* stage = shared + step % Traits::kStages * Traits::kStageBytes;
+      const int64_t k0 = k_begin + step * Traits::kTileK;
+      if (a_async) {
+        Traits::A::load_async(stage, a, i0, k0);
+      } else if constexpr (!Traits::kAAlongK) {  // wgrad: dz and dbias are made on the way
+        auto plain_or_masked = [&](auto act) {
+          Traits::A::load_made(stage, a, i0, k0, [&](int64_t row, int64_t col, int e) {
+            float v = widen(a.data[row * a.row_stride + col * a.col_stride]);
+            if (p.saved.data) {
+              const int64_t at = col * p.saved.row_stride + row * p.saved.col_stride;
+              v = decltype(act)::template grad<Ops<float>>(v, saved_at<T>(p.saved.data, p.saved_bits, at),
+                                                           static_cast<float>(p.act.slope));
+            }
+            if (sums_rows) row_sum[e] += v;
+            return v;
+          });
+        };
+        with_activation(p.act.kind, plain_or_masked);
+      } else {
+        Traits::A::load_plain(stage, a, i0, k0);
+      }
+      if (b.asynchronous)
+        Traits::B::load_async(stage + Traits::A::kBytes, b, j0, k0);
+      else
+        Traits::B::load_plain(stage + Traits::A::kBytes, b, j0, k0);
+    }
+    cp_async_commit();  // also where there was nothing to load: groups are counted
+  };
+
+  float acc[Traits::kWarpM / 16][Traits::kWarpN / 8][4] = {};
+#pragma unroll 1
+  for (int step = 0; step < Traits::kStages - 1; ++step) load_stage(step);
+#pragma unroll 1
+  for (int64_t step = 0; step < steps; ++step) {
+    cp_async_wait<Traits::kStages - 2>();
+    __syncthreads();  // this stage is there, and the one before it, which is loaded next, has been read by all
+    load_stage(step + Traits::kStages - 1);
+    const unsigned char* stage = shared + step % Traits::kStages * Traits::kStageBytes;
+    multiply<Traits>(stage, stage + Traits::A::kBytes, warp_m, warp_n, acc);
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // the stages are free: what follows reuses them
+
+  if constexpr (!Traits::kAAlongK) {
+    if (sums_rows) store_row_sums<Traits>(p, i0, shared, row_sum);
+  }
+  auto* strip = reinterpret_cast<float*>(shared + warp * Traits::Strip::kBytes);
+  store_tile<Traits>(p, i0 + warp_m * Traits::kWarpM, j0 + warp_n * Traits::kWarpN, strip, acc);
+}
+
+}  // namespace dlk::cuda

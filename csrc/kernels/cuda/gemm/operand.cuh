@@ -1,0 +1,121 @@
+// A tile of A or B on its way from global memory to the registers of mma.
+//
+// In shared memory it lies in rows as global memory has it, along k or across, in chunks of 16 bytes. Chunk c of row r
+// is stored at c ^ f(r), so that the 8 rows that ldmatrix reads at once lie in 8 different groups of banks.
+#pragma once
+
+#include "kernels/cuda/gemm/epilogue.cuh"
+
+namespace dlk::cuda {
+
+// Byte offset of a chunk in a tile of kChunks chunks per row. 8 chunks are one line of all 32 banks.
+template <int kChunks>
+DLK_DEVICE int swizzled(int row, int chunk) {
+  constexpr int kRowsPerLine = kChunks < 8 ? 8 / kChunks : 1;
+  constexpr int kMask = (kChunks < 8 ? kChunks : 8) - 1;
+  return (row * kChunks + (chunk ^ (row / kRowsPerLine & kMask))) * 16;
+}
+
+// kExtent rows of A (or columns of B) by kTileK steps of k. kAlongK: k is the contiguous direction.
+template <class T, bool kAlongK, int kExtent, int kTileK, int kThreads>
+struct Operand {
+  static constexpr int kRows = kAlongK ? kExtent : kTileK, kCols = kAlongK ? kTileK : kExtent;
+  static constexpr int kChunk = kPack<T>, kChunks = kCols / kChunk;
+  static constexpr int kBytes = kRows * kCols * static_cast<int>(sizeof(T));
+  static constexpr int kRowStep = kThreads / kChunks;  // between two chunks of one thread
+  static_assert(kThreads % kChunks == 0 && kRows % kRowStep == 0);
+  static_assert(kChunks >= 4 && kCols % kChunk == 0);
+
+  // Rows and columns as shared memory has them.
+  struct Source {
+    const T* data;
+    int64_t row_stride, col_stride, rows, cols;
+    bool asynchronous;  // every chunk is one aligned 16-byte read
+  };
+
+  // `view` is [extent, k]; k ends at k_end.
+  DLK_DEVICE static Source source(const View& view, int64_t extent, int64_t k_end) {
+    Source s{static_cast<const T*>(view.data), view.row_stride, view.col_stride, extent, k_end, false};
+    if (!kAlongK) s = {s.data, view.col_stride, view.row_stride, k_end, extent, false};
+    s.asynchronous = s.col_stride == 1 && s.row_stride % kChunk == 0 && reinterpret_cast<uintptr_t>(s.data) % 16 == 0;
+    return s;
+  }
+
+  DLK_DEVICE static void load_async(unsigned char* tile, const Source& s, int64_t i0, int64_t k0) {
+    const int64_t row0 = kAlongK ? i0 : k0, col0 = kAlongK ? k0 : i0;
+    const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    const int64_t col = col0 + chunk * kChunk;
+    const int64_t left = max(int64_t{0}, min(int64_t{kChunk}, s.cols - col));
+#pragma unroll
+    for (int row = first, i = 0; i < kRows / kRowStep; row += kRowStep, ++i) {
+      const bool inside = row0 + row < s.rows && left > 0;
+      cp_async_16(tile + swizzled<kChunks>(row, chunk), inside ? s.data + (row0 + row) * s.row_stride + col : s.data,
+                  inside ? static_cast<int>(left * sizeof(T)) : 0);
+    }
+  }
+
+  // Through registers: element (row, col) is value(row, col, place in its chunk), rounded to T; zero outside.
+  template <class F>
+  DLK_DEVICE static void load_made(unsigned char* tile, const Source& s, int64_t i0, int64_t k0, F&& value) {
+    const int64_t row0 = kAlongK ? i0 : k0, col0 = kAlongK ? k0 : i0;
+    const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    const int64_t col = col0 + chunk * kChunk;
+#pragma unroll 1
+    for (int row = first; row < kRows; row += kRowStep) {
+      Pack<T, kChunk> pack;
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e)
+        narrow(row0 + row < s.rows && col + e < s.cols ? value(row0 + row, col + e, e) : 0.0f, &pack.at[e]);
+      *reinterpret_cast<Pack<T, kChunk>*>(tile + swizzled<kChunks>(row, chunk)) = pack;
+    }
+  }
+
+  DLK_DEVICE static void load_plain(unsigned char* tile, const Source& s, int64_t i0, int64_t k0) {
+    load_made(tile, s, i0, k0,
+              [&](int64_t row, int64_t col, int) { return widen(s.data[row * s.row_stride + col * s.col_stride]); });
+  }
+
+  // Registers a[0..3] of mma for rows i ... i + 15 of A in step `step` of the tile (ptx.cuh has the layout).
+  DLK_DEVICE static void fragment_a(const unsigned char* tile, int i, int step, uint32_t (&r)[4]) {
+    const int lane = threadIdx.x % 32, q = lane / 8, l = lane % 8;
+    if constexpr (kAlongK) {
+      ldmatrix_x4(r, tile + swizzled<kChunks>(i + q % 2 * 8 + l, step * 2 + q / 2));
+    } else if constexpr (sizeof(T) == 2) {
+      ldmatrix_x4_trans(r, tile + swizzled<kChunks>(step * 16 + q / 2 * 8 + l, i / 8 + q % 2));
+    } else {
+      const int g = lane / 4, t = step * 8 + lane % 4;
+      r[0] = element(tile, t, i + g), r[1] = element(tile, t, i + g + 8);
+      r[2] = element(tile, t + 4, i + g), r[3] = element(tile, t + 4, i + g + 8);
+    }
+    round(r);
+  }
+
+  // b[0..1] of columns j ... j + 7 of B, then those of the next eight.
+  DLK_DEVICE static void fragment_b(const unsigned char* tile, int j, int step, uint32_t (&r)[4]) {
+    const int lane = threadIdx.x % 32, q = lane / 8, l = lane % 8;
+    if constexpr (kAlongK) {
+      ldmatrix_x4(r, tile + swizzled<kChunks>(j + q / 2 * 8 + l, step * 2 + q % 2));
+    } else if constexpr (sizeof(T) == 2) {
+      ldmatrix_x4_trans(r, tile + swizzled<kChunks>(step * 16 + q % 2 * 8 + l, j / 8 + q / 2));
+    } else {
+      const int g = lane / 4, t = step * 8 + lane % 4;
+      r[0] = element(tile, t, j + g), r[1] = element(tile, t + 4, j + g);
+      r[2] = element(tile, t, j + g + 8), r[3] = element(tile, t + 4, j + g + 8);
+    }
+    round(r);
+  }
+
+ private:
+  // ldmatrix transposes 16-bit elements only.
+  DLK_DEVICE static uint32_t element(const unsigned char* tile, int row, int col) {
+    return *reinterpret_cast<const uint32_t*>(tile + swizzled<kChunks>(row, col / kChunk) + col % kChunk * 4);
+  }
+  DLK_DEVICE static void round(uint32_t (&r)[4]) {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (uint32_t& v : r) v = round_to_tf32(v);
+    }
+  }
+};
+
+}  // namespace dlk::cuda

@@ -1,0 +1,164 @@
+// C = epilogue(A · B): the three products of a layer (table in params.h) as one tiled kernel on plain FMAs.
+//
+// Right for every shape, stride and dtype; fp32 is fp32 (no TF32). Offsets are 64-bit, k is summed in one fixed
+// order, nothing is atomic: the same inputs give the same bits.
+#pragma once
+
+#include "kernels/cuda/gemm/epilogue.cuh"
+
+namespace dlk::cuda {
+
+template <class T_>
+struct SimtTraits {
+  using T = T_;
+  static constexpr int kTileM = 64, kTileN = 64, kTileK = 16;
+  static constexpr int kLanesM = 16, kLanesN = 16;  // threads of a block, as a grid over the tile of C
+  static constexpr int kThreads = kLanesM * kLanesN;
+  static constexpr int kBlocksPerSM = 2;  // 65536 registers / (2 * 256 threads) = 128 each: room without spills
+  static constexpr int kPerM = kTileM / kLanesM, kPerN = kTileN / kLanesN;  // of C per thread
+  static_assert(kTileM % kLanesM == 0 && kTileN % kLanesN == 0);
+  static_assert(kThreads >= kTileM, "one thread sums one row of A");
+  static_assert((kTileM * kTileK) % kThreads == 0 && (kTileN * kTileK) % kThreads == 0);
+};
+
+// Steps of k per slice, in whole tiles.
+template <int kTileK>
+DLK_HD int64_t slice_length(const Gemm& p) {
+  return ceil_div(ceil_div(p.k, kTileK), p.splits) * kTileK;
+}
+
+// A[i, s]; dz is made here and never exists in memory.
+template <class T>
+DLK_DEVICE Acc<T> load_a(const Gemm& p, int64_t i, int64_t s) {
+  using O = Ops<Acc<T>>;
+  const Acc<T> a = widen(static_cast<const T*>(p.a.data)[i * p.a.row_stride + s * p.a.col_stride]);
+  if (!p.saved.data) return a;
+  const Acc<T> saved = saved_at<T>(p.saved.data, p.saved_bits, i * p.saved.row_stride + s * p.saved.col_stride);
+  return with_activation(p.act.kind,
+                         [&](auto act) { return decltype(act)::template grad<O>(a, saved, O::lit(p.act.slope)); });
+}
+
+template <class T>
+DLK_DEVICE Acc<T> load_b(const Gemm& p, int64_t s, int64_t j) {
+  return widen(static_cast<const T*>(p.b.data)[s * p.b.row_stride + j * p.b.col_stride]);
+}
+
+// One slice of k, or all of it: partial sums, or the finished C[i, j].
+template <class T>
+DLK_DEVICE void store_c(const Gemm& p, int64_t i, int64_t j, Acc<T> acc) {
+  if (p.splits > 1) {
+    static_cast<Acc<T>*>(p.partials)[(blockIdx.z * p.m + i) * p.n + j] = acc;
+  } else {
+    Acc<T> one[1] = {acc};
+    finish<T>(p, i, j, one);
+  }
+}
+
+template <class T>
+DLK_DEVICE void store_row_sum(const Gemm& p, int64_t i, double sum) {
+  const auto acc = static_cast<Acc<T>>(sum);
+  if (p.splits > 1)
+    static_cast<Acc<T>*>(p.partials)[p.splits * p.m * p.n + blockIdx.z * p.m + i] = acc;
+  else
+    narrow(acc, static_cast<T*>(p.row_sum) + i);
+}
+
+// The mask of a tile of C that lies in memory, where it can be read by the byte: no thread made 8 columns in a row.
+template <class Traits>
+DLK_DEVICE void mask_tile(const Gemm& p, int64_t i0, int64_t j0) {
+  using T = typename Traits::T;
+  if constexpr (kHasMask<T, kPack<T>>) {
+    constexpr int kAcross = Traits::kTileN / kMaskBits;
+    for (int e = threadIdx.x; e < Traits::kTileM * kAcross; e += Traits::kThreads) {
+      const int64_t i = i0 + e / kAcross, j = j0 + e % kAcross * kMaskBits;
+      if (i >= p.m || j >= p.n) continue;
+      float y[kMaskBits];
+      load<T>(p.c, i * p.n + j, y);
+      with_activation(p.act.kind, [&](auto act) {
+        if constexpr (decltype(act)::gates) store_mask<decltype(act), T>(p.mask, i * p.n + j, y);
+      });
+    }
+  }
+}
+
+// blockIdx.x walks the tiles of C, blockIdx.z is the slice of k.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_gemm_kernel(const Gemm p) {
+  using T = typename Traits::T;
+  using A = Acc<T>;
+  constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN, kTileK = Traits::kTileK;
+  constexpr int kLanesM = Traits::kLanesM, kLanesN = Traits::kLanesN;
+  // One column of padding: threads that walk k write down a column, each in another bank.
+  __shared__ A a_tile[kTileK][kTileM + 1];
+  __shared__ A b_tile[kTileK][kTileN + 1];
+
+  const int thread = threadIdx.x;
+  const int lane_m = thread / kLanesN, lane_n = thread % kLanesN;
+  // Neighbouring threads read along the contiguous direction, so that their loads share cache lines.
+  const bool a_along_k = p.a.col_stride == 1;
+  const bool b_along_k = p.b.row_stride == 1;
+  const int64_t k_begin = blockIdx.z * slice_length<kTileK>(p);
+  const int64_t k_end = min(p.k, k_begin + slice_length<kTileK>(p));
+  const int64_t tiles_n = max(int64_t{1}, ceil_div(p.n, kTileN));  // with n = 0 row sums remain
+  const int64_t tiles = ceil_div(p.m, kTileM) * tiles_n;
+
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t i0 = tile / tiles_n * kTileM, j0 = tile % tiles_n * kTileN;
+    const bool sums_rows = p.row_sum && j0 == 0 && thread < kTileM;
+    // Each tile of k is summed by itself: sqrt(16 · k) instead of k rounding errors, for 1 more add to 16.
+    A acc[Traits::kPerM][Traits::kPerN] = {};
+    double row_sum = 0;
+
+    for (int64_t k0 = k_begin; k0 < k_end; k0 += kTileK) {
+      for (int e = thread; e < kTileM * kTileK; e += Traits::kThreads) {
+        const int i = a_along_k ? e / kTileK : e % kTileM;
+        const int s = a_along_k ? e % kTileK : e / kTileM;
+        a_tile[s][i] = i0 + i < p.m && k0 + s < k_end ? load_a<T>(p, i0 + i, k0 + s) : A(0);
+      }
+      for (int e = thread; e < kTileN * kTileK; e += Traits::kThreads) {
+        const int j = b_along_k ? e / kTileK : e % kTileN;
+        const int s = b_along_k ? e % kTileK : e / kTileN;
+        b_tile[s][j] = j0 + j < p.n && k0 + s < k_end ? load_b<T>(p, k0 + s, j0 + j) : A(0);
+      }
+      __syncthreads();
+      if (sums_rows) {
+        A sum = 0;
+        for (int s = 0; s < kTileK; ++s) sum += a_tile[s][thread];
+        row_sum += sum;
+      }
+      A of_tile[Traits::kPerM][Traits::kPerN] = {};
+#pragma unroll
+      for (int s = 0; s < kTileK; ++s) {
+#pragma unroll
+        for (int i = 0; i < Traits::kPerM; ++i) {
+#pragma unroll
+          for (int j = 0; j < Traits::kPerN; ++j)
+            of_tile[i][j] += a_tile[s][lane_m + i * kLanesM] * b_tile[s][lane_n + j * kLanesN];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Traits::kPerM; ++i) {
+#pragma unroll
+        for (int j = 0; j < Traits::kPerN; ++j)  // the first as it is: 0 + -0 would be 0
+          acc[i][j] = k0 == k_begin ? of_tile[i][j] : acc[i][j] + of_tile[i][j];
+      }
+      __syncthreads();
+    }
+
+    if (sums_rows && i0 + thread < p.m) store_row_sum<T>(p, i0 + thread, row_sum);
+#pragma unroll
+    for (int i = 0; i < Traits::kPerM; ++i) {
+#pragma unroll
+      for (int j = 0; j < Traits::kPerN; ++j) {
+        const int64_t row = i0 + lane_m + i * kLanesM, col = j0 + lane_n + j * kLanesN;
+        if (row < p.m && col < p.n) store_c<T>(p, row, col, acc[i][j]);
+      }
+    }
+    if (p.mask && p.splits == 1) {
+      __syncthreads();  // the tile is in memory; of slices, finish_kernel makes the mask
+      mask_tile<Traits>(p, i0, j0);
+    }
+  }
+}
+
+}  // namespace dlk::cuda

@@ -1,0 +1,183 @@
+// A warp's piece of a product whose operands lie in shared memory (rows.cuh): strips of 16 rows of A by up to 8 · kUnits
+// columns of B. 16-bit types are multiplied by mma; f32 by FMAs, so that it stays f32. Sums are f32, over k in one fixed
+// order.
+#pragma once
+
+#include "kernels/cuda/mlp/rows.cuh"
+
+namespace dlk::cuda {
+
+constexpr int kUnitColumns = 8;
+constexpr int kStrip = 16;  // rows
+
+// kAAlongK, kBAlongK: k is the direction in which the operand's rows lie in memory.
+// The sums are acc[kUnits of the first strip, then of the next][4]; a product of few columns uses a strip's first `units`.
+template <class T, int kUnits, bool kAAlongK, bool kBAlongK, int kStrips = 1>
+struct WarpTile {
+  static constexpr bool kMma = sizeof(T) == 2;
+  static constexpr int kStep = kMma ? 16 : 4;               // of k
+  static constexpr int kRun = kMma ? 2 : kBAlongK ? 1 : 4;  // neighbouring columns among a unit's four
+  static constexpr int kRows = kStrips * kStrip, kColumns = kUnits * kUnitColumns;
+  static_assert(kColumns % kPadding<T> == 0);
+  using Sums = float[kStrips * kUnits][4];
+  using RowSums = float[kStrips][4];  // of A's rows, see sum_row
+
+  DLK_HD static int units(int cols) { return round_up(cols, kPadding<T>) / kUnitColumns; }
+
+  // Where acc[q][e] of this lane lies in the tile.
+  DLK_DEVICE static int row(int q, int e) {
+    const int lane = threadIdx.x % 32, strip = q / kUnits * kStrip;
+    if constexpr (kMma) return strip + lane / 4 + e / 2 * 8;
+    return strip + (kAAlongK ? lane / 8 + q % 4 * 4 : lane / 8 * 4 + q % 4);
+  }
+  DLK_DEVICE static int col(int q, int e) {
+    const int lane = threadIdx.x % 32, unit = q % kUnits;
+    if constexpr (kMma) return unit * 8 + lane % 4 * 2 + e % 2;
+    return unit / 4 * 32 + (kBAlongK ? lane % 8 + e * 8 : lane % 8 * 4 + e);
+  }
+
+  // f(sum, row, col) of every sum in the first `units`.
+  template <class F>
+  DLK_DEVICE static void each(int units, Sums& acc, F&& f) {
+#pragma unroll
+    for (int q = 0; q < kStrips * kUnits; ++q) {
+      if (q % kUnits >= units) continue;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(acc[q][e], row(q, e), col(q, e));
+    }
+  }
+
+  // Sums to shared memory, rounded; zeros outside [rows, cols].
+  DLK_DEVICE static void store(T* to, int pitch, int rows, int cols, int units, const Sums& acc) {
+#pragma unroll
+    for (int q = 0; q < kStrips * kUnits; ++q) {
+      if (q % kUnits >= units) continue;
+#pragma unroll
+      for (int e = 0; e < 4; e += kRun) {
+        const int r = row(q, e), c = col(q, e);
+        Pack<T, kRun> pack;
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) narrow(r < rows && c + i < cols ? acc[q][e + i] : 0.0f, &pack.at[i]);
+        *reinterpret_cast<Pack<T, kRun>*>(to + r * pitch + c) = pack;
+      }
+    }
+  }
+
+  // acc += A · B over `steps` steps of k. a and b: the tile's first element of A and of B.
+  DLK_DEVICE static void multiply(const T* a, int a_pitch, const T* b, int b_pitch, int steps, int units, Sums& acc) {
+    run<false>(a, a_pitch, b, b_pitch, steps, units, acc, nullptr);
+  }
+  // The same, and sums += A · 1.
+  DLK_DEVICE static void multiply(const T* a, int a_pitch, const T* b, int b_pitch, int steps, int units, Sums& acc,
+                                  RowSums& sums) {
+    run<true>(a, a_pitch, b, b_pitch, steps, units, acc, sums);
+  }
+
+  // The row whose sum sums[strip][e] is; several lanes hold the same, of which one `gives` it.
+  DLK_DEVICE static int sum_row(int strip, int e) {
+    const int lane = threadIdx.x % 32;
+    return strip * kStrip + (kMma ? lane / 4 + e / 2 * 8 : lane / 8 * 4 + e);
+  }
+  DLK_DEVICE static bool gives_sum(int e) {
+    const int lane = threadIdx.x % 32;
+    return kMma ? lane % 4 == 0 && e % 2 == 0 : lane % 8 == 0;
+  }
+
+ private:
+  template <bool kRowSums>
+  DLK_DEVICE static void run(const T* a, int a_pitch, const T* b, int b_pitch, int steps, int units, Sums& acc,
+                             float (*sums)[4]) {
+    if constexpr (kMma)
+      multiply_mma<kRowSums>(a, a_pitch, b, b_pitch, steps, units, acc, sums);
+    else
+      multiply_fma<kRowSums>(a, a_pitch, b, b_pitch, steps, units, acc, sums);
+  }
+
+  template <bool kRowSums>
+  DLK_DEVICE static void multiply_mma(const T* a, int a_pitch, const T* b, int b_pitch, int steps, int units, Sums& acc,
+                                      float (*sums)[4]) {
+    const int lane = threadIdx.x % 32, q = lane / 8, l = lane % 8;  // row l of ldmatrix's matrix q
+    a += kAAlongK ? (q % 2 * 8 + l) * a_pitch + q / 2 * 8 : (q / 2 * 8 + l) * a_pitch + q % 2 * 8;
+    b += kBAlongK ? (q / 2 * 8 + l) * b_pitch + q % 2 * 8 : (q % 2 * 8 + l) * b_pitch + q / 2 * 8;
+    Pack<T, 2> one;
+    narrow(1.0f, &one.at[0]), narrow(1.0f, &one.at[1]);
+    const uint32_t ones = *reinterpret_cast<const uint32_t*>(&one);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      uint32_t fa[kStrips][4];
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        if constexpr (kAAlongK)
+          ldmatrix_x4(fa[s], a + s * kStrip * a_pitch + step * 16);
+        else
+          ldmatrix_x4_trans(fa[s], a + s * kStrip + step * 16 * a_pitch);
+        if constexpr (kRowSums) mma(sums[s], fa[s], {ones, ones}, T{});
+      }
+#pragma unroll
+      for (int j = 0; j < kUnits / 2; ++j) {
+        if (j * 2 >= units) continue;
+        uint32_t fb[4];
+        if constexpr (kBAlongK)
+          ldmatrix_x4(fb, b + j * 16 * b_pitch + step * 16);
+        else
+          ldmatrix_x4_trans(fb, b + step * 16 * b_pitch + j * 16);
+#pragma unroll
+        for (int s = 0; s < kStrips; ++s) {
+          mma(acc[s * kUnits + j * 2], fa[s], {fb[0], fb[1]}, T{});
+          mma(acc[s * kUnits + j * 2 + 1], fa[s], {fb[2], fb[3]}, T{});
+        }
+      }
+    }
+  }
+
+  using Quad = Pack<float, 4>;
+  DLK_DEVICE static Quad quad(const float* at) { return *reinterpret_cast<const Quad*>(at); }
+
+  template <bool kRowSums>
+  DLK_DEVICE static void multiply_fma(const float* a, int a_pitch, const float* b, int b_pitch, int steps, int units,
+                                      Sums& acc, float (*sums)[4]) {
+    static_assert(!kRowSums || !kAAlongK, "a lane has all k of a row only where they lie down a column");
+    const int lane = threadIdx.x % 32;
+    a += kAAlongK ? lane / 8 * a_pitch : lane / 8 * 4;
+    b += kBAlongK ? lane % 8 * b_pitch : lane % 8 * 4;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      Quad fa[kStrips][4];  // along k: of four rows, else of four k
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          fa[s][i] = quad(kAAlongK ? a + (s * kStrip + i * 4) * a_pitch + step * 4
+                                   : a + s * kStrip + (step * 4 + i) * a_pitch);
+          if constexpr (kRowSums) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[s][e] += fa[s][i].at[e];
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kUnits / 4; ++j) {
+        if (j * 4 >= units) continue;
+        Quad fb[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          fb[i] = quad(kBAlongK ? b + (j * 32 + i * 8) * b_pitch + step * 4 : b + (step * 4 + i) * b_pitch + j * 32);
+#pragma unroll
+        for (int s = 0; s < kStrips; ++s) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e)
+                acc[s * kUnits + j * 4 + m][e] +=
+                    (kAAlongK ? fa[s][m].at[k] : fa[s][k].at[m]) * (kBAlongK ? fb[e].at[k] : fb[k].at[e]);
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace dlk::cuda

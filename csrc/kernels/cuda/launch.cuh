@@ -1,0 +1,74 @@
+// What every launcher needs: from dtype to element type, grid sizes, and a launch that reports its status.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <mutex>
+#include <set>
+#include <utility>
+
+#include "kernels/cuda/primitives.cuh"
+
+namespace dlk::cuda {
+
+DLK_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Kernels walk their work in strides of the grid, so a grid larger than the hardware's is only cut short.
+inline unsigned grid_of(int64_t blocks) {
+  return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
+}
+
+// Calls f with an element of the type: f(T{}).
+template <class F>
+cudaError_t with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(Bf16{});
+    case DType::f16: return f(F16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Of a block, without being asked: 48 KiB, in which the kernel's own arrays must fit too.
+constexpr size_t kSharedUnasked = 32 * 1024;
+
+// Lets a kernel's blocks have all the shared memory of the device, once. Not what a launch needs: host threads that launch it
+// with more and with less would take it from each other.
+inline cudaError_t allow_all_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device})) return cudaSuccess;
+  cudaFuncAttributes own{};
+  status = cudaFuncGetAttributes(&own, kernel);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(own.sharedSizeBytes));
+  if (status == cudaSuccess) allowed.insert({kernel, device});
+  return status;
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t dynamic_shared, cudaStream_t stream,
+                   Args... args) {
+  if (dynamic_shared > kSharedUnasked) {
+    const cudaError_t status = allow_all_shared(reinterpret_cast<const void*>(kernel));
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = dynamic_shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+}  // namespace dlk::cuda

@@ -1,0 +1,324 @@
+// The losses and their gradients, from one read where a row fits in registers or shared memory.
+//
+// Sums are made in f64: every thread adds what it meets, then the threads of a block, then one block the blocks. Which
+// block meets what depends on the shape alone.
+#pragma once
+
+#include "kernels/loss_terms.h"
+#include "kernels/cuda/elementwise/runs.cuh"
+
+namespace dlk::cuda {
+
+constexpr int kLossThreads = 256;
+using LossBlock = Team<kLossThreads>;
+
+// Where a call's sums lie in its scratch.
+constexpr int kLossBlocks = kLossCountsAt;  // at most: each SM of the largest devices can hold 8 blocks of 256 threads
+constexpr int kCountBlocks = kLossCounts;   // at most: one thread of a block reads one's count
+static_assert(kCountBlocks <= kLossThreads && kLossScratch >= kLossBlocks + 2 * kCountBlocks);
+DLK_HD double* counts_of(const CrossEntropy& p) { return p.sums + kLossBlocks; }
+DLK_HD int count_blocks(const CrossEntropy& p) {
+  const int64_t rows = p.counted ? p.counted : p.outer * p.inner, most = rows > p.classes ? rows : p.classes;
+  const int64_t blocks = ceil_div(most, kLossThreads);
+  return static_cast<int>(blocks < kCountBlocks ? blocks : kCountBlocks);
+}
+
+template <class O>
+DLK_DEVICE typename O::T not_a_number() {
+  return O::lit(__builtin_nan(""));
+}
+
+// a / b of numbers >= 0; 32-bit division is several times faster.
+DLK_DEVICE int64_t quotient(int64_t a, int64_t b) {
+  return (a | b) >> 32 ? a / b : static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+}
+
+// What a thread adds up, many terms long: in f64, and of f64 with what each addition rounds away.
+template <class A>
+struct ThreadSum {
+  double sum = 0;
+  DLK_DEVICE void add(A term) { sum += term; }
+  DLK_DEVICE void scale(A factor) { sum *= factor; }
+  DLK_DEVICE double value() const { return sum; }
+};
+template <>
+struct ThreadSum<double> : ExactSum {
+  DLK_DEVICE void scale(double factor) { sum *= factor, lost *= factor; }
+};
+
+// ---- elementwise losses ---------------------------------------------------------------------------------------------
+
+// A block takes `length` elements, which are whole steps of all its threads. kWidth > 1: no run ends within a row.
+template <class T, class Loss, int kWidth>
+__global__ void __launch_bounds__(kLossThreads) elementwise_loss_kernel(const ElementwiseLoss p, const int64_t length) {
+  using A = Acc<T>;
+  using O = Ops<A>;
+  const Loss loss(p);
+  const A divisor = O::lit(p.divisor);
+  const bool x_in_runs = lies_in_runs<T, kWidth>(p.input), t_in_runs = lies_in_runs<T, kWidth>(p.target);
+  const bool var_in_runs = lies_in_runs<T, kWidth>(p.var), loss_in_runs = lies_in_runs<T, kWidth>({p.loss, 0, 1});
+  const bool dx_in_runs = lies_in_runs<A, kWidth>({p.grad_input, 0, 1});
+  const bool dvar_in_runs = lies_in_runs<A, kWidth>({p.grad_var, 0, 1});
+  const int64_t count = p.rows * p.cols, stop = min(count, (blockIdx.x + int64_t{1}) * length);
+  ThreadSum<A> thread_total;
+  for (int64_t at = blockIdx.x * length + threadIdx.x * kWidth; at < stop; at += kLossThreads * kWidth) {
+    const int64_t row = p.rows == 1 ? 0 : quotient(at, p.cols), col = at - row * p.cols, left = count - at;
+    A x[kWidth], t[kWidth], var[kWidth] = {}, value[kWidth], dx[kWidth], dvar[kWidth], sum = 0;
+    load_run<T>(p.input, row, col, x_in_runs, left, x);
+    load_run<T>(p.target, row, col, t_in_runs, left, t);
+    if constexpr (Loss::has_var) load_run<T>(p.var, row, col, var_in_runs, left, var);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      const Terms<A> terms = loss(x[e], t[e], var[e] < A(0) ? not_a_number<O>() : var[e]);
+      value[e] = terms.loss;
+      dx[e] = terms.grad_input / divisor, dvar[e] = terms.grad_var / divisor;
+      if (e < left) sum += value[e];
+    }
+    thread_total.add(sum);
+    if (p.loss) store_run<T>(p.loss, at, loss_in_runs, left, value);
+    if (p.grad_input) store_run<A>(p.grad_input, at, dx_in_runs, left, dx);
+    if (p.grad_var) store_run<A>(p.grad_var, at, dvar_in_runs, left, dvar);
+  }
+  const double total = LossBlock::sum(thread_total.value());
+  if (threadIdx.x == 0) p.sums[blockIdx.x] = total;
+}
+
+// ---- cross entropy: what rows are weighed with ----------------------------------------------------------------------
+
+template <class A>
+DLK_DEVICE A class_weight(const CrossEntropy& p, int64_t c) {
+  return p.weight ? static_cast<const A*>(p.weight)[c] : A(1);
+}
+
+// Parts of the sum of the targets' weights, NaN with a target that is no class, and of all classes' weights.
+template <class A>
+__global__ void __launch_bounds__(kLossThreads) count_kernel(const CrossEntropy p) {
+  const int64_t first = int64_t{blockIdx.x} * kLossThreads + threadIdx.x, step = int64_t{gridDim.x} * kLossThreads;
+  ThreadSum<double> counted, all;
+  for (int64_t row = first; row < p.outer * p.inner; row += step) {
+    const int64_t target = p.target[row];
+    if (target == p.ignore_index) continue;
+    counted.add(target >= 0 && target < p.classes ? class_weight<A>(p, target) : __builtin_nan(""));
+  }
+  for (int64_t c = first; c < p.classes; c += step) all.add(class_weight<A>(p, c));
+  const double block_counted = LossBlock::sum(counted.value()), block_all = LossBlock::sum(all.value());
+  if (threadIdx.x == 0) {
+    counts_of(p)[blockIdx.x] = block_counted;
+    counts_of(p)[kCountBlocks + blockIdx.x] = block_all;
+  }
+}
+
+// The sum of the blocks' counts, by a whole block.
+DLK_DEVICE double total_count(const double* counts, int blocks) {
+  return LossBlock::sum(static_cast<int>(threadIdx.x) < blocks ? counts[threadIdx.x] : 0.0);
+}
+
+// ---- cross entropy: rows --------------------------------------------------------------------------------------------
+
+// What all rows of a call have in common.
+template <class A>
+struct RowTerms {
+  A scale;             // of the gradients
+  double share, kept;  // of q: every class's by smoothing, and what smoothing leaves of the target
+  double weight_sum;
+  bool dense;  // q has more than the target's own term
+};
+
+// The classes of one row that a thread of its team holds: in registers, or where kPer is 0, in shared or global memory.
+template <class T, int kTeam, int kPer>
+struct Logits {
+  using A = Acc<T>;
+  static constexpr int kUnroll = sizeof(T) == 8 ? 1 : 4;  // f64's exp takes registers
+  const T* row;
+  int64_t stride, classes;
+  int rank;
+  T* cache;  // of the whole row, or nullptr
+  A held[kPer ? kPer : 1];
+
+  // f(class, logit)
+  template <class F>
+  DLK_DEVICE void each(F&& f) const {
+    if constexpr (kPer > 0) {
+#pragma unroll
+      for (int i = 0; i < kPer; ++i)
+        if (rank + i * kTeam < classes) f(int64_t{rank + i * kTeam}, held[i]);
+    } else {
+#pragma unroll kUnroll
+      for (int64_t c = rank; c < classes; c += kTeam) f(c, widen(cache ? cache[c] : row[c * stride]));
+    }
+  }
+
+  // The largest logit and Σ exp(logit - largest) of the row; 1 for a row of no classes, whose logarithm adds nothing.
+  DLK_DEVICE void softmax(A* largest, A* exp_sum) {
+    using O = Ops<A>;
+    const A inf = O::lit(__builtin_inf());
+    A max = -inf, sum = 0;
+    if constexpr (kPer > 0) {
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        const int64_t c = rank + i * kTeam;
+        held[i] = c < classes ? widen(row[c * stride]) : -inf;
+        max = held[i] > max ? held[i] : max;
+      }
+      max = Team<kTeam>::max(max);
+      each([&](int64_t, A v) { sum += O::exp(v - max); });
+    } else {  // on line: a larger logit scales down what has been summed (Milakov & Gimelshein, 2018)
+      constexpr int kBatch = 2 * kUnroll;
+      ThreadSum<A> thread_sum;
+      for (int64_t first = rank; first < classes; first += kTeam * kBatch) {
+        A v[kBatch], batch_max = max;
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int64_t c = first + b * kTeam;
+          v[b] = -inf;
+          if (c >= classes) continue;
+          const T loaded = row[c * stride];
+          if (cache) cache[c] = loaded;
+          v[b] = widen(loaded);
+        }
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) batch_max = v[b] > batch_max ? v[b] : batch_max;
+        if (batch_max > max) thread_sum.scale(O::exp(max - batch_max));
+        max = batch_max;
+        A batch_sum = 0;
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) batch_sum += v[b] == -inf ? A(0) : O::exp(v[b] - max);
+        thread_sum.add(batch_sum);
+      }
+      const A mine = max;
+      max = Team<kTeam>::max(max);
+      sum = static_cast<A>(thread_sum.value());
+      if (mine != max) sum *= O::exp(mine - max);
+    }
+    sum = Team<kTeam>::sum(sum);
+    *largest = max, *exp_sum = classes > 0 ? sum : A(1);
+  }
+};
+
+// The loss of `row` in the first thread of its team, 0 in the others. Its outputs are stored only if it is `there`.
+template <class T, int kTeam, int kPer>
+DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>>& terms, int64_t row, bool there,
+                                    T* cache) {
+  using A = Acc<T>;
+  using O = Ops<A>;
+  const int64_t outer = p.outer == 1 ? 0 : quotient(row, p.inner), inner = row - outer * p.inner;
+  auto offset = [&](const ClassStrides& s) { return outer * s.outer + inner * s.inner; };
+  const int rank = threadIdx.x % kTeam;
+  const bool soft = !p.target;
+  const int64_t index = soft ? -1 : p.target[row];
+  const bool legal = index >= 0 && index < p.classes;
+  Logits<T, kTeam, kPer> logits{
+      static_cast<const T*>(p.x) + offset(p.x_strides), p.x_strides.cls, p.classes, rank, cache, {}};
+  // Read now: in place, another thread may write its gradient there as soon as the team has met.
+  const A target_logit = rank == 0 && legal ? widen(logits.row[index * logits.stride]) : A(0);
+  A largest, exp_sum;
+  logits.softmax(&largest, &exp_sum);
+  const A log_sum = O::log(exp_sum);
+
+  // Of q without the hard target's own term: Σ q·(x - largest), in units of `share` for class indices, and Σ q.
+  const T* const soft_row = soft ? static_cast<const T*>(p.soft) + offset(p.soft_strides) : nullptr;
+  auto soft_q = [&](int64_t c) {
+    return class_weight<A>(p, c) * (O::lit(terms.share) + O::lit(terms.kept) * widen(soft_row[c * p.soft_strides.cls]));
+  };
+  double dot = 0, q_sum = 0;
+  if (terms.dense) {
+    ThreadSum<A> dots, qs;
+    logits.each([&](int64_t c, A v) {
+      const A q = soft ? soft_q(c) : class_weight<A>(p, c);
+      dots.add(q * (v - largest));
+      qs.add(q);
+    });
+    dot = Team<kTeam>::sum(dots.value());
+    if (soft) q_sum = Team<kTeam>::sum(qs.value());
+  }
+
+  const A scale = p.row_grad ? terms.scale * static_cast<const A*>(p.row_grad)[row] : terms.scale;
+  double loss = 0, all_q = 0;
+  A target_grad = 0;
+  int64_t target = -1;
+  bool live = soft;
+  if (soft) {
+    all_q = q_sum;
+    loss = all_q * log_sum - dot;
+  } else if (index != p.ignore_index) {
+    target = index;
+    live = true;
+    const double weight = legal ? class_weight<A>(p, target) : __builtin_nan("");
+    const double target_q = weight * terms.kept;
+    if (rank == 0 && legal) loss = target_q * (double{log_sum} - (double{target_logit} - largest));
+    if (!legal) loss = weight;
+    if (terms.dense) loss += terms.share * (terms.weight_sum * log_sum - dot);
+    all_q = target_q + terms.share * terms.weight_sum;
+    target_grad = static_cast<A>(target_q + terms.share * weight) * scale;
+  }
+  // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
+  const A factor = static_cast<A>(all_q) * (live ? scale : A(0)) / exp_sum;
+
+  if (!there) return 0;
+  if (rank == 0 && p.loss && p.in_place) static_cast<A*>(p.loss)[row] = static_cast<A>(loss);
+  if (rank == 0 && p.loss && !p.in_place) narrow(static_cast<A>(loss), static_cast<T*>(p.loss) + row);
+  const int64_t grad_offset = offset(p.grad_strides), grad_stride = p.grad_strides.cls;
+  if (p.grad) {
+    logits.each([&](int64_t c, A v) {
+      A q = 0;
+      if (c == target)
+        q = target_grad;
+      else if (soft)
+        q = soft_q(c) * scale;
+      else if (terms.dense && live)
+        q = class_weight<A>(p, c) * O::lit(terms.share) * scale;
+      const A grad = O::exp(v - largest) * factor - q;
+      const int64_t at = grad_offset + c * grad_stride;
+      if (p.in_place)
+        narrow(grad, static_cast<T*>(p.grad) + at);
+      else
+        static_cast<A*>(p.grad)[at] = grad;
+    });
+  }
+  if (p.grad_soft) {
+    A* grad = static_cast<A*>(p.grad_soft) + grad_offset;
+    logits.each([&](int64_t c, A v) {
+      grad[c * grad_stride] = class_weight<A>(p, c) * O::lit(-terms.kept) * scale * (v - largest - log_sum);
+    });
+  }
+  return rank == 0 ? loss : 0;
+}
+
+// kTeam threads share a row and hold kPer classes each; kPer = 0: any number, cached in shared memory where `cached`.
+template <class T, int kTeam, int kPer>
+__global__ void __launch_bounds__(kLossThreads, 2) cross_entropy_kernel(const CrossEntropy p, const bool cached) {
+  using A = Acc<T>;
+  using O = Ops<A>;
+  constexpr int kRows = kLossThreads / kTeam;
+  RowTerms<A> terms{O::lit(p.scale), p.classes ? p.smoothing / p.classes : 0, 1 - p.smoothing,
+                    static_cast<double>(p.classes), !p.target || p.smoothing > 0};
+  if (p.mean && p.target) terms.scale = static_cast<A>(1 / total_count(counts_of(p), count_blocks(p)));
+  if (p.lift) terms.scale *= *static_cast<const A*>(p.lift);
+  if (p.weight && p.target && terms.dense) terms.weight_sum = total_count(counts_of(p) + kCountBlocks, count_blocks(p));
+
+  T* const cache = cached ? reinterpret_cast<T*>(dynamic_shared()) : nullptr;
+  const int64_t rows = p.outer * p.inner;
+  double total = 0;
+  // teams beyond the last row do it again, because lanes meet in every row; in place they may read its gradient, for nothing
+  for (int64_t first = int64_t{blockIdx.x} * kRows; first < rows; first += int64_t{gridDim.x} * kRows) {
+    const int64_t row = first + threadIdx.x / kTeam;
+    total += cross_entropy_row<T, kTeam, kPer>(p, terms, min(row, rows - 1), row < rows, cache);
+  }
+  total = LossBlock::sum(total);
+  if (threadIdx.x == 0) p.sums[blockIdx.x] = total;
+}
+
+// ---- reduction ------------------------------------------------------------------------------------------------------
+
+// One block: the sum of the blocks' sums, for the mean over `denominator` or over what count_kernel counted.
+template <class T>
+__global__ void __launch_bounds__(kLossThreads) reduce_loss_kernel(const double* sums, int blocks, const double* counts,
+                                                                   int count_blocks, double denominator, T* loss) {
+  double total = 0;
+  for (int i = threadIdx.x; i < blocks; i += kLossThreads) total += sums[i];
+  total = LossBlock::sum(total);
+  if (counts) denominator = total_count(counts, count_blocks);
+  if (threadIdx.x == 0) narrow(static_cast<Acc<T>>(total / denominator), loss);
+}
+
+}  // namespace dlk::cuda

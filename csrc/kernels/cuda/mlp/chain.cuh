@@ -1,0 +1,108 @@
+// A chain of narrow layers with everything it reuses in shared memory: what its kernels share. chain_forward.cuh takes rows
+// through all layers, chain_backward.cuh takes them down again, layer_backward.cuh is backward of one layer.
+//
+// What one layer hands to the next is rounded as a tensor would be. Sums are f32 in one fixed order, nothing is atomic.
+#pragma once
+
+#include "kernels/cuda/gemm/warp_tile.cuh"
+
+namespace dlk::cuda {
+
+constexpr int kChainLayers = 16;
+constexpr int kChainFeatures = 128;
+
+// One launch: layers begin ... end of a chain. Kernel parameters, hence values and no pointers to the host.
+struct ChainPass {
+  ChainLayer layer[kChainLayers];
+  const void* saved[kChainLayers];  // h or z, what the gradient of the layer reads; nullptr for the identity
+  bool saved_bits;                  // backward of one layer: `saved` is the mask of its h
+  int64_t rows;
+  int begin, end;
+  int pitch;       // of the rows in shared memory: that of the widest of these layers
+  View x;          // input of layer 0
+  View incoming;   // backward: grad_y, or dz of layer end - 1 where `masked`
+  bool masked;     // the gradient that comes went through act' already
+  void* outgoing;  // backward: dz of layer begin - 1, or dx; or nullptr
+  int block_rows;  // backward: rows of a block at a time
+  int stages;      // layer_backward: blocks of rows in shared memory
+  int slices;
+  float* partials[kChainLayers];  // [slices, n, k] of dweight, behind it [slices, n] of dbias
+
+  DLK_HD View input(int l) const { return l > 0 ? View{layer[l - 1].h, layer[l].k, 1} : x; }
+
+  // Backward of layer l:
+  DLK_HD bool has_dgrad(int l) const { return l > begin || outgoing; }
+  // what act' of the layer below reads, which dgrad applies, or nullptr; and whether that is the layer's input
+  DLK_HD const void* mask_below(int l) const { return l > 0 && has_dgrad(l) ? saved[l - 1] : nullptr; }
+  DLK_HD bool masks_by_input(int l) const { return mask_below(l) && mask_below(l) == layer[l - 1].h; }
+  DLK_HD bool needs_input(int l) const { return layer[l].dweight || masks_by_input(l); }
+};
+
+template <class T>
+DLK_HD int weight_rows(int n) {
+  return round_up(n, kPadding<T>);
+}
+
+// ---- what both backwards do -------------------------------------------------------------------------------------------
+
+// dz = g · act'(saved) for `rows` rows of a block, in place of g. kBits: `saved` is their mask.
+template <bool kBits, class T>
+DLK_DEVICE void mask_rows(const Activation& activation, T* g, const T* saved, int pitch, int rows, int cols) {
+  using O = Ops<float>;
+  constexpr int kChunk = kPack<T>;
+  const int chunks = static_cast<int>(ceil_div(cols, kChunk));
+  with_activation(activation.kind, [&](auto act) {
+#pragma unroll 1
+    for (Walk walk(this_block(), chunks); walk.row < rows; walk.next()) {
+      const int col = walk.at * kChunk, at = walk.row * pitch + col;
+      float gs[kChunk], s[kChunk];
+      load<T>(g, at, gs);
+      if constexpr (kBits)
+        load_mask<T>(saved, walk.row * cols + col, s);
+      else
+        load<T>(saved, at, s);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        gs[i] = col + i < cols ? decltype(act)::template grad<O>(gs[i], s[i], O::lit(activation.slope)) : 0.0f;
+      store<T>(g, at, gs);
+    }
+  });
+}
+
+// out = (dz · weight) · act'(gate), rounded, without a `below` the product alone; out may be where gate is. Rows that a step
+// of mma reads beyond the last one are there. made(i, j) follows each of the warp's tiles: out's rows from i, columns from j.
+template <class Tile, class T, class F>
+DLK_DEVICE void dgrad_rows(const T* weight, int n, int k, const T* dz, const T* gate, const Activation* below, T* out,
+                           int pitch, int rows, F&& made) {
+  using O = Ops<float>;
+  const int across = ceil_div(k, Tile::kColumns), tiles = ceil_div(rows, Tile::kRows) * across;
+  for (int tile = threadIdx.x / 32; tile < tiles; tile += blockDim.x / 32) {
+    const int i = tile / across * Tile::kRows, j = tile % across * Tile::kColumns, at = i * pitch + j;
+    const int units = Tile::units(min(Tile::kColumns, k - j));
+    typename Tile::Sums acc = {};
+    Tile::multiply(dz + i * pitch, pitch, weight + j, pitch_of<T>(k), ceil_div(n, Tile::kStep), units, acc);
+    if (below) {
+      with_activation(below->kind, [&](auto act) {
+        Tile::each(units, acc, [&](float& v, int row, int col) {
+          v = decltype(act)::template grad<O>(v, widen(gate[at + row * pitch + col]), O::lit(below->slope));
+        });
+      });
+    }
+    Tile::store(out + at, pitch, rows - i, k - j, units, acc);
+    made(i, j);
+  }
+}
+
+// Partials to gradients. blockIdx.z: twice the layer, and 1 more for dbias.
+template <class T>
+__global__ void __launch_bounds__(kSumOutputs* kSumSharers) chain_sum_kernel(const __grid_constant__ ChainPass p) {
+  const ChainLayer& layer = p.layer[blockIdx.z / 2];
+  const bool is_bias = blockIdx.z % 2;
+  const int64_t parameters = layer.n * layer.k;
+  void* out = is_bias ? layer.dbias : layer.dweight;
+  if (out)
+    sum_slices_block(p.partials[blockIdx.z / 2] + (is_bias ? p.slices * parameters : 0), p.slices,
+                     is_bias ? layer.n : parameters, static_cast<T*>(out));
+}
+
+}  // namespace dlk::cuda

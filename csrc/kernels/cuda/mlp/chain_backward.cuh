@@ -1,0 +1,193 @@
+// Backward of several layers in one launch: their weights and the sums of their gradients in shared memory. A block takes
+// some rows of grad_y down through the layers and reads every saved activation once, as the mask of its layer and as the
+// input of the next.
+#pragma once
+
+#include "kernels/cuda/mlp/chain.cuh"
+
+namespace dlk::cuda {
+
+constexpr int kBackwardThreads = 512;
+constexpr int kBackwardUnits = 8;  // 64 columns: two warps for the rows of 128
+constexpr int kSharers = 2;        // threads that share a column of dbias
+
+// Of a layer: its weight, the sums of dweight as the lanes that own them hold them, and those of dbias.
+template <class T>
+struct BackwardLayer {
+  using Wgrad = WarpTile<T, kBackwardUnits, false, false>;  // dweight[n, k] = dzᵀ · input
+  using Dgrad = WarpTile<T, kBackwardUnits, true, false>;   // dz · weight
+  static constexpr int kColumns = Wgrad::kColumns;
+
+  int n, k;
+  T* weight;
+  Pack<float, 4>* dweight;  // [ceil(n / 16), units of k, lane]
+  float* dbias;             // [kSharers, n]
+
+  DLK_HD static int dweight_packs(int n, int k) { return ceil_div(n, kStrip) * Wgrad::units(k) * 32; }
+  DLK_HD static int bytes(int n, int k) {
+    return weight_rows<T>(n) * pitch_of<T>(k) * static_cast<int>(sizeof(T)) + dweight_packs(n, k) * 16 +
+           round_up(kSharers * n, 4) * static_cast<int>(sizeof(float));
+  }
+  DLK_DEVICE static BackwardLayer at(unsigned char* shared, const ChainLayer& layer) {
+    BackwardLayer s;
+    s.n = static_cast<int>(layer.n), s.k = static_cast<int>(layer.k);
+    s.weight = reinterpret_cast<T*>(shared);
+    s.dweight = reinterpret_cast<Pack<float, 4>*>(s.weight + weight_rows<T>(s.n) * pitch_of<T>(s.k));
+    s.dbias = reinterpret_cast<float*>(s.dweight + dweight_packs(s.n, s.k));
+    return s;
+  }
+  DLK_DEVICE unsigned char* end() const { return reinterpret_cast<unsigned char*>(weight) + bytes(n, k); }
+
+  // A warp owns tiles of 16 rows of dweight by 64 columns: f(row, column, its sums, how many units).
+  template <class F>
+  DLK_DEVICE void each_wgrad(F&& f) const {
+    const int across = ceil_div(k, kColumns), tiles = ceil_div(n, kStrip) * across;
+    for (int tile = threadIdx.x / 32; tile < tiles; tile += blockDim.x / 32) {
+      const int i = tile / across * kStrip, j = tile % across * kColumns;
+      f(i, j, dweight + (i / kStrip * Wgrad::units(k) + Wgrad::units(j)) * 32 + threadIdx.x % 32,
+        Wgrad::units(min(kColumns, k - j)));
+    }
+  }
+};
+
+// dweight += dzᵀ · input, over `rows` rows: sums of these rows first, then added to what is there.
+template <class T>
+DLK_DEVICE void wgrad_rows(const BackwardLayer<T>& s, const T* dz, const T* input, int pitch, int rows) {
+  using Tile = typename BackwardLayer<T>::Wgrad;
+  s.each_wgrad([&](int i, int j, Pack<float, 4>* sums, int units) {
+    float acc[kBackwardUnits][4] = {};
+    Tile::multiply(dz + i, pitch, input + j, pitch, ceil_div(rows, Tile::kStep), units, acc);
+#pragma unroll
+    for (int q = 0; q < kBackwardUnits; ++q) {
+      if (q >= units) continue;
+      Pack<float, 4> sum = sums[q * 32];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum.at[e] += acc[q][e];
+      sums[q * 32] = sum;
+    }
+  });
+}
+
+// dbias += column sums of dz, likewise. A thread has every kSharers-th row of a column.
+template <class T>
+DLK_DEVICE void sum_columns(const BackwardLayer<T>& s, const T* dz, int pitch, int rows) {
+  const int col = threadIdx.x % kChainFeatures, sharer = threadIdx.x / kChainFeatures;
+  if (col >= s.n || sharer >= kSharers) return;
+  float sum = 0;
+  for (int row = sharer; row < rows; row += kSharers) sum += widen(dz[row * pitch + col]);
+  s.dbias[sharer * s.n + col] += sum;
+}
+
+// The sums of this slice to memory, where those of the slices are added up.
+template <class T>
+DLK_DEVICE void store_partials(const ChainPass& p, int l, const BackwardLayer<T>& s) {
+  using Tile = typename BackwardLayer<T>::Wgrad;
+  const int slice = blockIdx.x, parameters = s.n * s.k;
+  if (p.layer[l].dweight) {
+    float* to = p.partials[l] + int64_t{slice} * parameters;
+    s.each_wgrad([&](int i, int j, const Pack<float, 4>* sums, int units) {
+#pragma unroll 1
+      for (int q = 0; q < units; ++q) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = i + Tile::row(q, e), col = j + Tile::col(q, e);
+          if (row < s.n && col < s.k) to[row * s.k + col] = sums[q * 32].at[e];
+        }
+      }
+    });
+  }
+  if (p.layer[l].dbias) {
+    float* to = p.partials[l] + int64_t{p.slices} * parameters + int64_t{slice} * s.n;
+    for (int i = threadIdx.x; i < s.n; i += blockDim.x) {
+      float sum = 0;
+      for (int sharer = 0; sharer < kSharers; ++sharer) sum += s.dbias[sharer * s.n + i];
+      to[i] = sum;
+    }
+  }
+}
+
+// blockIdx.x is the slice of the rows. Three buffers of a block's rows change their roles from layer to layer: `dz`, the
+// `input` of its layer, and one that is free, for what is read next.
+template <class T>
+__global__ void __launch_bounds__(kBackwardThreads, 1) chain_backward_kernel(const __grid_constant__ ChainPass p) {
+  using Layer = BackwardLayer<T>;
+  const int pitch = p.pitch, top = p.end - 1;
+  T* dz = reinterpret_cast<T*>(dynamic_shared());
+  T* input = dz + p.block_rows * pitch;
+  T* free = input + p.block_rows * pitch;
+  auto* const layers = reinterpret_cast<unsigned char*>(free + p.block_rows * pitch);
+
+  unsigned char* at = layers;
+  for (int l = top; l >= p.begin; --l) {
+    const Layer s = Layer::at(at, p.layer[l]);
+    if (p.has_dgrad(l))
+      load_rows(this_block(), s.weight, pitch_of<T>(s.k), p.layer[l].weight, 0, s.n, s.k, weight_rows<T>(s.n));
+    at = s.end();
+    for (auto* sums = reinterpret_cast<float*>(s.dweight) + threadIdx.x; sums < reinterpret_cast<float*>(at);
+         sums += blockDim.x)
+      *sums = 0;
+  }
+
+  const int64_t blocks = ceil_div(p.rows, p.block_rows);
+  const int64_t last = (blockIdx.x + 1) * blocks / p.slices;
+  for (int64_t block = blockIdx.x * blocks / p.slices; block < last; ++block) {
+    const int64_t i0 = block * p.block_rows;
+    const int rows = static_cast<int>(min(int64_t{p.block_rows}, p.rows - i0));
+    auto load_block = [&](T* to, const View& from, int64_t cols) {
+      load_rows(this_block(), to, pitch, from, i0, rows, static_cast<int>(cols), round_up(rows, kStrip));
+    };
+    auto saved_by = [&](int l) { return View{p.saved[l], p.layer[l].n, 1}; };
+
+    __syncthreads();  // the buffers have been read, by the block of rows before this one
+    load_block(dz, p.incoming, p.layer[top].n);
+    if (p.needs_input(top)) load_block(input, p.input(top), p.layer[top].k);
+    if (!p.masked && p.saved[top]) {
+      load_block(free, saved_by(top), p.layer[top].n);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+      mask_rows<false>(p.layer[top].act, dz, free, pitch, rows, static_cast<int>(p.layer[top].n));
+    }
+
+    at = layers;
+    for (int l = top; l >= p.begin; --l) {
+      const Layer s = Layer::at(at, p.layer[l]);
+      at = s.end();
+      const bool by_input = p.masks_by_input(l), by_z = p.mask_below(l) && !by_input;
+      T* const gate = by_z ? free : input;
+      T* const other = by_z ? input : free;
+      const bool loads_next = l > p.begin && p.needs_input(l - 1);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();  // dz and input are there, and `free` is
+      if (by_z) load_block(gate, saved_by(l - 1), s.k);
+      if (!by_z && loads_next) load_block(other, p.input(l - 1), p.layer[l - 1].k);
+      cp_async_commit();
+      if (p.layer[l].dweight) wgrad_rows(s, dz, input, pitch, rows);
+      if (p.layer[l].dbias) sum_columns(s, dz, pitch, rows);
+      if (!p.has_dgrad(l)) break;
+      if (by_z) cp_async_wait<0>();
+      __syncthreads();  // the input has been read, and z is there
+      if (by_z && loads_next) load_block(other, p.input(l - 1), p.layer[l - 1].k);
+      dgrad_rows<typename Layer::Dgrad>(s.weight, s.n, s.k, dz, gate, p.mask_below(l) ? &p.layer[l - 1].act : nullptr,
+                                        gate, pitch, rows, [](int, int) {});
+      if (l == p.begin) {
+        __syncthreads();
+        store_rows(this_block(), p.outgoing, i0, rows, s.k, gate, pitch);
+      }
+      free = dz, dz = gate, input = other;
+    }
+  }
+
+  cp_async_commit();
+  cp_async_wait<0>();  // none is under way when the block ends, also where it had no rows
+  __syncthreads();
+  at = layers;
+  for (int l = top; l >= p.begin; --l) {
+    const Layer s = Layer::at(at, p.layer[l]);
+    store_partials(p, l, s);
+    at = s.end();
+  }
+}
+
+}  // namespace dlk::cuda

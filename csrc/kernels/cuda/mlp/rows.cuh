@@ -1,0 +1,128 @@
+// Rows of a matrix between global and shared memory, where they lie a pitch apart and zeros fill them up to whole tiles.
+#pragma once
+
+#include "kernels/cuda/gemm/epilogue.cuh"
+
+namespace dlk::cuda {
+
+DLK_HD int round_up(int v, int to) { return (v + to - 1) / to * to; }
+
+// What a warp multiplies at once: 16 columns by mma (16-bit types), 32 by FMAs.
+template <class T>
+constexpr int kPadding = sizeof(T) == 2 ? 16 : 32;
+// Elements from row to row. The 16 bytes more put the 8 rows that ldmatrix reads, or 8 lanes that walk down a column in
+// 16-byte steps, in different banks whatever the width is; a swizzle would want powers of two.
+template <class T>
+DLK_HD int pitch_of(int features) {
+  return round_up(features, kPadding<T>) + 16 / static_cast<int>(sizeof(T));
+}
+
+// The threads that do something together: a warp or a block.
+struct Group {
+  int thread, threads;
+};
+DLK_DEVICE Group this_warp() { return {static_cast<int>(threadIdx.x % 32), 32}; }
+DLK_DEVICE Group this_block() { return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)}; }
+
+DLK_DEVICE bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// A thread's way through rows of `width` pieces, which its group takes in order: without a division at every step.
+struct Walk {
+  int row, at;
+  int rows_on, on, width;
+
+  DLK_DEVICE Walk(Group group, int width_)
+      : row(group.thread / width_),
+        at(group.thread % width_),
+        rows_on(group.threads / width_),
+        on(group.threads % width_),
+        width(width_) {}
+  DLK_DEVICE void next() {
+    row += rows_on, at += on;
+    if (at >= width) at -= width, ++row;
+  }
+};
+
+// Bytes of the pieces in which rows can be copied past the registers: 16, or 4; 0: not so.
+template <class T>
+DLK_DEVICE int piece_of(const View& from) {
+  auto lies_in = [&](int bytes) {
+    return from.row_stride % (bytes / static_cast<int>(sizeof(T))) == 0 &&
+           reinterpret_cast<uintptr_t>(from.data) % bytes == 0;
+  };
+  return from.col_stride != 1 ? 0 : lies_in(16) ? 16 : lies_in(4) ? 4 : 0;
+}
+
+// Rows i0 ... i0 + rows of `from`, of `cols` columns, to rows of shared memory; zeros behind the last column and, up to
+// padded_rows, behind the last row. There when this thread's cp_async_wait and a barrier have said so; under way while it
+// goes on, but for 16-bit rows of an odd stride. i0 is a multiple of 16, so that rows which follow each other without a
+// gap are aligned at i0 if they are at 0.
+template <class T>
+DLK_DEVICE void load_rows(Group group, T* to, int pitch, const View& from, int64_t i0, int rows, int cols,
+                          int padded_rows) {
+  constexpr int kChunk = kPack<T>;
+  const T* data = static_cast<const T*>(from.data) + i0 * from.row_stride;
+  const int padded_cols = round_up(cols, kPadding<T>);
+  if (const int bytes = piece_of<T>(from)) {
+    const int length = bytes / static_cast<int>(sizeof(T));
+#pragma unroll 1
+    for (Walk walk(group, padded_cols / length); walk.row < padded_rows; walk.next()) {
+      const int row = walk.row, col = walk.at * length;
+      const int left = row < rows ? max(0, min(length, cols - col)) : 0;
+      const T* const piece = left ? data + row * from.row_stride + col : data;
+      if (bytes == 16)
+        cp_async_16(to + row * pitch + col, piece, left * static_cast<int>(sizeof(T)));
+      else
+        cp_async_4(to + row * pitch + col, piece, left * static_cast<int>(sizeof(T)));
+    }
+    return;
+  }
+  const bool gapless = from.col_stride == 1 && from.row_stride == cols && aligned16(from.data);
+  if (gapless) {  // 16-byte reads of the rows as one run
+    const int count = rows * cols;
+    for (int e = group.thread * kChunk; e < count; e += group.threads * kChunk) {
+      int row = e / cols, col = e % cols;
+      const bool whole = e + kChunk <= count;
+      Pack<T, kChunk> pack;
+      if (whole) pack = *reinterpret_cast<const Pack<T, kChunk>*>(data + e);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (e + i < count) to[row * pitch + col] = whole ? pack.at[i] : data[e + i];
+        if (++col == cols) col = 0, ++row;
+      }
+    }
+  }
+  const bool down = from.row_stride == 1;  // neighbouring threads read along the contiguous direction
+  for (int e = group.thread; e < padded_rows * padded_cols; e += group.threads) {
+    const int row = down ? e % padded_rows : e / padded_cols, col = down ? e / padded_rows : e % padded_cols;
+    const bool inside = row < rows && col < cols;
+    if (inside && gapless) continue;
+    if (inside)
+      to[row * pitch + col] = data[row * from.row_stride + col * from.col_stride];
+    else
+      narrow(0.0f, to + row * pitch + col);
+  }
+}
+
+// Rows of shared memory to contiguous rows of `to` that are to_cols long, or to their first `cols` columns.
+template <class T>
+DLK_DEVICE void store_rows(Group group, T* to, int to_cols, int rows, int cols, const T* from, int pitch) {
+  constexpr int kChunk = kPack<T>;
+  if (aligned16(to) && to_cols % kChunk == 0 && cols % kChunk == 0) {
+#pragma unroll 1
+    for (Walk walk(group, cols / kChunk); walk.row < rows; walk.next())
+      *reinterpret_cast<Pack<T, kChunk>*>(to + walk.row * to_cols + walk.at * kChunk) =
+          *reinterpret_cast<const Pack<T, kChunk>*>(from + walk.row * pitch + walk.at * kChunk);
+  } else {
+#pragma unroll 1
+    for (Walk walk(group, cols); walk.row < rows; walk.next())
+      to[walk.row * to_cols + walk.at] = from[walk.row * pitch + walk.at];
+  }
+}
+// Whole rows, to rows i0 ... i0 + rows of `to`, [.., cols].
+template <class T>
+DLK_DEVICE void store_rows(Group group, void* to, int64_t i0, int rows, int cols, const T* from, int pitch) {
+  store_rows(group, static_cast<T*>(to) + i0 * cols, cols, rows, cols, from, pitch);
+}
+
+}  // namespace dlk::cuda

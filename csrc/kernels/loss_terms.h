@@ -1,0 +1,37 @@
+// The terms of the elementwise losses and their gradients, written once against an `O` as activation.h's functors.
+#pragma once
+
+#include "kernels/loss_params.h"
+
+namespace dlk {
+
+template <class V>
+struct Terms {
+  V loss, grad_input, grad_var;
+};
+
+template <class O, class V = typename O::T>
+struct SquaredError {
+  static constexpr bool has_var = false;
+  DLK_HD explicit SquaredError(const ElementwiseLoss&) {}
+  DLK_HD Terms<V> operator()(V x, V t, V) const {
+    const V d = x - t;
+    return {d * d, d + d, V{}};
+  }
+};
+
+// With v = max(var, eps), a constant to the gradients, and r = (x - t)/v: gradients r and (1 - (x - t)·r)/2v.
+template <class O, class V = typename O::T>
+struct GaussianNLL {
+  static constexpr bool has_var = true;
+  const V eps, constant;
+  DLK_HD explicit GaussianNLL(const ElementwiseLoss& p) : eps(O::lit(p.eps)), constant(O::lit(p.constant)) {}
+  DLK_HD Terms<V> operator()(V x, V t, V var) const {
+    const V half = O::lit(0.5), one = O::lit(1);
+    const V v = var < eps ? eps : var;
+    const V d = x - t, r = d / v;
+    return {half * (O::log(v) + d * r) + constant, r, half * (one - d * r) / v};
+  }
+};
+
+}  // namespace dlk

@@ -1,0 +1,71 @@
+// Op schemas and their implementations. The ops are private: dlkernels/_ops wraps them in autograd Functions.
+#include <torch/library.h>
+
+#include "ops/linear_act.h"
+#include "ops/losses.h"
+#include "ops/mlp.h"
+
+TORCH_LIBRARY(dlkernels, m) {
+  m.def("_linear_act_forward(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
+  m.def("_linear_act_forward_z(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> (Tensor, Tensor)");
+  m.def("_linear_act_forward_mask(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> (Tensor, Tensor)");
+  m.def(
+      "_linear_act_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor saved, int act, float slope, bool need_x, "
+      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("_linear_act_autocast_forward(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
+  m.def(
+      "_linear_act_autocast_forward_z(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "_linear_act_autocast_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor saved, ScalarType x_dtype, "
+      "int act, float slope, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, int[] keep) -> Tensor[]");
+  m.def(
+      "_mlp_backward(Tensor grad_y, Tensor? x, Tensor?[] weights, Tensor? y, Tensor[] kept, int[] keep, int[] acts, "
+      "float slope, int[] needs) -> Tensor[]");
+  m.def("_mse_loss(Tensor input, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)");
+  m.def(
+      "_gaussian_nll_loss(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction, "
+      "bool need_input, bool need_var) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing, bool need_input, bool need_target) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+      "Tensor? grad_loss, int reduction, int ignore_index, float label_smoothing, bool need_x, bool need_weight, "
+      "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+#define DLK_IMPLEMENT(key, suffix)                                        \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                 \
+    m.impl("_linear_act_forward", &dlk::linear_act_forward_##suffix);     \
+    m.impl("_linear_act_forward_z", &dlk::linear_act_forward_z_##suffix); \
+    m.impl("_linear_act_backward", &dlk::linear_act_backward_##suffix);   \
+    m.impl("_mlp_forward", &dlk::mlp_forward_##suffix);                   \
+    m.impl("_mlp_backward", &dlk::mlp_backward_##suffix);                 \
+    m.impl("_mse_loss", &dlk::mse_loss_##suffix);                         \
+    m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_##suffix);       \
+    m.impl("_cross_entropy", &dlk::cross_entropy_##suffix);               \
+    m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_##suffix); \
+  }
+
+// On CPU only: a layer with the casts of autocast. Elsewhere dlkernels/_ops takes them apart.
+#define DLK_IMPLEMENT_CPU(key)                                                         \
+  DLK_IMPLEMENT(key, cpu)                                                              \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                              \
+    m.impl("_linear_act_autocast_forward", &dlk::linear_act_autocast_forward_cpu);     \
+    m.impl("_linear_act_autocast_forward_z", &dlk::linear_act_autocast_forward_z_cpu); \
+    m.impl("_linear_act_autocast_backward", &dlk::linear_act_autocast_backward_cpu);   \
+  }
+
+DLK_IMPLEMENT_CPU(CPU)
+// Layouts the kernels refuse: routed to the same checks, which say so better than the dispatcher would.
+DLK_IMPLEMENT_CPU(SparseCPU)
+DLK_IMPLEMENT_CPU(SparseCsrCPU)
+DLK_IMPLEMENT_CPU(QuantizedCPU)
+DLK_IMPLEMENT_CPU(MkldnnCPU)
+
+#ifdef DLKERNELS_CUDA
+DLK_IMPLEMENT(CUDA, cuda)
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) { m.impl("_linear_act_forward_mask", &dlk::linear_act_forward_mask_cuda); }
+#endif

@@ -1,0 +1,210 @@
+#include "ops/mlp_host.h"
+
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+
+#include "kernels/activation.h"
+
+namespace dlk {
+namespace {
+
+// What passes between forward and backward, for both ways: outputs h[1] …, pre-activations z, and of layer by layer masks,
+// which dgrad reads of the layer below; undefined where unused.
+struct Activations {
+  std::vector<at::Tensor> h, z, mask;
+
+  explicit Activations(size_t layers) : h(layers), z(layers), mask(layers) {}
+};
+
+ChainLayer chain_layer(const Checked& layer, const at::Tensor& weight, const at::Tensor& h, const at::Tensor& z) {
+  auto data = [](const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
+  ChainLayer out{};
+  out.n = layer.shape.n, out.k = layer.shape.k;
+  out.act = layer.act;
+  if (weight.defined()) out.weight = view_of(weight);
+  out.h = data(h), out.z = data(z);
+  return out;
+}
+
+Chain chain_of(const std::vector<ChainLayer>& layers, int64_t rows) {
+  Chain p{};
+  p.rows = rows;
+  p.layers = static_cast<int>(layers.size());
+  p.layer = layers.data();
+  return p;
+}
+
+}  // namespace
+
+std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor& x, at::TensorList weights,
+                                    const OptionalTensors& biases, at::IntArrayRef acts, double slope,
+                                    at::IntArrayRef keep) {
+  const std::vector<Checked> layers = check_mlp(x, weights, biases, acts, slope);
+  const c10::DeviceGuard device(x.device());
+  const DType dtype = layers[0].dtype;
+  const size_t count = layers.size();
+  TORCH_CHECK(keep.empty() || keep.size() == count, "mlp: expected ", count, " entries in keep, or none, got ",
+              keep.size());
+  auto keeps = [&](size_t l, Keep what) { return !keep.empty() && (keep[l] & what) != 0; };
+  std::vector<ChainLayer> chain;
+  for (size_t l = 0; l < count; ++l) chain.push_back(chain_layer(layers[l], weights[l], {}, {}));
+  Chain p = chain_of(chain, layers[0].shape.m);
+  const bool as_chain = kernels.takes(p, dtype);
+  Activations a(count);
+  std::vector<at::Tensor> bias(count);
+  for (size_t l = 0; l < count; ++l) {
+    const int64_t n = layers[l].shape.n;
+    auto make = [&] { return at::empty(resized_last(x, n), x.options()); };
+    if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
+    if (keeps(l, kKeepH) || !as_chain || l + 1 == count) a.h[l] = make();
+    if (keeps(l, kKeepZ)) a.z[l] = make();
+    if (keeps(l, kKeepMask) && !as_chain && kernels.takes_mask(layers[l]))
+      a.mask[l] = at::empty(resized_last(x, n / kMaskBits), x.options().dtype(at::kByte));
+  }
+
+  if (as_chain) {
+    for (size_t l = 0; l < count; ++l) {
+      chain[l] = chain_layer(layers[l], weights[l], a.h[l], a.z[l]);
+      chain[l].bias = bias[l].defined() ? bias[l].const_data_ptr() : nullptr;
+    }
+    const at::Tensor x2 = as_rows(x);
+    p.x = view_of(x2);
+    kernels.chain_forward(p, dtype);
+  } else {
+    for (size_t l = 0; l < count; ++l)
+      kernels.layer_forward(layers[l], l ? a.h[l - 1] : x, weights[l], bias[l], {a.h[l], a.z[l], a.mask[l]});
+  }
+  std::vector<at::Tensor> out = {a.h.back()};
+  for (size_t l = 0; l + 1 < count; ++l)
+    if (keeps(l, kKeepH)) out.push_back(a.h[l]);
+  for (const std::vector<at::Tensor>& more : {a.z, a.mask})
+    for (const at::Tensor& t : more)
+      if (t.defined()) out.push_back(t);
+  return out;
+}
+
+std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor& grad_y,
+                                     const std::optional<at::Tensor>& x, const OptionalTensors& weights,
+                                     const std::optional<at::Tensor>& y, at::TensorList kept, at::IntArrayRef keep,
+                                     at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
+  const size_t count = weights.size();
+  TORCH_CHECK(count > 0 && acts.size() == count && keep.size() == count && needs.size() == 1 + 2 * count,
+              "mlp: expected for each of ", count,
+              " weights an activation, an entry in keep and two in needs, after x's; ", "got ", acts.size(), ", ",
+              keep.size(), " and ", needs.size());
+  check_layout(grad_y, "grad_y", "mlp");
+  const DType dtype = dtype_of(grad_y, "mlp");
+  TORCH_CHECK(grad_y.dim() >= 1, "mlp: grad_y must be [..., out_features], got a 0-dimensional tensor");
+  const c10::DeviceGuard device(grad_y.device());
+  const bool need_x = needs[0] != 0;
+  auto need_weight = [&](size_t l) { return needs[1 + l] != 0; };
+  auto need_bias = [&](size_t l) { return needs[1 + count + l] != 0; };
+  size_t deepest = 0;  // the first layer that has a gradient to give: those below it are not looked at
+  while (!need_x && deepest + 1 < count && !need_weight(deepest) && !need_bias(deepest)) ++deepest;
+  auto need_input = [&](size_t l) { return l > deepest || need_x; };  // its gradient
+
+  // Tensors of grad_y's rows. What was kept may come back otherwise than it was, through hooks for saved tensors: the
+  // kernels read it as it was.
+  auto check_rows = [&](const at::Tensor& t, size_t l, const char* name, int64_t features, bool mask = false) {
+    TORCH_CHECK(t.defined(), "mlp: expected of layer ", l, " ", name, ", which these gradients read, got None");
+    check_place(t, name, grad_y, "grad_y", "mlp");
+    const at::ScalarType type = mask ? at::kByte : grad_y.scalar_type();
+    const std::vector<int64_t> sizes = resized_last(grad_y, features);
+    TORCH_CHECK(t.scalar_type() == type && t.sizes() == at::IntArrayRef(sizes), "mlp: expected of layer ", l, " ", name,
+                ", ", type, " ", at::IntArrayRef(sizes), ", got ", t.scalar_type(), " ", t.sizes());
+  };
+
+  Activations a(count);
+  const auto asked = [&](Keep what) {
+    return std::count_if(keep.begin(), keep.end(), [&](int64_t k) { return (k & what) != 0; });
+  };
+  const size_t values = asked(kKeepH) + asked(kKeepZ);
+  TORCH_CHECK(kept.size() >= values, "mlp: expected the ", values, " tensors that forward kept, got ", kept.size());
+  size_t next = 0, last_mask = kept.size();
+  for (size_t l = 0; l < count; ++l)
+    if (keep[l] & kKeepH) a.h[l] = kept[next++].contiguous();
+  for (size_t l = 0; l < count; ++l)
+    if (keep[l] & kKeepZ) a.z[l] = kept[next++].contiguous();
+  if (y) a.h[count - 1] = y->contiguous();
+
+  // Checked from the top down, where a layer's outputs are known.
+  std::vector<Checked> layers(count);
+  std::vector<at::Tensor> weight(count), input(count);
+  Shape shape{rows_of(grad_y), 0, grad_y.size(-1)};
+  for (size_t l = count; l-- > deepest;) {
+    shape = {shape.m, shape.k, 0};
+    if (need_input(l)) {
+      weight[l] = weights.get(l).value_or(at::Tensor());
+      TORCH_CHECK(weight[l].defined(), "mlp: expected weights[", l, "] for these gradients, got None");
+      check_like(weight[l], "a weight", grad_y, "grad_y", "mlp");
+      TORCH_CHECK(weight[l].dim() == 2 && weight[l].size(0) == shape.n, "mlp: weights[", l,
+                  "] must be [out_features, in_features] with out_features = ", shape.n, ", got ", weight[l].sizes());
+      shape.k = weight[l].size(1);
+    }
+    if (need_weight(l)) {
+      input[l] = l > 0 ? a.h[l - 1] : x.value_or(at::Tensor());
+      if (!need_input(l) && input[l].defined() && input[l].dim() > 0) shape.k = input[l].size(-1);
+      check_rows(input[l], l, "the input", shape.k);
+    }
+    layers[l] = {shape, dtype, check_activation(acts[l], slope)};
+    if ((keep[l] & kKeepMask) && last_mask > values && kernels.takes_mask(layers[l]))
+      a.mask[l] = kept[--last_mask].contiguous();
+  }
+  for (size_t l = deepest; l < count; ++l) {
+    const auto& [own, type, act] = layers[l];
+    const char* name = "what forward kept";
+    if (act.kind != Act::none) check_rows(saves_output(act.kind) ? a.h[l] : a.z[l], l, name, own.n);
+    if (a.mask[l].defined()) check_rows(a.mask[l], l, name, own.n / kMaskBits, true);
+  }
+
+  std::vector<ChainLayer> chain;
+  for (size_t l = deepest; l < count; ++l) chain.push_back(chain_layer(layers[l], weight[l], a.h[l], a.z[l]));
+  Chain p = chain_of(chain, shape.m);
+  std::vector<at::Tensor> grads(needs.size());
+  if (kernels.takes(p, dtype)) {
+    const at::TensorOptions options = grad_y.options();
+    auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = at::empty(sizes, options)).data_ptr(); };
+    for (size_t l = deepest; l < count; ++l) {
+      ChainLayer& layer = chain[l - deepest];
+      if (need_weight(l)) layer.dweight = make(1 + l, {layer.n, layer.k});
+      if (need_bias(l)) layer.dbias = make(1 + count + l, {layer.n});
+    }
+    const at::Tensor x2 = need_weight(deepest) ? as_rows(input[deepest]) : at::Tensor(), g2 = as_rows(grad_y);
+    if (x2.defined()) p.x = view_of(x2);
+    p.grad_y = view_of(g2);
+    p.dx = need_x ? make(0, resized_last(grad_y, shape.k)) : nullptr;
+    kernels.chain_backward(p, dtype, grad_y);
+  } else {
+    auto saved_by = [&](size_t l) {
+      if (a.mask[l].defined()) return a.mask[l];
+      const Act kind = layers[l].act.kind;
+      return kind == Act::none ? at::Tensor() : saves_output(kind) ? a.h[l] : a.z[l];
+    };
+    Incoming in = {grad_y, saved_by(count - 1)};
+    at::Tensor dbias_above;  // of this layer, summed by the dgrad of the layer above
+    for (size_t l = count; l-- > deepest;) {
+      Gate gate;
+      if (l > deepest) {
+        gate = {saved_by(l - 1), layers[l - 1].act};
+        if (kernels.dgrad_sums_dbias && need_bias(l - 1))
+          gate.dbias = at::empty({layers[l - 1].shape.n}, grad_y.options());
+      }
+      const bool summed = dbias_above.defined();
+      const auto [dx, dweight, dbias] =
+          kernels.layer_backward(layers[l], in, input[l], weight[l], need_input(l), need_weight(l),
+                                 need_bias(l) && !summed, gate.saved.defined() ? &gate : nullptr);
+      grads[1 + l] = dweight;
+      grads[1 + count + l] = summed ? dbias_above : dbias;
+      if (l == 0) grads[0] = dx;
+      in = {dx, gate.applied ? at::Tensor() : gate.saved};
+      dbias_above = gate.summed ? gate.dbias : at::Tensor();
+    }
+  }
+  std::vector<at::Tensor> out;
+  for (size_t i = 0; i < needs.size(); ++i)
+    if (needs[i]) out.push_back(grads[i]);
+  return out;
+}
+
+}  // namespace dlk

@@ -1,0 +1,129 @@
+#include "planning/cuda/route.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace dlk::cuda {
+namespace {
+
+// DLKERNELS_CUDA_GEMM=simt|mma|hopper|cublas|chain takes the decision away from the table: for tests, and to measure.
+constexpr Path kPaths[] = {Path::simt, Path::mma, Path::hopper, Path::cublas, Path::chain};
+
+const Path* forced() {
+  static const Path* const value = [] {
+    const char* text = std::getenv("DLKERNELS_CUDA_GEMM");
+    const std::string s = text ? text : "";
+    if (s.empty()) return static_cast<const Path*>(nullptr);
+    for (const Path& path : kPaths)
+      if (s == name(path)) return &path;
+    throw std::runtime_error("DLKERNELS_CUDA_GEMM must be simt, mma, hopper, cublas or chain, got '" + s + "'");
+  }();
+  return value;
+}
+
+bool half(const Asked& a) { return a.dtype == DType::bf16 || a.dtype == DType::f16; }
+
+bool takes(Path path, const Asked& a) {
+  switch (path) {
+    case Path::mma: return half(a) || (a.dtype == DType::f32 && a.tf32);
+    case Path::hopper: return half(a) && a.hopper;
+    case Path::chain: return a.chain;
+    case Path::simt:
+    case Path::cublas: return true;
+  }
+  return false;
+}
+
+// What was measured fastest. A size class is floor(log2) of each of the layer's M, N and K.
+struct Measured {
+  int arch;
+  DType dtype;
+  int log2_m, log2_n, log2_k;
+  Op op;
+  Path path;
+};
+constexpr Measured kMeasured[] = {
+#include "planning/cuda/dispatch_table.inc"
+    {0, DType::f64, 0, 0, 0, Op::forward, Path::simt},  // matches nothing: an array cannot be empty
+};
+
+int floor_log2(int64_t v) {
+  int log = 0;
+  while (v >>= 1) ++log;
+  return log;
+}
+
+const Measured* measured(const Asked& a) {
+  if (a.dtype == DType::f32 && a.tf32) return nullptr;  // f32 is measured as it is by default, without TF32
+  const int m = floor_log2(a.shape.m), n = floor_log2(a.shape.n), k = floor_log2(a.shape.k);
+  for (const Measured& row : kMeasured)
+    if (row.arch == a.arch && row.dtype == a.dtype && row.op == a.op && row.log2_m == m && row.log2_n == n &&
+        row.log2_k == k)
+      return &row;
+  return nullptr;
+}
+
+// Memory bounds a narrow layer, and the chain kernels move the least: backward is one read of g, y and x where products read
+// g and y twice. Of the others, products large enough to hide a few launches go where kernels are tuned.
+Route unmeasured(const Asked& a) {
+  const auto [m, n, k] = a.shape;
+  const double multiplications = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  if (takes(Path::chain, a) && half(a) && (a.in_rows || multiplications < 1 << 27))
+    return {Path::chain,
+            "narrow: the weight rests in shared memory, backward is one launch and its sum (not measured here)"};
+  if (!takes(Path::mma, a)) {
+    if (multiplications < 1 << 27) return {Path::simt, "small: one launch, epilogue included (not measured here)"};
+    return {Path::cublas,
+            "plain FMAs: cuBLAS's kernels are tuned, ours are not; our passes around it (not measured here)"};
+  }
+  if (!a.aligned && multiplications >= 1 << 27)
+    return {Path::cublas, "operands not 16-byte aligned: cuBLAS, our passes around it (not measured here)"};
+  if (a.arch >= 90 && multiplications >= 1e10)
+    return {Path::cublas,
+            "bound by arithmetic: mma.sync reaches part of this architecture's rate, cuBLAS more; our passes around it "
+            "(not measured here)"};
+  return {Path::mma, "tensor cores, epilogue in registers (not measured here)"};
+}
+
+}  // namespace
+
+Route route(const Asked& a) {
+  const auto [m, n, k] = a.shape;
+  if (m == 0 || n == 0 || k == 0) return {Path::simt, "nothing to multiply"};
+  if (forced() && takes(*forced(), a)) return {*forced(), "DLKERNELS_CUDA_GEMM"};
+  if (const Measured* row = measured(a); row && takes(row->path, a))
+    return {row->path, "measured fastest on this architecture for shapes of this size"};
+  Route chosen = unmeasured(a);
+  chosen.hopper_off = takes(Path::hopper, a);
+  return chosen;
+}
+
+std::string explained(const Route& r) {
+  return r.hopper_off ? std::string(r.why) + "; hopper_gemm is off until it has been measured on this architecture"
+                      : r.why;
+}
+
+const char* name(Path path) {
+  switch (path) {
+    case Path::simt: return "simt";
+    case Path::mma: return "mma";
+    case Path::hopper: return "hopper";
+    case Path::cublas: return "cublas";
+    case Path::chain: return "chain";
+  }
+  return "?";
+}
+
+const char* kernel(Path path, DType dtype) {
+  switch (path) {
+    case Path::simt: return "simt_gemm 64x64x16";
+    case Path::mma: return dtype == DType::f32 ? "mma_gemm m16n8k8 tf32" : "mma_gemm m16n8k16";
+    case Path::hopper: return "hopper_gemm wgmma";
+    case Path::cublas: return "cublas";
+    case Path::chain: return "chain, weights in shared memory";
+  }
+  return "?";
+}
+
+}  // namespace dlk::cuda

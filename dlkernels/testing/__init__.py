@@ -1,0 +1,1 @@
+"""The float64 oracle, the tolerance rule and the agreement of models, for our tests, the benchmark and yours."""

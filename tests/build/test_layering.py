@@ -1,0 +1,164 @@
+"""The architecture as a test: who may include and import whom, and that the two languages agree on the activations."""
+
+import ast
+import re
+
+import pytest
+
+from dlkernels._ops.activations import ACTIVATIONS
+from dlkernels.stock import ACTIVATIONS as STOCK_MODULES
+from dlkernels.testing.oracle import STOCK
+from tests.support.paths import CSRC, ROOT
+
+PACKAGE = ROOT / "dlkernels"
+
+SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu", ".inc"))
+TORCH = re.compile(r"(torch|ATen|c10|caffe2|pybind11|Python)[./]")
+CUDA = re.compile(r"(cuda|cub|cute|cutlass|nv)\w*[./]")
+ALLOCATION = re.compile(r"\b(new|malloc|calloc|aligned_alloc|posix_memalign|mmap|make_unique|make_shared)\b")
+
+
+def room(path):
+    return path.relative_to(CSRC).parts[0]
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def reached(path):
+    """(file, include) of a file and of every header of ours that it includes, at any depth."""
+    seen, queue = set(), [path]
+    while queue:
+        current = queue.pop()
+        for name in includes(current):
+            yield current, name
+            header = next((p for p in (CSRC / name, current.parent / name) if p.exists()), None)
+            if header and header not in seen:
+                seen.add(header)
+                queue.append(header)
+
+
+def test_every_source_has_a_room():
+    assert {room(p) for p in SOURCES} == {"ops", "planning", "kernels", "python"}
+    names = {p.name for p in SOURCES if room(p) == "kernels"}
+    assert {"activation.h", "params.h", "gemm.h", "epilogue.h", "vec.h", "ukernel_portable.cpp"} <= names
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if room(p) not in ("ops", "python")], ids=lambda p: str(p.relative_to(CSRC))
+)
+def test_only_ops_and_python_include_torch(path):
+    for current, name in reached(path):
+        assert not TORCH.match(name), f"{current.relative_to(CSRC)} includes {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if room(p) == "planning"], ids=lambda p: str(p.relative_to(CSRC)))
+def test_planning_includes_no_cuda_and_allocates_nothing(path):
+    for current, name in reached(path):
+        assert not CUDA.match(name), f"{current.relative_to(CSRC)} includes {name}"
+    code = re.sub(r"//.*|\"(?:[^\"\\]|\\.)*\"", "", path.read_text())
+    assert not ALLOCATION.search(code)
+
+
+def test_pybind11_is_kept_in_one_file():
+    users = [p.name for p in CSRC.rglob("*.*") if p.is_file() and any("pybind11" in i for i in includes(p))]
+    assert users == ["module.cpp"]
+    heavy = [p.name for p in CSRC.rglob("*.*") if p.is_file() and "torch/extension.h" in includes(p)]
+    assert heavy == []
+
+
+# Lower may not import higher. A module's layer is that of the longest prefix here.
+LAYERS = {
+    "dlkernels._C": 0, "dlkernels._version": 0, "dlkernels._load": 0, "dlkernels.atomic": 0,
+    "dlkernels.testing": 0, "dlkernels.choices": 0, "dlkernels.extras": 0, "dlkernels._entry": 0,
+    "dlkernels._ops": 1,
+    "dlkernels.losses": 2,
+    "dlkernels.functional": 3,
+    "dlkernels.nn": 4,
+    "dlkernels.fusion": 5, "dlkernels.stock": 5, "dlkernels.data": 5, "dlkernels.trainer": 5,
+    "dlkernels.parallel": 5,
+    "dlkernels.runs": 6, "dlkernels.serving": 6,
+    "dlkernels.cli": 7,
+    "dlkernels._public": 8, "dlkernels.__main__": 8,
+    "dlkernels": 9,  # the public face: imports whatever it shows
+}  # fmt: skip
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py"))}
+
+
+def layer(module):
+    if module == "dlkernels":
+        return LAYERS[module]
+    known = [prefix for prefix in LAYERS if prefix != "dlkernels" and f"{module}.".startswith(f"{prefix}.")]
+    assert known, f"{module} has no layer: give it one above"
+    return LAYERS[max(known, key=len)]
+
+
+def imports(path):
+    """The modules of ours that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "dlkernels")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            if (node.module or "").split(".")[0] == "dlkernels":
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    yield inner if inner in MODULES or inner in LAYERS else node.module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_upward(module):
+    mine = layer(module)
+    for imported in imports(MODULES[module]):
+        package = ".".join(module.split(".")[:2])
+        siblings = package != "dlkernels" and imported.startswith(f"{package}.")
+        assert layer(imported) < mine or siblings, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_ops_touches_the_operators(module):
+    if module.startswith("dlkernels._ops"):
+        return
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Attribute) and node.attr == "ops":
+            assert not (isinstance(node.value, ast.Name) and node.value.id == "torch"), f"line {node.lineno}"
+
+
+def test_trainer_knows_no_layer_of_ours():
+    """It trains any module with any loss."""
+    for module, path in MODULES.items():
+        if module.startswith("dlkernels.trainer"):
+            for imported in imports(path):
+                assert not re.match(r"dlkernels\.(_ops|_C|functional|nn|losses)", imported), f"{module}: {imported}"
+
+
+def test_activation_lists_agree():
+    """Names and codes: Python, the enum of the op schemas, the switch over functors, the oracle, the stock modules."""
+    enum = re.search(r"enum class Act[^{]*\{([^}]*)\}", (CSRC / "kernels/params.h").read_text()).group(1)
+    names = [name.strip() for name in enum.split(",")]
+    assert list(ACTIVATIONS) == names
+    assert [a.code for a in ACTIVATIONS.values()] == list(range(len(names)))
+    header = (CSRC / "kernels/activation.h").read_text()
+    assert set(re.findall(r"case Act::(\w+):", header)) == set(names)
+    assert int(re.search(r"kActivations = (\d+)", header).group(1)) == len(names)
+    assert set(STOCK) == set(names) == set(STOCK_MODULES)
+    documented = re.search(r"activation: (.*?)Formulas", (PACKAGE / "functional.py").read_text(), re.DOTALL).group(1)
+    assert re.findall(r'``"(\w+)"``', documented) == names
+
+
+def test_saved_tensor_agrees():
+    """Whether backward reads y or z, and whether a bit is enough: each functor's constants, and Python's."""
+    header = (CSRC / "kernels/activation.h").read_text()
+    functor = dict(re.findall(r"case Act::(\w+): return f\((\w+)\{\}\)", header)) | {"none": "Identity"}
+    for name, activation in ACTIVATIONS.items():
+        body = header[header.index(f"struct {functor[name]} {{") :]
+        constants = re.search(r"saves_output = (\w+), gates = (\w+);", body).groups()
+        assert constants == tuple(str(c).lower() for c in (activation.saves_output, activation.gates)), name

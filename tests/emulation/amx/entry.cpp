@@ -1,0 +1,105 @@
+// csrc/cpu's AMX product, its choice and the tile instructions with C signatures, for ctypes.
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "../../kernels/threads/in_threads.h"
+#include "kernels/cpu/isa/isa.h"
+#include "planning/cpu/route.h"
+
+namespace dlk::cpu {
+
+// The other sets are not under test here: their names are enough to be chosen.
+extern const Kernels k_portable, k_avx2, k_avx512, k_avx512_bf16;
+const Kernels k_portable = {"portable", {}}, k_avx2 = {"avx2", {}}, k_avx512 = {"avx512", {}},
+              k_avx512_bf16 = {"avx512_bf16", {}};
+
+extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
+extern const FewForward k_amx_few_forward;
+extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
+
+// By what A, B and C hold; nullptr: no layer has such a product.
+const PackedProduct* product(DType a, DType b, DType c) {
+  const struct {
+    DType a, b, c;
+    const PackedProduct* product;
+  } products[] = {
+      {DType::bf16, DType::bf16, DType::bf16, &k_amx_bf16},
+      {DType::f32, DType::f32, DType::f32, &k_amx_f32_in_bf16},
+      {DType::f32, DType::f32, DType::bf16, &k_amx_autocast_f32_x.forward},
+      {DType::bf16, DType::f32, DType::bf16, &k_amx_autocast_bf16_x.forward},
+      {DType::bf16, DType::f32, DType::f32, &k_amx_autocast_f32_x.dgrad},
+      {DType::bf16, DType::bf16, DType::f32, &k_amx_autocast_bf16_x.wgrad},
+  };
+  for (const auto& known : products)
+    if (known.a == a && known.b == b && known.c == c) return known.product;
+  return nullptr;
+}
+
+}  // namespace dlk::cpu
+
+using namespace dlk;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// All f32: float tensors multiplied in bf16.
+EXPORT int gemm(int a_dtype, int b_dtype, int c_dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row,
+                int64_t a_col, const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row,
+                int64_t b_col, int act, double slope, const void* bias, void* c, void* z, void* row_sum, int splits,
+                void* partials, int threads) {
+  Gemm p{};
+  p.dtype = static_cast<DType>(c_dtype);
+  p.m = m, p.n = n, p.k = k;
+  p.a = {a, a_row, a_col};
+  p.saved = {saved, saved_row, saved_col};
+  p.b = {b, b_row, b_col};
+  p.act = {static_cast<Act>(act), slope};
+  p.bias = bias, p.c = c, p.z = z, p.row_sum = row_sum;
+  p.splits = splits, p.partials = partials;
+  threads_in_use = threads;
+  const cpu::Parallel parallel = {threads, &in_threads};
+  const cpu::PackedProduct* product =
+      cpu::product(static_cast<DType>(a_dtype), static_cast<DType>(b_dtype), static_cast<DType>(c_dtype));
+  if (!product) return -1;
+  const int64_t panels = product->panels_size(p, threads);
+  const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, (panels + 63) / 64 * 64), &std::free);
+  p.panels = panels ? memory.get() : nullptr;
+  product->gemm(p, parallel);
+  return amx_emulation::config.palette;  // nothing is left configured
+}
+
+// The forward of few rows, all bf16; x and weight contiguous along k. The same answer.
+EXPORT int few_rows(int64_t m, int64_t n, int64_t k, const void* x, int64_t x_row, const void* weight,
+                    int64_t weight_row, int act, double slope, const void* bias, void* y, void* z, int threads) {
+  Gemm p{};
+  p.dtype = DType::bf16;
+  p.m = m, p.n = n, p.k = k;
+  p.a = {x, x_row, 1};
+  p.b = {weight, 1, weight_row};
+  p.act = {static_cast<Act>(act), slope};
+  p.bias = bias, p.c = y, p.z = z;
+  threads_in_use = threads;
+  cpu::k_amx_few_forward.run(p, {threads, &in_threads});
+  return amx_emulation::config.palette;
+}
+
+EXPORT int gemm_splits(int64_t m, int64_t n, int64_t k) { return cpu::gemm_splits(m, n, k); }
+
+// What a process with this processor runs: the set, and the path and reason of a bf16 forward.
+EXPORT const char* chosen(int dtype) {
+  static std::string said;
+  try {
+    const auto route = cpu::route(Op::forward, {500, 500, 500}, static_cast<DType>(dtype), true);
+    said = std::string(cpu::kernels().isa) + " | " + cpu::name(route.path) + " | " + route.why;
+  } catch (const std::exception& e) {
+    said = e.what();
+  }
+  return said.c_str();
+}
+
+EXPORT void tile_loadconfig(const void* config) { _tile_loadconfig(config); }
+EXPORT void tile_release() { _tile_release(); }
+EXPORT void tile_zero(int tile) { _tile_zero(tile); }
+EXPORT void tile_loadd(int tile, const void* base, int64_t stride) { _tile_loadd(tile, base, stride); }
+EXPORT void tile_stored(int tile, void* base, int64_t stride) { _tile_stored(tile, base, stride); }
+EXPORT void tile_dpbf16ps(int c, int a, int b) { _tile_dpbf16ps(c, a, b); }

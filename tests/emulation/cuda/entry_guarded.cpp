@@ -1,0 +1,15 @@
+// Guarded memory with C signatures, for ctypes.
+#include "guarded.h"
+
+extern "C" {
+
+// Memory that may be touched from its first byte to its last and not beyond; see guarded.h.
+void* guarded_new(size_t bytes) {
+  auto* memory = new cuda_emulation::Guarded;
+  memory->allocate(bytes);
+  return memory;
+}
+void* guarded_data(void* memory) { return static_cast<cuda_emulation::Guarded*>(memory)->data; }
+void guarded_delete(void* memory) { delete static_cast<cuda_emulation::Guarded*>(memory); }
+
+}  // extern "C"

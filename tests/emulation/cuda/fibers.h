@@ -1,0 +1,193 @@
+// A block of CUDA threads on one CPU thread: each is a fiber that runs until it waits at a barrier, of its warp or of the
+// block. Who runs next is drawn by lot, so that what is not ordered by a barrier happens in an order that changes; one
+// warp of a block, also drawn, lags behind the others.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace cuda_emulation {
+
+constexpr size_t kStack = 64 * 1024;
+constexpr unsigned kWarp = 32;
+
+[[noreturn]] inline void die(const char* what) {
+  std::fprintf(stderr, "cuda_emulation: %s\n", what);
+  std::abort();
+}
+
+// cp.async: bytes that arrive when the thread waits for their group.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, size;  // of `size` bytes only the first `bytes` are copied, the others 0
+};
+
+enum class At { running, warp, block, condition, end };
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf here;                                     // swapcontext would cost a system call for every switch
+  std::unique_ptr<char[]> stack{new char[kStack]};  // not cleared: pages never touched cost nothing
+  bool fresh;
+  At at;
+  unsigned index, exchanges;
+  std::function<bool()> until;            // at a condition
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<Copy> open;                 // not yet committed
+};
+
+// What the lanes of a warp hand each other: two rounds, because a lane may be one exchange ahead of another.
+struct Warp {
+  static constexpr size_t kBytes = 64;
+  alignas(16) unsigned char slot[2][kWarp][kBytes];
+  const char* what[kWarp];  // in the last round
+  unsigned lanes, waiting;
+
+  void same_or_die() const {
+    for (unsigned l = 1; l < lanes; ++l)
+      if (what[l] != what[0]) die("the lanes of a warp do different things at once");
+  }
+};
+
+inline jmp_buf scheduler;
+inline Fiber* current = nullptr;
+inline const std::function<void()>* body = nullptr;
+inline std::vector<Warp> warps;
+inline std::vector<std::function<void()>> in_flight;  // what the hardware does beside the threads, in any order
+inline std::mt19937* lots = nullptr;
+
+inline void leave(At at) {
+  current->at = at;
+  if (!_setjmp(current->here)) _longjmp(scheduler, 1);
+}
+
+inline void fiber_main() {
+  (*body)();
+  current->at = At::end;
+  _longjmp(scheduler, 1);
+}
+
+inline void enter(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  current = &fiber;
+  fiber.at = At::running;
+  if (!fiber.fresh) _longjmp(fiber.here, 1);
+  fiber.fresh = false;
+  setcontext(&fiber.start);
+}
+
+inline bool toss() { return (*lots)() % 2; }
+
+inline void finish_one_in_flight() {
+  const size_t drawn = (*lots)() % in_flight.size();
+  const auto done = std::move(in_flight[drawn]);
+  in_flight.erase(in_flight.begin() + static_cast<ptrdiff_t>(drawn));
+  done();
+}
+
+// Runs the block; `resume(index)` is called before a thread goes on.
+template <class Resume>
+void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
+  static std::vector<Fiber> fibers;  // kept, for their stacks
+  if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+  warps.assign((threads + kWarp - 1) / kWarp, Warp{});
+  std::vector<unsigned> ready, at_condition;
+  lots = &lot;
+  for (unsigned t = 0; t < threads; ++t) {
+    Fiber& fiber = fibers[t];
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, fiber_main, 0);
+    fiber.fresh = true, fiber.index = t, fiber.exchanges = 0;
+    fiber.groups.clear(), fiber.open.clear();
+    ++warps[t / kWarp].lanes;
+    ready.push_back(t);
+  }
+  unsigned at_block = 0, ended = 0;
+  const unsigned laggard = lot() % warps.size();
+  while (ended < threads) {
+    while (!ready.empty()) {
+      size_t drawn = lot() % ready.size();
+      for (int again = 0; again < 16 && ready[drawn] / kWarp == laggard; ++again) drawn = lot() % ready.size();
+      const unsigned t = ready[drawn];
+      ready[drawn] = ready.back();
+      ready.pop_back();
+      resume(t);
+      enter(fibers[t]);
+      if (!in_flight.empty() && lot() % 64 == 0) finish_one_in_flight();
+      Warp& warp = warps[t / kWarp];
+      at_block += fibers[t].at == At::block;
+      ended += fibers[t].at == At::end;
+      if (fibers[t].at == At::condition) at_condition.push_back(t);
+      if (fibers[t].at == At::warp && ++warp.waiting == warp.lanes) {
+        warp.waiting = 0;
+        warp.same_or_die();
+        for (unsigned lane = 0; lane < warp.lanes; ++lane) ready.push_back(t / kWarp * kWarp + lane);
+      }
+    }
+    if (ended == threads) break;
+    if (!at_condition.empty()) {
+      if (!in_flight.empty()) finish_one_in_flight();
+      auto waits = [&](unsigned t) { return !fibers[t].until(); };
+      const auto go_on = std::partition(at_condition.begin(), at_condition.end(), waits);
+      ready.assign(go_on, at_condition.end());
+      at_condition.erase(go_on, at_condition.end());
+      if (ready.empty() && in_flight.empty()) die("a deadlock: threads wait for what will never come");
+      continue;
+    }
+    if (at_block != threads) die("some threads wait at a barrier which others never reach");
+    at_block = 0;
+    for (unsigned t = 0; t < threads; ++t) ready.push_back(t);
+  }
+  if (!in_flight.empty()) die("a block ends before what it started in its shared memory");
+}
+
+inline void block_barrier() { leave(At::block); }
+
+// Until `condition`, which other threads or the hardware bring about.
+inline void wait_until(std::function<bool()> condition) {
+  while (!condition()) {
+    current->until = condition;
+    leave(At::condition);
+  }
+}
+
+// What all lanes handed in; to be read before the next exchange but one.
+template <class T>
+struct Lanes {
+  const unsigned char (*slot)[Warp::kBytes];
+
+  T operator[](unsigned lane) const {
+    T v;
+    std::memcpy(&v, slot[lane], sizeof v);
+    return v;
+  }
+};
+
+// A warp-wide exchange: every lane hands in `mine`, and gets everybody's once all have come to the same `what`, which is
+// one pointer for all lanes.
+template <class T>
+Lanes<T> exchange(const T& mine, const char* what) {
+  static_assert(sizeof(T) <= Warp::kBytes);
+  Warp& warp = warps[current->index / kWarp];
+  const unsigned lane = current->index % kWarp, round = current->exchanges++ % 2;
+  std::memcpy(warp.slot[round][lane], &mine, sizeof mine);
+  warp.what[lane] = what;
+  leave(At::warp);
+  return {warp.slot[round]};
+}
+
+}  // namespace cuda_emulation

@@ -1,0 +1,146 @@
+"""Do the host tests see a broken CUDA kernel? ``python -m tests.emulation.cuda.mutations``
+
+Breaks the kernels in one place at a time (a barrier, a mask, an edge, an index) and runs the tests of that kernel,
+which must fail. Exit status 1 where a mutation lives. Half a minute each; names or numbers choose.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+from tests.emulation.cuda import library
+
+
+class Mutation(NamedTuple):
+    """``old`` stands in ``file`` (in csrc) once."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+GEMM, PASS, LOSSES = "test_cuda_gemm.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
+MASKS = "test_cuda_masks.py"
+CHAIN, OPS = "test_cuda_chain.py", "test_cuda_ops.py::test_run[layers]"
+LINEAR = "test_cuda_ops.py::test_run[loss-in-blocks]"
+PRODUCTS = ("kernels/cuda/gemm/simt/simt_gemm.cu", "kernels/cuda/gemm/mma/mma_gemm.cu")
+GRAD_PASS_AND_LOSSES = ("kernels/cuda/elementwise/grad_pass.cu", "kernels/cuda/losses/losses.cu")
+# What each of them needs compiled.
+FILES = {
+    GEMM: (*PRODUCTS, "kernels/cuda/elementwise/act_pass.cu", "entry_gemm.cpp"),
+    PASS: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
+    LOSSES: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
+    CHAIN: ("kernels/cuda/mlp/chain.cu", "entry_chain.cpp"),
+    MASKS: (
+        *library.KERNELS,
+        *(f"entry_{name}.cpp" for name in ("gemm", "losses", "chain")),
+    ),
+    OPS: (),  # they compile everything
+    LINEAR: (),
+}
+MUTATIONS = [
+    # a barrier or a wait
+    Mutation("mma_gemm.cuh", "    __syncthreads();  // this stage is there", "    // this stage is there", GEMM),
+    Mutation("mma_gemm.cuh", "  cp_async_wait<0>();\n  __syncthreads();", "  cp_async_wait<0>();", GEMM),
+    Mutation("mma_gemm.cuh", "cp_async_wait<Traits::kStages - 2>()", "cp_async_wait<Traits::kStages - 1>()", GEMM),
+    Mutation("simt_gemm.cuh", "      __syncthreads();\n      if (sums_rows) {", "      if (sums_rows) {", GEMM),
+    Mutation(
+        "tile.cuh",
+        "            acc[f][half * 2], acc[f][half * 2 + 1]};\n    }\n    __syncwarp();",
+        "            acc[f][half * 2], acc[f][half * 2 + 1]};\n    }",
+        GEMM,
+    ),
+    Mutation(
+        "epilogue.cuh", "    sums[sharer][output] = sum;\n    __syncthreads();", "    sums[sharer][output] = sum;", GEMM
+    ),
+    Mutation("grad_pass.cuh", "sums[e][thread] = total[e];\n    __syncthreads();", "sums[e][thread] = total[e];", PASS),
+    # an edge
+    Mutation(
+        "operand.cuh", "const bool inside = row0 + row < s.rows && left > 0;", "const bool inside = left > 0;", GEMM
+    ),
+    Mutation("operand.cuh", "min(int64_t{kChunk}, s.cols - col)", "int64_t{kChunk}", GEMM),
+    Mutation("tile.cuh", "if (i >= p.m || j >= p.n) continue;", "if (j >= p.n) continue;", GEMM),
+    Mutation("simt_gemm.cuh", "if (row < p.m && col < p.n) store_c", "if (row < p.m) store_c", GEMM),
+    Mutation("grad_pass.cuh", "min(p.m, (slice + 1) * cut.rows)", "(slice + 1) * cut.rows", PASS),
+    # a mask
+    Mutation("activation.h", "return y <= O::lit(0) ? O::lit(0) : g;", "return y < O::lit(0) ? O::lit(0) : g;", GEMM),
+    Mutation("activation.h", "return z < O::lit(0) ? O::lit(0) : z;", "return z > O::lit(0) ? z : O::lit(0);", GEMM),
+    # an index
+    Mutation("operand.cuh", "step * 16 + q / 2 * 8 + l, i / 8 + q % 2", "step * 16 + q / 2 * 8 + l, i / 8", GEMM),
+    Mutation("operand.cuh", "i + q % 2 * 8 + l, step * 2 + q / 2", "i + q / 2 * 8 + l, step * 2 + q % 2", GEMM),
+    Mutation("mma_gemm.cuh", "const int64_t k_begin = blockIdx.z * slice,", "const int64_t k_begin = 0 * slice,", GEMM),
+    Mutation("tile.cuh", "other < 32; other *= 2", "other < 16; other *= 2", GEMM),
+    Mutation("mma_gemm.cuh", "blockIdx.z * p.m + i0 + i] = sum", "i0 + i] = sum", GEMM),
+    # mask bits
+    Mutation("mask.cuh", "(widen(rounded));", "(y);", MASKS),
+    Mutation("mask.cuh", "(y[e])) << e;", "(y[e])) << (7 - e);", MASKS),
+    Mutation("mask.cuh", "(bits >> e & 1);", "(bits >> (7 - e) & 1);", MASKS),
+    Mutation("mask.cuh", ">> at % kMaskBits & 1", "& 1", MASKS),
+    Mutation("simt_gemm.cuh", "__syncthreads();  // the tile is in memory", "//", MASKS),
+    Mutation("layer_backward.cuh", "at < bytes;", "at + 16 < bytes;", MASKS),
+    Mutation("chain_forward.cuh", "kMaskBits); walk.row < rows;", "kMaskBits); walk.row < kStrip;", MASKS),
+    Mutation("epilogue.cuh", "if (bits) return load_mask<T>(saved, at, out);", "", MASKS),
+    Mutation("chain.cu", "p.layers == 1 && p.layer[0].mask;", "false;", MASKS),
+    # the chain and the losses
+    Mutation("chain_forward.cuh", "__syncwarp();  // before the strip is loaded again", "", CHAIN),
+    Mutation("chain_backward.cuh", "__syncthreads();  // dz and input are there, and `free` is", "", CHAIN),
+    Mutation("rows.cuh", "const int left = row < rows ?", "const int left = row <= rows ?", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // these rows are there", "// these rows are there", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // dz is made", "", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // z is there", "", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // the place is free", "", CHAIN),
+    Mutation("layer_backward.cuh", "__syncthreads();  // they are there", "", CHAIN),
+    Mutation("layer_backward.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();", CHAIN),
+    Mutation("layer_backward.cuh", "share_begin = sharer * share;", "share_begin = 0 * share;", CHAIN),
+    Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
+    Mutation("losses.cuh", "} else if (index != p.ignore_index) {", "} else {", LOSSES),
+    # a layer and its loss
+    Mutation("losses.cuh", "double{target_logit}", "double{widen(logits.row[index * logits.stride])}", LINEAR),
+    Mutation("losses.cuh", "static_cast<const A*>(p.row_grad)[row]", "static_cast<const A*>(p.row_grad)[0]", LINEAR),
+    Mutation("epilogue.cuh", "p.store == Store::added, acc", "false, acc", LINEAR),
+    Mutation("linear_cross_entropy_cuda.cpp", "p.counted = m;", "p.counted = 0;", LINEAR),
+    # the host code in front of the kernels
+    Mutation("cuda/layer.cpp", ": saves_output(c.act.kind) ? p.layer.h : p.layer.z)", ": p.layer.h)", OPS),
+    Mutation("cuda/layer.cpp", "p.gate_act = below->act;", "", OPS),
+    Mutation("cuda/layer.cpp", "if (narrow_weight) need_weight = false,", "if (narrow_weight)", OPS),
+]
+
+
+def survives(mutation: Mutation) -> bool:
+    files = [*FILES[mutation.tests], library.ROUTE, "entry_route.cpp", "entry_guarded.cpp"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"tests/emulation/{mutation.tests}",
+    ]
+    environment = os.environ | {library.MUTATION: json.dumps([*mutation[:3], files])}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # A test must have failed, or, below 0, a check of tests/emulation/cuda have ended the process.
+    broken = any(sign in run.stdout for sign in ("CalledProcessError", "undefined symbol", "AssertionError: '"))
+    if broken or run.returncode > 1:
+        raise RuntimeError(f"{mutation.file}: the mutation did not compile, or the tests did not run:\n{run.stdout}")
+    return run.returncode == 0
+
+
+def main(chosen: list[str]) -> int:
+    alive = 0
+    for number, mutation in enumerate(MUTATIONS):
+        if chosen and str(number) not in chosen and mutation.file not in chosen:
+            continue
+        lives = survives(mutation)
+        alive += lives
+        where = f"{mutation.file}: {mutation.old.splitlines()[0].strip()}"
+        print(f"{number:2}  {'LIVES' if lives else 'caught'}  {where}", flush=True)
+    return min(alive, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

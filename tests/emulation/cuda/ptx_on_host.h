@@ -1,0 +1,106 @@
+// csrc/kernels/cuda/ptx.cuh in C++: each function does what the PTX manual says of its instruction.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cuda_runtime.h"
+
+namespace dlk::cuda {
+
+inline unsigned char* dynamic_shared() { return cuda_emulation::dynamic_shared.data; }
+
+inline void check_aligned(const void* p, const char* what, int to = 16) {
+  if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(to)) cuda_emulation::die(what);
+}
+
+// Until the thread waits for it, the destination holds NaN's bits: who reads too early sees them.
+inline void cp_async(void* shared, const void* global, int bytes, int size) {
+  check_aligned(shared, "cp.async to an address that is not aligned to its size", size);
+  check_aligned(global, "cp.async from an address that is not aligned to its size", size);
+  std::memset(shared, 0xff, static_cast<size_t>(size));
+  cuda_emulation::current->open.push_back({shared, global, bytes, size});
+}
+inline void cp_async_16(void* shared, const void* global, int bytes) { cp_async(shared, global, bytes, 16); }
+inline void cp_async_4(void* shared, const void* global, int bytes) { cp_async(shared, global, bytes, 4); }
+inline void cp_async_commit() {
+  auto* fiber = cuda_emulation::current;
+  fiber->groups.push_back(std::move(fiber->open));
+  fiber->open.clear();
+}
+template <int kPending>
+void cp_async_wait() {
+  auto& groups = cuda_emulation::current->groups;
+  while (groups.size() > kPending) {
+    for (const cuda_emulation::Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, static_cast<size_t>(copy.size));
+      std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  check_aligned(row, "ldmatrix from an address that is not 16-byte aligned");
+  const auto rows = cuda_emulation::exchange(row, "ldmatrix");
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned q = 0; q < 4; ++q)
+    std::memcpy(&r[q], static_cast<const unsigned char*>(rows[q * 8 + lane / 4]) + lane % 4 * 4, 4);
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  check_aligned(row, "ldmatrix from an address that is not 16-byte aligned");
+  const auto rows = cuda_emulation::exchange(row, "ldmatrix.trans");
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned q = 0; q < 4; ++q) {
+    uint16_t low, high;
+    std::memcpy(&low, static_cast<const unsigned char*>(rows[q * 8 + lane % 4 * 2]) + lane / 4 * 2, 2);
+    std::memcpy(&high, static_cast<const unsigned char*>(rows[q * 8 + lane % 4 * 2 + 1]) + lane / 4 * 2, 2);
+    r[q] = low | uint32_t{high} << 16;
+  }
+}
+
+inline uint32_t round_to_tf32(uint32_t f32) {
+  const bool finite = (f32 >> 23 & 0xff) != 0xff;
+  return finite ? (f32 + 0x1000) & ~0x1fffu : f32;  // half a unit of the last of 10 bits, added to the magnitude
+}
+
+// The k-th of the elements that a register holds.
+inline float element(uint32_t r, unsigned k, Bf16) { return widen(Bf16{static_cast<uint16_t>(r >> 16 * k)}); }
+inline float element(uint32_t r, unsigned k, F16) {
+  const auto bits = static_cast<uint16_t>(r >> 16 * k);
+  F16 v;
+  std::memcpy(&v, &bits, 2);
+  return widen(v);
+}
+inline float element(uint32_t r, unsigned, float) {
+  r &= ~0x1fffu;  // tensor cores do not read a tf32's low bits
+  float v;
+  std::memcpy(&v, &r, 4);
+  return v;
+}
+
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
+  constexpr unsigned kElements = 4 / sizeof(T);  // of a register
+  struct Operands {
+    float a[4][kElements], b[2][kElements];
+  } mine;
+  for (unsigned e = 0; e < kElements; ++e) {
+    for (unsigned r = 0; r < 4; ++r) mine.a[r][e] = element(a[r], e, T{});
+    for (unsigned r = 0; r < 2; ++r) mine.b[r][e] = element(b[r], e, T{});
+  }
+  const auto all = cuda_emulation::exchange(mine, "mma");
+  const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  double sum[4] = {d[0], d[1], d[2], d[3]};
+  for (unsigned k = 0; k < 4; ++k) {  // registers along k; each holds elements k and, in its other half, k + 4
+    const Operands rows = all[g * 4 + k], cols[2] = {all[t * 8 + k], all[t * 8 + 4 + k]};
+    for (unsigned half = 0; half < 2; ++half)
+      for (unsigned e = 0; e < kElements; ++e)
+        for (unsigned i = 0; i < 4; ++i)  // of D[g + 8 (i / 2)][2t + i % 2]
+          sum[i] += double{rows.a[i / 2 + half * 2][e]} * double{cols[i % 2].b[half][e]};
+  }
+  for (unsigned i = 0; i < 4; ++i) d[i] = static_cast<float>(sum[i]);
+}
+
+}  // namespace dlk::cuda

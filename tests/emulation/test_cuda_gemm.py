@@ -1,0 +1,342 @@
+"""The CUDA products' arithmetic, executed without a GPU (tests/emulation/cuda), against float64."""
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.emulation.cuda.library import (
+    DTYPES,
+    ILLEGAL_ADDRESS,
+    ROUTE,
+    Call,
+    accumulator,
+    assert_within,
+    compile_kernels,
+    tensor,
+)
+from tests.emulation.cuda.library import kernels as compiled_kernels
+from tests.emulation.cuda.mutations import MUTATIONS
+from tests.support.paths import CSRC
+
+SLOPE = 0.1
+# In the order of Act in csrc/kernels/params.h: the activation, and whether its gradient reads y (else z).
+ACTIVATIONS = {
+    "none": (lambda z: z, True),
+    "relu": (torch.relu, True),
+    "leaky_relu": (lambda z: F.leaky_relu(z, SLOPE), True),
+    "relu2": (lambda z: torch.relu(z) ** 2, False),
+    "gelu": (F.gelu, False),
+    "gelu_tanh": (lambda z: F.gelu(z, approximate="tanh"), False),
+    "silu": (F.silu, False),
+    "tanh": (torch.tanh, True),
+    "sigmoid": (torch.sigmoid, True),
+}
+# g · act'(·) from y, in float64
+GRADIENT_FROM_Y = {
+    "none": lambda g, y: g,
+    "relu": lambda g, y: torch.where(y > 0, g, 0.0),
+    "leaky_relu": lambda g, y: torch.where(y > 0, g, SLOPE * g),
+    "tanh": lambda g, y: g * (1 - y * y),
+    "sigmoid": lambda g, y: g * (1 - y) * y,
+}
+# A path and the dtypes it takes. Tensor cores (mma, and the side of a block's tile) round float32 operands to TF32.
+SIDES = {"simt": 0, "mma64": 64, "mma128": 128}
+PATHS = [(path, dtype) for path in SIDES for dtype in DTYPES[path != "simt" :]]
+# The large tile shares its epilogue with the small one: two activations, one of y and one of z, reach all of it.
+OF_PATHS_AND_ACTIVATIONS = pytest.mark.parametrize(
+    ("path", "dtype", "act"),
+    [(p, d, a) for p, d in PATHS for a in ACTIVATIONS if p != "mma128" or a in ("relu", "gelu")],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
+OF_PATHS = pytest.mark.parametrize(("path", "dtype"), PATHS, ids=[f"{p}-{str(d)[6:]}" for p, d in PATHS])
+# the last three are whole tiles of 16-byte rows, which the tensor-core kernels bring asynchronously
+SHAPES = [(1, 1, 1), (7, 5, 3), (65, 63, 17), (130, 10, 40), (3, 129, 33), (64, 64, 32), (72, 136, 104), (16, 8, 160)]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return compiled_kernels()
+
+
+def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, gate=None, wants=(), splits=1, aligned=False):
+    """c = A · B (see csrc/kernels/params.h), and of "z", "row_sum", "column_sum", "mask" those in ``wants``; fresh,
+    guarded memory. ``saved`` and ``gate`` may be masks: uint8, of which ``saved`` comes as if of contiguous y,
+    transposed where A is."""
+    (m, k), n = a.shape, b.shape[1] if b is not None else 0
+    call = Call(kernels, aligned)
+    outputs = {"c": call.output(m, n, dtype=a.dtype)}
+    sizes = {"z": (m, n), "row_sum": (m,), "column_sum": (n,), "mask": (m, n // 8)}
+    dtypes = {"mask": torch.uint8}
+    outputs |= {name: call.output(*sizes[name], dtype=dtypes.get(name, a.dtype)) for name in wants}
+    null = (None, None)
+    partials, _ = call.output(max(splits * (m * n + m), -(-m // 32) * n), dtype=accumulator(a.dtype))
+    gate_saved, gate_act = gate or (None, "none")
+    status = kernels.gemm(
+        SIDES[path],
+        DTYPES.index(a.dtype),
+        *map(ctypes.c_int64, (m, n, k)),
+        *call.view(a),
+        *(call.view(saved) if not bits(saved) else bit_view(call, saved, a)),
+        *call.view(b),
+        list(ACTIVATIONS).index(act),
+        ctypes.c_double(SLOPE),
+        call.pointer(bias),
+        outputs["c"][0],
+        outputs.get("z", null)[0],
+        call.pointer(gate_saved),
+        list(ACTIVATIONS).index(gate_act),
+        outputs.get("row_sum", null)[0],
+        outputs.get("column_sum", null)[0],
+        splits,
+        partials,
+        outputs.get("mask", null)[0],
+        bits(saved),
+        bits(gate_saved),
+    )
+    assert status != ILLEGAL_ADDRESS, "touched memory beyond its operands"
+    assert status == 0
+    results = [t.clone() for _, t in outputs.values()]
+    return results if wants else results[0]
+
+
+def bits(saved):
+    return saved is not None and saved.dtype == torch.uint8
+
+
+def bit_view(call, mask, a):
+    """``mask`` [rows, features / 8] as the view of y that A, y's gradient or its transpose, has of it."""
+    features = mask.shape[1] * 8
+    strides = (features, 1) if a.shape[1] == features else (1, features)
+    return [call.pointer(mask), *map(ctypes.c_int64, strides)]
+
+
+def gradient(act, g, saved):
+    """What forward saved of pre-activations ``saved``, and the exact g · act'."""
+    function, saves_y = ACTIVATIONS[act]
+    if saves_y:
+        y = function(saved.double()).to(saved.dtype)
+        return y, GRADIENT_FROM_Y[act](g.double(), y.double())
+    z = saved.double().requires_grad_()
+    return saved, torch.autograd.grad(function(z), z, g.double())[0]
+
+
+def operand_eps(path, dtype, *, made=False):
+    """What rounding the operands costs: TF32 for float32 on tensor cores (two operands); dz, made there in 16 bits."""
+    if path == "simt":
+        return 0.0
+    return 2 * 2**-11 if dtype == torch.float32 else torch.finfo(dtype).eps * made
+
+
+@OF_PATHS_AND_ACTIVATIONS
+def test_forward(kernels, path, dtype, act):
+    function, _ = ACTIVATIONS[act]
+    for (m, n, k), with_bias in itertools.product(SHAPES, (True, False)):
+        x, weight = tensor(m, k, dtype=dtype), tensor(n, k, dtype=dtype, seed=1)
+        bias = tensor(n, dtype=dtype, seed=2) if with_bias else None
+        y, z = gemm(kernels, path, x, weight.T, act, bias=bias, wants=["z"])
+        want_z = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
+        scale = x.double().abs() @ weight.double().abs().T + (bias.double().abs() if with_bias else 0)
+        eps = operand_eps(path, dtype)
+        assert_within(z, want_z, scale, k, operand_eps=eps)
+        steepest = 2 * want_z.abs() + 2  # above |act'| between the exact and the computed z
+        assert_within(y, function(want_z), scale * steepest, k, operand_eps=eps)
+
+
+@OF_PATHS_AND_ACTIVATIONS
+def test_backward(kernels, path, dtype, act):
+    for m, n, k in SHAPES:
+        x, weight = tensor(m, k, dtype=dtype), tensor(n, k, dtype=dtype, seed=1)
+        g = tensor(m, n, dtype=dtype, seed=3)
+        saved, dz = gradient(act, g, tensor(m, n, dtype=dtype, seed=4))
+        margin = dz.abs() + g.double().abs()  # the activation's gradient cancels terms of the size of g
+        eps = operand_eps(path, dtype, made=True)
+        dx = gemm(kernels, path, g, weight, act, saved=saved)
+        assert_within(dx, dz @ weight.double(), margin @ weight.double().abs(), n, operand_eps=eps)
+        for splits in (1, 3):
+            dw, db = gemm(kernels, path, g.T, x, act, saved=saved.T, splits=splits, wants=["row_sum"])
+            assert_within(dw, dz.T @ x.double(), margin.T @ x.double().abs(), m, operand_eps=eps)
+            assert_within(db, dz.sum(0), margin.sum(0), m)
+
+
+@OF_PATHS_AND_ACTIVATIONS
+def test_mask_of_the_layer_below(kernels, path, dtype, act):
+    """dgrad of a chain: dx times the derivative of the layer below, and that layer's dbias."""
+    for m, n, k in SHAPES:
+        dz, weight = tensor(m, n, dtype=dtype), tensor(n, k, dtype=dtype, seed=1)
+        dx = dz.double() @ weight.double()
+        saved, want = gradient(act, dx, tensor(m, k, dtype=dtype, seed=2))
+        scale = dz.double().abs() @ weight.double().abs()
+        scale = scale * 3  # above |act'|
+        eps = operand_eps(path, dtype)
+        wants = ["column_sum"] if path != "simt" else []
+        got = gemm(kernels, path, dz, weight, gate=(saved, act), wants=wants)
+        assert_within(got[0] if wants else got, want, scale, n, operand_eps=eps)
+        if wants:
+            assert_within(got[1], want.sum(0), scale.sum(0), n + m, operand_eps=eps)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_row_sums_alone(kernels, splits):
+    g, y = tensor(70, 66, dtype=torch.float32), tensor(70, 66, dtype=torch.float32, seed=1).relu()
+    _, db = gemm(kernels, "simt", g.T, None, "relu", saved=y.T, splits=splits, wants=["row_sum"])
+    dz = torch.where(y > 0, g, 0.0).double()
+    assert_within(db, dz.sum(0), dz.abs().sum(0), 70)
+
+
+@OF_PATHS
+def test_epilogue_behind_slices_of_k(kernels, path, dtype):
+    x, weight, bias = (
+        tensor(40, 200, dtype=dtype),
+        tensor(24, 200, dtype=dtype, seed=1),
+        tensor(24, dtype=dtype, seed=2),
+    )
+    want = torch.relu(x.double() @ weight.double().T + bias.double())
+    scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    got = gemm(kernels, path, x, weight.T, "relu", bias=bias, splits=3)
+    assert_within(got, want, scale, 200, operand_eps=operand_eps(path, dtype))
+
+
+@OF_PATHS
+def test_strides(kernels, path, dtype):
+    x = tensor(20, 30, dtype=dtype)[::2, ::3]
+    weight = tensor(10, 7, dtype=dtype, seed=1).T
+    row = tensor(1, 10, dtype=dtype, seed=2)
+    aligned = tensor(16, 64, dtype=dtype, seed=3)[:, :40]
+    pairs = [
+        (x, weight),
+        (row.expand(9, 10), weight),
+        (x, row.expand(4, 10)),
+        (aligned, aligned),
+        (x.T, weight.T[:, :10]),
+    ]
+    for a, w in pairs:
+        a, b = (a, w.T) if a.shape[1] == w.shape[1] else (a, w)
+        got = gemm(kernels, path, a, b)
+        scale = a.double().abs() @ b.double().abs()
+        assert_within(got, a.double() @ b.double(), scale, a.shape[1], operand_eps=operand_eps(path, dtype))
+
+
+@OF_PATHS
+def test_several_tiles_and_slices(kernels, path, dtype):
+    m, n, k = 260, 200, 136
+    a, b = tensor(m, k, dtype=dtype), tensor(k, n, dtype=dtype, seed=1)
+    for splits in (1, 5):
+        got = gemm(kernels, path, a, b, splits=splits)
+        scale = a.double().abs() @ b.double().abs()
+        assert_within(got, a.double() @ b.double(), scale, k, operand_eps=operand_eps(path, dtype))
+
+
+@pytest.mark.parametrize("path", SIDES)
+def test_nothing_to_sum_is_zero(kernels, path):
+    bias = tensor(5, dtype=torch.float32)
+    y = gemm(kernels, path, torch.empty(3, 0), torch.empty(0, 5), "relu", bias=bias)
+    assert torch.equal(y, bias.relu().expand(3, 5))
+    dw, db = gemm(kernels, path, torch.empty(4, 0), torch.empty(0, 6), saved=torch.empty(4, 0), wants=["row_sum"])
+    assert torch.equal(dw, torch.zeros(4, 6))
+    assert torch.equal(db, torch.zeros(4))
+    assert gemm(kernels, path, torch.empty(0, 3), torch.empty(3, 5)).shape == (0, 5)
+
+
+@OF_PATHS
+def test_nan_and_zero_as_in_torch(kernels, path, dtype):
+    x = torch.tensor([[float("nan")], [float("inf")], [0.0], [-1.0]], dtype=dtype)
+    one = torch.ones(1, 1, dtype=dtype)
+    y = gemm(kernels, path, x, one, "relu")
+    assert torch.equal(y.isnan(), torch.relu(x).isnan())
+    assert torch.equal(y.nan_to_num(5.0), torch.relu(x).nan_to_num(5.0))
+    inf = float("inf")
+    dx = gemm(kernels, path, torch.full_like(x, inf), one, "relu", saved=y)
+    assert dx.flatten().tolist() == [inf, inf, 0.0, 0.0]  # a closed gate gives 0, even of an infinite gradient
+    dx = gemm(kernels, path, torch.full_like(x, inf), one, gate=(y, "relu"))
+    assert dx.flatten().tolist() == [inf, inf, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("path", SIDES)
+def test_same_bits_every_time(kernels, path):
+    dtype = torch.bfloat16 if path != "simt" else torch.float32
+    g, x = tensor(3000, 20, dtype=dtype), tensor(3000, 30, dtype=dtype, seed=1)
+    splits = kernels.gemm_splits(ctypes.c_int64(20), ctypes.c_int64(30), ctypes.c_int64(3000))
+    assert splits == 2
+    runs = [gemm(kernels, path, g.T, x, saved=g.T, splits=splits) for _ in range(3)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (64, 64, 65536), (10**6, 10, 3), (1, 0, 10**9), (2**40,) * 3])
+def test_splits_are_a_legal_grid(kernels, shape):
+    splits = kernels.gemm_splits(*map(ctypes.c_int64, shape))
+    assert 1 <= splits <= 512
+    assert splits == 1 or splits <= shape[2] // 1024
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_act_pass(kernels, dtype):
+    for (act, (function, _)), count in itertools.product(ACTIVATIONS.items(), (1, 31, 4096)):
+        z = tensor(count, dtype=dtype)
+        call = Call(kernels)
+        pointer, y = call.output(count, dtype=dtype)
+        arguments = (ctypes.c_int64(count), call.pointer(z), list(ACTIVATIONS).index(act), ctypes.c_double(SLOPE))
+        assert kernels.act_pass(DTYPES.index(dtype), *arguments, pointer, None) == 0
+        assert_within(y, function(z.double()), z.double().abs() + 1, 1)
+
+
+ROUTES = {
+    # op, (m, n, k), dtype, tf32, aligned, arch: path, where nothing was measured
+    (0, (0, 5, 5), "float32", 0, 1, 90): "simt",
+    (0, (256, 256, 784), "float32", 0, 1, 90): "simt",
+    (0, (256, 256, 784), "float32", 1, 1, 90): "mma",
+    (0, (4096, 3072, 768), "float32", 0, 1, 80): "cublas",
+    (1, (4096, 3072, 768), "float64", 1, 1, 80): "cublas",
+    (2, (256, 256, 784), "bfloat16", 0, 1, 80): "mma",
+    (2, (256, 10, 257), "float16", 0, 0, 90): "mma",
+    (0, (4096, 1001, 777), "bfloat16", 0, 0, 90): "cublas",
+    (0, (16384, 4096, 1024), "bfloat16", 0, 1, 90): "cublas",
+    (0, (16384, 4096, 1024), "bfloat16", 0, 1, 80): "mma",
+    (0, (65536, 128, 128), "bfloat16", 0, 1, 80): "chain",
+    (2, (7, 3, 128), "float16", 0, 0, 90): "chain",
+    (0, (65536, 128, 128), "float16", 0, 0, 90): "cublas",
+    (1, (65536, 128, 128), "float32", 0, 1, 90): "cublas",
+    (1, (65536, 128, 128), "float32", 1, 1, 90): "mma",
+}
+
+
+@pytest.mark.parametrize(("asked", "path"), ROUTES.items(), ids=str)
+def test_route_where_nothing_was_measured(kernels, asked, path):
+    op, shape, dtype, tf32, aligned, arch = asked
+    index, narrow = DTYPES.index(getattr(torch, dtype)), max(shape[1:]) <= 128
+    taken = kernels.route(op, *map(ctypes.c_int64, shape), index, tf32, aligned, aligned, arch, 1, narrow)
+    assert taken.decode() == path
+
+
+def test_narrow_rows_of_odd_widths_are_read_as_one_run(kernels):
+    """Not 16 bytes at a time, but not an element at a time either."""
+    for in_rows, path in ((1, b"chain"), (0, b"cublas")):
+        assert kernels.route(0, *map(ctypes.c_int64, (65536, 64, 33)), 2, 0, 0, in_rows, 90, 1, 1) == path
+
+
+def test_hopper_off_is_said(kernels):
+    """Of products that its kernel takes, where the device and the build have it."""
+    shape = [*map(ctypes.c_int64, (256, 256, 784))]
+    for dtype, hopper, off in ((2, 1, True), (2, 0, False), (1, 1, False)):
+        why = kernels.route_why(0, *shape, dtype, 0, 1, 1, 90, hopper, 0).decode()
+        assert ("hopper_gemm is off" in why) == off, why
+
+
+def test_route_follows_the_measured_table():
+    row = "// dispatch:begin\n{90, DType::bf16, 8, 8, 9, Op::forward, Path::cublas},"
+    kernels = compile_kernels({"dispatch_table.inc": ("// dispatch:begin", row)}, files=[ROUTE, "entry_route.cpp"])
+    sizes = {(256, 256, 784): "cublas", (511, 300, 512): "cublas", (512, 256, 784): "mma", (256, 256, 1024): "mma"}
+    for shape, path in sizes.items():
+        assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 1, 90, 0, 0).decode() == path
+    assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 90, 0, 0) == b"mma"
+    assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 80, 0, 0) == b"mma"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.file)
+def test_a_mutation_finds_its_place(mutation):
+    """`make mutations` takes half an hour: that it still breaks what it means to is seen here."""
+    (file,) = (path for path in CSRC.rglob("*") if path.match(mutation.file))
+    assert file.read_text().count(mutation.old) == 1

@@ -1,0 +1,87 @@
+"""The CUDA ops, executed without a GPU (tests/emulation/cuda_ops): the tests that a GPU would run, on the CPU's
+tensors, by the CUDA kernels and the host code in front of them."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.emulation.cuda_ops import plugin
+from tests.support.paths import ROOT
+
+CHECKS, LOSS = "tests/emulation/cuda_ops/checks.py", "tests/ops/test_linear_cross_entropy.py"
+PATH, ROWS = "DLKERNELS_CUDA_GEMM", "DLKERNELS_LOSS_BLOCK_ROWS"
+
+# What is run, in processes of their own, the longest first: pytest's arguments, and the environment.
+RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "what-a-gpu-would-run": (
+        [
+            f"tests/ops/test_{name}.py"
+            for name in ("forward_backward", "masks", "mlp", "mlp_derivatives", "special_values", "promises")
+        ],
+        {},
+    ),
+    "loss-in-blocks": (
+        [
+            LOSS,
+            "-k",
+            "oracle and (mean or none) and plain or oracle and sum and smoothed or incoming or nothing or ignore",
+        ],
+        {ROWS: "50"},
+    ),
+    "loss-in-one-block": (
+        [LOSS, "-k", "oracle and mean and plain or gradcheck or subset or asked or leading or opcheck"],
+        {},
+    ),
+    "layers": ([CHECKS], {}),
+    "losses": (  # test_cuda_losses.py has their kernels
+        [
+            *(f"tests/ops/test_losses_{name}.py" for name in ("autograd", "cross_entropy")),
+            *("-k", "not indices and not probabilities and not same_bits"),
+        ],
+        {},
+    ),
+}
+# Every path, forced wherever it can be taken; elsewhere the dispatcher chooses another.
+for path in ("hopper", "cublas", "mma", "simt"):
+    RUNS[f"layers-{path}"] = [f"{CHECKS}::test_a_layer"], {PATH: path}
+    RUNS[f"masks-{path}"] = ["tests/ops/test_masks.py", "-k", "as_from_y or alone"], {PATH: path}
+for path in ("hopper", "cublas"):  # what a block of rows adds to dweight; the others are taken as it is
+    RUNS[f"loss-{path}"] = [LOSS, "-k", "oracle and mean and weighted"], {PATH: path, ROWS: "50"}
+RUNS["layers-chain"] = [f"{CHECKS}::test_a_layer", "-k", "float32"], {PATH: "chain"}  # by default 16 bits go that way
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return plugin.build(tmp_path_factory.mktemp("cuda_ops"))
+
+
+def run(library, arguments, environment) -> subprocess.CompletedProcess[str]:
+    """pytest with the plugin, on one core: kernels on the host have no use for more."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin.__name__, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", plugin.LIBRARY: str(library)} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def running(library, request):
+    """Those of RUNS that this session asks for, on all cores."""
+    chosen = {item.callspec.params["name"] for item in request.session.items if item.originalname == test_run.__name__}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run, library, *RUNS[name]) for name in RUNS if name in chosen}
+        pool.shutdown(cancel_futures=True)  # after a failure nobody asks for the rest
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run(running, name):
+    done = running[name].result()
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+
+
+def test_no_kernel_is_no_proof(library):
+    """The plugin fails a run in which nothing was launched."""
+    done = run(library, ["tests/ops/test_forward_backward.py::test_empty[cpu-(0, 0, 0)]"], {})
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "0 kernels were launched" in done.stdout

@@ -1,0 +1,224 @@
+"""The report says what is so: which layers come to a place, why others are left, what a call gains."""
+
+import re
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dlkernels import fuse, report
+from dlkernels.fusion import call
+from tests.fusion.fusable import Nested, X, made
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.fc2, self.act = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.n = 3
+
+    def project(self, x, *sizes):
+        return x
+
+
+def if_expression(self, x):
+    for i, layer in enumerate(self.layers):
+        x = F.relu(layer(x)) if i < self.n - 1 else layer(x)
+    return x
+
+
+def named_condition(self, x):
+    for layer in self.layers:
+        last = layer is self.layers[-1]
+        x = layer(x) if last else F.relu(layer(x))
+    return x
+
+
+def loop_left(self, x):
+    for i, layer in enumerate(self.layers):
+        if i == len(self.layers) - 1:
+            break
+        x = F.relu(layer(x))
+    return self.layers[-1](x)
+
+
+def round_skipped(self, x):
+    for i in range(3):
+        if i == 2:
+            x = self.layers[i](x)
+            continue
+        x = F.relu(self.layers[i](x))
+    return x
+
+
+def shorter_range(self, x):
+    for i in range(len(self.layers) - 1):
+        x = F.relu(self.layers[i](x))
+    return self.layers[-1](x)
+
+
+def depth_as_argument(self, x, depth=2):
+    for i, layer in enumerate(self.layers):
+        x = F.relu(layer(x)) if i < depth else layer(x)
+    return x
+
+
+def net(forward, base=Net):
+    return type(forward.__name__, (base,), {"forward": forward})().double()
+
+
+@pytest.mark.parametrize("forward", [if_expression, named_condition, loop_left, round_skipped, shorter_range])
+def test_the_last_layer_that_has_no_activation_is_not_called_fused(forward):
+    model = net(forward)
+    expected = model(X)
+    assert [s.path for s in report(fuse(model)).fused] == ["layers.0", "layers.1"], str(report(model))
+    torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_depends_on_the_call_is_open_until_example_inputs_show_it():
+    model = fuse(net(depth_as_argument))
+    assert [s.path for s in report(model).open] == ["layers.0", "layers.1", "layers.2"] and not report(model).fused
+    fuse(model, example_inputs=X)
+    rows = {s.path: (s.status, s.reached) for s in report(model) if s.path.startswith("layers")}
+    assert rows == {"layers.0": ("fused", True), "layers.1": ("fused", True), "layers.2": ("left", False)}
+
+
+def walrus(self, x):
+    return F.relu(h := self.fc(x)) if x is not None else h
+
+
+def walrus_before(self, x):
+    if (h := self.fc(x)) is not None:
+        h = F.relu(h)
+    return h
+
+
+def keyword(self, x):
+    return F.relu(input=self.fc(x))
+
+
+def several(self, x):
+    a, b = self.fc(x), self.fc2(x)
+    return F.relu(a) + F.relu(b)
+
+
+def tried(self, x):
+    try:
+        h = self.fc(x)
+        h = self.act(h)
+    finally:
+        pass
+    return h
+
+
+def another_block(self, x):
+    h = self.fc(x)
+    for _ in range(1):
+        h = self.act(h)
+    return h
+
+
+def activation_before(self, x):
+    x = self.act(x)
+    x = self.fc(x)
+    x = x + 1
+    return self.act(x)
+
+
+def by_name(self, x):
+    return F.relu(getattr(self, "fc" + "")(x))
+
+
+class Parent(Net):
+    def forward(self, x):
+        return F.relu(self.fc(x))
+
+
+def inherited(self, x):
+    return super(inherited_class, self).forward(x)
+
+
+inherited_class = type("inherited", (Parent,), {"forward": inherited})
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (net(walrus), "named by :="),
+        (net(walrus_before), "named by :="),
+        (net(keyword), "as a keyword argument"),
+        (net(several), "an assignment of several values"),
+        (net(tried), "in a try statement"),
+        (net(another_block), "used 2 times"),
+        (net(activation_before), "no activation takes its output"),
+        (net(by_name), "fuse does not see where it is called"),
+        (inherited_class(), "called by super()"),
+    ],
+    ids=lambda m: type(m).__name__ if isinstance(m, nn.Module) else "",
+)
+def test_an_activation_that_is_there_is_not_denied(model, why):
+    (site,) = [s for s in report(fuse(model)) if s.path == "fc"]
+    assert site.status == "left" and why in site.why, site
+
+
+class GELU(nn.Module):
+    def forward(self, x):
+        return F.gelu(x)
+
+
+def own_gelu(x):
+    return F.gelu(x)
+
+
+def of_a_function(self, x):
+    return own_gelu(self.fc(x))
+
+
+def of_a_method(self, x):
+    return self.project(self.fc(x))
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(6, 6), GELU()), net(of_a_function), net(of_a_method)])
+def test_an_activation_without_a_rule_is_not_one_without_a_kernel(model):
+    why = next(iter(report(fuse(model)))).why
+    assert "no rule for" in why and "register_fusion" in why and "no kernel" not in why
+
+
+def no_activations(self, x, size=6):
+    y = self.project(self.fc(x), -1, size) + F.relu(x.view(-1, size))
+    return y + x.new_tensor(self.fc2(x), size, 1, 2) if x is None else y
+
+
+def test_calls_that_are_no_activation_are_not_open():
+    model = net(no_activations)
+    table = report(fuse(model))
+    assert not table.open and not table.fused, str(table)
+    assert type(model).__name__ == "no_activations" and not hasattr(model, "_fused_plan"), "nothing was rewritten"
+
+
+def test_not_asked_for_is_said_of_what_was_not_asked_for():
+    model = made(Nested)
+    assert "fuse has not been called" in str(report(model))
+    assert "not asked for" in str(report(fuse(model, activations="tanh")))
+    weight = model.fc.weight
+    model.fc.weight = nn.Parameter(weight.detach().to(torch.complex64))
+    fuse(model)
+    model.fc.weight = weight
+    (site,) = report(model)
+    assert site.status == "left" and "call it again" in site.why
+    assert len(report(fuse(model)).fused) == 1
+
+
+def test_gain_counts_the_whole_call(monkeypatch):
+    model, real = made(Nested), call.decide
+
+    def slow(*args):
+        time.sleep(0.002)
+        return real(*args)
+
+    monkeypatch.setattr(call, "decide", slow)
+    gain = report(fuse(model, example_inputs=X)).fused[0].gain
+    assert gain < 0.5 and re.search(r"0\.\d\dx", str(report(model)))

@@ -1,0 +1,108 @@
+"""The activations themselves, element by element, in float32: weight = [[1]] makes z = x exactly.
+
+The oracle's rule, binade by binade: the largest error against float64 is at most twice stock torch's. Its unit is one
+rounding of the result and one of x carried through, eps/2 · (|f| + |x f'|): near a zero of f (silu's gradient has one)
+units in the last place of f would compare noise. Below the normal numbers it is the spacing of the subnormals.
+"""
+
+import pytest
+import torch
+
+from dlkernels import functional
+from dlkernels.testing.oracle import EXACT, STOCK
+
+
+def sweep():
+    """Every binade from the subnormals to 2^127, 257 numbers each, both signs; and what is special about exp and
+    tanh."""
+    exponents = torch.arange(-149, 128, dtype=torch.float64)
+    mantissas = torch.linspace(1, 2, 258, dtype=torch.float64)[:-1]
+    magnitudes = (2 ** exponents.unsqueeze(1) * mantissas).flatten()
+    around = torch.tensor(
+        [0.0, 0.63, 0.99999, 1.0, 4.0, 5.5, 8.9, 9.1, 17.0, 87.3, 88.0, 88.72, 89.0, 100.0, 103.9, 104.1]
+    )
+    dense = torch.linspace(0, 12, 40_001, dtype=torch.float64)
+    x = torch.cat([magnitudes, around.double(), dense]).float()
+    return torch.cat([x, -x]).unique()
+
+
+def errors(actual, exact, scale):
+    """Per element, in units. 0 where both overflow to the same infinity; inf where one is NaN or infinite alone."""
+    info = torch.finfo(torch.float32)
+    difference = (actual.double() - exact).abs() / (scale * (info.eps / 2) + info.smallest_normal * info.eps)
+    difference = difference.masked_fill(actual == exact.float(), 0.0)  # also two infinities
+    return difference.nan_to_num(nan=float("inf"))
+
+
+def derivatives(f, x):
+    """f, f' and f'' at x, computed where x is."""
+    x = x.detach().requires_grad_()
+    y = f(x)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    second = (
+        torch.autograd.grad(first.sum(), x, materialize_grads=True)[0]
+        if first.requires_grad
+        else torch.zeros_like(first)
+    )
+    return [t.detach().cpu() for t in (y, first, second)]
+
+
+def largest_per_binade(error, x):
+    binade = x.double().abs().clamp(min=2.0**-149).log2().floor().long() + 149
+    binade = binade * 2 + (x < 0)  # the signs apart: one side of gelu and silu decays
+    return torch.zeros(2 * 278, dtype=torch.float64).scatter_reduce(0, binade, error, "amax")
+
+
+@pytest.mark.parametrize("activation", STOCK)
+def test_error_in_every_binade(activation, device):
+    x = sweep()
+    one = torch.ones(1, 1, device=device)
+    ours = derivatives(lambda x: functional.linear_act(x[:, None], one, None, activation)[:, 0], x.to(device))
+    stock = derivatives(STOCK[activation], x.to(device))
+    f, first, second = derivatives(EXACT[activation], x.double())
+    for what, order, exact, slope in (("value", 0, f, first), ("gradient", 1, first, second)):
+        scale = exact.abs() + (x.double() * slope).abs()
+        sound = scale.isfinite()  # float64's own formulas give NaN for some huge x: nothing to measure against
+        assert sound.sum() > 0.75 * len(x)
+        mine, allowed = (
+            largest_per_binade(errors(r[order][sound], exact[sound], scale[sound]), x[sound]) for r in (ours, stock)
+        )
+        worse = mine / (2 * allowed.clamp(min=1.0))
+        worse[allowed.isinf()] = 0.0  # stock overflows or gives NaN too early
+        at = worse.argmax().item()
+        assert worse[at] <= 1, (
+            f"{what}, |x| in [2^{at // 2 - 149}, 2^{at // 2 - 148}), x {'<' if at % 2 else '>'} 0: "
+            f"error {mine[at]:.3g} units, stock's is {allowed[at]:.3g}"
+        )
+
+
+def test_gelu_in_its_left_tail(device):
+    """A few rounding errors, also where stock's 1 + erf(z) cancels to nothing."""
+    x = -torch.linspace(0, 12.8, 100_001)
+    one = torch.ones(1, 1, device=device)
+    ours = derivatives(lambda x: functional.linear_act(x[:, None], one, None, "gelu")[:, 0], x.to(device))
+    f, first, second = derivatives(EXACT["gelu"], x.double())
+    for mine, exact, slope in ((ours[0], f, first), (ours[1], first, second)):
+        assert errors(mine, exact, exact.abs() + (x.double() * slope).abs()).max() < 8
+
+
+@pytest.mark.parametrize("activation", STOCK)
+def test_infinities(activation, device):
+    """Against the formulas' limits, where float64 stock has them."""
+    x = torch.tensor([float("inf"), float("-inf")])
+    y = functional.linear_act(x[:, None].to(device), torch.ones(1, 1, device=device), None, activation)[:, 0].cpu()
+    exact = STOCK[activation](x.double())
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert torch.equal(y.nan_to_num(), exact.float().nan_to_num())
+
+
+@pytest.mark.parametrize("activation", STOCK)
+def test_no_subnormal_where_stock_has_zero(activation):
+    """In float32 a product that reads subnormal numbers is many times as slow; GELU's tail once had them."""
+    x = torch.linspace(-130, 130, 520_001)
+    one = torch.ones(1, 1)
+    ours = derivatives(lambda x: functional.linear_act(x[:, None], one, None, activation)[:, 0], x)
+    stock = derivatives(STOCK[activation], x)
+    for mine, theirs in list(zip(ours, stock, strict=True))[:2]:
+        subnormal = (mine != 0) & (mine.abs() < torch.finfo(torch.float32).smallest_normal)
+        assert not (subnormal & (theirs == 0)).any()

@@ -1,0 +1,128 @@
+"""explain() tells the truth: about the instruction set, the path, and why."""
+
+import json
+from itertools import pairwise, product
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dlkernels import _C, functional
+from tests.support.subprocess_utils import python
+
+
+def paths(x, weight):
+    return {row.op: row.path for row in functional.explain(x, weight)}
+
+
+def layer(m, n, k, dtype=torch.float32):
+    return torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+
+
+def library_products(x, weight):
+    """How many products torch's own GEMM did in forward and in backward."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    counts, results = [], []
+    for step in (
+        lambda: functional.linear_relu(x, weight),
+        lambda: torch.autograd.grad(results[0].sum(), (x, weight)),
+    ):
+        with profile(activities=[ProfilerActivity.CPU]) as prof:
+            results.append(step())
+        counts.append(sum(e.count for e in prof.key_averages() if e.key in ("aten::mm", "aten::addmm")))
+    return tuple(counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64, 64), (8, 70, 100), (20, 70, 100), (40, 50, 30), (300, 64, 64)], ids=str)
+def test_path_is_the_one_taken(shape, dtype):
+    """Where it says aten torch's GEMM runs, and nowhere else."""
+    x, weight = layer(*shape, dtype)
+    told = paths(x, weight)
+    expected = (int(told["forward"] == "aten"), sum(told[op] == "aten" for op in ("dgrad", "wgrad")))
+    assert library_products(x, weight) == expected
+
+
+@pytest.mark.parametrize("shape", [*product((0, 3), repeat=3)], ids=str)
+def test_layers_of_nothing(shape):
+    """Planning divides by sizes: a division by 0 would end the process."""
+    code = "from dlkernels.functional import explain; import torch, sys; m, n, k = map(int, sys.argv[1:])\n"
+    code += "for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):\n"
+    code += "    print(*(row.op for row in explain(torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype))))"
+    assert python("-c", code, *map(str, shape)).splitlines() == ["forward dgrad wgrad"] * 4
+
+
+def test_rows_and_reasons():
+    for rows in (functional.explain(*layer(5, 100, 100)), functional.explain(*layer(500, 100, 100))):
+        assert [row.op for row in rows] == ["forward", "dgrad", "wgrad"]
+        for row in rows:
+            assert row.path in ("packed", "few_rows", "few_columns", "aten")
+            assert row.kernel == _C.cpu_kernels()["float32"]
+            assert len(row.why) > 10
+            assert row.splits >= 1
+    assert {row.path for row in functional.explain(*layer(1, 512, 512))} == {"few_rows"}
+    assert {row.path for row in functional.explain(*layer(512, 512, 512))} == {"packed"}
+    (_, _, wgrad) = functional.explain(*layer(65536, 64, 64))
+    assert wgrad.splits > 1, "a tall batch is cut"
+
+
+def test_a_batch_that_has_no_view_as_rows_is_copied_first():
+    """So that its own strides say nothing about the path."""
+    x = torch.randn(70, 3, 2).permute(2, 1, 0)
+    weight = torch.randn(9, 70)
+    assert x.stride(-1) != 1
+    assert functional.explain(x, weight) == functional.explain(x.contiguous(), weight)
+
+
+def test_strides_decide():
+    x, weight = layer(4, 100, 100)
+    assert paths(x, weight)["forward"] == "few_rows"
+    assert paths(x.t().contiguous().t(), weight)["forward"] == "packed"
+    assert paths(x, weight.t().contiguous().t())["dgrad"] == "packed"
+
+
+_ASK = """
+import dataclasses, json, torch
+from dlkernels import _C, functional
+rows = functional.explain(torch.ones(200, 64), torch.ones(50, 64))
+print(json.dumps([_C.cpu_kernels(), [dataclasses.asdict(r) for r in rows]]))
+"""
+
+
+def ask(**environment):
+    return json.loads(python("-c", _ASK, **environment))
+
+
+def test_library_gemm_on_request():
+    _, rows = ask(DLKERNELS_CPU_GEMM="aten")
+    assert {row["path"] for row in rows} == {"aten"}
+    assert all("DLKERNELS_CPU_GEMM=aten" in row["why"] for row in rows)
+
+
+def test_instruction_set_on_request():
+    kernels, rows = ask(DLKERNELS_CPU_ISA="portable", DLKERNELS_CPU_GEMM="own")
+    assert kernels["isa"] == "portable"
+    assert all("portable" in row["kernel"] and row["path"] == "packed" for row in rows)
+
+
+def test_explain_mlp_names_the_chain_where_it_runs():
+    def paths_of(m, sizes, **kind):
+        weights = [torch.randn(n, k, **kind) for k, n in pairwise(sizes)]
+        return [
+            {row.path for row in rows} for rows in functional.explain_mlp(torch.randn(m, sizes[0], **kind), weights)
+        ]
+
+    assert paths_of(4096, [64, 32, 10]) == [{"chain"}, {"chain"}]
+    assert paths_of(4096, [64, 128, 10], dtype=torch.bfloat16) == [{"chain"}, {"chain"}]
+    assert paths_of(300, [64, 32, 10]) == [{"packed"}, {"few_columns"}]
+    assert paths_of(4096, [784, 32, 10]) == [{"packed"}, {"few_columns"}]
+    assert paths_of(4096, [64, 32]) == [{"packed"}]
+    (rows,) = functional.explain_mlp(*(t := layer(300, 400, 500))[:1], t[1:])
+    assert rows == functional.explain(*t)
+    with pytest.raises(RuntimeError):
+        functional.explain_mlp(torch.randn(3, 4), [torch.randn(5, 4), torch.randn(6, 7)])
+
+
+def test_a_chain_of_no_layers_is_refused():
+    with pytest.raises(RuntimeError, match="mlp: expected at least one layer, got no weights"):
+        functional.explain_mlp(torch.randn(3, 4), [])

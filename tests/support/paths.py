@@ -1,0 +1,7 @@
+"""The folders of a checkout."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+EMULATION = ROOT / "tests" / "emulation"

@@ -1,0 +1,27 @@
+"""Code in a fresh interpreter: for what a process decides once (environment variables) or may not survive (a crash)."""
+
+import os
+import subprocess
+import sys
+
+from tests.support.paths import ROOT
+
+
+def python(*arguments: str, check: bool = True, timeout: float = 240, **environment: str) -> str:
+    """Standard output of ``python arguments`` in the checkout; variables of dlkernels are unset but for those given.
+
+    With ``check`` any exit status but 0 fails, and shows both outputs; without, both outputs are returned.
+    """
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("DLKERNELS_CPU_")}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if not check:
+        return done.stdout + done.stderr
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
