@@ -55,7 +55,8 @@ int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void
   p.splits = splits, p.partials = partials;
   p.mask = mask, p.gate_bits = gate_bits;
   p.tile = tile;
-  cuda_emulation::device.processors = 3;  // a block has several tiles in turn, and blocks have different numbers of them
+  cuda_emulation::device.processors =
+      3;  // a block has several tiles in turn, and blocks have different numbers of them
   *takes = dlk::cuda::hopper_takes(p);
   return dlk::cuda::hopper_gemm(p, nullptr);
 }
