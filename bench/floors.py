@@ -6,7 +6,7 @@ epilogue where a gradient is needed, backward reads it.
 
 * backward (a): one pass reads g and the mask and writes dz (and dbias), then the products dgrad and wgrad read dz. The
   least that separate products leave to a single layer. A narrow one that makes dx and dweight from one read of g
-  (the path "chain") moves less than (a) and (b) count, and may show more than 100 % of either.
+  (the path "fused_mlp") moves less than (a) and (b) count, and may show more than 100 % of either.
 * backward (b): g arrives as dz already, because the dgrad of the layer above has applied the mask in its epilogue; this
   layer's dgrad reads the mask of the layer below in the same way. Only a chain of layers can do that.
 """

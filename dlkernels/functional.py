@@ -210,9 +210,9 @@ class Explanation:
     ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` on CPU is "packed"
     (our blocked GEMM), "few_rows" (our kernels for small batches), "few_columns" (those for up to 16 out_features) or
     "aten" (torch's GEMM with our elementwise passes);
-    on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma), "cublas" (with our passes) or "chain"
+    on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma), "cublas" (with our passes) or "fused_mlp"
     (up to 128 features: the weight stays in shared memory, dgrad and wgrad are one kernel); of several layers, on both,
-    "chain" (a block of rows through all of them, see :func:`mlp`).
+    "fused_mlp" (a block of rows through all of them, see :func:`mlp`).
     ``kernel`` names dtype, tile and instruction set; ``splits`` is the number of slices its sum is cut in; ``threads``
     are the CPU's, 0 on CUDA.
     """
@@ -324,16 +324,17 @@ def explain_mlp(x: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[Explanation
     shapes, name = [(m, *w.shape) for w in weights], str(dtype).removeprefix("torch.")
     if x.is_cuda:
         with torch.cuda.device(x.device):
-            slices, kernel = _C.explain_chain_cuda(shapes, name), "chain, weights in shared memory"
+            slices, kernel = _C.explain_fused_mlp_cuda(shapes, name), "fused_mlp, weights in shared memory"
         why = "narrow layers: their weights fit in shared memory together"
     else:
-        slices, kernel = _C.explain_chain(shapes, name)
+        slices, kernel = _C.explain_fused_mlp(shapes, name)
         why = "narrow layers and many rows: a block of rows goes through all of them while it is in cache"
     if not slices:
         return tuple(layers)
     return tuple(
         tuple(
-            Explanation(row.op, "chain", kernel, slices if row.op == "wgrad" else 1, row.threads, why) for row in rows
+            Explanation(row.op, "fused_mlp", kernel, slices if row.op == "wgrad" else 1, row.threads, why)
+            for row in rows
         )
         for rows in layers
     )

@@ -3,11 +3,11 @@
 // A functor is written once against an `O` ("ops") that names a value type `O::T` - a scalar on CUDA, a vector
 // register on CPU - with `O::lit`, `O::exp`, `O::normal_exp`, `O::tanh`, `O::normal_cdf`. Comparisons and `?:` work on both.
 //
-//   saves_output  true: `grad` reads y;  false: `grad` reads the pre-activation z, which forward then stores
-//   gates         true: of y, `grad` reads no more than a bit, see `opens`: 1 and 0 may stand for it
-//   value(z)      act(z)
-//   grad(g, s)    g · act'(·), with s the saved y or z. A masked gradient is selected, not multiplied,
-//                 so that an infinite g times a closed gate is 0, as in torch.
+//   saves_output     true: `grad` reads y;  false: `grad` reads the pre-activation z, which forward then stores
+//   needs_sign_only  true: `grad` needs only one bit of y, `is_active`; 1 and 0 may be passed in place of y
+//   value(z)         act(z)
+//   grad(g, s)       g · act'(·), with s the saved y or z. A masked gradient is selected, not multiplied,
+//                    so that an infinite g through an inactive unit gives 0, as in torch.
 #pragma once
 
 #include "kernels/params.h"
@@ -15,7 +15,7 @@
 namespace dlk {
 
 struct Identity {
-  static constexpr bool saves_output = true, gates = false;
+  static constexpr bool saves_output = true, needs_sign_only = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z;
@@ -28,7 +28,7 @@ struct Identity {
 
 // max(z, 0); NaN stays NaN because every comparison with it is false. Gradient at 0 is 0.
 struct ReLU {
-  static constexpr bool saves_output = true, gates = true;
+  static constexpr bool saves_output = true, needs_sign_only = true;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z < O::lit(0) ? O::lit(0) : z;
@@ -41,7 +41,7 @@ struct ReLU {
 
 // z > 0 ? z : slope·z. For slope >= 0 (checked at the door) y > 0 exactly where z > 0, so y is enough.
 struct LeakyReLU {
-  static constexpr bool saves_output = true, gates = true;
+  static constexpr bool saves_output = true, needs_sign_only = true;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T slope) {
     return z > O::lit(0) ? z : z * slope;
@@ -54,7 +54,7 @@ struct LeakyReLU {
 
 // max(z, 0)², the squared ReLU of Primer (So et al., 2021).
 struct ReLU2 {
-  static constexpr bool saves_output = false, gates = false;
+  static constexpr bool saves_output = false, needs_sign_only = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     T r = z < O::lit(0) ? O::lit(0) : z;
@@ -68,7 +68,7 @@ struct ReLU2 {
 
 // z·Φ(z), Φ the normal distribution function (Hendrycks & Gimpel, 2016); gradient Φ(z) + z·φ(z).
 struct GELU {
-  static constexpr bool saves_output = false, gates = false;
+  static constexpr bool saves_output = false, needs_sign_only = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z * O::normal_cdf(z);
@@ -82,7 +82,7 @@ struct GELU {
 
 // The tanh form of GELU: z/2·(1 + tanh u), u = sqrt(2/π)·(z + 0.044715 z³).
 struct GELUTanh {
-  static constexpr bool saves_output = false, gates = false;
+  static constexpr bool saves_output = false, needs_sign_only = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return O::lit(0.5) * z * (O::lit(1) + O::tanh(inner<O>(z)));
@@ -101,7 +101,7 @@ struct GELUTanh {
 
 // z·σ(z); gradient σ(z)·(1 + z·(1 - σ(z))).
 struct SiLU {
-  static constexpr bool saves_output = false, gates = false;
+  static constexpr bool saves_output = false, needs_sign_only = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z / (O::lit(1) + O::exp(-z));
@@ -114,7 +114,7 @@ struct SiLU {
 };
 
 struct Tanh {
-  static constexpr bool saves_output = true, gates = false;
+  static constexpr bool saves_output = true, needs_sign_only = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return O::tanh(z);
@@ -126,7 +126,7 @@ struct Tanh {
 };
 
 struct Sigmoid {
-  static constexpr bool saves_output = true, gates = false;
+  static constexpr bool saves_output = true, needs_sign_only = false;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return O::lit(1) / (O::lit(1) + O::exp(-z));
@@ -163,13 +163,13 @@ inline bool saves_output(Act kind) {
   return with_activation(kind, [](auto act) { return decltype(act)::saves_output; });
 }
 
-inline bool gates(Act kind) {
-  return with_activation(kind, [](auto act) { return decltype(act)::gates; });
+inline bool needs_sign_only(Act kind) {
+  return with_activation(kind, [](auto act) { return decltype(act)::needs_sign_only; });
 }
 
-// The bit of y that stands for it, where the activation gates: whether the gradient of z is that of y.
+// Where needs_sign_only: the gradient passes through this y. A mask keeps this bit in place of y.
 template <class Functor, class O>
-DLK_HD bool opens(typename O::T y) {
+DLK_HD bool is_active(typename O::T y) {
   return Functor::template grad<O>(O::lit(1), y, O::lit(0)) != O::lit(0);
 }
 

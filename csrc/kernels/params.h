@@ -39,12 +39,12 @@ struct Activation {
   double slope;
 };
 
-// Where an activation gates (activation.h), a bit can stand for each element of y: byte i * n / 8 + j / 8 of a mask has that
-// of y[i, j] as bit j % 8. On CUDA, in 16 bits, where n is a multiple of 8.
+// A mask keeps one bit per element of y, for activations whose gradient needs_sign_only (activation.h): bit j % 8 of byte
+// i * n / 8 + j / 8 belongs to y[i, j]. Only on CUDA, in 16-bit dtypes, where n is a multiple of 8.
 constexpr int kMaskBits = 8;
 
-// Where a product goes: rounded to its dtype, as the accumulators it was made in, or added to accumulators that are there.
-enum class Store : int32_t { rounded, accumulators, added };
+// How a product is stored: cast to its dtype, uncast as accumulators (f32, f64 for f64), or accumulated into such.
+enum class OutputMode : int32_t { cast, uncast, accumulate };
 
 // The three products of one layer are one problem: C[m, n] = A[m, k] · B[k, n].
 //
@@ -57,16 +57,17 @@ enum class Store : int32_t { rounded, accumulators, added };
 struct Gemm {
   DType dtype;  // of every operand and output; accumulation is f32 (f64 for f64)
   int64_t m, n, k;
-  View a;            // A[i, p], or the incoming gradient g in A's orientation when `saved` is set
-  View saved;        // data == nullptr: A is plain
-  View b;            // B[p, j]
-  Activation act;    // of the epilogue (forward) or of dz (backward)
-  const void* bias;  // [n] contiguous, or nullptr
-  void* c;           // [m, n] contiguous
-  Store store;       // of c; other than rounded: on CPU no activation, and by gemm only; on CUDA no mask
-  void* z;           // [m, n] contiguous pre-activation, or nullptr
-  const void* gate;  // [m, n] contiguous: c is multiplied by gate_act'(gate), the layer below's mask; or nullptr
-  Activation gate_act;
+  View a;                  // A[i, p], or the incoming gradient g in A's orientation when `saved` is set
+  View saved;              // data == nullptr: A is plain
+  View b;                  // B[p, j]
+  Activation act;          // of the epilogue (forward) or of dz (backward)
+  const void* bias;        // [n] contiguous, or nullptr
+  void* c;                 // [m, n] contiguous
+  OutputMode output_mode;  // of c; other than cast: on CPU no activation, and by gemm only; on CUDA no mask
+  void* z;                 // [m, n] contiguous pre-activation, or nullptr
+  const void*
+      below_saved;  // [m, n] contiguous: c is multiplied by below_act'(below_saved), the layer below's mask; or nullptr
+  Activation below_act;
   void* row_sum;   // [m] row sums of A, or nullptr
   int splits;      // > 1: k is cut in this many slices, summed in order
   void* panels;    // scratch of panels_size() bytes, or nullptr: every task packs the B it needs
@@ -80,10 +81,10 @@ struct GradPass {
   View g;      // [m, n]
   View saved;  // [m, n]
   Activation act;
-  void* dz;        // [m, n] contiguous, or nullptr
-  void* dbias;     // [n], or nullptr
-  Store store;     // of dbias; not added
-  void* partials;  // slices(m) * n accumulators of the twin that runs it, f32 (f64 for f64), when dbias is set
+  void* dz;                // [m, n] contiguous, or nullptr
+  void* dbias;             // [n], or nullptr
+  OutputMode output_mode;  // of dbias; not accumulate
+  void* partials;          // slices(m) * n accumulators of the twin that runs it, f32 (f64 for f64), when dbias is set
 };
 
 // y = act(z), elementwise over count contiguous elements; behind a library's GEMM. z and y may be the same.
@@ -96,7 +97,7 @@ struct ActPass {
 
 // A chain of narrow layers, h[l+1] = act(h[l] · weightᵀ + bias), run block of rows by block of rows: what one layer hands
 // to the next is in cache, forward and backward.
-struct ChainLayer {
+struct FusedMlpLayer {
   int64_t n, k;
   View weight;       // [n, k]
   const void* bias;  // [n] contiguous, or nullptr
@@ -108,16 +109,17 @@ struct ChainLayer {
   void* mask;     // on CUDA: of h, likewise; backward reads it in place of h; or nullptr
 };
 
-struct Chain {
+struct FusedMlp {
   int64_t rows;
   int layers;
-  const ChainLayer* layer;
+  const FusedMlpLayer* layer;
   View x;       // [rows, layer[0].k]
   View grad_y;  // backward: of y
   void* dx;     // backward: [rows, layer[0].k] contiguous, or nullptr
   // backward: the rows are cut in this many slices, whose gradients of the parameters are summed in order
   int slices;
-  void* partials;  // slices * chain_parameters() accumulators, f32 (f64 for f64); on CUDA chain_partials() of them
+  void*
+      partials;  // slices * fused_mlp_parameters() accumulators, f32 (f64 for f64); on CUDA fused_mlp_partials() of them
 };
 
 }  // namespace dlk

@@ -96,13 +96,13 @@ std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weig
   return {shape, dtype};
 }
 
-Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
+Problem check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
                       double slope, Dtypes dtypes) {
   const auto [shape, dtype] = check_linear(x, weight, bias, kOp, dtypes);
   return {shape, dtype, check_activation(act, slope)};
 }
 
-Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
                        const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
                        bool need_x, bool need_weight, Dtypes dtypes, at::ScalarType x_dtype) {
   check_layout(grad_y, "grad_y", kOp);
@@ -141,13 +141,13 @@ Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
   return {shape, dtype, check_activation(act, slope)};
 }
 
-std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
+std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
                                const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope) {
   TORCH_CHECK(!weights.empty(), "mlp: expected at least one layer, got no weights");
   TORCH_CHECK(biases.size() == weights.size() && acts.size() == weights.size(),
               "mlp: expected one bias (or None) and one activation for each of ", weights.size(), " weights, got ",
               biases.size(), " and ", acts.size());
-  std::vector<Checked> layers;
+  std::vector<Problem> layers;
   layers.reserve(weights.size());
   check_layout(x, "x", "mlp");
   const DType dtype = dtype_of(x, "mlp");

@@ -12,7 +12,7 @@
 
 namespace dlk {
 
-struct Checked {
+struct Problem {
   Shape shape;
   DType dtype;  // of y
   Activation act;
@@ -21,15 +21,15 @@ struct Checked {
 // One for all tensors, or autocast's: x float32 or bfloat16, weight and bias float32, the rest bfloat16.
 enum class Dtypes { one, autocast };
 
-Checked check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
+Problem check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
                       double slope, Dtypes = Dtypes::one);
 // x may be absent without need_weight, weight without need_x; shape.k is 0 when both are. x_dtype: under autocast.
-Checked check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
                        const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
                        bool need_x, bool need_weight, Dtypes = Dtypes::one, at::ScalarType x_dtype = at::kFloat);
 
 // One per layer of a chain: x [..., K], weights[l] [N_l, K_l], biases[l] [N_l] or None, acts[l] an activation's code.
-std::vector<Checked> check_mlp(const at::Tensor& x, at::TensorList weights,
+std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
                                const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope);
 
 // The pieces of such checks, for the other ops; `op` begins the message.

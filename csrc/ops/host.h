@@ -52,12 +52,12 @@ struct Outputs {
 
 // The gradient of a layer's pre-activation: g · act'(saved), or g itself where `saved` is undefined. On CUDA
 // `saved` may be a mask, of uint8.
-struct Incoming {
+struct OutputGrad {
   at::Tensor g, saved;
 };
 
 // The layer below, whose act' the dgrad epilogue may apply on the way out, and whose dbias it may then sum.
-struct Gate {
+struct BackwardEpilogue {
   at::Tensor saved;
   Activation act;
   at::Tensor dbias;  // where defined: CUDA's epilogue fills it if it applies the mask and can

@@ -23,7 +23,7 @@ std::tuple<at::Tensor, at::Tensor> linear_act_forward_z_cpu(const at::Tensor& x,
 std::tuple<at::Tensor, at::Tensor> linear_act_forward_z_cuda(const at::Tensor& x, const at::Tensor& weight,
                                                              const OptionalTensor& bias, int64_t act, double slope);
 
-// The same, and beside it a bit for each element of y, uint8 [..., N / 8] (params.h), for activations that gate, in
+// The same, and beside it a bit for each element of y, uint8 [..., N / 8] (params.h), for activations that need only the sign of y, in
 // 16 bits and with N a multiple of 8; on CUDA only.
 std::tuple<at::Tensor, at::Tensor> linear_act_forward_mask_cuda(const at::Tensor& x, const at::Tensor& weight,
                                                                 const OptionalTensor& bias, int64_t act, double slope);

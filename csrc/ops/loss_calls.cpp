@@ -20,12 +20,12 @@ at::TensorOptions grad_options(const at::Tensor& t) { return t.options().dtype(a
 
 // How elementwise operands are walked through and how the results lie. Operands that fill memory alike are one run and
 // the results lie as they do; others are read by rows, and the results are contiguous.
-struct Walk {
+struct ElementOrder {
   int64_t rows, cols;
   bool flat;
   std::vector<int64_t> strides;  // of the results; empty: contiguous
 
-  explicit Walk(std::initializer_list<at::Tensor> operands) {
+  explicit ElementOrder(std::initializer_list<at::Tensor> operands) {
     const at::Tensor& input = *operands.begin();
     auto all = [&](auto&& f) {
       return std::all_of(operands.begin(), operands.end(), [&](const at::Tensor& t) { return !t.defined() || f(t); });
@@ -64,7 +64,7 @@ ElementwiseLossCall call_elementwise_loss(const char* op, const at::Tensor& inpu
   ElementwiseLossCall call{};
   call.reduction = check_reduction(reduction, op);
   call.dtype = check_elementwise_loss(input, target, var, op);
-  const Walk walk({input, target, var});
+  const ElementOrder walk({input, target, var});
   call.count = input.numel();
   call.each = walk.result(call.reduction == at::Reduction::None, input, input.options());
   call.grad_input = walk.result(need_input, input, grad_options(input));

@@ -17,9 +17,10 @@ struct Activations {
   explicit Activations(size_t layers) : h(layers), z(layers), mask(layers) {}
 };
 
-ChainLayer chain_layer(const Checked& layer, const at::Tensor& weight, const at::Tensor& h, const at::Tensor& z) {
+FusedMlpLayer fused_mlp_layer(const Problem& layer, const at::Tensor& weight, const at::Tensor& h,
+                              const at::Tensor& z) {
   auto data = [](const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
-  ChainLayer out{};
+  FusedMlpLayer out{};
   out.n = layer.shape.n, out.k = layer.shape.k;
   out.act = layer.act;
   if (weight.defined()) out.weight = view_of(weight);
@@ -27,8 +28,8 @@ ChainLayer chain_layer(const Checked& layer, const at::Tensor& weight, const at:
   return out;
 }
 
-Chain chain_of(const std::vector<ChainLayer>& layers, int64_t rows) {
-  Chain p{};
+FusedMlp fused_mlp_of(const std::vector<FusedMlpLayer>& layers, int64_t rows) {
+  FusedMlp p{};
   p.rows = rows;
   p.layers = static_cast<int>(layers.size());
   p.layer = layers.data();
@@ -40,37 +41,37 @@ Chain chain_of(const std::vector<ChainLayer>& layers, int64_t rows) {
 std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor& x, at::TensorList weights,
                                     const OptionalTensors& biases, at::IntArrayRef acts, double slope,
                                     at::IntArrayRef keep) {
-  const std::vector<Checked> layers = check_mlp(x, weights, biases, acts, slope);
+  const std::vector<Problem> layers = check_mlp(x, weights, biases, acts, slope);
   const c10::DeviceGuard device(x.device());
   const DType dtype = layers[0].dtype;
   const size_t count = layers.size();
   TORCH_CHECK(keep.empty() || keep.size() == count, "mlp: expected ", count, " entries in keep, or none, got ",
               keep.size());
   auto keeps = [&](size_t l, Keep what) { return !keep.empty() && (keep[l] & what) != 0; };
-  std::vector<ChainLayer> chain;
-  for (size_t l = 0; l < count; ++l) chain.push_back(chain_layer(layers[l], weights[l], {}, {}));
-  Chain p = chain_of(chain, layers[0].shape.m);
-  const bool as_chain = kernels.takes(p, dtype);
+  std::vector<FusedMlpLayer> chain;
+  for (size_t l = 0; l < count; ++l) chain.push_back(fused_mlp_layer(layers[l], weights[l], {}, {}));
+  FusedMlp p = fused_mlp_of(chain, layers[0].shape.m);
+  const bool as_fused_mlp = kernels.takes(p, dtype);
   Activations a(count);
   std::vector<at::Tensor> bias(count);
   for (size_t l = 0; l < count; ++l) {
     const int64_t n = layers[l].shape.n;
     auto make = [&] { return at::empty(resized_last(x, n), x.options()); };
     if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
-    if (keeps(l, kKeepH) || !as_chain || l + 1 == count) a.h[l] = make();
+    if (keeps(l, kKeepH) || !as_fused_mlp || l + 1 == count) a.h[l] = make();
     if (keeps(l, kKeepZ)) a.z[l] = make();
-    if (keeps(l, kKeepMask) && !as_chain && kernels.takes_mask(layers[l]))
+    if (keeps(l, kKeepMask) && !as_fused_mlp && kernels.takes_mask(layers[l]))
       a.mask[l] = at::empty(resized_last(x, n / kMaskBits), x.options().dtype(at::kByte));
   }
 
-  if (as_chain) {
+  if (as_fused_mlp) {
     for (size_t l = 0; l < count; ++l) {
-      chain[l] = chain_layer(layers[l], weights[l], a.h[l], a.z[l]);
+      chain[l] = fused_mlp_layer(layers[l], weights[l], a.h[l], a.z[l]);
       chain[l].bias = bias[l].defined() ? bias[l].const_data_ptr() : nullptr;
     }
     const at::Tensor x2 = as_rows(x);
     p.x = view_of(x2);
-    kernels.chain_forward(p, dtype);
+    kernels.fused_mlp_forward(p, dtype);
   } else {
     for (size_t l = 0; l < count; ++l)
       kernels.layer_forward(layers[l], l ? a.h[l - 1] : x, weights[l], bias[l], {a.h[l], a.z[l], a.mask[l]});
@@ -128,8 +129,8 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
     if (keep[l] & kKeepZ) a.z[l] = kept[next++].contiguous();
   if (y) a.h[count - 1] = y->contiguous();
 
-  // Checked from the top down, where a layer's outputs are known.
-  std::vector<Checked> layers(count);
+  // Problem from the top down, where a layer's outputs are known.
+  std::vector<Problem> layers(count);
   std::vector<at::Tensor> weight(count), input(count);
   Shape shape{rows_of(grad_y), 0, grad_y.size(-1)};
   for (size_t l = count; l-- > deepest;) {
@@ -158,15 +159,15 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
     if (a.mask[l].defined()) check_rows(a.mask[l], l, name, own.n / kMaskBits, true);
   }
 
-  std::vector<ChainLayer> chain;
-  for (size_t l = deepest; l < count; ++l) chain.push_back(chain_layer(layers[l], weight[l], a.h[l], a.z[l]));
-  Chain p = chain_of(chain, shape.m);
+  std::vector<FusedMlpLayer> chain;
+  for (size_t l = deepest; l < count; ++l) chain.push_back(fused_mlp_layer(layers[l], weight[l], a.h[l], a.z[l]));
+  FusedMlp p = fused_mlp_of(chain, shape.m);
   std::vector<at::Tensor> grads(needs.size());
   if (kernels.takes(p, dtype)) {
     const at::TensorOptions options = grad_y.options();
     auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = at::empty(sizes, options)).data_ptr(); };
     for (size_t l = deepest; l < count; ++l) {
-      ChainLayer& layer = chain[l - deepest];
+      FusedMlpLayer& layer = chain[l - deepest];
       if (need_weight(l)) layer.dweight = make(1 + l, {layer.n, layer.k});
       if (need_bias(l)) layer.dbias = make(1 + count + l, {layer.n});
     }
@@ -174,31 +175,31 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
     if (x2.defined()) p.x = view_of(x2);
     p.grad_y = view_of(g2);
     p.dx = need_x ? make(0, resized_last(grad_y, shape.k)) : nullptr;
-    kernels.chain_backward(p, dtype, grad_y);
+    kernels.fused_mlp_backward(p, dtype, grad_y);
   } else {
     auto saved_by = [&](size_t l) {
       if (a.mask[l].defined()) return a.mask[l];
       const Act kind = layers[l].act.kind;
       return kind == Act::none ? at::Tensor() : saves_output(kind) ? a.h[l] : a.z[l];
     };
-    Incoming in = {grad_y, saved_by(count - 1)};
+    OutputGrad in = {grad_y, saved_by(count - 1)};
     at::Tensor dbias_above;  // of this layer, summed by the dgrad of the layer above
     for (size_t l = count; l-- > deepest;) {
-      Gate gate;
+      BackwardEpilogue below_saved;
       if (l > deepest) {
-        gate = {saved_by(l - 1), layers[l - 1].act};
+        below_saved = {saved_by(l - 1), layers[l - 1].act};
         if (kernels.dgrad_sums_dbias && need_bias(l - 1))
-          gate.dbias = at::empty({layers[l - 1].shape.n}, grad_y.options());
+          below_saved.dbias = at::empty({layers[l - 1].shape.n}, grad_y.options());
       }
       const bool summed = dbias_above.defined();
       const auto [dx, dweight, dbias] =
           kernels.layer_backward(layers[l], in, input[l], weight[l], need_input(l), need_weight(l),
-                                 need_bias(l) && !summed, gate.saved.defined() ? &gate : nullptr);
+                                 need_bias(l) && !summed, below_saved.saved.defined() ? &below_saved : nullptr);
       grads[1 + l] = dweight;
       grads[1 + count + l] = summed ? dbias_above : dbias;
       if (l == 0) grads[0] = dx;
-      in = {dx, gate.applied ? at::Tensor() : gate.saved};
-      dbias_above = gate.summed ? gate.dbias : at::Tensor();
+      in = {dx, below_saved.applied ? at::Tensor() : below_saved.saved};
+      dbias_above = below_saved.summed ? below_saved.dbias : at::Tensor();
     }
   }
   std::vector<at::Tensor> out;

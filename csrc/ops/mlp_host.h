@@ -12,15 +12,15 @@ namespace dlk {
 struct MlpKernels {
   // The chain kernels: whether they take this chain (of rows, and every layer's sizes), forward, and backward, which brings
   // its own slices and partials. `like` is of the chain's dtype and on its device.
-  bool (*takes)(const Chain&, DType);
-  void (*chain_forward)(const Chain&, DType);
-  void (*chain_backward)(Chain, DType, const at::Tensor& like);
+  bool (*takes)(const FusedMlp&, DType);
+  void (*fused_mlp_forward)(const FusedMlp&, DType);
+  void (*fused_mlp_backward)(FusedMlp, DType, const at::Tensor& like);
   // One layer, see cpu/layer.h and cuda/layer.h.
-  void (*layer_forward)(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, Outputs);
-  Gradients (*layer_backward)(const Checked&, const Incoming&, const at::Tensor& x, const at::Tensor& weight,
-                              bool need_x, bool need_weight, bool need_bias, Gate* below);
-  bool dgrad_sums_dbias;               // layer_backward may fill Gate::dbias
-  bool (*takes_mask)(const Checked&);  // the layer's mask may stand for its y
+  void (*layer_forward)(const Problem&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, Outputs);
+  Gradients (*layer_backward)(const Problem&, const OutputGrad&, const at::Tensor& x, const at::Tensor& weight,
+                              bool need_x, bool need_weight, bool need_bias, BackwardEpilogue* below);
+  bool dgrad_sums_dbias;               // layer_backward may fill BackwardEpilogue::dbias
+  bool (*takes_mask)(const Problem&);  // the layer's mask may stand for its y
 };
 
 // The entry points of mlp.h.

@@ -73,7 +73,7 @@ bool cpu_autocast() { return dlk::cpu::autocast_kernels(); }
 py::dict cpu_kernels() {
   using dlk::DType;
   const dlk::cpu::Kernels& set = dlk::cpu::kernels();
-  auto ukernel = [&](DType dtype) { return set.engine[static_cast<int>(dtype)].ukernel; };
+  auto ukernel = [&](DType dtype) { return set.table[static_cast<int>(dtype)].ukernel; };
   py::dict d;
   d["isa"] = set.isa;
   d["float64"] = ukernel(DType::f64);
@@ -110,9 +110,7 @@ py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool
     row["path"] = cpu::name(route.path);
     const char* rounded = cpu::kernels().f32_in_bf16.ukernel;
     const bool rounds = in_bf16 && dtype == "float32" && route.path == cpu::Path::packed && rounded;
-    row["kernel"] = autocast ? cpu::kernels().autocast.ukernel
-                    : rounds ? rounded
-                             : cpu::kernels().engine[index].ukernel;
+    row["kernel"] = autocast ? cpu::kernels().autocast.ukernel : rounds ? rounded : cpu::kernels().table[index].ukernel;
     row["splits"] = sliced ? cpu::gemm_splits(n, k, m) : striped ? static_cast<int>(cpu::column_slices(m)) : 1;
     row["why"] = route.why;
     rows.append(row);
@@ -124,12 +122,12 @@ py::list explain(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool
 }
 
 // In how many slices of rows the chain kernels take layers of these [m, n, k], and their micro-kernel; 0: layer by layer.
-py::tuple explain_chain(const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
+py::tuple explain_fused_mlp(const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
   using namespace dlk;
   std::vector<Shape> shapes;
   for (const auto& [m, n, k] : layers) shapes.push_back({m, n, k});
   const int index = dtype_index(dtype);
-  return py::make_tuple(cpu::chain_slices(shapes, static_cast<DType>(index)), cpu::kernels().engine[index].ukernel);
+  return py::make_tuple(cpu::fused_mlp_slices(shapes, static_cast<DType>(index)), cpu::kernels().table[index].ukernel);
 }
 
 #ifdef DLKERNELS_CUDA
@@ -164,19 +162,19 @@ py::list explain_cuda(int64_t m, int64_t n, int64_t k, const std::string& dtype,
 
 // In how many slices of rows backward's chain kernels take layers of these [m, n, k] on the current device; 0: layer by
 // layer.
-int explain_chain_cuda(const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
+int explain_fused_mlp_cuda(const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
   using namespace dlk;
-  std::vector<ChainLayer> described;
+  std::vector<FusedMlpLayer> described;
   for (const auto& [m, n, k] : layers) {
     described.emplace_back();
     described.back().n = n, described.back().k = k;
   }
-  Chain p{};
+  FusedMlp p{};
   p.rows = layers.at(0)[0];
   p.layers = static_cast<int>(layers.size());
   p.layer = described.data();
   const DType type = static_cast<DType>(dtype_index(dtype));
-  return cuda::chain_takes(p, type) ? cuda::chain_slices(p, type) : 0;
+  return cuda::fused_mlp_takes(p, type) ? cuda::fused_mlp_slices(p, type) : 0;
 }
 #endif
 
@@ -192,15 +190,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain", &explain, "Which path each product of a layer takes on CPU, and why.", py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("dtype"), py::arg("x_contiguous"), py::arg("weight_contiguous"), py::arg("in_bf16"),
         py::arg("autocast"));
-  m.def("explain_chain", &explain_chain,
+  m.def("explain_fused_mlp", &explain_fused_mlp,
         "Slices and micro-kernel of the chain kernels for these layers; 0 slices: not.", py::arg("layers"),
         py::arg("dtype"));
 #ifdef DLKERNELS_CUDA
   m.def("explain_cuda", &explain_cuda, "Which path each product of a layer takes on CUDA, and why.", py::arg("m"),
         py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("x"), py::arg("weight"), py::arg("tf32"),
         py::arg("arch"));
-  m.def("explain_chain_cuda", &explain_chain_cuda, "Slices of the chain kernels for these layers; 0: not.",
+  m.def("explain_fused_mlp_cuda", &explain_fused_mlp_cuda, "Slices of the chain kernels for these layers; 0: not.",
         py::arg("layers"), py::arg("dtype"));
-  m.attr("cuda_paths") = py::make_tuple("simt", "mma", "hopper", "cublas", "chain");  // values of DLKERNELS_CUDA_GEMM
+  m.attr("cuda_paths") =
+      py::make_tuple("simt", "mma", "hopper", "cublas", "fused_mlp");  // values of DLKERNELS_CUDA_GEMM
 #endif
 }

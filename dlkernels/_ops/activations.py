@@ -22,7 +22,7 @@ class Activation:
     value: Callable[[Tensor, float], Tensor]
     first: Callable[[Tensor, float], Tensor]  # d y / d z
     bend: Callable[[Tensor, float], Tensor] | None  # d first / d saved; None: zero wherever it exists
-    gates: bool  # `first` reads of y no more than a bit, as in csrc/kernels/activation.h
+    needs_sign_only: bool  # `first` reads of y no more than a bit, as in csrc/kernels/activation.h
     closes: bool  # the gradient of z is 0 where what is saved is at most 0, even that of an infinite one of y
 
     def times_first(self, g: Tensor, s: Tensor, slope: float) -> Tensor:

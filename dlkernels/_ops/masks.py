@@ -24,7 +24,7 @@ def stand_for_y(act: Activation, x: Tensor, weight: Tensor) -> bool:
     what counts memory with them counts y.
     """
     return (
-        act.gates
+        act.needs_sign_only
         and not exporting()
         and x.device.type in DEVICES
         and x.dtype in (torch.bfloat16, torch.float16)

@@ -1,8 +1,8 @@
 """A chain of layers, h[l+1] = act_l(h[l] W_lᵀ + b_l), as one autograd Function.
 
 What it has over the layers one by one: dgrad's epilogue applies the mask of the layer below, and narrow layers take a
-block of rows through all of them while it is in cache (``csrc/kernels/cpu/mlp/chain.h``) or in shared memory
-(``csrc/kernels/cuda/mlp/chain.cuh``), forward and backward. Where the chain has no kernel (other devices than CPU and
+block of rows through all of them while it is in cache (``csrc/kernels/cpu/mlp/fused_mlp.h``) or in shared memory
+(``csrc/kernels/cuda/mlp/fused_mlp.cuh``), forward and backward. Where the chain has no kernel (other devices than CPU and
 CUDA, ``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by one: the same products in the same
 order. So they do under autocast where they read float32 parameters as they are (``autocast``), unless the chain is
 narrow.
@@ -68,7 +68,7 @@ def _plan(codes: tuple[int, ...], needs: tuple[bool, ...]) -> _Plan:
     keep = tuple(
         _H * (i < last and (need_weights[i + 1] or reads_h[i]))
         + _Z * (reached[i] and not act.saves_output)
-        + _MASK * (i < last and reached[i] and act.gates)
+        + _MASK * (i < last and reached[i] and act.needs_sign_only)
         for i, act in enumerate(acts)
     )
     hidden, z = (tuple(i for i in range(count) if keep[i] & what) for what in (_H, _Z))

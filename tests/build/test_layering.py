@@ -160,5 +160,5 @@ def test_saved_tensor_agrees():
     functor = dict(re.findall(r"case Act::(\w+): return f\((\w+)\{\}\)", header)) | {"none": "Identity"}
     for name, activation in ACTIVATIONS.items():
         body = header[header.index(f"struct {functor[name]} {{") :]
-        constants = re.search(r"saves_output = (\w+), gates = (\w+);", body).groups()
-        assert constants == tuple(str(c).lower() for c in (activation.saves_output, activation.gates)), name
+        constants = re.search(r"saves_output = (\w+), needs_sign_only = (\w+);", body).groups()
+        assert constants == tuple(str(c).lower() for c in (activation.saves_output, activation.needs_sign_only)), name

@@ -295,8 +295,8 @@ ROUTES = {
     (0, (4096, 1001, 777), "bfloat16", 0, 0, 90): "cublas",
     (0, (16384, 4096, 1024), "bfloat16", 0, 1, 90): "cublas",
     (0, (16384, 4096, 1024), "bfloat16", 0, 1, 80): "mma",
-    (0, (65536, 128, 128), "bfloat16", 0, 1, 80): "chain",
-    (2, (7, 3, 128), "float16", 0, 0, 90): "chain",
+    (0, (65536, 128, 128), "bfloat16", 0, 1, 80): "fused_mlp",
+    (2, (7, 3, 128), "float16", 0, 0, 90): "fused_mlp",
     (0, (65536, 128, 128), "float16", 0, 0, 90): "cublas",
     (1, (65536, 128, 128), "float32", 0, 1, 90): "cublas",
     (1, (65536, 128, 128), "float32", 1, 1, 90): "mma",
@@ -313,7 +313,7 @@ def test_route_where_nothing_was_measured(kernels, asked, path):
 
 def test_narrow_rows_of_odd_widths_are_read_as_one_run(kernels):
     """Not 16 bytes at a time, but not an element at a time either."""
-    for in_rows, path in ((1, b"chain"), (0, b"cublas")):
+    for in_rows, path in ((1, b"fused_mlp"), (0, b"cublas")):
         assert kernels.route(0, *map(ctypes.c_int64, (65536, 64, 33)), 2, 0, 0, in_rows, 90, 1, 1) == path
 
 

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from tests.emulation import test_cuda_chain as chain
+from tests.emulation import test_cuda_fused_mlp as chain
 from tests.emulation import test_cuda_grad_pass as grad_pass
 from tests.emulation import test_hopper as hopper
 from tests.emulation.cuda.library import DTYPES, Call, tensor

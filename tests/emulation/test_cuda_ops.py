@@ -50,7 +50,10 @@ for path in ("hopper", "cublas", "mma", "simt"):
     RUNS[f"masks-{path}"] = ["tests/ops/test_masks.py", "-k", "as_from_y or alone"], {PATH: path}
 for path in ("hopper", "cublas"):  # what a block of rows adds to dweight; the others are taken as it is
     RUNS[f"loss-{path}"] = [LOSS, "-k", "oracle and mean and weighted"], {PATH: path, ROWS: "50"}
-RUNS["layers-chain"] = [f"{CHECKS}::test_a_layer", "-k", "float32"], {PATH: "chain"}  # by default 16 bits go that way
+RUNS["layers-chain"] = (
+    [f"{CHECKS}::test_a_layer", "-k", "float32"],
+    {PATH: "fused_mlp"},
+)  # by default 16 bits go that way
 
 
 @pytest.fixture(scope="module")

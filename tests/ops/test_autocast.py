@@ -242,7 +242,9 @@ def test_explain_says_who_converts(dtype):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("hidden", "operator", "path"), [(300, "autocast_forward", "packed"), (32, "_mlp", "chain")])
+@pytest.mark.parametrize(
+    ("hidden", "operator", "path"), [(300, "autocast_forward", "packed"), (32, "_mlp", "fused_mlp")]
+)
 def test_chain_goes_by_layers_unless_it_is_narrow(hidden, operator, path):
     """The chain kernels want all of it in bfloat16; without them the layers are faster one by one."""
     x, weights = torch.randn(2100, 16), [torch.randn(hidden, 16), torch.randn(5, hidden)]

@@ -112,8 +112,8 @@ def test_explain_mlp_names_the_chain_where_it_runs():
             {row.path for row in rows} for rows in functional.explain_mlp(torch.randn(m, sizes[0], **kind), weights)
         ]
 
-    assert paths_of(4096, [64, 32, 10]) == [{"chain"}, {"chain"}]
-    assert paths_of(4096, [64, 128, 10], dtype=torch.bfloat16) == [{"chain"}, {"chain"}]
+    assert paths_of(4096, [64, 32, 10]) == [{"fused_mlp"}, {"fused_mlp"}]
+    assert paths_of(4096, [64, 128, 10], dtype=torch.bfloat16) == [{"fused_mlp"}, {"fused_mlp"}]
     assert paths_of(300, [64, 32, 10]) == [{"packed"}, {"few_columns"}]
     assert paths_of(4096, [784, 32, 10]) == [{"packed"}, {"few_columns"}]
     assert paths_of(4096, [64, 32]) == [{"packed"}]

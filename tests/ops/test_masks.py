@@ -86,7 +86,7 @@ def test_gates_are_activations_of_which_a_bit_is_enough(name):
     act = ACTIVATIONS[name]
     s = torch.linspace(-3, 3, 1001)
     two_values = len(act.first(s, SLOPE).unique()) == 2
-    assert act.gates == (act.saves_output and two_values)
+    assert act.needs_sign_only == (act.saves_output and two_values)
 
 
 # ---- in the kernels -------------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ struct Parallel {
   void (*run)(int64_t tasks, const void* context, void (*body)(const void* context, int64_t begin, int64_t end));
 };
 
-constexpr int kChainLayers = 16;
+constexpr int kFusedMlpLayers = 16;
 // Accumulators of one slice: per layer dweight and behind it dbias, in rows of whole registers of any instruction set.
-DLK_HD int64_t chain_pitch(int64_t features) { return (features + 15) / 16 * 16; }
-int64_t chain_parameters(const Chain&);
+DLK_HD int64_t fused_mlp_pitch(int64_t features) { return (features + 15) / 16 * 16; }
+int64_t fused_mlp_parameters(const FusedMlp&);
 
 // Where packing weight would cost more than it saves.
 constexpr int64_t kFewRowsForward = 32;
@@ -59,7 +59,7 @@ struct FewForward {
 };
 
 // The entry points for one element type.
-struct Engine {
+struct KernelTable {
   const char* ukernel;  // dtype, tile and ISA, as explain() prints it
   void (*act_pass)(const ActPass&, const Parallel&);
   PackedProduct packed;
@@ -71,10 +71,10 @@ struct Engine {
   void (*few_columns_forward)(const Gemm&, const Parallel&);
   void (*few_columns_backward)(const ColumnsBackward&, const Parallel&);
   void (*grad_pass)(const GradPass&, const Parallel&);
-  // Layers of at most chain_features in and out features.
-  int64_t chain_features;
-  void (*chain_forward)(const Chain&, const Parallel&);
-  void (*chain_backward)(const Chain&, const Parallel&);
+  // Layers of at most fused_mlp_features in and out features.
+  int64_t fused_mlp_features;
+  void (*fused_mlp_forward)(const FusedMlp&, const Parallel&);
+  void (*fused_mlp_backward)(const FusedMlp&, const Parallel&);
   Losses losses;
 };
 
@@ -107,7 +107,7 @@ struct Autocast {
 // One instruction set's engines, indexed by DType.
 struct Kernels {
   const char* isa;
-  Engine engine[4];
+  KernelTable table[4];
   InBf16 f32_in_bf16;
   Autocast autocast;
 };

@@ -14,10 +14,10 @@ namespace dlk::cuda {
 
 // Masks are 16-byte aligned.
 struct Gemm : dlk::Gemm {
-  void* mask;       // of c, or nullptr; c and bias are 16-byte aligned then
-  bool saved_bits;  // `saved` is a mask, and the view that of y which it stands for: its strides count bits
-  bool gate_bits;   // `gate` is a mask
-  // With a gate: [n] sums of c's columns, dbias of the layer below; or nullptr.
+  void* mask;          // of c, or nullptr; c and bias are 16-byte aligned then
+  bool saved_is_mask;  // `saved` is a mask, and the view that of y which it stands for: its strides count bits
+  bool below_is_mask;  // `below_saved` is a mask
+  // With below_saved: [n] sums of c's columns, dbias of the layer below; or nullptr.
   void* column_sum;
   int tile;  // tensor cores: side of a block's tile of C, 64 or 128; 0: by the size of C
 };
@@ -51,7 +51,7 @@ cudaError_t act_pass(DType dtype, const ActPass& p, cudaStream_t stream);
 int gemm_splits(int64_t m, int64_t n, int64_t k);
 
 struct GradPass : dlk::GradPass {
-  bool saved_bits;  // as in Gemm
+  bool saved_is_mask;  // as in Gemm
 };
 // dz and dbias in one pass. `saved` may be null for Act::none. `partials` holds grad_pass_partials() accumulators.
 cudaError_t grad_pass(const GradPass& p, cudaStream_t stream);
@@ -87,11 +87,11 @@ cudaError_t count_targets(const CrossEntropy& p, cudaStream_t stream);
 // A chain of layers of 1 to 128 features each, in bf16, fp16 or (exact, no TF32) fp32: where all weights fit in a block's
 // shared memory, and in backward a layer with blocks of its rows. How a chain is cut depends on its shape and on
 // the device, and on nothing else: the same inputs give the same bits.
-bool chain_takes(const Chain& p, DType dtype);
-cudaError_t chain_forward(const Chain& p, DType dtype, cudaStream_t stream);
+bool fused_mlp_takes(const FusedMlp& p, DType dtype);
+cudaError_t fused_mlp_forward(const FusedMlp& p, DType dtype, cudaStream_t stream);
 // Wants `slices` and `partials` of these sizes, the latter in f32. Takes a mask of a chain of one layer.
-int chain_slices(const Chain& p, DType dtype);
-int64_t chain_partials(const Chain& p, DType dtype);
-cudaError_t chain_backward(const Chain& p, DType dtype, cudaStream_t stream);
+int fused_mlp_slices(const FusedMlp& p, DType dtype);
+int64_t fused_mlp_partials(const FusedMlp& p, DType dtype);
+cudaError_t fused_mlp_backward(const FusedMlp& p, DType dtype, cudaStream_t stream);
 
 }  // namespace dlk::cuda

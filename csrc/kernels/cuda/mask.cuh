@@ -25,7 +25,7 @@ template <class Functor, class T>
 DLK_DEVICE bool opens_rounded(Acc<T> y) {
   T rounded;
   narrow(y, &rounded);
-  return opens<Functor, Ops<Acc<T>>>(widen(rounded));
+  return is_active<Functor, Ops<Acc<T>>>(widen(rounded));
 }
 
 // The byte of y[at ... at + 8), at a multiple of 8.

@@ -17,7 +17,7 @@ const cpu::AutocastLayer& kernels_for(at::ScalarType x) {
 
 at::Tensor forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t act, double slope,
                    at::Tensor* z) {
-  const Checked c = check_forward(x, weight, bias, act, slope, Dtypes::autocast);
+  const Problem c = check_forward(x, weight, bias, act, slope, Dtypes::autocast);
   const auto options = x.options().dtype(at::kBFloat16);
   at::Tensor y = at::empty(resized_last(x, c.shape.n), options);
   if (z) *z = at::empty(y.sizes(), options);
@@ -44,7 +44,7 @@ Gradients linear_act_autocast_backward_cpu(const at::Tensor& grad_y, const Optio
                                            const OptionalTensor& weight, const at::Tensor& saved,
                                            at::ScalarType x_dtype, int64_t act, double slope, bool need_x,
                                            bool need_weight, bool need_bias) {
-  const Checked c =
+  const Problem c =
       check_backward(grad_y, x, weight, saved, act, slope, need_x, need_weight, Dtypes::autocast, x_dtype);
   Gradients made = new_gradients(c.shape, grad_y, x_dtype, at::kFloat, need_x, need_weight, need_bias);
   cpu::layer_backward(c, {grad_y, saved}, x.value_or(at::Tensor()), weight.value_or(at::Tensor()), made, nullptr,

@@ -23,11 +23,11 @@ inline Parallel parallel_for_work(int64_t operations) {
           }};
 }
 
-inline const Engine& engine(DType dtype) { return kernels().engine[static_cast<int>(dtype)]; }
+inline const KernelTable& kernel_table(DType dtype) { return kernels().table[static_cast<int>(dtype)]; }
 
 inline const FewForward& few_forward(DType dtype, int64_t rows) {
-  const FewForward& tiles = engine(dtype).tiles_forward;
-  return tiles.run && rows >= tiles.least_rows ? tiles : engine(dtype).few_forward;
+  const FewForward& tiles = kernel_table(dtype).tiles_forward;
+  return tiles.run && rows >= tiles.least_rows ? tiles : kernel_table(dtype).few_forward;
 }
 
 // Whether torch lets f32 products run in bf16: set_float32_matmul_precision("medium"), torch.backends.mkldnn.
@@ -38,7 +38,7 @@ inline bool bf16_products_allowed() {
 inline const PackedProduct& packed_product(DType dtype) {
   const Kernels& set = kernels();
   const bool in_bf16 = dtype == DType::f32 && set.f32_in_bf16.ukernel && bf16_products_allowed();
-  return in_bf16 ? set.f32_in_bf16.packed : engine(dtype).packed;
+  return in_bf16 ? set.f32_in_bf16.packed : kernel_table(dtype).packed;
 }
 
 using dlk::accumulators;  // and of a dtype

@@ -13,7 +13,7 @@ namespace dlk::cpu {
 namespace {
 
 // The description that dgrad and wgrad share: A is dz, as [M, N].
-Gemm gradient_product(const Checked& c, const Incoming& in) {
+Gemm gradient_product(const Problem& c, const OutputGrad& in) {
   Gemm p{};
   p.dtype = c.dtype;
   p.a = view_of(in.g);
@@ -24,7 +24,7 @@ Gemm gradient_product(const Checked& c, const Incoming& in) {
   return p;
 }
 
-Path path_of(Op op, const Checked& c, bool contiguous, const AutocastLayer* autocast) {
+Path path_of(Op op, const Problem& c, bool contiguous, const AutocastLayer* autocast) {
   return (autocast ? autocast_route(op, c.shape, contiguous) : route(op, c.shape, c.dtype, contiguous)).path;
 }
 
@@ -42,26 +42,26 @@ void run_packed(const PackedProduct& product, Gemm p) {
   product.gemm(p, parallel);
 }
 
-void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& weight, at::Tensor& dx, Gate* below,
-           const AutocastLayer* autocast) {
+void dgrad(Path path, const Problem& c, const OutputGrad& in, const at::Tensor& weight, at::Tensor& dx,
+           BackwardEpilogue* below, const AutocastLayer* autocast) {
   const auto [m, n, k] = c.shape;
   Gemm p = gradient_product(c, in);
   p.m = m, p.n = k, p.k = n;
   p.b = view_of(weight);
   p.c = dx.data_ptr();
   if (path == Path::few_rows) {
-    const auto few_rows = autocast ? autocast->few_rows.dgrad : engine(c.dtype).few_dgrad;
+    const auto few_rows = autocast ? autocast->few_rows.dgrad : kernel_table(c.dtype).few_dgrad;
     return few_rows(p, parallel_for_work(m * n * k));
   }
   if (below) {
-    p.gate = below->saved.const_data_ptr();
-    p.gate_act = below->act;
+    p.below_saved = below->saved.const_data_ptr();
+    p.below_act = below->act;
     below->applied = true;
   }
   run_packed(autocast ? autocast->packed.dgrad : packed_product(c.dtype), p);
 }
 
-void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2, at::Tensor& dweight,
+void wgrad(Path path, const Problem& c, const OutputGrad& in, const at::Tensor& x2, at::Tensor& dweight,
            at::Tensor* dbias, const AutocastLayer* autocast) {
   const auto [m, n, k] = c.shape;
   Gemm p = gradient_product(c, in);
@@ -72,7 +72,7 @@ void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2
   p.c = dweight.data_ptr();
   p.row_sum = dbias ? dbias->data_ptr() : nullptr;
   if (path == Path::few_rows) {
-    const auto few_rows = autocast ? autocast->few_rows.wgrad : engine(c.dtype).few_wgrad;
+    const auto few_rows = autocast ? autocast->few_rows.wgrad : kernel_table(c.dtype).few_wgrad;
     return few_rows(p, parallel_for_work(m * n * k));
   }
   p.splits = gemm_splits(p.m, p.n, p.k);
@@ -80,7 +80,7 @@ void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2
 }
 
 // Those of the gradients that are given, from one pass over the rows.
-void few_columns_backward(const Checked& c, const Incoming& in, const at::Tensor& x2, const at::Tensor& weight,
+void few_columns_backward(const Problem& c, const OutputGrad& in, const at::Tensor& x2, const at::Tensor& weight,
                           at::Tensor* dx, at::Tensor* dweight, at::Tensor* dbias) {
   const auto [m, n, k] = c.shape;
   const Gemm described = gradient_product(c, in);
@@ -93,10 +93,10 @@ void few_columns_backward(const Checked& c, const Incoming& in, const at::Tensor
     partials = accumulators(column_slices(m) * n * (k + 1), c.dtype);
     p.partials = partials.data_ptr();
   }
-  engine(c.dtype).few_columns_backward(p, parallel_for_work(m * n * k));
+  kernel_table(c.dtype).few_columns_backward(p, parallel_for_work(m * n * k));
 }
 
-void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor* dbias, Store store) {
+void grad_pass(const Problem& c, const OutputGrad& in, at::Tensor* dz, at::Tensor* dbias, OutputMode output_mode) {
   const auto [m, n, k] = c.shape;
   at::Tensor partials;
   if (dbias) partials = accumulators(slices(m) * n, in.g);
@@ -109,9 +109,9 @@ void grad_pass(const Checked& c, const Incoming& in, at::Tensor* dz, at::Tensor*
                       described.act,
                       dz ? dz->data_ptr() : nullptr,
                       dbias ? dbias->data_ptr() : nullptr,
-                      store,
+                      output_mode,
                       dbias ? partials.data_ptr() : nullptr};
-  engine(c.dtype).grad_pass(p, parallel_for_work(m * n * 16));
+  kernel_table(c.dtype).grad_pass(p, parallel_for_work(m * n * 16));
 }
 
 }  // namespace
@@ -126,7 +126,7 @@ at::Tensor for_library(const at::Tensor& a) {
 
 void packed_gemm(Gemm p) { run_packed(packed_product(p.dtype), p); }
 
-void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+void layer_forward(const Problem& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                    at::Tensor& y, const at::Tensor* z, const AutocastLayer* autocast) {
   const auto [m, n, k] = c.shape;
   if (m == 0 || n == 0) return;
@@ -136,7 +136,7 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
     at::Tensor pre = (z ? *z : y).view({m, n});
     const at::Tensor a = for_library(x2);
     bias.defined() ? at::addmm_out(pre, bias, a, weight.t()) : at::mm_out(pre, a, weight.t());
-    engine(c.dtype).act_pass({m * n, pre.const_data_ptr(), c.act, y.data_ptr()}, parallel_for_work(m * n * 16));
+    kernel_table(c.dtype).act_pass({m * n, pre.const_data_ptr(), c.act, y.data_ptr()}, parallel_for_work(m * n * 16));
     return;
   }
   Gemm p{};
@@ -152,16 +152,16 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
     const auto few_rows = autocast ? autocast->few_rows.forward : few_forward(c.dtype, m).run;
     return few_rows(p, parallel_for_work(m * n * k));
   }
-  if (path == Path::few_columns) return engine(c.dtype).few_columns_forward(p, parallel_for_work(m * n * k));
+  if (path == Path::few_columns) return kernel_table(c.dtype).few_columns_forward(p, parallel_for_work(m * n * k));
   run_packed(autocast ? autocast->packed.forward : packed_product(c.dtype), p);
 }
 
-void layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
-                    Gradients& gradients, Gate* below, const AutocastLayer* autocast) {
+void layer_backward(const Problem& c, const OutputGrad& in, const at::Tensor& x, const at::Tensor& weight,
+                    Gradients& gradients, BackwardEpilogue* below, const AutocastLayer* autocast) {
   const auto [m, n, k] = c.shape;
   auto& [dx, dweight, dbias] = gradients;
   if (m == 0 || n == 0) return;
-  const Incoming rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
+  const OutputGrad rows = {as_rows(in.g), in.saved.defined() ? as_rows(in.saved) : at::Tensor()};
   const Path dx_path = path_of(Op::dgrad, c, weight.defined() && weight.stride(1) == 1, autocast);
   const at::Tensor x2 = dweight.defined() ? as_rows(x) : at::Tensor();
   const Path dw_path = path_of(Op::wgrad, c, x2.defined() && x2.stride(1) == 1, autocast);
@@ -177,7 +177,7 @@ void layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, c
     const bool keep = dx_by_aten || dw_by_aten;
     if (keep) dz = at::empty({m, n}, in.g.options());
     grad_pass(c, rows, keep ? &dz : nullptr, need_bias && !dbias_with_dw ? &dbias : nullptr,
-              autocast ? Store::accumulators : Store::rounded);
+              autocast ? OutputMode::uncast : OutputMode::cast);
     if (dx_by_aten) {
       at::Tensor out = dx.view({m, k});
       at::mm_out(out, for_library(dz), weight);

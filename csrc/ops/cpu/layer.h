@@ -12,20 +12,20 @@ void packed_gemm(Gemm p);
 
 // y = act(x · weightᵀ + bias), and z where it is given; bias contiguous or undefined. All of one dtype, but with the
 // kernels of autocast.
-void layer_forward(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& y,
+void layer_forward(const Problem&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& y,
                    const at::Tensor* z, const AutocastLayer* autocast);
 
 // Fills the gradients that are defined. x may be undefined without dweight, weight without dx.
-void layer_backward(const Checked&, const Incoming&, const at::Tensor& x, const at::Tensor& weight, Gradients&,
-                    Gate* below, const AutocastLayer* autocast);
+void layer_backward(const Problem&, const OutputGrad&, const at::Tensor& x, const at::Tensor& weight, Gradients&,
+                    BackwardEpilogue* below, const AutocastLayer* autocast);
 
 // As MlpKernels wants them.
-inline void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+inline void layer_forward(const Problem& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                           Outputs out) {
   layer_forward(c, x, weight, bias, out.y, out.z.defined() ? &out.z : nullptr, nullptr);
 }
-inline Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
-                                bool need_x, bool need_weight, bool need_bias, Gate* below = nullptr) {
+inline Gradients layer_backward(const Problem& c, const OutputGrad& in, const at::Tensor& x, const at::Tensor& weight,
+                                bool need_x, bool need_weight, bool need_bias, BackwardEpilogue* below = nullptr) {
   Gradients made = new_gradients(c.shape, in.g, need_x, need_weight, need_bias);
   layer_backward(c, in, x, weight, made, below, nullptr);
   return made;

@@ -50,13 +50,13 @@ bool by_aten(const Shape& block, DType dtype) {
   return dtype != DType::f16 && cpu::route(Op::forward, block, dtype, false).path == cpu::Path::aten;
 }
 
-// c = a · b + bias, or c += a · b; c as `store` says.
+// c = a · b + bias, or c += a · b; c as `output_mode` says.
 void product(bool aten, Op op, DType dtype, const at::Tensor& a, const at::Tensor& b, const at::Tensor& bias,
-             Store store, at::Tensor c) {
+             OutputMode output_mode, at::Tensor c) {
   if (c.numel() == 0) return;
   if (aten) {
     const at::Tensor left = op == Op::wgrad ? a : cpu::for_library(a);
-    if (store == Store::added)
+    if (output_mode == OutputMode::accumulate)
       c.add_(at::mm(left, b));
     else if (c.scalar_type() != a.scalar_type())
       c.copy_(at::mm(left, b));
@@ -71,7 +71,7 @@ void product(bool aten, Op op, DType dtype, const at::Tensor& a, const at::Tenso
   p.b = view_of(b);
   p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
   p.c = c.data_ptr();
-  p.store = store;
+  p.output_mode = output_mode;
   p.splits = op == Op::forward ? 1 : cpu::gemm_splits(p.m, p.n, p.k);
   cpu::packed_gemm(p);
 }
@@ -85,9 +85,9 @@ void add_column_sums(DType dtype, const at::Tensor& dlogits, const at::Tensor& d
   p.m = rows, p.n = classes;
   p.g = p.saved = view_of(dlogits);  // the identity's gradient reads no saved value
   p.dbias = sums.data_ptr();
-  p.store = Store::accumulators;
+  p.output_mode = OutputMode::uncast;
   p.partials = partials.data_ptr();
-  cpu::engine(dtype).grad_pass(p, parallel_for_work(rows * classes * 16));
+  cpu::kernel_table(dtype).grad_pass(p, parallel_for_work(rows * classes * 16));
   dbias.add_(sums);
 }
 
@@ -116,7 +116,7 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
   const double denominator = cpu::checked_denominator(call.indices, weights, classes, ignore_index, kOp);
   const double mean = reduction == at::Reduction::Mean ? denominator : 1;
   const bool rounds = dtype == DType::bf16 || dtype == DType::f16;
-  const Store store = dtype == DType::f16 ? Store::accumulators : Store::rounded;
+  const OutputMode output_mode = dtype == DType::f16 ? OutputMode::uncast : OutputMode::cast;
   at::Tensor each, dx, dweight, dbias, later_sum;
   if (reduction == at::Reduction::None) each = at::zeros(target.sizes(), options);
   std::vector<double> sums;
@@ -154,7 +154,7 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
     const int64_t n = std::min(block, m - first);
     const at::Tensor x_block = call.x.narrow(0, first, n);
     at::Tensor dz = dlogits.narrow(0, 0, n);
-    product(aten, Op::forward, dtype, x_block, weight.t(), call.bias, Store::accumulators, logits.narrow(0, 0, n));
+    product(aten, Op::forward, dtype, x_block, weight.t(), call.bias, OutputMode::uncast, logits.narrow(0, 0, n));
 
     p.inner = n;
     p.target = call.indices.const_data_ptr<int64_t>() + first;
@@ -163,15 +163,15 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
     const size_t before = sums.size();
     sums.resize(before + cpu::loss_slices(p));
     p.sums = sums.data() + before;
-    cpu::engine(aten ? dtype : acc_dtype).losses.cross_entropy(p, parallel_for_work(n * classes * 16));
+    cpu::kernel_table(aten ? dtype : acc_dtype).losses.cross_entropy(p, parallel_for_work(n * classes * 16));
 
     if (need_bias) add_column_sums(p.grad_dtype, dz, dbias);
     dz = dz.to(x.scalar_type());
-    if (need_x) product(aten, Op::dgrad, dtype, dz, weight, {}, store, dx.view({m, k}).narrow(0, first, n));
+    if (need_x) product(aten, Op::dgrad, dtype, dz, weight, {}, output_mode, dx.view({m, k}).narrow(0, first, n));
     if (!need_weight) continue;
     const bool later = later_sum.defined() && first >= kSumBlocks * block;
     const bool opens = later ? first % (kSumBlocks * block) == 0 : first == 0;
-    const Store sum = one_block ? store : opens ? Store::accumulators : Store::added;
+    const OutputMode sum = one_block ? output_mode : opens ? OutputMode::uncast : OutputMode::accumulate;
     product(aten, Op::wgrad, dtype, dz.t(), x_block, {}, sum, later ? later_sum : dweight);
     if (later && (first + n == m || (first + n) % (kSumBlocks * block) == 0)) dweight.add_(later_sum);
   }

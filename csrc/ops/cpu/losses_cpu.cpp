@@ -18,7 +18,7 @@ LossAndGrads elementwise_loss(const char* op, const at::Tensor& input, const at:
   std::vector<uint8_t> negative(sums.size());
   p.sums = sums.data(), p.negative = negative.data();
 
-  const cpu::Losses& losses = cpu::engine(call.dtype).losses;
+  const cpu::Losses& losses = cpu::kernel_table(call.dtype).losses;
   (var.defined() ? losses.gaussian_nll : losses.squared_error)(
       p, cpu::parallel_for_work(call.count * (var.defined() ? 32 : 4)));
   TORCH_CHECK_VALUE(std::count(negative.begin(), negative.end(), 1) == 0, "var has negative entry/entries");
@@ -55,7 +55,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   std::vector<double> sums(cpu::loss_slices(p));
   p.sums = sums.data();
   if (p.classes > 0)
-    cpu::engine(call.dtype).losses.cross_entropy(p, cpu::parallel_for_work(input.numel() * 16));
+    cpu::kernel_table(call.dtype).losses.cross_entropy(p, cpu::parallel_for_work(input.numel() * 16));
   else if (each.defined())
     each.zero_();
   if (each.defined()) each = each.to(input.scalar_type());

@@ -7,33 +7,33 @@
 namespace dlk {
 namespace {
 
-using cpu::engine;
+using cpu::kernel_table;
 
-int slices_of(const Chain& p, DType dtype) {
+int slices_of(const FusedMlp& p, DType dtype) {
   std::vector<Shape> shapes;
   for (int l = 0; l < p.layers; ++l) shapes.push_back({p.rows, p.layer[l].n, p.layer[l].k});
-  return cpu::chain_slices(shapes, dtype);
+  return cpu::fused_mlp_slices(shapes, dtype);
 }
 
-cpu::Parallel parallel_for(const Chain& p) {
+cpu::Parallel parallel_for(const FusedMlp& p) {
   int64_t multiplications = 0;
   for (int l = 0; l < p.layers; ++l) multiplications += p.rows * p.layer[l].n * p.layer[l].k;
   return cpu::parallel_for_work(multiplications);
 }
 
 const MlpKernels kKernels = {
-    [](const Chain& p, DType dtype) { return slices_of(p, dtype) > 0; },
-    [](const Chain& p, DType dtype) { engine(dtype).chain_forward(p, parallel_for(p)); },
-    [](Chain p, DType dtype, const at::Tensor& like) {
+    [](const FusedMlp& p, DType dtype) { return slices_of(p, dtype) > 0; },
+    [](const FusedMlp& p, DType dtype) { kernel_table(dtype).fused_mlp_forward(p, parallel_for(p)); },
+    [](FusedMlp p, DType dtype, const at::Tensor& like) {
       p.slices = slices_of(p, dtype);
-      const at::Tensor partials = accumulators(p.slices * cpu::chain_parameters(p), like);
+      const at::Tensor partials = accumulators(p.slices * cpu::fused_mlp_parameters(p), like);
       p.partials = partials.data_ptr();
-      engine(dtype).chain_backward(p, parallel_for(p));
+      kernel_table(dtype).fused_mlp_backward(p, parallel_for(p));
     },
     &cpu::layer_forward,
     &cpu::layer_backward,
     /*dgrad_sums_dbias=*/false,
-    /*takes_mask=*/[](const Checked&) { return false; },
+    /*takes_mask=*/[](const Problem&) { return false; },
 };
 
 }  // namespace

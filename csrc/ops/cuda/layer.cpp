@@ -26,14 +26,14 @@ cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 
 // What act' reads, of a Gemm or a GradPass: of mask bits the view of the y that they stand for.
 template <class P>
-void set_saved(P& p, const Checked& c, const Incoming& in) {
+void set_saved(P& p, const Problem& c, const OutputGrad& in) {
   if (!in.saved.defined()) return;
   p.act = c.act;
-  p.saved_bits = is_mask(in.saved);
-  p.saved = p.saved_bits ? View{in.saved.const_data_ptr(), c.shape.n, 1} : view_of(in.saved);
+  p.saved_is_mask = is_mask(in.saved);
+  p.saved = p.saved_is_mask ? View{in.saved.const_data_ptr(), c.shape.n, 1} : view_of(in.saved);
 }
 
-Path path_of(Op op, const Checked& c, const View& left, const View& right) {
+Path path_of(Op op, const Problem& c, const View& left, const View& right) {
   const int arch = current_arch();
   return route_of(op, c.shape, c.dtype, left, right, tf32_allowed(), arch, hopper_here(arch)).path;
 }
@@ -52,9 +52,9 @@ void launch(Path path, Gemm p, const at::Tensor& like) {
 }
 
 // Those gradients of the three that are defined, from one read of what they are made of.
-void narrow_backward(const Checked& c, const Incoming& in, const at::Tensor& x2, const at::Tensor& weight,
+void narrow_backward(const Problem& c, const OutputGrad& in, const at::Tensor& x2, const at::Tensor& weight,
                      const at::Tensor& dx, const at::Tensor& dweight, const at::Tensor& dbias) {
-  ChainOfOne p(c.shape);
+  FusedMlpOfOne p(c.shape);
   const at::Tensor saved = in.saved.defined() ? in.saved.contiguous() : in.saved;
   if (saved.defined()) {  // else g is dz already
     p.layer.act = c.act;
@@ -63,20 +63,20 @@ void narrow_backward(const Checked& c, const Incoming& in, const at::Tensor& x2,
   if (weight.defined()) p.layer.weight = view_of(weight);
   if (x2.defined()) p.chain.x = view_of(x2);
   p.layer.dweight = data(dweight), p.layer.dbias = data(dbias);
-  const at::Tensor g = chain_takes_fast(view_of(in.g), c.shape.n) ? in.g : in.g.contiguous();
+  const at::Tensor g = fused_mlp_takes_fast(view_of(in.g), c.shape.n) ? in.g : in.g.contiguous();
   p.chain.grad_y = view_of(g);
   p.chain.dx = data(dx);
-  run_chain_backward(p.chain, c.dtype, in.g);
+  run_fused_mlp_backward(p.chain, c.dtype, in.g);
 }
 
-void pass(const Checked& c, const Incoming& in, const at::Tensor& dz, const at::Tensor& dbias) {
+void pass(const Problem& c, const OutputGrad& in, const at::Tensor& dz, const at::Tensor& dbias) {
   GradPass p{};
   p.dtype = c.dtype;
   p.m = c.shape.m, p.n = c.shape.n;
   p.g = view_of(in.g);
   set_saved(p, c, in);
   p.dz = data(dz), p.dbias = data(dbias);
-  if (dbias.defined() && dbias.scalar_type() != in.g.scalar_type()) p.store = Store::accumulators;
+  if (dbias.defined() && dbias.scalar_type() != in.g.scalar_type()) p.output_mode = OutputMode::uncast;
   at::Tensor partials;
   if (const int64_t count = grad_pass_partials(p)) {
     partials = accumulators(count, in.g);
@@ -85,7 +85,8 @@ void pass(const Checked& c, const Incoming& in, const at::Tensor& dz, const at::
   C10_CUDA_CHECK(grad_pass(p, stream()));
 }
 
-void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& weight, at::Tensor& dx, Gate* below) {
+void dgrad(Path path, const Problem& c, const OutputGrad& in, const at::Tensor& weight, at::Tensor& dx,
+           BackwardEpilogue* below) {
   if (path == Path::cublas) {
     at::Tensor out = dx.view({c.shape.m, c.shape.k});
     at::mm_out(out, in.g, weight);
@@ -95,9 +96,9 @@ void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& we
   set_saved(p, c, in);
   p.c = dx.data_ptr();
   if (below) {
-    p.gate = below->saved.const_data_ptr();
-    p.gate_bits = is_mask(below->saved);
-    p.gate_act = below->act;
+    p.below_saved = below->saved.const_data_ptr();
+    p.below_is_mask = is_mask(below->saved);
+    p.below_act = below->act;
     below->applied = true;
     below->summed = below->dbias.defined() && path != Path::simt;
     if (below->summed) p.column_sum = below->dbias.data_ptr();
@@ -105,7 +106,7 @@ void dgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& we
   launch(path, p, dx);
 }
 
-void wgrad(Path path, const Checked& c, const Incoming& in, const at::Tensor& x2, at::Tensor& dweight,
+void wgrad(Path path, const Problem& c, const OutputGrad& in, const at::Tensor& x2, at::Tensor& dweight,
            const at::Tensor& dbias) {
   if (path == Path::cublas) {
     at::mm_out(dweight, in.g.t(), x2);
@@ -124,16 +125,16 @@ bool half(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 
 }  // namespace
 
-void layer_product(Op op, const Checked& c, const at::Tensor& dz, const at::Tensor& other, Store store,
+void layer_product(Op op, const Problem& c, const at::Tensor& dz, const at::Tensor& other, OutputMode output_mode,
                    at::Tensor out) {
   if (out.numel() == 0) return;
   Path path = path_of(op, c, view_of(dz), view_of(other));
   // A library's product is rounded to dz's dtype before it is accumulated; binary16 might not even hold it.
-  if (path == Path::chain || (path == Path::cublas && c.dtype == DType::f16))
+  if (path == Path::fused_mlp || (path == Path::cublas && c.dtype == DType::f16))
     path = half(c.dtype) ? Path::mma : Path::simt;
   if (path == Path::cublas) {
     const at::Tensor left = op == Op::wgrad ? dz.t() : dz;
-    if (store == Store::added)
+    if (output_mode == OutputMode::accumulate)
       out.add_(at::mm(left, other));
     else if (out.scalar_type() == dz.scalar_type())
       at::mm_out(out, left, other);
@@ -143,21 +144,21 @@ void layer_product(Op op, const Checked& c, const at::Tensor& dz, const at::Tens
   }
   Gemm p = product(op, c.shape, c.dtype, view_of(dz), view_of(other));
   p.c = out.data_ptr();
-  p.store = store;
+  p.output_mode = output_mode;
   if (op == Op::wgrad) p.splits = gemm_splits(p.m, p.n, p.k);
   launch(path, p, dz);
 }
 
-void layer_dbias(const Checked& c, const at::Tensor& dz, const at::Tensor& dbias) { pass(c, {dz, {}}, {}, dbias); }
+void layer_dbias(const Problem& c, const at::Tensor& dz, const at::Tensor& dbias) { pass(c, {dz, {}}, {}, dbias); }
 
-void run_chain_backward(Chain p, DType dtype, const at::Tensor& like) {
-  p.slices = chain_slices(p, dtype);
-  const at::Tensor partials = accumulators(chain_partials(p, dtype), like);
+void run_fused_mlp_backward(FusedMlp p, DType dtype, const at::Tensor& like) {
+  p.slices = fused_mlp_slices(p, dtype);
+  const at::Tensor partials = accumulators(fused_mlp_partials(p, dtype), like);
   p.partials = partials.data_ptr();
-  C10_CUDA_CHECK(chain_backward(p, dtype, stream()));
+  C10_CUDA_CHECK(fused_mlp_backward(p, dtype, stream()));
 }
 
-bool takes_mask(const Checked& c) { return gates(c.act.kind) && half(c.dtype) && c.shape.n % kMaskBits == 0; }
+bool takes_mask(const Problem& c) { return needs_sign_only(c.act.kind) && half(c.dtype) && c.shape.n % kMaskBits == 0; }
 
 bool is_mask(const at::Tensor& saved) { return saved.scalar_type() == at::kByte; }
 
@@ -180,20 +181,20 @@ bool tf32_allowed() {
          at::Float32Precision::TF32;
 }
 
-void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+void layer_forward(const Problem& c, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                    Outputs out) {
   const auto [m, n, k] = c.shape;
   if (m == 0 || n == 0) return;
   const at::Tensor x2 = as_rows(x);
   const Path path = path_of(Op::forward, c, view_of(x2), view_of(weight));
-  if (path == Path::chain) {
-    ChainOfOne p(c.shape);
+  if (path == Path::fused_mlp) {
+    FusedMlpOfOne p(c.shape);
     p.layer.weight = view_of(weight);
     p.layer.act = c.act;
     p.chain.x = view_of(x2);
     p.layer.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
     p.layer.h = data(out.y), p.layer.z = data(out.z), p.layer.mask = data(out.mask);
-    C10_CUDA_CHECK(chain_forward(p.chain, c.dtype, stream()));
+    C10_CUDA_CHECK(fused_mlp_forward(p.chain, c.dtype, stream()));
     return;
   }
 
@@ -217,14 +218,14 @@ void layer_forward(const Checked& c, const at::Tensor& x, const at::Tensor& weig
   C10_CUDA_CHECK(act_pass(c.dtype, pass, stream()));
 }
 
-Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor& x, const at::Tensor& weight,
-                         bool need_x, bool need_weight, bool need_bias, Gate* below) {
+Gradients layer_backward(const Problem& c, const OutputGrad& in, const at::Tensor& x, const at::Tensor& weight,
+                         bool need_x, bool need_weight, bool need_bias, BackwardEpilogue* below) {
   const auto [m, n, k] = c.shape;
   auto [dx, dweight, dbias] = new_gradients(c.shape, in.g, need_x, need_weight, need_bias);
   if (m == 0 || n == 0) return {dx, dweight, dbias};
   need_x = need_x && k > 0;
   need_weight = need_weight && k > 0;
-  Incoming rows = {as_rows(in.g), in.saved};
+  OutputGrad rows = {as_rows(in.g), in.saved};
   if (in.saved.defined()) rows.saved = as_rows(is_mask(in.saved) ? aligned(in.saved) : in.saved);
   const at::Tensor x2 = need_weight ? as_rows(x) : at::Tensor();
   const View dz_view = in.saved.defined() ? View{nullptr, n, 1} : view_of(rows.g);  // as it would come to exist
@@ -232,7 +233,7 @@ Gradients layer_backward(const Checked& c, const Incoming& in, const at::Tensor&
   Path dw_path = need_weight ? path_of(Op::wgrad, c, dz_view, view_of(x2)) : Path::simt;
 
   // A narrow layer's products are one launch, which makes dz and dbias on the way.
-  const bool narrow_x = need_x && dx_path == Path::chain, narrow_weight = need_weight && dw_path == Path::chain;
+  const bool narrow_x = need_x && dx_path == Path::fused_mlp, narrow_weight = need_weight && dw_path == Path::fused_mlp;
   if (narrow_x || narrow_weight) {
     narrow_backward(c, rows, x2, weight, narrow_x ? dx : at::Tensor(), narrow_weight ? dweight : at::Tensor(), dbias);
     if (narrow_x) need_x = false, dx_path = Path::simt;

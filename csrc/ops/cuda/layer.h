@@ -9,24 +9,25 @@
 namespace dlk::cuda {
 
 // y = act(x · weightᵀ + bias); bias contiguous or undefined. On the current device.
-void layer_forward(const Checked&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, Outputs);
+void layer_forward(const Problem&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, Outputs);
 
 // x may be undefined without need_weight, weight without need_x.
-Gradients layer_backward(const Checked&, const Incoming&, const at::Tensor& x, const at::Tensor& weight, bool need_x,
-                         bool need_weight, bool need_bias, Gate* below = nullptr);
+Gradients layer_backward(const Problem&, const OutputGrad&, const at::Tensor& x, const at::Tensor& weight, bool need_x,
+                         bool need_weight, bool need_bias, BackwardEpilogue* below = nullptr);
 
-// dx = dz · weight, or dweight = dzᵀ · x, into `out`: of dz's dtype where `store` is rounded, else accumulators.
+// dx = dz · weight, or dweight = dzᵀ · x, into `out`: of dz's dtype where `output_mode` is cast, else accumulators.
 // For products over some of the rows; a layer's own are layer_backward's.
-void layer_product(Op, const Checked&, const at::Tensor& dz, const at::Tensor& other, Store store, at::Tensor out);
+void layer_product(Op, const Problem&, const at::Tensor& dz, const at::Tensor& other, OutputMode output_mode,
+                   at::Tensor out);
 // dbias = Σ dz, of dz's dtype or accumulators.
-void layer_dbias(const Checked&, const at::Tensor& dz, const at::Tensor& dbias);
+void layer_dbias(const Problem&, const at::Tensor& dz, const at::Tensor& dbias);
 
 // Whether the layer has a mask; see params.h.
-bool takes_mask(const Checked&);
+bool takes_mask(const Problem&);
 bool is_mask(const at::Tensor& saved);
 
 // A chain's backward with the scratch it wants; `like` is of its dtype and on its device.
-void run_chain_backward(Chain, DType, const at::Tensor& like);
+void run_fused_mlp_backward(FusedMlp, DType, const at::Tensor& like);
 
 // Compute capability of the current device, 90 for 9.0.
 int current_arch();

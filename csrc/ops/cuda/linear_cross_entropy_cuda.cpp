@@ -87,8 +87,8 @@ LossOfLinear linear_cross_entropy_cuda(const at::Tensor& x, const at::Tensor& we
 
   const bool empty = m == 0 || classes == 0, need_grad = (need_x || need_weight || need_bias) && !empty;
   const int64_t block = block_rows(call.shape), blocks = (m + block - 1) / block;
-  const Store store = call.dtype == DType::f16 ? Store::accumulators : Store::rounded;
-  const bool as_layer = blocks == 1 && store == Store::rounded;  // one backward makes all three
+  const OutputMode output_mode = call.dtype == DType::f16 ? OutputMode::uncast : OutputMode::cast;
+  const bool as_layer = blocks == 1 && output_mode == OutputMode::cast;  // one backward makes all three
   const at::TensorOptions& gradients = call.gradients;
   at::Tensor dx, dweight, dbias, lift;
   if (empty) {  // sums over nothing
@@ -110,7 +110,7 @@ LossOfLinear linear_cross_entropy_cuda(const at::Tensor& x, const at::Tensor& we
   p.lift = lift.defined() ? lift.const_data_ptr() : nullptr;
   for (int64_t first = 0; first < m; first += block) {
     const int64_t rows = std::min(block, m - first);
-    const Checked layer = {{rows, classes, k}, call.dtype, {Act::none, 0}};
+    const Problem layer = {{rows, classes, k}, call.dtype, {Act::none, 0}};
     const at::Tensor x_block = call.x.narrow(0, first, rows), dz = logits.narrow(0, 0, rows);
     cuda::layer_forward(layer, x_block, weight, call.bias, {dz});
 
@@ -126,9 +126,9 @@ LossOfLinear linear_cross_entropy_cuda(const at::Tensor& x, const at::Tensor& we
           cuda::layer_backward(layer, {dz, {}}, x_block, weight, need_x, need_weight, need_bias);
       continue;
     }
-    if (need_x) cuda::layer_product(Op::dgrad, layer, dz, weight, store, dx.narrow(0, first, rows));
+    if (need_x) cuda::layer_product(Op::dgrad, layer, dz, weight, output_mode, dx.narrow(0, first, rows));
     if (need_weight)
-      cuda::layer_product(Op::wgrad, layer, dz, x_block, first ? Store::added : Store::accumulators, dweight);
+      cuda::layer_product(Op::wgrad, layer, dz, x_block, first ? OutputMode::accumulate : OutputMode::uncast, dweight);
     if (need_bias) cuda::layer_dbias(layer, dz, dbias[first / block]);
   }
   if (dx.defined()) dx = dx.view(x.sizes());

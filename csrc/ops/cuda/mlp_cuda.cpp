@@ -11,11 +11,11 @@ namespace dlk {
 namespace {
 
 const MlpKernels kKernels = {
-    &cuda::chain_takes,
-    [](const Chain& p, DType dtype) {
-      C10_CUDA_CHECK(cuda::chain_forward(p, dtype, c10::cuda::getCurrentCUDAStream()));
+    &cuda::fused_mlp_takes,
+    [](const FusedMlp& p, DType dtype) {
+      C10_CUDA_CHECK(cuda::fused_mlp_forward(p, dtype, c10::cuda::getCurrentCUDAStream()));
     },
-    &cuda::run_chain_backward,
+    &cuda::run_fused_mlp_backward,
     &cuda::layer_forward,
     &cuda::layer_backward,
     /*dgrad_sums_dbias=*/true,

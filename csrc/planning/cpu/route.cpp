@@ -26,7 +26,7 @@ Forced forced() {
 
 // Wider layers spend their time in products, and taller blocks of rows serve those better. Measured on AVX-512 BF16, forward
 // + backward, chain against layer by layer: f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192.
-int64_t chain_limit(DType dtype) { return dtype == DType::bf16 ? 128 : 256; }
+int64_t fused_mlp_limit(DType dtype) { return dtype == DType::bf16 ? 128 : 256; }
 
 bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_rows) {
   const bool few = op == Op::forward ? shape.m <= most_rows : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
@@ -82,10 +82,10 @@ Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
     return {Path::aten, "bf16 by AMX and a large weight: torch's GEMM measured faster, our elementwise pass behind it"};
   if (takes_few_columns(op, shape, dtype, contiguous))
     return {Path::few_columns, "few columns: x is read where it lies, packing it would cost more than it saves"};
-  const Engine& engine = kernels().engine[static_cast<int>(dtype)];
-  const int64_t most_rows = engine.tiles_forward.run ? engine.tiles_forward.most_rows : few_rows_forward(shape, dtype);
+  const KernelTable& table = kernels().table[static_cast<int>(dtype)];
+  const int64_t most_rows = table.tiles_forward.run ? table.tiles_forward.most_rows : few_rows_forward(shape, dtype);
   // Tiles want all of x packed by every thread: at most 8 MiB.
-  const bool x_is_small = !engine.tiles_forward.run || op != Op::forward || shape.m * shape.k <= (int64_t{1} << 22);
+  const bool x_is_small = !table.tiles_forward.run || op != Op::forward || shape.m * shape.k <= (int64_t{1} << 22);
   if (x_is_small && takes_few_rows(op, shape, contiguous, most_rows)) return kFewRowsRoute;
   return {Path::packed, "our packed GEMM with the fused epilogue"};
 }
@@ -97,13 +97,13 @@ Route autocast_route(Op op, const Shape& shape, bool contiguous) {
   return {Path::packed, "our packed GEMM, which rounds float32 to bfloat16 while it packs"};
 }
 
-int chain_slices(const std::vector<Shape>& layers, DType dtype) {
-  const Engine& engine = kernels().engine[static_cast<int>(dtype)];
-  if (forced() == Forced::aten || layers.size() < 2 || layers.size() > kChainLayers) return 0;
+int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype) {
+  const KernelTable& table = kernels().table[static_cast<int>(dtype)];
+  if (forced() == Forced::aten || layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
   int64_t parameters = 0;
   for (const Shape& layer : layers) {
     const int64_t widest = layer.n > layer.k ? layer.n : layer.k;
-    if (layer.n == 0 || layer.k == 0 || widest > engine.chain_features || widest > chain_limit(dtype)) return 0;
+    if (layer.n == 0 || layer.k == 0 || widest > table.fused_mlp_features || widest > fused_mlp_limit(dtype)) return 0;
     parameters += layer.n * layer.k;
   }
   // A slice is worth its copy of the gradients; more slices than cores fill the cores evenly.

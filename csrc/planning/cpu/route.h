@@ -25,7 +25,7 @@ bool autocast_kernels();
 Route autocast_route(Op op, const Shape& shape, bool contiguous);
 
 // In how many slices of rows the chain kernels take these layers, a function of the shapes alone; 0: layer by layer.
-int chain_slices(const std::vector<Shape>& layers, DType dtype);
+int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype);
 
 const char* name(Path path);
 

@@ -7,8 +7,8 @@
 namespace dlk::cuda {
 namespace {
 
-// DLKERNELS_CUDA_GEMM=simt|mma|hopper|cublas|chain takes the decision away from the table: for tests, and to measure.
-constexpr Path kPaths[] = {Path::simt, Path::mma, Path::hopper, Path::cublas, Path::chain};
+// DLKERNELS_CUDA_GEMM=simt|mma|hopper|cublas|fused_mlp takes the decision away from the table: for tests, and to measure.
+constexpr Path kPaths[] = {Path::simt, Path::mma, Path::hopper, Path::cublas, Path::fused_mlp};
 
 const Path* forced() {
   static const Path* const value = [] {
@@ -17,18 +17,18 @@ const Path* forced() {
     if (s.empty()) return static_cast<const Path*>(nullptr);
     for (const Path& path : kPaths)
       if (s == name(path)) return &path;
-    throw std::runtime_error("DLKERNELS_CUDA_GEMM must be simt, mma, hopper, cublas or chain, got '" + s + "'");
+    throw std::runtime_error("DLKERNELS_CUDA_GEMM must be simt, mma, hopper, cublas or fused_mlp, got '" + s + "'");
   }();
   return value;
 }
 
-bool half(const Asked& a) { return a.dtype == DType::bf16 || a.dtype == DType::f16; }
+bool half(const RouteQuery& a) { return a.dtype == DType::bf16 || a.dtype == DType::f16; }
 
-bool takes(Path path, const Asked& a) {
+bool takes(Path path, const RouteQuery& a) {
   switch (path) {
     case Path::mma: return half(a) || (a.dtype == DType::f32 && a.tf32);
     case Path::hopper: return half(a) && a.hopper;
-    case Path::chain: return a.chain;
+    case Path::fused_mlp: return a.chain;
     case Path::simt:
     case Path::cublas: return true;
   }
@@ -54,7 +54,7 @@ int floor_log2(int64_t v) {
   return log;
 }
 
-const Measured* measured(const Asked& a) {
+const Measured* measured(const RouteQuery& a) {
   if (a.dtype == DType::f32 && a.tf32) return nullptr;  // f32 is measured as it is by default, without TF32
   const int m = floor_log2(a.shape.m), n = floor_log2(a.shape.n), k = floor_log2(a.shape.k);
   for (const Measured& row : kMeasured)
@@ -66,11 +66,11 @@ const Measured* measured(const Asked& a) {
 
 // Memory bounds a narrow layer, and the chain kernels move the least: backward is one read of g, y and x where products read
 // g and y twice. Of the others, products large enough to hide a few launches go where kernels are tuned.
-Route unmeasured(const Asked& a) {
+Route unmeasured(const RouteQuery& a) {
   const auto [m, n, k] = a.shape;
   const double multiplications = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
-  if (takes(Path::chain, a) && half(a) && (a.in_rows || multiplications < 1 << 27))
-    return {Path::chain,
+  if (takes(Path::fused_mlp, a) && half(a) && (a.in_rows || multiplications < 1 << 27))
+    return {Path::fused_mlp,
             "narrow: the weight rests in shared memory, backward is one launch and its sum (not measured here)"};
   if (!takes(Path::mma, a)) {
     if (multiplications < 1 << 27) return {Path::simt, "small: one launch, epilogue included (not measured here)"};
@@ -88,7 +88,7 @@ Route unmeasured(const Asked& a) {
 
 }  // namespace
 
-Route route(const Asked& a) {
+Route route(const RouteQuery& a) {
   const auto [m, n, k] = a.shape;
   if (m == 0 || n == 0 || k == 0) return {Path::simt, "nothing to multiply"};
   if (forced() && takes(*forced(), a)) return {*forced(), "DLKERNELS_CUDA_GEMM"};
@@ -110,7 +110,7 @@ const char* name(Path path) {
     case Path::mma: return "mma";
     case Path::hopper: return "hopper";
     case Path::cublas: return "cublas";
-    case Path::chain: return "chain";
+    case Path::fused_mlp: return "fused_mlp";
   }
   return "?";
 }
@@ -121,7 +121,7 @@ const char* kernel(Path path, DType dtype) {
     case Path::mma: return dtype == DType::f32 ? "mma_gemm m16n8k8 tf32" : "mma_gemm m16n8k16";
     case Path::hopper: return "hopper_gemm wgmma";
     case Path::cublas: return "cublas";
-    case Path::chain: return "chain, weights in shared memory";
+    case Path::fused_mlp: return "fused_mlp, weights in shared memory";
   }
   return "?";
 }

@@ -6,8 +6,8 @@ extern "C" {
 // path: 0 simt_gemm, else mma_gemm with tiles of this side
 int gemm(int path, int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
          const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row, int64_t b_col, int act,
-         double slope, const void* bias, void* c, void* z, const void* gate, int gate_act, void* row_sum,
-         void* column_sum, int splits, void* partials, void* mask, int saved_bits, int gate_bits) {
+         double slope, const void* bias, void* c, void* z, const void* below_saved, int below_act, void* row_sum,
+         void* column_sum, int splits, void* partials, void* mask, int saved_is_mask, int below_is_mask) {
   dlk::cuda::Gemm p{};
   p.dtype = static_cast<dlk::DType>(dtype);
   p.m = m, p.n = n, p.k = k;
@@ -15,10 +15,10 @@ int gemm(int path, int dtype, int64_t m, int64_t n, int64_t k, const void* a, in
   p.saved = {saved, saved_row, saved_col};
   p.b = {b, b_row, b_col};
   p.act = {static_cast<dlk::Act>(act), slope};
-  p.bias = bias, p.c = c, p.z = z, p.gate = gate, p.row_sum = row_sum, p.column_sum = column_sum;
-  p.gate_act = {static_cast<dlk::Act>(gate_act), slope};
+  p.bias = bias, p.c = c, p.z = z, p.below_saved = below_saved, p.row_sum = row_sum, p.column_sum = column_sum;
+  p.below_act = {static_cast<dlk::Act>(below_act), slope};
   p.splits = splits, p.partials = partials;
-  p.mask = mask, p.saved_bits = saved_bits, p.gate_bits = gate_bits;
+  p.mask = mask, p.saved_is_mask = saved_is_mask, p.below_is_mask = below_is_mask;
   p.tile = path;
   return path == 0 ? dlk::cuda::simt_gemm(p, nullptr) : dlk::cuda::mma_gemm(p, nullptr);
 }

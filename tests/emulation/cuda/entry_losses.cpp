@@ -5,7 +5,7 @@ namespace {
 
 dlk::cuda::GradPass described(int dtype, int64_t m, int64_t n, const void* g, int64_t g_row, int64_t g_col,
                               const void* saved, int64_t saved_row, int64_t saved_col, int act, double slope, void* dz,
-                              void* dbias, void* partials, bool saved_bits = false) {
+                              void* dbias, void* partials, bool saved_is_mask = false) {
   dlk::cuda::GradPass p{};
   p.dtype = static_cast<dlk::DType>(dtype);
   p.m = m, p.n = n;
@@ -13,7 +13,7 @@ dlk::cuda::GradPass described(int dtype, int64_t m, int64_t n, const void* g, in
   p.saved = {saved, saved_row, saved_col};
   p.act = {static_cast<dlk::Act>(act), slope};
   p.dz = dz, p.dbias = dbias, p.partials = partials;
-  p.saved_bits = saved_bits;
+  p.saved_is_mask = saved_is_mask;
   return p;
 }
 
@@ -23,10 +23,10 @@ extern "C" {
 
 int grad_pass(int dtype, int64_t m, int64_t n, const void* g, int64_t g_row, int64_t g_col, const void* saved,
               int64_t saved_row, int64_t saved_col, int act, double slope, void* dz, void* dbias, void* partials,
-              int saved_bits) {
-  return dlk::cuda::grad_pass(
-      described(dtype, m, n, g, g_row, g_col, saved, saved_row, saved_col, act, slope, dz, dbias, partials, saved_bits),
-      nullptr);
+              int saved_is_mask) {
+  return dlk::cuda::grad_pass(described(dtype, m, n, g, g_row, g_col, saved, saved_row, saved_col, act, slope, dz,
+                                        dbias, partials, saved_is_mask),
+                              nullptr);
 }
 
 // With dbias.

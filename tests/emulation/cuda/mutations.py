@@ -24,7 +24,7 @@ class Mutation(NamedTuple):
 
 GEMM, PASS, LOSSES = "test_cuda_gemm.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
 MASKS = "test_cuda_masks.py"
-CHAIN, OPS = "test_cuda_chain.py", "test_cuda_ops.py::test_run[layers]"
+CHAIN, OPS = "test_cuda_fused_mlp.py", "test_cuda_ops.py::test_run[layers]"
 LINEAR = "test_cuda_ops.py::test_run[loss-in-blocks]"
 PRODUCTS = ("kernels/cuda/gemm/simt/simt_gemm.cu", "kernels/cuda/gemm/mma/mma_gemm.cu")
 GRAD_PASS_AND_LOSSES = ("kernels/cuda/elementwise/grad_pass.cu", "kernels/cuda/losses/losses.cu")
@@ -33,10 +33,10 @@ FILES = {
     GEMM: (*PRODUCTS, "kernels/cuda/elementwise/act_pass.cu", "entry_gemm.cpp"),
     PASS: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
     LOSSES: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
-    CHAIN: ("kernels/cuda/mlp/chain.cu", "entry_chain.cpp"),
+    CHAIN: ("kernels/cuda/mlp/fused_mlp.cu", "entry_fused_mlp.cpp"),
     MASKS: (
         *library.KERNELS,
-        *(f"entry_{name}.cpp" for name in ("gemm", "losses", "chain")),
+        *(f"entry_{name}.cpp" for name in ("gemm", "losses", "fused_mlp")),
     ),
     OPS: (),  # they compile everything
     LINEAR: (),
@@ -81,12 +81,12 @@ MUTATIONS = [
     Mutation("mask.cuh", ">> at % kMaskBits & 1", "& 1", MASKS),
     Mutation("simt_gemm.cuh", "__syncthreads();  // the tile is in memory", "//", MASKS),
     Mutation("layer_backward.cuh", "at < bytes;", "at + 16 < bytes;", MASKS),
-    Mutation("chain_forward.cuh", "kMaskBits); walk.row < rows;", "kMaskBits); walk.row < kStrip;", MASKS),
+    Mutation("fused_mlp_forward.cuh", "kMaskBits); walk.row < rows;", "kMaskBits); walk.row < kStrip;", MASKS),
     Mutation("epilogue.cuh", "if (bits) return load_mask<T>(saved, at, out);", "", MASKS),
-    Mutation("chain.cu", "p.layers == 1 && p.layer[0].mask;", "false;", MASKS),
+    Mutation("fused_mlp.cu", "p.layers == 1 && p.layer[0].mask;", "false;", MASKS),
     # the chain and the losses
-    Mutation("chain_forward.cuh", "__syncwarp();  // before the strip is loaded again", "", CHAIN),
-    Mutation("chain_backward.cuh", "__syncthreads();  // dz and input are there, and `free` is", "", CHAIN),
+    Mutation("fused_mlp_forward.cuh", "__syncwarp();  // before the strip is loaded again", "", CHAIN),
+    Mutation("fused_mlp_backward.cuh", "__syncthreads();  // dz and input are there, and `free` is", "", CHAIN),
     Mutation("rows.cuh", "const int left = row < rows ?", "const int left = row <= rows ?", CHAIN),
     Mutation("layer_backward.cuh", "__syncthreads();  // these rows are there", "// these rows are there", CHAIN),
     Mutation("layer_backward.cuh", "__syncthreads();  // dz is made", "", CHAIN),
@@ -100,11 +100,11 @@ MUTATIONS = [
     # a layer and its loss
     Mutation("losses.cuh", "double{target_logit}", "double{widen(logits.row[index * logits.stride])}", LINEAR),
     Mutation("losses.cuh", "static_cast<const A*>(p.row_grad)[row]", "static_cast<const A*>(p.row_grad)[0]", LINEAR),
-    Mutation("epilogue.cuh", "p.store == Store::added, acc", "false, acc", LINEAR),
+    Mutation("epilogue.cuh", "p.output_mode == OutputMode::accumulate, acc", "false, acc", LINEAR),
     Mutation("linear_cross_entropy_cuda.cpp", "p.counted = m;", "p.counted = 0;", LINEAR),
     # the host code in front of the kernels
     Mutation("cuda/layer.cpp", ": saves_output(c.act.kind) ? p.layer.h : p.layer.z)", ": p.layer.h)", OPS),
-    Mutation("cuda/layer.cpp", "p.gate_act = below->act;", "", OPS),
+    Mutation("cuda/layer.cpp", "p.below_act = below->act;", "", OPS),
     Mutation("cuda/layer.cpp", "if (narrow_weight) need_weight = false,", "if (narrow_weight)", OPS),
 ]
 

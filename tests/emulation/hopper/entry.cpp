@@ -41,8 +41,8 @@ extern "C" {
 // tile: columns of a block's tile. takes: set to what hopper_takes says; where it is false nothing runs.
 int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
                 const void* b, int64_t b_row, int64_t b_col, int act, double slope, const void* bias, void* c, void* z,
-                const void* gate, int gate_act, void* column_sum, int splits, void* partials, const void* saved,
-                void* row_sum, void* mask, int gate_bits, int* takes) {
+                const void* below_saved, int below_act, void* column_sum, int splits, void* partials, const void* saved,
+                void* row_sum, void* mask, int below_is_mask, int* takes) {
   dlk::cuda::Gemm p{};
   p.dtype = static_cast<dlk::DType>(dtype);
   p.m = m, p.n = n, p.k = k;
@@ -50,10 +50,10 @@ int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void
   p.b = {b, b_row, b_col};
   p.saved = {saved, a_row, a_col};
   p.act = {static_cast<dlk::Act>(act), slope};
-  p.bias = bias, p.c = c, p.z = z, p.gate = gate, p.column_sum = column_sum, p.row_sum = row_sum;
-  p.gate_act = {static_cast<dlk::Act>(gate_act), slope};
+  p.bias = bias, p.c = c, p.z = z, p.below_saved = below_saved, p.column_sum = column_sum, p.row_sum = row_sum;
+  p.below_act = {static_cast<dlk::Act>(below_act), slope};
   p.splits = splits, p.partials = partials;
-  p.mask = mask, p.gate_bits = gate_bits;
+  p.mask = mask, p.below_is_mask = below_is_mask;
   p.tile = tile;
   cuda_emulation::device.processors =
       3;  // a block has several tiles in turn, and blocks have different numbers of them

@@ -59,7 +59,7 @@ bool same_on_any_number_of_threads(const char* name, const std::vector<int64_t>&
 }  // namespace
 
 int main() {
-  const Engine& engine = k_portable.engine[static_cast<int>(DType::f32)];
+  const KernelTable& table = k_portable.table[static_cast<int>(DType::f32)];
   constexpr int64_t m = 700, n = 90, k = 333;
   const auto x = normal(m * k, 1), w = normal(n * k, 2), b = normal(n, 3), g = normal(m * n, 4), y = normal(m * n, 5);
   const Activation relu = {Act::relu, 0};
@@ -73,7 +73,7 @@ int main() {
       p.splits = splits;
       std::vector<float> partials(partials_size(p));
       p.partials = partials.data();
-      std::vector<char> panels(engine.packed.panels_size(p, parallel.threads) + 64);
+      std::vector<char> panels(table.packed.panels_size(p, parallel.threads) + 64);
       const auto at = reinterpret_cast<uintptr_t>(panels.data());
       p.panels = panels.size() > 64 ? reinterpret_cast<void*>((at + 63) / 64 * 64) : nullptr;
       kernel(p, parallel);
@@ -83,32 +83,32 @@ int main() {
   forward.m = m, forward.n = n, forward.k = k;
   forward.a = {x.data(), k, 1}, forward.b = {w.data(), 1, k};
   forward.act = relu, forward.bias = b.data();
-  product("forward", forward, false, 1, engine.packed.gemm);
+  product("forward", forward, false, 1, table.packed.gemm);
   Gemm dgrad{};
   dgrad.m = m, dgrad.n = k, dgrad.k = n;
   dgrad.a = {g.data(), n, 1}, dgrad.saved = {y.data(), n, 1}, dgrad.b = {w.data(), k, 1};
   dgrad.act = relu;
-  product("dgrad", dgrad, false, 1, engine.packed.gemm);
-  dgrad.gate = x.data(), dgrad.gate_act = relu;
-  product("dgrad with the mask of the layer below", dgrad, false, 1, engine.packed.gemm);
+  product("dgrad", dgrad, false, 1, table.packed.gemm);
+  dgrad.below_saved = x.data(), dgrad.below_act = relu;
+  product("dgrad with the mask of the layer below", dgrad, false, 1, table.packed.gemm);
   Gemm wgrad{};
   wgrad.m = n, wgrad.n = k, wgrad.k = m;
   wgrad.a = {g.data(), 1, n}, wgrad.saved = {y.data(), 1, n}, wgrad.b = {x.data(), k, 1};
   wgrad.act = relu;
-  product("wgrad and dbias", wgrad, true, 1, engine.packed.gemm);
-  product("wgrad and dbias in slices", wgrad, true, 3, engine.packed.gemm);
+  product("wgrad and dbias", wgrad, true, 1, table.packed.gemm);
+  product("wgrad and dbias in slices", wgrad, true, 3, table.packed.gemm);
 
   forward.m = 20, dgrad.m = 8, wgrad.k = 8;
-  dgrad.gate = nullptr;
-  product("few rows, forward", forward, false, 1, engine.few_forward.run);
-  product("few rows, dgrad", dgrad, false, 1, engine.few_dgrad);
-  product("few rows, wgrad", wgrad, true, 1, engine.few_wgrad);
+  dgrad.below_saved = nullptr;
+  product("few rows, forward", forward, false, 1, table.few_forward.run);
+  product("few rows, dgrad", dgrad, false, 1, table.few_dgrad);
+  product("few rows, wgrad", wgrad, true, 1, table.few_wgrad);
 
   Gemm columns{};
   columns.m = 5 * m, columns.n = 11, columns.k = 60;
   columns.a = {x.data(), 60, 1}, columns.b = {w.data(), 1, 60};
   columns.act = relu, columns.bias = b.data();
-  product("few columns, forward", columns, false, 1, engine.few_columns_forward);
+  product("few columns, forward", columns, false, 1, table.few_columns_forward);
   good &= same_on_any_number_of_threads(
       "few columns, backward", {columns.m * 60, 11 * 60, 11}, [&](Results& r, const Parallel& parallel) {
         ColumnsBackward p = {columns.m, 11, 60, {g.data(), 11, 1}, {y.data(), 11, 1}, relu, {w.data(), 60, 1}};
@@ -116,48 +116,48 @@ int main() {
         p.dx = r[0].data(), p.dweight = r[1].data(), p.dbias = r[2].data();
         std::vector<float> partials(column_slices(p.m) * 11 * 61);
         p.partials = partials.data();
-        engine.few_columns_backward(p, parallel);
+        table.few_columns_backward(p, parallel);
       });
 
   good &= same_on_any_number_of_threads("dz and dbias", {m * n, n}, [&](Results& r, const Parallel& parallel) {
     std::vector<float> partials(slices(m) * n);
-    engine.grad_pass({DType::f32,
-                      m,
-                      n,
-                      {g.data(), n, 1},
-                      {y.data(), n, 1},
-                      relu,
-                      r[0].data(),
-                      r[1].data(),
-                      Store::rounded,
-                      partials.data()},
-                     parallel);
+    table.grad_pass({DType::f32,
+                     m,
+                     n,
+                     {g.data(), n, 1},
+                     {y.data(), n, 1},
+                     relu,
+                     r[0].data(),
+                     r[1].data(),
+                     OutputMode::cast,
+                     partials.data()},
+                    parallel);
   });
   good &= same_on_any_number_of_threads("activation", {m * k}, [&](Results& r, const Parallel& parallel) {
-    engine.act_pass({m * k, x.data(), {Act::gelu, 0}, r[0].data()}, parallel);
+    table.act_pass({m * k, x.data(), {Act::gelu, 0}, r[0].data()}, parallel);
   });
 
   const auto weights = normal(3 * 64 * 64, 6);
   const auto input = normal(m * 64, 7), grad = normal(m * 64, 8);
-  good &= same_on_any_number_of_threads("chain", {m * 64, m * 64, m * 64, 4096, 4096, 4096, 64, 64, 64, m * 64},
+  good &= same_on_any_number_of_threads("fused_mlp", {m * 64, m * 64, m * 64, 4096, 4096, 4096, 64, 64, 64, m * 64},
                                         [&](Results& r, const Parallel& parallel) {
-                                          ChainLayer layers[3]{};
+                                          FusedMlpLayer layers[3]{};
                                           for (int l = 0; l < 3; ++l) {
                                             layers[l].n = layers[l].k = 64;
                                             layers[l].weight = {weights.data() + l * 4096, 64, 1};
                                             layers[l].act = relu;
                                             layers[l].h = r[l].data();
                                           }
-                                          Chain p{};
+                                          FusedMlp p{};
                                           p.rows = m, p.layers = 3, p.layer = layers, p.x = {input.data(), 64, 1};
-                                          engine.chain_forward(p, parallel);
+                                          table.fused_mlp_forward(p, parallel);
                                           for (int l = 0; l < 3; ++l)
                                             layers[l].dweight = r[3 + l].data(), layers[l].dbias = r[6 + l].data();
                                           p.grad_y = {grad.data(), 64, 1}, p.dx = r[9].data();
                                           p.slices = 5;
-                                          std::vector<float> partials(p.slices * chain_parameters(p));
+                                          std::vector<float> partials(p.slices * fused_mlp_parameters(p));
                                           p.partials = partials.data();
-                                          engine.chain_backward(p, parallel);
+                                          table.fused_mlp_backward(p, parallel);
                                         });
 
   std::vector<int64_t> target(m);
@@ -170,7 +170,7 @@ int main() {
     p.loss = r[0].data(), p.grad = r[1].data(), p.grad_dtype = DType::f32;
     std::vector<double> sums(loss_slices(p));
     p.sums = sums.data();
-    engine.losses.cross_entropy(p, parallel);
+    table.losses.cross_entropy(p, parallel);
   });
   good &= same_on_any_number_of_threads("squared error", {m * k, m * k}, [&](Results& r, const Parallel& parallel) {
     cpu::ElementwiseLoss p{};
@@ -180,7 +180,7 @@ int main() {
     std::vector<double> sums(loss_slices(p));
     std::vector<uint8_t> negative(sums.size());
     p.sums = sums.data(), p.negative = negative.data();
-    engine.losses.squared_error(p, parallel);
+    table.losses.squared_error(p, parallel);
   });
   return good ? 0 : 1;
 }

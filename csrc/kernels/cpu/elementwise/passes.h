@@ -44,7 +44,7 @@ void grad_pass_with(const GradPass& p, const Parallel& parallel) {
   });
   if (!p.dbias) return;
   const auto* partials = (const Acc<T>*)p.partials;
-  if (p.store == Store::rounded) return sum_slices<T>(partials, slices(p.m), p.n, (T*)p.dbias, 0, p.n);
+  if (p.output_mode == OutputMode::cast) return sum_slices<T>(partials, slices(p.m), p.n, (T*)p.dbias, 0, p.n);
   sum_slices<T>(partials, slices(p.m), p.n, (Acc<T>*)p.dbias, 0, p.n);
 }
 

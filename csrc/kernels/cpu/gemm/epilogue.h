@@ -22,17 +22,17 @@ void epilogue(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t 
   }
 }
 
-// The same for a product whose output is the gradient of another layer's y: that layer's act' on it, from `gate`.
+// The same for a product whose output is the gradient of another layer's y: that layer's act' on it, from `below_saved`.
 template <class T, class Act>
 void epilogue_gated(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
   using O = Ops<Acc<T>>;
   constexpr int64_t kVL = kLanes<T>;
-  const auto slope = O::lit(p.gate_act.slope);
+  const auto slope = O::lit(p.below_act.slope);
   for (int64_t j = 0; j < cols; j += kVL) {
     const int64_t n = cols - j < kVL ? cols - j : kVL;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (i0 + i) * p.n + j0 + j;
-      const auto saved = load_some((const T*)p.gate + at, 1, n);
+      const auto saved = load_some((const T*)p.below_saved + at, 1, n);
       store_some((T*)p.c + at, Act::template grad<O>(load(acc + i * ld + j), saved, slope), n);
     }
   }
@@ -43,11 +43,11 @@ using EpilogueFn = void (*)(const Gemm&, const Acc<T>*, int64_t, int64_t, int64_
 
 template <class T, class Bias>
 EpilogueFn<T> epilogue_of(const Gemm& p) {
-  if (p.gate)
-    return with_activation(p.gate_act.kind,
+  if (p.below_saved)
+    return with_activation(p.below_act.kind,
                            [](auto functor) -> EpilogueFn<T> { return &epilogue_gated<T, decltype(functor)>; });
-  if (p.store == Store::accumulators) return &epilogue<T, Bias, Identity, Acc<T>>;
-  if (p.store == Store::added) return &epilogue<T, Bias, Identity, Acc<T>, true>;
+  if (p.output_mode == OutputMode::uncast) return &epilogue<T, Bias, Identity, Acc<T>>;
+  if (p.output_mode == OutputMode::accumulate) return &epilogue<T, Bias, Identity, Acc<T>, true>;
   // In backward `act` belongs to dz, so the products leave as they are.
   const Act kind = p.saved.data ? Act::none : p.act.kind;
   return with_activation(kind, [](auto functor) -> EpilogueFn<T> { return &epilogue<T, Bias, decltype(functor)>; });

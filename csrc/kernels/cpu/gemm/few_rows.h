@@ -177,7 +177,7 @@ DLK_INLINE void add_rows(const Acc<T>* dz, int64_t dz_stride, const T* w, int64_
   }
 }
 
-// A, B, C: what the tensors hold (engine.h). Weights and x in f32 are multiplied as they are.
+// A, B, C: what the tensors hold (table.h). Weights and x in f32 are multiplied as they are.
 template <class A, class B, class C>
 void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n = K, p.k = N
   static constexpr int64_t kCols = 512;

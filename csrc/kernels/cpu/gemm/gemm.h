@@ -35,19 +35,19 @@ constexpr int64_t kNB = kMR < 16 ? 256 : 512;
 constexpr int64_t kSharedTiles = 3;
 
 struct Tiling {
-  int64_t mc, nc;     // tile of C
-  int64_t nb;         // columns of a B block
-  int64_t mt, nt;     // tiles per direction
-  int64_t kc, kt;     // k elements per slice, slices
-  int64_t kb;         // k elements per block: a slice in equal parts
-  bool one_block;     // a slice is one k block: tiles below each other share their B block
-  int64_t per_total;  // k blocks per addition to the total
-  int64_t per_sum;    // k cells per running sum
+  int64_t mc, nc;       // tile of C
+  int64_t nb;           // columns of a B block
+  int64_t mt, nt;       // tiles per direction
+  int64_t k_slice, kt;  // k elements per slice, slices
+  int64_t kb;           // k elements per block: a slice in equal parts
+  bool one_block;       // a slice is one k block: tiles below each other share their B block
+  int64_t per_total;    // k blocks per addition to the total
+  int64_t per_sum;      // k cells per running sum
   DLK_HD bool totals() const { return k_blocks() > per_total; }
   DLK_HD int64_t tasks() const { return mt * nt * kt; }
 
   // B blocks, numbered by slice, k block, tile, block of the tile.
-  DLK_HD int64_t k_blocks() const { return max(1, ceil_div(kc, kb)); }
+  DLK_HD int64_t k_blocks() const { return max(1, ceil_div(k_slice, kb)); }
   DLK_HD int64_t blocks_per_tile() const { return ceil_div(nc, nb); }
   DLK_HD int64_t b_blocks() const { return kt * k_blocks() * nt * blocks_per_tile(); }
   DLK_HD int64_t b_block(int64_t tk, int64_t k_block, int64_t tj, int64_t block) const {
@@ -61,12 +61,13 @@ Tiling tile(const Gemm& p, int threads) {
   constexpr int64_t nr = kNV * E::kVL;
   constexpr int64_t kblock = kKC<E> * E::kStep;
   const int64_t kt = max(1, p.splits);
-  const int64_t kc = round_up(ceil_div(p.k, kt), 64 * E::kStep);
-  const int64_t kb = round_up(ceil_div(kc, max(1, ceil_div(kc, kblock))), 16 * E::kStep);
-  const bool one_block = kc <= kb;
+  const int64_t k_slice = round_up(ceil_div(p.k, kt), 64 * E::kStep);
+  const int64_t kb = round_up(ceil_div(k_slice, max(1, ceil_div(k_slice, kblock))), 16 * E::kStep);
+  const bool one_block = k_slice <= kb;
   const int64_t per_total = max(1, kTotal<E> * E::kStep / max(kb, 1));
   // a B block that is shared must be there whole; a shallow one may be wider
-  const int64_t widest = one_block ? min(kNC, max(kNB, kKC<E> * kNB / ceil_div(max(kc, 1), E::kStep) / nr * nr)) : kNC;
+  const int64_t widest =
+      one_block ? min(kNC, max(kNB, kKC<E> * kNB / ceil_div(max(k_slice, 1), E::kStep) / nr * nr)) : kNC;
   Tiling best{};
   int64_t best_cost = -1;
   for (int64_t mt = ceil_div(p.m, kMC), mtries = 0; mtries < 4; ++mt, ++mtries) {
@@ -84,7 +85,7 @@ Tiling tile(const Gemm& p, int threads) {
                 one_block ? nc : min(nc, kNB),
                 ceil_div(p.m, mc),
                 ceil_div(p.n, nc),
-                kc,
+                k_slice,
                 kt,
                 max(kb, 1),
                 one_block,
@@ -274,7 +275,7 @@ struct Plan {
 };
 
 // Where a thread's packed block comes from, so that neighbouring tasks which share it pack it once.
-struct Packed {
+struct PackedBlockKey {
   int64_t at = -1, p0 = -1;
 
   // Whether the block at these coordinates is another one; from now on it is the packed one.
@@ -358,21 +359,22 @@ void pack_shared_block(const Plan<E>& plan, int64_t block, Buffers<E>& s) {
   const int64_t jb = block % t.blocks_per_tile(), tj = block / t.blocks_per_tile() % t.nt;
   const int64_t k_block = block / t.blocks_per_tile() / t.nt % t.k_blocks();
   const int64_t tk = block / t.blocks_per_tile() / t.nt / t.k_blocks();
-  const int64_t p0 = tk * t.kc + k_block * t.kb, j0 = tj * t.nc + jb * t.nb;
-  const int64_t ks = min(min(t.kb, (tk + 1) * t.kc - p0), p.k - p0);
+  const int64_t p0 = tk * t.k_slice + k_block * t.kb, j0 = tj * t.nc + jb * t.nb;
+  const int64_t ks = min(min(t.kb, (tk + 1) * t.k_slice - p0), p.k - p0);
   const int64_t cols = min(min(t.nb, (tj + 1) * t.nc - j0), p.n - j0);
   if (ks > 0 && cols > 0) pack_b<E>(p.b, shared_block(plan, block), p0, ks, j0, cols, s.run);
 }
 
 // One task: a tile of C over one slice of k.
 template <class E>
-void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, Packed& a, Packed& b) {
+void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, PackedBlockKey& a,
+              PackedBlockKey& b) {
   using A = typename E::Acc;
   const Gemm& p = *plan.p;
   const Tiling& t = plan.t;
   const int64_t i0 = ti * t.mc, rows = min(t.mc, p.m - i0);
   const int64_t j0 = tj * t.nc, cols = min(t.nc, p.n - j0);
-  const int64_t k0 = min(tk * t.kc, p.k), k1 = min(k0 + t.kc, p.k);
+  const int64_t k0 = min(tk * t.k_slice, p.k), k1 = min(k0 + t.k_slice, p.k);
   const bool sum_rows = p.row_sum && tj == 0;
   if (sum_rows) s.row_sum.clear(rows);
 
@@ -429,7 +431,7 @@ void sum_slices(const Acc<T>* parts, int64_t count, int64_t n, C* out, int64_t b
 
 template <class E>
 int64_t b_block_cells(const Tiling& t) {
-  const int64_t cells = cells_of<E>(min(t.kb, t.kc)), cols = round_up(t.nb, E::kVL);
+  const int64_t cells = cells_of<E>(min(t.kb, t.k_slice)), cols = round_up(t.nb, E::kVL);
   return round_up(cells * cols + ceil_div(cols, kNV * E::kVL) * kPanelGap<E>, kPanelGap<E>);
 }
 
@@ -459,7 +461,7 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
     const Tiling& t = plan.t;
     auto buffers = Buffers<E>::get(t.totals());
     [[maybe_unused]] const typename E::Scope scope;
-    Packed a, b;
+    PackedBlockKey a, b;
     // One k block: go down, where tiles share their B block. Several: go sideways, where they share A in L3.
     const bool down = t.one_block;
     for (int64_t task = begin; task < end; ++task) {
@@ -475,8 +477,8 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
     const Gemm& p = *plan.p;
     const int64_t total = p.m * p.n, from = begin * chunk, to = min(end * chunk, total);
     const auto* parts = (const Acc<C>*)p.partials;
-    if (p.store == Store::rounded) return sum_slices<C>(parts, plan.t.kt, total, (C*)p.c, from, to);
-    sum_slices<C>(parts, plan.t.kt, total, (Acc<C>*)p.c, from, to, p.store == Store::added);
+    if (p.output_mode == OutputMode::cast) return sum_slices<C>(parts, plan.t.kt, total, (C*)p.c, from, to);
+    sum_slices<C>(parts, plan.t.kt, total, (Acc<C>*)p.c, from, to, p.output_mode == OutputMode::accumulate);
   });
   if (p.row_sum) sum_slices<C>((Acc<C>*)p.partials + plan.t.kt * p.m * p.n, plan.t.kt, p.m, (C*)p.row_sum, 0, p.m);
 }

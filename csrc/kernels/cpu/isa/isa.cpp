@@ -56,7 +56,7 @@ const Kernels& amx_kernels() {
   static const Kernels set = [] {
     Kernels amx = k_avx512_bf16;
     amx.isa = "amx";
-    Engine& bf16 = amx.engine[static_cast<int>(DType::bf16)];
+    KernelTable& bf16 = amx.table[static_cast<int>(DType::bf16)];
     bf16.ukernel = "bf16 32x32 amx";
     bf16.packed = k_amx_bf16;
     bf16.tiles_forward = k_amx_few_forward;
@@ -146,9 +146,10 @@ int gemm_splits(int64_t m, int64_t n, int64_t k) {
 
 int64_t partials_size(const Gemm& p) { return p.splits < 2 ? 0 : p.splits * (p.m * p.n + (p.row_sum ? p.m : 0)); }
 
-int64_t chain_parameters(const Chain& p) {
+int64_t fused_mlp_parameters(const FusedMlp& p) {
   int64_t count = 0;
-  for (int l = 0; l < p.layers; ++l) count += p.layer[l].n * chain_pitch(p.layer[l].k) + chain_pitch(p.layer[l].n);
+  for (int l = 0; l < p.layers; ++l)
+    count += p.layer[l].n * fused_mlp_pitch(p.layer[l].k) + fused_mlp_pitch(p.layer[l].n);
   return count;
 }
 

@@ -4,21 +4,21 @@
 
 #include "kernels/cpu/isa/vec.h"
 #include "kernels/cpu/isa/vmath.h"
-#include "kernels/cpu/gemm/engine.h"
+#include "kernels/cpu/gemm/gemm_traits.h"
 #include "kernels/cpu/gemm/runs.h"
 #include "kernels/cpu/gemm/epilogue.h"
 #include "kernels/cpu/gemm/ukernel.h"
 #include "kernels/cpu/gemm/gemm.h"
 #include "kernels/cpu/gemm/few_rows.h"
 #include "kernels/cpu/gemm/few_columns.h"
-#include "kernels/cpu/mlp/chain.h"
+#include "kernels/cpu/mlp/fused_mlp.h"
 #include "kernels/cpu/elementwise/passes.h"
 #include "kernels/cpu/losses/losses.h"
 
 namespace dlk::cpu::DLK_ISA {
 
 template <class E>
-constexpr Engine engine(const char* ukernel) {
+constexpr KernelTable make_kernel_table(const char* ukernel) {
   return {ukernel,
           &act_pass_with<typename E::Elem>,
           packed_product<E>(),
@@ -29,9 +29,9 @@ constexpr Engine engine(const char* ukernel) {
           &few_columns_forward_with<E>,
           &few_columns_backward_with<typename E::Elem>,
           &grad_pass_with<typename E::Elem>,
-          kChainFeatures<E>,
-          &chain_forward_with<E>,
-          &chain_backward_with<E>,
+          kFusedMlpFeatures<E>,
+          &fused_mlp_forward_with<E>,
+          &fused_mlp_backward_with<E>,
           losses<typename E::Elem>()};
 }
 

@@ -9,7 +9,7 @@
 #define DLK_BF16_PAIRS
 #include "kernels/cpu/isa/vec.h"
 #include "kernels/cpu/isa/vmath.h"
-#include "kernels/cpu/gemm/engine.h"
+#include "kernels/cpu/gemm/gemm_traits.h"
 #include "kernels/cpu/gemm/runs.h"
 #include "kernels/cpu/gemm/epilogue.h"
 #include "kernels/cpu/gemm/ukernel.h"

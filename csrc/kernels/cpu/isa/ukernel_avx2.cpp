@@ -15,9 +15,10 @@ namespace dlk::cpu {
 extern const Kernels k_avx2;
 const Kernels k_avx2 = {
     "avx2",
-    {avx2::engine<avx2::Convert<double>>("f64 6x8 avx2"), avx2::engine<avx2::Convert<float>>("f32 6x16 avx2"),
-     avx2::engine<avx2::Convert<avx2::Bf16>>("bf16 widened to f32 6x16 avx2"),
-     avx2::engine<avx2::Convert<avx2::F16>>("f16 widened to f32 6x16 avx2")},
+    {avx2::make_kernel_table<avx2::Convert<double>>("f64 6x8 avx2"),
+     avx2::make_kernel_table<avx2::Convert<float>>("f32 6x16 avx2"),
+     avx2::make_kernel_table<avx2::Convert<avx2::Bf16>>("bf16 widened to f32 6x16 avx2"),
+     avx2::make_kernel_table<avx2::Convert<avx2::F16>>("f16 widened to f32 6x16 avx2")},
 };
 
 }  // namespace dlk::cpu

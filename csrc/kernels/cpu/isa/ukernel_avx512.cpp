@@ -15,10 +15,10 @@ namespace dlk::cpu {
 extern const Kernels k_avx512;
 const Kernels k_avx512 = {
     "avx512",
-    {avx512::engine<avx512::Convert<double>>("f64 14x16 avx512"),
-     avx512::engine<avx512::Convert<float>>("f32 14x32 avx512"),
-     avx512::engine<avx512::Convert<avx512::Bf16>>("bf16 widened to f32 14x32 avx512"),
-     avx512::engine<avx512::Convert<avx512::F16>>("f16 widened to f32 14x32 avx512")},
+    {avx512::make_kernel_table<avx512::Convert<double>>("f64 14x16 avx512"),
+     avx512::make_kernel_table<avx512::Convert<float>>("f32 14x32 avx512"),
+     avx512::make_kernel_table<avx512::Convert<avx512::Bf16>>("bf16 widened to f32 14x32 avx512"),
+     avx512::make_kernel_table<avx512::Convert<avx512::F16>>("f16 widened to f32 14x32 avx512")},
 };
 
 }  // namespace dlk::cpu

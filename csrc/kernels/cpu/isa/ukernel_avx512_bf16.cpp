@@ -29,8 +29,9 @@ extern const Kernels k_avx512;
 extern const Kernels k_avx512_bf16;
 const Kernels k_avx512_bf16 = {
     "avx512_bf16",
-    {k_avx512.engine[0], k_avx512.engine[1],
-     avx512_bf16::engine<avx512_bf16::Bf16Pairs<avx512_bf16::Bf16>>("bf16 14x32 avx512_bf16"), k_avx512.engine[3]},
+    {k_avx512.table[0], k_avx512.table[1],
+     avx512_bf16::make_kernel_table<avx512_bf16::Bf16Pairs<avx512_bf16::Bf16>>("bf16 14x32 avx512_bf16"),
+     k_avx512.table[3]},
     {"f32 rounded to bf16 14x32 avx512_bf16", avx512_bf16::packed_product<avx512_bf16::Bf16Pairs<float>>()},
     {"bf16, f32 rounded to it 14x32 avx512_bf16", avx512_bf16::autocast_layer<float>(),
      avx512_bf16::autocast_layer<avx512_bf16::Bf16>()},

@@ -12,10 +12,10 @@ namespace dlk::cpu {
 extern const Kernels k_portable;
 const Kernels k_portable = {
     "portable",
-    {portable::engine<portable::Convert<double>>("f64 4x4 portable"),
-     portable::engine<portable::Convert<float>>("f32 4x8 portable"),
-     portable::engine<portable::Convert<portable::Bf16>>("bf16 widened to f32 4x8 portable"),
-     portable::engine<portable::Convert<portable::F16>>("f16 widened to f32 4x8 portable")},
+    {portable::make_kernel_table<portable::Convert<double>>("f64 4x4 portable"),
+     portable::make_kernel_table<portable::Convert<float>>("f32 4x8 portable"),
+     portable::make_kernel_table<portable::Convert<portable::Bf16>>("bf16 widened to f32 4x8 portable"),
+     portable::make_kernel_table<portable::Convert<portable::F16>>("f16 widened to f32 4x8 portable")},
 };
 
 }  // namespace dlk::cpu

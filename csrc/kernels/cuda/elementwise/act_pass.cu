@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kActThreads, 4) act_pass_kernel(const ActPass 
         load<T>(p.z, at, v);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) v[e] = Functor::template value<Ops<A>>(v[e], Ops<A>::lit(p.act.slope));
-        if constexpr (kHasMask<T, kWidth> && Functor::gates) {
+        if constexpr (kHasMask<T, kWidth> && Functor::needs_sign_only) {
           if (p.mask) store_mask<Functor, T>(p.mask, at, v);
         }
         store<T>(p.y, at, v);

@@ -37,8 +37,8 @@ cudaError_t run(const GradPass& p, cudaStream_t stream) {
   const cudaError_t status = launch(wide ? grad_pass_kernel<T, kPack<T>> : grad_pass_kernel<T, 1>,
                                     dim3(grid_of(cut.tiles * cut.slices)), kGradPassThreads, 0, stream, p, cut);
   if (status != cudaSuccess || !p.dbias || cut.slices == 1) return status;
-  return p.store == Store::rounded ? sum_slices<T>(p.partials, cut.slices, p.n, p.dbias, stream)
-                                   : sum_slices<Acc<T>>(p.partials, cut.slices, p.n, p.dbias, stream);
+  return p.output_mode == OutputMode::cast ? sum_slices<T>(p.partials, cut.slices, p.n, p.dbias, stream)
+                                           : sum_slices<Acc<T>>(p.partials, cut.slices, p.n, p.dbias, stream);
 }
 
 }  // namespace
@@ -50,7 +50,7 @@ int64_t grad_pass_partials(const GradPass& p) {
 
 cudaError_t grad_pass(const GradPass& p, cudaStream_t stream) {
   if (p.n == 0 || (!p.dz && !p.dbias) || (p.m == 0 && !p.dbias)) return cudaSuccess;
-  if (p.store == Store::added) return cudaErrorInvalidValue;
+  if (p.output_mode == OutputMode::accumulate) return cudaErrorInvalidValue;
   return with_dtype(p.dtype, [&](auto t) { return run<decltype(t)>(p, stream); });
 }
 

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
           const int64_t row = i + b * step;
           if (row >= end) continue;
           load_run<T>(p.g, row, j, g_in_runs, kWidth, g[b]);
-          if constexpr (kHasMask<T, kWidth> && decltype(act)::gates) {
-            if (p.saved_bits) {
+          if constexpr (kHasMask<T, kWidth> && decltype(act)::needs_sign_only) {
+            if (p.saved_is_mask) {
               load_mask<T>(p.saved.data, row * p.n + j, saved[b]);
               continue;
             }
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
       const A sum = static_cast<A>(sums[e][thread]);
       if (cut.slices > 1)
         static_cast<A*>(p.partials)[slice * p.n + j + e] = sum;
-      else if (p.store == Store::rounded)
+      else if (p.output_mode == OutputMode::cast)
         narrow(sum, static_cast<T*>(p.dbias) + j + e);
       else
         static_cast<A*>(p.dbias)[j + e] = sum;

@@ -58,17 +58,18 @@ DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&ou
 template <class T>
 DLK_DEVICE bool in_packs(const Gemm& p) {
   auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
-  return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.gate) && aligned(p.bias);
+  return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.below_saved) && aligned(p.bias);
 }
 
 // Whether its mask, where it has one, is stored in these steps.
 inline bool mask_fits(const Gemm& p) {
-  return !p.mask || (comes_in_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.gate && p.store == Store::rounded);
+  return !p.mask ||
+         (comes_in_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.below_saved && p.output_mode == OutputMode::cast);
 }
 
 // Finishes C[i, j ... j + kWidth) from its sums; leaves in `acc` what it stored, before rounding.
 template <class T, int kWidth>
-DLK_DEVICE void finish(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth]) {
+DLK_DEVICE void apply_epilogue(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth]) {
   using A = Acc<T>;
   using O = Ops<A>;
   const int64_t at = i * p.n + j;
@@ -79,37 +80,37 @@ DLK_DEVICE void finish(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth
     for (int e = 0; e < kWidth; ++e) acc[e] += other[e];
   }
   if (p.z) store<T>(p.z, at, acc);
-  if (p.gate) {
-    load_saved<T>(p.gate, p.gate_bits, at, other);
-    with_activation(p.gate_act.kind, [&](auto act) {
+  if (p.below_saved) {
+    load_saved<T>(p.below_saved, p.below_is_mask, at, other);
+    with_activation(p.below_act.kind, [&](auto act) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e)
-        acc[e] = decltype(act)::template grad<O>(acc[e], other[e], O::lit(p.gate_act.slope));
+        acc[e] = decltype(act)::template grad<O>(acc[e], other[e], O::lit(p.below_act.slope));
     });
   } else if (!p.saved.data) {
     with_activation(p.act.kind, [&](auto act) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) acc[e] = decltype(act)::template value<O>(acc[e], O::lit(p.act.slope));
-      if constexpr (kHasMask<T, kWidth> && decltype(act)::gates) {
+      if constexpr (kHasMask<T, kWidth> && decltype(act)::needs_sign_only) {
         if (p.mask) store_mask<decltype(act), T>(p.mask, at, acc);
       }
     });
   }
-  if (p.store == Store::rounded)
+  if (p.output_mode == OutputMode::cast)
     store<T>(p.c, at, acc);
   else
-    store_sums(p.c, at, p.store == Store::added, acc);
+    store_sums(p.c, at, p.output_mode == OutputMode::accumulate, acc);
 }
 
 // partials[splits, m, n] to the finished C.
 // 3 blocks per SM: 85 registers a thread. Left alone, sm_100a takes 32 and spills f64's erf.
-constexpr int kFinishThreads = 256;
+constexpr int kReduceThreads = 256;
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads, 3) finish_kernel(const Gemm p) {
+__global__ void __launch_bounds__(kReduceThreads, 3) splitk_reduce_kernel(const Gemm p) {
   using A = Acc<T>;
   const auto* partials = static_cast<const A*>(p.partials);
-  const int64_t stride = int64_t{gridDim.x} * kFinishThreads,
-                first = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
+  const int64_t stride = int64_t{gridDim.x} * kReduceThreads,
+                first = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
   auto walk = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
     for (int64_t at = first * kWidth; at < p.m * p.n; at += stride * kWidth) {
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kFinishThreads, 3) finish_kernel(const Gemm p)
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) acc[e] += partials[slice * p.m * p.n + at + e];
       }
-      finish<T>(p, at / p.n, at % p.n, acc);
+      apply_epilogue<T>(p, at / p.n, at % p.n, acc);
     }
   };
   if (in_packs<T>(p))
@@ -155,9 +156,9 @@ __global__ void __launch_bounds__(kSumOutputs* kSumSharers)
 }
 
 template <class T>
-cudaError_t finish(const Gemm& p, cudaStream_t stream) {
-  const dim3 grid(grid_of(ceil_div(p.m * p.n, kFinishThreads)));
-  return launch(finish_kernel<T>, grid, kFinishThreads, 0, stream, p);
+cudaError_t splitk_reduce(const Gemm& p, cudaStream_t stream) {
+  const dim3 grid(grid_of(ceil_div(p.m * p.n, kReduceThreads)));
+  return launch(splitk_reduce_kernel<T>, grid, kReduceThreads, 0, stream, p);
 }
 
 template <class T>

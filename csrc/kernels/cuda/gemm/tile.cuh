@@ -56,14 +56,14 @@ struct Strip {
         float v[kWidth];
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) v[e] = from[e];
-        finish<T>(p, i, j, v);
+        apply_epilogue<T>(p, i, j, v);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) column_sum[e] += v[e];
       } else {
-#pragma unroll 1  // finish is long: one copy of it. What it made goes back to where it came from.
+#pragma unroll 1  // apply_epilogue is long: one copy of it. What it made goes back to where it came from.
         for (int e = 0; e < kWidth && j + e < p.n; ++e) {
           float v[1] = {from[e]};
-          finish<T>(p, i, j + e, v);
+          apply_epilogue<T>(p, i, j + e, v);
           from[e] = v[0];
         }
 #pragma unroll

@@ -5,7 +5,7 @@
 // odd stride, and where both the layer and the one below it have a z to read, which takes turns.
 #pragma once
 
-#include "kernels/cuda/mlp/chain.cuh"
+#include "kernels/cuda/mlp/fused_mlp.cuh"
 
 namespace dlk::cuda {
 
@@ -16,7 +16,7 @@ template <class T>
 struct LayerBackward {
   using Wgrad = WarpTile<T, 8, false, false, 2>;  // 32 rows of dweight[n, k] = dzᵀ · input by 64 columns
   using Dgrad = WarpTile<T, 4, true, false, 2>;   // 32 rows of dz · weight by 32 columns
-  static constexpr int kMostTiles = (kChainFeatures / Wgrad::kRows) * (kChainFeatures / Wgrad::kColumns);
+  static constexpr int kMostTiles = (kFusedMlpFeatures / Wgrad::kRows) * (kFusedMlpFeatures / Wgrad::kColumns);
   static_assert(kMostTiles == kLayerWarps, "every warp has a tile of the widest layer's dweight");
 
   DLK_HD static int tiles(int n, int k) { return ceil_div(n, Wgrad::kRows) * ceil_div(k, Wgrad::kColumns); }
@@ -48,11 +48,11 @@ DLK_DEVICE void load_mask_rows(void* to, const void* mask, int64_t i0, int rows,
 
 // blockIdx.x is the slice of the rows.
 template <class T>
-__global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const __grid_constant__ ChainPass p) {
+__global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const __grid_constant__ FusedMlpPass p) {
   using Layer = LayerBackward<T>;
   using Wgrad = typename Layer::Wgrad;
   const int l = p.begin, pitch = p.pitch, buffer = p.block_rows * pitch;
-  const ChainLayer& layer = p.layer[l];
+  const FusedMlpLayer& layer = p.layer[l];
   const int n = static_cast<int>(layer.n), k = static_cast<int>(layer.k);
   T* const weight = reinterpret_cast<T*>(dynamic_shared());
   T* const stages = weight + Layer::weight_elements(n, k);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       T* const stage = stage_of(block);
       load_block(stage, p.incoming, block, n);
       if (p.needs_input(l)) load_block(stage + buffer, p.input(l), block, k);
-      if (own && p.saved_bits)
+      if (own && p.saved_is_mask)
         load_mask_rows(stage + 2 * buffer, p.saved[l], block * p.block_rows, rows_of(block), n);
       else if (own)
         load_block(stage + 2 * buffer, View{p.saved[l], n, 1}, block, n);
@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
     load_stage(block + p.stages - 1);
     if (own) {
       if constexpr (kHasMask<T, kPack<T>>) {
-        if (p.saved_bits) mask_rows<true>(layer.act, dz, third, pitch, rows, n);
+        if (p.saved_is_mask) mask_rows<true>(layer.act, dz, third, pitch, rows, n);
       }
-      if (!p.saved_bits) mask_rows<false>(layer.act, dz, third, pitch, rows, n);
+      if (!p.saved_is_mask) mask_rows<false>(layer.act, dz, third, pitch, rows, n);
       __syncthreads();  // dz is made
       if (z.data) {
         load_block(third, z, block, k);
@@ -137,9 +137,9 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       cp_async_wait<0>();
       __syncthreads();  // z is there
     }
-    const T* gate = p.masks_by_input(l) ? input : third;
-    dgrad_rows<typename Layer::Dgrad>(weight, n, k, dz, gate, p.mask_below(l) ? &p.layer[l - 1].act : nullptr, third,
-                                      pitch, rows, [&](int row, int col) {
+    const T* below_saved = p.masks_by_input(l) ? input : third;
+    dgrad_rows<typename Layer::Dgrad>(weight, n, k, dz, below_saved, p.mask_below(l) ? &p.layer[l - 1].act : nullptr,
+                                      third, pitch, rows, [&](int row, int col) {
                                         using Dgrad = typename Layer::Dgrad;
                                         __syncwarp();
                                         T* const to =

@@ -86,7 +86,7 @@ cudaError_t run(const Gemm& p, int processors, cudaStream_t stream) {
   status = launch(hopper_gemm_kernel<Traits>, grid, Traits::kThreads, Traits::kSharedBytes, stream, p, map_a, map_b);
   if (status != cudaSuccess) return status;
   if (p.column_sum) return sum_slices<T>(p.partials, ceil_div(p.m, 64), p.n, p.column_sum, stream);
-  return p.splits > 1 ? finish<T>(p, stream) : status;
+  return p.splits > 1 ? splitk_reduce<T>(p, stream) : status;
 }
 
 template <class T, bool kAAlongK, bool kBAlongK>
@@ -122,7 +122,7 @@ bool hopper_takes(const Gemm& p) {
 
 cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream) {
   if (!hopper_takes(p)) return cudaErrorInvalidValue;
-  if ((p.column_sum && (p.splits != 1 || !p.gate)) || !mask_fits(p)) return cudaErrorInvalidValue;
+  if ((p.column_sum && (p.splits != 1 || !p.below_saved)) || !mask_fits(p)) return cudaErrorInvalidValue;
   if (p.tile != 0 && p.tile != kNarrow && p.tile != kWide) return cudaErrorInvalidValue;
   int processors;
   const cudaError_t status = available(&processors);

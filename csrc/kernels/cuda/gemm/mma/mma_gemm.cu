@@ -26,7 +26,7 @@ cudaError_t run(const Gemm& p, cudaStream_t stream) {
   if (p.column_sum) return sum_slices<T>(p.partials, ceil_div(p.m, Traits::kWarpM), p.n, p.column_sum, stream);
   if (p.splits == 1) return status;
 
-  status = finish<T>(p, stream);
+  status = splitk_reduce<T>(p, stream);
   if (status != cudaSuccess || !p.row_sum) return status;
   return sum_slices<T>(static_cast<const float*>(p.partials) + p.splits * p.m * p.n, p.splits, p.m, p.row_sum, stream);
 }
@@ -50,7 +50,7 @@ cudaError_t run_dtype(const Gemm& p, cudaStream_t stream) {
 
 cudaError_t mma_gemm(const Gemm& p, cudaStream_t stream) {
   if (p.m == 0 || p.n == 0) return p.row_sum ? cudaErrorInvalidValue : cudaSuccess;  // row sums alone: grad_pass
-  if ((p.column_sum && (p.splits != 1 || !p.gate)) || !mask_fits(p)) return cudaErrorInvalidValue;
+  if ((p.column_sum && (p.splits != 1 || !p.below_saved)) || !mask_fits(p)) return cudaErrorInvalidValue;
   if (p.tile != 0 && p.tile != kSmall && p.tile != kLarge) return cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::f64: break;

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
             float v = widen(a.data[row * a.row_stride + col * a.col_stride]);
             if (p.saved.data) {
               const int64_t at = col * p.saved.row_stride + row * p.saved.col_stride;
-              v = decltype(act)::template grad<Ops<float>>(v, saved_at<T>(p.saved.data, p.saved_bits, at),
+              v = decltype(act)::template grad<Ops<float>>(v, saved_at<T>(p.saved.data, p.saved_is_mask, at),
                                                            static_cast<float>(p.act.slope));
             }
             if (sums_rows) row_sum[e] += v;

@@ -14,7 +14,7 @@ cudaError_t run(const Gemm& p, cudaStream_t stream) {
   cudaError_t status = launch(simt_gemm_kernel<Traits>, grid, Traits::kThreads, 0, stream, p);
   if (status != cudaSuccess || p.splits == 1) return status;
 
-  if (p.n > 0) status = finish<T>(p, stream);
+  if (p.n > 0) status = splitk_reduce<T>(p, stream);
   if (status != cudaSuccess || !p.row_sum) return status;
   return sum_slices<T>(static_cast<const Acc<T>*>(p.partials) + p.splits * p.m * p.n, p.splits, p.m, p.row_sum, stream);
 }

@@ -33,7 +33,7 @@ DLK_DEVICE Acc<T> load_a(const Gemm& p, int64_t i, int64_t s) {
   using O = Ops<Acc<T>>;
   const Acc<T> a = widen(static_cast<const T*>(p.a.data)[i * p.a.row_stride + s * p.a.col_stride]);
   if (!p.saved.data) return a;
-  const Acc<T> saved = saved_at<T>(p.saved.data, p.saved_bits, i * p.saved.row_stride + s * p.saved.col_stride);
+  const Acc<T> saved = saved_at<T>(p.saved.data, p.saved_is_mask, i * p.saved.row_stride + s * p.saved.col_stride);
   return with_activation(p.act.kind,
                          [&](auto act) { return decltype(act)::template grad<O>(a, saved, O::lit(p.act.slope)); });
 }
@@ -50,7 +50,7 @@ DLK_DEVICE void store_c(const Gemm& p, int64_t i, int64_t j, Acc<T> acc) {
     static_cast<Acc<T>*>(p.partials)[(blockIdx.z * p.m + i) * p.n + j] = acc;
   } else {
     Acc<T> one[1] = {acc};
-    finish<T>(p, i, j, one);
+    apply_epilogue<T>(p, i, j, one);
   }
 }
 
@@ -75,7 +75,7 @@ DLK_DEVICE void mask_tile(const Gemm& p, int64_t i0, int64_t j0) {
       float y[kMaskBits];
       load<T>(p.c, i * p.n + j, y);
       with_activation(p.act.kind, [&](auto act) {
-        if constexpr (decltype(act)::gates) store_mask<decltype(act), T>(p.mask, i * p.n + j, y);
+        if constexpr (decltype(act)::needs_sign_only) store_mask<decltype(act), T>(p.mask, i * p.n + j, y);
       });
     }
   }
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
       }
     }
     if (p.mask && p.splits == 1) {
-      __syncthreads();  // the tile is in memory; of slices, finish_kernel makes the mask
+      __syncthreads();  // the tile is in memory; of slices, splitk_reduce_kernel makes the mask
       mask_tile<Traits>(p, i0, j0);
     }
   }

@@ -1,5 +1,5 @@
-// A chain of narrow layers with everything it reuses in shared memory: what its kernels share. chain_forward.cuh takes rows
-// through all layers, chain_backward.cuh takes them down again, layer_backward.cuh is backward of one layer.
+// A chain of narrow layers with everything it reuses in shared memory: what its kernels share. fused_mlp_forward.cuh takes rows
+// through all layers, fused_mlp_backward.cuh takes them down again, layer_backward.cuh is backward of one layer.
 //
 // What one layer hands to the next is rounded as a tensor would be. Sums are f32 in one fixed order, nothing is atomic.
 #pragma once
@@ -8,14 +8,14 @@
 
 namespace dlk::cuda {
 
-constexpr int kChainLayers = 16;
-constexpr int kChainFeatures = 128;
+constexpr int kFusedMlpLayers = 16;
+constexpr int kFusedMlpFeatures = 128;
 
 // One launch: layers begin ... end of a chain. Kernel parameters, hence values and no pointers to the host.
-struct ChainPass {
-  ChainLayer layer[kChainLayers];
-  const void* saved[kChainLayers];  // h or z, what the gradient of the layer reads; nullptr for the identity
-  bool saved_bits;                  // backward of one layer: `saved` is the mask of its h
+struct FusedMlpPass {
+  FusedMlpLayer layer[kFusedMlpLayers];
+  const void* saved[kFusedMlpLayers];  // h or z, what the gradient of the layer reads; nullptr for the identity
+  bool saved_is_mask;                  // backward of one layer: `saved` is the mask of its h
   int64_t rows;
   int begin, end;
   int pitch;       // of the rows in shared memory: that of the widest of these layers
@@ -26,7 +26,7 @@ struct ChainPass {
   int block_rows;  // backward: rows of a block at a time
   int stages;      // layer_backward: blocks of rows in shared memory
   int slices;
-  float* partials[kChainLayers];  // [slices, n, k] of dweight, behind it [slices, n] of dbias
+  float* partials[kFusedMlpLayers];  // [slices, n, k] of dweight, behind it [slices, n] of dbias
 
   DLK_HD View input(int l) const { return l > 0 ? View{layer[l - 1].h, layer[l].k, 1} : x; }
 
@@ -69,11 +69,11 @@ DLK_DEVICE void mask_rows(const Activation& activation, T* g, const T* saved, in
   });
 }
 
-// out = (dz · weight) · act'(gate), rounded, without a `below` the product alone; out may be where gate is. Rows that a step
+// out = (dz · weight) · act'(below_saved), rounded, without a `below` the product alone; out may be where below_saved is. Rows that a step
 // of mma reads beyond the last one are there. made(i, j) follows each of the warp's tiles: out's rows from i, columns from j.
 template <class Tile, class T, class F>
-DLK_DEVICE void dgrad_rows(const T* weight, int n, int k, const T* dz, const T* gate, const Activation* below, T* out,
-                           int pitch, int rows, F&& made) {
+DLK_DEVICE void dgrad_rows(const T* weight, int n, int k, const T* dz, const T* below_saved, const Activation* below,
+                           T* out, int pitch, int rows, F&& made) {
   using O = Ops<float>;
   const int across = ceil_div(k, Tile::kColumns), tiles = ceil_div(rows, Tile::kRows) * across;
   for (int tile = threadIdx.x / 32; tile < tiles; tile += blockDim.x / 32) {
@@ -84,7 +84,7 @@ DLK_DEVICE void dgrad_rows(const T* weight, int n, int k, const T* dz, const T* 
     if (below) {
       with_activation(below->kind, [&](auto act) {
         Tile::each(units, acc, [&](float& v, int row, int col) {
-          v = decltype(act)::template grad<O>(v, widen(gate[at + row * pitch + col]), O::lit(below->slope));
+          v = decltype(act)::template grad<O>(v, widen(below_saved[at + row * pitch + col]), O::lit(below->slope));
         });
       });
     }
@@ -95,8 +95,9 @@ DLK_DEVICE void dgrad_rows(const T* weight, int n, int k, const T* dz, const T* 
 
 // Partials to gradients. blockIdx.z: twice the layer, and 1 more for dbias.
 template <class T>
-__global__ void __launch_bounds__(kSumOutputs* kSumSharers) chain_sum_kernel(const __grid_constant__ ChainPass p) {
-  const ChainLayer& layer = p.layer[blockIdx.z / 2];
+__global__ void __launch_bounds__(kSumOutputs* kSumSharers)
+    fused_mlp_sum_kernel(const __grid_constant__ FusedMlpPass p) {
+  const FusedMlpLayer& layer = p.layer[blockIdx.z / 2];
   const bool is_bias = blockIdx.z % 2;
   const int64_t parameters = layer.n * layer.k;
   void* out = is_bias ? layer.dbias : layer.dweight;

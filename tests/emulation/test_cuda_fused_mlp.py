@@ -40,7 +40,7 @@ class Activation(ctypes.Structure):
     _fields_ = [("kind", ctypes.c_int32), ("slope", ctypes.c_double)]
 
 
-class ChainLayer(ctypes.Structure):  # of csrc/kernels/params.h
+class FusedMlpLayer(ctypes.Structure):  # of csrc/kernels/params.h
     _fields_ = [
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
@@ -51,11 +51,11 @@ class ChainLayer(ctypes.Structure):  # of csrc/kernels/params.h
     ]
 
 
-class Chain(ctypes.Structure):
+class FusedMlp(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_int64),
         ("layers", ctypes.c_int),
-        ("layer", ctypes.POINTER(ChainLayer)),
+        ("layer", ctypes.POINTER(FusedMlpLayer)),
         ("x", View),
         ("grad_y", View),
         ("dx", ctypes.c_void_p),
@@ -67,8 +67,8 @@ class Chain(ctypes.Structure):
 @pytest.fixture(scope="module")
 def kernels():
     library = compiled_kernels()
-    library.chain_partials.restype = ctypes.c_int64
-    library.chain_takes.restype = ctypes.c_bool
+    library.fused_mlp_partials.restype = ctypes.c_int64
+    library.fused_mlp_takes.restype = ctypes.c_bool
     yield library
     pretend(library, H100, 132)
 
@@ -92,12 +92,12 @@ class Network:
         return ACTIVATIONS[self.acts[layer]][1]
 
     def description(self, call):
-        layers = (ChainLayer * len(self.pairs))()
+        layers = (FusedMlpLayer * len(self.pairs))()
         for layer, weight, act, (k, n) in zip(layers, self.weights, self.acts, self.pairs, strict=True):
             layer.n, layer.k = n, k
             layer.weight = view(call, weight)
             layer.act = Activation(list(ACTIVATIONS).index(act), SLOPE)
-        return Chain(self.rows, len(layers), layers, view(call, self.x)), layers
+        return FusedMlp(self.rows, len(layers), layers, view(call, self.x)), layers
 
     def _call(self, function, chain):
         status = function(ctypes.byref(chain), DTYPES.index(self.dtype))
@@ -105,9 +105,9 @@ class Network:
         assert status == 0
 
     def ask(self, question):
-        """chain_takes, chain_slices or chain_partials of it."""
+        """fused_mlp_takes, fused_mlp_slices or fused_mlp_partials of it."""
         chain, _ = self.description(Call(self.kernels))
-        return getattr(self.kernels, f"chain_{question}")(ctypes.byref(chain), DTYPES.index(self.dtype))
+        return getattr(self.kernels, f"fused_mlp_{question}")(ctypes.byref(chain), DTYPES.index(self.dtype))
 
     def launches_several(self):
         """Whether backward has to hand on anything: memory beyond the partial sums."""
@@ -131,7 +131,7 @@ class Network:
                 pointer, mask = call.output(self.rows, layer.n // 8, dtype=torch.uint8)
                 layer.mask = pointer.value
                 masks.append(mask)
-        self._call(self.kernels.chain_forward, chain)
+        self._call(self.kernels.fused_mlp_forward, chain)
         if masks is not None:
             masks[:] = [mask.clone() for mask in masks]
         return [t if t is None else t.clone() for t in h], [t if t is None else t.clone() for t in z]
@@ -158,11 +158,11 @@ class Network:
             layer.dbias = output(f"dbias{i}", layer.n)
         chain.dx = output("dx", self.rows, layers[0].k)
         chain.grad_y = view(call, self.g)
-        chain.slices = self.kernels.chain_slices(ctypes.byref(chain), DTYPES.index(self.dtype))
-        size = self.kernels.chain_partials(ctypes.byref(chain), DTYPES.index(self.dtype))
+        chain.slices = self.kernels.fused_mlp_slices(ctypes.byref(chain), DTYPES.index(self.dtype))
+        size = self.kernels.fused_mlp_partials(ctypes.byref(chain), DTYPES.index(self.dtype))
         pointer, _ = call.output(size, dtype=torch.float32)
         chain.partials = pointer.value
-        self._call(self.kernels.chain_backward, chain)
+        self._call(self.kernels.fused_mlp_backward, chain)
         return {name: t.clone() for name, t in outputs.items()}
 
     def check_forward(self, h, z):

@@ -1,4 +1,4 @@
-// Launches chain_forward.cuh, chain_backward.cuh and layer_backward.cuh: how much of a chain a block holds, and how many
+// Launches fused_mlp_forward.cuh, fused_mlp_backward.cuh and layer_backward.cuh: how much of a chain a block holds, and how many
 // blocks there are.
 //
 // Backward of several layers keeps of each its weight and the f32 sums of dweight in shared memory. Of 64 features in bf16
@@ -6,8 +6,8 @@
 // saved activation once. Of 128 features it is 34 + 64 KiB: then every layer is a launch of its own, with its sums in
 // registers, which still makes dx, dweight and dbias from one read of its dz and its input. A chain is cut from the top, as
 // long as the next layer fits.
-#include "kernels/cuda/mlp/chain_backward.cuh"
-#include "kernels/cuda/mlp/chain_forward.cuh"
+#include "kernels/cuda/mlp/fused_mlp_backward.cuh"
+#include "kernels/cuda/mlp/fused_mlp_forward.cuh"
 #include "kernels/cuda/mlp/layer_backward.cuh"
 
 #include <algorithm>
@@ -34,7 +34,7 @@ Device this_device() {
 bool two_fit(const Device& device, int64_t bytes) { return 2 * (bytes + 1024) <= device.shared + 1024; }
 
 // The widest of layers begin ... end.
-int widest(const Chain& p, int begin, int end) {
+int widest(const FusedMlp& p, int begin, int end) {
   int64_t features = p.layer[begin].k;
   for (int l = begin; l < end; ++l) features = std::max(features, p.layer[l].n);
   return static_cast<int>(features);
@@ -44,14 +44,14 @@ struct Launch {
   int begin, end;  // layers
   int threads;
   int block_rows;  // backward
-  int stages;      // backward: of layer_backward_kernel, or 0: chain_backward_kernel
+  int stages;      // backward: of layer_backward_kernel, or 0: fused_mlp_backward_kernel
   int64_t bytes;   // of shared memory
 };
 
 // Two blocks of 8 warps on an SM where that fits, else one of as many as fit, up to 16; none with fewer than 4, which is
 // too few to hide the latency of memory. Few rows are spread over the SMs, though.
 template <class T>
-bool plan_forward(const Chain& p, const Device& device, Launch* plan) {
+bool plan_forward(const FusedMlp& p, const Device& device, Launch* plan) {
   constexpr int kFewest = 4;
   int64_t weights = 0;
   for (int l = 0; l < p.layers; ++l)
@@ -69,11 +69,11 @@ bool plan_forward(const Chain& p, const Device& device, Launch* plan) {
 // layer_backward_kernel for layer l, in 3 stages or 2. Of the blocks of rows that fit, those with which the SM that has most
 // of them is done first, if a block takes the time of its rows and of 16 more.
 template <class T>
-bool plan_layer(const Chain& p, int l, const Device& device, Launch* plan) {
+bool plan_layer(const FusedMlp& p, int l, const Device& device, Launch* plan) {
   const int n = static_cast<int>(p.layer[l].n), k = static_cast<int>(p.layer[l].k);
   constexpr int kLeast = LayerBackward<T>::Dgrad::kRows;
   int64_t best = std::numeric_limits<int64_t>::max();
-  for (int rows = std::max(n, k) > kChainFeatures / 2 ? 64 : 128; rows >= kLeast; rows -= kLeast) {
+  for (int rows = std::max(n, k) > kFusedMlpFeatures / 2 ? 64 : 128; rows >= kLeast; rows -= kLeast) {
     const bool three = LayerBackward<T>::bytes(n, k, rows, 3) <= device.shared;
     const int64_t bytes = LayerBackward<T>::bytes(n, k, rows, three ? 3 : 2);
     if (bytes > device.shared) continue;
@@ -85,10 +85,10 @@ bool plan_layer(const Chain& p, int l, const Device& device, Launch* plan) {
   return best < std::numeric_limits<int64_t>::max();
 }
 
-// chain_backward_kernel for layers begin ... end: blocks of as many rows as fit, up to 128, or 64 while that leaves no SM
+// fused_mlp_backward_kernel for layers begin ... end: blocks of as many rows as fit, up to 128, or 64 while that leaves no SM
 // without one.
 template <class T>
-bool plan_layers(const Chain& p, int begin, int end, const Device& device, Launch* plan) {
+bool plan_layers(const FusedMlp& p, int begin, int end, const Device& device, Launch* plan) {
   int64_t layers = 0;
   for (int l = begin; l < end; ++l)
     layers += BackwardLayer<T>::bytes(static_cast<int>(p.layer[l].n), static_cast<int>(p.layer[l].k));
@@ -101,12 +101,12 @@ bool plan_layers(const Chain& p, int begin, int end, const Device& device, Launc
 
 struct BackwardPlan {
   int launches;
-  Launch launch[kChainLayers];  // from the top
+  Launch launch[kFusedMlpLayers];  // from the top
   int slices;
 };
 
 template <class T>
-bool plan_backward(const Chain& p, const Device& device, BackwardPlan* plan) {
+bool plan_backward(const FusedMlp& p, const Device& device, BackwardPlan* plan) {
   *plan = {};
   bool two = true;
   int64_t blocks = 1;
@@ -128,7 +128,7 @@ bool plan_backward(const Chain& p, const Device& device, BackwardPlan* plan) {
 }
 
 template <class F>
-auto with_chain_dtype(DType dtype, F&& f) -> decltype(f(0.0f)) {
+auto with_fused_mlp_dtype(DType dtype, F&& f) -> decltype(f(0.0f)) {
   switch (dtype) {
     case DType::f32: return f(0.0f);
     case DType::bf16: return f(Bf16{});
@@ -138,13 +138,13 @@ auto with_chain_dtype(DType dtype, F&& f) -> decltype(f(0.0f)) {
   return {};
 }
 
-BackwardPlan plan_backward(const Chain& p, DType dtype) {
+BackwardPlan plan_backward(const FusedMlp& p, DType dtype) {
   BackwardPlan plan{};
-  with_chain_dtype(dtype, [&](auto t) { return plan_backward<decltype(t)>(p, this_device(), &plan); });
+  with_fused_mlp_dtype(dtype, [&](auto t) { return plan_backward<decltype(t)>(p, this_device(), &plan); });
   return plan;
 }
 
-int64_t parameters_of(const Chain& p) {
+int64_t parameters_of(const FusedMlp& p) {
   int64_t sum = 0;
   for (int l = 0; l < p.layers; ++l) sum += p.layer[l].n * p.layer[l].k + p.layer[l].n;
   return sum;
@@ -152,46 +152,48 @@ int64_t parameters_of(const Chain& p) {
 
 // f32 elements that hold what one launch of backward hands to the next: dz of a layer, [rows, n] in the chain's dtype.
 // They follow the partials, two in turn.
-int64_t handed_on(const Chain& p, DType dtype, const BackwardPlan& plan) {
+int64_t handed_on(const FusedMlp& p, DType dtype, const BackwardPlan& plan) {
   int64_t features = 0;
   for (int i = 1; i < plan.launches; ++i) features = std::max(features, p.layer[plan.launch[i].end - 1].n);
   return ceil_div(p.rows * features, dtype == DType::f32 ? 1 : 2);
 }
 int64_t whole_packs(int64_t floats) { return ceil_div(floats, 4) * 4; }
 
-ChainPass pass_of(const Chain& p) {
-  ChainPass pass{};
+FusedMlpPass pass_of(const FusedMlp& p) {
+  FusedMlpPass pass{};
   for (int l = 0; l < p.layers; ++l) {
     pass.layer[l] = p.layer[l];
-    const ChainLayer& layer = p.layer[l];
+    const FusedMlpLayer& layer = p.layer[l];
     const Act kind = layer.act.kind;
     pass.saved[l] = kind == Act::none ? nullptr : layer.mask ? layer.mask : saves_output(kind) ? layer.h : layer.z;
   }
-  pass.saved_bits = p.layers == 1 && p.layer[0].mask;
+  pass.saved_is_mask = p.layers == 1 && p.layer[0].mask;
   pass.rows = p.rows;
   pass.x = p.x;
   return pass;
 }
 
 template <class T>
-cudaError_t forward(const Chain& p, cudaStream_t stream) {
+cudaError_t forward(const FusedMlp& p, cudaStream_t stream) {
   const Device device = this_device();
   Launch plan;
   if (!plan_forward<T>(p, device, &plan)) return cudaErrorInvalidValue;
-  ChainPass pass = pass_of(p);
+  FusedMlpPass pass = pass_of(p);
   pass.begin = plan.begin, pass.end = plan.end;
   const int features = widest(p, 0, p.layers);
   pass.pitch = pitch_of<T>(features);
   const int64_t blocks = ceil_div(p.rows, plan.threads / 32 * kStrip);
   const dim3 grid(static_cast<unsigned>(std::min(blocks, device.sms * (two_fit(device, plan.bytes) ? 2 : 1))));
   const auto shared = static_cast<size_t>(plan.bytes);
-  if (features <= kChainFeatures / 2)
-    return launch(chain_forward_kernel<T, kChainFeatures / 2 / kUnitColumns>, grid, plan.threads, shared, stream, pass);
-  return launch(chain_forward_kernel<T, kChainFeatures / kUnitColumns>, grid, plan.threads, shared, stream, pass);
+  if (features <= kFusedMlpFeatures / 2)
+    return launch(fused_mlp_forward_kernel<T, kFusedMlpFeatures / 2 / kUnitColumns>, grid, plan.threads, shared, stream,
+                  pass);
+  return launch(fused_mlp_forward_kernel<T, kFusedMlpFeatures / kUnitColumns>, grid, plan.threads, shared, stream,
+                pass);
 }
 
 template <class T>
-cudaError_t backward(const Chain& p, DType dtype, cudaStream_t stream) {
+cudaError_t backward(const FusedMlp& p, DType dtype, cudaStream_t stream) {
   BackwardPlan plan;
   if (!plan_backward<T>(p, this_device(), &plan) || p.slices != plan.slices) return cudaErrorInvalidValue;
   // below the deepest layer that has a gradient to give there is nothing to do
@@ -199,7 +201,7 @@ cudaError_t backward(const Chain& p, DType dtype, cudaStream_t stream) {
   while (!p.dx && deepest < p.layers && !p.layer[deepest].dweight && !p.layer[deepest].dbias) ++deepest;
   if (deepest == p.layers) return cudaSuccess;
 
-  ChainPass pass = pass_of(p);
+  FusedMlpPass pass = pass_of(p);
   auto* partials = static_cast<float*>(p.partials);
   pass.slices = p.slices;
   bool sums = false;
@@ -224,20 +226,20 @@ cudaError_t backward(const Chain& p, DType dtype, cudaStream_t stream) {
     pass.pitch = part.stages ? LayerBackward<T>::pitch(features) : pitch_of<T>(features);
     pass.block_rows = part.block_rows;
     pass.stages = part.stages;
-    if (pass.saved_bits && !part.stages) return cudaErrorInvalidValue;  // of a device that shares next to nothing
+    if (pass.saved_is_mask && !part.stages) return cudaErrorInvalidValue;  // of a device that shares next to nothing
     const cudaError_t status =
-        launch(part.stages ? layer_backward_kernel<T> : chain_backward_kernel<T>, dim3(static_cast<unsigned>(p.slices)),
-               part.threads, static_cast<size_t>(part.bytes), stream, pass);
+        launch(part.stages ? layer_backward_kernel<T> : fused_mlp_backward_kernel<T>,
+               dim3(static_cast<unsigned>(p.slices)), part.threads, static_cast<size_t>(part.bytes), stream, pass);
     if (status != cudaSuccess) return status;
     pass.incoming = {pass.outgoing, p.layer[part.begin].k, 1};
     pass.masked = true;
   }
   if (!sums) return cudaSuccess;
   const dim3 grid(grid_of(ceil_div(most, kSumOutputs)), 1, static_cast<unsigned>(2 * p.layers));
-  return launch(chain_sum_kernel<T>, grid, kSumOutputs * kSumSharers, 0, stream, pass);
+  return launch(fused_mlp_sum_kernel<T>, grid, kSumOutputs * kSumSharers, 0, stream, pass);
 }
 
-bool masks_fit(const Chain& p, DType dtype) {
+bool masks_fit(const FusedMlp& p, DType dtype) {
   for (int l = 0; l < p.layers; ++l)
     if (p.layer[l].mask && !comes_in_bytes(dtype, p.layer[l].n, {})) return false;
   return true;
@@ -245,11 +247,12 @@ bool masks_fit(const Chain& p, DType dtype) {
 
 }  // namespace
 
-bool chain_takes(const Chain& p, DType dtype) {
-  if (p.layers < 1 || p.layers > kChainLayers) return false;
+bool fused_mlp_takes(const FusedMlp& p, DType dtype) {
+  if (p.layers < 1 || p.layers > kFusedMlpLayers) return false;
   for (int l = 0; l < p.layers; ++l)
-    if (std::min(p.layer[l].n, p.layer[l].k) < 1 || std::max(p.layer[l].n, p.layer[l].k) > kChainFeatures) return false;
-  return with_chain_dtype(dtype, [&](auto t) {
+    if (std::min(p.layer[l].n, p.layer[l].k) < 1 || std::max(p.layer[l].n, p.layer[l].k) > kFusedMlpFeatures)
+      return false;
+  return with_fused_mlp_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     const Device device = this_device();
     Launch forward;
@@ -258,25 +261,25 @@ bool chain_takes(const Chain& p, DType dtype) {
   });
 }
 
-int chain_slices(const Chain& p, DType dtype) { return plan_backward(p, dtype).slices; }
+int fused_mlp_slices(const FusedMlp& p, DType dtype) { return plan_backward(p, dtype).slices; }
 
-int64_t chain_partials(const Chain& p, DType dtype) {
+int64_t fused_mlp_partials(const FusedMlp& p, DType dtype) {
   const BackwardPlan plan = plan_backward(p, dtype);
   return whole_packs(plan.slices * parameters_of(p)) +
          std::min(2, plan.launches - 1) * whole_packs(handed_on(p, dtype, plan));
 }
 
-cudaError_t chain_forward(const Chain& p, DType dtype, cudaStream_t stream) {
-  if (!chain_takes(p, dtype) || !masks_fit(p, dtype)) return cudaErrorInvalidValue;
+cudaError_t fused_mlp_forward(const FusedMlp& p, DType dtype, cudaStream_t stream) {
+  if (!fused_mlp_takes(p, dtype) || !masks_fit(p, dtype)) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
-  return with_chain_dtype(dtype, [&](auto t) { return forward<decltype(t)>(p, stream); });
+  return with_fused_mlp_dtype(dtype, [&](auto t) { return forward<decltype(t)>(p, stream); });
 }
 
-cudaError_t chain_backward(const Chain& p, DType dtype, cudaStream_t stream) {
-  if (!chain_takes(p, dtype) || !masks_fit(p, dtype)) return cudaErrorInvalidValue;
+cudaError_t fused_mlp_backward(const FusedMlp& p, DType dtype, cudaStream_t stream) {
+  if (!fused_mlp_takes(p, dtype) || !masks_fit(p, dtype)) return cudaErrorInvalidValue;
   for (int l = 0; p.layers > 1 && l < p.layers; ++l)
     if (p.layer[l].mask) return cudaErrorInvalidValue;
-  return with_chain_dtype(dtype, [&](auto t) { return backward<decltype(t)>(p, dtype, stream); });
+  return with_fused_mlp_dtype(dtype, [&](auto t) { return backward<decltype(t)>(p, dtype, stream); });
 }
 
 }  // namespace dlk::cuda

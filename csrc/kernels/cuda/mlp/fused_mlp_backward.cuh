@@ -3,7 +3,7 @@
 // input of the next.
 #pragma once
 
-#include "kernels/cuda/mlp/chain.cuh"
+#include "kernels/cuda/mlp/fused_mlp.cuh"
 
 namespace dlk::cuda {
 
@@ -28,7 +28,7 @@ struct BackwardLayer {
     return weight_rows<T>(n) * pitch_of<T>(k) * static_cast<int>(sizeof(T)) + dweight_packs(n, k) * 16 +
            round_up(kSharers * n, 4) * static_cast<int>(sizeof(float));
   }
-  DLK_DEVICE static BackwardLayer at(unsigned char* shared, const ChainLayer& layer) {
+  DLK_DEVICE static BackwardLayer at(unsigned char* shared, const FusedMlpLayer& layer) {
     BackwardLayer s;
     s.n = static_cast<int>(layer.n), s.k = static_cast<int>(layer.k);
     s.weight = reinterpret_cast<T*>(shared);
@@ -71,7 +71,7 @@ DLK_DEVICE void wgrad_rows(const BackwardLayer<T>& s, const T* dz, const T* inpu
 // dbias += column sums of dz, likewise. A thread has every kSharers-th row of a column.
 template <class T>
 DLK_DEVICE void sum_columns(const BackwardLayer<T>& s, const T* dz, int pitch, int rows) {
-  const int col = threadIdx.x % kChainFeatures, sharer = threadIdx.x / kChainFeatures;
+  const int col = threadIdx.x % kFusedMlpFeatures, sharer = threadIdx.x / kFusedMlpFeatures;
   if (col >= s.n || sharer >= kSharers) return;
   float sum = 0;
   for (int row = sharer; row < rows; row += kSharers) sum += widen(dz[row * pitch + col]);
@@ -80,7 +80,7 @@ DLK_DEVICE void sum_columns(const BackwardLayer<T>& s, const T* dz, int pitch, i
 
 // The sums of this slice to memory, where those of the slices are added up.
 template <class T>
-DLK_DEVICE void store_partials(const ChainPass& p, int l, const BackwardLayer<T>& s) {
+DLK_DEVICE void store_partials(const FusedMlpPass& p, int l, const BackwardLayer<T>& s) {
   using Tile = typename BackwardLayer<T>::Wgrad;
   const int slice = blockIdx.x, parameters = s.n * s.k;
   if (p.layer[l].dweight) {
@@ -109,7 +109,8 @@ DLK_DEVICE void store_partials(const ChainPass& p, int l, const BackwardLayer<T>
 // blockIdx.x is the slice of the rows. Three buffers of a block's rows change their roles from layer to layer: `dz`, the
 // `input` of its layer, and one that is free, for what is read next.
 template <class T>
-__global__ void __launch_bounds__(kBackwardThreads, 1) chain_backward_kernel(const __grid_constant__ ChainPass p) {
+__global__ void __launch_bounds__(kBackwardThreads, 1)
+    fused_mlp_backward_kernel(const __grid_constant__ FusedMlpPass p) {
   using Layer = BackwardLayer<T>;
   const int pitch = p.pitch, top = p.end - 1;
   T* dz = reinterpret_cast<T*>(dynamic_shared());
@@ -154,13 +155,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) chain_backward_kernel(con
       const Layer s = Layer::at(at, p.layer[l]);
       at = s.end();
       const bool by_input = p.masks_by_input(l), by_z = p.mask_below(l) && !by_input;
-      T* const gate = by_z ? free : input;
+      T* const below_saved = by_z ? free : input;
       T* const other = by_z ? input : free;
       const bool loads_next = l > p.begin && p.needs_input(l - 1);
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();  // dz and input are there, and `free` is
-      if (by_z) load_block(gate, saved_by(l - 1), s.k);
+      if (by_z) load_block(below_saved, saved_by(l - 1), s.k);
       if (!by_z && loads_next) load_block(other, p.input(l - 1), p.layer[l - 1].k);
       cp_async_commit();
       if (p.layer[l].dweight) wgrad_rows(s, dz, input, pitch, rows);
@@ -169,13 +170,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) chain_backward_kernel(con
       if (by_z) cp_async_wait<0>();
       __syncthreads();  // the input has been read, and z is there
       if (by_z && loads_next) load_block(other, p.input(l - 1), p.layer[l - 1].k);
-      dgrad_rows<typename Layer::Dgrad>(s.weight, s.n, s.k, dz, gate, p.mask_below(l) ? &p.layer[l - 1].act : nullptr,
-                                        gate, pitch, rows, [](int, int) {});
+      dgrad_rows<typename Layer::Dgrad>(s.weight, s.n, s.k, dz, below_saved,
+                                        p.mask_below(l) ? &p.layer[l - 1].act : nullptr, below_saved, pitch, rows,
+                                        [](int, int) {});
       if (l == p.begin) {
         __syncthreads();
-        store_rows(this_block(), p.outgoing, i0, rows, s.k, gate, pitch);
+        store_rows(this_block(), p.outgoing, i0, rows, s.k, below_saved, pitch);
       }
-      free = dz, dz = gate, input = other;
+      free = dz, dz = below_saved, input = other;
     }
   }
 

@@ -11,7 +11,7 @@
 namespace dlk::cpu::DLK_ISA {
 
 template <class E>
-constexpr int64_t kChainFeatures = kKC<E> * E::kStep;
+constexpr int64_t kFusedMlpFeatures = kKC<E> * E::kStep;
 template <class E>
 constexpr int64_t kPitch = kAStride<E> * E::kStep;  // of a block row, in elements
 
@@ -28,7 +28,7 @@ struct Arena {
   }
 };
 
-inline int64_t chain_widest(const Chain& p) {
+inline int64_t fused_mlp_widest(const FusedMlp& p) {
   int64_t widest = p.layer[0].k;
   for (int l = 0; l < p.layers; ++l) widest = max(widest, p.layer[l].n);
   return widest;
@@ -36,36 +36,36 @@ inline int64_t chain_widest(const Chain& p) {
 
 // Rows of a block: two blocks and what wgrad packs take half of a 1 MiB L2. Whole micro-tiles, and pairs of rows.
 template <class E>
-int64_t chain_rows(const Chain& p) {
+int64_t fused_mlp_rows(const FusedMlp& p) {
   constexpr int64_t step = 2 * kMR, most = 224;
-  const int64_t fit = (int64_t{1} << 17) / (chain_widest(p) * sizeof(typename E::Packed));
+  const int64_t fit = (int64_t{1} << 17) / (fused_mlp_widest(p) * sizeof(typename E::Packed));
   return max(min(fit, most) / step, 2) * step;
 }
 
 template <class E>
-struct ChainBuffers {
+struct FusedMlpBuffers {
   using Packed = typename E::Packed;
   using Cell = typename E::Cell;
   using A = typename E::Acc;
 
-  Cell* weight[kChainLayers];    // forward's B: panels of weightᵀ
-  Cell* weight_t[kChainLayers];  // dgrad's B: panels of weight
-  Packed* block[2];              // what one layer hands to the next, h or dz: [rows, kPitch]
-  Cell* wgrad_a;                 // E::kStep > 1: dz in pairs of rows
+  Cell* weight[kFusedMlpLayers];    // forward's B: panels of weightᵀ
+  Cell* weight_t[kFusedMlpLayers];  // dgrad's B: panels of weight
+  Packed* block[2];                 // what one layer hands to the next, h or dz: [rows, kPitch]
+  Cell* wgrad_a;                    // E::kStep > 1: dz in pairs of rows
   Cell* wgrad_b;
   Packed* run;  // on their way into a panel
   A* acc;       // a micro-tile
-  double* dbias[kChainLayers];
+  double* dbias[kFusedMlpLayers];
 
   static int64_t panels(int64_t k, int64_t n) {
     return round_up(n, E::kVL) * ceil_div(k, E::kStep) + ceil_div(n, E::kVL) * kPanelGap<E>;
   }
-  static ChainBuffers carve(Arena& arena, const Chain& p, int64_t rows, bool backward) {
-    ChainBuffers s{};
-    const int64_t widest = chain_widest(p), cells = ceil_div(rows, E::kStep);
+  static FusedMlpBuffers carve(Arena& arena, const FusedMlp& p, int64_t rows, bool backward) {
+    FusedMlpBuffers s{};
+    const int64_t widest = fused_mlp_widest(p), cells = ceil_div(rows, E::kStep);
     for (Packed*& block : s.block) block = arena.take<Packed>(rows * kPitch<E> + kNV * E::kVL);
     for (int l = 0; l < p.layers; ++l) {
-      const ChainLayer& layer = p.layer[l];
+      const FusedMlpLayer& layer = p.layer[l];
       if (!backward) {
         s.weight[l] = arena.take<Cell>(panels(layer.k, layer.n));
         continue;
@@ -82,13 +82,13 @@ struct ChainBuffers {
     s.acc = arena.take<A>(kMR * kNV * E::kVL);
     return s;
   }
-  static ChainBuffers get(const Chain& p, int64_t rows, bool backward) {
+  static FusedMlpBuffers get(const FusedMlp& p, int64_t rows, bool backward) {
     Arena size{nullptr};
     carve(size, p, rows, backward);
     Arena arena{(char*)scratch(size.used)};
-    ChainBuffers s = carve(arena, p, rows, backward);
+    FusedMlpBuffers s = carve(arena, p, rows, backward);
     for (int l = 0; l < p.layers; ++l) {
-      const ChainLayer& layer = p.layer[l];
+      const FusedMlpLayer& layer = p.layer[l];
       if (!backward) pack_b<E>(layer.weight.transposed(), s.weight[l], 0, layer.k, 0, layer.n, s.run);
       if (backward && (l > 0 || p.dx)) pack_b<E>(layer.weight, s.weight_t[l], 0, layer.n, 0, layer.k, s.run);
     }
@@ -113,8 +113,8 @@ struct MicroTile {
 
 // act(acc + bias) into the block h, and rows i0.. of the layer's tensors.
 template <class E, class Act>
-void chain_value(const ChainLayer& layer, const MicroTile& t, const typename E::Acc* acc, typename E::Packed* h,
-                 int64_t i0) {
+void fused_mlp_value(const FusedMlpLayer& layer, const MicroTile& t, const typename E::Acc* acc, typename E::Packed* h,
+                     int64_t i0) {
   using O = Ops<typename E::Acc>;
   using T = typename E::Elem;
   const auto slope = O::lit(layer.act.slope);
@@ -135,8 +135,8 @@ void chain_value(const ChainLayer& layer, const MicroTile& t, const typename E::
 // dz = g · act'(saved), and its column sums. g [t.rows, ld]: a micro-tile's sums, or a block, which may be dz itself.
 // saved: h or z of the layer, rows i0.. of its tensor.
 template <class E, class Act, class G>
-void chain_grad(const ChainLayer& layer, const MicroTile& t, const G* g, int64_t ld, int64_t i0, typename E::Packed* dz,
-                double* sum) {
+void fused_mlp_grad(const FusedMlpLayer& layer, const MicroTile& t, const G* g, int64_t ld, int64_t i0,
+                    typename E::Packed* dz, double* sum) {
   using O = Ops<typename E::Acc>;
   const auto slope = O::lit(layer.act.slope);
   const auto* saved = (const typename E::Elem*)(Act::saves_output ? layer.h : layer.z) + (i0 + t.i) * layer.n + t.j;
@@ -157,27 +157,27 @@ void chain_grad(const ChainLayer& layer, const MicroTile& t, const G* g, int64_t
 }
 
 template <class E>
-using ChainValueFn = void (*)(const ChainLayer&, const MicroTile&, const typename E::Acc*, typename E::Packed*,
-                              int64_t);
+using FusedMlpValueFn = void (*)(const FusedMlpLayer&, const MicroTile&, const typename E::Acc*, typename E::Packed*,
+                                 int64_t);
 template <class E>
-ChainValueFn<E> chain_value_of(Act kind) {
-  return with_activation(kind, [](auto act) -> ChainValueFn<E> { return &chain_value<E, decltype(act)>; });
+FusedMlpValueFn<E> fused_mlp_value_of(Act kind) {
+  return with_activation(kind, [](auto act) -> FusedMlpValueFn<E> { return &fused_mlp_value<E, decltype(act)>; });
 }
 
 template <class E, class G>
-using ChainGradFn = void (*)(const ChainLayer&, const MicroTile&, const G*, int64_t, int64_t, typename E::Packed*,
-                             double*);
+using FusedMlpGradFn = void (*)(const FusedMlpLayer&, const MicroTile&, const G*, int64_t, int64_t, typename E::Packed*,
+                                double*);
 template <class E, class G>
-ChainGradFn<E, G> chain_grad_of(Act kind) {
-  return with_activation(kind, [](auto act) -> ChainGradFn<E, G> { return &chain_grad<E, decltype(act), G>; });
+FusedMlpGradFn<E, G> fused_mlp_grad_of(Act kind) {
+  return with_activation(kind, [](auto act) -> FusedMlpGradFn<E, G> { return &fused_mlp_grad<E, decltype(act), G>; });
 }
 
 // ---- the products ----------------------------------------------------------------------------------------------------
 
 // out(tile) for every micro-tile of block · panels; the sums are in acc then, rows kNV registers apart.
 template <class E, class Out>
-DLK_INLINE void chain_product(const typename E::Packed* a, const typename E::Cell* b, int64_t rows, int64_t cols,
-                              int64_t k, typename E::Acc* acc, Out&& out) {
+DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E::Cell* b, int64_t rows, int64_t cols,
+                                  int64_t k, typename E::Acc* acc, Out&& out) {
   constexpr int64_t nr = kNV * E::kVL;
   const int64_t cells = ceil_div(k, E::kStep), padded = round_up(cols, E::kVL);
   for (int64_t i = 0; i < rows; i += kMR) {
@@ -195,11 +195,11 @@ DLK_INLINE void chain_product(const typename E::Packed* a, const typename E::Cel
 
 // sums[n, k] (pitch) (+)= dzᵀ · h, h being rows i0.. of the layer's input.
 template <class E>
-void chain_wgrad(const ChainBuffers<E>& s, const typename E::Packed* dz, const View& h, int64_t i0, int64_t rows,
-                 const ChainLayer& layer, typename E::Acc* sums, bool add) {
+void fused_mlp_wgrad(const FusedMlpBuffers<E>& s, const typename E::Packed* dz, const View& h, int64_t i0, int64_t rows,
+                     const FusedMlpLayer& layer, typename E::Acc* sums, bool add) {
   constexpr int64_t nr = kNV * E::kVL;
   constexpr bool in_place = E::kStep == 1;
-  const int64_t pitch = chain_pitch(layer.k), padded = round_up(layer.k, E::kVL), cells = ceil_div(rows, E::kStep);
+  const int64_t pitch = fused_mlp_pitch(layer.k), padded = round_up(layer.k, E::kVL), cells = ceil_div(rows, E::kStep);
   if constexpr (!in_place)
     pack_a_cols<E>(Source<E>::of({dz, 1, kPitch<E>}, View{}, {}), s.wgrad_a, 0, layer.n, 0, rows, s.run, nullptr);
   pack_b<E>(h, s.wgrad_b, i0, rows, 0, layer.k, s.run);
@@ -224,52 +224,52 @@ void chain_wgrad(const ChainBuffers<E>& s, const typename E::Packed* dz, const V
 
 // Rows i0.. of a matrix into a block.
 template <class E>
-void chain_load(const View& from, int64_t i0, int64_t rows, int64_t cols, typename E::Packed* block) {
+void fused_mlp_load(const View& from, int64_t i0, int64_t rows, int64_t cols, typename E::Packed* block) {
   pack_a_rows<E>(Source<E>::of(from, View{}, {}), (typename E::Cell*)block, i0, rows, 0, cols);
 }
 
 template <class E>
-void chain_block_forward(const Chain& p, const ChainBuffers<E>& s, int64_t i0, int64_t rows) {
+void fused_mlp_block_forward(const FusedMlp& p, const FusedMlpBuffers<E>& s, int64_t i0, int64_t rows) {
   auto *h = s.block[0], *next = s.block[1];
-  chain_load<E>(p.x, i0, rows, p.layer[0].k, h);
+  fused_mlp_load<E>(p.x, i0, rows, p.layer[0].k, h);
   for (int l = 0; l < p.layers; ++l) {
-    const ChainLayer& layer = p.layer[l];
-    const auto value = chain_value_of<E>(layer.act.kind);
+    const FusedMlpLayer& layer = p.layer[l];
+    const auto value = fused_mlp_value_of<E>(layer.act.kind);
     auto* out = l + 1 < p.layers ? next : nullptr;
-    chain_product<E>(h, s.weight[l], rows, layer.n, layer.k, s.acc,
-                     [&](const MicroTile& t) { value(layer, t, s.acc, out, i0); });
+    fused_mlp_product<E>(h, s.weight[l], rows, layer.n, layer.k, s.acc,
+                         [&](const MicroTile& t) { value(layer, t, s.acc, out, i0); });
     next = h, h = out;
   }
 }
 
 template <class E>
-void chain_block_backward(const Chain& p, ChainBuffers<E>& s, int64_t i0, int64_t rows, typename E::Acc* sums,
-                          bool first) {
+void fused_mlp_block_backward(const FusedMlp& p, FusedMlpBuffers<E>& s, int64_t i0, int64_t rows, typename E::Acc* sums,
+                              bool first) {
   using Packed = typename E::Packed;
   const int last = p.layers - 1;
   auto *dz = s.block[0], *next = s.block[1];
-  chain_load<E>(p.grad_y, i0, rows, p.layer[last].n, dz);
-  const auto top = chain_grad_of<E, Packed>(p.layer[last].act.kind);
+  fused_mlp_load<E>(p.grad_y, i0, rows, p.layer[last].n, dz);
+  const auto top = fused_mlp_grad_of<E, Packed>(p.layer[last].act.kind);
   for (int64_t i = 0; i < rows; i += kMR)
     top(p.layer[last], {i, 0, min(kMR, rows - i), p.layer[last].n}, dz + i * kPitch<E>, kPitch<E>, i0, dz,
         s.dbias[last]);
   for (int l = last; l >= 0; --l) {
-    const ChainLayer& layer = p.layer[l];
+    const FusedMlpLayer& layer = p.layer[l];
     const View input = l > 0 ? View{p.layer[l - 1].h, layer.k, 1} : p.x;
-    if (layer.dweight) chain_wgrad<E>(s, dz, input, i0, rows, layer, sums, !first);
+    if (layer.dweight) fused_mlp_wgrad<E>(s, dz, input, i0, rows, layer, sums, !first);
     if (l > 0) {
-      const ChainLayer& below = p.layer[l - 1];
-      sums -= below.n * chain_pitch(below.k) + chain_pitch(below.n);
-      const auto grad = chain_grad_of<E, typename E::Acc>(below.act.kind);
-      chain_product<E>(dz, s.weight_t[l], rows, layer.k, layer.n, s.acc,
-                       [&](const MicroTile& t) { grad(below, t, s.acc, kNV * E::kVL, i0, next, s.dbias[l - 1]); });
+      const FusedMlpLayer& below = p.layer[l - 1];
+      sums -= below.n * fused_mlp_pitch(below.k) + fused_mlp_pitch(below.n);
+      const auto grad = fused_mlp_grad_of<E, typename E::Acc>(below.act.kind);
+      fused_mlp_product<E>(dz, s.weight_t[l], rows, layer.k, layer.n, s.acc,
+                           [&](const MicroTile& t) { grad(below, t, s.acc, kNV * E::kVL, i0, next, s.dbias[l - 1]); });
       auto* swap = dz;
       dz = next, next = swap;
     } else if (p.dx) {
-      ChainLayer x{};
+      FusedMlpLayer x{};
       x.n = layer.k, x.h = p.dx;
-      chain_product<E>(dz, s.weight_t[0], rows, layer.k, layer.n, s.acc,
-                       [&](const MicroTile& t) { chain_value<E, Identity>(x, t, s.acc, nullptr, i0); });
+      fused_mlp_product<E>(dz, s.weight_t[0], rows, layer.k, layer.n, s.acc,
+                           [&](const MicroTile& t) { fused_mlp_value<E, Identity>(x, t, s.acc, nullptr, i0); });
     }
   }
 }
@@ -277,51 +277,52 @@ void chain_block_backward(const Chain& p, ChainBuffers<E>& s, int64_t i0, int64_
 // ---- the calls -------------------------------------------------------------------------------------------------------
 
 template <class E>
-void chain_forward_with(const Chain& p, const Parallel& parallel) {
-  const int64_t rows = chain_rows<E>(p);
+void fused_mlp_forward_with(const FusedMlp& p, const Parallel& parallel) {
+  const int64_t rows = fused_mlp_rows<E>(p);
   parallel.run(ceil_div(p.rows, rows), &p, [](const void* context, int64_t begin, int64_t end) {
-    const auto& p = *(const Chain*)context;
-    const int64_t rows = chain_rows<E>(p);
-    const auto s = ChainBuffers<E>::get(p, rows, false);
+    const auto& p = *(const FusedMlp*)context;
+    const int64_t rows = fused_mlp_rows<E>(p);
+    const auto s = FusedMlpBuffers<E>::get(p, rows, false);
     for (int64_t block = begin; block < end; ++block)
-      chain_block_forward<E>(p, s, block * rows, min(rows, p.rows - block * rows));
+      fused_mlp_block_forward<E>(p, s, block * rows, min(rows, p.rows - block * rows));
   });
 }
 
 template <class E>
-void chain_backward_with(const Chain& p, const Parallel& parallel) {
+void fused_mlp_backward_with(const FusedMlp& p, const Parallel& parallel) {
   using A = typename E::Acc;
   using T = typename E::Elem;
   parallel.run(p.slices, &p, [](const void* context, int64_t begin, int64_t end) {
-    const auto& p = *(const Chain*)context;
-    const int64_t rows = chain_rows<E>(p), blocks = ceil_div(p.rows, rows);
-    auto s = ChainBuffers<E>::get(p, rows, true);
-    const int64_t top = p.layers - 1, parameters = chain_parameters(p);
-    const int64_t to_top = parameters - p.layer[top].n * chain_pitch(p.layer[top].k) - chain_pitch(p.layer[top].n);
+    const auto& p = *(const FusedMlp*)context;
+    const int64_t rows = fused_mlp_rows<E>(p), blocks = ceil_div(p.rows, rows);
+    auto s = FusedMlpBuffers<E>::get(p, rows, true);
+    const int64_t top = p.layers - 1, parameters = fused_mlp_parameters(p);
+    const int64_t to_top =
+        parameters - p.layer[top].n * fused_mlp_pitch(p.layer[top].k) - fused_mlp_pitch(p.layer[top].n);
     for (int64_t slice = begin; slice < end; ++slice) {
       A* sums = (A*)p.partials + slice * parameters;
       for (int l = 0; l < p.layers; ++l) __builtin_memset(s.dbias[l], 0, p.layer[l].n * sizeof(double));
       const int64_t first = slice * blocks / p.slices, last = (slice + 1) * blocks / p.slices;
       for (int64_t b = first; b < last; ++b)
-        chain_block_backward<E>(p, s, b * rows, min(rows, p.rows - b * rows), sums + to_top, b == first);
+        fused_mlp_block_backward<E>(p, s, b * rows, min(rows, p.rows - b * rows), sums + to_top, b == first);
       for (int l = 0; l < p.layers; ++l) {
-        const ChainLayer& layer = p.layer[l];
-        sums += layer.n * chain_pitch(layer.k);
+        const FusedMlpLayer& layer = p.layer[l];
+        sums += layer.n * fused_mlp_pitch(layer.k);
         for (int64_t i = 0; i < layer.n; ++i) sums[i] = (A)s.dbias[l][i];
-        sums += chain_pitch(layer.n);
+        sums += fused_mlp_pitch(layer.n);
       }
     }
   });
-  const int64_t parameters = chain_parameters(p);
+  const int64_t parameters = fused_mlp_parameters(p);
   const A* sums = (const A*)p.partials;
   for (int l = 0; l < p.layers; ++l) {
-    const ChainLayer& layer = p.layer[l];
-    const int64_t pitch = chain_pitch(layer.k);
+    const FusedMlpLayer& layer = p.layer[l];
+    const int64_t pitch = fused_mlp_pitch(layer.k);
     for (int64_t i = 0; layer.dweight && i < layer.n; ++i)
       sum_slices<T>(sums + i * pitch, p.slices, parameters, (T*)layer.dweight + i * layer.k, 0, layer.k);
     sums += layer.n * pitch;
     if (layer.dbias) sum_slices<T>(sums, p.slices, parameters, (T*)layer.dbias, 0, layer.n);
-    sums += chain_pitch(layer.n);
+    sums += fused_mlp_pitch(layer.n);
   }
 }
 

@@ -1,7 +1,7 @@
 // Forward of a chain: all weights in shared memory; a warp takes 16 rows of x through every layer.
 #pragma once
 
-#include "kernels/cuda/mlp/chain.cuh"
+#include "kernels/cuda/mlp/fused_mlp.cuh"
 
 namespace dlk::cuda {
 
@@ -19,9 +19,9 @@ DLK_HD int strip_bytes(int pitch) {
 
 // The mask of what lies in the strip.
 template <class T>
-DLK_DEVICE void mask_strip(const ChainLayer& layer, const T* strip, int pitch, int64_t i0, int rows) {
+DLK_DEVICE void mask_strip(const FusedMlpLayer& layer, const T* strip, int pitch, int64_t i0, int rows) {
   with_activation(layer.act.kind, [&](auto act) {
-    if constexpr (decltype(act)::gates) {
+    if constexpr (decltype(act)::needs_sign_only) {
       for (Walk walk(this_warp(), static_cast<int>(layer.n) / kMaskBits); walk.row < rows; walk.next()) {
         float y[kMaskBits];
         load<T>(strip, walk.row * pitch + walk.at * kMaskBits, y);
@@ -33,7 +33,7 @@ DLK_DEVICE void mask_strip(const ChainLayer& layer, const T* strip, int pitch, i
 
 // One layer for the 16 rows of `strip`, in place. Every lane of the warp may read the strip before and after it.
 template <class T, int kUnits>
-DLK_DEVICE void forward_layer(const ChainLayer& layer, const unsigned char* shared, T* strip, int pitch, int64_t i0,
+DLK_DEVICE void forward_layer(const FusedMlpLayer& layer, const unsigned char* shared, T* strip, int pitch, int64_t i0,
                               int rows) {
   using Tile = WarpTile<T, kUnits, true, true>;
   using O = Ops<float>;
@@ -64,7 +64,8 @@ DLK_DEVICE void forward_layer(const ChainLayer& layer, const unsigned char* shar
 
 // Every warp has two strips: while one goes through the layers, the rows of the next are on their way into the other.
 template <class T, int kUnits>
-__global__ void __launch_bounds__(kForwardWarps * 32, 1) chain_forward_kernel(const __grid_constant__ ChainPass p) {
+__global__ void __launch_bounds__(kForwardWarps * 32, 1)
+    fused_mlp_forward_kernel(const __grid_constant__ FusedMlpPass p) {
   unsigned char* const shared = dynamic_shared();
   unsigned char* at = shared;
   for (int l = 0; l < p.end; ++l) {

@@ -1,0 +1,28 @@
+// The chain kernels with C signatures, for ctypes, and the device they are to believe they run on.
+#include "kernels/cuda/kernels.h"
+#include "cuda_runtime.h"
+
+extern "C" {
+
+void pretend_device(size_t shared_per_block, int sms) {
+  cuda_emulation::device.most_shared = static_cast<int>(shared_per_block);
+  cuda_emulation::device.processors = sms;
+}
+
+bool fused_mlp_takes(const dlk::FusedMlp* p, int dtype) {
+  return dlk::cuda::fused_mlp_takes(*p, static_cast<dlk::DType>(dtype));
+}
+int fused_mlp_slices(const dlk::FusedMlp* p, int dtype) {
+  return dlk::cuda::fused_mlp_slices(*p, static_cast<dlk::DType>(dtype));
+}
+int64_t fused_mlp_partials(const dlk::FusedMlp* p, int dtype) {
+  return dlk::cuda::fused_mlp_partials(*p, static_cast<dlk::DType>(dtype));
+}
+int fused_mlp_forward(const dlk::FusedMlp* p, int dtype) {
+  return dlk::cuda::fused_mlp_forward(*p, static_cast<dlk::DType>(dtype), nullptr);
+}
+int fused_mlp_backward(const dlk::FusedMlp* p, int dtype) {
+  return dlk::cuda::fused_mlp_backward(*p, static_cast<dlk::DType>(dtype), nullptr);
+}
+
+}  // extern "C"
