@@ -2,8 +2,8 @@
 
 What it has over the layers one by one: dgrad's epilogue applies the mask of the layer below, and narrow layers take a
 block of rows through all of them while it is in cache (``csrc/kernels/cpu/mlp/fused_mlp.h``) or in shared memory
-(``csrc/kernels/cuda/mlp/fused_mlp.cuh``), forward and backward. Where the chain has no kernel (other devices than CPU and
-CUDA, ``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by one: the same products in the same
+(``csrc/kernels/cuda/mlp/fused_mlp.cuh``), forward and backward. Where the chain has no kernel (devices other than CPU
+and CUDA, ``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by one: the same products in the same
 order. So they do under autocast where they read float32 parameters as they are (``autocast``), unless the chain is
 narrow.
 
@@ -155,7 +155,7 @@ def converts(x: Tensor, weights: Tensors, biases: Biases) -> bool:
     if not all(autocast.converts(x, w, b) for w, b in zip(weights, biases, strict=True)):
         return False
     rows = math.prod(x.shape[:-1])
-    slices, _ = _C.explain_chain([(rows, *w.shape) for w in weights if w.dim() == 2], "bfloat16")
+    slices, _ = _C.explain_fused_mlp([(rows, *w.shape) for w in weights if w.dim() == 2], "bfloat16")
     return not slices
 
 
