@@ -207,14 +207,16 @@ def linear_cross_entropy(
 class Explanation:
     """Which path one product of a layer takes, and why.
 
-    ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` on CPU is "packed"
-    (our blocked GEMM), "few_rows" (our kernels for small batches), "few_columns" (those for up to 16 out_features) or
-    "aten" (torch's GEMM with our elementwise passes);
-    on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma), "cublas" (with our passes) or
-    "fused_mlp" (up to 128 features: the weight stays in shared memory, dgrad and wgrad are one kernel); of several layers, on both,
-    "fused_mlp" (a block of rows through all of them, see :func:`mlp`).
-    ``kernel`` names dtype, tile and instruction set; ``splits`` is the number of slices its sum is cut in; ``threads``
-    are the CPU's, 0 on CUDA.
+    ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` is one of:
+
+    * on CPU "packed" (our blocked GEMM), "few_rows" (our kernels for small batches), "few_columns" (our kernels for up
+      to 16 out_features) or "aten" (torch's GEMM with our elementwise passes);
+    * on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma), "cublas" (with our passes) or
+      "fused_mlp" (up to 128 features: the weight stays in shared memory, dgrad and wgrad are one kernel);
+    * of several layers, on both, "fused_mlp": a block of rows goes through all of them, see :func:`mlp`.
+
+    ``kernel`` names dtype, tile and instruction set. ``splits`` is the number of slices that the sum is cut in.
+    ``threads`` are the CPU's; 0 on CUDA.
     """
 
     op: str
