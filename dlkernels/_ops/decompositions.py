@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dlkernels._ops import masks
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.linear_cross_entropy import stock_linear_cross_entropy
-from dlkernels._ops.losses import grad_dtype, stock_cross_entropy, stock_gaussian_nll, stock_mse
+from dlkernels._ops.losses import Settings, grad_dtype, stock_cross_entropy, stock_gaussian_nll, stock_mse
 
 _BY_CODE = list(ACTIVATIONS.values())
 
@@ -47,13 +47,9 @@ def _cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    *needs: bool,
+    *settings_and_needs: Any,
 ) -> tuple[Any, ...]:
-    loss = stock_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
-    return loss, None, None
+    return stock_cross_entropy(input, target, weight, Settings(*settings_and_needs[:3])), None, None
 
 
 def _linear_cross_entropy(
@@ -63,13 +59,10 @@ def _linear_cross_entropy(
     target: Tensor,
     class_weight: Tensor | None,
     grad_loss: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    *needs: bool,
+    *settings_and_needs: Any,
 ) -> tuple[Any, ...]:
-    settings = reduction, ignore_index, label_smoothing
-    loss = stock_linear_cross_entropy(x, weight, bias, target, class_weight, *settings, grad_dtype(x))
+    settings = Settings(*settings_and_needs[:3])
+    loss = stock_linear_cross_entropy(x, weight, bias, target, class_weight, settings, grad_dtype(x))
     return loss, None, None, None
 
 

@@ -10,7 +10,7 @@ transforms and forward-mode AD; and the backward of a backward, which differenti
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ _cross_entropy = torch.ops.dlkernels._cross_entropy.default
 DEVICES = ("cpu", "meta", *(["cuda"] if _C.build_config()["cuda"] else []))
 NONE, MEAN, SUM = range(3)
 REDUCTIONS = ("none", "mean", "sum")
+
+
+class Settings(NamedTuple):
+    """How a cross entropy is computed: the three numbers that the two ops take, in their order."""
+
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
 
 
 # ---- fake kernels: shapes, strides and dtypes for compile, export and the meta device -------------------------------
@@ -130,21 +138,14 @@ def stock_gaussian_nll(input: Tensor, target: Tensor, var: Tensor, full: bool, e
     return loss if reduction == NONE else loss.mean() if reduction == MEAN else loss.sum()
 
 
-def stock_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def stock_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
     return F.cross_entropy(
         input,
         target,
         weight,
-        ignore_index=ignore_index,
-        reduction=REDUCTIONS[reduction],
-        label_smoothing=label_smoothing,
+        ignore_index=settings.ignore_index,
+        reduction=REDUCTIONS[settings.reduction],
+        label_smoothing=settings.label_smoothing,
     )
 
 
@@ -231,29 +232,20 @@ class _GaussianNLLLoss(torch.autograd.Function):
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        reduction: int,
-        ignore_index: int,
-        label_smoothing: float,
-    ) -> Tensor:
-        settings = weight, reduction, ignore_index, label_smoothing
-        loss, grad, grad_target = _cross_entropy(input, target, *settings, *ctx.needs_input_grad[:2])
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
+        loss, grad, grad_target = _cross_entropy(input, target, weight, *settings, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(input, target, weight, grad, grad_target)
-        ctx.settings = settings[1:]
+        ctx.settings = settings
         return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, grad, grad_target = ctx.saved_tensors
         need_input, need_target = ctx.needs_input_grad[:2]
-        rest = (None,) * 4
+        rest = None, None
         if torch.is_grad_enabled():
             settings = ctx.settings
-            formula = lambda x, t: stock_cross_entropy(x, t, weight, *settings)  # noqa: E731
+            formula = lambda x, t: stock_cross_entropy(x, t, weight, settings)  # noqa: E731
             return *differentiable_gradients(formula, (input, target), (need_input, need_target), g), *rest
         if input.dim() > 1 and g.dim() > 0:
             g = g.unsqueeze(1)  # one value per row, for all its classes
@@ -297,19 +289,11 @@ def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor, full: bool, ep
     return _gaussian_nll_loss(input, target, var, full, eps, reduction, False, False)[0]
 
 
-def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
     """See :func:`dlkernels.losses.cross_entropy`; floating point tensors of one dtype."""
-    settings = weight, reduction, ignore_index, label_smoothing
-    # A weight that learns: torch has its gradient with class probabilities, and refuses with class indices.
+    # For a weight that requires a gradient, torch has one with class probabilities, and refuses class indices.
     if plain_torch(input) or (weight is not None and wants_grad(weight)):
-        return stock_cross_entropy(input, target, *settings)
+        return stock_cross_entropy(input, target, weight, settings)
     if wants_grad(input, target):
-        return _CrossEntropy.apply(input, target, *settings)
-    return _cross_entropy(input, target, *settings, False, False)[0]
+        return _CrossEntropy.apply(input, target, weight, settings)
+    return _cross_entropy(input, target, weight, *settings, False, False)[0]

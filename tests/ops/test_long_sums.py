@@ -113,7 +113,9 @@ def test_linear_cross_entropy_of_many_blocks():
     m, classes, k = 65536, 16_384, 64
     x, g = positive(m, k), positive(m)
     w, b, target = torch.zeros(classes, k), torch.zeros(classes), torch.zeros(m, dtype=torch.long)
-    _, _, dw, db = with_gradients(lambda x, w, b: linear_cross_entropy(x, w, b, target, reduction="none"), (x, w, b), g)
+    _, _, dw, db = with_gradients(
+        lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, reduction="none"), (x, w, b), g
+    )
     dz = (g / classes)[:, None].expand(m, 9).contiguous()
     exact = dz.double().t() @ x.double(), dz.double().sum(0)
     judge([dw[1:10], db[1:10]], [dz.t() @ x, dz.sum(0)], exact)

@@ -188,7 +188,7 @@ def test_hooks_run_once_and_paths_count_once():
             lambda x, w: F.gaussian_nll_loss(x, x * w, x * x + 1),
         ),
         (
-            lambda x, w: linear_cross_entropy(x, w, x[0], torch.arange(4)),
+            lambda x, w: linear_cross_entropy(x, w, torch.arange(4), linear_bias=x[0]),
             lambda x, w: F.cross_entropy(F.linear(x, w, x[0]), torch.arange(4)),
         ),
     ):
