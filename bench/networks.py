@@ -3,8 +3,8 @@
 * chains: forward, and forward with the gradients of every parameter, of multi-layer perceptrons; the same through
   ``nn.Sequential`` of our layers, and the time of the products alone, into buffers that are there already.
 * training: whole steps (zero_grad, forward, cross entropy, backward, fused Adam) over tensors in memory.
-* heads: ``cross_entropy(linear(x, weight), target)`` and its gradients for many classes; from torch 2.13 on also torch's
-  ``F.linear_cross_entropy``, by its reference path (all logits at once) and by its chunked path (``options`` given).
+* heads: ``cross_entropy(linear(x, weight), target)`` and its gradients for many classes. From torch 2.13 on
+  ``F.linear_cross_entropy`` too, by its reference path (all logits at once) and by its chunked path (with ``options``).
 * with ``--device cuda`` each once more as a CUDA graph, and the share of a chain's floor (``bench/floors.py``).
 
 Every contender of ours is compared with float64 before it is timed. It is refused if its error is more than twice

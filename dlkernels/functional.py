@@ -69,6 +69,7 @@ def linear_act(
         RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
     """
     _check_tensors(x, weight, bias)
+    _check_slope("linear_act", negative_slope)
     return _linear_act.linear_act(x, weight, bias, activation_named(activation), negative_slope)
 
 
@@ -77,6 +78,20 @@ def _check_tensors(x: Any, weight: Any, bias: Any = None, op: str = "linear_act"
         return
     got = ", ".join(type(t).__name__ for t in (x, weight, bias))
     raise TypeError(f"{op}: x and weight must be tensors, bias a tensor or None; got {got}")
+
+
+def _check_slope(op: str, negative_slope: Any) -> None:
+    if not isinstance(negative_slope, float) and not hasattr(negative_slope, "__float__"):
+        raise TypeError(
+            f"{op}: negative_slope must be a number, got {negative_slope!r} ({type(negative_slope).__name__})"
+        )
+
+
+def _as_tuple(name: str, values: Any, of: str) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise TypeError(f"mlp: {name} must be a sequence of {of}, got {type(values).__name__}") from None
 
 
 def _check_are_tensors(op: str, optional: bool = False, **arguments: Any) -> None:
@@ -127,9 +142,14 @@ def mlp(
         TypeError: a dtype the kernels do not have, or no tensor.
         RuntimeError: no layers, or shapes, dtypes, devices or layouts that do not fit together.
     """
-    weights = tuple(weights)
-    biases = (None,) * len(weights) if biases is None else tuple(biases)
-    hidden = (activation,) * (len(weights) - 1) if isinstance(activation, str) else tuple(activation)
+    weights = _as_tuple("weights", weights, "tensors")
+    biases = (None,) * len(weights) if biases is None else _as_tuple("biases", biases, "tensors or None")
+    hidden = (
+        (activation,) * (len(weights) - 1)
+        if isinstance(activation, str)
+        else _as_tuple("activation", activation, "names")
+    )
+    _check_slope("mlp", negative_slope)
     if len(biases) != len(weights) or len(hidden) != max(len(weights) - 1, 0):
         raise ValueError(
             f"mlp: {len(weights)} weights need as many biases and {max(len(weights) - 1, 0)} activations besides "
