@@ -1,7 +1,7 @@
-"""Our operators as torch's own, for programs that run where this package is not.
+"""Our operators written in torch's own, for programs that run without this package.
 
-A chain of layers is exported layer by layer, so there is none here for it. Gradients that a loss makes along with its
-value are None: an exported program has no backward to read them.
+A chain of layers is exported layer by layer, so it has no decomposition. The gradients that a loss op returns with its
+value are None: an exported program has no backward that would read them.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: fl
 
 def _forward_mask(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
     y = _forward(x, weight, bias, act, slope)
-    return y, masks.packed(y, _BY_CODE[act])
+    return y, masks.pack(y, _BY_CODE[act])
 
 
 def _mse_loss(input: Tensor, target: Tensor, reduction: int, need_grad: bool) -> tuple[Any, ...]:
@@ -68,7 +68,7 @@ def _linear_cross_entropy(
 
 _ops = torch.ops.dlkernels
 Decompositions = dict[torch._ops.OpOverload, Callable[..., Any]]
-LAYERS: Decompositions = {  # with every output of the operator
+LAYERS: Decompositions = {  # these return every output of the operator
     _ops._linear_act_forward.default: _forward,
     _ops._linear_act_forward_z.default: _forward_z,
     _ops._linear_act_forward_mask.default: _forward_mask,

@@ -21,12 +21,12 @@ from dlkernels._ops.losses import (
     NONE,
     REDUCTIONS,
     Settings,
-    check_like,
+    check_same_dtype_and_device,
     differentiable_gradients,
     grad_dtype,
-    plain_torch,
-    scaled,
-    wants_grad,
+    needs_grad,
+    runs_stock,
+    times_grad_output,
 )
 from dlkernels._ops.modes import autocast, autocast_active, autocast_operands, under_transform
 
@@ -50,7 +50,7 @@ def _(
 ) -> tuple[Tensor | None, ...]:
     for t in (weight, bias):
         if t is not None:
-            check_like("linear_cross_entropy", t, x)
+            check_same_dtype_and_device("linear_cross_entropy", t, x)
     torch._check(
         target.device == x.device,
         lambda: f"linear_cross_entropy: target is on {target.device}, but x is on {x.device}",
@@ -132,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if settings.reduction == NONE:
             _, *grads = _linear_cross_entropy(x, weight, bias, target, class_weight, g, *settings, *needs)
             return *(d.to(x.dtype) if d is not None else None for d in grads), *rest
-        return *(scaled(d, g, x.dtype) if d is not None else None for d in grads), *rest
+        return *(times_grad_output(d, g, x.dtype) if d is not None else None for d in grads), *rest
 
 
 def linear_cross_entropy(
@@ -150,10 +150,10 @@ def linear_cross_entropy(
         x, weight, bias = autocast_operands(x, weight, bias)
         class_weight = autocast(class_weight, torch.float32) if class_weight is not None else None
         dtype = grad_dtype(x)
-    if plain_torch(x) or (class_weight is not None and wants_grad(class_weight)):
+    if runs_stock(x) or (class_weight is not None and needs_grad(class_weight)):
         return stock_linear_cross_entropy(x, weight, bias, target, class_weight, settings, dtype)
     inputs = (x, weight) if bias is None else (x, weight, bias)
-    if wants_grad(*inputs):
+    if needs_grad(*inputs):
         # The cast is outside: torch 2.11's compiler loses the gradient of an output that a cast returned unchanged.
         return _LinearCrossEntropy.apply(x, weight, bias, target, class_weight, settings).to(dtype)
     needs = False, False, False

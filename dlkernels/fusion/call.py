@@ -184,7 +184,9 @@ def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any)
     return act(linear(x), *args, **kwargs) if isinstance(decision, str) else _run(x, decision)
 
 
-def later(self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tuple[Any, Any]], /) -> Any:
+def call_with_deferred_arguments(
+    self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tuple[Any, Any]], /
+) -> Any:
     """The same, where the layer's own call may change what the arguments are."""
     args, kwargs = arguments()
     decision = decide(self, act, linear, x, args, kwargs)
@@ -197,7 +199,7 @@ def later(self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tupl
     return act(z, *args, **kwargs)
 
 
-def head(
+def linear_or_fused(
     self: Any, act: Any, linear: Any, x: Any, /, args: Any = (), kwargs: Any = _NO_KEYWORDS, between: Any = ()
 ) -> tuple[Any, bool]:
     """``linear(x)``, whose value goes to ``act`` some statements later and nowhere else; or, and True, act's value."""
@@ -224,7 +226,7 @@ def _is_harmless(called: Any, index: Any, x: Any) -> bool:
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, list, tuple)
 
 
-def alone(self: Any, input: Any) -> Any:
+def linear_forward(self: Any, input: Any) -> Any:
     """The forward of a linear layer that no activation follows."""
     decision = decide(self, identity, self, input, (), {})
     return nn.Linear.forward(self, input) if isinstance(decision, str) else _run(input, decision)

@@ -58,7 +58,7 @@ def test_model(name):
 
     assert fuse(model) is model
     table = report(model)
-    assert {s.path for s in table.fused} == there and len(table.fused) == len(there) and not table.open, str(table)
+    assert {s.path for s in table.fused} == there and len(table.fused) == len(there) and not table.undecided, str(table)
     assert bool(there) == (name not in NOTHING_TO_FUSE)
     assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
 
