@@ -10,8 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dlkernels import fuse, report, unfuse
+from dlkernels.testing import assert_no_worse, error
 from dlkernels.testing.agreement import perturbed
-from dlkernels.testing.oracle import assert_no_worse, error
 from tests.fusion.zoo import MODELS, googlenet, linear_outputs_into_activations
 
 NOTHING_TO_FUSE = {

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dlkernels import functional
 from dlkernels.nn import MLP, LinearAct, LinearReLU
-from dlkernels.testing.oracle import STOCK, Layer, assert_no_worse, error, oracle
+from dlkernels.testing import STOCK, Layer, assert_no_worse, error, oracle
 
 ACTIVATIONS = pytest.mark.parametrize("activation", STOCK)
 

@@ -15,7 +15,7 @@ from bench.harness import Inputs
 from bench.memory import extra_bytes
 from dlkernels.functional import linear_cross_entropy
 from dlkernels.nn import LinearCrossEntropyLoss
-from dlkernels.testing.oracle import error
+from dlkernels.testing import error
 from tests.support.devices import ON_EVERY_DEVICE
 from tests.support.subprocess_utils import python
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dlkernels import _C, functional, losses
 from dlkernels import nn as dnn
 from dlkernels._ops import losses as ops
-from tests.support.losses_oracle import NAN, class_problem
+from tests.support.losses_problems import NAN, class_problem
 from tests.support.paths import ROOT
 
 # ---- modules --------------------------------------------------------------------------------------------------------

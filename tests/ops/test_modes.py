@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlkernels import functional
 from dlkernels.nn import MLP, LinearAct
 from dlkernels.stock import stock_mlp
-from dlkernels.testing.oracle import STOCK
+from dlkernels.testing import STOCK
 
 
 class Watch(TorchDispatchMode):
