@@ -1,4 +1,4 @@
-"""Which layers ``fuse`` is asked for, what example inputs show, and rules of the user's own."""
+"""The arguments of ``fuse``: the selected layers, example inputs, and rules of the user."""
 
 import re
 from unittest import mock
@@ -50,7 +50,7 @@ def test_bad_arguments():
 
 
 class Given(nn.Module):
-    """The activation is an argument: no one knows before the call."""
+    """The activation is an argument: it is not known before the call."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ def test_rules_of_the_users_own(clean_rules):
     assert [s.path for s in report(fuse(model)).fused] == ["layer"]
     torch.testing.assert_close(numbers(model, X), expected, rtol=1e-12, atol=1e-12)
     model = nn.Sequential(nn.Linear(6, 8), Plus()).double()
-    register_fusion(Plus, activation="relu")  # which is wrong
+    register_fusion(Plus, activation="relu")  # this rule is wrong
     with pytest.raises(RuntimeError, match="rounding errors from float64's"):
         fuse(model, example_inputs=X)
     assert type(model) is nn.Sequential

@@ -1,4 +1,4 @@
-"""What ``fuse`` must leave alone, and the reason it gives."""
+"""Layers that ``fuse`` must not fuse, and the reasons that it reports."""
 
 import functools
 import importlib.util

@@ -1,4 +1,4 @@
-"""The report says what is so: which layers come to a place, why others are left, what a call gains."""
+"""The report is true: the layers that reach a place, the reasons for skipped ones, the gain of a call."""
 
 import re
 import time
