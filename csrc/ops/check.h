@@ -8,15 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/params.h"
+#include "planning/problem.h"
 
 namespace dlk {
-
-struct Problem {
-  Shape shape;
-  DType dtype;  // of y
-  Activation act;
-};
 
 // One for all tensors, or autocast's: x float32 or bfloat16, weight and bias float32, the rest bfloat16.
 enum class Dtypes { one, autocast };

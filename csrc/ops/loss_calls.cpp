@@ -9,12 +9,10 @@
 
 #include "ops/check.h"
 #include "ops/check_losses.h"
-#include "ops/host.h"
+#include "ops/tensors.h"
 
 namespace dlk {
 namespace {
-
-void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 at::TensorOptions grad_options(const at::Tensor& t) { return t.options().dtype(accumulator_type(t)); }
 

@@ -34,7 +34,10 @@ def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("amx") / "kernels.so"
     sources = [
         *HERE.glob("*.cpp"),
-        ROOT / "csrc/planning/cpu/route.cpp",
+        *(
+            ROOT / "csrc" / f"{name}.cpp"
+            for name in ("planning/plan", "planning/cpu/machine", "planning/cpu/route", "kernels/cpu/sizes")
+        ),
         *(ROOT / "csrc/kernels/cpu/isa" / f"{name}.cpp" for name in ("amx_check", "isa", "ukernel_amx")),
     ]
     subprocess.run(

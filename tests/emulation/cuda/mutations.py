@@ -103,14 +103,14 @@ MUTATIONS = [
     Mutation("epilogue.cuh", "p.output_mode == OutputMode::accumulate, acc", "false, acc", LINEAR),
     Mutation("linear_cross_entropy_cuda.cpp", "p.counted = m;", "p.counted = 0;", LINEAR),
     # the host code in front of the kernels
-    Mutation("cuda/layer.cpp", ": saves_output(c.act.kind) ? p.layer.h : p.layer.z)", ": p.layer.h)", OPS),
-    Mutation("cuda/layer.cpp", "p.below_act = below->act;", "", OPS),
-    Mutation("cuda/layer.cpp", "if (narrow_weight) need_weight = false,", "if (narrow_weight)", OPS),
+    Mutation("cuda/device.cpp", ": saves_output(c.act.kind) ? one.layer.h : one.layer.z)", ": one.layer.h)", OPS),
+    Mutation("ops/layer.cpp", "p.below_act = below->act;", "", OPS),
+    Mutation("cuda/plan.cpp", "if (narrow_dweight) dweight = false,", "if (narrow_dweight)", OPS),
 ]
 
 
 def survives(mutation: Mutation) -> bool:
-    files = [*FILES[mutation.tests], library.ROUTE, "entry_route.cpp", "entry_guarded.cpp"]
+    files = [*FILES[mutation.tests], *library.PLANNING, "entry_route.cpp", "entry_guarded.cpp"]
     command = [
         sys.executable,
         "-m",

@@ -4,7 +4,7 @@
 
 #include "ops/loss_calls.h"
 #include "ops/losses.h"
-#include "ops/cpu/host.h"
+#include "ops/cpu/device.h"
 #include "ops/cpu/losses_host.h"
 
 namespace dlk {
@@ -18,9 +18,11 @@ LossAndGrads elementwise_loss(const char* op, const at::Tensor& input, const at:
   std::vector<uint8_t> negative(sums.size());
   p.sums = sums.data(), p.negative = negative.data();
 
-  const cpu::Losses& losses = cpu::kernel_table(call.dtype).losses;
+  const cpu::Machine machine = cpu::machine_for(call.dtype);
+  const cpu::Losses& losses = machine.table(call.dtype).losses;
+  // An element of the likelihood has a logarithm and a division; one of the squared error has neither.
   (var.defined() ? losses.gaussian_nll : losses.squared_error)(
-      p, cpu::parallel_for_work(call.count * (var.defined() ? 32 : 4)));
+      p, cpu::torch_threads(machine.threads_for(call.count * (var.defined() ? 32 : 4))));
   TORCH_CHECK_VALUE(std::count(negative.begin(), negative.end(), 1) == 0, "var has negative entry/entries");
   return {cpu::reduced(call.each, sums, call.reduction, call.count, input.options()), call.grad_input, call.grad_var};
 }
@@ -54,8 +56,9 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   if (call.reduction == at::Reduction::Mean) p.scale = 1 / denominator;
   std::vector<double> sums(cpu::loss_slices(p));
   p.sums = sums.data();
+  const cpu::Machine machine = cpu::machine_for(call.dtype);
   if (p.classes > 0)
-    cpu::kernel_table(call.dtype).losses.cross_entropy(p, cpu::parallel_for_work(input.numel() * 16));
+    machine.table(call.dtype).losses.cross_entropy(p, cpu::threads_for_elements(machine, input.numel()));
   else if (each.defined())
     each.zero_();
   if (each.defined()) each = each.to(input.scalar_type());

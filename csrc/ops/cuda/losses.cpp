@@ -7,6 +7,7 @@
 #include "ops/check.h"
 #include "ops/loss_calls.h"
 #include "ops/losses.h"
+#include "ops/tensors.h"
 #include "kernels/cuda/kernels.h"
 
 namespace dlk {
@@ -21,8 +22,6 @@ at::Tensor scratch(const at::Tensor& like) {
 at::Tensor scalar(Reduction reduction, const at::Tensor& like) {
   return reduction == at::Reduction::None ? at::Tensor() : at::empty({}, like.options());
 }
-
-void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 LossAndGrads elementwise_loss(const char* op, const at::Tensor& input, const at::Tensor& target, const at::Tensor& var,
                               double eps, double constant, int64_t reduction, bool need_input, bool need_var) {

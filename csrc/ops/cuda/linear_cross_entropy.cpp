@@ -25,18 +25,15 @@
 #include "ops/loss_calls.h"
 #include "ops/losses.h"
 #include "kernels/cuda/kernels.h"
-#include "ops/cuda/layer.h"
+#include "ops/cuda/device.h"
+#include "ops/layer.h"
+#include "planning/cuda/linear_cross_entropy.h"
 
 namespace dlk {
 namespace {
 
-// Rows of a block: 2²⁶ logits, 128 MiB in 16 bits, but never fewer than 2048. With R rows the product that makes dweight does
-// 2·R·K operations for every class, and reads and writes 8·K bytes of accumulators: an H200, at 8e14 operations and 4.8e12
-// bytes a second, takes as long for both with R = 667. (Arithmetic: nothing was measured.)
-// DLKERNELS_LOSS_BLOCK_ROWS overrides it: for tests, and to measure.
-constexpr int64_t kBlockLogits = int64_t{1} << 26, kFewestRows = 2048;
-
-int64_t block_rows(const Shape& s) {
+// Rows of a block, for tests and to measure; 0 where it is not set.
+int64_t given_block_rows() {
   static const int64_t given = [] {
     const char* text = std::getenv("DLKERNELS_LOSS_BLOCK_ROWS");
     if (!text || !*text) return int64_t{0};
@@ -44,9 +41,7 @@ int64_t block_rows(const Shape& s) {
     TORCH_CHECK_VALUE(rows > 0, "DLKERNELS_LOSS_BLOCK_ROWS must be a number of rows, got '", text, "'");
     return rows;
   }();
-  const int64_t most = given ? given : std::max(kBlockLogits / std::max<int64_t>(s.n, 1), kFewestRows);
-  const int64_t blocks = std::max<int64_t>(1, (s.m + most - 1) / most);
-  return std::max<int64_t>(1, (s.m + blocks - 1) / blocks);  // of equal size
+  return given;
 }
 
 // What binary16's gradients are multiplied by while they are in it: the power of two that brings the largest one can be to
@@ -86,33 +81,31 @@ LossOfLinear linear_cross_entropy_cuda(const at::Tensor& x, const at::Tensor& we
   const at::Tensor each = at::empty({m}, call.accumulators);
 
   const bool empty = m == 0 || classes == 0, need_grad = (need_x || need_weight || need_bias) && !empty;
-  const int64_t block = block_rows(call.shape), blocks = (m + block - 1) / block;
-  const OutputMode output_mode = call.dtype == DType::f16 ? OutputMode::uncast : OutputMode::cast;
-  const bool as_layer = blocks == 1 && output_mode == OutputMode::cast;  // one backward makes all three
+  const BlockPlan plan = cuda::plan_linear_cross_entropy(call.shape, call.dtype, given_block_rows());
   const at::TensorOptions& gradients = call.gradients;
   at::Tensor dx, dweight, dbias, lift;
   if (empty) {  // sums over nothing
     if (need_x) dx = at::zeros(x.sizes(), gradients);
     if (need_weight) dweight = at::zeros(weight.sizes(), gradients);
     if (need_bias) dbias = at::zeros({classes}, gradients);
-  } else if (!as_layer) {
+  } else if (!plan.one_layer) {
     if (need_x) dx = at::empty({m, k}, gradients);
     if (need_weight) dweight = at::empty(weight.sizes(), call.accumulators);
-    if (need_bias) dbias = at::empty({blocks, classes}, call.accumulators);
+    if (need_bias) dbias = at::empty({plan.blocks, classes}, call.accumulators);
   }
   if (need_grad && call.dtype == DType::f16) lift = lift_of(call, denominator);
 
-  const at::Tensor logits = at::empty({std::min(block, m), classes}, x.options());
+  const at::Tensor logits = at::empty({std::min(plan.rows, m), classes}, x.options());
   p.x = logits.const_data_ptr();
   p.grad = need_grad ? logits.data_ptr() : nullptr;
   p.in_place = true;
   p.counted = m;
   p.lift = lift.defined() ? lift.const_data_ptr() : nullptr;
-  for (int64_t first = 0; first < m; first += block) {
-    const int64_t rows = std::min(block, m - first);
+  for (int64_t block = 0; block < plan.blocks; ++block) {
+    const int64_t first = plan.first_row(block), rows = plan.rows_of(block, m);
     const Problem layer = {{rows, classes, k}, call.dtype, {Act::none, 0}};
     const at::Tensor x_block = call.x.narrow(0, first, rows), dz = logits.narrow(0, 0, rows);
-    cuda::layer_forward(layer, x_block, weight, call.bias, {dz});
+    layer_forward(kCuda, layer, x_block, weight, call.bias, {dz, {}, {}});
 
     p.inner = rows;
     p.target = call.indices.const_data_ptr<int64_t>() + first;
@@ -121,15 +114,17 @@ LossOfLinear linear_cross_entropy_cuda(const at::Tensor& x, const at::Tensor& we
     C10_CUDA_CHECK(cuda::cross_entropy(p, stream));
 
     if (!need_grad) continue;
-    if (as_layer) {
-      std::tie(dx, dweight, dbias) =
-          cuda::layer_backward(layer, {dz, {}}, x_block, weight, need_x, need_weight, need_bias);
+    if (plan.one_layer) {
+      const at::ScalarType dtype = dz.scalar_type();
+      const Gradients made = new_gradients(layer.shape, dz, dtype, dtype, need_x, need_weight, need_bias);
+      layer_backward(kCuda, layer, {dz, {}}, x_block, weight, made);
+      std::tie(dx, dweight, dbias) = made;
       continue;
     }
-    if (need_x) cuda::layer_product(Op::dgrad, layer, dz, weight, output_mode, dx.narrow(0, first, rows));
+    if (need_x) cuda::rows_product(Op::dgrad, layer, dz, weight, plan.dx, dx.narrow(0, first, rows));
     if (need_weight)
-      cuda::layer_product(Op::wgrad, layer, dz, x_block, first ? OutputMode::accumulate : OutputMode::uncast, dweight);
-    if (need_bias) cuda::layer_dbias(layer, dz, dbias[first / block]);
+      cuda::rows_product(Op::wgrad, layer, dz, x_block, block ? OutputMode::accumulate : OutputMode::uncast, dweight);
+    if (need_bias) kCuda.gradient_pass(layer, {dz, {}}, {}, dbias[block]);
   }
   if (dx.defined()) dx = dx.view(x.sizes());
   if (dbias.defined() && dbias.dim() == 2) dbias = dbias.sum(0);

@@ -1,10 +1,12 @@
-#include "ops/mlp_host.h"
+#include "ops/mlp.h"
 
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 
 #include "kernels/activation.h"
+#include "ops/check.h"
+#include "ops/layer.h"
 
 namespace dlk {
 namespace {
@@ -19,12 +21,11 @@ struct Activations {
 
 FusedMlpLayer fused_mlp_layer(const Problem& layer, const at::Tensor& weight, const at::Tensor& h,
                               const at::Tensor& z) {
-  auto data = [](const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; };
   FusedMlpLayer out{};
   out.n = layer.shape.n, out.k = layer.shape.k;
   out.act = layer.act;
   if (weight.defined()) out.weight = view_of(weight);
-  out.h = data(h), out.z = data(z);
+  out.h = data_or_null(h), out.z = data_or_null(z);
   return out;
 }
 
@@ -38,11 +39,11 @@ FusedMlp fused_mlp_of(const std::vector<FusedMlpLayer>& layers, int64_t rows) {
 
 }  // namespace
 
-std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor& x, at::TensorList weights,
+std::vector<at::Tensor> mlp_forward(const Device& device, const at::Tensor& x, at::TensorList weights,
                                     const OptionalTensors& biases, at::IntArrayRef acts, double slope,
                                     at::IntArrayRef keep) {
   const std::vector<Problem> layers = check_mlp(x, weights, biases, acts, slope);
-  const c10::DeviceGuard device(x.device());
+  const c10::DeviceGuard guard(x.device());
   const DType dtype = layers[0].dtype;
   const size_t count = layers.size();
   TORCH_CHECK(keep.empty() || keep.size() == count, "mlp: expected ", count, " entries in keep, or none, got ",
@@ -51,7 +52,7 @@ std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor&
   std::vector<FusedMlpLayer> chain;
   for (size_t l = 0; l < count; ++l) chain.push_back(fused_mlp_layer(layers[l], weights[l], {}, {}));
   FusedMlp p = fused_mlp_of(chain, layers[0].shape.m);
-  const bool as_fused_mlp = kernels.takes(p, dtype);
+  const bool as_fused_mlp = device.takes_fused_mlp(p, dtype);
   Activations a(count);
   std::vector<at::Tensor> bias(count);
   for (size_t l = 0; l < count; ++l) {
@@ -60,7 +61,7 @@ std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor&
     if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
     if (keeps(l, kKeepH) || !as_fused_mlp || l + 1 == count) a.h[l] = make();
     if (keeps(l, kKeepZ)) a.z[l] = make();
-    if (keeps(l, kKeepMask) && !as_fused_mlp && kernels.takes_mask(layers[l]))
+    if (keeps(l, kKeepMask) && !as_fused_mlp && device.takes_mask(layers[l]))
       a.mask[l] = at::empty(resized_last(x, n / kMaskBits), x.options().dtype(at::kByte));
   }
 
@@ -71,10 +72,10 @@ std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor&
     }
     const at::Tensor x2 = as_rows(x);
     p.x = view_of(x2);
-    kernels.fused_mlp_forward(p, dtype);
+    device.fused_mlp_forward(p, dtype);
   } else {
     for (size_t l = 0; l < count; ++l)
-      kernels.layer_forward(layers[l], l ? a.h[l - 1] : x, weights[l], bias[l], {a.h[l], a.z[l], a.mask[l]});
+      layer_forward(device, layers[l], l ? a.h[l - 1] : x, weights[l], bias[l], {a.h[l], a.z[l], a.mask[l]});
   }
   std::vector<at::Tensor> out = {a.h.back()};
   for (size_t l = 0; l + 1 < count; ++l)
@@ -85,10 +86,10 @@ std::vector<at::Tensor> mlp_forward(const MlpKernels& kernels, const at::Tensor&
   return out;
 }
 
-std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor& grad_y,
-                                     const std::optional<at::Tensor>& x, const OptionalTensors& weights,
-                                     const std::optional<at::Tensor>& y, at::TensorList kept, at::IntArrayRef keep,
-                                     at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
+std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                                     const OptionalTensors& weights, const std::optional<at::Tensor>& y,
+                                     at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
+                                     at::IntArrayRef needs) {
   const size_t count = weights.size();
   TORCH_CHECK(count > 0 && acts.size() == count && keep.size() == count && needs.size() == 1 + 2 * count,
               "mlp: expected for each of ", count,
@@ -97,7 +98,7 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
   check_layout(grad_y, "grad_y", "mlp");
   const DType dtype = dtype_of(grad_y, "mlp");
   TORCH_CHECK(grad_y.dim() >= 1, "mlp: grad_y must be [..., out_features], got a 0-dimensional tensor");
-  const c10::DeviceGuard device(grad_y.device());
+  const c10::DeviceGuard guard(grad_y.device());
   const bool need_x = needs[0] != 0;
   auto need_weight = [&](size_t l) { return needs[1 + l] != 0; };
   auto need_bias = [&](size_t l) { return needs[1 + count + l] != 0; };
@@ -149,11 +150,11 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
       check_rows(input[l], l, "the input", shape.k);
     }
     layers[l] = {shape, dtype, check_activation(acts[l], slope)};
-    if ((keep[l] & kKeepMask) && last_mask > values && kernels.takes_mask(layers[l]))
+    if ((keep[l] & kKeepMask) && last_mask > values && device.takes_mask(layers[l]))
       a.mask[l] = kept[--last_mask].contiguous();
   }
   for (size_t l = deepest; l < count; ++l) {
-    const auto& [own, type, act] = layers[l];
+    const auto& [own, type, act, casts] = layers[l];
     const char* name = "what forward kept";
     if (act.kind != Act::none) check_rows(saves_output(act.kind) ? a.h[l] : a.z[l], l, name, own.n);
     if (a.mask[l].defined()) check_rows(a.mask[l], l, name, own.n / kMaskBits, true);
@@ -163,7 +164,7 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
   for (size_t l = deepest; l < count; ++l) chain.push_back(fused_mlp_layer(layers[l], weight[l], a.h[l], a.z[l]));
   FusedMlp p = fused_mlp_of(chain, shape.m);
   std::vector<at::Tensor> grads(needs.size());
-  if (kernels.takes(p, dtype)) {
+  if (device.takes_fused_mlp(p, dtype)) {
     const at::TensorOptions options = grad_y.options();
     auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = at::empty(sizes, options)).data_ptr(); };
     for (size_t l = deepest; l < count; ++l) {
@@ -175,7 +176,7 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
     if (x2.defined()) p.x = view_of(x2);
     p.grad_y = view_of(g2);
     p.dx = need_x ? make(0, resized_last(grad_y, shape.k)) : nullptr;
-    kernels.fused_mlp_backward(p, dtype, grad_y);
+    device.fused_mlp_backward(p, dtype, grad_y);
   } else {
     auto saved_by = [&](size_t l) {
       if (a.mask[l].defined()) return a.mask[l];
@@ -183,23 +184,18 @@ std::vector<at::Tensor> mlp_backward(const MlpKernels& kernels, const at::Tensor
       return kind == Act::none ? at::Tensor() : saves_output(kind) ? a.h[l] : a.z[l];
     };
     OutputGrad in = {grad_y, saved_by(count - 1)};
-    at::Tensor dbias_above;  // of this layer, summed by the dgrad of the layer above
+    at::Tensor dbias;  // of this layer, where dgrad of the layer above summed it
     for (size_t l = count; l-- > deepest;) {
-      BackwardEpilogue below_saved;
-      if (l > deepest) {
-        below_saved = {saved_by(l - 1), layers[l - 1].act};
-        if (kernels.dgrad_sums_dbias && need_bias(l - 1))
-          below_saved.dbias = at::empty({layers[l - 1].shape.n}, grad_y.options());
-      }
-      const bool summed = dbias_above.defined();
-      const auto [dx, dweight, dbias] =
-          kernels.layer_backward(layers[l], in, input[l], weight[l], need_input(l), need_weight(l),
-                                 need_bias(l) && !summed, below_saved.saved.defined() ? &below_saved : nullptr);
-      grads[1 + l] = dweight;
-      grads[1 + count + l] = summed ? dbias_above : dbias;
-      if (l == 0) grads[0] = dx;
-      in = {dx, below_saved.applied ? at::Tensor() : below_saved.saved};
-      dbias_above = below_saved.summed ? below_saved.dbias : at::Tensor();
+      BackwardEpilogue below{};
+      if (l > deepest) below = {saved_by(l - 1), layers[l - 1].act, need_bias(l - 1)};
+      const auto made = new_gradients(layers[l].shape, in.g, grad_y.scalar_type(), grad_y.scalar_type(), need_input(l),
+                                      need_weight(l), need_bias(l) && !dbias.defined());
+      layer_backward(device, layers[l], in, input[l], weight[l], made, &below);
+      grads[1 + l] = std::get<1>(made);
+      grads[1 + count + l] = dbias.defined() ? dbias : std::get<2>(made);
+      if (l == 0) grads[0] = std::get<0>(made);
+      in = {std::get<0>(made), below.applied ? at::Tensor() : below.saved};
+      dbias = below.dbias;
     }
   }
   std::vector<at::Tensor> out;

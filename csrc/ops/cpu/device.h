@@ -1,0 +1,30 @@
+// What the CPU ops share: torch's threads, the machine they plan for, our packed product.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/device.h"
+#include "planning/cpu/machine.h"
+
+namespace dlk::cpu {
+
+// This processor with torch's threads and settings, for products of this dtype.
+Machine machine_for(DType);
+
+Parallel torch_threads(int threads);
+
+// Elementwise work: an element costs as much as 16 multiplications.
+Parallel threads_for_elements(const Machine&, int64_t elements);
+
+// Our packed product, with the scratch that it needs.
+void packed_gemm(const PackedProduct&, Gemm, const Machine&);
+
+// As Device::gradient_pass, for tensors of one layer or of a block of its rows.
+void gradient_pass(const Problem&, const OutputGrad&, const at::Tensor& dz, const at::Tensor& dbias);
+
+// A [M, K] for a product of torch's: the same values, with zeros behind the rows in 16 bits. By AMX, oneDNN reads rows of A
+// in pieces of 32 and multiplies what lies behind a row by 0, so that a NaN there, in padding or in the next row, would
+// reach the row's sums.
+at::Tensor library_operand(const at::Tensor& a);
+
+}  // namespace dlk::cpu
