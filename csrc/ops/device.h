@@ -14,7 +14,7 @@ struct OutputGrad {
   at::Tensor g, saved;
 };
 
-// A product with what kernels of some devices do beside it.
+// A product, and the work that kernels of some devices do beside it.
 struct Product : Gemm {
   bool saved_is_mask = false, below_is_mask = false;
   void* mask = nullptr;        // of c
@@ -32,8 +32,8 @@ struct Device {
   void (*activation_pass)(const Problem&, const at::Tensor& z, const at::Tensor& y, const at::Tensor& mask);
   // dz has g's dtype; dbias has g's dtype or accumulators. Either may be undefined.
   void (*gradient_pass)(const Problem&, const OutputGrad&, const at::Tensor& dz, const at::Tensor& dbias);
-  // The same values, laid out so that a product of torch's reads nothing else.
-  at::Tensor (*library_operand)(const at::Tensor&);  // [M, K]
+  // A [M, K] with the same values in memory that a product of torch's may read without harm.
+  at::Tensor (*library_operand)(const at::Tensor&);
 
   // Forward can store a mask of y.
   bool (*takes_mask)(const Problem&);

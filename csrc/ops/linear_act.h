@@ -22,7 +22,7 @@ Gradients linear_act_backward(const Device&, const at::Tensor& grad_y, const Opt
                               const OptionalTensor& weight, const at::Tensor& saved, int64_t act, double slope,
                               bool need_x, bool need_weight, bool need_bias);
 
-// The same under bf16 autocast, with the casts inside; on CPU only. x is in f32 or bf16, weight and bias in f32; y, z,
+// These run under bf16 autocast and cast inside; on CPU only. x is in f32 or bf16, weight and bias in f32; y, z,
 // grad_y and saved in bf16.
 at::Tensor linear_act_autocast_forward(const Device&, const at::Tensor& x, const at::Tensor& weight,
                                        const OptionalTensor& bias, int64_t act, double slope);

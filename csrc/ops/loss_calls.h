@@ -13,9 +13,9 @@ namespace dlk {
 struct ElementwiseLossCall {
   DType dtype;
   at::Reduction::Reduction reduction;
-  int64_t count;                          // what the mean divides by
+  int64_t count;                          // the denominator of a mean
   at::Tensor each, grad_input, grad_var;  // undefined where not asked for; `each` without reduction
-  at::Tensor operands[3];                 // what `p` points into
+  at::Tensor operands[3];                 // they hold the memory that `p` points to
   ElementwiseLoss p;                      // without its sums
 };
 
@@ -28,13 +28,13 @@ double gaussian_constant(bool full);  // ln(2π)/2, or nothing
 struct CrossEntropyCall {
   DType dtype;
   at::Reduction::Reduction reduction;
-  double rows;                                    // what the mean over class probabilities divides by
+  double rows;                                    // the denominator of a mean over class probabilities
   at::Tensor each, grad, grad_target;             // undefined where not asked for; `each` without reduction
-  at::Tensor x, probabilities, indices, weights;  // what `p` points into
+  at::Tensor x, probabilities, indices, weights;  // they hold the memory that `p` points to
   CrossEntropy p;                                 // without its sums, weight_sum, and a scale of 1
 };
 
-// All but the values of class indices is checked.
+// Checks everything except the values of class indices.
 CrossEntropyCall call_cross_entropy(const at::Tensor& input, const at::Tensor& target,
                                     const std::optional<at::Tensor>& weight, int64_t reduction, int64_t ignore_index,
                                     double label_smoothing, bool need_input, bool need_target);
@@ -44,9 +44,10 @@ struct LinearCrossEntropyCall {
   at::Reduction::Reduction reduction;
   Shape shape;  // rows, classes, in_features
   DType dtype;
-  at::Tensor x, bias;                         // [rows, in_features]; contiguous or undefined
-  at::Tensor indices, weights, row_grad;      // what `p` points into; row_grad [rows]; undefined where not given
-  at::TensorOptions accumulators, gradients;  // of sums, and of what is returned
+  at::Tensor x, bias;  // [rows, in_features]; contiguous or undefined
+  at::Tensor indices, weights,
+      row_grad;  // they hold the memory that `p` points to; row_grad [rows]; undefined where not given
+  at::TensorOptions accumulators, gradients;  // of sums, and of the returned gradients
   CrossEntropy p;                             // of logits [rows, classes] that lie in no memory yet, and a scale of 1
 };
 

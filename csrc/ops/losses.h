@@ -42,7 +42,7 @@ using LossOfLinear = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // The cross entropy of the logits x · weightᵀ + bias, which never exist whole: x [..., K], weight [classes, K],
 // bias [classes], target [...] of class indices, class_weight [classes]. The loss too is in float32 (float64); the
 // gradients of bfloat16, which has float32's range, are in bfloat16.
-// grad_loss [...]: without reduction, what the gradients of the rows are multiplied by.
+// grad_loss [...]: without reduction, the factor of each row's gradients.
 LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                       const at::Tensor& target, const OptionalTensor& class_weight,
                                       const OptionalTensor& grad_loss, int64_t reduction, int64_t ignore_index,

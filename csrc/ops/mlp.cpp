@@ -11,8 +11,8 @@
 namespace dlk {
 namespace {
 
-// What passes between forward and backward, for both ways: outputs h[1] …, pre-activations z, and of layer by layer masks,
-// which dgrad reads of the layer below; undefined where unused.
+// The tensors that pass from forward to backward: outputs h[1] …, pre-activations z and, where layers run one by one, masks,
+// which dgrad reads for the layer below. Undefined where unused.
 struct Activations {
   std::vector<at::Tensor> h, z, mask;
 
@@ -106,8 +106,8 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
   while (!need_x && deepest + 1 < count && !need_weight(deepest) && !need_bias(deepest)) ++deepest;
   auto need_input = [&](size_t l) { return l > deepest || need_x; };  // its gradient
 
-  // Tensors of grad_y's rows. What was kept may come back otherwise than it was, through hooks for saved tensors: the
-  // kernels read it as it was.
+  // Tensors with grad_y's rows. Hooks for saved tensors may change strides; the kernels read them as forward wrote them,
+  // contiguous.
   auto check_rows = [&](const at::Tensor& t, size_t l, const char* name, int64_t features, bool mask = false) {
     TORCH_CHECK(t.defined(), "mlp: expected of layer ", l, " ", name, ", which these gradients read, got None");
     check_place(t, name, grad_y, "grad_y", "mlp");

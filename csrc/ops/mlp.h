@@ -13,7 +13,8 @@ namespace dlk {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// y, and behind it what backward takes as `kept`: first every h that `keep` asks for, then every z, then the masks.
+// Returns y and, behind it, the tensors that backward takes as `kept`: every h that `keep` asks for, then every z, then the
+// masks.
 // `keep`: per layer a sum of Keep, or empty for nothing.
 enum Keep : int64_t {
   kKeepH = 1,     // the output of a hidden layer

@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-// What setup.py decided (the macros) and what the compiler knows, as one dict:
+// Decisions of setup.py (the macros) and facts that the compiler knows, as one dict:
 // torch "2.13.0+cpu", cuda "13.0" or None, cuda_archs "8.0+PTX;9.0a" or None, compiler, cxx_standard, openmp, sanitize.
 py::dict build_config() {
   py::dict d;
@@ -58,10 +58,10 @@ py::dict cpu_features() {
   return d;
 }
 
-// Whether AMX is there and our products by it failed their self-check in this process.
+// True where AMX is there and our products by it failed their self-check in this process.
 bool amx_refused() { return dlk::cpu::amx_refused(); }
 
-// Whether layers under autocast have kernels that convert f32 parameters themselves.
+// True where layers under autocast have kernels that convert f32 parameters themselves.
 bool cpu_autocast() { return dlk::cpu::this_machine(1, false).converts_parameters(); }
 
 // The kernel set in use: its instruction set ("isa") and its micro-kernel per dtype.
@@ -82,10 +82,11 @@ py::dict cpu_kernels() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dlkernels: compiled operators (torch.ops.dlkernels) and facts about this build";
-  m.def("build_config", &build_config, "What this binary was built from and for.");
+  m.def("build_config", &build_config, "The torch, CUDA and compiler that this binary was built with.");
   m.def("cpu_features", &cpu_features, "Instruction sets usable on this machine.");
-  m.def("amx_refused", &amx_refused, "Whether AMX is there and our products by it failed their self-check.");
+  m.def("amx_refused", &amx_refused, "True where AMX is there and our products by it failed their self-check.");
   m.def("cpu_kernels", &cpu_kernels, "The CPU kernel set in use: its instruction set and its micro-kernel per dtype.");
-  m.def("cpu_autocast", &cpu_autocast, "Whether layers under bfloat16 autocast convert float32 parameters themselves.");
+  m.def("cpu_autocast", &cpu_autocast,
+        "True where layers under bfloat16 autocast convert float32 parameters themselves.");
   dlk::python::add_explain(m);
 }

@@ -1,4 +1,4 @@
-// What the CPU ops share: torch's threads, the machine they plan for, our packed product.
+// Functions that the CPU ops share: the machine to plan for, torch's threads, our packed product.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,11 +19,11 @@ Parallel threads_for_elements(const Machine&, int64_t elements);
 // Our packed product, with the scratch that it needs.
 void packed_gemm(const PackedProduct&, Gemm, const Machine&);
 
-// As Device::gradient_pass, for tensors of one layer or of a block of its rows.
+// Device::gradient_pass, for one layer or for a block of its rows.
 void gradient_pass(const Problem&, const OutputGrad&, const at::Tensor& dz, const at::Tensor& dbias);
 
 // A [M, K] for a product of torch's: the same values, with zeros behind the rows in 16 bits. By AMX, oneDNN reads rows of A
-// in pieces of 32 and multiplies what lies behind a row by 0, so that a NaN there, in padding or in the next row, would
+// in pieces of 32 and multiplies the values behind a row by 0, so that a NaN there, in padding or in the next row, would
 // reach the row's sums.
 at::Tensor library_operand(const at::Tensor& a);
 

@@ -105,7 +105,7 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
   const BlockPlan plan = cpu::plan_linear_cross_entropy(call.shape, dtype, machine);
   const bool one_block = plan.blocks == 1;
   const at::Tensor logits = at::empty({plan.rows, classes}, plan.library ? x.options() : options);
-  // A row of dlogits begins where its logits do; rounded, it takes half of their place. dbias adds up what is not rounded.
+  // A row of dlogits begins where its logits do; rounded, it takes half of their place. dbias sums the unrounded values.
   const bool round_later = rounds && !plan.library && need_bias;
   at::Tensor dlogits = logits;
   if (rounds && !plan.library && !round_later) dlogits = logits.view(x.scalar_type()).narrow(1, 0, classes);

@@ -1,4 +1,4 @@
-// The CPU ops of the losses: run the kernels, add up what the slices give.
+// The CPU ops of the losses: run the kernels, add up the sums of the slices.
 #include <algorithm>
 #include <vector>
 

@@ -1,4 +1,4 @@
-// What the CUDA ops share beside the table of functions.
+// Functions that the CUDA ops share beside the table of the device.
 #pragma once
 
 #include "ops/cuda/machine.h"

@@ -8,8 +8,8 @@
 //     dweight += dlogitsᵀ · x                 in accumulators
 //     dbias    = Σ dlogits                    of the block, in accumulators
 //
-// Blocks are cut by the shape alone and follow each other. Nothing waits for the device: what has to be known of values (what
-// a mean divides by, how large binary16's gradients get) stays on it.
+// Blocks are cut by the shape alone and follow each other. The host never waits for the device: numbers that depend on values
+// (the denominator of a mean, the largest gradient in binary16) stay on the device.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
@@ -44,8 +44,8 @@ int64_t given_block_rows() {
   return given;
 }
 
-// What binary16's gradients are multiplied by while they are in it: the power of two that brings the largest one can be to
-// some thousands. [] in accumulators.
+// The factor of gradients while they are in binary16, which holds neither 1/count nor a softmax over many classes: a power of
+// two that brings the largest possible gradient to some thousands. [] in the accumulators' dtype.
 at::Tensor lift_of(const LinearCrossEntropyCall& call, const at::Tensor& denominator) {
   at::Tensor bound = at::ones({}, denominator.options());
   for (const at::Tensor& factors : {call.weights, call.row_grad})

@@ -6,14 +6,14 @@ namespace dlk::cpu {
 namespace {
 
 // Wider layers spend their time in products, and taller blocks of rows serve those better. Measured on AVX-512 BF16, forward
-// + backward, chain against layer by layer: f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192.
+// + backward, the fused MLP against layer by layer: f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192.
 int64_t fused_mlp_limit(DType dtype) { return dtype == DType::bf16 ? 128 : 256; }
 
 bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_rows) {
   const bool few = op == Op::forward ? shape.m <= most_rows : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
   return (contiguous || op == Op::wgrad) && few && shape.k >= 64 && shape.m > 0 && shape.n > 0;
 }
-// Of f32 and f64 the dot products reload a row of x for each row of weight, and add up lanes at their end: the packed product
+// In f32 and f64 the dot products reload a row of x for each row of weight, and add up lanes at their end. The packed product
 // overtakes them at 16 rows, and earlier where k is short. Measured on a Xeon with AVX-512 at 64→64 to 4096→4096.
 int64_t few_rows_forward(const Shape& shape, DType dtype) {
   if (dtype == DType::bf16 || dtype == DType::f16) return kFewRowsForward;
@@ -73,7 +73,7 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
     return {Path::few_columns, "few columns: x is read where it lies, packing it would cost more than it saves"};
   const KernelTable& table = machine.table(dtype);
   const int64_t most_rows = table.tiles_forward.run ? table.tiles_forward.most_rows : few_rows_forward(shape, dtype);
-  // Tiles want all of x packed by every thread: at most 8 MiB.
+  // For tiles every thread packs all of x: at most 8 MiB.
   const bool x_is_small = !table.tiles_forward.run || op != Op::forward || shape.m * shape.k <= (int64_t{1} << 22);
   if (x_is_small && takes_few_rows(op, shape, contiguous, most_rows)) return kFewRowsRoute;
   return {Path::packed, "our packed GEMM with the fused epilogue"};

@@ -7,8 +7,8 @@
 
 namespace dlk::cuda {
 
-// What a plan asks of the current device. The answers come from the kernels, through functions, so that planning includes
-// no CUDA and tests can answer for a device.
+// The questions that a plan asks of the current device. Kernels answer through functions, so that planning includes no CUDA
+// and tests can answer for a device.
 struct Machine {
   // left, right: x, weight for forward; dz, weight for dgrad; dz, x for wgrad.
   RouteQuery (*query)(Op, const Problem&, const View& left, const View& right);

@@ -20,7 +20,7 @@ bool takes(Path path, const RouteQuery& a) {
   }
 }
 
-// What was measured fastest. A size class is floor(log2) of each of the layer's M, N and K.
+// A row of the table: the path that was measured fastest. A size class is floor(log2) of each of the layer's M, N and K.
 struct Measured {
   int arch;
   DType dtype;
