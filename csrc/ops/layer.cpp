@@ -51,15 +51,13 @@ void library_forward(const Device& device, const at::Tensor& x, const at::Tensor
 void layer_forward(const Device& device, const Problem& c, const at::Tensor& x, const at::Tensor& weight,
                    const at::Tensor& bias, const Outputs& out) {
   if (c.is_empty()) return;
-  const auto [m, n, k] = c.shape;
   const at::Tensor x2 = as_rows(x);
   const View x_view = view_of(x2), weight_view = view_of(weight);
-  const at::Tensor pre = (out.z.defined() ? out.z : out.y).view({m, n});  // where a library leaves the pre-activation
   for (const Step& step : device.plan_forward({c, x_view, weight_view, out.z.defined(), out.mask.defined()})) {
     if (step.kind == StepKind::activation_pass) {
-      device.activation_pass(c, pre, out.y, out.mask);
+      device.activation_pass(c, out.z.defined() ? out.z : out.y, out.y, out.mask);
     } else if (is_library(step.path)) {
-      library_forward(device, x2, weight, bias, pre);
+      library_forward(device, x2, weight, bias, (out.z.defined() ? out.z : out.y).view({c.shape.m, c.shape.n}));
     } else {
       const at::Tensor epilogue_bias = bias.defined() && out.mask.defined() ? aligned(bias) : bias;
       Product p{product(Op::forward, c.shape, c.dtype, x_view, weight_view)};

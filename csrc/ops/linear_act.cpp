@@ -13,7 +13,7 @@ enum class Beside { nothing, z, mask };  // the tensor that forward makes beside
 
 Outputs forward(const Device& device, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                 const Problem& c, Beside beside) {
-  const c10::DeviceGuard guard(x.device());
+  const c10::OptionalDeviceGuard guard(guarded_device(x));
   const at::TensorOptions options = c.casts == Casts::none ? x.options() : x.options().dtype(at::kBFloat16);
   Outputs out{at::empty(resized_last(x, c.shape.n), options), {}, {}};
   if (beside == Beside::z) out.z = at::empty(out.y.sizes(), options);
@@ -24,7 +24,7 @@ Outputs forward(const Device& device, const at::Tensor& x, const at::Tensor& wei
 
 Gradients backward(const Device& device, const Problem& c, const at::Tensor& grad_y, const OptionalTensor& x,
                    const OptionalTensor& weight, const at::Tensor& saved, const Gradients& made) {
-  const c10::DeviceGuard guard(grad_y.device());
+  const c10::OptionalDeviceGuard guard(guarded_device(grad_y));
   const at::Tensor none;
   layer_backward(device, c, {grad_y, c.act.kind == Act::none ? none : saved}, x.value_or(none), weight.value_or(none),
                  made);

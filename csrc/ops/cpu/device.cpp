@@ -41,7 +41,7 @@ void few_rows(const Step& step, const Problem& c, const Gemm& p, const Machine& 
 }
 
 void run_product(const Step& step, const Problem& c, Product p, const at::Tensor&) {
-  const Machine machine = machine_for(c.dtype);
+  const Machine machine = machine_for(c.dtype, step.path == Path::packed);
   if (step.path == Path::packed) {
     const Op op = step.kind == StepKind::forward ? Op::forward : step.kind == StepKind::dgrad ? Op::dgrad : Op::wgrad;
     return packed_gemm(machine.packed(c, op), p, machine);
@@ -65,12 +65,12 @@ void few_columns_backward(const Step& step, const Problem& c, const OutputGrad& 
     partials = accumulators_of(step.splits * n * (k + 1), c.dtype);
     p.partials = partials.data_ptr();
   }
-  const Machine machine = machine_for(c.dtype);
+  const Machine machine = machine_for(c.dtype, false);
   machine.table(c.dtype).few_columns_backward(p, torch_threads(machine.threads_for(multiplications(c))));
 }
 
 void run_activation_pass(const Problem& c, const at::Tensor& z, const at::Tensor& y, const at::Tensor&) {
-  const Machine machine = machine_for(c.dtype);
+  const Machine machine = machine_for(c.dtype, false);
   const int64_t count = c.shape.m * c.shape.n;
   machine.table(c.dtype).act_pass({count, z.const_data_ptr(), c.act, y.data_ptr()},
                                   threads_for_elements(machine, count));
@@ -79,7 +79,7 @@ void run_activation_pass(const Problem& c, const at::Tensor& z, const at::Tensor
 int slices_of(const FusedMlp& p, DType dtype) {
   std::vector<Shape> shapes;
   for (int l = 0; l < p.layers; ++l) shapes.push_back({p.rows, p.layer[l].n, p.layer[l].k});
-  return fused_mlp_slices(shapes, dtype, machine_for(dtype));
+  return fused_mlp_slices(shapes, dtype, machine_for(dtype, false));
 }
 
 Parallel threads_for_mlp(const FusedMlp& p, const Machine& machine) {
@@ -89,12 +89,12 @@ Parallel threads_for_mlp(const FusedMlp& p, const Machine& machine) {
 }
 
 void run_fused_mlp_forward(const FusedMlp& p, DType dtype) {
-  const Machine machine = machine_for(dtype);
+  const Machine machine = machine_for(dtype, false);
   machine.table(dtype).fused_mlp_forward(p, threads_for_mlp(p, machine));
 }
 
 void run_fused_mlp_backward(FusedMlp p, DType dtype, const at::Tensor& like) {
-  const Machine machine = machine_for(dtype);
+  const Machine machine = machine_for(dtype, false);
   p.slices = slices_of(p, dtype);
   const at::Tensor partials = accumulators(p.slices * fused_mlp_parameters(p), like);
   p.partials = partials.data_ptr();
@@ -103,9 +103,9 @@ void run_fused_mlp_backward(FusedMlp p, DType dtype, const at::Tensor& like) {
 
 }  // namespace
 
-Machine machine_for(DType dtype) {
+Machine machine_for(DType dtype, bool asks_precision) {
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return this_machine(threads, dtype == DType::f32 && bf16_products_allowed());
+  return this_machine(threads, asks_precision && dtype == DType::f32 && bf16_products_allowed());
 }
 
 Parallel torch_threads(int threads) {
@@ -150,7 +150,7 @@ void gradient_pass(const Problem& c, const OutputGrad& in, const at::Tensor& dz,
     partials = accumulators(slices(m) * n, in.g);
     p.partials = partials.data_ptr();
   }
-  const Machine machine = machine_for(c.dtype);
+  const Machine machine = machine_for(c.dtype, false);
   machine.table(c.dtype).grad_pass(p, threads_for_elements(machine, m * n));
 }
 
@@ -165,7 +165,7 @@ at::Tensor library_operand(const at::Tensor& a) {
 }  // namespace cpu
 
 const Device kCpu = {
-    [](const ForwardProblem& p) { return cpu::plan_forward(p, cpu::machine_for(p.dtype)); },
+    [](const ForwardProblem& p) { return cpu::plan_forward(p, cpu::machine_for(p.dtype, false)); },
     [](const BackwardProblem& p) { return cpu::plan_backward(p, cpu::machine_for(p.dtype)); },
     &cpu::run_product,
     &cpu::few_columns_backward,

@@ -8,8 +8,8 @@
 
 namespace dlk::cpu {
 
-// This processor with torch's threads and settings, for products of this dtype.
-Machine machine_for(DType);
+// This processor with torch's threads and settings. `asks_precision`: bf16_products is needed, for packed products of f32.
+Machine machine_for(DType, bool asks_precision = true);
 
 Parallel torch_threads(int threads);
 

@@ -18,7 +18,7 @@ LossAndGrads elementwise_loss(const char* op, const at::Tensor& input, const at:
   std::vector<uint8_t> negative(sums.size());
   p.sums = sums.data(), p.negative = negative.data();
 
-  const cpu::Machine machine = cpu::machine_for(call.dtype);
+  const cpu::Machine machine = cpu::machine_for(call.dtype, false);
   const cpu::Losses& losses = machine.table(call.dtype).losses;
   // An element of the likelihood has a logarithm and a division; one of the squared error has neither.
   (var.defined() ? losses.gaussian_nll : losses.squared_error)(
@@ -56,7 +56,7 @@ LossAndGrads cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target
   if (call.reduction == at::Reduction::Mean) p.scale = 1 / denominator;
   std::vector<double> sums(cpu::loss_slices(p));
   p.sums = sums.data();
-  const cpu::Machine machine = cpu::machine_for(call.dtype);
+  const cpu::Machine machine = cpu::machine_for(call.dtype, false);
   if (p.classes > 0)
     machine.table(call.dtype).losses.cross_entropy(p, cpu::threads_for_elements(machine, input.numel()));
   else if (each.defined())
