@@ -2,6 +2,7 @@
 // per device: cpu/device.cpp and cuda/device.cpp. Everything else of the ops is shared.
 #pragma once
 
+#include "ops/loss_calls.h"
 #include "ops/tensors.h"
 #include "planning/plan.h"
 #include "planning/problem.h"
@@ -42,6 +43,11 @@ struct Device {
   bool (*takes_fused_mlp)(const FusedMlp&, DType);
   void (*fused_mlp_forward)(const FusedMlp&, DType);
   void (*fused_mlp_backward)(FusedMlp, DType, const at::Tensor& like);
+
+  // The losses. Each fills the gradients of the call and returns the loss.
+  at::Tensor (*elementwise_loss)(const ElementwiseLossCall&);
+  at::Tensor (*cross_entropy)(const CrossEntropyCall&);
+  LossOfLinear (*linear_cross_entropy)(const LinearCrossEntropyCall&);
 };
 
 extern const Device kCpu;

@@ -193,7 +193,7 @@ def gemm(kernels, a, b, act="none", *, saved=None, bias=None, z=None, row_sum=No
 
 
 class LinearAct(torch.autograd.Function):
-    """The three products of a layer, as csrc/ops/cpu/linear_act_cpu.cpp asks for them."""
+    """The three products of a layer, as csrc/ops/layer.cpp asks for them."""
 
     @staticmethod
     def forward(ctx, kernels, x, weight, bias, act, splits, threads):

@@ -176,6 +176,9 @@ const Device kCpu = {
     [](const FusedMlp& p, DType dtype) { return cpu::slices_of(p, dtype) > 0; },
     &cpu::run_fused_mlp_forward,
     &cpu::run_fused_mlp_backward,
+    &cpu::elementwise_loss,
+    &cpu::cross_entropy,
+    &cpu::linear_cross_entropy,
 };
 
 }  // namespace dlk

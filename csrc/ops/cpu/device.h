@@ -27,4 +27,9 @@ void gradient_pass(const Problem&, const OutputGrad&, const at::Tensor& dz, cons
 // reach the row's sums.
 at::Tensor library_operand(const at::Tensor& a);
 
+// Device's functions of the same names (losses.cpp, linear_cross_entropy.cpp).
+at::Tensor elementwise_loss(const ElementwiseLossCall&);
+at::Tensor cross_entropy(const CrossEntropyCall&);
+LossOfLinear linear_cross_entropy(const LinearCrossEntropyCall&);
+
 }  // namespace dlk::cpu

@@ -16,14 +16,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "ops/loss_calls.h"
-#include "ops/losses.h"
 #include "ops/check.h"
 #include "ops/cpu/device.h"
 #include "ops/cpu/losses_host.h"
 #include "planning/cpu/linear_cross_entropy.h"
 
-namespace dlk {
+namespace dlk::cpu {
 namespace {
 
 constexpr const char* kOp = "linear_cross_entropy";
@@ -33,7 +31,7 @@ void block_product(bool library, Op op, DType dtype, const at::Tensor& a, const 
                    OutputMode output_mode, at::Tensor c) {
   if (c.numel() == 0) return;
   if (library) {
-    const at::Tensor left = op == Op::wgrad ? a : cpu::library_operand(a);
+    const at::Tensor left = op == Op::wgrad ? a : library_operand(a);
     if (output_mode == OutputMode::accumulate)
       c.add_(at::mm(left, b));
     else if (c.scalar_type() != a.scalar_type())
@@ -50,16 +48,16 @@ void block_product(bool library, Op op, DType dtype, const at::Tensor& a, const 
   p.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
   p.c = c.data_ptr();
   p.output_mode = output_mode;
-  p.splits = op == Op::forward ? 1 : cpu::gemm_splits(p.m, p.n, p.k);
-  const cpu::Machine machine = cpu::machine_for(dtype);
-  cpu::packed_gemm(machine.packed(dtype), p, machine);
+  p.splits = op == Op::forward ? 1 : gemm_splits(p.m, p.n, p.k);
+  const Machine machine = machine_for(dtype);
+  packed_gemm(machine.packed(dtype), p, machine);
 }
 
 // dbias += the sums of the columns of dlogits; dbias is in f64.
 void add_column_sums(DType dtype, const at::Tensor& dlogits, const at::Tensor& dbias) {
   const int64_t rows = dlogits.size(0), classes = dlogits.size(1);
   const at::Tensor sums = accumulators(classes, dlogits);
-  cpu::gradient_pass({{rows, classes, 0}, dtype, {Act::none, 0}}, {dlogits, {}}, {}, sums);
+  gradient_pass({{rows, classes, 0}, dtype, {Act::none, 0}}, {dlogits, {}}, {}, sums);
   dbias.add_(sums);
 }
 
@@ -74,49 +72,46 @@ double lift_of(const at::Tensor& weights, const at::Tensor& row_grad, double den
 
 }  // namespace
 
-LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                                      const at::Tensor& target, const OptionalTensor& class_weight,
-                                      const OptionalTensor& grad_loss, int64_t reduction_code, int64_t ignore_index,
-                                      double label_smoothing, bool need_x, bool need_weight, bool need_bias) {
-  const LinearCrossEntropyCall call = call_linear_cross_entropy(x, weight, bias, target, class_weight, grad_loss,
-                                                                reduction_code, ignore_index, label_smoothing);
+LossOfLinear linear_cross_entropy(const LinearCrossEntropyCall& call) {
   const auto [m, classes, k] = call.shape;
+  const at::Tensor &x = call.x, &weight = call.weight;
+  const bool need_x = call.need_x, need_weight = call.need_weight, need_bias = call.need_bias;
   const at::Reduction::Reduction reduction = call.reduction;
   const DType dtype = call.dtype;
   const at::TensorOptions &options = call.accumulators, &grad_options = call.gradients;
   const at::Tensor &weights = call.weights, &row_grad = call.row_grad;
-  const double denominator = cpu::checked_denominator(call.indices, weights, classes, ignore_index, kOp);
+  const double denominator = checked_denominator(call.indices, weights, classes, call.p.ignore_index, kOp);
   const double mean = reduction == at::Reduction::Mean ? denominator : 1;
   const bool rounds = dtype == DType::bf16 || dtype == DType::f16;
   at::Tensor each, dx, dweight, dbias, later_sum;
-  if (reduction == at::Reduction::None) each = at::zeros(target.sizes(), options);
+  if (reduction == at::Reduction::None) each = at::zeros(call.row_sizes, options);
   std::vector<double> sums;
   if (m == 0 || classes == 0) {  // sums over nothing
-    if (need_x) dx = at::zeros(x.sizes(), grad_options);
+    if (need_x) dx = at::zeros(call.x_sizes, grad_options);
     if (need_weight) dweight = at::zeros(weight.sizes(), grad_options);
     if (need_bias) dbias = at::zeros({classes}, grad_options);
-    return {cpu::reduced(each, sums, reduction, mean, options), dx, dweight, dbias};
+    return {reduced(each, sums, reduction, mean, options), dx, dweight, dbias};
   }
 
   const bool need_grad = need_x || need_weight || need_bias;
   const DType acc_dtype = rounds ? DType::f32 : dtype;
   const double lift = need_grad && dtype == DType::f16 ? lift_of(weights, row_grad, mean) : 1;
-  const cpu::Machine machine = cpu::machine_for(dtype);
-  const BlockPlan plan = cpu::plan_linear_cross_entropy(call.shape, dtype, machine);
+  const Machine machine = machine_for(dtype);
+  const BlockPlan plan = plan_linear_cross_entropy(call.shape, dtype, machine);
   const bool one_block = plan.blocks == 1;
   const at::Tensor logits = at::empty({plan.rows, classes}, plan.library ? x.options() : options);
   // A row of dlogits begins where its logits do; rounded, it takes half of their place. dbias sums the unrounded values.
   const bool round_later = rounds && !plan.library && need_bias;
   at::Tensor dlogits = logits;
   if (rounds && !plan.library && !round_later) dlogits = logits.view(x.scalar_type()).narrow(1, 0, classes);
-  if (need_x) dx = at::empty(x.sizes(), grad_options);
+  if (need_x) dx = at::empty(call.x_sizes, grad_options);
   if (need_weight) dweight = at::empty(weight.sizes(), one_block ? grad_options : options);
   if (need_weight && plan.blocks > plan.blocks_per_sum) later_sum = at::empty(weight.sizes(), options);
   if (need_bias) dbias = at::zeros({classes}, options.dtype(at::kDouble));
 
-  cpu::CrossEntropy p{call.p};
+  CrossEntropy p{call.p};
   p.x = logits.const_data_ptr();
-  p.weight_sum = cpu::weight_sum(weights, classes);
+  p.weight_sum = weight_sum(weights, classes);
   p.scale = lift / mean;
   p.grad = need_grad ? dlogits.data_ptr() : nullptr;
   p.grad_dtype = round_later ? acc_dtype : dtype;
@@ -134,10 +129,9 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
     p.row_grad = row_grad.defined() ? row_grad.narrow(0, first, n).const_data_ptr() : nullptr;
     p.loss = each.defined() ? each.view(m).narrow(0, first, n).data_ptr() : nullptr;
     const size_t before = sums.size();
-    sums.resize(before + cpu::loss_slices(p));
+    sums.resize(before + loss_slices(p));
     p.sums = sums.data() + before;
-    machine.table(plan.library ? dtype : acc_dtype)
-        .losses.cross_entropy(p, cpu::threads_for_elements(machine, n * classes));
+    machine.table(plan.library ? dtype : acc_dtype).losses.cross_entropy(p, threads_for_elements(machine, n * classes));
 
     if (need_bias) add_column_sums(p.grad_dtype, dz, dbias);
     dz = dz.to(x.scalar_type());
@@ -156,7 +150,7 @@ LossOfLinear linear_cross_entropy_cpu(const at::Tensor& x, const at::Tensor& wei
     if (lift != 1) grad->mul_(1 / lift);
     *grad = grad->to(grad_options.dtype().toScalarType());
   }
-  return {cpu::reduced(each, sums, reduction, mean, options), dx, dweight, dbias};
+  return {reduced(each, sums, reduction, mean, options), dx, dweight, dbias};
 }
 
-}  // namespace dlk
+}  // namespace dlk::cpu

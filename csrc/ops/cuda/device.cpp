@@ -253,6 +253,9 @@ const Device kCuda = {
     &cuda::fused_mlp_takes,
     [](const FusedMlp& p, DType dtype) { C10_CUDA_CHECK(cuda::fused_mlp_forward(p, dtype, cuda::stream())); },
     &cuda::run_fused_mlp_backward,
+    &cuda::elementwise_loss,
+    &cuda::cross_entropy,
+    &cuda::linear_cross_entropy,
 };
 
 }  // namespace dlk

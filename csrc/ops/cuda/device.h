@@ -11,4 +11,9 @@ namespace dlk::cuda {
 void rows_product(Op, const Problem&, const at::Tensor& dz, const at::Tensor& other, OutputMode output_mode,
                   at::Tensor out);
 
+// Device's functions of the same names (losses.cpp, linear_cross_entropy.cpp).
+at::Tensor elementwise_loss(const ElementwiseLossCall&);
+at::Tensor cross_entropy(const CrossEntropyCall&);
+LossOfLinear linear_cross_entropy(const LinearCrossEntropyCall&);
+
 }  // namespace dlk::cuda

@@ -15,21 +15,18 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <string>
 
-#include "ops/loss_calls.h"
-#include "ops/losses.h"
 #include "kernels/cuda/kernels.h"
 #include "ops/cuda/device.h"
 #include "ops/layer.h"
 #include "planning/cuda/linear_cross_entropy.h"
 
-namespace dlk {
+namespace dlk::cuda {
 namespace {
 
 // Rows of a block, for tests and to measure; 0 where it is not set.
@@ -64,28 +61,24 @@ at::Tensor loss_of(const LinearCrossEntropyCall& call, const at::Tensor& each, c
 
 }  // namespace
 
-LossOfLinear linear_cross_entropy_cuda(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                                       const at::Tensor& target, const OptionalTensor& class_weight,
-                                       const OptionalTensor& grad_loss, int64_t reduction, int64_t ignore_index,
-                                       double label_smoothing, bool need_x, bool need_weight, bool need_bias) {
-  const LinearCrossEntropyCall call = call_linear_cross_entropy(x, weight, bias, target, class_weight, grad_loss,
-                                                                reduction, ignore_index, label_smoothing);
+LossOfLinear linear_cross_entropy(const LinearCrossEntropyCall& call) {
   const auto [m, classes, k] = call.shape;
-  const c10::cuda::CUDAGuard device(x.device());
+  const at::Tensor &x = call.x, &weight = call.weight;
+  const bool need_x = call.need_x, need_weight = call.need_weight, need_bias = call.need_bias;
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const at::Tensor sums = at::zeros({cuda::kLossScratch}, x.options().dtype(at::kDouble));
-  cuda::CrossEntropy p{call.p, call.dtype, call.reduction == at::Reduction::Mean};
+  const at::Tensor sums = at::zeros({kLossScratch}, x.options().dtype(at::kDouble));
+  CrossEntropy p{call.p, call.dtype, call.reduction == at::Reduction::Mean};
   p.sums = sums.data_ptr<double>();
-  C10_CUDA_CHECK(cuda::count_targets(p, stream));
-  const at::Tensor denominator = sums.narrow(0, cuda::kLossCountsAt, cuda::kLossCounts).sum();
+  C10_CUDA_CHECK(count_targets(p, stream));
+  const at::Tensor denominator = sums.narrow(0, kLossCountsAt, kLossCounts).sum();
   const at::Tensor each = at::empty({m}, call.accumulators);
 
   const bool empty = m == 0 || classes == 0, need_grad = (need_x || need_weight || need_bias) && !empty;
-  const BlockPlan plan = cuda::plan_linear_cross_entropy(call.shape, call.dtype, given_block_rows());
+  const BlockPlan plan = plan_linear_cross_entropy(call.shape, call.dtype, given_block_rows());
   const at::TensorOptions& gradients = call.gradients;
   at::Tensor dx, dweight, dbias, lift;
   if (empty) {  // sums over nothing
-    if (need_x) dx = at::zeros(x.sizes(), gradients);
+    if (need_x) dx = at::zeros(call.x_sizes, gradients);
     if (need_weight) dweight = at::zeros(weight.sizes(), gradients);
     if (need_bias) dbias = at::zeros({classes}, gradients);
   } else if (!plan.one_layer) {
@@ -111,7 +104,7 @@ LossOfLinear linear_cross_entropy_cuda(const at::Tensor& x, const at::Tensor& we
     p.target = call.indices.const_data_ptr<int64_t>() + first;
     p.row_grad = call.row_grad.defined() ? call.row_grad.narrow(0, first, rows).const_data_ptr() : nullptr;
     p.loss = each.narrow(0, first, rows).data_ptr();
-    C10_CUDA_CHECK(cuda::cross_entropy(p, stream));
+    C10_CUDA_CHECK(cross_entropy(p, stream));
 
     if (!need_grad) continue;
     if (plan.one_layer) {
@@ -121,19 +114,19 @@ LossOfLinear linear_cross_entropy_cuda(const at::Tensor& x, const at::Tensor& we
       std::tie(dx, dweight, dbias) = made;
       continue;
     }
-    if (need_x) cuda::rows_product(Op::dgrad, layer, dz, weight, plan.dx, dx.narrow(0, first, rows));
+    if (need_x) rows_product(Op::dgrad, layer, dz, weight, plan.dx, dx.narrow(0, first, rows));
     if (need_weight)
-      cuda::rows_product(Op::wgrad, layer, dz, x_block, block ? OutputMode::accumulate : OutputMode::uncast, dweight);
+      rows_product(Op::wgrad, layer, dz, x_block, block ? OutputMode::accumulate : OutputMode::uncast, dweight);
     if (need_bias) kCuda.gradient_pass(layer, {dz, {}}, {}, dbias[block]);
   }
-  if (dx.defined()) dx = dx.view(x.sizes());
+  if (dx.defined()) dx = dx.view(call.x_sizes);
   if (dbias.defined() && dbias.dim() == 2) dbias = dbias.sum(0);
   for (at::Tensor* grad : {&dx, &dweight, &dbias}) {
     if (!grad->defined()) continue;
     if (lift.defined()) grad->div_(lift);
     *grad = grad->to(gradients);
   }
-  return {loss_of(call, each, denominator, target.sizes()), dx, dweight, dbias};
+  return {loss_of(call, each, denominator, call.row_sizes), dx, dweight, dbias};
 }
 
-}  // namespace dlk
+}  // namespace dlk::cuda

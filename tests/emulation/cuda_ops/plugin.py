@@ -36,7 +36,7 @@ def build(folder: Path) -> Path:
         files=(
             *library.KERNELS,
             *("kernels/cuda/gemm/hopper/*.cu", "ops/cuda/*.cpp", *library.PLANNING),
-            *(f"ops/{name}.cpp" for name in ("check", "check_losses", "layer", "linear_act", "loss_calls", "mlp")),
+            *(f"ops/{name}.cpp" for name in ("check", "check_losses", "layer", "linear_act", "losses", "mlp")),
             *("entry.cpp", "entry_ops.cpp"),  # Hopper's driver; the registration
         ),
         stand_ins=(HERE, library.HOPPER, library.HERE),

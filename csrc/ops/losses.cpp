@@ -1,7 +1,9 @@
-#include "ops/loss_calls.h"
+// The ops of the losses: check, describe, allocate, and let the device run.
+#include "ops/losses.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,6 +11,7 @@
 
 #include "ops/check.h"
 #include "ops/check_losses.h"
+#include "ops/loss_calls.h"
 #include "ops/tensors.h"
 
 namespace dlk {
@@ -54,42 +57,60 @@ ClassStrides class_strides(const at::Tensor& t) {  // t is [N, C, d1·d2·...]
   return {t.stride(0), t.stride(1), t.stride(2)};
 }
 
-}  // namespace
-
-ElementwiseLossCall call_elementwise_loss(const char* op, const at::Tensor& input, const at::Tensor& target,
-                                          const at::Tensor& var, double eps, double constant, int64_t reduction,
-                                          bool need_input, bool need_var) {
+// var undefined: squared error.
+LossAndGrads elementwise_loss(const Device& device, const char* op, const at::Tensor& input, const at::Tensor& target,
+                              const at::Tensor& var, double eps, double constant, int64_t reduction, bool need_input,
+                              bool need_var) {
   ElementwiseLossCall call{};
+  call.op = op;
   call.reduction = check_reduction(reduction, op);
   call.dtype = check_elementwise_loss(input, target, var, op);
-  const ElementOrder walk({input, target, var});
+  call.has_var = var.defined();
+  const c10::OptionalDeviceGuard guard(guarded_device(input));
+  const ElementOrder order({input, target, var});
   call.count = input.numel();
-  call.each = walk.result(call.reduction == at::Reduction::None, input, input.options());
-  call.grad_input = walk.result(need_input, input, grad_options(input));
-  call.grad_var = walk.result(need_var, input, grad_options(input));
+  call.each = order.result(call.reduction == at::Reduction::None, input, input.options());
+  call.grad_input = order.result(need_input, input, grad_options(input));
+  call.grad_var = order.result(need_var, input, grad_options(input));
 
   ElementwiseLoss& p = call.p;
-  p.rows = walk.rows, p.cols = walk.cols;
-  p.input = walk.view(input, call.operands[0]);
-  p.target = walk.view(target, call.operands[1]);
-  p.var = walk.view(var, call.operands[2]);
+  p.rows = order.rows, p.cols = order.cols;
+  p.input = order.view(input, call.operands[0]);
+  p.target = order.view(target, call.operands[1]);
+  p.var = order.view(var, call.operands[2]);
   p.eps = eps, p.constant = constant;
   p.divisor = call.reduction == at::Reduction::Mean ? call.count : 1;
   p.loss = data_or_null(call.each);
   p.grad_input = data_or_null(call.grad_input);
   p.grad_var = data_or_null(call.grad_var);
-  return call;
+  return {device.elementwise_loss(call), call.grad_input, call.grad_var};
 }
 
-double gaussian_constant(bool full) { return full ? 0.5 * std::log(2 * M_PI) : 0.0; }
+}  // namespace
 
-CrossEntropyCall call_cross_entropy(const at::Tensor& input, const at::Tensor& target,
-                                    const std::optional<at::Tensor>& weight, int64_t reduction, int64_t ignore_index,
-                                    double label_smoothing, bool need_input, bool need_target) {
+LossAndGrad mse_loss(const Device& device, const at::Tensor& input, const at::Tensor& target, int64_t reduction,
+                     bool need_grad) {
+  const auto [loss, grad, _] =
+      elementwise_loss(device, "mse_loss", input, target, {}, 0, 0, reduction, need_grad, false);
+  return {loss, grad};
+}
+
+LossAndGrads gaussian_nll_loss(const Device& device, const at::Tensor& input, const at::Tensor& target,
+                               const at::Tensor& var, bool full, double eps, int64_t reduction, bool need_input,
+                               bool need_var) {
+  const double constant = full ? 0.5 * std::log(2 * M_PI) : 0.0;
+  return elementwise_loss(device, "gaussian_nll_loss", input, target, var, eps, constant, reduction, need_input,
+                          need_var);
+}
+
+LossAndGrads cross_entropy(const Device& device, const at::Tensor& input, const at::Tensor& target,
+                           const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                           double label_smoothing, bool need_input, bool need_target) {
   CrossEntropyCall call{};
   call.reduction = check_reduction(reduction, "cross_entropy");
   const auto [outer, classes, inner, soft, smoothing, dtype] =
       check_cross_entropy(input, target, weight, ignore_index, label_smoothing);
+  const c10::OptionalDeviceGuard guard(guarded_device(input));
   call.dtype = dtype;
   call.rows = input.numel() ? outer * inner : 0;
   call.x = input.reshape({outer, classes, inner});
@@ -124,20 +145,24 @@ CrossEntropyCall call_cross_entropy(const at::Tensor& input, const at::Tensor& t
   p.loss = data_or_null(call.each);
   p.grad = data_or_null(call.grad);
   p.grad_soft = data_or_null(call.grad_target);
-  return call;
+  return {device.cross_entropy(call), call.grad, call.grad_target};
 }
 
-LinearCrossEntropyCall call_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
-                                                 const std::optional<at::Tensor>& bias, const at::Tensor& target,
-                                                 const std::optional<at::Tensor>& class_weight,
-                                                 const std::optional<at::Tensor>& grad_loss, int64_t reduction,
-                                                 int64_t ignore_index, double label_smoothing) {
+LossOfLinear linear_cross_entropy(const Device& device, const at::Tensor& x, const at::Tensor& weight,
+                                  const OptionalTensor& bias, const at::Tensor& target,
+                                  const OptionalTensor& class_weight, const OptionalTensor& grad_loss,
+                                  int64_t reduction, int64_t ignore_index, double label_smoothing, bool need_x,
+                                  bool need_weight, bool need_bias) {
   LinearCrossEntropyCall call{};
   call.reduction = check_reduction(reduction, "linear_cross_entropy");
   const LinearClassProblem problem =
       check_linear_cross_entropy(x, weight, bias, target, class_weight, grad_loss, label_smoothing);
+  const c10::OptionalDeviceGuard guard(guarded_device(x));
   call.shape = problem.shape;
   call.dtype = problem.dtype;
+  call.need_x = need_x, call.need_weight = need_weight, call.need_bias = need_bias;
+  call.x_sizes = x.sizes().vec(), call.row_sizes = target.sizes().vec();
+  call.weight = weight;
   const at::ScalarType acc = accumulator_type(x);
   call.x = as_rows(x);
   call.indices = target.to(at::kLong).contiguous();
@@ -157,7 +182,7 @@ LinearCrossEntropyCall call_linear_cross_entropy(const at::Tensor& x, const at::
   p.row_grad = grad_loss ? call.row_grad.const_data_ptr() : nullptr;
   p.smoothing = problem.smoothing;
   p.scale = 1;
-  return call;
+  return device.linear_cross_entropy(call);
 }
 
 }  // namespace dlk
