@@ -19,11 +19,18 @@ at::Tensor wanted(const Step& step, Output output, const at::Tensor& t) {
   return step.outputs & output ? t : at::Tensor();
 }
 
-// dz is made in the product's load: `p.a` is the output's gradient, in the orientation that it has already.
-void set_saved(Product& p, const Problem& c, const at::Tensor& saved) {
+// dgrad or wgrad of `left`, which is dz; or, where the step makes dz in its load, grad_y.
+Product gradient_product(const Step& step, const Problem& c, const View& left, const at::Tensor& saved,
+                         const View& weight, const View& x) {
+  const bool is_dgrad = step.kind == StepKind::dgrad;
+  Product p{product(is_dgrad ? Op::dgrad : Op::wgrad, c.shape, c.dtype, left, is_dgrad ? weight : x)};
+  p.splits = step.splits;
+  if (!step.dz_in_load) return p;
   p.act = c.act;
   p.saved_is_mask = is_mask(saved);
-  p.saved = p.saved_is_mask ? View{saved.const_data_ptr(), c.shape.n, 1} : view_of(saved);
+  const View view = p.saved_is_mask ? View{saved.const_data_ptr(), c.shape.n, 1} : view_of(saved);
+  p.saved = is_dgrad ? view : view.transposed();
+  return p;
 }
 
 void library_dgrad(const Device& device, const Problem& c, const at::Tensor& dz, const at::Tensor& weight,
@@ -103,14 +110,9 @@ void layer_backward(const Device& device, const Problem& c, const OutputGrad& in
     } else if (is_library(step.path)) {
       step.kind == StepKind::dgrad ? library_dgrad(device, c, dz, weight, dx) : library_wgrad(dz, x2, dweight);
     } else {
-      const bool is_dgrad = step.kind == StepKind::dgrad;
-      const View left = step.dz_in_load ? g_view : view_of(dz);
-      Product p{product(is_dgrad ? Op::dgrad : Op::wgrad, c.shape, c.dtype, left, is_dgrad ? weight_view : x_view)};
-      if (step.dz_in_load) set_saved(p, c, saved);
-      if (!is_dgrad) p.saved = p.saved.transposed();
-      p.c = (is_dgrad ? dx : dweight).data_ptr();
+      Product p = gradient_product(step, c, step.dz_in_load ? g_view : view_of(dz), saved, weight_view, x_view);
+      p.c = (step.kind == StepKind::dgrad ? dx : dweight).data_ptr();
       p.row_sum = data_or_null(step_dbias);
-      p.splits = step.splits;
       if (step.below) {
         p.below_saved = below->saved.const_data_ptr();
         p.below_is_mask = is_mask(below->saved);
