@@ -47,7 +47,7 @@ def fuse(
     subclass of the one it had. Whether a place is a layer and an activation that nobody listens to is asked anew at
     every call: what is hooked, wrapped or replaced later runs as in stock.
 
-    Fusing a fused model starts again from the stock model. ``docs/fuse.md`` has what is found and what is refused.
+    Fusing a fused model starts again from the stock model. ``docs/guide/fuse.md`` lists what is found and refused.
 
     Args:
         model: any module.
