@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bench import peers
 from bench.peers import Op
 from dlkernels import functional
-from dlkernels.testing.oracle import STOCK
+from dlkernels.testing import STOCK
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,

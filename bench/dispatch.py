@@ -30,7 +30,7 @@ from bench.grid import DTYPES, GPU_SHAPES, Shape
 from bench.judge import Judge
 from dlkernels import _C, functional
 from dlkernels.atomic import atomic_write
-from dlkernels.testing import oracle
+from dlkernels.testing import Layer
 
 TABLE = machine.ROOT / "csrc" / "planning" / "cuda" / "dispatch_table.inc"
 BEGIN, END = "// dispatch:begin", "// dispatch:end"
@@ -148,7 +148,7 @@ def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
 def refuse_wrong(shape: Shape, dtype: str, device: str = "cuda") -> None:
     """RuntimeError where a layer of this class breaks the tests' tolerance rule."""
     i = harness.draw(replace(shape, m=min(shape.m, JUDGED_ROWS)), dtype, 0, device)
-    wrong = Judge(oracle.Layer(i.x, i.weight, i.bias, i.g, "relu")).objection(functional.linear_relu)
+    wrong = Judge(Layer(i.x, i.weight, i.bias, i.g, "relu")).objection(functional.linear_relu)
     if wrong:
         raise RuntimeError(f"wrong at {shape} in {dtype}: {wrong}")
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from bench.clock import Clock, CudaClock, Graph, HostClock, Step, clock_of
 from bench.contenders import Op
 from bench.grid import Shape
+from dlkernels._errors import first_line
 
 TURN = 5e-3  # seconds of calls in one turn ...
 TURN_CALLS = 50  # ... and at most so many
@@ -132,7 +133,7 @@ def measure_replays(
 
 
 def reason(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {(str(failure).strip() or '(no message)').splitlines()[0]}"
+    return f"{type(failure).__name__}: {first_line(failure)}"
 
 
 def take_turns(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.contenders import Op
 from bench.harness import reason
-from dlkernels.testing.oracle import Layer, assert_no_worse, oracle, stock_errors
+from dlkernels.testing import Layer, assert_no_worse, oracle, stock_errors
 
 
 class Judge:

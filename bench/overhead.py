@@ -15,7 +15,7 @@ from bench.contenders import OURS, REFERENCE
 from bench.grid import MODES, shape_named
 from bench.judge import Judge
 from dlkernels.atomic import write_json
-from dlkernels.testing import oracle
+from dlkernels.testing import STOCK, Layer
 
 
 def measure(seconds: float = 2.0, activation: str = "relu") -> dict[str, dict[str, float]]:
@@ -26,7 +26,7 @@ def measure(seconds: float = 2.0, activation: str = "relu") -> dict[str, dict[st
     """
     inputs = harness.draw(shape_named("1x8x8"), "fp32", seed=0)
     ops = contenders.make((REFERENCE, OURS), activation)
-    judge = Judge(oracle.Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
+    judge = Judge(Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
     if wrong := judge.objection(ops[OURS]):
         raise AssertionError(wrong)
     found = {}
@@ -40,7 +40,7 @@ def measure(seconds: float = 2.0, activation: str = "relu") -> dict[str, dict[st
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each mode (default: %(default)s)")
-    parser.add_argument("--activation", choices=tuple(oracle.STOCK), default="relu")
+    parser.add_argument("--activation", choices=tuple(STOCK), default="relu")
     parser.add_argument("--out", help="also write the figures to this JSON file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from bench.contenders import Op
 from bench.grid import COLUMNS, DTYPES, GPU_SHAPES, MODES, SHAPES, Shape, shape_named
 from bench.judge import Judge
 from dlkernels import functional
-from dlkernels.testing import oracle
+from dlkernels.testing import STOCK, Layer
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
     def __post_init__(self) -> None:
         known: dict[str, Collection[str]] = {
             "dtypes": DTYPES,
-            "activations": oracle.STOCK,
+            "activations": STOCK,
             "modes": MODES,
             "columns": COLUMNS[self.device],
             "contenders": contenders.names(self.device),
@@ -139,7 +139,7 @@ def measure_layer(
 ) -> record.Layer:
     """Judge every contender, then measure those who are right in every mode and column."""
     inputs = harness.draw(shape, dtype, seed, settings.device)
-    judge = Judge(oracle.Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
+    judge = Judge(Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
     objections = {name: judge.objection(op, name not in contenders.FORWARD_ONLY) for name, op in ops.items()}
     del judge  # its float64 tensors are several times the size of the inputs
     right = {name: op for name, op in ops.items() if objections[name] is None}

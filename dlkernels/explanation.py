@@ -160,8 +160,8 @@ def explain(
         NotImplementedError: a device other than CPU and CUDA.
     """
     del negative_slope
-    converts = isinstance(x, Tensor) and isinstance(weight, Tensor) and _converts(x, weight)
-    return _explain(x, weight, activation_named(activation), bias, converts)
+    native_casts = isinstance(x, Tensor) and isinstance(weight, Tensor) and _has_native_kernel(x, weight)
+    return _explain(x, weight, activation_named(activation), bias, native_casts)
 
 
 def explain_mlp(
@@ -192,15 +192,15 @@ def explain_mlp(
             f"got {len(names)}"
         )
     acts = [activation_named(name) for name in (*names, last_activation)]
-    converts = autocast_active(x) and _mlp.converts(x, weights, [None] * len(weights))
-    layers = [_explain(x, weights[0], acts[0], bias, converts)]
+    native_casts = autocast_active(x) and _mlp.has_native_kernel(x, weights, [None] * len(weights))
+    layers = [_explain(x, weights[0], acts[0], bias, native_casts)]
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_active(x) and x.dtype != torch.float64 else x.dtype
     m = math.prod(x.shape[:-1])
     for (before, weight), (below, act) in zip(pairwise(weights), pairwise(acts), strict=True):
         features = before.shape[0]
-        _explain(x.new_empty((0, features)), weight, act, bias, converts)  # raises as the op would
+        _explain(x.new_empty((0, features)), weight, act, bias, native_casts)  # raises as the op would
         rows = torch.empty((m, features), device="meta")  # the layer before gives contiguous rows
-        layers.append(_plan(rows, 0, weight, dtype, act, bias, below.name != "none", converts, x.is_cuda))
+        layers.append(_plan(rows, 0, weight, dtype, act, bias, below.name != "none", native_casts, x.is_cuda))
     shapes = [(m, *w.shape) for w in weights]
     slices, kernel, scratch = _C.explain_fused_mlp(x.is_cuda, shapes, _name(dtype))
     if not slices:
@@ -237,11 +237,11 @@ def explain_mlp(
     )
 
 
-def _converts(x: Tensor, weight: Tensor) -> bool:
-    return autocast_active(x) and _autocast.converts(x, weight, None)
+def _has_native_kernel(x: Tensor, weight: Tensor) -> bool:
+    return autocast_active(x) and _autocast.has_native_kernel(x, weight, None)
 
 
-def _explain(x: Tensor, weight: Tensor, act: Activation, bias: bool, converts: bool) -> LayerPlan:
+def _explain(x: Tensor, weight: Tensor, act: Activation, bias: bool, native_casts: bool) -> LayerPlan:
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         got = f"{type(x).__name__} and {type(weight).__name__}"
         raise TypeError(f"explain: x and weight must be tensors; got {got}")
@@ -256,11 +256,11 @@ def _explain(x: Tensor, weight: Tensor, act: Activation, bias: bool, converts: b
     if x.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"explain() knows the paths on cpu and cuda, and x is on {x.device}")
     # The op views x as rows; where no such view exists it copies.
-    rows = (_meta_like(x) if converts else cast_x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = (_meta_like(x) if native_casts else cast_x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     # torch allocates autocast's copies, which are aligned like address 0.
     address = x.data_ptr() if x.is_cuda and cast_x.dtype == x.dtype else 0
-    casts = str(x.dtype).removeprefix("torch.") if converts else ""
-    return _plan(rows, address, weight, cast_weight.dtype, act, bias, False, converts, x.is_cuda, casts)
+    casts = str(x.dtype).removeprefix("torch.") if native_casts else ""
+    return _plan(rows, address, weight, cast_weight.dtype, act, bias, False, native_casts, x.is_cuda, casts)
 
 
 def _plan(
@@ -271,14 +271,14 @@ def _plan(
     act: Activation,
     bias: bool,
     below: bool,
-    converts: bool,
+    native_casts: bool,
     cuda: bool,
     casts: str = "bfloat16",
 ) -> LayerPlan:
     """``rows`` [M, K] lies on meta, at ``address`` on the device. ``below``: dgrad may apply the layer below's act'."""
     (n, k), m = weight.shape, rows.shape[0]
     saved = _saved(act, dtype, n, cuda)
-    strides = weight.stride() if converts or dtype == weight.dtype else _meta_like(weight).to(dtype).stride()
+    strides = weight.stride() if native_casts or dtype == weight.dtype else _meta_like(weight).to(dtype).stride()
     with torch.cuda.device(weight.device) if cuda else nullcontext():
         plan = _C.explain(
             cuda,
@@ -292,7 +292,7 @@ def _plan(
             saved,
             bias,
             below,
-            casts if converts else "",
+            casts if native_casts else "",
             torch.get_num_threads(),
             torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
         )

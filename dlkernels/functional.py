@@ -9,6 +9,7 @@ from torch.nn import _reduction
 from dlkernels._ops import flops as _flops  # noqa: F401  registers the operators' formulas
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops import linear_cross_entropy as _linear_cross_entropy
+from dlkernels._ops import losses as _losses
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import activation_named
 from dlkernels.explanation import Explanation, explain, explain_mlp
@@ -63,6 +64,7 @@ def linear_act(
         RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
     """
     _check_tensors(x, weight, bias)
+    _check_slope("linear_act", negative_slope)
     return _linear_act.linear_act(x, weight, bias, activation_named(activation), negative_slope)
 
 
@@ -71,6 +73,26 @@ def _check_tensors(x: Any, weight: Any, bias: Any = None, op: str = "linear_act"
         return
     got = ", ".join(type(t).__name__ for t in (x, weight, bias))
     raise TypeError(f"{op}: x and weight must be tensors, bias a tensor or None; got {got}")
+
+
+def _check_slope(op: str, negative_slope: Any) -> None:
+    if not isinstance(negative_slope, float) and not hasattr(negative_slope, "__float__"):
+        raise TypeError(
+            f"{op}: negative_slope must be a number, got {negative_slope!r} ({type(negative_slope).__name__})"
+        )
+
+
+def _as_tuple(name: str, values: Any, of: str) -> tuple[Any, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise TypeError(f"mlp: {name} must be a sequence of {of}, got {type(values).__name__}") from None
+
+
+def _check_are_tensors(op: str, optional: bool = False, **arguments: Any) -> None:
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor) and not (optional and t is None):
+            raise TypeError(f"{op}: {name} must be a tensor{' or None' * optional}, got {type(t).__name__}")
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -115,9 +137,14 @@ def mlp(
         TypeError: a dtype the kernels do not have, or no tensor.
         RuntimeError: no layers, or shapes, dtypes, devices or layouts that do not fit together.
     """
-    weights = tuple(weights)
-    biases = (None,) * len(weights) if biases is None else tuple(biases)
-    hidden = (activation,) * (len(weights) - 1) if isinstance(activation, str) else tuple(activation)
+    weights = _as_tuple("weights", weights, "tensors")
+    biases = (None,) * len(weights) if biases is None else _as_tuple("biases", biases, "tensors or None")
+    hidden = (
+        (activation,) * (len(weights) - 1)
+        if isinstance(activation, str)
+        else _as_tuple("activation", activation, "names")
+    )
+    _check_slope("mlp", negative_slope)
     if len(biases) != len(weights) or len(hidden) != max(len(weights) - 1, 0):
         raise ValueError(
             f"mlp: {len(weights)} weights need as many biases and {max(len(weights) - 1, 0)} activations besides "
@@ -130,69 +157,80 @@ def mlp(
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    input: Tensor,
+    linear_weight: Tensor,
     target: Tensor,
-    class_weight: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
+    ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: None = None,
 ) -> Tensor:
-    """``cross_entropy(linear(x, weight, bias), target)`` that never holds the logits, for large numbers of classes.
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target)``, for large numbers of classes.
 
-    Equal to ``F.cross_entropy(F.linear(x, weight, bias), target, class_weight, ...)`` with gradients for x, weight and
-    bias. The logits and their gradient exist for a block of rows at a time. On CPU that is as many rows as 4 million
-    logits have (16 MiB in float32), and never fewer than 256 (512 in 16-bit dtypes); on CUDA 64 million (128 MiB in
-    16-bit dtypes) and 2048, which were not tuned: ``DLKERNELS_LOSS_BLOCK_ROWS`` overrides them. The idea is that of
-    Liger Kernel's fused linear cross entropy (Hsu et al. 2024). torch 2.13 has a function of this name with another
-    order of arguments.
+    The logits are never in memory as a whole. The signature is that of ``torch.nn.functional.linear_cross_entropy``
+    (torch 2.13). The result equals ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight)``,
+    with gradients for input, linear_weight and linear_bias.
+
+    The logits and their gradient exist for a block of rows at a time. On CPU a block has 4 million logits (16 MiB in
+    float32), but at least 256 rows (512 in 16-bit dtypes). On CUDA it has 64 million logits (128 MiB in 16-bit
+    dtypes), but at least 2048 rows; these two numbers were not tuned. ``DLKERNELS_LOSS_BLOCK_ROWS`` overrides them. The
+    idea is that of Liger Kernel's fused linear cross entropy (Hsu et al. 2024).
 
     Args:
-        x: ``[..., in_features]``, any strides; every leading index is a row.
-        weight: ``[classes, in_features]``.
-        bias: ``[classes]`` or None.
-        target: class indices in ``[0, classes)``, int64 or uint8, of x's shape without the last size.
-        class_weight: ``[classes]``, a factor per class; in x's dtype or float32.
-        ignore_index: rows with this index have no loss and no gradient.
-        reduction: ``"mean"`` (over the weights of the indices that are not ignored, NaN if there are none), ``"sum"``,
-            or ``"none"``, with which backward makes every logit once more.
+        input: ``[..., in_features]``, any strides. Every leading index is a row.
+        linear_weight: ``[classes, in_features]``.
+        target: class indices in ``[0, classes)``, int64 or uint8, of input's shape without the last size.
+        linear_bias: ``[classes]`` or None.
+        weight: ``[classes]``, a factor per class, in input's dtype or float32; or None.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean is over the weights of the indices that are not
+            ignored; it is NaN if there are none. With ``"none"`` backward computes every logit once more.
+        ignore_index: rows with this index have no loss and no gradient. None stands for -100.
         label_smoothing: in [0, 1], the share of the target that is spread evenly over the classes.
+        options: must be None. torch's function takes the size of its blocks here.
 
-    x, weight and bias share one dtype (float64, float32, bfloat16, float16) and device. Logits, losses and sums over
-    rows are in float32 (float64 for float64), as are all gradients until backward rounds them once; on CUDA the logits
-    and their gradient are rounded to the dtype, as those of torch's two functions are.
+    input, linear_weight and linear_bias share one dtype (float64, float32, bfloat16, float16) and device. Logits,
+    losses and sums over rows are in float32 (float64 for float64). So are all gradients until backward rounds them
+    once. On CUDA the logits and their gradient are rounded to the dtype, as in torch's two functions.
 
-    Double backward, ``torch.func``, forward mode and devices without kernels of ours work by torch's own functions,
-    which do hold the logits; so does a ``class_weight`` that requires a gradient, and gets torch's refusal. x, weight
-    and bias must not be changed in place before backward.
+    Double backward, ``torch.func``, forward mode and devices without kernels of ours work by torch's two functions,
+    which hold all logits. A ``weight`` that requires a gradient goes there too, and torch refuses it. input,
+    linear_weight and linear_bias must not be changed in place before backward.
 
     Returns:
-        ``[]``, or one value per row with ``"none"``: target's shape. In x's dtype; under autocast in float32.
+        ``[]``, or with ``"none"`` one value per row, in target's shape. The dtype is input's; under autocast float32.
 
     Raises:
-        ValueError: unknown reduction, a target or ``class_weight`` of another shape, ``label_smoothing`` above 1.
-        IndexError: a class index outside ``[0, classes)``. On CUDA, where raising would wait for the device, it makes
-            NaN of its row's loss and gradient, and of a mean.
+        ValueError: unknown reduction, a target or ``weight`` of another shape, ``label_smoothing`` above 1, or
+            ``options``.
+        IndexError: a class index outside ``[0, classes)``. On CUDA raising would wait for the device: there the index
+            makes NaN of its row's loss and gradient, and of a mean.
         TypeError: a dtype the kernels do not have, class probabilities as target, or no tensor.
         RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
     """
-    _check_tensors(x, weight, bias, "linear_cross_entropy")
-    for name, t in (("target", target), ("class_weight", class_weight)):
-        if not isinstance(t, Tensor) and not (t is None and name == "class_weight"):
-            raise TypeError(f"linear_cross_entropy: {name} must be a tensor, got {type(t).__name__}")
+    op = "linear_cross_entropy"
+    _check_are_tensors(op, input=input, linear_weight=linear_weight, target=target)
+    _check_are_tensors(op, optional=True, linear_bias=linear_bias, weight=weight)
+    if options is not None:
+        raise ValueError(f"{op}: expected options=None, as the blocks of rows have a fixed size; got {options!r}")
+    if linear_weight.dim() > 2:
+        raise ValueError(
+            f"{op}: linear_weight must be [classes, in_features], got shape {tuple(linear_weight.shape)}: for a loss "
+            "with more dimensions use torch.nn.functional.linear_cross_entropy"
+        )
     if target.is_floating_point():
         raise TypeError(
-            f"linear_cross_entropy: expected class indices (int64), got {target.dtype}. Class probabilities are as "
-            "large as the logits this function avoids: use cross_entropy(linear(x, weight, bias), target)"
+            f"{op}: expected class indices (int64) as target, got {target.dtype}. Class probabilities are as large as "
+            "the logits this function avoids: use cross_entropy(linear(input, linear_weight, linear_bias), target)"
         )
-    if target.shape != x.shape[:-1]:
+    if target.shape != input.shape[:-1]:
         raise ValueError(
-            f"linear_cross_entropy: target must hold one class index per row of x ({tuple(x.shape)}), so be of shape "
-            f"{tuple(x.shape[:-1])}; got {tuple(target.shape)}"
+            f"{op}: target must hold one class index per row of input ({tuple(input.shape)}), so be of shape "
+            f"{tuple(input.shape[:-1])}; got {tuple(target.shape)}"
         )
-    code = _reduction.get_enum(reduction)
-    return _linear_cross_entropy.linear_cross_entropy(
-        x, weight, bias, target, class_weight, code, ignore_index, label_smoothing
+    settings = _losses.Settings(
+        _reduction.get_enum(reduction), -100 if ignore_index is None else ignore_index, label_smoothing
     )
+    return _linear_cross_entropy.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, settings)

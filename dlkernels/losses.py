@@ -134,8 +134,8 @@ def cross_entropy(
         target = others[0]
     if weight is not None:
         weight = others[-1]
-    code = _reduction.get_enum(reduction)
-    return _losses.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
+    settings = _losses.Settings(_reduction.get_enum(reduction), ignore_index, label_smoothing)
+    return _losses.cross_entropy(input, target, weight, settings)
 
 
 def gaussian_nll_loss(

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Proxy
+from torch.nn.modules.loss import _WeightedLoss
 from torch.nn.modules.module import _has_any_global_hook
 
 from dlkernels._ops.activations import activation_named
@@ -22,7 +23,7 @@ from dlkernels.choices import Activation
 from dlkernels.functional import linear_act, linear_cross_entropy
 from dlkernels.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
 
-__all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearCrossEntropy", "LinearReLU", "MSELoss"]
+__all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearCrossEntropyLoss", "LinearReLU", "MSELoss"]
 
 # torch.fx.symbolic_trace finds these calls in this module, and puts them into its graph whole.
 fx.wrap("linear_act")
@@ -46,36 +47,7 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
 
 
-class _Linear(nn.Module):
-    """The parameters of a linear map: ``nn.Linear``'s keys, shapes and initialisation."""
-
-    in_features: int
-    out_features: int
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        _check_size("in_features", in_features)
-        _check_size("out_features", out_features)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw weight and bias anew, in ``nn.Linear``'s order and from its distributions: same seed, same numbers."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
-            nn.init.uniform_(self.bias, -bound, bound)
-
-
-class LinearAct(_Linear):
+class LinearAct(nn.Module):
     """``act(x @ weight.T + bias)``: an ``nn.Linear`` and its activation in one layer.
 
     Args:
@@ -96,6 +68,11 @@ class LinearAct(_Linear):
         TypeError: a size that is no integer, or a ``negative_slope`` that is no number.
     """
 
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -111,9 +88,26 @@ class LinearAct(_Linear):
         _check_number("negative_slope", negative_slope)
         if not negative_slope >= 0:  # also NaN
             raise ValueError(f"negative_slope must be at least 0, got {negative_slope}")
-        super().__init__(in_features, out_features, bias, device, dtype)
+        _check_size("in_features", in_features)
+        _check_size("out_features", out_features)
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
         self.activation = activation
         self.negative_slope = negative_slope
+        self.weight = nn.Parameter(torch.empty((out_features, in_features), device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew, in ``nn.Linear``'s order and from its distributions: same seed, same numbers."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_act(x, self.weight, self.bias, self.activation, negative_slope=self.negative_slope)
@@ -143,63 +137,88 @@ class LinearReLU(LinearAct):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class LinearCrossEntropy(_Linear):
-    """The last layer of a classifier and its loss in one: ``cross_entropy(linear(x), target)`` without the logits.
+class LinearCrossEntropyLoss(_WeightedLoss):
+    """A classifier's last layer and its loss: ``cross_entropy(linear(input), target)``, never holding all logits.
 
-    Its ``state_dict`` is ``nn.Linear(in_features, out_features)``'s, which makes the logits where they are wanted. To
-    share a weight, assign it (``head.weight = embedding.weight``) or call
+    The constructor, the attributes and the ``state_dict`` ("linear.weight", "linear.bias", "weight") are those of
+    ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13): either loads the other's checkpoints. ``loss.linear(input)`` gives
+    the logits. To share a weight, assign it (``loss.linear.weight = embedding.weight``) or call
     :func:`dlkernels.functional.linear_cross_entropy`.
 
     Args:
-        in_features: last size of x.
-        out_features: number of classes.
+        in_features: last size of the input.
+        num_classes: number of classes.
+        out_features: must be ``()``. torch's module takes more dimensions of the loss here.
         bias: whether to learn an additive bias.
         device, dtype: of the parameters.
-        class_weight: ``[out_features]``, a factor per class; a buffer, and in the ``state_dict`` if there is one.
-        ignore_index, reduction, label_smoothing: :func:`dlkernels.functional.linear_cross_entropy`'s.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: ``[num_classes]``, a factor per class, or None. It is a buffer.
+        ignore_index: rows with this index have no loss and no gradient. None stands for -100.
+        label_smoothing: in [0, 1].
+        options: must be None. torch's module takes the size of its blocks here.
 
-    Input x ``[..., in_features]`` and class indices ``[...]``; output the loss.
+    Input ``[..., in_features]`` and class indices ``[...]``; output the loss.
 
     Raises:
-        ValueError: a size below 0.
+        ValueError: ``out_features`` or ``options`` given, a ``weight`` of another shape, ``label_smoothing`` outside
+            [0, 1], a size below 0.
         TypeError: a size that is no integer.
     """
 
-    class_weight: Tensor | None
+    num_classes: int
+    ignore_index: int | None
+    label_smoothing: float
 
     def __init__(
         self,
         in_features: int,
-        out_features: int,
-        bias: bool = True,
+        num_classes: int,
+        *,
+        out_features: tuple[()] = (),
+        bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        *,
-        class_weight: Tensor | None = None,
-        ignore_index: int = -100,
         reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        options: None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.register_buffer("class_weight", class_weight)
+        _check_size("in_features", in_features)
+        _check_size("num_classes", num_classes)
+        for name, value, expected in (("out_features", tuple(out_features), ()), ("options", options, None)):
+            if value != expected:
+                raise ValueError(f"{name} must be {expected}, got {value!r}: use torch.nn.LinearCrossEntropyLoss")
+        if weight is not None and weight.shape != (num_classes,):
+            raise ValueError(f"weight must be [num_classes] = [{num_classes}], got shape {list(weight.shape)}")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        super().__init__(weight, reduction=reduction)
+        self.num_classes = num_classes
+        self.out_features = ()
         self.ignore_index = ignore_index
-        self.reduction = reduction
         self.label_smoothing = label_smoothing
+        self.linear = nn.Linear(in_features, num_classes, bias, device, dtype)
+        self.options = None
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return linear_cross_entropy(
-            x,
-            self.weight,
-            self.bias,
+            input,
+            self.linear.weight,
             target,
-            self.class_weight,
-            ignore_index=self.ignore_index,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
             reduction=self.reduction,
+            ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
         )
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"bias={self.linear.bias is not None}, reduction={self.reduction}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}"
+        )
 
 
 class _Activation(nn.Module):

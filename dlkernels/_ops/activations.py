@@ -1,12 +1,13 @@
-"""The activations by name: their code in the op schemas and their derivatives in plain torch.
+"""The activations by name: their codes in the op schemas, and their derivatives in plain torch.
 
 The kernels compute ``act`` and ``act'`` themselves (``csrc/kernels/activation.h``, one functor per activation). The
-formulas here serve what no kernel is for: second derivatives and forward-mode AD.
+formulas here are for second derivatives and forward-mode AD, which have no kernels.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,33 +15,39 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation. ``first`` and ``bend`` take what the forward saves: y if ``saves_output``, else z."""
+    """One activation, y = act(z).
+
+    ``derivative`` and ``second_derivative`` read the tensor s that the forward saves: y if ``saves_output``, else z.
+    """
 
     name: str
     code: int
     saves_output: bool
     value: Callable[[Tensor, float], Tensor]
-    first: Callable[[Tensor, float], Tensor]  # d y / d z
-    bend: Callable[[Tensor, float], Tensor] | None  # d first / d saved; None: zero wherever it exists
-    needs_sign_only: bool  # `first` reads of y no more than a bit, as in csrc/kernels/activation.h
-    closes: bool  # the gradient of z is 0 where what is saved is at most 0, even that of an infinite one of y
+    derivative: Callable[[Tensor, float], Tensor]  # dy/dz
+    second_derivative: Callable[[Tensor, float], Tensor] | None  # d(dy/dz)/ds; None: zero wherever it exists
+    needs_sign_only: bool  # dy/dz depends on the sign of y only, as in csrc/kernels/activation.h
+    masks_gradient: bool  # where s <= 0, the gradient of z is 0, even for an infinite gradient of y
 
-    def times_first(self, g: Tensor, s: Tensor, slope: float) -> Tensor:
-        """``g * first(s)``, the gradient of z for g of y; where the gate is closed it is selected, as in torch."""
-        return self._selected(g * self.first(s, slope), s)
+    def times_derivative(self, g: Tensor, s: Tensor, slope: float) -> Tensor:
+        """The gradient of z, ``g * derivative(s)``, for the gradient g of y."""
+        return self._masked(g * self.derivative(s, slope), s)
 
-    def times_bend(self, hg: Tensor, s: Tensor, slope: float) -> Tensor | None:
-        """``hg * bend(s)``, the gradient of what is saved; None where the derivative reads nothing of it. As in torch
-        it is there where it is zero, so that what z is made of has a gradient."""
-        if self.bend is None:
+    def times_second_derivative(self, hg: Tensor, s: Tensor, slope: float) -> Tensor | None:
+        """The gradient of s, ``hg * second_derivative(s)``; None for the identity, whose derivative does not read s.
+
+        A gradient of zero is a tensor of zeros, as in torch: so the tensors that z was computed from get one too.
+        """
+        if self.second_derivative is None:
             return None if self.name == "none" else torch.zeros_like(hg)
-        return self._selected(hg * self.bend(s, slope), s)
+        return self._masked(hg * self.second_derivative(s, slope), s)
 
-    def _selected(self, t: Tensor, s: Tensor) -> Tensor:
-        return _threshold(t, s, 0) if self.closes else t
+    def _masked(self, t: Tensor, s: Tensor) -> Tensor:
+        """``t`` where s > 0 or s is NaN, else 0. As in torch it is selected: infinity times 0 would be NaN."""
+        return _threshold(t, s, 0) if self.masks_gradient else t
 
 
-# torch's own: to them a derivative with respect to s exists, and is zero. A NaN in s keeps the gate open.
+# torch's own operators. Their derivative with respect to s exists, and is zero. A NaN in s lets the gradient through.
 _threshold = torch.ops.aten.threshold_backward.default
 _leaky = torch.ops.aten.leaky_relu_backward.default
 
@@ -65,29 +72,30 @@ def _gelu_tanh_parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return t, _C * (1 + 3 * 0.044715 * z * z), _C * 6 * 0.044715 * z  # tanh u, u', u''
 
 
-def _gelu_tanh_first(z: Tensor, _: float) -> Tensor:
+def _gelu_tanh_derivative(z: Tensor, _: float) -> Tensor:
     t, du, _ddu = _gelu_tanh_parts(z)
     return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * du
 
 
-def _gelu_tanh_second(z: Tensor, _: float) -> Tensor:
+def _gelu_tanh_second_derivative(z: Tensor, _: float) -> Tensor:
     t, du, ddu = _gelu_tanh_parts(z)
     sech2 = 1 - t * t
     return sech2 * (du + 0.5 * z * (ddu - 2 * t * du * du))
 
 
-def _silu_first(z: Tensor, _: float) -> Tensor:
+def _silu_derivative(z: Tensor, _: float) -> Tensor:
     s = torch.sigmoid(z)
     return s * (1 + z * (1 - s))
 
 
-def _silu_second(z: Tensor, _: float) -> Tensor:
+def _silu_second_derivative(z: Tensor, _: float) -> Tensor:
     s = torch.sigmoid(z)
     return s * (1 - s) * (2 + z * (1 - 2 * s))
 
 
-_ALL = (
-    # codes are positions: the order of `enum class Act` in csrc/kernels/params.h
+# name, saves_output, value, derivative, second derivative. The code is the position: the order of `enum class Act` in
+# csrc/kernels/params.h.
+_ALL: tuple[tuple[Any, ...], ...] = (
     ("none", True, lambda z, a: z, lambda y, a: torch.ones_like(y), None),
     ("relu", True, lambda z, a: torch.relu(z), lambda y, a: _gate(y), None),
     (
@@ -115,10 +123,10 @@ _ALL = (
         "gelu_tanh",
         False,
         lambda z, a: torch.nn.functional.gelu(z, approximate="tanh"),
-        _gelu_tanh_first,
-        _gelu_tanh_second,
+        _gelu_tanh_derivative,
+        _gelu_tanh_second_derivative,
     ),
-    ("silu", False, lambda z, a: torch.nn.functional.silu(z), _silu_first, _silu_second),
+    ("silu", False, lambda z, a: torch.nn.functional.silu(z), _silu_derivative, _silu_second_derivative),
     (
         "tanh",
         True,
@@ -135,17 +143,17 @@ _ALL = (
     ),
 )
 
-_GATES = {"relu", "leaky_relu"}
-_CLOSES = {"relu", "relu2"}
+_SIGN_ONLY = {"relu", "leaky_relu"}
+_MASKS_GRADIENT = {"relu", "relu2"}
 
 ACTIVATIONS: dict[str, Activation] = {
-    name: Activation(name, code, saves_output, value, first, bend, name in _GATES, name in _CLOSES)
-    for code, (name, saves_output, value, first, bend) in enumerate(_ALL)
+    name: Activation(name, code, saves_output, value, first, second, name in _SIGN_ONLY, name in _MASKS_GRADIENT)
+    for code, (name, saves_output, value, first, second) in enumerate(_ALL)
 }
 
 
 def activation_named(name: str) -> Activation:
-    """The activation of that name; ValueError listing the names otherwise."""
+    """Return the activation of this name, or raise ValueError with all names."""
     try:
         return ACTIVATIONS[name]
     except (KeyError, TypeError):

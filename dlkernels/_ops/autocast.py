@@ -1,11 +1,14 @@
-"""A layer under bfloat16 autocast that reads float32 x, weight and bias as they are: the kernels round what they
-multiply (``csrc/kernels/cpu/gemm/autocast.h``), so that no copy in bfloat16 is written, kept or read back.
+"""A layer under bfloat16 autocast whose kernels read float32 x, weight and bias directly.
 
-y, what backward reads of it, and its gradient are bfloat16, as in stock torch; dx has x's dtype, dweight and dbias are
-float32 and rounded once less. x and weight themselves are kept for backward, as in float32: changed in place before,
-they are refused. Where a gradient is differentiated, the casts are made after all, and differentiated by torch.
+The kernels round the operands while they multiply (``csrc/kernels/cpu/gemm/autocast.h``): no bfloat16 copy of them is
+written, saved or read.
 
-Only eager calls on CPU come here, with instructions for products in bfloat16; see ``converts``.
+y, the tensor saved for backward, and grad_output are bfloat16, as in stock torch. dx has x's dtype. dweight and dbias
+are float32: they are rounded once less than in stock. x and weight themselves are saved for backward, as in float32,
+and autograd raises if they are changed in place before it. Where a gradient is itself differentiated, x and weight are
+cast after all, and torch differentiates the casts.
+
+This path is for eager calls on a CPU with bfloat16 products; see ``has_native_kernel``.
 """
 
 from functools import cache
@@ -16,14 +19,14 @@ from torch import Tensor
 
 from dlkernels import _C
 from dlkernels._ops.activations import Activation
-from dlkernels._ops.derivatives import gradients, keep
-from dlkernels._ops.modes import PLAIN, under_transform
+from dlkernels._ops.derivatives import gradients, save_for_backward
+from dlkernels._ops.modes import are_plain, under_transform
 
 _forward = torch.ops.dlkernels._linear_act_autocast_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_autocast_forward_z.default
 _backward = torch.ops.dlkernels._linear_act_autocast_backward.default
 
-_available = cache(_C.cpu_autocast)  # the same in the whole process
+_available = cache(_C.cpu_autocast)  # it does not change within a process
 
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -31,14 +34,14 @@ def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class _LinearActAutocast(torch.autograd.Function):
-    """y, or (y, z), as ``linear_act._LinearAct``."""
+    """Returns y, or (y, z), as ``linear_act._LinearAct`` does."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
     ) -> Tensor | tuple[Tensor, Tensor]:
         outputs = (_forward if act.saves_output else _forward_z)(x, weight, bias, act.code, slope)
-        keep(ctx, x, weight, outputs if isinstance(outputs, Tensor) else outputs[1], act, slope)
+        save_for_backward(ctx, x, weight, outputs if isinstance(outputs, Tensor) else outputs[1], act, slope)
         ctx.x_dtype = x.dtype
         return outputs
 
@@ -55,27 +58,27 @@ class _LinearActAutocast(torch.autograd.Function):
         return *(_cast(t, dtype) for t, dtype in zip(grads, dtypes, strict=True)), None, None
 
 
-def converts(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this layer, under autocast, goes without casts."""
+def has_native_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return True if this layer, under autocast, has a kernel that reads its float32 parameters without a cast."""
     return (
         not torch.compiler.is_compiling()
         and x.is_cpu
         and _available()
         and torch.get_autocast_dtype("cpu") is torch.bfloat16
         and x.dtype in (torch.float32, torch.bfloat16)
-        and type(x) in PLAIN
-        and _is_parameter(weight)
-        and (bias is None or _is_parameter(bias))
+        and are_plain(x)
+        and _is_float32_on_cpu(weight)
+        and (bias is None or _is_float32_on_cpu(bias))
         and not under_transform()
     )
 
 
-def _is_parameter(t: Tensor) -> bool:
-    return t.dtype is torch.float32 and t.is_cpu and type(t) in PLAIN
+def _is_float32_on_cpu(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and t.is_cpu and are_plain(t)
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
-    """``linear_act.linear_act`` for a layer that ``converts``."""
+    """``linear_act.linear_act`` for a layer for which ``has_native_kernel`` is True."""
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):

@@ -1,7 +1,7 @@
-"""Our operators as torch's own, for programs that run where this package is not.
+"""Our operators written in torch's own, for programs that run without this package.
 
-A chain of layers is exported layer by layer, so there is none here for it. Gradients that a loss makes along with its
-value are None: an exported program has no backward to read them.
+A chain of layers is exported layer by layer, so it has no decomposition. The gradients that a loss op returns with its
+value are None: an exported program has no backward that would read them.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dlkernels._ops import masks
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.linear_cross_entropy import stock_linear_cross_entropy
-from dlkernels._ops.losses import grad_dtype, stock_cross_entropy, stock_gaussian_nll, stock_mse
+from dlkernels._ops.losses import Settings, grad_dtype, stock_cross_entropy, stock_gaussian_nll, stock_mse
 
 _BY_CODE = list(ACTIVATIONS.values())
 
@@ -30,7 +30,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: fl
 
 def _forward_mask(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
     y = _forward(x, weight, bias, act, slope)
-    return y, masks.packed(y, _BY_CODE[act])
+    return y, masks.pack(y, _BY_CODE[act])
 
 
 def _mse_loss(input: Tensor, target: Tensor, reduction: int, need_grad: bool) -> tuple[Any, ...]:
@@ -47,13 +47,9 @@ def _cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    *needs: bool,
+    *settings_and_needs: Any,
 ) -> tuple[Any, ...]:
-    loss = stock_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
-    return loss, None, None
+    return stock_cross_entropy(input, target, weight, Settings(*settings_and_needs[:3])), None, None
 
 
 def _linear_cross_entropy(
@@ -63,19 +59,16 @@ def _linear_cross_entropy(
     target: Tensor,
     class_weight: Tensor | None,
     grad_loss: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    *needs: bool,
+    *settings_and_needs: Any,
 ) -> tuple[Any, ...]:
-    settings = reduction, ignore_index, label_smoothing
-    loss = stock_linear_cross_entropy(x, weight, bias, target, class_weight, *settings, grad_dtype(x))
+    settings = Settings(*settings_and_needs[:3])
+    loss = stock_linear_cross_entropy(x, weight, bias, target, class_weight, settings, grad_dtype(x))
     return loss, None, None, None
 
 
 _ops = torch.ops.dlkernels
 Decompositions = dict[torch._ops.OpOverload, Callable[..., Any]]
-LAYERS: Decompositions = {  # with every output of the operator
+LAYERS: Decompositions = {  # these return every output of the operator
     _ops._linear_act_forward.default: _forward,
     _ops._linear_act_forward_z.default: _forward_z,
     _ops._linear_act_forward_mask.default: _forward_mask,

@@ -1,6 +1,6 @@
-"""What a layer keeps for its backward; the backward as an op and, where it is differentiated itself, in plain torch.
+"""A layer's backward: the tensors it saves, the backward as an op, and the backward in plain torch.
 
-Formulas: ``linear_act``.
+Plain torch is for a backward that is itself differentiated. The formulas are in ``linear_act``.
 """
 
 import math
@@ -18,12 +18,12 @@ backward_op = torch.ops.dlkernels._linear_act_backward.default
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def keep(
+def save_for_backward(
     ctx: Any, x: Tensor, weight: Tensor, saved: Tensor, act: Activation, slope: float, anchor: Tensor | None = None
 ) -> None:
-    """Save what a layer's backward will read; ``saved`` is y, z, or a mask with its anchor (``masks``)."""
+    """Save the tensors that a layer's backward will read; ``saved`` is y, z, or a mask with its anchor (``masks``)."""
     need_x, need_weight, _ = ctx.needs_input_grad[:3]
-    # Only what the gradients asked for will read (the identity's read neither y nor z). What is not saved costs no
+    # Only the tensors that the needed gradients read (those of the identity read neither y nor z). The others cost no
     # memory and may be changed in place before backward, as in stock torch.
     saved_or_none = None if act.name == "none" else saved
     ctx.save_for_backward(x if need_weight else None, weight if need_x else None, saved_or_none, anchor)
@@ -35,12 +35,12 @@ def rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # reshape(-1, n) refuses a tensor without elements
 
 
-def total(*terms: Tensor | None) -> Tensor | None:
+def sum_present(*terms: Tensor | None) -> Tensor | None:
     present = [t for t in terms if t is not None]
     return sum(present[1:], present[0]) if present else None
 
 
-def backward_of_backward(
+def double_backward(
     act: Activation,
     slope: float,
     g: Tensor,
@@ -50,10 +50,13 @@ def backward_of_backward(
     grads: Gradients,
     needs: tuple[bool, ...] = (True, True, True, True),
 ) -> tuple[Tensor | None, ...]:
-    """Gradients for (g, x, weight, saved) of the backward; see the module's docstring. None where not needed, and where
-    nothing that is given depends on it."""
+    """Return the gradients of the backward for its inputs (g, x, weight, saved); the formulas are in ``linear_act``.
+
+    ``grads`` are the incoming gradients of dx, dweight and dbias. A gradient is None if it is not needed, or if no
+    incoming one depends on its input.
+    """
     gx, gw, gb = grads
-    h = total(
+    h = sum_present(
         gx @ weight.t() if gx is not None and weight is not None else None,
         x @ gw.t() if gw is not None and x is not None else None,
         gb,
@@ -61,13 +64,13 @@ def backward_of_backward(
     if h is None:
         return None, None, None, None
     h = h.expand_as(g)
-    q = act.times_first(g, saved, slope)
+    q = act.times_derivative(g, saved, slope)
     need_g, need_x, need_w, need_saved = needs
     return (
-        act.times_first(h, saved, slope) if need_g else None,
+        act.times_derivative(h, saved, slope) if need_g else None,
         q @ gw if need_x and gw is not None else None,
         rows(q).t() @ rows(gx) if need_w and gx is not None else None,
-        act.times_bend(h * g, saved, slope) if need_saved else None,
+        act.times_second_derivative(h * g, saved, slope) if need_saved else None,
     )
 
 
@@ -80,9 +83,12 @@ def backward_in_torch(
     slope: float,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> Gradients:
-    """The backward for a g with a tangent or a batch, in which torch must see every step; and the identity's, where it
-    is differentiated: each gradient then depends on what its product reads, and on nothing else."""
-    q = g if act.name == "none" else act.times_first(g, saved, slope)
+    """The backward in torch's operators.
+
+    It is for a g with a tangent or a batch dimension, where torch must see every step. It also serves the identity's
+    backward where that is differentiated: each gradient then depends only on the operands of its product.
+    """
+    q = g if act.name == "none" else act.times_derivative(g, saved, slope)
     need_x, need_weight, need_bias = needs
     return (
         q @ weight if need_x and weight is not None else None,
@@ -92,7 +98,7 @@ def backward_in_torch(
 
 
 class _LinearActBackward(torch.autograd.Function):
-    """(dx, dweight, dbias), differentiable. ``x`` or ``weight`` may be None where unused."""
+    """Returns (dx, dweight, dbias), differentiable. ``x`` or ``weight`` may be None where it is not used."""
 
     @staticmethod
     def forward(
@@ -114,7 +120,7 @@ class _LinearActBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, weight, saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        out = backward_of_backward(ctx.act, ctx.slope, g, x, weight, saved, grads, needs)  # type: ignore[arg-type]
+        out = double_backward(ctx.act, ctx.slope, g, x, weight, saved, grads, needs)  # type: ignore[arg-type]
         return *out, None, None, None
 
 
@@ -129,14 +135,17 @@ def gradients(
     needs: tuple[bool, bool, bool],
     anchor: Tensor | None = None,
 ) -> Gradients:
-    """(dx, dweight, dbias) from the gradients of y and of z or the anchor, which come where a derivative returns
-    through what was saved. Differentiable where autograd records; ``saved`` is None for the identity."""
+    """Return (dx, dweight, dbias) from the gradient ``g`` of y and the gradient ``gz`` of z or of the anchor.
+
+    ``gz`` is not None where a second derivative returns through the saved tensor. The result is differentiable where
+    autograd records. ``saved`` is None for the identity.
+    """
     if saved is not None and masks.is_mask(saved):
         if g is None and gz is not None:
-            g = masks.zeros_of_y(saved, gz)
+            g = masks.zeros_like_y(saved, gz)
         gz = None
         if g is not None:
-            saved = masks.unpacked(saved, g.dtype, anchor)
+            saved = masks.unpack(saved, g.dtype, anchor)
 
     def through(g: Tensor, saved: Tensor, act: Activation) -> Gradients:
         recorded = torch.is_grad_enabled()
@@ -146,10 +155,10 @@ def gradients(
             return backward_op(g, x, weight, saved, act.code, slope, *needs)
         return _LinearActBackward.apply(g, x, weight, saved, act, slope, needs)
 
-    # the identity reads nothing: g stands in for a tensor of its shape
+    # The identity's backward reads no saved tensor: g takes its place, a tensor of the same shape.
     from_y = through(g, g if saved is None else saved, act) if g is not None else (None, None, None)
     if gz is None:
         return from_y
     from_z = through(gz, gz, ACTIVATIONS["none"])
-    dx, dweight, dbias = map(total, from_y, from_z)
+    dx, dweight, dbias = map(sum_present, from_y, from_z)
     return dx, dweight, dbias

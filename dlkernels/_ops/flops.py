@@ -1,8 +1,10 @@
-"""Formulas for ``torch.utils.flop_counter``: two operations for each multiplication of the products, as torch counts
-its own, and none for what is elementwise. A backward counts the products of the gradients that it makes.
+"""Formulas for ``torch.utils.flop_counter``.
 
-``linear_cross_entropy`` makes its gradients with its loss, and without reduction the logits once more in backward: they
-count where they are made.
+As in torch's own formulas, each multiplication of a matrix product counts as two operations, and elementwise work
+counts as none. A backward counts the products of the gradients that it computes.
+
+``linear_cross_entropy`` computes its gradients together with its loss, and they count there. With reduction "none" its
+backward computes the logits once more, and they count again.
 """
 
 import math
@@ -17,7 +19,7 @@ Shape = Sequence[int]
 
 
 def _product(rows: Shape, weight: Shape) -> int:
-    """[..., K] times [N, K]ᵀ, or either product of the backward, which has the same number of terms."""
+    """The operations of [..., K] times [N, K]ᵀ. Each product of the backward, dgrad and wgrad, has the same number."""
     return 2 * math.prod(rows[:-1]) * math.prod(weight)
 
 
@@ -71,7 +73,7 @@ def _mlp_forward(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
 @register_flop_formula(_ops._mlp_backward)
 def _mlp_backward(*args: Any, out_shape: Sequence[Shape], **_: Any) -> int:
     g, _x, weights, *_rest, needs = args
-    # a gradient of a weight has its shape; one goes through every layer above the lowest that has one to give
+    # dweight has the weight's shape. The dgrad of a layer is needed if a layer below it has a gradient to compute.
     count = len(weights)
     gradients = iter(out_shape)
     made = [next(gradients) if need else None for need in needs]

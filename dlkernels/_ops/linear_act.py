@@ -4,16 +4,21 @@ Shapes throughout: x [..., K], weight [N, K], bias [N] or None, y, z and gradien
 
 With d = act'(z), s the saved y or z, g the gradient of y and q = g·d (all elementwise, [M, N] for M rows):
 
-* backward            dx = q W,   dW = qᵀ x,   db = Σ q
-* backward of that, for incoming (gx, gW, gb), with h = gx Wᵀ + x gWᵀ + gb:
-  g: h·d,   x: q gW,   W: qᵀ gx,   s: h·g·∂d/∂s
+* The backward is dx = q W, dW = qᵀ x, db = Σ q.
+* The double backward, for the incoming gradients (gx, gW, gb) of (dx, dW, db), with h = gx Wᵀ + x gWᵀ + gb, has
+  the gradients h·d for g, q gW for x, qᵀ gx for W, and h·g·∂d/∂s for s.
 
-Two Functions do each step. The plain pair (``ctx`` in forward) is the fast one, for eager, compile and export; what its
-second derivative sends into s goes on through the first Function, whose output s is, so every order is right and no
-input is kept for it. Under a ``torch.func`` transform the call goes to the pair with ``setup_context`` and ``vmap``,
-which recomputes z where a derivative is itself differentiated. Torch's own operators do the work in forward-mode AD (a
-Function's ``jvp`` does not see the tangents of an enclosing level, and forward over forward would be zero), in the
-backward where gradients are batched, and under ``torch.jit.trace``.
+Two pairs of autograd Functions exist, each with one Function for the forward and one for the backward:
+
+* The fast pair (``ctx`` in forward) serves eager, compile and export. s is an output of its first Function. The
+  double backward's gradient of s continues through that Function, so every order of derivative is right, and no
+  input is saved for it.
+* The pair with ``setup_context`` and ``vmap`` serves ``torch.func`` transforms. It recomputes z where a derivative
+  is itself differentiated.
+
+Torch's own operators are used in forward-mode AD, for batched gradients in backward, and under ``torch.jit.trace``. A
+Function's ``jvp`` is no alternative: it does not see the tangents of an enclosing level, so forward over forward would
+give zero.
 """
 
 from typing import Any
@@ -26,12 +31,12 @@ from dlkernels._ops.activations import ACTIVATIONS, Activation
 from dlkernels._ops.derivatives import (
     Gradients,
     backward_in_torch,
-    backward_of_backward,
     backward_op,
+    double_backward,
     gradients,
-    keep,
     rows,
-    total,
+    save_for_backward,
+    sum_present,
 )
 from dlkernels._ops.modes import autocast_active, autocast_operands, forward_mode, tracing, under_transform
 
@@ -112,7 +117,7 @@ def _(
 
 
 def check_shapes(x: Tensor, weight: Tensor) -> None:
-    """Raise as the op itself would for these two, without computing."""
+    """Raise the op's own error if these two shapes do not fit; nothing is computed."""
     _forward(x.to("meta"), weight.to("meta"), None, 0, 0.0)
 
 
@@ -120,32 +125,33 @@ def check_shapes(x: Tensor, weight: Tensor) -> None:
 
 
 class _LinearAct(torch.autograd.Function):
-    """y; or (y, z) where the gradient reads z: an output, so that a second derivative can come back through it. With a
-    mask in y's place (``masks``) the second output is its anchor.
+    """Returns y, or (y, z) where the gradient reads z.
 
-    A compiler differentiates no gradient, and would make one up for a second output: there is none for it.
+    z is an output so that a second derivative can return through it. If a mask is saved in y's place (``masks``), the
+    second output is the mask's anchor. Under a compiler there is no second output: the compiler does not differentiate
+    gradients, and would invent a gradient for it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
     ) -> Tensor | tuple[Tensor, Tensor]:
-        masked = masks.stand_for_y(act, x, weight)
+        masked = masks.replaces_y(act, x, weight)
         if act.saves_output and not masked:
             y = _forward(x, weight, bias, act.code, slope)
-            keep(ctx, x, weight, y, act, slope)
+            save_for_backward(ctx, x, weight, y, act, slope)
             return y
         y, saved = (_forward_mask if masked else _forward_z)(x, weight, bias, act.code, slope)
         compiling = torch.compiler.is_dynamo_compiling()
         anchor = x.new_empty(0) if masked and not compiling else None
-        keep(ctx, x, weight, saved, act, slope, anchor)
+        save_for_backward(ctx, x, weight, saved, act, slope, anchor)
         return y if compiling else (y, saved if anchor is None else anchor)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, gz: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, weight, saved, anchor = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if gz is None and g is not None and not torch.is_grad_enabled() and not under_transform():  # what training does
+        if gz is None and g is not None and not torch.is_grad_enabled() and not under_transform():  # in training
             grads = backward_op(g, x, weight, g if saved is None else saved, ctx.act.code, ctx.slope, *needs)
             return *grads, None, None
         return *gradients(g, gz, x, weight, saved, ctx.act, ctx.slope, needs, anchor), None, None
@@ -154,8 +160,8 @@ class _LinearAct(torch.autograd.Function):
 # ---- the pair for torch.func transforms ----------------------------------------------------------------------------
 
 
-def _recomputed(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
-    """What the forward saves, as a differentiable function of its inputs."""
+def _recompute_saved(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
+    """The tensor that the forward saves, as a differentiable function of the forward's inputs."""
     z = torch.nn.functional.linear(x, weight, bias)
     return act.value(z, slope) if act.saves_output else z
 
@@ -163,8 +169,8 @@ def _recomputed(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation,
 def _sample_by_sample(
     function: Any, info: Any, in_dims: tuple[Any, ...], tensors: tuple[Any, ...], *settings: Any
 ) -> tuple[Tensor, ...]:
-    """``function`` of each sample of the batched ones of ``tensors``; every result is [batch, ...]."""
-    if info.batch_size == 0:  # the shapes are those of a sample of zeros
+    """Apply ``function`` to each sample of the batched ``tensors``; every result is [batch, ...]."""
+    if info.batch_size == 0:  # a sample of zeros gives the shapes
         tensors = tuple(
             t if d is None else t.new_zeros(t.movedim(d, 0).shape[1:]) for t, d in zip(tensors, in_dims, strict=True)
         )
@@ -198,15 +204,15 @@ class _LinearActBackwardTransform(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, weight, bias = ctx.saved_tensors
         act: Activation = ctx.act
-        saved = _recomputed(x, weight, bias, act, ctx.slope)
-        to_g, to_x, to_w, to_s = backward_of_backward(act, ctx.slope, g, x, weight, saved, grads)  # type: ignore[arg-type]
+        saved = _recompute_saved(x, weight, bias, act, ctx.slope)
+        to_g, to_x, to_w, to_s = double_backward(act, ctx.slope, g, x, weight, saved, grads)  # type: ignore[arg-type]
         if to_s is None:
             return to_g, to_x, to_w, None, None, None, None
-        r = act.times_first(to_s, saved, ctx.slope) if act.saves_output else to_s  # gradient of z
+        r = act.times_derivative(to_s, saved, ctx.slope) if act.saves_output else to_s  # gradient of z
         return (
             to_g,
-            total(to_x, r @ weight),
-            total(to_w, rows(r).t() @ rows(x)),
+            sum_present(to_x, r @ weight),
+            sum_present(to_w, rows(r).t() @ rows(x)),
             rows(r).sum(0) if bias is not None else None,
             None,
             None,
@@ -219,7 +225,7 @@ class _LinearActBackwardTransform(torch.autograd.Function):
 
 
 class _LinearActTransform(torch.autograd.Function):
-    """Returns (y, z); z is there to be saved, and is not differentiable."""
+    """Returns (y, z). z is an output so that it can be saved; it is not differentiable."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> tuple[Tensor, Tensor]:
@@ -244,7 +250,7 @@ class _LinearActTransform(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         x, weight, bias, act, slope = args
-        if in_dims[1] is None and in_dims[2] is None:  # one layer, many inputs: just more rows
+        if in_dims[1] is None and in_dims[2] is None:  # only x has a batch: its samples are more rows
             return _LinearActTransform.apply(x.movedim(in_dims[0], 0), weight, bias, act, slope), (0, 0)
         return _sample_by_sample(_LinearActTransform, info, in_dims[:3], args[:3], act, slope), (0, 0)
 
@@ -254,21 +260,21 @@ class _LinearActTransform(torch.autograd.Function):
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """See :func:`dlkernels.functional.linear_act`."""
-    if type(x) is not Tensor and sharding.splits_the_sum(x, weight) and act.name != "none":
-        # every rank has some terms of each sum: the activation comes after all of them
+    if type(x) is not Tensor and sharding.is_rowwise(x, weight) and act.name != "none":
+        # Every rank has some terms of each sum: the activation is applied after the all-reduce.
         z = linear_act(x, weight, bias, ACTIVATIONS["none"], slope)
-        return act.value(sharding.reduced(z), slope)
+        return act.value(sharding.all_reduced(z), slope)
     if autocast_active(x):
-        if autocast.converts(x, weight, bias):
+        if autocast.has_native_kernel(x, weight, bias):
             return autocast.linear_act(x, weight, bias, act, slope)
         x, weight, bias = autocast_operands(x, weight, bias)
     if under_transform():
-        # A compiler that traces through a transform would drop the Function's backward, and gradients would be zero.
+        # A compiler that traces through a transform drops the Function's backward: gradients would be zero.
         if forward_mode() or tracing() or torch.compiler.is_dynamo_compiling():
-            # as a row: batched tangents of a 1-D x come out of torch's linear in the wrong shape
-            row = x.dim() == 1
-            z = torch.nn.functional.linear(x.unsqueeze(0) if row else x, weight, bias)
-            return act.value(z.squeeze(0) if row else z, slope)
+            # torch's linear gives batched tangents of a 1-D x the wrong shape: x becomes a matrix of one row.
+            is_vector = x.dim() == 1
+            z = torch.nn.functional.linear(x.unsqueeze(0) if is_vector else x, weight, bias)
+            return act.value(z.squeeze(0) if is_vector else z, slope)
         return _LinearActTransform.apply(x, weight, bias, act, slope)[0]
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -1,16 +1,18 @@
-"""Losses: fake kernels, autograd Functions, and the way to torch's own formulas.
+"""Losses: fake kernels, autograd Functions, and the choice of torch's own formulas.
 
-An op returns the loss and its gradients for an incoming gradient of 1, made in the same pass over the data and kept
-in float32 (float64 for float64); backward multiplies and rounds. What no kernel is for goes to torch's formulas
-(:func:`stock_mse` and its neighbours): other devices than the CPU and, in a build for it, CUDA; ``torch.func``
-transforms and forward-mode AD; and the backward of a backward, which differentiates them.
+An op returns the loss and its gradients for a grad_output of 1. Both come from one pass over the data. The gradients
+are in float32 (float64 for float64); backward multiplies them by grad_output and rounds.
+
+Torch's formulas (:func:`stock_mse` and its neighbours) serve the cases that have no kernel: devices other than the CPU
+and, in a build for it, CUDA; ``torch.func`` transforms and forward-mode AD; and double backward, which differentiates
+them.
 
 ``reduction`` is 0 "none", 1 "mean", 2 "sum", as in ``torch.nn._reduction``.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +26,18 @@ _mse_loss = torch.ops.dlkernels._mse_loss.default
 _gaussian_nll_loss = torch.ops.dlkernels._gaussian_nll_loss.default
 _cross_entropy = torch.ops.dlkernels._cross_entropy.default
 
-# meta: the fake kernels below
+# "meta" has the fake kernels below.
 DEVICES = ("cpu", "meta", *(["cuda"] if _C.build_config()["cuda"] else []))
 NONE, MEAN, SUM = range(3)
 REDUCTIONS = ("none", "mean", "sum")
+
+
+class Settings(NamedTuple):
+    """How a cross entropy is computed: the three numbers that the two ops take, in their order."""
+
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
 
 
 # ---- fake kernels: shapes, strides and dtypes for compile, export and the meta device -------------------------------
@@ -37,7 +47,7 @@ def grad_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def check_like(op: str, t: Tensor, input: Tensor) -> None:
+def check_same_dtype_and_device(op: str, t: Tensor, input: Tensor) -> None:
     torch._check(
         t.dtype == input.dtype and t.device == input.device,
         lambda: f"{op}: expected {input.dtype} on {input.device}, as input; got {t.dtype} on {t.device}",
@@ -49,12 +59,12 @@ def _fake_elementwise(
 ) -> tuple[Tensor | None, ...]:
     input = tensors[0]
     for t in tensors[1:]:
-        check_like(op, t, input)
+        check_same_dtype_and_device(op, t, input)
         torch._check_value(
             t.shape == input.shape,
             lambda t=t: f"{op}: expected tensors of one shape; got {tuple(input.shape)} and {tuple(t.shape)}",
         )
-    # results lie in memory as the operands, where these lie alike and without gaps
+    # The results have the operands' strides if these are all equal and leave no gaps.
     like = torch.empty_like(input)
     if all(t.is_contiguous() for t in tensors) or any(t.stride() != like.stride() for t in tensors):
         like = input.new_empty(input.shape)
@@ -110,7 +120,7 @@ def _(
         lambda: f"cross_entropy: target is on {target.device}, but input is on {input.device}",
     )
     if weight is not None:
-        check_like("cross_entropy", weight, input)
+        check_same_dtype_and_device("cross_entropy", weight, input)
     loss = input.new_empty(rows if reduction == NONE else ())
     needs = (need_input, need_target and soft)
     return loss, *(input.new_empty(input.shape, dtype=grad_dtype(input)) if need else None for need in needs)
@@ -124,32 +134,25 @@ def stock_mse(input: Tensor, target: Tensor, reduction: int) -> Tensor:
 
 
 def stock_gaussian_nll(input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
-    # The clamp is a constant to derivatives. F.gaussian_nll_loss looks at var's values, which vmap forbids.
+    # Derivatives treat the clamp as a constant. F.gaussian_nll_loss reads var's values, which vmap forbids.
     var = torch.where(var < eps, var + (eps - var).detach(), var)
     loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var) + (0.5 * math.log(2 * math.pi) if full else 0.0)
     return loss if reduction == NONE else loss.mean() if reduction == MEAN else loss.sum()
 
 
-def stock_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def stock_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
     return F.cross_entropy(
         input,
         target,
         weight,
-        ignore_index=ignore_index,
-        reduction=REDUCTIONS[reduction],
-        label_smoothing=label_smoothing,
+        ignore_index=settings.ignore_index,
+        reduction=REDUCTIONS[settings.reduction],
+        label_smoothing=settings.label_smoothing,
     )
 
 
 def _has_negative(var: Tensor) -> bool:
-    """Whether a value of ``var`` is negative; looks below transforms. False where values do not exist yet."""
+    """Return True if a value of ``var`` is negative, also inside transforms; False where there are no values yet."""
     if torch.compiler.is_compiling():
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(var):
@@ -160,11 +163,10 @@ def _has_negative(var: Tensor) -> bool:
 def differentiable_gradients(
     formula: Callable[..., Tensor], tensors: tuple[Tensor, ...], needs: tuple[bool, ...], g: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``formula(*tensors)`` that, where autograd records, can themselves be differentiated, to any
-    order."""
+    """Return the gradients of ``formula(*tensors)``. Where autograd records, they are differentiable to any order."""
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
-        # aliases, so that a tensor that comes twice gets the gradient of each place
+        # These are aliases: a tensor that is given twice gets a gradient for each place.
         places = [t.view_as(t) for t in tensors]
         loss = formula(*places)
     wanted = [t for t, need in zip(places, needs, strict=True) if need]
@@ -175,7 +177,7 @@ def differentiable_gradients(
 # ---- autograd Functions ---------------------------------------------------------------------------------------------
 
 
-def scaled(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+def times_grad_output(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return (grad * g).to(dtype)
 
 
@@ -195,7 +197,7 @@ class _MSELoss(torch.autograd.Function):
             reduction = ctx.reduction
             formula = lambda x, t: stock_mse(x, t, reduction)  # noqa: E731
             return *differentiable_gradients(formula, (input, target), needs, g), None
-        d = scaled(grad, g, input.dtype)
+        d = times_grad_output(grad, g, input.dtype)
         return d if need_input else None, -d if need_target else None, None
 
 
@@ -218,11 +220,11 @@ class _GaussianNLLLoss(torch.autograd.Function):
             settings = ctx.settings
             formula = lambda x, t, v: stock_gaussian_nll(x, t, v, *settings)  # noqa: E731
             return *differentiable_gradients(formula, (input, target, var), needs, g), None, None, None
-        d = scaled(grad, g, input.dtype) if need_input or need_target else None
+        d = times_grad_output(grad, g, input.dtype) if need_input or need_target else None
         return (
             d if need_input else None,
             -d if need_target and d is not None else None,
-            scaled(grad_var, g, var.dtype) if need_var else None,
+            times_grad_output(grad_var, g, var.dtype) if need_var else None,
             None,
             None,
             None,
@@ -231,35 +233,26 @@ class _GaussianNLLLoss(torch.autograd.Function):
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        reduction: int,
-        ignore_index: int,
-        label_smoothing: float,
-    ) -> Tensor:
-        settings = weight, reduction, ignore_index, label_smoothing
-        loss, grad, grad_target = _cross_entropy(input, target, *settings, *ctx.needs_input_grad[:2])
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
+        loss, grad, grad_target = _cross_entropy(input, target, weight, *settings, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(input, target, weight, grad, grad_target)
-        ctx.settings = settings[1:]
+        ctx.settings = settings
         return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, grad, grad_target = ctx.saved_tensors
         need_input, need_target = ctx.needs_input_grad[:2]
-        rest = (None,) * 4
+        rest = None, None
         if torch.is_grad_enabled():
             settings = ctx.settings
-            formula = lambda x, t: stock_cross_entropy(x, t, weight, *settings)  # noqa: E731
+            formula = lambda x, t: stock_cross_entropy(x, t, weight, settings)  # noqa: E731
             return *differentiable_gradients(formula, (input, target), (need_input, need_target), g), *rest
         if input.dim() > 1 and g.dim() > 0:
-            g = g.unsqueeze(1)  # one value per row, for all its classes
+            g = g.unsqueeze(1)  # one value per row, the same for all classes
         return (
-            scaled(grad, g, input.dtype) if need_input else None,
-            scaled(grad_target, g, target.dtype) if need_target else None,
+            times_grad_output(grad, g, input.dtype) if need_input else None,
+            times_grad_output(grad_target, g, target.dtype) if need_target else None,
             *rest,
         )
 
@@ -267,49 +260,44 @@ class _CrossEntropy(torch.autograd.Function):
 # ---- the entries ----------------------------------------------------------------------------------------------------
 
 
-def plain_torch(t: Tensor) -> bool:
-    """Whether torch's formulas serve this call: no kernel for the device, a transform that must see inside, a DTensor
-    (torch's have sharding rules, for classes that are split over ranks too)."""
+def runs_stock(t: Tensor) -> bool:
+    """Return True if torch's formula serves this call.
+
+    It does on a device without kernels, under a transform that must see inside, and for a DTensor: torch's formulas
+    have sharding rules, also for classes that are split over ranks.
+    """
     return under_transform() or t.device.type not in DEVICES or (type(t) is not Tensor and is_dtensor(t))
 
 
-def wants_grad(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     """See :func:`dlkernels.losses.mse_loss`; both tensors of one shape and dtype."""
-    if plain_torch(input):
+    if runs_stock(input):
         return stock_mse(input, target, reduction)
-    if wants_grad(input, target):
+    if needs_grad(input, target):
         return _MSELoss.apply(input, target, reduction)
     return _mse_loss(input, target, reduction, False)[0]
 
 
 def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
     """See :func:`dlkernels.losses.gaussian_nll_loss`; all tensors of one shape and dtype."""
-    if plain_torch(input):
+    if runs_stock(input):
         if _has_negative(var):
             raise ValueError("var has negative entry/entries")
         return stock_gaussian_nll(input, target, var, full, eps, reduction)
-    if wants_grad(input, target, var):
+    if needs_grad(input, target, var):
         return _GaussianNLLLoss.apply(input, target, var, full, eps, reduction)
     return _gaussian_nll_loss(input, target, var, full, eps, reduction, False, False)[0]
 
 
-def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
+def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
     """See :func:`dlkernels.losses.cross_entropy`; floating point tensors of one dtype."""
-    settings = weight, reduction, ignore_index, label_smoothing
-    # A weight that learns: torch has its gradient with class probabilities, and refuses with class indices.
-    if plain_torch(input) or (weight is not None and wants_grad(weight)):
-        return stock_cross_entropy(input, target, *settings)
-    if wants_grad(input, target):
-        return _CrossEntropy.apply(input, target, *settings)
-    return _cross_entropy(input, target, *settings, False, False)[0]
+    # For a weight that requires a gradient, torch has one with class probabilities, and refuses class indices.
+    if runs_stock(input) or (weight is not None and needs_grad(weight)):
+        return stock_cross_entropy(input, target, weight, settings)
+    if needs_grad(input, target):
+        return _CrossEntropy.apply(input, target, weight, settings)
+    return _cross_entropy(input, target, weight, *settings, False, False)[0]

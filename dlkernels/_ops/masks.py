@@ -1,34 +1,35 @@
-"""One bit for each element of y, which a backward on CUDA reads where it would read y: a sixteenth of the bytes.
+"""Activation masks: one bit for each element of y. A backward on CUDA reads the mask instead of y.
 
-A mask is uint8 [..., N / 8]; bit j % 8 of byte j / 8 is that of element j (``csrc/kernels/cuda/mask.cuh``). y itself
-is not kept for it, and may be changed in place before backward.
+A mask takes a sixteenth of y's bytes in 16-bit dtypes. It is uint8 [..., N / 8]; element j has bit j % 8 of byte j / 8
+(``csrc/kernels/cuda/mask.cuh``). y itself is not saved, and may be changed in place before backward.
 
-The derivative of the gradient with respect to what y is made of is zero, but exists, as in torch. y not being kept, it
-returns to the layer through an anchor: an output of no elements beside the mask.
+The second derivative of these activations is zero, but it exists, as in torch: the tensors that y was computed from
+have a gradient of zeros. As y is not saved, this gradient returns to the layer through an anchor: a second output of
+the autograd Function that has no elements.
 """
 
 import torch
 from torch import Tensor
 
 from dlkernels._ops.activations import Activation
-from dlkernels._ops.modes import PLAIN, exporting
+from dlkernels._ops.modes import are_plain, exporting
 
-BITS = 8  # of a byte
-DEVICES = {"cuda"}  # whose kernels read and write masks
+BITS = 8  # in a byte
+DEVICES = {"cuda"}  # only their kernels read and write masks
 
 
-def stand_for_y(act: Activation, x: Tensor, weight: Tensor) -> bool:
-    """Whether the layer keeps a mask: never for what a kernel's path is, so that a compiler can tell.
+def replaces_y(act: Activation, x: Tensor, weight: Tensor) -> bool:
+    """Return True if the layer saves a mask. The kernel's path has no influence, so a compiler can decide it.
 
-    Not in a program that is exported, which may run where no kernel of ours writes one. Fake tensors are no plain ones:
-    what counts memory with them counts y.
+    An exported program has no masks: it may run without our kernels. Fake tensors are not plain: a tool that counts
+    memory with them counts y.
     """
     return (
         act.needs_sign_only
         and not exporting()
         and x.device.type in DEVICES
         and x.dtype in (torch.bfloat16, torch.float16)
-        and {type(x), type(weight)} <= PLAIN  # a DTensor's parts may not be whole bytes
+        and are_plain(x, weight)  # a shard of a DTensor may end within a byte
         and weight.dim() == 2
         and weight.shape[0] % BITS == 0
     )
@@ -38,21 +39,23 @@ def is_mask(saved: Tensor) -> bool:
     return saved.dtype == torch.uint8
 
 
-def unpacked(mask: Tensor, dtype: torch.dtype, anchor: Tensor | None = None) -> Tensor:
-    """1 and 0 for what is open and closed, [..., N]: of them every derivative is that of y. A function of ``anchor``,
-    whose sum is 0."""
+def unpack(mask: Tensor, dtype: torch.dtype, anchor: Tensor | None = None) -> Tensor:
+    """Return 1 where the bit is set and 0 elsewhere, [..., N].
+
+    Every derivative at these numbers is the one at y. The result depends on ``anchor``, whose sum is 0.
+    """
     bits = torch.arange(BITS, dtype=torch.uint8, device=mask.device)
     ones = (mask.unsqueeze(-1) >> bits & 1).flatten(-2).to(dtype)
     return ones if anchor is None else ones + anchor.sum()
 
 
-def zeros_of_y(mask: Tensor, anchor: Tensor) -> Tensor:
-    """The gradient of y where only the anchor's has come."""
+def zeros_like_y(mask: Tensor, anchor: Tensor) -> Tensor:
+    """Return zeros for the gradient of y, for a backward that gets the gradient of the anchor only."""
     return anchor.new_zeros((*mask.shape[:-1], mask.shape[-1] * BITS))
 
 
-def packed(y: Tensor, act: Activation) -> Tensor:
-    """The mask of y."""
-    opens = act.first(y, 0.0) != 0
+def pack(y: Tensor, act: Activation) -> Tensor:
+    """Return the mask of y."""
+    is_set = act.derivative(y, 0.0) != 0
     bits = torch.arange(BITS, dtype=torch.uint8, device=y.device)
-    return (opens.unflatten(-1, (-1, BITS)).to(torch.uint8) << bits).sum(-1, dtype=torch.uint8)
+    return (is_set.unflatten(-1, (-1, BITS)).to(torch.uint8) << bits).sum(-1, dtype=torch.uint8)

@@ -1,15 +1,16 @@
 """A chain of layers, h[l+1] = act_l(h[l] W_lᵀ + b_l), as one autograd Function.
 
-What it has over the layers one by one: dgrad's epilogue applies the mask of the layer below, and narrow layers take a
-block of rows through all of them while it is in cache (``csrc/kernels/cpu/mlp/fused_mlp.h``) or in shared memory
-(``csrc/kernels/cuda/mlp/fused_mlp.cuh``), forward and backward. Where the chain has no kernel (devices other than CPU
-and CUDA, ``torch.compile``, ``torch.func``, tensor subclasses) the layers run one by one: the same products in the same
-order. So they do under autocast where they read float32 parameters as they are (``autocast``), unless the chain is
-narrow.
+It has two gains over the layers one by one. The epilogue of dgrad applies the activation mask of the layer below. And a
+block of rows passes through all narrow layers while it is in cache (``csrc/kernels/cpu/mlp/fused_mlp.h``) or in shared
+memory (``csrc/kernels/cuda/mlp/fused_mlp.cuh``), forward and backward.
 
-The activations that forward keeps are outputs of the Function, as z is of one layer's (``linear_act``). So a gradient
-that is itself differentiated, in batches or along a tangent needs no second forward: backward then goes through the
-layers one by one, and what it sends into an activation comes back through the chain.
+Where the chain has no kernel (devices other than CPU and CUDA, ``torch.compile``, ``torch.func``, tensor subclasses)
+the layers run one by one: the same products in the same order. They also run one by one under autocast if they have
+kernels that read float32 parameters without a cast (``autocast``), unless the chain is narrow.
+
+The activations that forward saves are outputs of the Function, as z is an output of one layer's (``linear_act``). So a
+gradient that is differentiated, batched or has a tangent needs no second forward. Its backward goes through the layers
+one by one, and the gradient that it sends to a saved activation returns through the chain.
 """
 
 import math
@@ -24,9 +25,9 @@ from torch import Tensor
 from dlkernels import _C
 from dlkernels._ops import autocast
 from dlkernels._ops.activations import ACTIVATIONS, Activation
-from dlkernels._ops.derivatives import gradients, total
+from dlkernels._ops.derivatives import gradients, sum_present
 from dlkernels._ops.linear_act import linear_act
-from dlkernels._ops.modes import PLAIN, autocast_active, autocast_operands, is_batched, under_transform
+from dlkernels._ops.modes import are_plain, autocast_active, autocast_operands, is_batched, under_transform
 
 _forward = torch.ops.dlkernels._mlp_forward.default
 _backward = torch.ops.dlkernels._mlp_backward.default
@@ -41,28 +42,30 @@ _H, _Z, _MASK = 1, 2, 4  # Keep of csrc/ops/mlp.h
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which tensors the gradients will read: what is not saved costs no memory and may be changed in place before
-    backward, as in stock torch."""
+    """Which tensors are saved for backward.
+
+    The others cost no memory and may be changed in place before backward, as in stock torch.
+    """
 
     x: bool
-    weights: int  # from this one on: a gradient comes through all layers above the deepest that has one to give
+    weights: int  # the first weight that is saved: only layers above the lowest one with a gradient need a dgrad
     y: bool
-    keep: tuple[int, ...]  # per layer, for the op
-    hidden: tuple[int, ...]  # layers whose h and
-    z: tuple[int, ...]  # whose z the op returns, in this order; masks follow
-    values: int  # how many these are
-    constants: int  # of these, how many come first that depend on nothing that requires a gradient
+    keep: tuple[int, ...]  # per layer, flags for the op
+    hidden: tuple[int, ...]  # layers whose h the op returns after y
+    z: tuple[int, ...]  # layers whose z the op returns after these; the masks follow
+    values: int  # the number of h and z together
+    constants: int  # the first of the values: so many of them depend on nothing that requires a gradient
 
 
 @lru_cache(maxsize=1024)
 def _plan(codes: tuple[int, ...], needs: tuple[bool, ...]) -> _Plan:
-    """``needs``: gradients of x, the weights, the biases."""
+    """``needs`` says for x, each weight and each bias if its gradient is needed."""
     acts, count = [_BY_CODE[code] for code in codes], len(codes)
     need_x, need_weights, need_biases = needs[0], needs[1 : 1 + count], needs[1 + count :]
-    through = [need_x]  # whether a gradient goes through layer i to its input
+    through = [need_x]  # for layer i: its input needs a gradient, so dgrad runs
     for weight, bias in zip(need_weights, need_biases, strict=True):
         through.append(through[-1] or weight or bias)
-    reached = through[1:]  # whether it comes to layer i, whose act' is read then
+    reached = through[1:]  # for layer i: its output needs a gradient, so act' is evaluated
     reads_h = [r and act.saves_output and act.name != "none" for act, r in zip(acts, reached, strict=True)]
     last = count - 1
     keep = tuple(
@@ -78,7 +81,7 @@ def _plan(codes: tuple[int, ...], needs: tuple[bool, ...]) -> _Plan:
 
 
 class _MLP(torch.autograd.Function):
-    """y, and the activations that its gradients read; ``parameters`` are the weights and then the biases."""
+    """Returns y and the activations that its gradients read; ``parameters`` are the weights and then the biases."""
 
     @staticmethod
     def forward(
@@ -103,13 +106,13 @@ class _MLP(torch.autograd.Function):
         saved, needs = len(codes) - plan.weights, ctx.needs_input_grad[2:]
         weights, kept = (None,) * plan.weights + rest[:saved], rest[saved:]
         plain = g is not None and not torch.is_grad_enabled() and not under_transform() and not is_batched(g)
-        if plain and all(t is None for t in into_kept):  # what training does
+        if plain and all(t is None for t in into_kept):  # in training
             found = iter(_backward(g, x, weights, y, kept, plan.keep, codes, slope, needs))
             return None, None, *[next(found) if need else None for need in needs]
-        return None, None, *_one_by_one(g, into_kept, x, weights, y, kept, plan, codes, slope, needs)
+        return None, None, *_backward_layer_by_layer(g, into_kept, x, weights, y, kept, plan, codes, slope, needs)
 
 
-def _one_by_one(
+def _backward_layer_by_layer(
     g: Tensor | None,
     into_kept: Sequence[Tensor | None],
     x: Tensor | None,
@@ -121,7 +124,10 @@ def _one_by_one(
     slope: float,
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """The gradients from those of y and of the activations that were kept, differentiable where autograd records."""
+    """Return the gradients of x, the weights and the biases; they are differentiable where autograd records.
+
+    ``g`` is the gradient of y, ``into_kept`` are the gradients of the saved activations ``kept``.
+    """
     count = len(codes)
     h = dict(zip(plan.hidden, kept, strict=False)) | {-1: x, count - 1: y}
     z = dict(zip(plan.z, kept[len(plan.hidden) :], strict=False))
@@ -138,7 +144,7 @@ def _one_by_one(
         )
         if not through:
             break
-        g = total(dx, into_h.get(i - 1)) if i else None
+        g = sum_present(dx, into_h.get(i - 1)) if i else None
         if not i:
             found[0] = dx
     return found
@@ -150,9 +156,9 @@ def layer_by_layer(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[A
     return x
 
 
-def converts(x: Tensor, weights: Tensors, biases: Biases) -> bool:
-    """Whether these layers, under autocast, run one by one without casts."""
-    if not all(autocast.converts(x, w, b) for w, b in zip(weights, biases, strict=True)):
+def has_native_kernel(x: Tensor, weights: Tensors, biases: Biases) -> bool:
+    """Return True if these layers, under autocast, run one by one by kernels that read float32 without a cast."""
+    if not all(autocast.has_native_kernel(x, w, b) for w, b in zip(weights, biases, strict=True)):
         return False
     rows = math.prod(x.shape[:-1])
     slices, *_ = _C.explain_fused_mlp(False, [(rows, *w.shape) for w in weights if w.dim() == 2], "bfloat16")
@@ -168,11 +174,11 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
     """See :func:`dlkernels.functional.mlp`."""
     check_some(weights)
     tensors = [x, *weights, *[b for b in biases if b is not None]]
-    plain = (x.is_cpu or x.is_cuda) and {type(t) for t in tensors} <= PLAIN
-    if not plain or torch.compiler.is_compiling() or under_transform():
+    fusable = (x.is_cpu or x.is_cuda) and are_plain(*tensors)
+    if not fusable or torch.compiler.is_compiling() or under_transform():
         return layer_by_layer(x, weights, biases, acts, slope)
     if autocast_active(x):
-        if converts(x, weights, biases):
+        if has_native_kernel(x, weights, biases):
             return layer_by_layer(x, weights, biases, acts, slope)
         x, *parameters = autocast_operands(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
@@ -183,7 +189,7 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
     return _forward(x, weights, biases, codes, slope, ())[0]
 
 
-# ---- fake kernels: for what runs without data, as torch's FakeTensorMode among tensors that have some ---------------
+# ---- fake kernels, for runs without data: FakeTensorMode -------------------------------------------------------------
 
 
 @torch.library.register_fake("dlkernels::_mlp_forward")
@@ -195,7 +201,7 @@ def _(
     for weight, bias in zip(weights, biases, strict=True):
         h = _layer(h, weight, bias, 0, slope)
         outputs.append(h)
-    # no masks: which layers run one by one is the device's decision
+    # There are no masks: the device decides which layers run one by one.
     kept = [outputs[i] for what in (_H, _Z) for i, flags in enumerate(keep) if flags & what]
     return [outputs[-1], *(torch.empty_like(t) for t in kept)]
 
@@ -214,7 +220,7 @@ def _(
 ) -> list[Tensor]:
     hidden = iter(kept)
     inputs = [x, *(next(hidden) if flags & _H else None for flags in keep)]
-    # what is not there, no gradient that is asked for needs
+    # A tensor that is None is not read by any needed gradient.
     features = [*(w.shape[1] if w is not None else 0 for w in weights), grad_y.shape[-1]]
     shapes = [
         (*grad_y.shape[:-1], features[0]),

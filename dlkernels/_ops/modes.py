@@ -1,35 +1,41 @@
-"""What is going on around a call: function transforms, autocast."""
+"""Questions about the context of a call: function transforms, autocast, tracing, tensor subclasses."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PLAIN = {Tensor, torch.nn.Parameter}  # no subclass that wants to see the operators
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def are_plain(*tensors: Any) -> bool:
+    """Return True if none is of a subclass that must see the operators: DTensor, quantized, fake, traced."""
+    return {type(t) for t in tensors} <= _PLAIN
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode AD is at work, torch's own or ``torch.func.jvp``; our ops would drop the tangents."""
+    """Return True in forward-mode AD, torch's own or ``torch.func.jvp``: our ops would drop the tangents."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def tracing() -> bool:
-    """True inside ``torch.jit.trace``. Its program may run without this package, and it must have a backward."""
+    """Return True in ``torch.jit.trace``. Its program may run without this package, and it must have a backward."""
     return torch._C._is_tracing()
 
 
-# A compiler cannot look inside; it asks once, and is not at work where torch.jit.trace is. This is
-# torch.compiler.assume_constant_result, which would import the compiler.
+# The compiler cannot trace this call: it takes the answer as a constant. The answer is always False there, since
+# torch.jit.trace does not run inside torch.compile. The attribute is what torch.compiler.assume_constant_result sets;
+# calling that would import the compiler.
 tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def under_transform() -> bool:
-    """True inside a ``torch.func`` transform, forward-mode AD or ``torch.jit.trace``: these cannot see into our ops."""
+    """Return True in a ``torch.func`` transform, forward-mode AD or ``torch.jit.trace``: our ops are opaque to them."""
     return torch._C._are_functorch_transforms_active() or forward_mode() or tracing()
 
 
 def is_batched(g: Tensor) -> bool:
-    """True if ``g`` is a batch of gradients, from ``torch.autograd.grad(..., is_grads_batched=True)``.
+    """Return True if ``g`` is a batch of gradients, from ``torch.autograd.grad(..., is_grads_batched=True)``.
 
     An autograd Function sees such a batch as one call, and the graph of its result is lost.
     """
@@ -37,28 +43,28 @@ def is_batched(g: Tensor) -> bool:
 
 
 def exporting() -> bool:
-    """Whether ``torch.export`` is at work. In torch 2.11 ``is_exporting()`` is true wherever Dynamo traces."""
+    """Return True in ``torch.export``. In torch 2.11 ``is_exporting()`` is True wherever Dynamo traces."""
     return torch.compiler._is_exporting_flag
 
 
 def autocast_active(t: Tensor) -> bool:
-    """Whether autocast is on for the device of ``t``."""
-    # one cheap question for the usual answer; a compiler could not answer it
+    """Return True if autocast is on for the device of ``t``."""
+    # The usual answer, False, comes from one cheap call, which the compiler cannot trace.
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return False
     device = t.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises when asked about meta
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises for "meta"
 
 
 def autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` as autocast hands it to an op that runs in ``dtype``: floating point, but never float64."""
+    """``t`` as autocast passes it to an op that runs in ``dtype``: cast, unless it is float64 or of integers."""
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
 def autocast_operands(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """``x`` and the others, of which None stays None, as autocast hands them to a product on the device of ``x``.
+    """``x`` and the others as autocast passes them to a product on the device of ``x``. None stays None.
 
-    Called outside the autograd Functions, so that the casts are differentiated by torch.
+    It is called outside the autograd Functions, so that torch differentiates the casts.
     """
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(autocast(t, dtype) if t is not None else None for t in (x, *others))

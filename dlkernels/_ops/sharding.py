@@ -1,9 +1,8 @@
-"""How DTensors go through our layers: sharding rules for ``torch.distributed.tensor``.
+"""Sharding rules of our layers for ``torch.distributed.tensor``.
 
 A rule lists, for one dimension of a device mesh, the placements with which every rank may run the op on its own shards,
-and the placements of what comes out. DTensor takes the cheapest for the operands it is given, redistributes them where
-none fits as they are, and combines the rules over the dimensions of the mesh. With x [..., K], weight [N, K], bias [N]
-and y [..., N]:
+and the placements of the results. DTensor takes the cheapest rule for the given operands, redistributes them if no rule
+fits, and combines the rules over the dimensions of the mesh. With x [..., K], weight [N, K], bias [N] and y [..., N]:
 
 ===========  ===============  =========  ==========  =========  ===========================================
 split by     x                weight     bias        y          backward, for a gradient of y placed as y
@@ -15,13 +14,14 @@ the sum      Shard(-1)        Shard(1)   Partial     Partial    dx Shard(-1), dw
                                                                 Replicate, for a replicated gradient
 ===========  ===============  =========  ==========  =========  ===========================================
 
-The last line is a row-wise layer. Its y is a sum over the ranks, to which no activation may be applied before it is
-added up: :func:`reduced` does that, and the activation is then torch's. The losses have no rules, and chains of layers
-need none: with a DTensor the former run by torch's formulas, which have theirs (``loss_parallel`` included), the latter
-layer by layer.
+The last line is a row-wise layer. Its y is a sum over the ranks, which must be complete before an activation is
+applied: :func:`all_reduced` completes it, and torch applies the activation.
 
-``import torch.distributed.tensor`` takes about as long as ``import torch``, so it is left to who uses it: the rules are
-registered when the first DTensor comes along.
+The losses have no rules: with a DTensor they run by torch's formulas, which have rules (``loss_parallel`` included).
+Chains of layers need no rules: with a DTensor they run layer by layer.
+
+``import torch.distributed.tensor`` takes about as long as ``import torch``. So the rules are registered with the first
+DTensor, whose user has imported it.
 """
 
 import functools
@@ -33,7 +33,7 @@ from torch import Tensor
 
 
 def is_dtensor(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor; with the first one the rules are registered."""
+    """Return True if ``t`` is a DTensor. The first one registers the rules."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not isinstance(t, module.DTensor):
         return False
@@ -41,13 +41,13 @@ def is_dtensor(t: Tensor) -> bool:
     return True
 
 
-def splits_the_sum(x: Tensor, weight: Any) -> bool:
-    """Whether these are DTensors, and ``weight`` [N, K] is split along K: a row-wise layer."""
+def is_rowwise(x: Tensor, weight: Any) -> bool:
+    """Return True if these are DTensors and ``weight`` [N, K] is split along K: a row-wise layer."""
     return is_dtensor(x) and is_dtensor(weight) and any(placement.is_shard(1) for placement in weight.placements)
 
 
-def reduced(z: Any) -> Any:
-    """``z``, a DTensor, with what the ranks hold of a sum added up."""
+def all_reduced(z: Any) -> Any:
+    """Return the DTensor ``z`` with its partial sums added up over the ranks."""
     from torch.distributed.tensor import Replicate
 
     return z.redistribute(placements=[Replicate() if p.is_partial() else p for p in z.placements])
@@ -57,8 +57,8 @@ def _register() -> None:
     _register_once()
 
 
-# A compiler calls it and does not look inside. This is torch.compiler.assume_constant_result, which would import the
-# compiler, and DTensor with it.
+# The compiler calls it without tracing it. The attribute is what torch.compiler.assume_constant_result sets; calling
+# that would import the compiler, and DTensor with it.
 _register._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -71,7 +71,7 @@ def _register_once() -> None:
     whole = Replicate()
 
     def layers(x: Any, bias: Any, act: int) -> list[tuple[Any, Any, Any, Any]]:
-        """Placements of y, x, weight and bias."""
+        """Return the placements of y, x, weight and bias, one tuple per rule."""
         last = x.ndim - 1
         rules: list[tuple[Any, Any, Any, Any]] = [(whole, whole, whole, whole)]
         rules += [(Shard(row), Shard(row), whole, whole) for row in range(last)]
@@ -101,12 +101,12 @@ def _register_once() -> None:
         need_bias: bool,
     ) -> Any:
         last = g.ndim - 1
-        added = Partial()
+        partial = Partial()
         rules: list[tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]] = [
-            # dx, dweight, dbias; g and saved, x, weight
+            # Each rule: (dx, dweight, dbias), (g and saved, x, weight).
             ((whole, whole, whole), (whole, whole, whole)),
-            *(((Shard(row), added, added), (Shard(row), Shard(row), whole)) for row in range(last)),
-            ((added, Shard(0), Shard(0)), (Shard(last), whole, Shard(0))),
+            *(((Shard(row), partial, partial), (Shard(row), Shard(row), whole)) for row in range(last)),
+            ((partial, Shard(0), Shard(0)), (Shard(last), whole, Shard(0))),
             ((Shard(last), Shard(1), whole), (whole, Shard(last), Shard(1))),
         ]
         needs = need_x, need_weight, need_bias

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
-from dlkernels.fusion.patterns import Pattern, called, loose_ends, patterns, shared, why_none
+from dlkernels.fusion.patterns import Pattern, called, multiple_uses, patterns, untracked_uses, why_not_rewritable
 from dlkernels.fusion.rules import METHODS, activation_of, is_linear, may_be_activation
 from dlkernels.fusion.source import NoSource, Source, check
 from dlkernels.fusion.swap import method_source, original_class, plan_of, walk
@@ -95,7 +95,7 @@ def _own_pairs(
                     check(source)
                     found.append(pair)
             yield from found
-            _note_rest(module, source, linears, reasons, seen)
+            _record_unmatched(module, source, linears, reasons, seen)
             seen.update(id(pair.linear) for pair in found)
         except NoSource as missing:
             if name == "forward":
@@ -143,11 +143,11 @@ def _pairs(
         for modules in names.chains(pattern.linear) or ():
             for linear, act in pairwise(modules):
                 if id(linear) in linears:
-                    add(linear, act, *_judged(linear, act, (), {}))
+                    add(linear, act, *_kernel_for(linear, act, (), {}))
         return list(found.values())
     why = pattern.why or _why_not_there(names, pattern)
-    for sure in names.rounds(pattern.around):
-        for linear, act, activation, reason in _meetings(names, pattern, linears):
+    for sure in names.iterations(pattern.around):
+        for linear, act, activation, reason in _candidates(names, pattern, linears):
             add(linear, act, activation, reason or why, sure)
     if len({id(pair.linear) for pair in found.values()}) > 1:
         return list(found.values())
@@ -166,9 +166,9 @@ def _why_not_there(names: Namespace, pattern: Pattern) -> str:
     return ""
 
 
-def _meetings(names: Namespace, pattern: Pattern, linears: dict[int, Any]) -> Iterator[tuple[Any, Any, str, str]]:
+def _candidates(names: Namespace, pattern: Pattern, linears: dict[int, Any]) -> Iterator[tuple[Any, Any, str, str]]:
     """Layer, activation, its name and why there is no kernel: for each that a place may mean; None: the call shows."""
-    layers, acts, together = _meant(names, pattern)
+    layers, acts, together = _possible_values(names, pattern)
     if layers is not None and not any(id(v) in linears for v in layers):
         return
     several = [names.of(a) for a in pattern.args], {name: names.of(a) for name, a in pattern.kwargs}
@@ -191,11 +191,11 @@ def _meetings(names: Namespace, pattern: Pattern, linears: dict[int, Any]) -> It
     if layers is None:
         for act in acts or ():
             if not why_not_activation(act, *given) and not _is_tensor_method(pattern.linear):
-                yield None, act, *_judged(None, act, *given)
+                yield None, act, *_kernel_for(None, act, *given)
         return
     for linear, act in together or ():
         if id(linear) in linears:
-            yield linear, act, *_judged(linear, act, *given)
+            yield linear, act, *_kernel_for(linear, act, *given)
 
 
 def _may_call_activation(pattern: Pattern) -> bool:
@@ -209,7 +209,7 @@ def _is_tensor_method(node: ast.expr) -> bool:
     return isinstance(node, ast.Attribute) and hasattr(torch.Tensor, node.attr)
 
 
-def _meant(
+def _possible_values(
     names: Namespace, pattern: Pattern
 ) -> tuple[list[Any] | None, list[Any] | None, list[tuple[Any, Any]] | None]:
     """What is called as layer, what as activation, and which goes with which; None where only the call will show."""
@@ -220,13 +220,13 @@ def _meant(
     return layers, names.of(pattern.activation), names.pairs(pattern.linear, pattern.activation)
 
 
-def _judged(linear: Any, act: Any, args: Any, kwargs: Any) -> tuple[str, str]:
+def _kernel_for(linear: Any, act: Any, args: Any, kwargs: Any) -> tuple[str, str]:
     known = activation_of(act, args, kwargs)
     why = (why_not_linear(linear) if linear is not None else "") or why_not_activation(act, args, kwargs)
     return known[0] if known else describe(act), why
 
 
-def _note_rest(
+def _record_unmatched(
     module: nn.Module, source: Source, linears: dict[int, Any], reasons: dict[int, str], seen: set[int]
 ) -> None:
     """Of layers in no pair: how their output meets an activation where no place is, and that they are called."""
@@ -235,13 +235,13 @@ def _note_rest(
     def layers(callee: ast.expr) -> list[Any]:
         return [v for v in names.of(callee) or () if id(v) in linears]
 
-    none = why_none(source.node)
+    none = why_not_rewritable(source.node)
     for callee in called(source.node):
         for layer in layers(callee):
             seen.add(id(layer))
             if none:
                 reasons.setdefault(id(layer), none)
-    for callee, way, act in (*shared(source.node), *loose_ends(source.node)):
+    for callee, way, act in (*multiple_uses(source.node), *untracked_uses(source.node)):
         acts = [METHODS[act]] if isinstance(act, str) else names.of(act) or ()
         if any(activation_of(a) for a in acts if type(a) is not LocalFunction):
             for layer in layers(callee):

@@ -90,14 +90,14 @@ def fuse(
 
 def _fuse(model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any, example_inputs: Any) -> None:
     analysis = analyse(model)
-    left = {
+    skipped = {
         path
         for path, layer in analysis.linears.values()
         if (include is not None and not _any(include, path, layer)) or _any(exclude, path, layer)
     }
     stock = copy.deepcopy(model) if example_inputs is not None else None
     for module, pairs in _by_owner(analysis):
-        without = {_relative(pair, analysis) for pair in pairs if _path(pair, analysis) in left}
+        without = {_relative(pair, analysis) for pair in pairs if _path(pair, analysis) in skipped}
         _asked[module] = chosen, without
         if plan := _plan(pairs, chosen, without, analysis):
             try:
@@ -106,8 +106,8 @@ def _fuse(model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any,
                 _refused[module] = str(refusal)
     if "none" in chosen:
         for path, layer in analysis.linears.values():
-            if type(layer) is nn.Linear and path not in left:
-                swap(layer, fused_class(nn.Linear, Plan(frozenset(), ("none",), alone=True)))
+            if type(layer) is nn.Linear and path not in skipped:
+                swap(layer, fused_class(nn.Linear, Plan(frozenset(), ("none",), linear_forward=True)))
     if stock is not None:
         agreement = check_against_stock(stock, model, example_inputs)
         _seen[model] = Seen(agreement, observe(model, example_inputs))
@@ -150,13 +150,13 @@ def report(model: nn.Module) -> Report:
     for key, (path, layer) in analysis.linears.items():
         for event in seen.get(layer, ()) if seen is not None and not rows[key] else ():
             where = next((site.where for pair, site in loose if pair.activation == event.activation), "")
-            status: Status = "left" if event.why else "fused"
+            status: Status = "skipped" if event.why else "fused"
             rows[key].append(Site(path, event.activation, where, status, event.why, True, event.gain))
         if plan_of(layer) and not any(site.status == "fused" for site in rows[key]):
             rows[key] = [Site(path, "none", f"{type(layer).__name__}.forward", "fused")]
         if not rows[key]:
             why = analysis.reasons.get(key) or "no activation takes its output"
-            rows[key].append(Site(path, "", "", "left", why))
+            rows[key].append(Site(path, "", "", "skipped", why))
     unknown = () if seen is not None else (site for _, site in loose)
     return Report(
         (*(site for sites in rows.values() for site in sites), *unknown), shown.agreement if shown is not None else None
@@ -211,7 +211,7 @@ def _path(pair: Pair, analysis: Analysis) -> str:
 
 
 def _site(pair: Pair, analysis: Analysis) -> Site:
-    row = Site(_path(pair, analysis), pair.activation, pair.where, "left", pair.why)
+    row = Site(_path(pair, analysis), pair.activation, pair.where, "skipped", pair.why)
     if pair.why:
         return row
     if pair.owner in _refused:
@@ -225,22 +225,30 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
     if plan is None or (pair.method, pair.pattern.at) not in plan.places:
         return replace(row, why="it could not be fused when fuse was called: call it again")
     if not pair.known:
-        return replace(row, status="open", why="what these names mean shows at the call: give example_inputs")
+        return replace(row, status="undecided", why="what these names mean shows at the call: give example_inputs")
     if not pair.sure:
-        return replace(row, status="open", why="whether this layer comes here shows at the call: give example_inputs")
+        return replace(
+            row, status="undecided", why="whether this layer comes here shows at the call: give example_inputs"
+        )
     if pair.method in state(pair.owner):
-        return replace(row, status="open", why=f"its {pair.method} was replaced: what that calls shows at the call")
+        return replace(
+            row, status="undecided", why=f"its {pair.method} was replaced: what that calls shows at the call"
+        )
     return replace(row, status="fused")
 
 
 def _with_seen(site: Site, pair: Pair, seen: Any) -> Site:
     """The row, with what example inputs showed at it."""
-    if seen is None or pair.linear is None or site.status == "left":
+    if seen is None or pair.linear is None or site.status == "skipped":
         return site
     events = [e for e in seen.get(pair.linear, ()) if pair.act is None or e.activation == pair.activation]
     if not events:
-        unmet = {"status": "left", "why": "the example inputs did not bring it here"} if site.status == "open" else {}
+        unmet = (
+            {"status": "skipped", "why": "the example inputs did not bring it here"}
+            if site.status == "undecided"
+            else {}
+        )
         return replace(site, reached=False, **unmet)  # type: ignore[arg-type]
     event = events[0]
-    status: Status = "left" if event.why else "fused"
+    status: Status = "skipped" if event.why else "fused"
     return replace(site, activation=event.activation, status=status, why=event.why, reached=True, gain=event.gain)

@@ -21,10 +21,10 @@ from torch.utils._device import DeviceContext
 from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops.activations import ACTIVATIONS
+from dlkernels._ops.modes import are_plain
 from dlkernels.fusion.rules import activation_of, identity, linear_rule, may_be_activation
 from dlkernels.nn import untouched
 
-_PLAIN = (Tensor, nn.Parameter)  # no subclass that wants to see the operators: DTensor, quantised, fake, traced
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "meta") if _C.build_config()["cuda"] is None else ("cpu", "meta", "cuda")
 
@@ -58,7 +58,7 @@ def _linear(linear: Any) -> str | tuple[Tensor, Tensor | None]:
     if parameters is None:
         return "its weight or bias is no parameter: it is parametrised"
     weight, bias = parameters
-    if type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
+    if not are_plain(weight) or (bias is not None and not are_plain(bias)):
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in DTYPES:
         return f"there are no kernels for {weight.dtype}"
@@ -146,7 +146,7 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
         return "not asked for"
     if plan.without and any(_is_at(self, path, linear) for path in plan.without):
         return "not asked for"
-    if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
+    if not are_plain(x) or x.is_nested or x.layout is not torch.strided:
         return f"the kernels do not take its input, a {type(x).__name__}"
     # Stock shall say what is wrong with a call that is; under autocast dtypes may differ.
     if not x.dim() or x.size(-1) != weight.size(1) or x.device != weight.device:
@@ -184,7 +184,9 @@ def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any)
     return act(linear(x), *args, **kwargs) if isinstance(decision, str) else _run(x, decision)
 
 
-def later(self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tuple[Any, Any]], /) -> Any:
+def call_with_deferred_arguments(
+    self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tuple[Any, Any]], /
+) -> Any:
     """The same, where the layer's own call may change what the arguments are."""
     args, kwargs = arguments()
     decision = decide(self, act, linear, x, args, kwargs)
@@ -197,7 +199,7 @@ def later(self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tupl
     return act(z, *args, **kwargs)
 
 
-def head(
+def linear_or_fused(
     self: Any, act: Any, linear: Any, x: Any, /, args: Any = (), kwargs: Any = _NO_KEYWORDS, between: Any = ()
 ) -> tuple[Any, bool]:
     """``linear(x)``, whose value goes to ``act`` some statements later and nowhere else; or, and True, act's value."""
@@ -216,7 +218,7 @@ def _is_harmless(called: Any, index: Any, x: Any) -> bool:
         if type(called) not in _CONTAINERS:
             return False
         called = called[index]
-    if x is not None and type(x) not in _PLAIN:
+    if x is not None and not are_plain(x):
         return False
     return not (why_not_linear(called) and why_not_activation(called))
 
@@ -224,7 +226,7 @@ def _is_harmless(called: Any, index: Any, x: Any) -> bool:
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, list, tuple)
 
 
-def alone(self: Any, input: Any) -> Any:
+def linear_forward(self: Any, input: Any) -> Any:
     """The forward of a linear layer that no activation follows."""
     decision = decide(self, identity, self, input, (), {})
     return nn.Linear.forward(self, input) if isinstance(decision, str) else _run(input, decision)

@@ -67,7 +67,7 @@ def position(node: ast.AST) -> Position:
 @functools.lru_cache(maxsize=1024)
 def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
     """Every place in ``function`` that has one of the three forms, whatever the names mean."""
-    if why_none(function):
+    if why_not_rewritable(function):
         return ()
     around = ancestors(function)
     found: list[Pattern] = []
@@ -77,7 +77,7 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
             if isinstance(inner, ast.Call) and _one_argument(inner):
                 rest = _rest(node, act)
                 where = position(node), position(inner)
-                reads = _varying(rest)
+                reads = _variable_arguments(rest)
                 found.append(Pattern("nested", inner.func, act, *where, *rest, reads, (), (*around[node], node)))
         elif isinstance(node, ast.For) and _is_chain(node, function):
             found.append(Pattern("chain", node.iter, node.iter, position(node), position(node)))
@@ -86,7 +86,7 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
     return tuple(found)
 
 
-def why_none(function: FunctionNode) -> str:
+def why_not_rewritable(function: FunctionNode) -> str:
     """Why no place in this function can be rewritten; empty if one can."""
     if not function.args.posonlyargs and not function.args.args:
         return "it is called in a method without self"
@@ -108,7 +108,7 @@ def ancestors(function: FunctionNode) -> dict[ast.AST, tuple[ast.AST, ...]]:
     return found
 
 
-def shared(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | str]]:
+def multiple_uses(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | str]]:
     """Where ``h = callee(x)`` and h is read more than once before its name means something else: callee, that, and each
     thing that h is given to."""
     for block in _blocks(function):
@@ -124,7 +124,7 @@ def shared(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | s
                     yield call.func, f"its output is used {count} times", act
 
 
-def loose_ends(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | str]]:
+def untracked_uses(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | str]]:
     """Where a call's value goes to something else on a way that is not followed: callee, the way, and the something."""
     around = ancestors(function)
     calls = [n for n in around if isinstance(n, ast.Call)]
@@ -132,7 +132,7 @@ def loose_ends(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr
         holder = around[call][-1]
         if isinstance(holder, ast.keyword) and isinstance(outer := around[holder][-1], ast.Call):
             yield call.func, "its output goes to the activation as a keyword argument", outer.func
-        target, way = _kept(call, around[call])
+        target, way = _destination(call, around[call])
         if not target:
             continue
         name = ast.unparse(target)
@@ -164,7 +164,7 @@ def _reaches(call: ast.Call, other: ast.Call, name: str, around: dict[ast.AST, t
     return True
 
 
-def _kept(call: ast.Call, around: tuple[ast.AST, ...]) -> tuple[ast.expr | None, str]:
+def _destination(call: ast.Call, around: tuple[ast.AST, ...]) -> tuple[ast.expr | None, str]:
     """Where a call's value is put, and the way there."""
     holder, statement = around[-1], around[-2] if len(around) > 1 else None
     if isinstance(holder, ast.NamedExpr):
@@ -216,11 +216,11 @@ def _one_argument(call: ast.Call) -> bool:
     return len(call.args) == 1 and not call.keywords and not isinstance(call.args[0], ast.Starred)
 
 
-def _is_settled(node: ast.expr) -> bool:
+def _is_stable(node: ast.expr) -> bool:
     """Whether it is all the same when this is evaluated."""
     if isinstance(node, ast.UnaryOp):
         return isinstance(node.operand, ast.Constant)
-    return isinstance(node, ast.Constant | ast.Name) or (isinstance(node, ast.Attribute) and _is_settled(node.value))
+    return isinstance(node, ast.Constant | ast.Name) or (isinstance(node, ast.Attribute) and _is_stable(node.value))
 
 
 def _activation_call(call: ast.Call) -> tuple[ast.expr | str, ast.expr] | None:
@@ -230,7 +230,7 @@ def _activation_call(call: ast.Call) -> tuple[ast.expr | str, ast.expr] | None:
         return call.func.attr, call.func.value
     if not call.args or isinstance(call.args[0], ast.Starred) or any(k.arg is None for k in call.keywords):
         return None
-    return (call.func, call.args[0]) if all(map(_is_settled, rest[1:])) else None
+    return (call.func, call.args[0]) if all(map(_is_stable, rest[1:])) else None
 
 
 def _rest(call: ast.Call, act: ast.expr | str) -> tuple[tuple[ast.expr, ...], tuple[tuple[str, ast.expr], ...]]:
@@ -238,7 +238,7 @@ def _rest(call: ast.Call, act: ast.expr | str) -> tuple[tuple[ast.expr, ...], tu
     return tuple(args), tuple((k.arg, k.value) for k in call.keywords if k.arg)
 
 
-def _varying(rest: tuple[tuple[ast.expr, ...], tuple[tuple[str, ast.expr], ...]]) -> tuple[ast.expr, ...]:
+def _variable_arguments(rest: tuple[tuple[ast.expr, ...], tuple[tuple[str, ast.expr], ...]]) -> tuple[ast.expr, ...]:
     """Of an activation's further arguments those that are no constants."""
     return tuple(a for a in (*rest[0], *(value for _, value in rest[1])) if isinstance(a, ast.Name | ast.Attribute))
 
@@ -368,11 +368,11 @@ class _Between:
         parts = _activation_call(act)
         assert parts is not None
         rest = _rest(act, parts[0])
-        self.reads: list[ast.expr] = [*_varying(rest), *([] if isinstance(parts[0], str) else [parts[0]])]
+        self.reads: list[ast.expr] = [*_variable_arguments(rest), *([] if isinstance(parts[0], str) else [parts[0]])]
         self.calls: list[tuple[ast.Call, bool]] = []
         self.why = ""
         meant = {n.id for part in self.reads for n in ast.walk(part) if isinstance(n, ast.Name)}
-        if target in meant or not all(map(_is_settled, self.reads)):
+        if target in meant or not all(map(_is_stable, self.reads)):
             self.why = "what stands for the activation can only be looked up at its call"
             return
         made: set[str] = set()  # by calls in between
@@ -400,12 +400,12 @@ class _Between:
             if isinstance(callee, ast.Subscript) and isinstance(callee.slice, ast.Constant):
                 callee = callee.value
             callee_set_here = any(isinstance(n, ast.Name) and n.id in set_here for n in ast.walk(callee))
-            if callee_set_here or (argument in set_here and argument not in made) or not _is_settled(callee):
+            if callee_set_here or (argument in set_here and argument not in made) or not _is_stable(callee):
                 return False
             self.reads.append(callee)
             self.calls.append((node, argument not in set_here))
             return True
-        if isinstance(node, ast.expr) and _is_settled(node):
+        if isinstance(node, ast.expr) and _is_stable(node):
             self.reads.append(node)
             return True
         return isinstance(node, ast.expr_context | ast.operator | ast.unaryop)
@@ -434,7 +434,13 @@ def _evaluated_before(node: ast.AST, call: ast.Call) -> list[ast.AST] | None:
 
 # ---- replacing -------------------------------------------------------------------------------------------------------
 
-HELPERS = ("call", "later", "head", "chain", "methods")  # free variables of a rewritten function, under helper_name
+HELPERS = (
+    "call",
+    "call_with_deferred_arguments",
+    "linear_or_fused",
+    "chain",
+    "methods",
+)  # free variables of a rewritten function, under helper_name
 
 
 def helper_name(name: str) -> str:
@@ -451,13 +457,13 @@ class _Rewrite(ast.NodeTransformer):
         self.self_name = self_name
         self.nested = {p.at: p for p in chosen if p.kind == "nested"}
         self.chains = {p.at: p for p in chosen if p.kind == "chain"}
-        self.heads = {p.first: p for p in chosen if p.kind == "named"}
-        self.tails = {p.at: i for i, p in enumerate(chosen) if p.kind == "named"}
+        self.linear_or_fused = {p.first: p for p in chosen if p.kind == "named"}
+        self.activation_or_skip = {p.at: i for i, p in enumerate(chosen) if p.kind == "named"}
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         where = position(node)
         parts = _activation_call(node)
-        if where in self.tails:
+        if where in self.activation_or_skip:
             assert parts is not None
             return _placed(ast.IfExp(ast.Name(self._flag(where), ast.Load()), parts[1], node), node)
         if where not in self.nested:
@@ -471,16 +477,16 @@ class _Rewrite(ast.NodeTransformer):
         # Arguments that the layer's call might change are asked for once more behind it, if it runs by itself.
         nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
         later = ast.Lambda(nothing, ast.Tuple([_tuple(rest), _dict(node.keywords)], ast.Load()))
-        return self._helper("later", node, [*called, later], [])
+        return self._helper("call_with_deferred_arguments", node, [*called, later], [])
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        if pattern := self.heads.get(position(node.value)):
-            return self._head(node, node.targets[0], pattern)
+        if pattern := self.linear_or_fused.get(position(node.value)):
+            return self._linear_or_fused(node, node.targets[0], pattern)
         return self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        if node.value and (pattern := self.heads.get(position(node.value))):
-            return self._head(node, node.target, pattern)
+        if node.value and (pattern := self.linear_or_fused.get(position(node.value))):
+            return self._linear_or_fused(node, node.target, pattern)
         return self.generic_visit(node)
 
     def visit_For(self, node: ast.For) -> ast.AST:
@@ -492,19 +498,19 @@ class _Rewrite(ast.NodeTransformer):
         value = self._helper("chain", step.value, [self.visit(node.iter), step.value.args[0]], [])
         return _placed(ast.Assign(step.targets, value), node)
 
-    def _head(self, statement: ast.Assign | ast.AnnAssign, target: ast.expr, pattern: Pattern) -> ast.AST:
+    def _linear_or_fused(self, statement: ast.Assign | ast.AnnAssign, target: ast.expr, pattern: Pattern) -> ast.AST:
         linear = statement.value
         assert isinstance(linear, ast.Call)
         args = [self._activation(pattern.activation), self.visit(linear.func), self.visit(linear.args[0])]
         if pattern.args or pattern.kwargs or pattern.between:
             keywords = [ast.keyword(name, value) for name, value in pattern.kwargs]
             args += [_tuple(pattern.args), _dict(keywords), _tuple([_part(*part) for part in pattern.between])]
-        value = self._helper("head", linear, copy.deepcopy(args), [])
+        value = self._helper("linear_or_fused", linear, copy.deepcopy(args), [])
         both = ast.Tuple([target, ast.Name(self._flag(pattern.at), ast.Store())], ast.Store())
         return _placed(ast.Assign([both], value), statement)
 
     def _flag(self, at: Position) -> str:
-        return f"__fused_{self.tails[at]}__"
+        return f"__fused_{self.activation_or_skip[at]}__"
 
     def _activation(self, act: ast.expr | str) -> ast.expr:
         if not isinstance(act, str):
@@ -517,7 +523,7 @@ class _Rewrite(ast.NodeTransformer):
 
 
 def _part(call: ast.Call, there: bool) -> ast.expr:
-    """A call in between for ``call.head``: callee or its container, the index in it, the argument if it is there."""
+    """A call in between, for ``call.linear_or_fused``: callee or its container, index or None, argument or None."""
     callee, index = (call.func.value, call.func.slice) if isinstance(call.func, ast.Subscript) else (call.func, None)
     return _tuple([callee, index or ast.Constant(None), call.args[0] if there else ast.Constant(None)])
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from dlkernels.testing.agreement import Agreement
 
-Status = Literal["fused", "left", "open"]
+Status = Literal["fused", "skipped", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Site:
         path: of the layer in the model, as ``named_modules`` has it.
         activation: the kernel's name for it, or what stands in its place; empty if nothing does.
         where: class, method and line of the call.
-        status: "fused", "left", or "open" where only a call shows what the source's names mean.
-        why: the reason of "left" and "open"; empty for "fused".
+        status: "fused", "skipped", or "undecided" where only a call shows what the source's names mean.
+        why: the reason of "skipped" and "undecided"; empty for "fused".
         reached: whether example inputs came here; None without them.
         gain: stock's time over the fused one's, measured here with example inputs; None without them.
     """
@@ -59,12 +59,12 @@ class Report:
         return self._with("fused")
 
     @property
-    def left(self) -> tuple[Site, ...]:
-        return self._with("left")
+    def skipped(self) -> tuple[Site, ...]:
+        return self._with("skipped")
 
     @property
-    def open(self) -> tuple[Site, ...]:
-        return self._with("open")
+    def undecided(self) -> tuple[Site, ...]:
+        return self._with("undecided")
 
     def __str__(self) -> str:
         groups: dict[Site, list[Site]] = {}
@@ -76,7 +76,9 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         shown = [i for i, width in enumerate(widths) if width and (i == 1 or any(row[i] for row in rows[1:]))]
         lines = ["  ".join(row[i].ljust(widths[i]) for i in shown).rstrip() for row in rows]
-        counts = f"{len(self.fused)} fused, {len(self.left)} left" + (f", {len(self.open)} open" if self.open else "")
+        counts = f"{len(self.fused)} fused, {len(self.skipped)} skipped" + (
+            f", {len(self.undecided)} undecided" if self.undecided else ""
+        )
         return "\n".join(
             [counts, *(lines if self.sites else []), *([f"fused and stock {self.agreement}"] if self.agreement else [])]
         )

@@ -28,7 +28,7 @@ class Plan:
     places: frozenset[tuple[str, Position]]
     activations: tuple[str, ...]
     without: tuple[str, ...] = ()
-    alone: bool = False  # the module is a linear layer with no activation, and its forward is the kernel's
+    linear_forward: bool = False  # the module is a linear layer with no activation, and its forward is the kernel's
 
 
 class Fused(nn.Module):
@@ -84,8 +84,8 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
         chosen = [p for p in patterns(source.node) if (name, p.at) in plan.places]
         new = source.rebuilt(rewritten(source.node, chosen), _helpers())
         body[name] = rewrap(getattr(cls, name), source.function, new)
-    if plan.alone:
-        body["forward"] = call.alone
+    if plan.linear_forward:
+        body["forward"] = call.linear_forward
     # The original first, so that it decides the layout of instances (its own first base may have none: abc.ABC);
     # behind Fused only where it has an __init_subclass__ that Fused is to stand in for.
     bases = (Fused, cls) if _hears_of_subclasses(cls) else (cls, Fused)

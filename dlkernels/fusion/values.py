@@ -27,7 +27,7 @@ _OPERATORS: dict[type[ast.AST], Any] = {
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.Not: operator.not_,
     ast.USub: operator.neg,
 }  # fmt: skip
-_ROUNDS = 1000  # of a loop that is gone through
+_MAX_ITERATIONS = 1000  # of a loop that is gone through
 _JUMPS = (ast.Continue, ast.Break, ast.Return, ast.Raise)
 
 
@@ -55,8 +55,8 @@ class Namespace:
         for node in ast.walk(source.node):
             for name in _bound_by(node):
                 self.bound.setdefault(name, []).append(node)
-        self.busy: set[str] = set()
-        self.round: dict[str, Any] = {}  # the names of loops, in the round that is looked at
+        self.in_progress: set[str] = set()
+        self.iteration: dict[str, Any] = {}  # the names of loops, in the round that is looked at
 
     def of(self, node: ast.expr) -> Values:
         if isinstance(node, ast.Constant):
@@ -68,7 +68,7 @@ class Namespace:
         if isinstance(node, ast.Subscript):
             return self._subscript(node)
         if isinstance(node, ast.IfExp):
-            return _together([self.of(node.body), self.of(node.orelse)])
+            return _all_known([self.of(node.body), self.of(node.orelse)])
         if isinstance(node, ast.Lambda):
             return [LocalFunction()]
         return self._computed(node)
@@ -113,7 +113,7 @@ class Namespace:
             return None
         return [(a, b) for a in one for b in two]
 
-    def rounds(self, around: Sequence[ast.AST], sure: bool = True) -> Iterator[bool]:
+    def iterations(self, around: Sequence[ast.AST], sure: bool = True) -> Iterator[bool]:
         """Goes through those rounds of the loops ``around`` a place, the last of ``around``, that come to it. Meanwhile
         names mean what they mean in that round. Yields whether it is sure that the round comes there."""
         if len(around) < 2:
@@ -122,29 +122,32 @@ class Namespace:
         node, child, inside = around[0], around[1], around[1:]
         if isinstance(node, ast.For) and any(child is s for s in node.body):
             items = self.items(node.iter)
-            if items is None or len(items) > _ROUNDS or not self._binds_alone(node):
-                yield from self.rounds(inside, False)
+            if items is None or len(items) > _MAX_ITERATIONS or not self._binds_alone(node):
+                yield from self.iterations(inside, False)
                 return
             at = next(i for i, s in enumerate(node.body) if s is child)
             for item in items:
                 with_names = {n: _unpacked(node.target, [item], n) for n in _names_in(node.target)}
-                outer, self.round = self.round, {**self.round, **{n: v[0] for n, v in with_names.items() if v}}
+                outer, self.iteration = (
+                    self.iteration,
+                    {**self.iteration, **{n: v[0] for n, v in with_names.items() if v}},
+                )
                 goes_on, sure = self._passes(node.body[:at], sure)
                 if goes_on is True:
-                    yield from self.rounds(inside, sure)
+                    yield from self.iterations(inside, sure)
                     goes_on, sure = self._passes(node.body[at + 1 :], sure)
-                self.round = outer
+                self.iteration = outer
                 if goes_on is False:
                     return
         elif isinstance(node, ast.If | ast.IfExp) and child is not node.test:
             body = node.body if isinstance(node.body, list) else [node.body]
             decided = self._decided(node.test)
             if decided is None or decided is any(child is part for part in body):
-                yield from self.rounds(inside, sure and decided is not None)
+                yield from self.iterations(inside, sure and decided is not None)
             elif decided == "alike":
-                yield from self.rounds(inside, sure)
+                yield from self.iterations(inside, sure)
         else:
-            yield from self.rounds(inside, sure)
+            yield from self.iterations(inside, sure)
 
     def _passes(self, statements: list[ast.stmt], sure: bool) -> tuple[bool | None, bool]:
         """Whether a round of a loop goes on behind the statements (None: the next round comes; False: none does), and
@@ -174,7 +177,7 @@ class Namespace:
         """Whether an expression may have another value in another round."""
         for name in {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - asked:
             asked.add(name)
-            if name in self.round:
+            if name in self.iteration:
                 return True
             for binding in self.bound.get(name, ()):
                 if not isinstance(binding, ast.Assign) or self._may_vary(binding.value, asked):
@@ -212,7 +215,7 @@ class Namespace:
                 )
             return None
         if isinstance(node, ast.Tuple | ast.List):
-            return _together([self.of(e) for e in node.elts])
+            return _all_known([self.of(e) for e in node.elts])
         return _each(self.of(node), _elements)
 
     def chains(self, node: ast.expr) -> list[list[Any]] | None:
@@ -231,17 +234,17 @@ class Namespace:
     def _name(self, name: str) -> Values:
         if name == self.self_name:
             return [self.module]
-        if name in self.round:
-            return [self.round[name]]
-        if name in self.parameters or name in self.busy:
+        if name in self.iteration:
+            return [self.iteration[name]]
+        if name in self.parameters or name in self.in_progress:
             return None
         if name not in self.bound:
             return [self.scope[name]] if name in self.scope else None
-        self.busy.add(name)
+        self.in_progress.add(name)
         try:
-            return _together([self._binding(node, name) for node in self.bound[name]])
+            return _all_known([self._binding(node, name) for node in self.bound[name]])
         finally:
-            self.busy.discard(name)
+            self.in_progress.discard(name)
 
     def _binding(self, node: ast.AST, name: str) -> Values:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
@@ -291,7 +294,7 @@ def _range(arguments: list[Values]) -> Values:
         numbers = range(*known) if len(known) == len(arguments) else None
     except (TypeError, ValueError):  # not one to three of them; a step of 0
         return None
-    return None if numbers is None or len(numbers) > _ROUNDS else list(numbers)
+    return None if numbers is None or len(numbers) > _MAX_ITERATIONS else list(numbers)
 
 
 def _names_in(target: ast.expr) -> list[str]:
@@ -326,12 +329,12 @@ def _filled(cell: CellType) -> bool:
     return True
 
 
-def _together(several: list[Values]) -> Values:
+def _all_known(several: list[Values]) -> Values:
     return None if any(v is None for v in several) else [x for v in several for x in v]  # type: ignore[union-attr]
 
 
 def _each(values: Values, f: Any) -> Values:
-    return None if values is None else _together([f(v) for v in values])
+    return None if values is None else _all_known([f(v) for v in values])
 
 
 def state(value: Any) -> dict[str, Any]:
@@ -339,18 +342,18 @@ def state(value: Any) -> dict[str, Any]:
     return object.__getattribute__(value, "__dict__")
 
 
-_NOTHING = object()
+_MISSING = object()
 
 
 def _in_class(cls: type, name: str) -> Any:
-    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _NOTHING)
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _MISSING)
 
 
 def _is_plain_attribute(cls: type, name: str) -> bool:
     """Whether the attribute of a module of this class is looked up without running code of the class."""
     found = _in_class(cls, name)
     return _is_looked_up_plainly(cls) and (
-        found is _NOTHING
+        found is _MISSING
         or type(found) in (FunctionType, staticmethod, classmethod)
         or not hasattr(type(found), "__get__")
     )
@@ -373,7 +376,7 @@ def _attribute(value: Any, name: str) -> Values:
         return [own[name]]
     if type(found) is FunctionType:
         return [MethodType(found, value)]
-    if found is not _NOTHING:
+    if found is not _MISSING:
         return [found.__func__] if type(found) is staticmethod else None if type(found) is classmethod else [found]
     return [own["_modules"][name]] if name in own["_modules"] else None
 

@@ -1,7 +1,7 @@
-"""Whether another form of a model (fused, exported) computes what the model does, up to rounding.
+"""Agreement of two forms of a model (fused, exported): do both compute the same, up to rounding?
 
-The rule: at most twice the distance of stock's outputs from float64's. ``dlkernels.testing.oracle`` has it for single
-layers, elementwise; here it is for whole models, at an output's largest element.
+The rule: the outputs' distance from float64's is at most twice the distance of stock's. ``dlkernels.testing.oracle``
+has the rule for single layers, elementwise. Here it is for whole models, relative to an output's largest element.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ PERTURBATIONS = 3
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far outputs are from float64's, in rounding errors, and how far they may be: for the output where the two are
-    closest. True if all are near enough."""
+    """The distance of a model's outputs from float64's, and the allowed distance, both in rounding errors.
+
+    Of several outputs it holds the one with the largest ratio of the two. It is True if the outputs agree.
+    """
 
     error: float
     allowed: float
@@ -37,14 +39,14 @@ class Agreement:
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a tuple of arguments or a dict of keyword arguments, as args and kwargs."""
+    """Return a tensor, a tuple of arguments or a dict of keyword arguments as (args, kwargs)."""
     if isinstance(example_inputs, dict):
         return (), example_inputs
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
 def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """All tensors in what the model returns, without gradients and from one random state; the mode is the model's."""
+    """Return all tensors of the model's result. It runs in its own mode, without gradients, from one random state."""
     args, kwargs = arguments(example_inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -53,7 +55,7 @@ def outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def perturbed(model: nn.Module, seed: int) -> nn.Module:
-    """A copy whose parameters differ by one rounding each, up or down: what it computes, the model might have."""
+    """Return a copy whose parameters differ by one rounding error each, up or down: an equally good model."""
     again = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -65,11 +67,11 @@ def perturbed(model: nn.Module, seed: int) -> nn.Module:
 
 
 def distance(t: Tensor, exact: Tensor) -> float:
-    """The largest difference, in rounding errors of ``t``'s dtype at ``exact``'s largest element."""
+    """Return the largest difference, in rounding errors of ``t``'s dtype at ``exact``'s largest element."""
     if t.numel() == 0:
         return 0.0
     info = torch.finfo(t.dtype)
-    difference = (t.double() - exact).abs().nan_to_num(0.0)  # what is infinite or NaN in both
+    difference = (t.double() - exact).abs().nan_to_num(0.0)  # 0 where both are infinite or NaN
     if not torch.equal(t.isfinite(), exact.isfinite()):
         return float("inf")
     finite = exact[exact.isfinite()].abs()
@@ -79,11 +81,17 @@ def distance(t: Tensor, exact: Tensor) -> float:
 
 
 def judge(ours: Sequence[Tensor], stock: nn.Module, example_inputs: Any, least: float = 1.0) -> Agreement:
-    """Whether ``ours`` are what ``stock`` gives: floating point as near to float64 as the rule says, all else equal.
+    """Compare the outputs ``ours`` with those of ``stock``: floating point ones by the rule, all others exactly.
 
-    Stock's distance is the largest of its own and those of copies whose parameters are off by one rounding, and at
-    least ``least``. A model that cannot run in float64 (a dtype is written in its code) is itself what they are
-    measured from. ``stock`` is in eval mode, and ``ours`` are in its outputs' order.
+    Stock's distance is the largest one of stock itself and of copies whose parameters differ by one rounding error. It
+    is at least ``least``. If the model cannot run in float64 (its code names a dtype), distances are measured from
+    stock's own outputs.
+
+    Args:
+        ours: the outputs under test, in the order of stock's.
+        stock: the model to compare with, in eval mode.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        least: rounding errors.
     """
     own = outputs(stock, example_inputs)
     alike = [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in own]
@@ -100,6 +108,15 @@ def judge(ours: Sequence[Tensor], stock: nn.Module, example_inputs: Any, least: 
         if found.error / found.allowed > worst.error / worst.allowed:
             worst = found
     return worst
+
+
+def assert_models_agree(model: nn.Module, stock: nn.Module, example_inputs: Any, least: float = 1.0) -> None:
+    """Raise AssertionError if ``model`` computes something else than ``stock``, beyond rounding (:func:`judge`).
+
+    Both should be in eval mode.
+    """
+    found = judge(outputs(model, example_inputs), stock, example_inputs, least)
+    assert found, str(found)
 
 
 def _in_float64(stock: nn.Module, example_inputs: Any, own: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The float64 oracle and the tolerance rule. Tests and benchmarks import these and nothing else to judge numbers."""
+"""The float64 oracle of a layer and the tolerance rule."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 Op = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-# Every activation as a stock user writes it.
+# Every activation as a user of stock torch writes it.
 STOCK: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
     "relu": F.relu,
@@ -32,14 +32,14 @@ def _gelu_tanh_inner(z: Tensor) -> Tensor:
     return (2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)
 
 
-# What the oracle evaluates in float64: stock's formulas, but for the left tails of both GELUs, where stock's cancel.
+# The oracle's formulas: stock's, except for both GELUs, where stock's lose digits by cancellation in the left tail.
 EXACT = {
     **STOCK,
     "gelu": lambda z: z * 0.5 * torch.erfc(z * -(0.5**0.5)),
     "gelu_tanh": lambda z: z * torch.sigmoid(2 * _gelu_tanh_inner(z)),
 }
 
-# The same functions by other, equally well-conditioned formulas: what rounding inside an activation may do.
+# The same functions by other, equally well-conditioned formulas: they show how large rounding in an activation may be.
 REWRITTEN = {
     **EXACT,
     "gelu_tanh": lambda z: 0.5 * z * (1 + _tanh(_gelu_tanh_inner(z))),
@@ -51,7 +51,15 @@ REWRITTEN = {
 
 @dataclass
 class Layer:
-    """One call: x [..., K], weight [N, K], bias [N] or None, g [..., N] the gradient of y."""
+    """One call of a layer, ``y = act(x @ weight.T + bias)``.
+
+    Attributes:
+        x: ``[..., K]``.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or None.
+        g: ``[..., N]``, the gradient of y.
+        activation: a name of :func:`dlkernels.functional.linear_act`. leaky_relu has the slope 0.01.
+    """
 
     x: Tensor
     weight: Tensor
@@ -60,6 +68,7 @@ class Layer:
     activation: str
 
     def to(self, device: torch.device | str) -> "Layer":
+        """Return the layer with its tensors on ``device``."""
         return replace(
             self,
             x=self.x.to(device),
@@ -69,19 +78,22 @@ class Layer:
         )
 
     def run(self, op: Op) -> dict[str, Tensor]:
-        """y and the gradients that op(x, weight, bias) gives, by name."""
+        """Return y of ``op(x, weight, bias)`` and its gradients, by name: "y", "dx", "dweight"; with a bias "dbias"."""
         names = ["dx", "dweight"] + ["dbias"] * (self.bias is not None)
         leaves = [t.detach().requires_grad_() for t in (self.x, self.weight, self.bias) if t is not None]
         y = op(*leaves, *[None] * (3 - len(leaves)))
         return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, leaves, self.g), strict=True))}
 
     def stock(self, activations: dict[str, Callable[[Tensor], Tensor]] = STOCK) -> dict[str, Tensor]:
+        """Return stock torch's results, as :meth:`run` does."""
         return self.run(lambda x, w, b: activations[self.activation](F.linear(x, w, b)))
 
 
 def _slices(a: Tensor, bits: int) -> list[Tensor]:
-    """Matrices that add up to ``a``, down to 2^-64 of each row's largest element. In a row, each is integers of
-    ``bits`` bits times one power of two."""
+    """Return matrices that add up to ``a``, down to 2^-64 of each row's largest element.
+
+    A row of each matrix is integers of ``bits`` bits times one power of two.
+    """
     slices = []
     for _ in range(-(-64 // bits)):
         unit = torch.exp2(torch.frexp(a.abs().amax(1, keepdim=True))[1].double() - bits)
@@ -91,9 +103,9 @@ def _slices(a: Tensor, bits: int) -> list[Tensor]:
 
 
 def exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, N] in float64, rounded about once however long the sum.
+    """Return a [M, K] @ b [K, N] in float64 with about one rounding error, however long the sums are.
 
-    Products of slices are sums of integers below 2^53, which no order of addition rounds (Ozaki et al., 2012).
+    Products of slices are sums of integers below 2^53, which are exact in any order (Ozaki et al., 2012).
     """
     if min(*a.shape, *b.shape) == 0:
         return a @ b
@@ -107,11 +119,15 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def oracle(layer: Layer, y: Tensor, device: torch.device | str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
-    """Each result of ``layer`` in float64, and its scale: what one rounding error of every term may add up to. For a
-    layer in float64 itself, products are exact but for their last rounding.
+    """Return each result of ``layer`` in float64, and its scale, by name.
 
-    ``y`` is the output under test: ReLU's gate is read from it, because a z within rounding of 0 may rightly fall on
-    either side of the kink. Computed on ``device``: by default on the CPU, whatever the device under test.
+    The scale is the sum of the sizes of a result's terms: one rounding error of every term adds up to at most one
+    rounding unit times the scale. For a layer in float64 itself, products are exact except for their last rounding.
+
+    Args:
+        layer: the layer under test.
+        y: its output under test. ReLU's gate is read from y: a z within rounding of 0 may be on either side of 0.
+        device: where the oracle computes; by default the CPU, whatever the device under test.
     """
     layer, y = layer.to(device), y.to(device)
     act, k, n = EXACT[layer.activation], layer.x.shape[-1], layer.g.shape[-1]
@@ -123,7 +139,7 @@ def oracle(layer: Layer, y: Tensor, device: torch.device | str = "cpu") -> dict[
     value = act(z)
     (d,) = torch.autograd.grad(value.sum(), z, create_graph=True)
     (dd,) = torch.autograd.grad(d.sum(), z) if d.requires_grad else (torch.zeros_like(z),)
-    slope = d.detach().abs()  # beside a gate that rounding moved, y may still be off by its terms
+    slope = d.detach().abs()  # where rounding moved the gate, y may still have an error of the size of its terms
     if layer.activation in ("relu", "leaky_relu"):
         closed = 0.01 if layer.activation == "leaky_relu" else 0.0
         d = torch.where(y.double().reshape(-1, n) > 0, 1.0, closed)
@@ -140,63 +156,85 @@ def oracle(layer: Layer, y: Tensor, device: torch.device | str = "cpu") -> dict[
 
 
 def error(actual: Tensor, exact: Tensor, scale: Tensor) -> float:
-    """The largest error, elementwise in units of rounding errors of ``actual``'s dtype times ``scale``."""
+    """Return the largest elementwise error, in rounding errors of ``actual``'s dtype times ``scale``.
+
+    Below the dtype's normal range the unit is absolute.
+    """
     if actual.numel() == 0:
         return 0.0
     info = torch.finfo(actual.dtype)
-    unit = scale * (info.eps / 2) + info.smallest_normal  # below the normal range the unit is absolute
+    unit = scale * (info.eps / 2) + info.smallest_normal
     return float(((actual.to(exact.device).double() - exact).abs() / unit).max())
 
 
 def assert_no_worse(ours: Tensor, exact: Tensor, scale: Tensor, stock_error: float, what: str = "") -> None:
-    """The rule: at most twice stock torch's error against float64, elementwise on ``scale``.
+    """Raise AssertionError if the error of ``ours`` is more than twice stock torch's, elementwise on ``scale``.
 
-    ``stock_error`` is :func:`error` of stock's result. Where stock happens to be exact, one rounding error of each term
-    counts as its error.
+    Args:
+        ours: the result under test.
+        exact, scale: the oracle's pair for it.
+        stock_error: :func:`error` of stock's result. Less than one rounding error of each term counts as one.
+        what: the name of the result, for the message.
     """
     mine, allowed = error(ours, exact, scale), 2 * max(1.0, stock_error)
     assert mine <= allowed, f"{what}: error {mine:.3g} rounding units, twice stock's is {allowed:.3g}"
 
 
+def _assert_same_kind(what: str, t: Tensor, stock: Tensor) -> None:
+    kind, expected = ((tuple(a.shape), a.dtype, a.device) for a in (t, stock))
+    assert kind == expected, f"{what}: expected {expected}, as stock's; got {kind}"
+
+
 def with_gates(
     layer: Layer, y: Tensor, stock: dict[str, Tensor], exact: dict[str, tuple[Tensor, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The oracle with the gates of ``y``: ``exact``, which has those of ``stock``'s y, where they are the same."""
+    """Return the oracle for the gates of ``y``. If they equal the gates of stock's y, that is ``exact``."""
     return exact if torch.equal(y > 0, stock["y"] > 0) else oracle(layer, y, exact["y"][0].device)
 
 
 def stock_errors(layer: Layer, stock: dict[str, Tensor], exact: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """:func:`error` of each of stock's results. ``exact`` is the oracle with the gates of ``stock``'s y.
+    """Return the :func:`error` of each of stock's results, by name.
 
-    In float64 the largest of stock's as it is and of two other orders and formulas: there stock's order of addition is
-    not ours everywhere, and of two equally good orders the largest errors of one draw can differ by more than 2. Of 26
-    draws of 33 × 64 × 65 by MKL's AVX2, stock's was 1.86 on average and 3.09 at most, ours 1.91 and 3.09; in one draw
-    ours was 2.2 times stock's. The oracle's activations are rounded like stock's, too.
+    In float64 it is the largest error of three stock computations: the usual one, and two with another order of sums
+    and other formulas. In float64 stock's order of addition is not ours everywhere, and the largest errors of two good
+    orders can differ by more than a factor of 2 in one draw. In 26 draws of 33 × 64 × 65 with MKL's AVX2, stock's
+    error was 1.86 on average and 3.09 at most, ours 1.91 and 3.09; in one draw ours was 2.2 times stock's. The oracle's
+    activations are rounded like stock's, too.
+
+    Args:
+        layer: the layer under test.
+        stock: ``layer.stock()``.
+        exact: the oracle for the gates of stock's y.
     """
     worst = {name: error(t, *exact[name]) for name, t in stock.items()}
     for _ in range(2 if layer.x.dtype == torch.float64 else 0):
         other = reordered_stock(layer)
-        theirs = with_gates(layer, other["y"], stock, exact)
-        worst = {name: max(worst[name], error(t, *theirs[name])) for name, t in other.items()}
+        other_exact = with_gates(layer, other["y"], stock, exact)
+        worst = {name: max(worst[name], error(t, *other_exact[name])) for name, t in other.items()}
     return worst
 
 
-def check(layer: Layer, op: Op, granted: float = 1.0) -> None:
-    """op(x, weight, bias) and its gradients have stock's shapes, dtypes and device, and follow the rule.
+def assert_layer_no_worse(layer: Layer, op: Op, granted: float = 1.0) -> None:
+    """Raise AssertionError if ``op`` is worse than stock torch at ``layer``.
 
-    ``granted``: rounding units that count as stock's error where it has less.
+    y and the gradients of ``op(x, weight, bias)`` must have stock's shapes, dtypes and device, and errors of at most
+    twice stock's.
+
+    Args:
+        layer: the tensors, the gradient of y, and the activation.
+        op: a function of (x, weight, bias).
+        granted: stock's errors below this number of rounding units count as this number.
     """
     ours, stock = layer.run(op), layer.stock()
     stock_exact = oracle(layer, stock["y"])
     exact, allowed = with_gates(layer, ours["y"], stock, stock_exact), stock_errors(layer, stock, stock_exact)
     for name, t in ours.items():
-        s = stock[name]
-        assert (t.shape, t.dtype, t.device) == (s.shape, s.dtype, s.device), name
+        _assert_same_kind(name, t, stock[name])
         assert_no_worse(t, *exact[name], max(granted, allowed[name]), name)
 
 
 def reordered_stock(layer: Layer) -> dict[str, Tensor]:
-    """Stock's results with every sum in another order, drawn at random, and activations by the other formula."""
+    """Return stock's results with every sum in another random order, and activations by ``REWRITTEN``."""
     k, n = layer.x.shape[-1], layer.g.shape[-1]
     x, g = layer.x.reshape(-1, k), layer.g.reshape(-1, n)
     pm, pn, pk = (torch.randperm(size, device=x.device) for size in (x.shape[0], n, k))

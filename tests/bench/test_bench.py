@@ -23,7 +23,7 @@ from bench.peak import Peak
 from bench.readme_table import BEGIN, END, markdown, rewrite
 from bench.readme_table import main as write_readme
 from bench.table import show
-from dlkernels.testing.oracle import STOCK, Layer
+from dlkernels.testing import STOCK, Layer
 from tests.support.paths import ROOT
 
 SMALL = Shape("small", 24, 48, 16)

@@ -21,7 +21,7 @@ from bench.harness import Timing
 from bench.judge import Judge
 from bench.peak import Peak
 from bench.table import show
-from dlkernels.testing.oracle import Layer
+from dlkernels.testing import Layer
 from tests.conftest import HAS_GPU
 
 H200 = Rates(790e12, 4.3e12)  # operations and bytes per second

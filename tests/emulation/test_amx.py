@@ -15,7 +15,7 @@ import torch
 
 from dlkernels import _C
 from dlkernels._ops.activations import ACTIVATIONS
-from dlkernels.testing.oracle import Layer, assert_no_worse, check, error, oracle
+from dlkernels.testing import Layer, assert_layer_no_worse, assert_no_worse, error, oracle
 from tests.support.ctypes_utils import pointer, view
 from tests.support.paths import ROOT
 from tests.support.subprocess_utils import python
@@ -240,13 +240,13 @@ SHAPES = [
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_against_the_oracle(kernels, act, shape):
     for bias in (True, False):
-        check(random_layer(*shape, act, bias), layer_op(kernels, act, threads=2))
+        assert_layer_no_worse(random_layer(*shape, act, bias), layer_op(kernels, act, threads=2))
 
 
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_slices_of_k(kernels, splits):
     """The last one may be empty: 1000 rows in 3 slices of 512."""
-    check(random_layer(1000, 40, 50), layer_op(kernels, "relu", splits, threads=3))
+    assert_layer_no_worse(random_layer(1000, 40, 50), layer_op(kernels, "relu", splits, threads=3))
 
 
 def few_rows(kernels, x, weight, act="none", bias=None, threads=1):
@@ -297,14 +297,14 @@ def strided(t):
 def test_strides(kernels, which, layout):
     layer = random_layer(45, 50, 70, "silu")
     setattr(layer, which, layout(getattr(layer, which)))
-    check(layer, layer_op(kernels, "silu"))
+    assert_layer_no_worse(layer, layer_op(kernels, "silu"))
 
 
 def test_stride_zero(kernels):
     layer = random_layer(40, 50, 70)
     layer.x = layer.x[:1].expand(40, 70)
     layer.g = layer.g[:, :1].expand(40, 50)
-    check(layer, layer_op(kernels, "relu"))
+    assert_layer_no_worse(layer, layer_op(kernels, "relu"))
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])

@@ -80,10 +80,10 @@ def test_the_last_layer_that_has_no_activation_is_not_called_fused(forward):
 
 def test_what_depends_on_the_call_is_open_until_example_inputs_show_it():
     model = fuse(net(depth_as_argument))
-    assert [s.path for s in report(model).open] == ["layers.0", "layers.1", "layers.2"] and not report(model).fused
+    assert [s.path for s in report(model).undecided] == ["layers.0", "layers.1", "layers.2"] and not report(model).fused
     fuse(model, example_inputs=X)
     rows = {s.path: (s.status, s.reached) for s in report(model) if s.path.startswith("layers")}
-    assert rows == {"layers.0": ("fused", True), "layers.1": ("fused", True), "layers.2": ("left", False)}
+    assert rows == {"layers.0": ("fused", True), "layers.1": ("fused", True), "layers.2": ("skipped", False)}
 
 
 def walrus(self, x):
@@ -161,7 +161,7 @@ inherited_class = type("inherited", (Parent,), {"forward": inherited})
 )
 def test_an_activation_that_is_there_is_not_denied(model, why):
     (site,) = [s for s in report(fuse(model)) if s.path == "fc"]
-    assert site.status == "left" and why in site.why, site
+    assert site.status == "skipped" and why in site.why, site
 
 
 class GELU(nn.Module):
@@ -195,7 +195,7 @@ def no_activations(self, x, size=6):
 def test_calls_that_are_no_activation_are_not_open():
     model = net(no_activations)
     table = report(fuse(model))
-    assert not table.open and not table.fused, str(table)
+    assert not table.undecided and not table.fused, str(table)
     assert type(model).__name__ == "no_activations" and not hasattr(model, "_fused_plan"), "nothing was rewritten"
 
 
@@ -208,7 +208,7 @@ def test_not_asked_for_is_said_of_what_was_not_asked_for():
     fuse(model)
     model.fc.weight = weight
     (site,) = report(model)
-    assert site.status == "left" and "call it again" in site.why
+    assert site.status == "skipped" and "call it again" in site.why
     assert len(report(fuse(model)).fused) == 1
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from dlkernels.nn import MLP, LinearAct, LinearReLU
 from dlkernels.stock import ACTIVATIONS as STOCK_MODULES
-from dlkernels.testing.oracle import STOCK
+from dlkernels.testing import STOCK
 
 
 def same_state(a, b):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dlkernels import functional
-from dlkernels.testing.oracle import EXACT, STOCK
+from dlkernels.testing import EXACT, STOCK
 
 
 def sweep():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dlkernels import _C, functional
-from dlkernels.testing.oracle import STOCK, Layer, oracle
+from dlkernels.testing import STOCK, Layer, oracle
 from tests.ops.test_forward_backward import layouts
 from tests.ops.test_promises import SUBSETS, Record, saved_by
 from tests.support.subprocess_utils import python

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import hessian, jacobian
 
 from dlkernels import functional
-from dlkernels.testing.oracle import REWRITTEN, STOCK
+from dlkernels.testing import REWRITTEN, STOCK
 
 
 def arguments(lead=(3,), k=4, n=5, bias=True, device="cpu"):

@@ -13,7 +13,7 @@ from torch.export import Dim
 
 from dlkernels import functional
 from dlkernels.nn import MLP, LinearReLU
-from dlkernels.testing.oracle import STOCK
+from dlkernels.testing import STOCK
 
 ops = torch.ops.dlkernels
 

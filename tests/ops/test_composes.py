@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dlkernels import functional
 from dlkernels.nn import MLP, LinearAct, LinearReLU
-from dlkernels.testing.oracle import STOCK, Layer, assert_no_worse, error, oracle
+from dlkernels.testing import STOCK, Layer, assert_no_worse, error, oracle
 
 ACTIVATIONS = pytest.mark.parametrize("activation", STOCK)
 
@@ -191,7 +191,10 @@ def test_autocast_leaves_float64_alone(low, device):
     for op, theirs in (
         (functional.linear_relu, stock("relu")),
         (lambda x, w, b: functional.mlp(x, [w, w.t()], [b, None]), lambda x, w, b: stock("relu")(x, w, b) @ w),
-        (lambda *a: functional.linear_cross_entropy(*a, target), lambda *a: F.cross_entropy(F.linear(*a), target)),
+        (
+            lambda x, w, b: functional.linear_cross_entropy(x, w, target, linear_bias=b),
+            lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target),
+        ),
         (lambda x, *_: functional.cross_entropy(x, target % 4), lambda x, *_: F.cross_entropy(x, target % 4)),
         (lambda x, w, _: functional.mse_loss(x, w[:3]), lambda x, w, _: F.mse_loss(x, w[:3])),
     ):

@@ -90,7 +90,14 @@ CALLS = {
     "activation is unhashable": (lambda: act(activation=["relu"]), ValueError, r"one of .*; got \['relu'\]"),
     "negative slope": (lambda: act(activation="leaky_relu", negative_slope=-1.0), ValueError, "must be >= 0.*got -1"),
     "slope is NaN": (lambda: act(activation="leaky_relu", negative_slope=float("nan")), ValueError, ">= 0.*got nan"),
-    "slope is a string": (lambda: act(negative_slope="0.1"), RuntimeError, "type 'float'.*'slope'.*'str'"),
+    "slope is a string": (lambda: act(negative_slope="0.1"), TypeError, r"must be a number, got '0.1' \(str\)"),
+    "slope is None": (lambda: act(negative_slope=None), TypeError, "^linear_act: negative_slope .*got None"),
+    "slope of mlp is None": (lambda: functional.mlp(X, [W], negative_slope=None), TypeError, "mlp: negative_slope"),
+    # sequences
+    "mlp of None": (lambda: functional.mlp(X, None), TypeError, "mlp: weights must be a sequence .*got NoneType"),
+    "mlp of a number": (lambda: functional.mlp(X, 3), TypeError, "mlp: weights must be a sequence of tensors, got int"),
+    "biases are a number": (lambda: functional.mlp(X, [W], 1.0), TypeError, "mlp: biases must be .*None, got float"),
+    "activations are None": (lambda: functional.mlp(X, [W], None, None), TypeError, "activation must.*got NoneType"),
     "linear_relu takes no activation": (lambda: functional.linear_relu(X, W, B, "gelu"), TypeError, "positional"),
     # modules
     "layer of negative size": (lambda: LinearReLU(-1, 3), ValueError, "in_features must be at least 0, got -1"),

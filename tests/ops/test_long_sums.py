@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dlkernels.functional import cross_entropy, linear_act, linear_cross_entropy, mlp, mse_loss
-from dlkernels.testing.oracle import Layer, assert_no_worse, check, error
+from dlkernels.testing import Layer, assert_layer_no_worse, assert_no_worse, error
 
 # M, K, N: few rows, packed, few columns, and rows cut in slices, with a long sum in forward, in dgrad, in wgrad and
 # dbias.
@@ -28,7 +28,7 @@ def positive(*shape, dtype=torch.float32):
 def test_products(shape, dtype):
     m, k, n = shape
     layer = Layer(*(positive(*s, dtype=dtype) for s in ((m, k), (n, k), (n,), (m, n))), "none")
-    check(layer, lambda x, w, b: linear_act(x, w, b, "none"))
+    assert_layer_no_worse(layer, lambda x, w, b: linear_act(x, w, b, "none"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -39,7 +39,7 @@ def test_products_of_16_bits(shape, dtype):
     """Small enough for float16: a sum has at most 65536 terms below 1/4."""
     m, k, n = shape
     layer = Layer(*(positive(*s, dtype=dtype) / 2 for s in ((m, k), (n, k), (n,), (m, n))), "none")
-    check(layer, lambda x, w, b: linear_act(x, w, b, "none"))
+    assert_layer_no_worse(layer, lambda x, w, b: linear_act(x, w, b, "none"))
 
 
 def judge(ours, stock, exact):
@@ -113,7 +113,9 @@ def test_linear_cross_entropy_of_many_blocks():
     m, classes, k = 65536, 16_384, 64
     x, g = positive(m, k), positive(m)
     w, b, target = torch.zeros(classes, k), torch.zeros(classes), torch.zeros(m, dtype=torch.long)
-    _, _, dw, db = with_gradients(lambda x, w, b: linear_cross_entropy(x, w, b, target, reduction="none"), (x, w, b), g)
+    _, _, dw, db = with_gradients(
+        lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, reduction="none"), (x, w, b), g
+    )
     dz = (g / classes)[:, None].expand(m, 9).contiguous()
     exact = dz.double().t() @ x.double(), dz.double().sum(0)
     judge([dw[1:10], db[1:10]], [dz.t() @ x, dz.sum(0)], exact)

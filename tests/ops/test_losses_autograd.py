@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from dlkernels import losses
 from dlkernels.functional import linear_cross_entropy
-from dlkernels.testing.oracle import assert_no_worse, error
+from dlkernels.testing import assert_no_worse, error
+from dlkernels.testing.losses import run_loss
 from tests.support.devices import ON_EVERY_DEVICE
-from tests.support.losses_oracle import DTYPES, REDUCTIONS, assert_like, class_problem, run
+from tests.support.losses_problems import DTYPES, REDUCTIONS, assert_like, class_problem
 
 # ---- dtypes and modes -----------------------------------------------------------------------------------------------
 
@@ -22,9 +23,9 @@ def test_small_gradients_survive_in_float16():
         (lambda a: losses.cross_entropy(a, index), lambda a: F.cross_entropy(a, index), [x]),
         (losses.mse_loss, F.mse_loss, [x / 300, x / 301]),
     ):
-        (mine,) = run(ours, tensors, lambda loss: scale)[1:2]
-        (exact,) = run(stock, [t.double() for t in tensors], lambda loss: scale.double())[1:2]
-        (theirs,) = run(stock, tensors, lambda loss: scale)[1:2]
+        (mine,) = run_loss(ours, tensors, lambda loss: scale)[1:2]
+        (exact,) = run_loss(stock, [t.double() for t in tensors], lambda loss: scale.double())[1:2]
+        (theirs,) = run_loss(stock, tensors, lambda loss: scale)[1:2]
         assert_no_worse(mine, exact, exact.abs() + 2.0**-10, error(theirs, exact, exact.abs() + 2.0**-10))
 
 
@@ -188,7 +189,7 @@ def test_hooks_run_once_and_paths_count_once():
             lambda x, w: F.gaussian_nll_loss(x, x * w, x * x + 1),
         ),
         (
-            lambda x, w: linear_cross_entropy(x, w, x[0], torch.arange(4)),
+            lambda x, w: linear_cross_entropy(x, w, torch.arange(4), linear_bias=x[0]),
             lambda x, w: F.cross_entropy(F.linear(x, w, x[0]), torch.arange(4)),
         ),
     ):

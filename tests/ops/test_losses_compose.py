@@ -8,9 +8,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dlkernels import losses
 from dlkernels._ops import losses as ops
+from dlkernels.testing.losses import grad_output_of, run_loss
 from tests.ops.test_losses_autograd import CASES
 from tests.support.devices import ON_EVERY_DEVICE
-from tests.support.losses_oracle import DTYPES, class_problem, incoming, run
+from tests.support.losses_problems import DTYPES, class_problem
 
 TRANSFORMED = [n for n in CASES if n.endswith(("mean", "none", "mean-0.3", "mean-0.0"))]
 
@@ -83,7 +84,9 @@ def test_compile_fullgraph(backend):
     for name in cases if backend == "aot_eager" else ("index",):
         op, inputs = cases[name]
         compiled = torch.compile(op, fullgraph=True, backend=backend)
-        for a, b in zip(run(compiled, inputs, torch.ones_like), run(op, inputs, torch.ones_like), strict=True):
+        for a, b in zip(
+            run_loss(compiled, inputs, torch.ones_like), run_loss(op, inputs, torch.ones_like), strict=True
+        ):
             assert torch.equal(a, b), name
             assert a.stride() == b.stride(), name
     compiled = torch.compile(losses.gaussian_nll_loss, fullgraph=True, backend=backend)
@@ -152,8 +155,8 @@ def test_meta_device():
 @ON_EVERY_DEVICE
 def test_activation_checkpoint():
     x, index, _, _ = class_problem((6, 5), torch.float32, False)
-    plain = run(lambda a: losses.cross_entropy(a, index), [x], torch.ones_like)
-    again = run(lambda a: checkpoint(losses.cross_entropy, a, index, use_reentrant=False), [x], torch.ones_like)
+    plain = run_loss(lambda a: losses.cross_entropy(a, index), [x], torch.ones_like)
+    again = run_loss(lambda a: checkpoint(losses.cross_entropy, a, index, use_reentrant=False), [x], torch.ones_like)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
@@ -173,11 +176,11 @@ def test_same_bits_every_time_on_any_number_of_threads(dtype):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        first = [run(op, tensors, incoming) for op, tensors in calls]
+        first = [run_loss(op, tensors, grad_output_of) for op, tensors in calls]
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
             for (op, tensors), expected in zip(calls, first, strict=True):
-                for a, b in zip(run(op, tensors, incoming), expected, strict=True):
+                for a, b in zip(run_loss(op, tensors, grad_output_of), expected, strict=True):
                     assert torch.equal(a, b)
     finally:
         torch.set_num_threads(before)

@@ -1,25 +1,13 @@
 """Cross entropy against higher precision, with class indices and with class probabilities."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dlkernels import losses
+from dlkernels.testing import LossJudge, cross_entropy_oracle
 from tests.support.devices import ON_EVERY_DEVICE
-from tests.support.losses_oracle import (
-    DTYPES,
-    INF,
-    NAN,
-    REDUCTIONS,
-    Judge,
-    assert_like,
-    class_problem,
-    gradient_of,
-    layouts,
-    long,
-    reduced,
-)
+from tests.support.losses_problems import DTYPES, INF, NAN, REDUCTIONS, assert_like, class_problem, layouts
 
 # N, C, d1...: one register and less, around the switch to long rows (2 registers), several slices, every layout.
 CLASS_SHAPES = [
@@ -28,43 +16,14 @@ CLASS_SHAPES = [
 ]  # fmt: skip
 
 
-def class_oracle(x, q, counted, reduction, denominator, soft_factor):
-    """Loss, gradient of x and of class probabilities, each with its scale; q [N, C, ...] is the target distribution."""
-    dtype, x = x.dtype, long(x)
-    shifted = x - x.max(1, keepdims=True)
-    log_sum = np.log(np.exp(shifted).sum(1, keepdims=True))
-    log_p, size = shifted - log_sum, abs(shifted) + log_sum + 1
-    p, all_q = np.exp(log_p), q.sum(1, keepdims=True)
-    loss = reduced(-(q * log_p).sum(1), reduction, denominator)
-    g = gradient_of(loss, reduction, denominator, dtype)
-    g = g[:, None] if reduction == "none" else g
-    grad = (p * all_q - q) * g * counted[:, None]
-    return [
-        (loss, reduced((q * size).sum(1), reduction, denominator)),
-        (grad, (p * (size + 1) * all_q + q) * abs(g) * counted[:, None]),
-        (-soft_factor * log_p * g, soft_factor * size * abs(g)),
-    ]
-
-
 def see_cross_entropy(judge, x, target, weight, reduction, smoothing):
-    c = x.shape[1]
-    w = long(weight) if weight is not None else np.ones(c, dtype=np.longdouble)
-    by_class = w.reshape(1, c, *[1] * (x.dim() - 2))
-    if target.is_floating_point():
-        counted, t, denominator = np.ones(x[:, 0].shape), long(target), x.numel() / c
-    else:
-        counted = (target != -100).cpu().numpy()
-        index = target.clamp(min=0)
-        t = F.one_hot(index, c).movedim(-1, 1).cpu().numpy() * counted[:, None]
-        denominator = (w[index.cpu().numpy()] * counted).sum()
-    q = by_class * ((1 - smoothing) * t + np.longdouble(smoothing) / c) * counted[:, None]
-    exact = class_oracle(x, q, counted, reduction, denominator, by_class * (1 - smoothing))
+    exact = cross_entropy_oracle(x, target, weight, reduction, smoothing)
     tensors = [x, target] if target.is_floating_point() else [x]
 
     def call(op):
         return lambda a, b=target: op(a, b, weight, reduction=reduction, label_smoothing=smoothing)
 
-    judge.see(call(losses.cross_entropy), call(F.cross_entropy), tensors, exact[: len(tensors) + 1])
+    judge.compare(call(losses.cross_entropy), call(F.cross_entropy), tensors, exact)
 
 
 @ON_EVERY_DEVICE
@@ -73,11 +32,11 @@ def see_cross_entropy(judge, x, target, weight, reduction, smoothing):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy_indices(dtype, reduction, weighted, smoothing):
-    judge = Judge()
+    judge = LossJudge()
     for shape in CLASS_SHAPES:
         x, index, _, weight = class_problem(shape, dtype, weighted)
         see_cross_entropy(judge, x, index, weight, reduction, smoothing)
-    judge.decide()
+    judge.assert_no_worse()
 
 
 @ON_EVERY_DEVICE
@@ -86,11 +45,11 @@ def test_cross_entropy_indices(dtype, reduction, weighted, smoothing):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy_probabilities(dtype, reduction, weighted, smoothing):
-    judge = Judge()
+    judge = LossJudge()
     for shape in CLASS_SHAPES:
         x, _, soft, weight = class_problem(shape, dtype, weighted)
         see_cross_entropy(judge, x, soft, weight, reduction, smoothing)
-    judge.decide()
+    judge.assert_no_worse()
 
 
 @ON_EVERY_DEVICE

@@ -1,39 +1,13 @@
 """The Gaussian negative log-likelihood against higher precision."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dlkernels import losses
-from dlkernels.testing.oracle import assert_no_worse, error
+from dlkernels.testing import LossJudge, assert_no_worse, error, gaussian_nll_oracle
 from tests.support.devices import ON_EVERY_DEVICE
-from tests.support.losses_oracle import (
-    DTYPES,
-    INF,
-    NAN,
-    REDUCTIONS,
-    SHAPES,
-    Judge,
-    assert_like,
-    gradient_of,
-    long,
-    reduced,
-)
-
-
-def gaussian_oracle(x, t, var, full, reduction, eps=1e-6):
-    dtype, d, v = x.dtype, long(x) - long(t), np.maximum(long(var), np.longdouble(eps))
-    n, constant = d.size, np.log(2 * np.longdouble(np.pi)) / 2 if full else 0
-    loss = reduced((np.log(v) + d * d / v) / 2 + constant, reduction, n)
-    g = gradient_of(loss, reduction, n, dtype)
-    dx, dvar = d / v * g, (1 / v - d * d / v**2) / 2 * g
-    return [
-        (loss, reduced((abs(np.log(v)) + d * d / v) / 2 + constant, reduction, n)),
-        (dx, abs(dx)),
-        (-dx, abs(dx)),
-        (dvar, (1 / v + d * d / v**2) / 2 * abs(g)),
-    ]
+from tests.support.losses_problems import DTYPES, INF, NAN, REDUCTIONS, SHAPES, assert_like
 
 
 @ON_EVERY_DEVICE
@@ -41,18 +15,18 @@ def gaussian_oracle(x, t, var, full, reduction, eps=1e-6):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gaussian_nll(dtype, reduction, full):
-    judge = Judge()
+    judge = LossJudge()
     for shape in SHAPES:
         x, t = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(2))
         var = torch.randn(shape, dtype=torch.float64).exp().to(dtype)
         kw = {"reduction": reduction, "full": full}
-        judge.see(
+        judge.compare(
             lambda *a, kw=kw: losses.gaussian_nll_loss(*a, **kw),
             lambda *a, kw=kw: F.gaussian_nll_loss(*a, **kw),
             [x, t, var],
-            gaussian_oracle(x, t, var, full, reduction),
+            gaussian_nll_oracle(x, t, var, full, reduction),
         )
-    judge.decide()
+    judge.assert_no_worse()
 
 
 def test_logarithm():
@@ -75,15 +49,15 @@ def test_logarithm():
 def test_gaussian_clamp_is_a_constant_to_gradients(dtype):
     x, t = (torch.randn(40).to(dtype) for _ in range(2))
     var = torch.linspace(0, 1, 40).to(dtype)
-    judge = Judge()
+    judge = LossJudge()
     for eps in (0.25, 0.5):
-        judge.see(
+        judge.compare(
             lambda *a, eps=eps: losses.gaussian_nll_loss(*a, eps=eps),
             lambda *a, eps=eps: F.gaussian_nll_loss(*a, eps=eps),
             [x, t, var],
-            gaussian_oracle(x, t, var, False, "mean", eps),
+            gaussian_nll_oracle(x, t, var, False, "mean", eps),
         )
-    judge.decide()
+    judge.assert_no_worse()
 
 
 @ON_EVERY_DEVICE

@@ -63,21 +63,21 @@ def test_a_mask_has_every_derivative_of_y(act, dtype):
     activation = ACTIVATIONS[act]
     y = torch.randn(5, 3, 24, dtype=dtype)
     y.view(-1)[:6] = torch.tensor([float("nan"), float("inf"), 0.0, -0.0, -1.0, -float("inf")])
-    mask = masks.packed(y, activation)
+    mask = masks.pack(y, activation)
     assert mask.shape == (5, 3, 3)
     assert mask.dtype == torch.uint8
-    instead = masks.unpacked(mask, dtype)
-    assert torch.equal(activation.first(instead, SLOPE), activation.first(y, SLOPE))
-    assert activation.bend is None
+    instead = masks.unpack(mask, dtype)
+    assert torch.equal(activation.derivative(instead, SLOPE), activation.derivative(y, SLOPE))
+    assert activation.second_derivative is None
     anchor = torch.empty(0, dtype=dtype, requires_grad=True)
-    anchored = masks.unpacked(mask, dtype, anchor)
+    anchored = masks.unpack(mask, dtype, anchor)
     assert torch.equal(anchored, instead)
     assert torch.autograd.grad(anchored.sum(), anchor)[0].shape == (0,)
 
 
 def test_bits_of_a_byte():
     y = torch.tensor([[1.0, 0, 2, -3, 0, 0, 0, 0.5, 0, 7, 0, 0, 0, 0, 0, 0]])
-    assert masks.packed(y, ACTIVATIONS["relu"]).tolist() == [[0b10000101, 0b10]]
+    assert masks.pack(y, ACTIVATIONS["relu"]).tolist() == [[0b10000101, 0b10]]
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -85,7 +85,7 @@ def test_gates_are_activations_of_which_a_bit_is_enough(name):
     """The derivative takes two values, and reads y."""
     act = ACTIVATIONS[name]
     s = torch.linspace(-3, 3, 1001)
-    two_values = len(act.first(s, SLOPE).unique()) == 2
+    two_values = len(act.derivative(s, SLOPE).unique()) == 2
     assert act.needs_sign_only == (act.saves_output and two_values)
 
 
@@ -105,7 +105,7 @@ def test_training_is_as_from_y(shape, act, dtype, masked, monkeypatch):
     assert keeps(functional.linear_act(x, w, b, act)).shape == (shape[0], shape[1] // 8)
     assert_same_bits(step(), from_y(monkeypatch, step))
     y, mask = ops._linear_act_forward_mask(*(t.detach() for t in (x, w, b)), ACTIVATIONS[act].code, SLOPE)
-    assert torch.equal(mask, masks.packed(y, ACTIVATIONS[act]))
+    assert torch.equal(mask, masks.pack(y, ACTIVATIONS[act]))
 
 
 @OF_ACTIVATIONS
@@ -258,7 +258,7 @@ def test_decomposition(act, masked):
     x, w, b, _ = (t.detach() for t in operands(masked, torch.bfloat16))
     settings = ACTIVATIONS[act].code, SLOPE
     y, mask = DECOMPOSITIONS[ops._linear_act_forward_mask.default](x, w, b, *settings)
-    assert torch.equal(mask, masks.packed(y, ACTIVATIONS[act]))
+    assert torch.equal(mask, masks.pack(y, ACTIVATIONS[act]))
     torch.testing.assert_close(y, ops._linear_act_forward(x, w, b, *settings))
 
 

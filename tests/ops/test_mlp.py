@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import dlkernels
 from dlkernels.functional import linear_act, mlp
 from dlkernels.nn import MLP, LinearAct
-from dlkernels.testing.oracle import STOCK
+from dlkernels.testing import STOCK
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NARROW, WIDE, MIXED = [33, 64, 7, 50], [300, 290, 10], [150, 128, 64, 140, 10]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dlkernels import functional
 from dlkernels.nn import MLP
 from dlkernels.stock import copy_parameters, stock_mlp
-from dlkernels.testing.oracle import REWRITTEN, STOCK
+from dlkernels.testing import REWRITTEN, STOCK
 
 D = torch.float64
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlkernels import functional
-from dlkernels.testing.oracle import STOCK, Layer, check
+from dlkernels.testing import STOCK, Layer, assert_layer_no_worse
 from tests.ops.test_forward_backward import DTYPES, make, ours
 from tests.support.subprocess_utils import python
 
@@ -175,7 +175,7 @@ def test_matmul_precision_setting(precision, device):
     try:
         torch.set_float32_matmul_precision(precision)
         for layer in layers:
-            check(layer, ours(layer.activation), granted)
+            assert_layer_no_worse(layer, ours(layer.activation), granted)
     finally:
         torch.set_float32_matmul_precision(before)
     if precision == "highest":
@@ -224,4 +224,4 @@ def test_no_full_size_temporary(activation, outputs):
 def test_layer_that_shares_storage_with_its_input(device):
     """x and weight may be views of one memory, as in tied autoencoders."""
     both = torch.randn(7, 7, device=device)
-    check(Layer(both, both.t(), both[0], torch.randn(7, 7, device=device), "relu"), ours("relu"))
+    assert_layer_no_worse(Layer(both, both.t(), both[0], torch.randn(7, 7, device=device), "relu"), ours("relu"))

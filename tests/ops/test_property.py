@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dlkernels import functional
-from dlkernels.testing.oracle import STOCK, Layer, assert_no_worse, oracle, stock_errors
+from dlkernels.testing import STOCK, Layer, assert_no_worse, oracle, stock_errors
 
 BOUNDED = settings(
     max_examples=300,

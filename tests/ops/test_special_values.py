@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dlkernels import _C, functional
-from dlkernels.testing.oracle import EXACT, STOCK, Layer
+from dlkernels.testing import EXACT, STOCK, Layer
 from tests.ops.test_forward_backward import DTYPES, make, ours
 
 NAN, INF = math.nan, math.inf

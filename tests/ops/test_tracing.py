@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dlkernels
-from dlkernels.nn import MLP, CrossEntropyLoss, GaussianNLLLoss, LinearAct, LinearCrossEntropy, LinearReLU, MSELoss
+from dlkernels.nn import MLP, CrossEntropyLoss, GaussianNLLLoss, LinearAct, LinearCrossEntropyLoss, LinearReLU, MSELoss
 
 LAYERS = {
     "LinearReLU": lambda: LinearReLU(8, 4),
@@ -32,7 +32,10 @@ def test_symbolic_trace(make):
 
 
 LOSSES = {
-    "LinearCrossEntropy": (lambda: LinearCrossEntropy(8, 4), lambda: (torch.randn(3, 8), torch.tensor([1, 2, 3]))),
+    "LinearCrossEntropyLoss": (
+        lambda: LinearCrossEntropyLoss(8, 4, bias=True),
+        lambda: (torch.randn(3, 8), torch.tensor([1, 2, 3])),
+    ),
     "CrossEntropyLoss": (CrossEntropyLoss, lambda: (torch.randn(3, 8), torch.tensor([1, 2, 3]))),
     "MSELoss": (MSELoss, lambda: (torch.randn(3, 8), torch.randn(3, 8))),
     "GaussianNLLLoss": (GaussianNLLLoss, lambda: (torch.randn(3, 8), torch.randn(3, 8), torch.rand(3, 8))),

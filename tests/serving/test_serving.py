@@ -11,7 +11,7 @@ from torch import nn
 from dlkernels import fuse, losses
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.decompositions import DECOMPOSITIONS
-from dlkernels.nn import MLP, LinearAct, LinearCrossEntropy
+from dlkernels.nn import MLP, LinearAct, LinearCrossEntropyLoss
 from dlkernels.serving import check, decompose, export_onnx, export_program, onnx
 from dlkernels.serving.decompose import operators
 from dlkernels.serving.export import ExportError
@@ -90,7 +90,9 @@ class Everything(nn.Module):
             for name in ACTIVATIONS
         )
         weight = torch.rand(5, dtype=dtype)
-        self.head = LinearCrossEntropy(4, 5, class_weight=weight, reduction=reduction, label_smoothing=0.1, dtype=dtype)
+        self.head = LinearCrossEntropyLoss(
+            4, 5, bias=True, weight=weight, reduction=reduction, label_smoothing=0.1, dtype=dtype
+        )
         self.reduction = reduction
 
     def forward(self, x, classes):
@@ -99,7 +101,7 @@ class Everything(nn.Module):
         return (
             *y,
             self.head(x, classes),
-            losses.cross_entropy(y[0], classes, self.head.class_weight, ignore_index=2, label_smoothing=0.2, **values),
+            losses.cross_entropy(y[0], classes, self.head.weight, ignore_index=2, label_smoothing=0.2, **values),
             losses.cross_entropy(y[0], y[1].softmax(1), **values),
             losses.mse_loss(y[0], y[1], **values),
             losses.gaussian_nll_loss(y[0], y[1], y[2].abs(), full=True, eps=0.01, **values),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dlkernels import functional
-from dlkernels.testing.oracle import assert_no_worse, check, oracle, stock_errors
+from dlkernels.testing import assert_layer_no_worse, assert_no_worse, oracle, stock_errors
 from tests.emulation.cuda_ops.plugin import launches
 from tests.ops.test_forward_backward import DTYPES, make, ours
 from tests.ops.test_mlp import MIXED, Chain, distance, stock
@@ -18,7 +18,7 @@ from tests.ops.test_mlp import MIXED, Chain, distance, stock
 @pytest.mark.parametrize("shape", [(130, 136, 72), (70, 128, 64), (1100, 24, 16)], ids=str)  # of multiples of 16 bytes
 def test_a_layer(shape, activation, dtype, device):
     layer = make(*shape, dtype, activation)
-    check(layer, ours(activation))
+    assert_layer_no_worse(layer, ours(activation))
     theirs = layer.stock()
     exact = oracle(layer, layer.run(ours(activation))["y"])
     allowed = stock_errors(layer, theirs, oracle(layer, theirs["y"]))
