@@ -11,13 +11,17 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := pyproject.toml setup.py $(wildcard _build/*.py tools/*.sh) $(shell find csrc -type f)
 
-.PHONY: demo test test-isa lint bench bench-full sanitize cuda-check gpu-check mutations clean
+.PHONY: demo docs test test-isa lint bench bench-full sanitize cuda-check gpu-check mutations clean
 
 demo: .venv/.demo  ## train 784-256-10 on MNIST, fused beside stock
 	@echo "== data: MNIST, from the cache or fetched"
 	@$(BIN)/python -c "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s'); from dlkernels.data import load; print(load('mnist'))"
 	@echo "== training: 10 epochs, fused and stock in turns"
 	$(BIN)/python -m dlkernels train --dataset mnist --sizes 784 256 10 --batch-size 256 --epochs 10 --compare-stock --out runs/demo
+
+docs: .venv/.dev  ## the documentation site, in site/; a broken link fails it, and so does a public name that no page shows
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python -m pytest -q tests/docs/test_api_pages.py
 
 test: .venv/.dev  ## the whole suite
 	$(BIN)/python -m pytest
@@ -47,7 +51,7 @@ mutations: .venv/.dev  ## break the CUDA kernels in one place at a time: the hos
 	$(BIN)/python -m tests.emulation.cuda.mutations
 
 clean:
-	rm -rf build dist *.egg-info dlkernels/_C*.so dlkernels/_C.json .venv
+	rm -rf build dist site *.egg-info dlkernels/_C*.so dlkernels/_C.json .venv
 
 .venv/.%: $(SOURCES)
 	tools/venv.sh .venv $*

@@ -6,21 +6,22 @@ def amx_refused() -> bool: ...
 def cpu_kernels() -> dict[str, str]: ...
 def cpu_autocast() -> bool: ...
 def explain(
-    m: int, n: int, k: int, dtype: str, x_contiguous: bool, weight_contiguous: bool, in_bf16: bool, autocast: bool
-) -> list[dict[str, Any]]: ...
-def explain_fused_mlp(layers: list[tuple[int, int, int]], dtype: str) -> tuple[int, str]: ...
-
-# In builds with CUDA.
-cuda_paths: tuple[str, ...]
-
-def explain_cuda(
+    cuda: bool,
     m: int,
     n: int,
     k: int,
     dtype: str,
+    act: int,
     x: tuple[int, ...],
     weight: tuple[int, ...],
-    tf32: bool,
-    arch: int,
-) -> list[dict[str, Any]]: ...
-def explain_fused_mlp_cuda(layers: list[tuple[int, int, int]], dtype: str) -> int: ...
+    beside: str,
+    bias: bool,
+    below: bool,
+    casts: str,
+    threads: int,
+    in_bf16: bool,
+) -> dict[str, list[dict[str, Any]]]: ...
+def explain_fused_mlp(cuda: bool, layers: list[tuple[int, ...]], dtype: str) -> tuple[int, str, int]: ...
+
+# In builds with CUDA.
+cuda_paths: tuple[str, ...]

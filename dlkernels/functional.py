@@ -1,23 +1,18 @@
 """The fused layers and the losses as functions of tensors."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from dlkernels import _C
-from dlkernels._ops import autocast as _autocast
 from dlkernels._ops import flops as _flops  # noqa: F401  registers the operators' formulas
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops import linear_cross_entropy as _linear_cross_entropy
 from dlkernels._ops import losses as _losses
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import activation_named
-from dlkernels._ops.modes import autocast, autocast_active
+from dlkernels.explanation import Explanation, explain, explain_mlp
 from dlkernels.losses import cross_entropy, gaussian_nll_loss, mse_loss
 
 __all__ = [
@@ -244,142 +239,3 @@ def linear_cross_entropy(
         _reduction.get_enum(reduction), -100 if ignore_index is None else ignore_index, label_smoothing
     )
     return _linear_cross_entropy.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, settings)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which path one product of a layer takes, and why.
-
-    ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` is one of:
-
-    * on CPU "packed" (our blocked GEMM), "few_rows" (our kernels for small batches), "few_columns" (our kernels for up
-      to 16 out_features) or "aten" (torch's GEMM with our elementwise passes);
-    * on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma), "cublas" (with our passes) or
-      "fused_mlp" (up to 128 features: the weight stays in shared memory, dgrad and wgrad are one kernel);
-    * of several layers, on both, "fused_mlp": a block of rows goes through all of them, see :func:`mlp`.
-
-    ``kernel`` names dtype, tile and instruction set. ``splits`` is the number of slices that the sum is cut in.
-    ``threads`` are the CPU's; 0 on CUDA.
-    """
-
-    op: str
-    path: str
-    kernel: str
-    splits: int
-    threads: int
-    why: str
-
-
-def explain(x: Tensor, weight: Tensor) -> tuple[Explanation, ...]:
-    """What :func:`linear_act` would run for these tensors, forward and backward. Nothing is computed.
-
-    Args:
-        x: ``[..., in_features]``.
-        weight: ``[out_features, in_features]``.
-
-    The answer comes from the same decision the ops take. Under autocast it is that for the tensors as autocast casts
-    them, or, where the kernels do that themselves (bfloat16 on a CPU with such products), theirs.
-    """
-    return _explain(x, weight, autocast_active(x) and _autocast.converts(x, weight, None))
-
-
-def _explain(x: Tensor, weight: Tensor, converts: bool) -> tuple[Explanation, ...]:
-    _check_tensors(x, weight)
-    for name, t in (("x", x), ("weight", weight)):
-        if t.layout is not torch.strided or t.is_quantized:
-            raise TypeError(f"explain: {name} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
-    low_x, low_weight = _twin(x), _twin(weight)
-    if autocast_active(x):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        low_x, low_weight = autocast(low_x, dtype), autocast(low_weight, dtype)
-    _linear_act.check_shapes(low_x, low_weight)
-    if x.device.type not in ("cpu", "cuda"):
-        raise NotImplementedError(f"explain() knows the paths on cpu and cuda, and x is on {x.device}")
-    # the op's view of x as rows; where none exists it copies
-    rows = (_twin(x) if converts else low_x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if x.device.type == "cuda":
-        return _explain_rows_cuda(x.data_ptr() if low_x.dtype == x.dtype else 0, rows, weight, low_weight.dtype)
-    return _explain_rows(rows.shape[0], rows.stride(1) == 1, weight, low_weight.dtype, converts)
-
-
-def _twin(t: Tensor) -> Tensor:
-    """Without memory, but lying as ``t`` does, so that a cast of it lies as one of ``t`` would."""
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-
-
-def _explain_rows_cuda(x: int, rows: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Explanation, ...]:
-    """``x``: the address of the rows, 0 for memory that torch allocates, which is aligned; so are autocast's copies."""
-    major, minor = torch.cuda.get_device_capability(weight.device)
-    with torch.cuda.device(weight.device):
-        table = _C.explain_cuda(
-            rows.shape[0],
-            weight.shape[0],
-            weight.shape[1],
-            str(dtype).removeprefix("torch."),
-            (x, *rows.stride()),
-            (weight.data_ptr() if dtype == weight.dtype else 0, *_twin(weight).to(dtype).stride()),
-            torch.backends.cuda.matmul.fp32_precision == "tf32",
-            major * 10 + minor,
-        )
-    return tuple(Explanation(threads=0, **row) for row in table)
-
-
-def _explain_rows(
-    m: int, x_contiguous: bool, weight: Tensor, dtype: torch.dtype, converts: bool = False
-) -> tuple[Explanation, ...]:
-    table = _C.explain(
-        m,
-        weight.shape[0],
-        weight.shape[1],
-        str(dtype).removeprefix("torch."),
-        x_contiguous,
-        weight.stride(1) == 1,
-        torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
-        converts,
-    )
-    return tuple(Explanation(threads=torch.get_num_threads(), **row) for row in table)
-
-
-def explain_mlp(x: Tensor, weights: Sequence[Tensor]) -> tuple[tuple[Explanation, ...], ...]:
-    """What :func:`mlp` would run for these tensors: rows as :func:`explain`'s for each layer. Nothing is computed.
-
-    Args:
-        x: ``[..., in_features]`` of the first layer.
-        weights: one ``[out_features, in_features]`` per layer, each taking what the one before gives.
-
-    The answer comes from the same decision the op takes.
-
-    Raises:
-        RuntimeError: no layers, or shapes that do not fit together.
-    """
-    _mlp.check_some(weights)
-    first, *others = weights
-    converts = autocast_active(x) and _mlp.converts(x, weights, [None] * len(weights))
-    layers = [_explain(x, first, converts)]
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast_active(x) and x.dtype != torch.float64 else x.dtype
-    m, features = math.prod(x.shape[:-1]), first.shape[0]
-    for weight in others:
-        # its checks, and what it would run for the contiguous rows that the layer before gives
-        _explain(x.new_empty((0, features)), weight, converts)
-        rows = torch.empty((m, features), device="meta")
-        layers.append(
-            _explain_rows_cuda(0, rows, weight, dtype) if x.is_cuda else _explain_rows(m, True, weight, dtype, converts)
-        )
-        features = weight.shape[0]
-    shapes, name = [(m, *w.shape) for w in weights], str(dtype).removeprefix("torch.")
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            slices, kernel = _C.explain_fused_mlp_cuda(shapes, name), "fused_mlp, weights in shared memory"
-        why = "narrow layers: their weights fit in shared memory together"
-    else:
-        slices, kernel = _C.explain_fused_mlp(shapes, name)
-        why = "narrow layers and many rows: a block of rows goes through all of them while it is in cache"
-    if not slices:
-        return tuple(layers)
-    return tuple(
-        tuple(
-            Explanation(row.op, "fused_mlp", kernel, slices if row.op == "wgrad" else 1, row.threads, why)
-            for row in rows
-        )
-        for rows in layers
-    )

@@ -4,6 +4,7 @@
 #include "ops/linear_act.h"
 #include "ops/losses.h"
 #include "ops/mlp.h"
+#include "ops/on_device.h"
 
 TORCH_LIBRARY(dlkernels, m) {
   m.def("_linear_act_forward(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
@@ -36,26 +37,26 @@ TORCH_LIBRARY(dlkernels, m) {
       "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-#define DLK_IMPLEMENT(key, suffix)                                        \
-  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                 \
-    m.impl("_linear_act_forward", &dlk::linear_act_forward_##suffix);     \
-    m.impl("_linear_act_forward_z", &dlk::linear_act_forward_z_##suffix); \
-    m.impl("_linear_act_backward", &dlk::linear_act_backward_##suffix);   \
-    m.impl("_mlp_forward", &dlk::mlp_forward_##suffix);                   \
-    m.impl("_mlp_backward", &dlk::mlp_backward_##suffix);                 \
-    m.impl("_mse_loss", &dlk::mse_loss_##suffix);                         \
-    m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_##suffix);       \
-    m.impl("_cross_entropy", &dlk::cross_entropy_##suffix);               \
-    m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_##suffix); \
+#define DLK_IMPLEMENT(key, device)                                                           \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                                    \
+    m.impl("_linear_act_forward", &dlk::On<dlk::device, dlk::linear_act_forward>::call);     \
+    m.impl("_linear_act_forward_z", &dlk::On<dlk::device, dlk::linear_act_forward_z>::call); \
+    m.impl("_linear_act_backward", &dlk::On<dlk::device, dlk::linear_act_backward>::call);   \
+    m.impl("_mlp_forward", &dlk::On<dlk::device, dlk::mlp_forward>::call);                   \
+    m.impl("_mlp_backward", &dlk::On<dlk::device, dlk::mlp_backward>::call);                 \
+    m.impl("_mse_loss", &dlk::On<dlk::device, dlk::mse_loss>::call);                         \
+    m.impl("_gaussian_nll_loss", &dlk::On<dlk::device, dlk::gaussian_nll_loss>::call);       \
+    m.impl("_cross_entropy", &dlk::On<dlk::device, dlk::cross_entropy>::call);               \
+    m.impl("_linear_cross_entropy", &dlk::On<dlk::device, dlk::linear_cross_entropy>::call); \
   }
 
-// On CPU only: a layer with the casts of autocast. Elsewhere dlkernels/_ops takes them apart.
-#define DLK_IMPLEMENT_CPU(key)                                                         \
-  DLK_IMPLEMENT(key, cpu)                                                              \
-  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                              \
-    m.impl("_linear_act_autocast_forward", &dlk::linear_act_autocast_forward_cpu);     \
-    m.impl("_linear_act_autocast_forward_z", &dlk::linear_act_autocast_forward_z_cpu); \
-    m.impl("_linear_act_autocast_backward", &dlk::linear_act_autocast_backward_cpu);   \
+// On CPU only: a layer with the casts of autocast. Elsewhere dlkernels/_ops casts before it calls.
+#define DLK_IMPLEMENT_CPU(key)                                                                               \
+  DLK_IMPLEMENT(key, kCpu)                                                                                   \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                                                    \
+    m.impl("_linear_act_autocast_forward", &dlk::On<dlk::kCpu, dlk::linear_act_autocast_forward>::call);     \
+    m.impl("_linear_act_autocast_forward_z", &dlk::On<dlk::kCpu, dlk::linear_act_autocast_forward_z>::call); \
+    m.impl("_linear_act_autocast_backward", &dlk::On<dlk::kCpu, dlk::linear_act_autocast_backward>::call);   \
   }
 
 DLK_IMPLEMENT_CPU(CPU)
@@ -66,6 +67,8 @@ DLK_IMPLEMENT_CPU(QuantizedCPU)
 DLK_IMPLEMENT_CPU(MkldnnCPU)
 
 #ifdef DLKERNELS_CUDA
-DLK_IMPLEMENT(CUDA, cuda)
-TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) { m.impl("_linear_act_forward_mask", &dlk::linear_act_forward_mask_cuda); }
+DLK_IMPLEMENT(CUDA, kCuda)
+TORCH_LIBRARY_IMPL(dlkernels, CUDA, m) {
+  m.impl("_linear_act_forward_mask", &dlk::On<dlk::kCuda, dlk::linear_act_forward_mask>::call);
+}
 #endif

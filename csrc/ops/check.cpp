@@ -61,6 +61,10 @@ void check_autocast_input(at::ScalarType x, const char* op) {
                    ": expected x in float32 or bfloat16 under autocast, got ", x);
 }
 
+Casts casts_of(Dtypes dtypes, at::ScalarType x) {
+  return dtypes == Dtypes::one ? Casts::none : x == at::kFloat ? Casts::f32_x : Casts::bf16_x;
+}
+
 }  // namespace
 
 int64_t rows_of(const at::Tensor& t) {  // every index but the last one, one after the other
@@ -99,7 +103,7 @@ std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weig
 Problem check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
                       double slope, Dtypes dtypes) {
   const auto [shape, dtype] = check_linear(x, weight, bias, kOp, dtypes);
-  return {shape, dtype, check_activation(act, slope)};
+  return {shape, dtype, check_activation(act, slope), casts_of(dtypes, x.scalar_type())};
 }
 
 Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
@@ -138,7 +142,7 @@ Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
                 "), got ", x->sizes());
     shape.k = x->size(-1);
   }
-  return {shape, dtype, check_activation(act, slope)};
+  return {shape, dtype, check_activation(act, slope), casts_of(dtypes, x_dtype)};
 }
 
 std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,

@@ -1,4 +1,4 @@
-// The only checks on shapes, dtypes and devices: validate once, return what the kernels need.
+// The only checks on shapes, dtypes and devices: they validate once and return the problem.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -8,17 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/params.h"
+#include "planning/problem.h"
 
 namespace dlk {
 
-struct Problem {
-  Shape shape;
-  DType dtype;  // of y
-  Activation act;
-};
-
-// One for all tensors, or autocast's: x float32 or bfloat16, weight and bias float32, the rest bfloat16.
+// One dtype for all tensors; or, under autocast, x in float32 or bfloat16, weight and bias in float32, the rest in bfloat16.
 enum class Dtypes { one, autocast };
 
 Problem check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,

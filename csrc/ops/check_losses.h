@@ -1,4 +1,4 @@
-// The checks of the losses, as check.h: validate once, return what the kernels need.
+// The checks of the losses. Like check.h they validate once and return the problem.
 #pragma once
 
 #include <ATen/core/Reduction.h>
@@ -28,7 +28,7 @@ struct LinearClassProblem {
   DType dtype;
 };
 
-// Both: all but the values of class indices.
+// Both check everything except the values of class indices.
 LinearClassProblem check_linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight,
                                               const std::optional<at::Tensor>& bias, const at::Tensor& target,
                                               const std::optional<at::Tensor>& class_weight,

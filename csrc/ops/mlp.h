@@ -1,4 +1,4 @@
-// Host entry points of a chain of layers, h[l+1] = act_l(h[l] · weight_lᵀ + bias_l), CPU and CUDA twins.
+// A chain of layers, h[l+1] = act_l(h[l] · weight_lᵀ + bias_l), for every device: one fused MLP kernel, or layer by layer.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -7,32 +7,30 @@
 #include <optional>
 #include <vector>
 
+#include "ops/device.h"
+
 namespace dlk {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// y, and behind it what backward takes as `kept`: first every h that `keep` asks for, then every z, then the masks.
+// Returns y and, behind it, the tensors that backward takes as `kept`: every h that `keep` asks for, then every z, then the
+// masks.
 // `keep`: per layer a sum of Keep, or empty for nothing.
 enum Keep : int64_t {
   kKeepH = 1,     // the output of a hidden layer
   kKeepZ = 2,     // the pre-activation
   kKeepMask = 4,  // on CUDA, of layers that run one by one: the mask of the output, if the layer has one
 };
-std::vector<at::Tensor> mlp_forward_cpu(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
-                                        at::IntArrayRef acts, double slope, at::IntArrayRef keep);
-std::vector<at::Tensor> mlp_forward_cuda(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
-                                         at::IntArrayRef acts, double slope, at::IntArrayRef keep);
+std::vector<at::Tensor> mlp_forward(const Device&, const at::Tensor& x, at::TensorList weights,
+                                    const OptionalTensors& biases, at::IntArrayRef acts, double slope,
+                                    at::IntArrayRef keep);
 
-// Those of [dx, dweight_0 ..., dbias_0 ...] that `needs`, of the same order, asks for. `keep` is what forward was given. Only
-// what these gradients read has to be there: x for dweight_0, weights[l] for the gradients below layer l, y where the last
-// layer's act' reads it.
-std::vector<at::Tensor> mlp_backward_cpu(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
-                                         const OptionalTensors& weights, const std::optional<at::Tensor>& y,
-                                         at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
-                                         at::IntArrayRef needs);
-std::vector<at::Tensor> mlp_backward_cuda(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
-                                          const OptionalTensors& weights, const std::optional<at::Tensor>& y,
-                                          at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
-                                          at::IntArrayRef needs);
+// The gradients among [dx, dweight_0 ..., dbias_0 ...] that `needs`, in the same order, asks for. `keep` is what forward was
+// given. Only tensors that these gradients read have to be there: x for dweight_0, weights[l] for the gradients below layer
+// l, y where the last layer's act' reads it.
+std::vector<at::Tensor> mlp_backward(const Device&, const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                                     const OptionalTensors& weights, const std::optional<at::Tensor>& y,
+                                     at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
+                                     at::IntArrayRef needs);
 
 }  // namespace dlk

@@ -73,9 +73,6 @@ def has_native_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-converts = has_native_kernel  # the name that explain uses
-
-
 def _is_float32_on_cpu(t: Tensor) -> bool:
     return t.dtype is torch.float32 and t.is_cpu and are_plain(t)
 

@@ -161,11 +161,8 @@ def has_native_kernel(x: Tensor, weights: Tensors, biases: Biases) -> bool:
     if not all(autocast.has_native_kernel(x, w, b) for w, b in zip(weights, biases, strict=True)):
         return False
     rows = math.prod(x.shape[:-1])
-    slices, _ = _C.explain_fused_mlp([(rows, *w.shape) for w in weights if w.dim() == 2], "bfloat16")
+    slices, *_ = _C.explain_fused_mlp(False, [(rows, *w.shape) for w in weights if w.dim() == 2], "bfloat16")
     return not slices
-
-
-converts = has_native_kernel  # the name that explain_mlp uses
 
 
 def check_some(weights: Sequence[Any]) -> None:

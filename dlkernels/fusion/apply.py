@@ -40,8 +40,8 @@ def fuse(
 ) -> Module:
     """Run every linear layer of ``model`` that is followed by an activation as one fused layer.
 
-    ``fuse`` finds these places in the source of the modules' methods and replaces the calls there. It finds these
-    forms:
+    ``fuse`` finds these places in the source of the modules' methods and replaces the calls there.
+    It finds these forms:
 
     * ``F.relu(self.fc(x))``, ``self.act(self.fc(x))`` and ``self.fc(x).relu()``
     * ``h = self.fc(x)`` with ``h = self.act(h)`` later
@@ -49,10 +49,9 @@ def fuse(
 
     All other statements run unchanged. Modules, parameters, ``state_dict``, hooks and optimizers do not change. The
     class of a module becomes a subclass of the one it had. Every call checks again that the place has a plain layer and
-    a plain
-    activation: a layer that is hooked, wrapped or replaced later runs as in stock.
+    a plain activation: a layer that is hooked, wrapped or replaced later runs as in stock.
 
-    A second ``fuse`` starts from the stock model again. ``docs/fuse.md`` lists what is found and what is refused.
+    A second ``fuse`` starts from the stock model again. ``docs/guide/fuse.md`` lists what is found and what is refused.
 
     Args:
         model: any module.

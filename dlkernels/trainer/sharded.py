@@ -53,7 +53,7 @@ def check_split_by_rows(model: nn.Module, world: int) -> None:
         raise ValueError(
             "expected a whole model, or one that FSDP2 split over all ranks (dlkernels.trainer.sharded.shard); got "
             f"one that is split over {sorted(map(str, meshes))}, as by tensor parallelism, where the ranks "
-            "of a group need the same rows: write that loop yourself (docs/scaling.md)"
+            "of a group need the same rows: write that loop yourself (docs/guide/scaling.md)"
         )
 
 

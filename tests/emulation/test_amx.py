@@ -34,7 +34,10 @@ def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("amx") / "kernels.so"
     sources = [
         *HERE.glob("*.cpp"),
-        ROOT / "csrc/planning/cpu/route.cpp",
+        *(
+            ROOT / "csrc" / f"{name}.cpp"
+            for name in ("planning/plan", "planning/cpu/machine", "planning/cpu/route", "kernels/cpu/sizes")
+        ),
         *(ROOT / "csrc/kernels/cpu/isa" / f"{name}.cpp" for name in ("amx_check", "isa", "ukernel_amx")),
     ]
     subprocess.run(
@@ -190,7 +193,7 @@ def gemm(kernels, a, b, act="none", *, saved=None, bias=None, z=None, row_sum=No
 
 
 class LinearAct(torch.autograd.Function):
-    """The three products of a layer, as csrc/ops/cpu/linear_act_cpu.cpp asks for them."""
+    """The three products of a layer, as csrc/ops/layer.cpp asks for them."""
 
     @staticmethod
     def forward(ctx, kernels, x, weight, bias, act, splits, threads):

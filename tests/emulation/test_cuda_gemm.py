@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tests.emulation.cuda.library import (
     DTYPES,
     ILLEGAL_ADDRESS,
-    ROUTE,
+    PLANNING,
     Call,
     accumulator,
     assert_within,
@@ -327,7 +327,7 @@ def test_hopper_off_is_said(kernels):
 
 def test_route_follows_the_measured_table():
     row = "// dispatch:begin\n{90, DType::bf16, 8, 8, 9, Op::forward, Path::cublas},"
-    kernels = compile_kernels({"dispatch_table.inc": ("// dispatch:begin", row)}, files=[ROUTE, "entry_route.cpp"])
+    kernels = compile_kernels({"dispatch_table.inc": ("// dispatch:begin", row)}, files=[*PLANNING, "entry_route.cpp"])
     sizes = {(256, 256, 784): "cublas", (511, 300, 512): "cublas", (512, 256, 784): "mma", (256, 256, 1024): "mma"}
     for shape, path in sizes.items():
         assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 1, 90, 0, 0).decode() == path

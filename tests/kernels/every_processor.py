@@ -2,7 +2,7 @@
 
 Instruction sets are capped for our kernels and for torch's (its own, oneDNN's and MKL's) together. Every test file runs
 with our products, and with torch's but for what those treat in their own way. At the end: a line per set, and, where
-all passed, a row for the table in docs/design.md, section 11.
+all passed, a row for the table in docs/internals/design.md, section 12.
 """
 
 import os

@@ -126,3 +126,55 @@ def test_explain_mlp_names_the_chain_where_it_runs():
 def test_a_chain_of_no_layers_is_refused():
     with pytest.raises(RuntimeError, match="mlp: expected at least one layer, got no weights"):
         functional.explain_mlp(torch.randn(3, 4), [])
+
+
+def test_the_plan_of_a_layer():
+    plan = functional.explain(*layer(2000, 300, 200), "gelu")
+    (forward,) = plan.forward
+    assert (forward.kind, forward.path, forward.makes) == ("forward", "packed", ("y", "z"))
+    assert forward.fused == ("bias", "gelu")
+    assert [step.makes for step in plan.backward] == [("dx",), ("dweight", "dbias")]
+    assert all("dz made while grad_y is loaded" in step.fused for step in plan.backward)
+    assert plan.keeps == ("x", "weight", "z")
+    assert functional.explain(*layer(2000, 300, 200)).keeps == ("x", "weight", "y")
+    assert functional.explain(*layer(2000, 300, 200), "none").keeps == ("x", "weight")
+    assert plan.scratch_bytes > 0, "a tall batch has its weight packed once for all tiles"
+    without = functional.explain(*layer(2000, 300, 200), bias=False)
+    assert without.forward[0].fused == ("relu",) and without.backward[1].makes == ("dweight",)
+
+
+def test_the_plan_around_torch_s_gemm():
+    code = "import torch; from dlkernels import explain; print(explain(torch.ones(500, 64), torch.ones(50, 64)))"
+    text = python("-c", code, DLKERNELS_CPU_GEMM="aten")
+    assert "1. forward -> y; aten (torch's GEMM); fused: bias" in text
+    assert "2. activation_pass -> y" in text
+    assert "1. gradient_pass -> dz, dbias" in text
+
+
+def test_a_plan_prints_its_steps_and_reasons():
+    text = str(functional.explain(*layer(20000, 1, 32)))
+    assert text.startswith("x [20000, 32], weight [1, 32], relu, float32 on cpu")
+    assert "1. backward -> dx, dweight, dbias; few_columns" in text
+    assert "scratch" in text and "keeps for backward: x, weight, y" in text
+    assert "wgrad by few_columns: few columns: x is read where it lies" in text
+
+
+def test_the_plan_of_several_layers():
+    x, weights = torch.randn(300, 64), [torch.randn(96, 64), torch.randn(80, 96)]
+    plan = functional.explain_mlp(x, weights, "relu")
+    assert plan.fused is None
+    assert "activation gradient of the layer below" in plan[1].backward[0].fused
+    assert "activation gradient of the layer below" not in plan[0].backward[0].fused
+    assert plan[0].forward[0].fused == ("bias", "relu") and plan[1].forward[0].fused == ("bias",)
+    narrow = functional.explain_mlp(torch.randn(4096, 64), [torch.randn(32, 64), torch.randn(10, 32)])
+    assert narrow.fused is not None and narrow.fused.splits > 1 and narrow.fused.scratch_bytes > 0
+    assert "one kernel" in str(narrow)
+    with pytest.raises(ValueError, match="2 weights need 1 activations"):
+        functional.explain_mlp(x, weights, ["relu", "relu"])
+
+
+def test_an_empty_layer_has_nothing_to_do():
+    plan = functional.explain(torch.randn(3, 0), torch.randn(5, 0))
+    assert [step.makes for step in plan.backward] == [("dbias",)], "dx and dweight have no elements"
+    assert functional.explain(torch.randn(0, 4), torch.randn(5, 4)).forward == ()
+    assert "forward: nothing to do" in str(functional.explain(torch.randn(0, 4), torch.randn(5, 4)))

@@ -1,4 +1,4 @@
-// What the ops of the losses share on the host: the weights of classes and what a mean divides by.
+// Host code that the CPU losses share: the weights of classes and the denominator of a mean.
 #pragma once
 
 #include <ATen/core/Reduction.h>
@@ -19,7 +19,7 @@ inline at::Tensor reduced(const at::Tensor& each, const std::vector<double>& sum
   ExactSum total;
   for (double sum : sums) total.add(sum);
   const double value = total.value();
-  // a conversion of tensors makes infinity of what is beyond the dtype, one of numbers raises
+  // Converting a tensor turns values beyond the dtype's range into infinity; converting a number would raise.
   const at::Tensor exact =
       at::scalar_tensor(reduction == at::Reduction::Mean ? value / denominator : value, options.dtype(at::kDouble));
   return exact.to(options.dtype().toScalarType());
@@ -42,7 +42,7 @@ inline double weight_sum(const at::Tensor& weight, int64_t classes) {
   });
 }
 
-// What the mean divides by: the weights of the targets that count. Checks every class index on the way.
+// The denominator of a mean: the sum of the weights of the targets that count. Checks every class index on the way.
 inline double checked_denominator(const at::Tensor& target, const at::Tensor& weight, int64_t classes,
                                   int64_t ignore_index, const char* op) {
   return with_weights(weight, [&](auto weight_of) {

@@ -1,38 +1,19 @@
 #include "planning/cpu/route.h"
 
-#include <cstdlib>
-#include <stdexcept>
-#include <string>
-
-#include "kernels/cpu/isa/isa.h"
+#include <cstring>
 
 namespace dlk::cpu {
 namespace {
 
-// DLKERNELS_CPU_GEMM=own|aten takes the decision away from the table below: for tests, and to measure both.
-enum class Forced { no, own, aten };
-
-Forced forced() {
-  static const Forced value = [] {
-    const char* text = std::getenv("DLKERNELS_CPU_GEMM");
-    const std::string s = text ? text : "";
-    if (s.empty()) return Forced::no;
-    if (s == "own") return Forced::own;
-    if (s == "aten") return Forced::aten;
-    throw std::runtime_error("DLKERNELS_CPU_GEMM must be own or aten, got '" + s + "'");
-  }();
-  return value;
-}
-
 // Wider layers spend their time in products, and taller blocks of rows serve those better. Measured on AVX-512 BF16, forward
-// + backward, chain against layer by layer: f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192.
+// + backward, the fused MLP against layer by layer: f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192.
 int64_t fused_mlp_limit(DType dtype) { return dtype == DType::bf16 ? 128 : 256; }
 
 bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_rows) {
   const bool few = op == Op::forward ? shape.m <= most_rows : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
   return (contiguous || op == Op::wgrad) && few && shape.k >= 64 && shape.m > 0 && shape.n > 0;
 }
-// Of f32 and f64 the dot products reload a row of x for each row of weight, and add up lanes at their end: the packed product
+// In f32 and f64 the dot products reload a row of x for each row of weight, and add up lanes at their end. The packed product
 // overtakes them at 16 rows, and earlier where k is short. Measured on a Xeon with AVX-512 at 64→64 to 4096→4096.
 int64_t few_rows_forward(const Shape& shape, DType dtype) {
   if (dtype == DType::bf16 || dtype == DType::f16) return kFewRowsForward;
@@ -48,58 +29,59 @@ constexpr int64_t kLanesCost = 48, kPackedCost = 24, kPackedRow = 10;
 // 16384x64x8, forward + backward 1.0 at 4096x256x8 and 0.6 at 4096x256x16. In f32 backward won at every shape measured.
 constexpr int64_t kPairedForward = 4, kPairedBackward = 8;
 
-bool takes_few_columns(Op op, const Shape& shape, DType dtype, bool contiguous) {
+bool takes_few_columns(Op op, const Shape& shape, DType dtype, bool contiguous, const Machine& machine) {
   const auto [m, n, k] = shape;
-  const bool in_pairs = dtype == DType::bf16 && kernels().f32_in_bf16.ukernel;
+  const bool in_pairs = dtype == DType::bf16 && machine.kernels->f32_in_bf16.ukernel;
   const int64_t most = !in_pairs ? kFewColumns : op == Op::forward ? kPairedForward : kPairedBackward;
   if (!contiguous || m == 0 || n == 0 || k == 0 || n > most) return false;
   return op != Op::forward || n * (k + kLanesCost) <= kPackedCost * (k + kPackedRow);
 }
-
-}  // namespace
-
-Route route(Op op, const Shape& shape, DType dtype, bool contiguous) {
-  const bool empty = shape.m == 0 || shape.n == 0 || shape.k == 0;
-  if (forced() == Forced::aten && !empty) return {Path::aten, "DLKERNELS_CPU_GEMM=aten"};
-  if (forced() == Forced::no && !empty && !isa_capped()) {
-    if (dtype == DType::f16 && cpu_features().amx_fp16)
-      return {Path::aten,
-              "this CPU has AMX-FP16 and dlkernels has no micro-kernel for it: torch's GEMM, our passes around it"};
-    if (dtype == DType::bf16 && amx_refused())
-      return {Path::aten, "our AMX micro-kernel failed its self-check on this CPU: torch's GEMM, our passes around it"};
-  }
-  // Measured on AVX-512 BF16 with 128 rows and weights of 17 and 38 million elements: ours 0.76 to 0.95 of torch's speed.
-  const bool large_weight = shape.m <= 256 && shape.n * shape.k >= (int64_t{1} << 23);
-  if (forced() == Forced::no && dtype == DType::bf16 && large_weight && shape.m > kFewRowsForward &&
-      std::string(kernels().isa) == "avx512_bf16")
-    return {Path::aten,
-            "bf16, a large weight and few rows: torch's GEMM measured faster, our elementwise passes around it"};
-  // Measured on a Xeon with AMX, forward, against stock in place: ours 0.78 to 0.98, torch's GEMM and our pass 0.97 to 1.10, from
-  // 192 rows and weights of a million elements on; below them ours 1.14 and more. k in whole tiles, or x would be copied.
-  const bool library_is_faster = shape.m > 128 && shape.n * shape.k >= (int64_t{1} << 20) && shape.k % 32 == 0;
-  if (forced() == Forced::no && op == Op::forward && dtype == DType::bf16 && library_is_faster &&
-      std::string(kernels().isa) == "amx")
-    return {Path::aten, "bf16 by AMX and a large weight: torch's GEMM measured faster, our elementwise pass behind it"};
-  if (takes_few_columns(op, shape, dtype, contiguous))
-    return {Path::few_columns, "few columns: x is read where it lies, packing it would cost more than it saves"};
-  const KernelTable& table = kernels().table[static_cast<int>(dtype)];
-  const int64_t most_rows = table.tiles_forward.run ? table.tiles_forward.most_rows : few_rows_forward(shape, dtype);
-  // Tiles want all of x packed by every thread: at most 8 MiB.
-  const bool x_is_small = !table.tiles_forward.run || op != Op::forward || shape.m * shape.k <= (int64_t{1} << 22);
-  if (x_is_small && takes_few_rows(op, shape, contiguous, most_rows)) return kFewRowsRoute;
-  return {Path::packed, "our packed GEMM with the fused epilogue"};
-}
-
-bool autocast_kernels() { return kernels().autocast.ukernel && forced() != Forced::aten && !amx_refused(); }
 
 Route autocast_route(Op op, const Shape& shape, bool contiguous) {
   if (takes_few_rows(op, shape, contiguous, kFewRowsForward)) return kFewRowsRoute;
   return {Path::packed, "our packed GEMM, which rounds float32 to bfloat16 while it packs"};
 }
 
-int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype) {
-  const KernelTable& table = kernels().table[static_cast<int>(dtype)];
-  if (forced() == Forced::aten || layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
+}  // namespace
+
+Route route(Op op, const Problem& problem, bool contiguous, const Machine& machine) {
+  const auto& [shape, dtype, act, casts] = problem;
+  if (casts != Casts::none) return autocast_route(op, shape, contiguous);
+  const bool empty = shape.m == 0 || shape.n == 0 || shape.k == 0;
+  const bool free = machine.forced == Forced::no;
+  if (machine.forced == Forced::aten && !empty) return {Path::aten, "DLKERNELS_CPU_GEMM=aten"};
+  if (free && !empty && !machine.isa_capped) {
+    if (dtype == DType::f16 && machine.amx_fp16)
+      return {Path::aten,
+              "this CPU has AMX-FP16 and dlkernels has no micro-kernel for it: torch's GEMM, our passes around it"};
+    if (dtype == DType::bf16 && machine.amx_refused)
+      return {Path::aten, "our AMX micro-kernel failed its self-check on this CPU: torch's GEMM, our passes around it"};
+  }
+  // Measured on AVX-512 BF16 with 128 rows and weights of 17 and 38 million elements: ours 0.76 to 0.95 of torch's speed.
+  const bool large_weight = shape.m <= 256 && shape.n * shape.k >= (int64_t{1} << 23);
+  if (free && dtype == DType::bf16 && large_weight && shape.m > kFewRowsForward &&
+      !std::strcmp(machine.kernels->isa, "avx512_bf16"))
+    return {Path::aten,
+            "bf16, a large weight and few rows: torch's GEMM measured faster, our elementwise passes around it"};
+  // Measured on a Xeon with AMX, forward, against stock in place: ours 0.78 to 0.98, torch's GEMM and our pass 0.97 to 1.10, from
+  // 192 rows and weights of a million elements on; below them ours 1.14 and more. k in whole tiles, or x would be copied.
+  const bool library_is_faster = shape.m > 128 && shape.n * shape.k >= (int64_t{1} << 20) && shape.k % 32 == 0;
+  if (free && op == Op::forward && dtype == DType::bf16 && library_is_faster &&
+      !std::strcmp(machine.kernels->isa, "amx"))
+    return {Path::aten, "bf16 by AMX and a large weight: torch's GEMM measured faster, our elementwise pass behind it"};
+  if (takes_few_columns(op, shape, dtype, contiguous, machine))
+    return {Path::few_columns, "few columns: x is read where it lies, packing it would cost more than it saves"};
+  const KernelTable& table = machine.table(dtype);
+  const int64_t most_rows = table.tiles_forward.run ? table.tiles_forward.most_rows : few_rows_forward(shape, dtype);
+  // For tiles every thread packs all of x: at most 8 MiB.
+  const bool x_is_small = !table.tiles_forward.run || op != Op::forward || shape.m * shape.k <= (int64_t{1} << 22);
+  if (x_is_small && takes_few_rows(op, shape, contiguous, most_rows)) return kFewRowsRoute;
+  return {Path::packed, "our packed GEMM with the fused epilogue"};
+}
+
+int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machine& machine) {
+  const KernelTable& table = machine.table(dtype);
+  if (machine.forced == Forced::aten || layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
   int64_t parameters = 0;
   for (const Shape& layer : layers) {
     const int64_t widest = layer.n > layer.k ? layer.n : layer.k;
@@ -109,18 +91,8 @@ int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype) {
   // A slice is worth its copy of the gradients; more slices than cores fill the cores evenly.
   const int64_t by_rows = layers[0].m / 1024, by_memory = (int64_t{1} << 22) / parameters;
   const int64_t slices = by_rows < by_memory ? by_rows : by_memory;
-  if (forced() == Forced::own && slices < 2) return layers[0].m > 0;
+  if (machine.forced == Forced::own && slices < 2) return layers[0].m > 0;
   return slices < 2 ? 0 : static_cast<int>(slices < 32 ? slices : 32);
-}
-
-const char* name(Path path) {
-  switch (path) {
-    case Path::packed: return "packed";
-    case Path::few_rows: return "few_rows";
-    case Path::few_columns: return "few_columns";
-    case Path::aten: return "aten";
-  }
-  return "?";
 }
 
 }  // namespace dlk::cpu

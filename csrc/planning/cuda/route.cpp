@@ -7,35 +7,20 @@
 namespace dlk::cuda {
 namespace {
 
-// DLKERNELS_CUDA_GEMM=simt|mma|hopper|cublas|fused_mlp takes the decision away from the table: for tests, and to measure.
-constexpr Path kPaths[] = {Path::simt, Path::mma, Path::hopper, Path::cublas, Path::fused_mlp};
-
-const Path* forced() {
-  static const Path* const value = [] {
-    const char* text = std::getenv("DLKERNELS_CUDA_GEMM");
-    const std::string s = text ? text : "";
-    if (s.empty()) return static_cast<const Path*>(nullptr);
-    for (const Path& path : kPaths)
-      if (s == name(path)) return &path;
-    throw std::runtime_error("DLKERNELS_CUDA_GEMM must be simt, mma, hopper, cublas or fused_mlp, got '" + s + "'");
-  }();
-  return value;
-}
-
 bool half(const RouteQuery& a) { return a.dtype == DType::bf16 || a.dtype == DType::f16; }
 
 bool takes(Path path, const RouteQuery& a) {
   switch (path) {
     case Path::mma: return half(a) || (a.dtype == DType::f32 && a.tf32);
     case Path::hopper: return half(a) && a.hopper;
-    case Path::fused_mlp: return a.chain;
+    case Path::fused_mlp: return a.narrow;
     case Path::simt:
     case Path::cublas: return true;
+    default: return false;
   }
-  return false;
 }
 
-// What was measured fastest. A size class is floor(log2) of each of the layer's M, N and K.
+// A row of the table: the path that was measured fastest. A size class is floor(log2) of each of the layer's M, N and K.
 struct Measured {
   int arch;
   DType dtype;
@@ -64,6 +49,11 @@ const Measured* measured(const RouteQuery& a) {
   return nullptr;
 }
 
+const Measured* measured_route(const RouteQuery& a) {
+  const Measured* row = measured(a);
+  return row && takes(row->path, a) ? row : nullptr;
+}
+
 // Memory bounds a narrow layer, and the chain kernels move the least: backward is one read of g, y and x where products read
 // g and y twice. Of the others, products large enough to hide a few launches go where kernels are tuned.
 Route unmeasured(const RouteQuery& a) {
@@ -88,31 +78,34 @@ Route unmeasured(const RouteQuery& a) {
 
 }  // namespace
 
+const Path* forced_path() {
+  static constexpr Path kPaths[] = {Path::simt, Path::mma, Path::hopper, Path::cublas, Path::fused_mlp};
+  static const Path* const value = [] {
+    const char* text = std::getenv("DLKERNELS_CUDA_GEMM");
+    const std::string s = text ? text : "";
+    if (s.empty()) return static_cast<const Path*>(nullptr);
+    for (const Path& path : kPaths)
+      if (s == name(path)) return &path;
+    throw std::runtime_error("DLKERNELS_CUDA_GEMM must be simt, mma, hopper, cublas or fused_mlp, got '" + s + "'");
+  }();
+  return value;
+}
+
 Route route(const RouteQuery& a) {
   const auto [m, n, k] = a.shape;
   if (m == 0 || n == 0 || k == 0) return {Path::simt, "nothing to multiply"};
-  if (forced() && takes(*forced(), a)) return {*forced(), "DLKERNELS_CUDA_GEMM"};
-  if (const Measured* row = measured(a); row && takes(row->path, a))
+  if (a.forced && takes(*a.forced, a)) return {*a.forced, "DLKERNELS_CUDA_GEMM"};
+  if (const Measured* row = measured_route(a))
     return {row->path, "measured fastest on this architecture for shapes of this size"};
-  Route chosen = unmeasured(a);
-  chosen.hopper_off = takes(Path::hopper, a);
-  return chosen;
+  return unmeasured(a);
 }
 
-std::string explained(const Route& r) {
-  return r.hopper_off ? std::string(r.why) + "; hopper_gemm is off until it has been measured on this architecture"
-                      : r.why;
-}
-
-const char* name(Path path) {
-  switch (path) {
-    case Path::simt: return "simt";
-    case Path::mma: return "mma";
-    case Path::hopper: return "hopper";
-    case Path::cublas: return "cublas";
-    case Path::fused_mlp: return "fused_mlp";
-  }
-  return "?";
+std::string explained(const Route& r, const RouteQuery& a) {
+  const bool nothing = a.shape.m == 0 || a.shape.n == 0 || a.shape.k == 0;
+  const bool chosen = (a.forced && takes(*a.forced, a)) || measured_route(a);
+  return !nothing && !chosen && takes(Path::hopper, a)
+             ? std::string(r.why) + "; hopper_gemm is off until it has been measured on this architecture"
+             : r.why;
 }
 
 const char* kernel(Path path, DType dtype) {
@@ -122,8 +115,8 @@ const char* kernel(Path path, DType dtype) {
     case Path::hopper: return "hopper_gemm wgmma";
     case Path::cublas: return "cublas";
     case Path::fused_mlp: return "fused_mlp, weights in shared memory";
+    default: return "?";
   }
-  return "?";
 }
 
 }  // namespace dlk::cuda

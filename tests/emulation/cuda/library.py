@@ -30,7 +30,7 @@ COMPILER = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -
 ILLEGAL_ADDRESS = 700
 # Every kernel but Hopper's, as patterns in csrc.
 KERNELS = tuple(f"kernels/cuda/{room}/*.cu" for room in ("gemm/simt", "gemm/mma", "mlp", "losses", "elementwise"))
-ROUTE = "planning/cuda/route.cpp"
+PLANNING = ("planning/plan.cpp", "planning/cuda/*.cpp")
 MUTATION = "DLKERNELS_TEST_MUTATION"  # JSON: file, text, its replacement, what to compile; see mutations.py
 
 
@@ -38,7 +38,7 @@ def build(
     here: Path,
     changes: Mapping[str, tuple[str, str]] | None = None,
     *,
-    files: Sequence[str] = (*KERNELS, ROUTE, "entry*.cpp"),
+    files: Sequence[str] = (*KERNELS, *PLANNING, "entry*.cpp"),
     stand_ins: Sequence[Path] = (HERE,),
     compiling: str = "",
     linking: str = "",

@@ -1,5 +1,5 @@
 """The losses' ops by the CUDA kernels, executed on the host: the signatures of ``torch.ops.dlkernels``, and what
-csrc/ops/loss_calls.cpp and csrc/ops/cuda/losses_cuda.cpp do in front of the kernels. Every operand is in guarded
+csrc/ops/losses.cpp and csrc/ops/cuda/losses.cpp do in front of the kernels. Every operand is in guarded
 memory."""
 
 import ctypes

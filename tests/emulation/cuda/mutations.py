@@ -101,16 +101,16 @@ MUTATIONS = [
     Mutation("losses.cuh", "double{target_logit}", "double{widen(logits.row[index * logits.stride])}", LINEAR),
     Mutation("losses.cuh", "static_cast<const A*>(p.row_grad)[row]", "static_cast<const A*>(p.row_grad)[0]", LINEAR),
     Mutation("epilogue.cuh", "p.output_mode == OutputMode::accumulate, acc", "false, acc", LINEAR),
-    Mutation("linear_cross_entropy_cuda.cpp", "p.counted = m;", "p.counted = 0;", LINEAR),
+    Mutation("ops/cuda/linear_cross_entropy.cpp", "p.counted = m;", "p.counted = 0;", LINEAR),
     # the host code in front of the kernels
-    Mutation("cuda/layer.cpp", ": saves_output(c.act.kind) ? p.layer.h : p.layer.z)", ": p.layer.h)", OPS),
-    Mutation("cuda/layer.cpp", "p.below_act = below->act;", "", OPS),
-    Mutation("cuda/layer.cpp", "if (narrow_weight) need_weight = false,", "if (narrow_weight)", OPS),
+    Mutation("cuda/device.cpp", ": saves_output(c.act.kind) ? one.layer.h : one.layer.z)", ": one.layer.h)", OPS),
+    Mutation("ops/layer.cpp", "p.below_act = below->act;", "", OPS),
+    Mutation("cuda/plan.cpp", "if (narrow_dweight) dweight = false,", "if (narrow_dweight)", OPS),
 ]
 
 
 def survives(mutation: Mutation) -> bool:
-    files = [*FILES[mutation.tests], library.ROUTE, "entry_route.cpp", "entry_guarded.cpp"]
+    files = [*FILES[mutation.tests], *library.PLANNING, "entry_route.cpp", "entry_guarded.cpp"]
     command = [
         sys.executable,
         "-m",

@@ -5,18 +5,22 @@
 #include "ops/linear_act.h"
 #include "ops/losses.h"
 #include "ops/mlp.h"
+#include "ops/on_device.h"
+
+using dlk::kCuda;
+using dlk::On;
 
 TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("_linear_act_forward", &dlk::linear_act_forward_cuda);
-  m.impl("_linear_act_forward_z", &dlk::linear_act_forward_z_cuda);
-  m.impl("_linear_act_forward_mask", &dlk::linear_act_forward_mask_cuda);
-  m.impl("_linear_act_backward", &dlk::linear_act_backward_cuda);
-  m.impl("_mlp_forward", &dlk::mlp_forward_cuda);
-  m.impl("_mlp_backward", &dlk::mlp_backward_cuda);
-  m.impl("_mse_loss", &dlk::mse_loss_cuda);
-  m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss_cuda);
-  m.impl("_cross_entropy", &dlk::cross_entropy_cuda);
-  m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy_cuda);
+  m.impl("_linear_act_forward", &On<kCuda, dlk::linear_act_forward>::call);
+  m.impl("_linear_act_forward_z", &On<kCuda, dlk::linear_act_forward_z>::call);
+  m.impl("_linear_act_forward_mask", &On<kCuda, dlk::linear_act_forward_mask>::call);
+  m.impl("_linear_act_backward", &On<kCuda, dlk::linear_act_backward>::call);
+  m.impl("_mlp_forward", &On<kCuda, dlk::mlp_forward>::call);
+  m.impl("_mlp_backward", &On<kCuda, dlk::mlp_backward>::call);
+  m.impl("_mse_loss", &On<kCuda, dlk::mse_loss>::call);
+  m.impl("_gaussian_nll_loss", &On<kCuda, dlk::gaussian_nll_loss>::call);
+  m.impl("_cross_entropy", &On<kCuda, dlk::cross_entropy>::call);
+  m.impl("_linear_cross_entropy", &On<kCuda, dlk::linear_cross_entropy>::call);
 }
 
 // Kernels launched so far.

@@ -35,8 +35,8 @@ def build(folder: Path) -> Path:
         library.mutation()[0],
         files=(
             *library.KERNELS,
-            *("kernels/cuda/gemm/hopper/*.cu", "ops/cuda/*.cpp", library.ROUTE),
-            *(f"ops/{name}.cpp" for name in ("check", "check_losses", "loss_calls", "mlp_host")),
+            *("kernels/cuda/gemm/hopper/*.cu", "ops/cuda/*.cpp", *library.PLANNING),
+            *(f"ops/{name}.cpp" for name in ("check", "check_losses", "layer", "linear_act", "losses", "mlp")),
             *("entry.cpp", "entry_ops.cpp"),  # Hopper's driver; the registration
         ),
         stand_ins=(HERE, library.HOPPER, library.HERE),

@@ -1,0 +1,184 @@
+// The CPU: its table of functions. Kernels run on torch's own threads.
+#include "ops/cpu/device.h"
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "ops/check.h"
+#include "planning/cpu/plan.h"
+#include "planning/cpu/route.h"
+
+namespace dlk {
+namespace cpu {
+namespace {
+
+at::Tensor accumulators_of(int64_t count, DType dtype) {
+  return at::empty({count}, at::TensorOptions().dtype(dtype == DType::f64 ? at::kDouble : at::kFloat));
+}
+
+int64_t multiplications(const Problem& c) { return c.shape.m * c.shape.n * c.shape.k; }
+
+// torch lets f32 products run in bf16: set_float32_matmul_precision("medium"), torch.backends.mkldnn.
+bool bf16_products_allowed() {
+  return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
+         at::Float32Precision::BF16;
+}
+
+void few_rows(const Step& step, const Problem& c, const Gemm& p, const Machine& machine, const Parallel& threads) {
+  const KernelTable& table = machine.table(c.dtype);
+  const AutocastLayer* layer = machine.autocast(c.casts);
+  switch (step.kind) {
+    case StepKind::forward: {
+      const FewForward& tiles = table.tiles_forward;
+      const bool by_tiles = tiles.run && c.shape.m >= tiles.least_rows;
+      return (layer ? layer->few_rows.forward : by_tiles ? tiles.run : table.few_forward.run)(p, threads);
+    }
+    case StepKind::dgrad: return (layer ? layer->few_rows.dgrad : table.few_dgrad)(p, threads);
+    default: return (layer ? layer->few_rows.wgrad : table.few_wgrad)(p, threads);
+  }
+}
+
+void run_product(const Step& step, const Problem& c, Product p, const at::Tensor&) {
+  const Machine machine = machine_for(c.dtype, step.path == Path::packed);
+  if (step.path == Path::packed) {
+    const Op op = step.kind == StepKind::forward ? Op::forward : step.kind == StepKind::dgrad ? Op::dgrad : Op::wgrad;
+    return packed_gemm(machine.packed(c, op), p, machine);
+  }
+  const Parallel threads = torch_threads(machine.threads_for(multiplications(c)));
+  if (step.path == Path::few_rows) return few_rows(step, c, p, machine, threads);
+  machine.table(c.dtype).few_columns_forward(p, threads);
+}
+
+void few_columns_backward(const Step& step, const Problem& c, const OutputGrad& in, const at::Tensor& x,
+                          const at::Tensor& weight, const Gradients& wanted) {
+  const auto [m, n, k] = c.shape;
+  const auto& [dx, dweight, dbias] = wanted;
+  ColumnsBackward p = {m, n, k, view_of(in.g)};
+  if (in.saved.defined()) p.saved = view_of(in.saved), p.act = c.act;
+  if (dx.defined()) p.weight = view_of(weight), p.dx = dx.data_ptr();
+  if (dweight.defined()) p.x = view_of(x), p.dweight = dweight.data_ptr();
+  p.dbias = data_or_null(dbias);
+  at::Tensor partials;
+  if (step.splits > 1) {
+    partials = accumulators_of(step.splits * n * (k + 1), c.dtype);
+    p.partials = partials.data_ptr();
+  }
+  const Machine machine = machine_for(c.dtype, false);
+  machine.table(c.dtype).few_columns_backward(p, torch_threads(machine.threads_for(multiplications(c))));
+}
+
+void run_activation_pass(const Problem& c, const at::Tensor& z, const at::Tensor& y, const at::Tensor&) {
+  const Machine machine = machine_for(c.dtype, false);
+  const int64_t count = c.shape.m * c.shape.n;
+  machine.table(c.dtype).act_pass({count, z.const_data_ptr(), c.act, y.data_ptr()},
+                                  threads_for_elements(machine, count));
+}
+
+int slices_of(const FusedMlp& p, DType dtype) {
+  std::vector<Shape> shapes;
+  for (int l = 0; l < p.layers; ++l) shapes.push_back({p.rows, p.layer[l].n, p.layer[l].k});
+  return fused_mlp_slices(shapes, dtype, machine_for(dtype, false));
+}
+
+Parallel threads_for_mlp(const FusedMlp& p, const Machine& machine) {
+  int64_t multiplications = 0;
+  for (int l = 0; l < p.layers; ++l) multiplications += p.rows * p.layer[l].n * p.layer[l].k;
+  return torch_threads(machine.threads_for(multiplications));
+}
+
+void run_fused_mlp_forward(const FusedMlp& p, DType dtype) {
+  const Machine machine = machine_for(dtype, false);
+  machine.table(dtype).fused_mlp_forward(p, threads_for_mlp(p, machine));
+}
+
+void run_fused_mlp_backward(FusedMlp p, DType dtype, const at::Tensor& like) {
+  const Machine machine = machine_for(dtype, false);
+  p.slices = slices_of(p, dtype);
+  const at::Tensor partials = accumulators(p.slices * fused_mlp_parameters(p), like);
+  p.partials = partials.data_ptr();
+  machine.table(dtype).fused_mlp_backward(p, threads_for_mlp(p, machine));
+}
+
+}  // namespace
+
+Machine machine_for(DType dtype, bool asks_precision) {
+  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  return this_machine(threads, asks_precision && dtype == DType::f32 && bf16_products_allowed());
+}
+
+Parallel torch_threads(int threads) {
+  if (threads == 1)
+    return {1, [](int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
+              if (tasks > 0) body(context, 0, tasks);
+            }};
+  return {threads, [](int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
+            at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          }};
+}
+
+Parallel threads_for_elements(const Machine& machine, int64_t elements) {
+  return torch_threads(machine.threads_for(elements * 16));
+}
+
+void packed_gemm(const PackedProduct& product, Gemm p, const Machine& machine) {
+  const Parallel threads = torch_threads(machine.threads_for(p.m * p.n * p.k));
+  at::Tensor panels, partials;
+  if (p.splits > 1) {
+    partials = accumulators_of(partials_size(p), p.dtype);
+    p.partials = partials.data_ptr();
+  }
+  if (const int64_t bytes = product.panels_size(p, threads.threads)) {
+    panels = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+    p.panels = panels.data_ptr();
+  }
+  product.gemm(p, threads);
+}
+
+void gradient_pass(const Problem& c, const OutputGrad& in, const at::Tensor& dz, const at::Tensor& dbias) {
+  const auto [m, n, k] = c.shape;
+  GradPass p{};
+  p.dtype = c.dtype;
+  p.m = m, p.n = n;
+  p.g = view_of(in.g);
+  if (in.saved.defined()) p.saved = view_of(in.saved), p.act = c.act;
+  p.dz = data_or_null(dz), p.dbias = data_or_null(dbias);
+  at::Tensor partials;
+  if (dbias.defined()) {
+    if (dbias.scalar_type() != in.g.scalar_type()) p.output_mode = OutputMode::uncast;
+    partials = accumulators(slices(m) * n, in.g);
+    p.partials = partials.data_ptr();
+  }
+  const Machine machine = machine_for(c.dtype, false);
+  machine.table(c.dtype).grad_pass(p, threads_for_elements(machine, m * n));
+}
+
+at::Tensor library_operand(const at::Tensor& a) {
+  constexpr int64_t piece = 32;
+  const int64_t m = a.size(0), k = a.size(1);
+  if (a.element_size() != 2 || k % piece == 0) return a;
+  at::Tensor copy = at::zeros({m, (k / piece + 1) * piece}, a.options()).narrow(1, 0, k);
+  return copy.copy_(a);
+}
+
+}  // namespace cpu
+
+const Device kCpu = {
+    [](const ForwardProblem& p) { return cpu::plan_forward(p, cpu::machine_for(p.dtype, false)); },
+    [](const BackwardProblem& p) { return cpu::plan_backward(p, cpu::machine_for(p.dtype)); },
+    &cpu::run_product,
+    &cpu::few_columns_backward,
+    &cpu::run_activation_pass,
+    &cpu::gradient_pass,
+    &cpu::library_operand,
+    /*takes_mask=*/[](const Problem&) { return false; },
+    [](const FusedMlp& p, DType dtype) { return cpu::slices_of(p, dtype) > 0; },
+    &cpu::run_fused_mlp_forward,
+    &cpu::run_fused_mlp_backward,
+    &cpu::elementwise_loss,
+    &cpu::cross_entropy,
+    &cpu::linear_cross_entropy,
+};
+
+}  // namespace dlk

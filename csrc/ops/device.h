@@ -1,0 +1,56 @@
+// A device, as the ops see it: how it plans a layer, and the functions that run the steps of a plan. There is a table
+// per device: cpu/device.cpp and cuda/device.cpp. Everything else of the ops is shared.
+#pragma once
+
+#include "ops/loss_calls.h"
+#include "ops/tensors.h"
+#include "planning/plan.h"
+#include "planning/problem.h"
+
+namespace dlk {
+
+// The gradient of a layer's pre-activation is dz = g · act'(saved). Where `saved` is undefined, g is dz. `saved` is y or z
+// [..., N], or y's mask.
+struct OutputGrad {
+  at::Tensor g, saved;
+};
+
+// A product, and the work that kernels of some devices do beside it.
+struct Product : Gemm {
+  bool saved_is_mask = false, below_is_mask = false;
+  void* mask = nullptr;        // of c
+  void* column_sum = nullptr;  // dbias of the layer below
+};
+
+struct Device {
+  Plan (*plan_forward)(const ForwardProblem&);
+  Plan (*plan_backward)(const BackwardProblem&);
+
+  // Steps. Each function allocates the scratch that its kernel needs. `like` has the layer's dtype and device.
+  void (*product)(const Step&, const Problem&, Product, const at::Tensor& like);
+  void (*backward)(const Step&, const Problem&, const OutputGrad&, const at::Tensor& x, const at::Tensor& weight,
+                   const Gradients& wanted);
+  void (*activation_pass)(const Problem&, const at::Tensor& z, const at::Tensor& y, const at::Tensor& mask);
+  // dz has g's dtype; dbias has g's dtype or accumulators. Either may be undefined.
+  void (*gradient_pass)(const Problem&, const OutputGrad&, const at::Tensor& dz, const at::Tensor& dbias);
+  // A [M, K] with the same values in memory that a product of torch's may read without harm.
+  at::Tensor (*library_operand)(const at::Tensor&);
+
+  // Forward can store a mask of y.
+  bool (*takes_mask)(const Problem&);
+
+  // Several narrow layers as one kernel: if it takes them, forward, and backward, which sets slices and scratch.
+  bool (*takes_fused_mlp)(const FusedMlp&, DType);
+  void (*fused_mlp_forward)(const FusedMlp&, DType);
+  void (*fused_mlp_backward)(FusedMlp, DType, const at::Tensor& like);
+
+  // The losses. Each fills the gradients of the call and returns the loss.
+  at::Tensor (*elementwise_loss)(const ElementwiseLossCall&);
+  at::Tensor (*cross_entropy)(const CrossEntropyCall&);
+  LossOfLinear (*linear_cross_entropy)(const LinearCrossEntropyCall&);
+};
+
+extern const Device kCpu;
+extern const Device kCuda;
+
+}  // namespace dlk

@@ -1,0 +1,131 @@
+#include "ops/layer.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
+#include "ops/check.h"
+#include "planning/product.h"
+
+namespace dlk {
+namespace {
+
+// Contiguous, and where accesses of 16 bytes may begin: as kernels that write or read masks need it.
+at::Tensor aligned(const at::Tensor& t) {
+  const at::Tensor out = t.contiguous();
+  return reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 == 0 ? out : out.clone();
+}
+
+at::Tensor wanted(const Step& step, Output output, const at::Tensor& t) {
+  return step.outputs & output ? t : at::Tensor();
+}
+
+// dgrad or wgrad of `left`, which is dz; or, where the step makes dz in its load, grad_y.
+Product gradient_product(const Step& step, const Problem& c, const View& left, const at::Tensor& saved,
+                         const View& weight, const View& x) {
+  const bool is_dgrad = step.kind == StepKind::dgrad;
+  Product p{product(is_dgrad ? Op::dgrad : Op::wgrad, c.shape, c.dtype, left, is_dgrad ? weight : x)};
+  p.splits = step.splits;
+  if (!step.dz_in_load) return p;
+  p.act = c.act;
+  p.saved_is_mask = is_mask(saved);
+  const View view = p.saved_is_mask ? View{saved.const_data_ptr(), c.shape.n, 1} : view_of(saved);
+  p.saved = is_dgrad ? view : view.transposed();
+  return p;
+}
+
+void library_dgrad(const Device& device, const Problem& c, const at::Tensor& dz, const at::Tensor& weight,
+                   const at::Tensor& dx) {
+  at::Tensor out = dx.view({c.shape.m, c.shape.k});
+  at::mm_out(out, device.library_operand(dz), weight);
+}
+
+void library_wgrad(const at::Tensor& dz, const at::Tensor& x, const at::Tensor& dweight) {
+  at::Tensor out = dweight;
+  at::mm_out(out, dz.t(), x);
+}
+
+void library_forward(const Device& device, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                     at::Tensor out) {
+  const at::Tensor operand = device.library_operand(x);
+  if (bias.defined())
+    at::addmm_out(out, bias, operand, weight.t());
+  else
+    at::mm_out(out, operand, weight.t());
+}
+
+}  // namespace
+
+void layer_forward(const Device& device, const Problem& c, const at::Tensor& x, const at::Tensor& weight,
+                   const at::Tensor& bias, const Outputs& out) {
+  if (c.is_empty()) return;
+  const at::Tensor x2 = as_rows(x);
+  const View x_view = view_of(x2), weight_view = view_of(weight);
+  for (const Step& step : device.plan_forward({c, x_view, weight_view, out.z.defined(), out.mask.defined()})) {
+    if (step.kind == StepKind::activation_pass) {
+      device.activation_pass(c, out.z.defined() ? out.z : out.y, out.y, out.mask);
+    } else if (is_library(step.path)) {
+      library_forward(device, x2, weight, bias, (out.z.defined() ? out.z : out.y).view({c.shape.m, c.shape.n}));
+    } else {
+      const at::Tensor epilogue_bias = bias.defined() && out.mask.defined() ? aligned(bias) : bias;
+      Product p{product(Op::forward, c.shape, c.dtype, x_view, weight_view)};
+      p.act = c.act;
+      p.bias = const_data_or_null(epilogue_bias);
+      p.c = out.y.data_ptr(), p.z = data_or_null(out.z), p.mask = data_or_null(out.mask);
+      device.product(step, c, p, out.y);
+    }
+  }
+}
+
+void layer_backward(const Device& device, const Problem& c, const OutputGrad& in, const at::Tensor& x,
+                    const at::Tensor& weight, const Gradients& gradients, BackwardEpilogue* below) {
+  if (c.is_empty()) return;
+  const auto& [dx, dweight, dbias] = gradients;
+  const bool has_below = below && below->saved.defined();
+  const at::Tensor g = as_rows(in.g);
+  at::Tensor saved;
+  if (in.saved.defined()) saved = as_rows(is_mask(in.saved) ? aligned(in.saved) : in.saved);
+  const at::Tensor x2 = dweight.defined() ? as_rows(x) : at::Tensor();
+  const View g_view = view_of(g), x_view = x2.defined() ? view_of(x2) : View{},
+             weight_view = weight.defined() ? view_of(weight) : View{};
+  at::Tensor dz = saved.defined() ? at::Tensor() : g;
+
+  const BackwardProblem problem = {c,
+                                   g_view,
+                                   saved.defined(),
+                                   x_view,
+                                   weight_view,
+                                   dx.defined(),
+                                   dweight.defined(),
+                                   dbias.defined(),
+                                   has_below,
+                                   has_below && below->wants_dbias};
+  for (const Step& step : device.plan_backward(problem)) {
+    const at::Tensor step_dbias = wanted(step, kDbias, dbias);
+    if (step.kind == StepKind::gradient_pass) {
+      if (step.outputs & kDz) dz = at::empty({c.shape.m, c.shape.n}, g.options());
+      device.gradient_pass(c, {g, saved}, wanted(step, kDz, dz), step_dbias);
+    } else if (step.kind == StepKind::backward) {
+      device.backward(step, c, {g, saved}, x2, weight,
+                      {wanted(step, kDx, dx), wanted(step, kDweight, dweight), step_dbias});
+    } else if (is_library(step.path)) {
+      step.kind == StepKind::dgrad ? library_dgrad(device, c, dz, weight, dx) : library_wgrad(dz, x2, dweight);
+    } else {
+      Product p = gradient_product(step, c, step.dz_in_load ? g_view : view_of(dz), saved, weight_view, x_view);
+      p.c = (step.kind == StepKind::dgrad ? dx : dweight).data_ptr();
+      p.row_sum = data_or_null(step_dbias);
+      if (step.below) {
+        p.below_saved = below->saved.const_data_ptr();
+        p.below_is_mask = is_mask(below->saved);
+        p.below_act = below->act;
+        below->applied = true;
+      }
+      if (step.outputs & kDbiasBelow) {
+        below->dbias = at::empty({c.shape.k}, g.options());
+        p.column_sum = below->dbias.data_ptr();
+      }
+      device.product(step, c, p, g);
+    }
+  }
+}
+
+}  // namespace dlk

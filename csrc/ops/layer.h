@@ -1,0 +1,31 @@
+// One layer, forward and backward, on any device: make the plan, run its steps. linear_act and mlp share it.
+#pragma once
+
+#include "ops/device.h"
+
+namespace dlk {
+
+// The tensors that forward fills: y, and where they are defined z and y's mask.
+struct Outputs {
+  at::Tensor y, z, mask;
+};
+
+// The layer below, whose act' dgrad's epilogue may apply to dx. Its dbias may be summed there too.
+struct BackwardEpilogue {
+  at::Tensor saved;  // undefined: there is none to apply
+  Activation act;
+  bool wants_dbias;
+  // Set by layer_backward.
+  bool applied = false;
+  at::Tensor dbias;  // [n of the layer below], if it was summed
+};
+
+// y = act(x · weightᵀ + bias); bias is contiguous or undefined.
+void layer_forward(const Device&, const Problem&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                   const Outputs&);
+
+// Fills the gradients that are defined. x may be undefined without dweight, weight without dx.
+void layer_backward(const Device&, const Problem&, const OutputGrad&, const at::Tensor& x, const at::Tensor& weight,
+                    const Gradients&, BackwardEpilogue* below = nullptr);
+
+}  // namespace dlk

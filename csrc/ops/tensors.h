@@ -1,0 +1,62 @@
+// Tensors that the ops of every device allocate and describe.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "kernels/params.h"
+
+namespace dlk {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias; undefined where not wanted
+
+// f32, or f64 for f64.
+inline at::ScalarType accumulator_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+inline at::Tensor accumulators(int64_t count, const at::Tensor& like) {
+  return at::empty({count}, like.options().dtype(accumulator_type(like)));
+}
+
+// t's device as the current one. The CPU needs none, and a guard costs a tenth of a small layer's call.
+inline std::optional<c10::Device> guarded_device(const at::Tensor& t) {
+  return t.is_cpu() ? std::nullopt : std::optional<c10::Device>(t.device());
+}
+
+inline void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+inline const void* const_data_or_null(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
+inline at::Tensor contiguous_or_none(const OptionalTensor& t) { return t ? t->contiguous() : at::Tensor(); }
+
+// t's sizes with another last one.
+inline std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes = t.sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+// A mask holds one bit per element of y (kernels/params.h).
+inline bool is_mask(const at::Tensor& t) { return t.defined() && t.scalar_type() == at::kByte; }
+
+// The gradients that are wanted, of a layer whose output is like g. They are not written yet; where the layer has no
+// output they are zero.
+inline Gradients new_gradients(const Shape& s, const at::Tensor& g, at::ScalarType x, at::ScalarType parameters,
+                               bool need_x, bool need_weight, bool need_bias) {
+  auto make = [&](at::IntArrayRef sizes, at::ScalarType dtype) {
+    const at::TensorOptions options = g.options().dtype(dtype);
+    return s.m == 0 || s.n == 0 ? at::zeros(sizes, options) : at::empty(sizes, options);
+  };
+  Gradients made;
+  if (need_x) std::get<0>(made) = make(resized_last(g, s.k), x);
+  if (need_weight) std::get<1>(made) = make({s.n, s.k}, parameters);
+  if (need_bias) std::get<2>(made) = make({s.n}, parameters);
+  return made;
+}
+
+}  // namespace dlk

@@ -1,0 +1,344 @@
+"""The plan that would run for a layer or a chain of layers: which kernel makes what, and why. Nothing is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dlkernels import _C
+from dlkernels._ops import autocast as _autocast
+from dlkernels._ops import linear_act as _linear_act
+from dlkernels._ops import masks as _masks
+from dlkernels._ops import mlp as _mlp
+from dlkernels._ops.activations import Activation, activation_named
+from dlkernels._ops.modes import autocast, autocast_active
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which path one product of a layer takes, and why.
+
+    ``op`` is "forward", "dgrad" (gradient of x) or "wgrad" (gradients of weight and bias). ``path`` is one of:
+
+    * on CPU "packed" (our blocked GEMM), "few_rows" (our kernels for small batches), "few_columns" (our kernels for up
+      to 16 out_features) or "aten" (torch's GEMM with our elementwise passes);
+    * on CUDA "simt" (plain FMAs), "mma" (tensor cores), "hopper" (TMA and wgmma), "cublas" (with our passes) or
+      "fused_mlp" (up to 128 features: the weight stays in shared memory, dgrad and wgrad are one kernel);
+    * of several layers, on both, "fused_mlp": a block of rows goes through all of them, see :func:`functional.mlp`.
+
+    ``kernel`` names dtype, tile and instruction set. ``splits`` is the number of slices that the sum is cut in.
+    ``threads`` are the CPU's; 0 on CUDA.
+    """
+
+    op: str
+    path: str
+    kernel: str
+    splits: int
+    threads: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a plan: a kernel or a product of torch's.
+
+    ``kind`` is "forward", "dgrad" or "wgrad" (a product), "backward" (all gradients of a small layer from one read), or
+    an elementwise "activation_pass" or "gradient_pass". ``makes`` names the tensors that it writes, ``fused`` the work
+    that it does on the way. ``scratch_bytes`` are allocated for the step; buffers that threads keep between calls and
+    torch's own workspaces are not counted.
+    """
+
+    kind: str
+    path: str
+    kernel: str
+    makes: tuple[str, ...]
+    fused: tuple[str, ...]
+    splits: int
+    scratch_bytes: int
+    why: str
+
+    def __str__(self) -> str:
+        parts = [f"{self.kind} -> {', '.join(self.makes)}", f"{self.path} ({self.kernel})"]
+        if self.fused:
+            parts.append("fused: " + ", ".join(self.fused))
+        if self.splits > 1:
+            parts.append(f"sum cut in {self.splits} slices")
+        if self.scratch_bytes:
+            parts.append(f"scratch {_bytes(self.scratch_bytes)}")
+        return "; ".join(parts)
+
+
+class LayerPlan(tuple[Explanation, ...]):
+    """The plan of one layer. As a tuple it holds an :class:`Explanation` for forward, dgrad and wgrad; printed it shows
+    the steps.
+
+    ``forward`` and ``backward`` are the steps in the order in which they run, backward with all three gradients.
+    ``keeps`` names the tensors that forward saves for that backward.
+    """
+
+    title: str
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    keeps: tuple[str, ...]
+
+    def __new__(
+        cls,
+        rows: Iterable[Explanation],
+        title: str = "",
+        forward: Sequence[Step] = (),
+        backward: Sequence[Step] = (),
+        keeps: Sequence[str] = (),
+    ) -> LayerPlan:
+        plan = super().__new__(cls, rows)
+        plan.title, plan.keeps = title, tuple(keeps)
+        plan.forward, plan.backward = tuple(forward), tuple(backward)
+        return plan
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The largest scratch that a step allocates, or dz and the scratch beside it."""
+        return max((step.scratch_bytes for step in (*self.forward, *self.backward)), default=0)
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        for name, steps in (("forward", self.forward), ("backward", self.backward)):
+            if name == "backward":
+                lines.append(f"  keeps for backward: {', '.join(self.keeps) or 'nothing'}")
+            lines.append(f"  {name}:" + ("" if steps else " nothing to do"))
+            lines += [f"    {number}. {step}" for number, step in enumerate(steps, start=1)]
+        lines.append("  why:")
+        lines += [f"    {row.op} by {row.path}: {row.why}" for row in self]
+        return "\n".join(lines)
+
+
+class MlpPlan(tuple[LayerPlan, ...]):
+    """The plan of a chain of layers: a :class:`LayerPlan` for each. ``fused`` is the step that runs all of them at
+    once; None where they run one by one."""
+
+    fused: Step | None
+
+    def __new__(cls, layers: Iterable[LayerPlan], fused: Step | None = None) -> MlpPlan:
+        plan = super().__new__(cls, layers)
+        plan.fused = fused
+        return plan
+
+    def __str__(self) -> str:
+        if self.fused is None:
+            return "\n".join(f"layer {number}: {layer}" for number, layer in enumerate(self))
+        lines = [f"{len(self)} layers as one kernel, forward and backward", f"  backward: {self.fused}"]
+        return "\n".join([*lines, *(f"  layer {number}: {layer.title}" for number, layer in enumerate(self))])
+
+
+def explain(
+    x: Tensor, weight: Tensor, activation: str = "relu", *, bias: bool = True, negative_slope: float = 0.01
+) -> LayerPlan:
+    """The plan that :func:`functional.linear_act` would run for these tensors, forward and backward.
+
+    The answer comes from the same decision that the ops take. Under autocast it is the decision for the tensors as
+    autocast casts them or, where kernels convert parameters themselves (bfloat16 on a CPU with such products), as they
+    are.
+
+        >>> print(explain(x, weight))
+
+    Args:
+        x: ``[..., in_features]``.
+        weight: ``[out_features, in_features]``.
+        activation: see :func:`functional.linear_act`.
+        bias: the layer has one.
+        negative_slope: of ``leaky_relu``; the plan does not depend on it.
+
+    Raises:
+        ValueError: unknown activation.
+        TypeError: no tensors, or a dtype or layout the kernels do not have.
+        RuntimeError: shapes that do not fit together.
+        NotImplementedError: a device other than CPU and CUDA.
+    """
+    del negative_slope
+    native_casts = isinstance(x, Tensor) and isinstance(weight, Tensor) and _has_native_kernel(x, weight)
+    return _explain(x, weight, activation_named(activation), bias, native_casts)
+
+
+def explain_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    activation: str | Sequence[str] = "relu",
+    last_activation: str = "none",
+    *,
+    bias: bool = True,
+) -> MlpPlan:
+    """The plan that :func:`functional.mlp` would run for these tensors, from the same decision that the op takes.
+
+    Args:
+        x: ``[..., in_features]`` of the first layer.
+        weights: one ``[out_features, in_features]`` per layer; each layer takes the output of the one before.
+        activation, last_activation: see :func:`functional.mlp`.
+        bias: the layers have one.
+
+    Raises:
+        ValueError: unknown activation, or not as many as layers.
+        RuntimeError: no layers, or shapes that do not fit together.
+    """
+    _mlp.check_some(weights)
+    names = (activation,) * (len(weights) - 1) if isinstance(activation, str) else tuple(activation)
+    if len(names) != len(weights) - 1:
+        raise ValueError(
+            f"explain_mlp: {len(weights)} weights need {len(weights) - 1} activations besides last_activation; "
+            f"got {len(names)}"
+        )
+    acts = [activation_named(name) for name in (*names, last_activation)]
+    native_casts = autocast_active(x) and _mlp.has_native_kernel(x, weights, [None] * len(weights))
+    layers = [_explain(x, weights[0], acts[0], bias, native_casts)]
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_active(x) and x.dtype != torch.float64 else x.dtype
+    m = math.prod(x.shape[:-1])
+    for (before, weight), (below, act) in zip(pairwise(weights), pairwise(acts), strict=True):
+        features = before.shape[0]
+        _explain(x.new_empty((0, features)), weight, act, bias, native_casts)  # raises as the op would
+        rows = torch.empty((m, features), device="meta")  # the layer before gives contiguous rows
+        layers.append(_plan(rows, 0, weight, dtype, act, bias, below.name != "none", native_casts, x.is_cuda))
+    shapes = [(m, *w.shape) for w in weights]
+    slices, kernel, scratch = _C.explain_fused_mlp(x.is_cuda, shapes, _name(dtype))
+    if not slices:
+        return MlpPlan(layers)
+    why = (
+        "narrow layers: their weights fit in shared memory together"
+        if x.is_cuda
+        else "narrow layers and many rows: a block of rows goes through all of them while it is in cache"
+    )
+    fused = Step(
+        "backward",
+        "fused_mlp",
+        kernel,
+        ("dx", *("dweight", "dbias") * bool(weights)),
+        ("dz and the gradients of every layer",),
+        slices,
+        scratch,
+        why,
+    )
+    threads = 0 if x.is_cuda else torch.get_num_threads()
+    return MlpPlan(
+        (
+            LayerPlan(
+                [
+                    Explanation(row.op, "fused_mlp", kernel, slices if row.op == "wgrad" else 1, threads, why)
+                    for row in layer
+                ],
+                layer.title,
+                keeps=layer.keeps,
+            )
+            for layer in layers
+        ),
+        fused,
+    )
+
+
+def _has_native_kernel(x: Tensor, weight: Tensor) -> bool:
+    return autocast_active(x) and _autocast.has_native_kernel(x, weight, None)
+
+
+def _explain(x: Tensor, weight: Tensor, act: Activation, bias: bool, native_casts: bool) -> LayerPlan:
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
+        got = f"{type(x).__name__} and {type(weight).__name__}"
+        raise TypeError(f"explain: x and weight must be tensors; got {got}")
+    for name, t in (("x", x), ("weight", weight)):
+        if t.layout is not torch.strided or t.is_quantized:
+            raise TypeError(f"explain: {name} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
+    cast_x, cast_weight = _meta_like(x), _meta_like(weight)
+    if autocast_active(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        cast_x, cast_weight = autocast(cast_x, dtype), autocast(cast_weight, dtype)
+    _linear_act.check_shapes(cast_x, cast_weight)
+    if x.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"explain() knows the paths on cpu and cuda, and x is on {x.device}")
+    # The op views x as rows; where no such view exists it copies.
+    rows = (_meta_like(x) if native_casts else cast_x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    # torch allocates autocast's copies, which are aligned like address 0.
+    address = x.data_ptr() if x.is_cuda and cast_x.dtype == x.dtype else 0
+    casts = str(x.dtype).removeprefix("torch.") if native_casts else ""
+    return _plan(rows, address, weight, cast_weight.dtype, act, bias, False, native_casts, x.is_cuda, casts)
+
+
+def _plan(
+    rows: Tensor,
+    address: int,
+    weight: Tensor,
+    dtype: torch.dtype,
+    act: Activation,
+    bias: bool,
+    below: bool,
+    native_casts: bool,
+    cuda: bool,
+    casts: str = "bfloat16",
+) -> LayerPlan:
+    """``rows`` [M, K] lies on meta, at ``address`` on the device. ``below``: dgrad may apply the layer below's act'."""
+    (n, k), m = weight.shape, rows.shape[0]
+    saved = _saved(act, dtype, n, cuda)
+    strides = weight.stride() if native_casts or dtype == weight.dtype else _meta_like(weight).to(dtype).stride()
+    with torch.cuda.device(weight.device) if cuda else nullcontext():
+        plan = _C.explain(
+            cuda,
+            m,
+            n,
+            k,
+            _name(dtype),
+            act.code,
+            (address, *rows.stride()),
+            (weight.data_ptr() if cuda and dtype == weight.dtype else 0, *strides),
+            saved,
+            bias,
+            below,
+            casts if native_casts else "",
+            torch.get_num_threads(),
+            torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
+        )
+    threads = 0 if cuda else torch.get_num_threads()
+    device = "cuda" if cuda else f"cpu, {threads} threads"
+    return LayerPlan(
+        (Explanation(threads=threads, **row) for row in plan["routes"]),
+        f"x [{m}, {k}], weight [{n}, {k}], {act.name}, {_name(dtype)} on {device}",
+        [_step(row, act, bias) for row in plan["forward"]],
+        [_step(row, act, bias) for row in plan["backward"]],
+        ("x", "weight", *((saved or "y",) if act.name != "none" else ())),
+    )
+
+
+def _saved(act: Activation, dtype: torch.dtype, out_features: int, cuda: bool) -> str:
+    """The tensor beside y that forward makes for backward: "z", "mask", or "" for none."""
+    if not act.saves_output:
+        return "z"
+    masked = act.needs_sign_only and dtype in (torch.bfloat16, torch.float16) and out_features % _masks.BITS == 0
+    return "mask" if cuda and masked else ""
+
+
+def _step(row: dict, act: Activation, bias: bool) -> Step:
+    fused = []
+    if row["kind"] == "forward" and "y" in row["makes"]:
+        fused += ["bias"] * bias + [act.name] * (act.name != "none")
+    elif row["kind"] == "forward":
+        fused += ["bias"] * bias
+    if row["dz_in_load"] and "dz" not in row["makes"]:
+        fused.append("dz made while grad_y is loaded")
+    if "dbias" in row["makes"] and row["kind"] == "wgrad":
+        fused.append("dbias summed while dz is loaded")
+    if row["below"]:
+        fused.append("activation gradient of the layer below")
+    fields = ("kind", "path", "kernel", "splits", "scratch_bytes", "why")
+    return Step(makes=tuple(row["makes"]), fused=tuple(fused), **{field: row[field] for field in fields})
+
+
+def _meta_like(t: Tensor) -> Tensor:
+    """A tensor without memory that lies as ``t`` does, so that a cast of it lies as a cast of ``t`` would."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -1,0 +1,132 @@
+// Planning with C signatures, for ctypes. No kernel is linked: tables say which kernels there would be, and the questions
+// that CUDA's plans ask of a device are answered here.
+#include <cstring>
+#include <string>
+
+#include "planning/cpu/plan.h"
+#include "planning/cpu/route.h"
+#include "planning/cuda/linear_cross_entropy.h"
+#include "planning/cuda/plan.h"
+
+using namespace dlk;
+
+namespace {
+
+int64_t no_panels(const Gemm&, int) { return 0; }
+
+cpu::Kernels kernels_of(const char* isa, bool pairs) {
+  cpu::Kernels set{};
+  set.isa = isa;
+  for (cpu::KernelTable& table : set.table) {
+    table.packed = {nullptr, &no_panels, true};
+    table.fused_mlp_features = 256;
+  }
+  if (pairs) {
+    set.f32_in_bf16 = {"f32 rounded to bf16", {nullptr, &no_panels, false}};
+    set.autocast.ukernel = "f32 rounded to bf16";
+    for (cpu::AutocastLayer* layer : {&set.autocast.f32_x, &set.autocast.bf16_x})
+      layer->packed = {{nullptr, &no_panels, true}, {nullptr, &no_panels, true}, {nullptr, &no_panels, true}};
+  }
+  return set;
+}
+
+// "dgrad packed dx load below 1|wgrad packed dweight+dbias load - 3": kind, path, outputs, where dz is made, the layer
+// below, slices.
+const char* text_of(const Plan& plan) {
+  static std::string text;
+  text.clear();
+  constexpr const char* kNames[] = {"y", "z", "mask", "dz", "dx", "dweight", "dbias", "dbias_below"};
+  for (const Step& step : plan) {
+    if (!text.empty()) text += "|";
+    text += std::string(name(step.kind)) + " " + name(step.path) + " ";
+    std::string outputs;
+    for (int bit = 0; bit < 8; ++bit)
+      if (step.outputs >> bit & 1) outputs += (outputs.empty() ? "" : "+") + std::string(kNames[bit]);
+    text +=
+        outputs + (step.dz_in_load ? " load" : " -") + (step.below ? " below " : " - ") + std::to_string(step.splits);
+  }
+  return text.c_str();
+}
+
+cuda::RouteQuery asked(Op op, const Problem& p, const View& left, const View& right);
+int given_arch, given_narrow;
+Path given_path;
+bool is_forced;
+
+cuda::RouteQuery asked(Op op, const Problem& p, const View&, const View&) {
+  return {
+      op, p.shape, p.dtype, false, true, true, given_arch, true, given_narrow != 0, is_forced ? &given_path : nullptr};
+}
+int one_split(Path, Op, const Problem&) { return 1; }
+int64_t no_scratch(const Step&, const Problem&) { return 0; }
+constexpr cuda::Machine kDevice = {&asked, &one_split, &no_scratch};
+
+}  // namespace
+
+extern "C" {
+
+// forced: 0 no, 1 own, 2 aten. wants: bits of Output. flags: 1 saved, 2 below, 4 dbias_below.
+const char* cpu_backward(const char* isa, int pairs, int forced, int bf16_products, int64_t m, int64_t n, int64_t k,
+                         int dtype, int act, int casts, unsigned wants, unsigned flags, int64_t x_col,
+                         int64_t weight_col) {
+  const cpu::Kernels set = kernels_of(isa, pairs != 0);
+  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, bf16_products != 0, 4};
+  const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}, static_cast<Casts>(casts)};
+  return text_of(cpu::plan_backward({p,
+                                     {nullptr, n, 1},
+                                     (flags & 1) != 0,
+                                     {nullptr, k, x_col},
+                                     {nullptr, k, weight_col},
+                                     (wants & kDx) != 0,
+                                     (wants & kDweight) != 0,
+                                     (wants & kDbias) != 0,
+                                     (flags & 2) != 0,
+                                     (flags & 4) != 0},
+                                    machine));
+}
+
+const char* cpu_forward(const char* isa, int pairs, int forced, int64_t m, int64_t n, int64_t k, int dtype, int act,
+                        int z) {
+  const cpu::Kernels set = kernels_of(isa, pairs != 0);
+  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4};
+  const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}};
+  return text_of(cpu::plan_forward({p, {nullptr, k, 1}, {nullptr, k, 1}, z != 0, false}, machine));
+}
+
+// path: the one that is forced, or an empty text.
+const char* cuda_backward(const char* path, int arch, int narrow, int64_t m, int64_t n, int64_t k, int dtype, int act,
+                          unsigned wants, unsigned flags) {
+  is_forced = *path != 0;
+  for (int p = 0; is_forced && p <= static_cast<int>(Path::fused_mlp); ++p)
+    if (!std::strcmp(name(static_cast<Path>(p)), path)) given_path = static_cast<Path>(p);
+  given_arch = arch, given_narrow = narrow;
+  const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}};
+  return text_of(cuda::plan_backward({p,
+                                      {nullptr, n, 1},
+                                      (flags & 1) != 0,
+                                      {nullptr, k, 1},
+                                      {nullptr, k, 1},
+                                      (wants & kDx) != 0,
+                                      (wants & kDweight) != 0,
+                                      (wants & kDbias) != 0,
+                                      (flags & 2) != 0,
+                                      (flags & 4) != 0},
+                                     kDevice));
+}
+
+const char* cuda_forward(const char* path, int arch, int64_t m, int64_t n, int64_t k, int dtype, int act, int z,
+                         int mask) {
+  is_forced = *path != 0;
+  for (int p = 0; is_forced && p <= static_cast<int>(Path::fused_mlp); ++p)
+    if (!std::strcmp(name(static_cast<Path>(p)), path)) given_path = static_cast<Path>(p);
+  given_arch = arch, given_narrow = 0;
+  const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}};
+  return text_of(cuda::plan_forward({p, {nullptr, k, 1}, {nullptr, k, 1}, z != 0, mask != 0}, kDevice));
+}
+
+void loss_blocks(int64_t m, int64_t classes, int dtype, int64_t given, int64_t* rows, int64_t* blocks, int* one_layer) {
+  const BlockPlan plan = cuda::plan_linear_cross_entropy({m, classes, 64}, static_cast<DType>(dtype), given);
+  *rows = plan.rows, *blocks = plan.blocks, *one_layer = plan.one_layer;
+}
+
+}  // extern "C"

@@ -1,0 +1,184 @@
+"""Plans of layers: pure functions, compiled here without a kernel and without torch.
+
+Machines are made up: a kernel set by its name, a GPU by what it answers. A step reads as
+"kind path outputs where-dz-is-made layer-below slices".
+"""
+
+import ctypes
+import itertools
+import os
+import subprocess
+
+import pytest
+
+from dlkernels._ops.activations import ACTIVATIONS
+from tests.support.paths import CSRC, ROOT
+
+DTYPES = ["float64", "float32", "bfloat16", "float16"]  # the order of DType in csrc/kernels/params.h
+DX, DWEIGHT, DBIAS = 16, 32, 64  # Output in csrc/planning/plan.h
+ALL = DX | DWEIGHT | DBIAS
+SAVED, BELOW, DBIAS_BELOW = 1, 2, 4
+NO, OWN, ATEN = range(3)
+BIG, FEW_ROWS, FEW_COLUMNS = (1000, 300, 200), (4, 300, 200), (5000, 4, 64)
+
+
+@pytest.fixture(scope="module")
+def planning(tmp_path_factory):
+    library = tmp_path_factory.mktemp("planning") / "planning.so"
+    sources = [path for path in CSRC.glob("planning/**/*.cpp") if path.name != "machine.cpp"]
+    sources += [CSRC / "kernels/cpu/sizes.cpp", ROOT / "tests/planning/entry.cpp"]
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-Wall", "-shared", "-fPIC", f"-I{CSRC}"]
+    subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    for name in ("cpu_forward", "cpu_backward", "cuda_forward", "cuda_backward"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    return loaded
+
+
+def sizes(shape):
+    return list(map(ctypes.c_int64, shape))
+
+
+def act_code(name):
+    return ACTIVATIONS[name].code
+
+
+def cpu_backward(
+    planning, shape, dtype="float32", act="relu", *, isa="avx512", pairs=False, forced=NO, bf16_products=False, casts=0,
+    wants=ALL, flags=SAVED, x_stride=1, weight_stride=1,
+):  # fmt: skip
+    m, n, k = sizes(shape)
+    text = planning.cpu_backward(
+        isa.encode(), pairs, forced, bf16_products, m, n, k, DTYPES.index(dtype), act_code(act), casts, wants, flags,
+        ctypes.c_int64(x_stride), ctypes.c_int64(weight_stride),
+    )  # fmt: skip
+    return text.decode().split("|") if text else []
+
+
+def cuda_backward(planning, shape, dtype="bfloat16", *, path="", arch=90, narrow=False, wants=ALL, flags=SAVED):
+    m, n, k = sizes(shape)
+    text = planning.cuda_backward(
+        path.encode(), arch, narrow, m, n, k, DTYPES.index(dtype), act_code("relu"), wants, flags
+    )
+    return text.decode().split("|") if text else []
+
+
+def test_our_products_make_dz_as_they_load_it(planning):
+    assert cpu_backward(planning, BIG) == ["dgrad packed dx load - 1", "wgrad packed dweight+dbias load - 1"]
+    assert cpu_backward(planning, BIG, flags=0) == ["dgrad packed dx - - 1", "wgrad packed dweight+dbias - - 1"]
+
+
+def test_a_tall_batch_is_cut_in_slices(planning):
+    *_, wgrad = cpu_backward(planning, (65536, 65, 64))
+    assert wgrad == "wgrad packed dweight+dbias load - 16"
+
+
+def test_a_library_reads_dz_from_memory(planning):
+    steps = cpu_backward(planning, BIG, forced=ATEN)
+    assert steps == ["gradient_pass packed dz+dbias load - 1", "dgrad aten dx - - 1", "wgrad aten dweight - - 1"]
+    # without an activation grad_y is dz, and only dbias needs a pass
+    plain = cpu_backward(planning, BIG, forced=ATEN, flags=0)
+    assert plain == ["gradient_pass packed dbias load - 1", "dgrad aten dx - - 1", "wgrad aten dweight - - 1"]
+
+
+@pytest.mark.parametrize("shape", [BIG, FEW_ROWS, FEW_COLUMNS, (0, 3, 4), (3, 0, 4), (3, 4, 0)], ids=str)
+@pytest.mark.parametrize("forced", [NO, OWN, ATEN])
+def test_every_wanted_gradient_is_made_once_and_no_other(planning, shape, forced):
+    """On CPU and CUDA, for every subset. Without outputs or in_features a layer has gradients without elements."""
+    m, n, k = shape
+    for wants in range(8):
+        wanted = {name for bit, name in ((1, "dx"), (2, "dweight"), (4, "dbias")) if wants & bit}
+        bits = (wants & 1) * DX + (wants >> 1 & 1) * DWEIGHT + (wants >> 2 & 1) * DBIAS
+        expected = [] if m * n == 0 else sorted(wanted if k else wanted & {"dbias"})
+        plans = [
+            cpu_backward(planning, shape, dtype, forced=forced, wants=bits, flags=flags, pairs=pairs)
+            for dtype, flags, pairs in itertools.product(("float32", "bfloat16"), (0, SAVED), (False, True))
+        ]
+        plans += [
+            cuda_backward(planning, shape, path=path, wants=bits, flags=flags, narrow=narrow)
+            for path, flags, narrow in itertools.product(("", "simt", "mma", "cublas"), (0, SAVED), (False, True))
+        ]
+        for steps in plans:
+            made = [name for step in steps for name in step.split()[2].split("+") if name != "dz"]
+            assert sorted(made) == expected, steps
+
+
+def test_dz_is_made_before_it_is_read(planning):
+    for path, wants in itertools.product(("", "simt", "mma", "hopper", "cublas"), range(1, 8)):
+        bits = (wants & 1) * DX + (wants >> 1 & 1) * DWEIGHT + (wants >> 2 & 1) * DBIAS
+        made = False
+        for step in cuda_backward(planning, (4096, 512, 512), path=path, wants=bits):
+            kind, _, outputs, loads, *_ = step.split()
+            assert made or loads == "load", step
+            made = made or (kind == "gradient_pass" and "dz" in outputs.split("+"))
+
+
+def test_few_columns_are_one_pass(planning):
+    assert cpu_backward(planning, FEW_COLUMNS) == ["backward few_columns dx+dweight+dbias load - 32"]
+    steps = cpu_backward(planning, FEW_COLUMNS, weight_stride=64)  # dgrad cannot read weight's rows
+    assert steps == ["backward few_columns dweight+dbias load - 32", "dgrad packed dx load - 1"]
+
+
+def test_few_rows_need_contiguous_weight_but_not_for_wgrad(planning):
+    assert [step.split()[1] for step in cpu_backward(planning, FEW_ROWS)] == ["few_rows", "few_rows"]
+    strided = cpu_backward(planning, FEW_ROWS, weight_stride=300, x_stride=4)
+    assert [step.split()[1] for step in strided] == ["packed", "few_rows"]
+
+
+def test_dbias_of_rounded_operands_has_a_pass_of_its_own(planning):
+    steps = cpu_backward(planning, BIG, pairs=True, bf16_products=True)
+    assert steps == ["gradient_pass packed dbias load - 1", "dgrad packed dx load - 1", "wgrad packed dweight load - 1"]
+    casts = cpu_backward(planning, BIG, "bfloat16", pairs=True, casts=1)
+    assert casts == ["dgrad packed dx load - 1", "wgrad packed dweight+dbias load - 1"]
+
+
+def test_the_layer_below(planning):
+    """The packed dgrad applies its activation's gradient; other paths leave that to the layer itself."""
+    assert cpu_backward(planning, BIG, flags=SAVED | BELOW)[0] == "dgrad packed dx load below 1"
+    assert cpu_backward(planning, FEW_ROWS, flags=SAVED | BELOW)[0] == "dgrad few_rows dx load - 1"
+    assert cpu_backward(planning, BIG, forced=ATEN, flags=SAVED | BELOW)[1] == "dgrad aten dx - - 1"
+    flags = SAVED | BELOW | DBIAS_BELOW
+    assert cuda_backward(planning, BIG, path="mma", flags=flags)[1] == "dgrad mma dx+dbias_below - below 1"
+    assert cuda_backward(planning, BIG, path="simt", flags=flags)[0] == "dgrad simt dx load below 1"
+    assert cuda_backward(planning, BIG, path="cublas", flags=flags)[1] == "dgrad cublas dx - - 1"
+
+
+def test_cuda_ways_to_dz(planning):
+    assert cuda_backward(planning, BIG, path="simt") == ["dgrad simt dx load - 1", "wgrad simt dweight+dbias load - 1"]
+    lone = cuda_backward(planning, BIG, path="mma", wants=DWEIGHT | DBIAS)
+    assert lone == ["wgrad mma dweight+dbias load - 1"]
+    both = cuda_backward(planning, BIG, path="mma")
+    assert both == ["gradient_pass simt dz+dbias load - 1", "dgrad mma dx - - 1", "wgrad mma dweight - - 1"]
+    narrow = cuda_backward(planning, (65536, 64, 64), narrow=True)
+    assert narrow == ["backward fused_mlp dx+dweight+dbias load - 1"]
+
+
+def test_forward_by_a_library_ends_in_a_pass(planning):
+    def cpu(act, z, forced):
+        m, n, k = sizes(BIG)
+        return planning.cpu_forward(b"avx512", 0, forced, m, n, k, 1, act_code(act), z).decode().split("|")
+
+    assert cpu("relu", 0, NO) == ["forward packed y - - 1"]
+    assert cpu("gelu", 1, NO) == ["forward packed y+z - - 1"]
+    assert cpu("relu", 0, ATEN) == ["forward aten y - - 1", "activation_pass packed y - - 1"]
+    assert cpu("gelu", 1, ATEN) == ["forward aten z - - 1", "activation_pass packed y - - 1"]
+    assert cpu("none", 0, ATEN) == ["forward aten y - - 1"]
+    m, n, k = sizes(BIG)
+    masked = planning.cuda_forward(b"cublas", 90, m, n, k, 2, act_code("relu"), 0, 1).decode().split("|")
+    assert masked == ["forward cublas y - - 1", "activation_pass simt y+mask - - 1"]
+    masked = planning.cuda_forward(b"mma", 90, m, n, k, 2, act_code("relu"), 0, 1).decode().split("|")
+    assert masked == ["forward mma y+mask - - 1"]
+
+
+@pytest.mark.parametrize("m", [1, 50, 2047, 2048, 2049, 100_000])
+@pytest.mark.parametrize("given", [0, 1, 50])
+def test_blocks_of_a_loss_cover_every_row_once(planning, m, given):
+    rows, blocks, one = ctypes.c_int64(), ctypes.c_int64(), ctypes.c_int()
+    for dtype in (2, 3):
+        planning.loss_blocks(
+            ctypes.c_int64(m), ctypes.c_int64(50_000), dtype, ctypes.c_int64(given),
+            ctypes.byref(rows), ctypes.byref(blocks), ctypes.byref(one),
+        )  # fmt: skip
+        assert (blocks.value - 1) * rows.value < m <= blocks.value * rows.value
+        assert rows.value <= (given or 2048)
+        assert bool(one.value) == (blocks.value == 1 and dtype == 2)
