@@ -252,7 +252,11 @@ def test_mlp_leaves_its_activations_alone(device):
 x, w = torch.randn(3, 4), torch.randn(5, 4)
 WRONG = {
     "no layers": (lambda: mlp(x, []), RuntimeError, "at least one layer"),
-    "biases": (lambda: mlp(x, [w], [None, None]), ValueError, "1 weights need as many biases and 0 act.*got 2 and 0"),
+    "biases": (
+        lambda: mlp(x, [w], [None, None]),
+        ValueError,
+        "for 1 weights expected 1 biases, and 0 act.*got 2 and 0",
+    ),
     "activations": (lambda: mlp(x, [w], None, ["relu"]), ValueError, "got 1 and 1"),
     "unknown activation": (lambda: mlp(x, [w], last_activation="x"), ValueError, "one of none, relu"),
     "sizes": (lambda: mlp(x, [w, w]), RuntimeError, r"weights\[1\] must be .* in_features = 5 .*got shape \[5, 4\]"),
