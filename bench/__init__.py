@@ -1,8 +1,15 @@
-"""The benchmark: fused layers beside what a stock user writes, on the shapes of well-known models.
+"""The benchmark: fused layers beside the code of a stock user, on the shapes of well-known models.
 
-``python -m bench --quick`` for a first look, ``python -m bench`` for the whole grid, ``--help`` for the rest.
-Reading order: ``grid`` (what is measured) → ``contenders`` (who runs) → ``judge`` (nobody whose numbers are
-wrong is timed) → ``harness`` (how time is taken), ``memory``, ``peak`` → ``run`` (all of it, into a
-``record``) → ``figures`` (ratios and shares) → ``table``, ``plot``, ``readme_table``. ``overhead`` stands by
-itself.
+``python -m bench --quick`` gives a first look, ``python -m bench`` runs the whole grid, ``--help`` lists the options.
+
+Reading order:
+
+1. ``grid``: the shapes, dtypes, modes and columns.
+2. ``contenders``: the functions that are compared.
+3. ``judge``: refuses a contender with wrong results before it is timed.
+4. ``harness``, ``memory`` and ``peak``: how time, memory and the machine's peaks are measured.
+5. ``run``: measures everything and stores it in a ``record``.
+6. ``figures``: ratios and shares; ``table``, ``plot`` and ``readme_table`` show them.
+
+``overhead``, ``networks``, ``dispatch`` and ``trainer_loop`` are separate programs.
 """

@@ -1,4 +1,4 @@
-"""``python -m bench``: the command line. It loads no torch; ``bench.command``, which follows it, does."""
+"""``python -m bench``: the command line. It does not import torch; ``bench.command``, which it calls, does."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench",
         description="Time dlkernels beside stock torch; print tables, write OUT (JSON) and a PNG beside it.",
         epilog="Without --quick: fp32, bf16 and fp64 in every mode and column, a quarter of an hour on two "
-        "cores. A contender whose results are wrong is not timed; the exit status is 1 where that is dlkernels.",
+        "cores. A contender whose results are wrong is not timed; if that is dlkernels, the exit status is 1.",
     )
     lists = {
-        "dtypes": f"out of {' '.join(DTYPES)}; fp16 only on request: on a CPU without instructions for it a "
+        "dtypes": f"from {' '.join(DTYPES)}; fp16 only on request: on a CPU without instructions for it a "
         "single step of stock torch can take half a minute",
-        "shapes": f"MxKxN, or out of {' '.join(GPU_SHAPES)}",
+        "shapes": f"MxKxN, or from {' '.join(GPU_SHAPES)}",
         "activations": "of dlkernels.functional.linear_act (default: relu)",
-        "modes": "out of " + ", ".join(map(repr, MODES)),
-        "columns": "; ".join(f"on {device} out of {' '.join(columns)}" for device, columns in COLUMNS.items()),
-        "contenders": "out of stock in-place compile max-autotune dlkernels, on a GPU 'max-autotune, no graphs' "
+        "modes": "from " + ", ".join(map(repr, MODES)),
+        "columns": "; ".join(f"on {device} from {' '.join(columns)}" for device, columns in COLUMNS.items()),
+        "contenders": "from stock in-place compile max-autotune dlkernels, on a GPU 'max-autotune, no graphs' "
         "addmm_activation and the fused peers that are installed, or 'all' (default: all but those that compile for "
         "minutes: torch.compile on a CPU, max-autotune on a GPU)",
     }
@@ -36,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", nargs="+", metavar=name[:-1].upper(), help=meaning)
     parser.add_argument("--budget", type=float, help="seconds for a layer in one mode and column")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
-    parser.add_argument("--seed", type=int, help="of the data; default: another one each time, and recorded")
-    parser.add_argument("--isa", choices=tuple(isa.CAPS), help="cap everybody's instruction set")
+    parser.add_argument("--seed", type=int, help="of the data; default: a random seed, which is recorded")
+    parser.add_argument("--isa", choices=tuple(isa.CAPS), help="cap the instruction set of all contenders")
     parser.add_argument(
         "--out",
         type=Path,
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = line.parse_args(argv)
     if args.isa:
         isa.apply(args.isa)
-    # Otherwise torch's profiler writes two lines for each step that it weighs.
+    # Without this, torch's profiler prints two lines for each step whose memory it measures.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     from bench import command, machine

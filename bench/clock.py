@@ -1,7 +1,7 @@
-"""How long calls take: one interface, a clock for the host's work and one for a GPU's.
+"""Clocks for calls: one interface, a clock for the host and a clock for a GPU.
 
-The GPU works behind the host's back. Its clock puts an event before and behind each call into the stream and reads both
-once the stream is done: time on the device, and where the host is slower than the device the host's.
+A GPU runs asynchronously to the host. Its clock records an event before and after each call in the stream, and reads
+both when the stream is done. This is the time on the device, or the host's time if the host is slower.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Step = Callable[[Any], Any]
 
 class Clock(Protocol):
     repeats: int
-    """How many steps one call makes; `sample` divides by it."""
+    """The number of steps in one call; `sample` divides by it."""
 
     def sample(self, step: Step, argument: Callable[[], Any], calls: int) -> list[float]:
-        """Seconds of each of ``calls`` calls ``step(argument())``; what ``argument`` does is not timed."""
+        """Return the seconds of each of ``calls`` calls ``step(argument())``, without the time of ``argument``."""
 
 
 class HostClock:
@@ -38,7 +38,7 @@ class HostClock:
 
 
 class CudaClock:
-    """``event`` and ``synchronize``: torch.cuda's, on its current stream and device."""
+    """A clock of CUDA events. ``event`` and ``synchronize`` are torch.cuda's by default."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class CudaClock:
             step(value)
             end.record()
         self._synchronize()
-        return [start.elapsed_time(end) * 1e-3 / self.repeats for start, end in pairs]  # it says milliseconds
+        return [start.elapsed_time(end) * 1e-3 / self.repeats for start, end in pairs]  # from milliseconds
 
 
 def clock_of(device: str) -> Clock:
@@ -66,15 +66,15 @@ def clock_of(device: str) -> Clock:
 
 
 class Graph:
-    """``steps`` captured one behind the other as one CUDA graph; ``results`` are theirs, written anew by each replay.
+    """One CUDA graph of ``steps``, one after the other. Each replay overwrites ``results``, the steps' results.
 
-    Raises whatever stops a capture: a step that waits for the device, for one.
+    It raises the error of a failed capture, for example if a step waits for the device.
     """
 
     def __init__(self, steps: Sequence[Callable[[], Any]]) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is made once must not be made in the capture: handles, workspaces, code
+        with torch.cuda.stream(side):  # creates handles, workspaces and code, which must not happen in the capture
             for _ in range(3):
                 steps[0]()
         torch.cuda.current_stream().wait_stream(side)
@@ -88,7 +88,7 @@ class Graph:
 
 
 def _clock_cost() -> int:
-    """Nanoseconds that reading the clock adds to a timed call."""
+    """Return the nanoseconds that reading the clock adds to a timed call."""
     readings = [-(time.perf_counter_ns() - time.perf_counter_ns()) for _ in range(1001)]
     return int(statistics.median(readings))
 

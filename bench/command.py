@@ -1,4 +1,4 @@
-"""What the command line asks for: a run with a progress bar, its tables, its files."""
+"""Executes the command line: a run with a progress bar, its tables and its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def settings(args: argparse.Namespace) -> Settings:
-    """What the command line names, the rest from QUICK or the defaults; ValueError as Settings raises it."""
+    """Return the settings of the command line, completed from QUICK or the defaults. Settings raises ValueError."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     if args.contenders == ["all"]:
         given["contenders"] = contenders.names(args.device)
@@ -28,7 +28,7 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def default_path(quick: bool, settings: Settings) -> Path:
-    """Named after the GPU, or after processor, threads and cap: what makes two results incomparable."""
+    """Return a path named after the GPU, or after processor, threads and cap: other results are not comparable."""
     where = machine.facts(settings.device)
     if settings.device == "cuda":
         name = machine.slug(str(where["gpu"]))
@@ -39,7 +39,7 @@ def default_path(quick: bool, settings: Settings) -> Path:
 
 
 def execute(settings: Settings, out: Path) -> int:
-    """Exit status: 0, 1 where dlkernels was refused, 130 where the run was broken off."""
+    """Run the benchmark and return the exit status: 0, 1 if dlkernels was refused, 130 if the run was interrupted."""
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
         task = progress.add_task("", total=1.0)

@@ -1,4 +1,4 @@
-"""Who runs: each contender makes, for an activation, a function of (x, weight, bias)."""
+"""The contenders. Each one gives, for an activation, a function of (x, weight, bias)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _in_place(activation: str) -> Op | None:
 
 
 def _compiled(mode: str) -> Callable[[str], Op]:
-    # fullgraph: at its limit of recompilations dynamo would otherwise run eager code without a word.
+    # Without fullgraph dynamo would silently run eager code at its limit of recompilations.
     return lambda activation: torch.compile(_stock(activation), mode=mode, fullgraph=True, dynamic=False)
 
 
@@ -58,8 +58,8 @@ _MAKERS: dict[str, Callable[[str], Op | None]] = {
     "in-place": _in_place,
     "compile": _compiled("default"),
     "max-autotune": _compiled("max-autotune"),
-    # On a GPU the other one replays graphs of its own, into which every new buffer is first copied: going round
-    # buffers would time those copies. Graphs are our column "graph".
+    # On a GPU "max-autotune" replays its own graphs, and copies every new buffer into them. We use many buffers in
+    # turn, so we would time those copies. Our column "graph" measures graphs.
     "max-autotune, no graphs": _compiled("max-autotune-no-cudagraphs"),
     "addmm_activation": _addmm_activation,
     **peers.MAKERS,
@@ -70,7 +70,7 @@ DEFAULT = (REFERENCE, "in-place", OURS)
 
 
 def names(device: str) -> tuple[str, ...]:
-    """Who can run here, in the order of the table above."""
+    """Return the contenders that can run on this device, in the order of the table above."""
     if device == "cpu":
         return (REFERENCE, "in-place", "compile", "max-autotune", OURS)
     fused = ("addmm_activation", *peers.installed())
@@ -78,9 +78,9 @@ def names(device: str) -> tuple[str, ...]:
 
 
 def make(names: Iterable[str], activation: str) -> dict[str, Op]:
-    """The contenders for one layer, by name; one without a form of ``activation`` is left out.
+    """Return the contenders for one layer, by name, without those that have no form of ``activation``.
 
-    Compiled ones are compiled anew: what dynamo kept of earlier layers is dropped.
+    The compiled ones are compiled again: dynamo's caches of earlier layers are dropped.
     """
     names = tuple(names)
     if any(name in COMPILED for name in names):

@@ -1,10 +1,10 @@
-"""Which CUDA path is fastest, measured: ``python -m bench.dispatch`` rewrites csrc/planning/cuda/dispatch_table.inc.
+"""Measures which CUDA path is fastest: ``python -m bench.dispatch`` rewrites csrc/planning/cuda/dispatch_table.inc.
 
 A row is a class of layers (architecture, dtype, the powers of two at or below M, N and K), a product, and its path.
-Every path that this build offers is timed on every class in a process of its own, since DLKERNELS_CUDA_GEMM, which
-chooses it, may be read once. Rows of other architectures, and of classes not measured, stay; a path is replaced only by
-one that is clearly faster, so that noise changes no row. A path that is wrong, fails or hangs is left out. Exit status
-77 where the build has no choice.
+Every path of this build is timed on every class, in a separate process: DLKERNELS_CUDA_GEMM, which chooses the path,
+may be read only once. Rows of other architectures, and of classes that are not measured, stay. A path is replaced only
+by one that is clearly faster, so that noise changes no row. A path that is wrong, fails or hangs is left out. The exit
+status is 77 if the build has only one path.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ TABLE = machine.ROOT / "csrc" / "planning" / "cuda" / "dispatch_table.inc"
 BEGIN, END = "// dispatch:begin", "// dispatch:end"
 VARIABLE = "DLKERNELS_CUDA_GEMM"
 PRODUCTS = ("forward", "dgrad", "wgrad")
-CLEARLY = 0.97  # of the present path's time
+CLEARLY = 0.97  # a clearly faster path takes less than this share of the present path's time
 NO_CHOICE = 77
-JUDGED_ROWS = 1024  # at most: a class's kernels, at a price that a GPU slow in float64 can pay
-PATIENCE = 300  # seconds for a path: one that hangs must not keep the others from being measured
+JUDGED_ROWS = 1024  # rows at most for the check against float64, which is slow on many GPUs
+PATIENCE = 300  # seconds for a path: one that hangs must not stop the others
 
 
 class Class(NamedTuple):
-    """Layers that share a row: arch as 90 for 9.0; m, n and k as floor(log2), of the layer whatever the product."""
+    """Layers that share a row.
+
+    arch is 90 for 9.0; for every product m, n and k are floor(log2) of the layer's sizes.
+    """
 
     arch: int
     dtype: str
@@ -58,7 +61,7 @@ Times = dict[Class, float]
 
 
 def paths() -> tuple[str, ...]:
-    """The values of DLKERNELS_CUDA_GEMM that this build knows; () in one without CUDA."""
+    """Return the values of DLKERNELS_CUDA_GEMM that this build knows; () in a build without CUDA."""
     return tuple(getattr(_C, "cuda_paths", ()))
 
 
@@ -69,7 +72,7 @@ _NAMES = {"fp64": "f64", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # DType 
 
 
 def parse(text: str) -> Rows:
-    """ValueError unless each marker is there once, in order, and every line between is a row or a comment."""
+    """Return the rows; ValueError unless each marker is there once, in order, with only rows and comments between."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"expected one line {BEGIN} and after it one line {END}; put them in")
     dtypes = {there: here for here, there in _NAMES.items()}
@@ -84,7 +87,7 @@ def parse(text: str) -> Rows:
 
 
 def render(text: str, rows: Rows, comment: str) -> str:
-    """``text`` with these rows, sorted, between its markers."""
+    """Return ``text`` with these rows, sorted, between its markers."""
     lines = [f"// {comment}"] if comment else []
     for c in sorted(rows):
         lines.append(f"{{{c.arch}, DType::{_NAMES[c.dtype]}, {c.m}, {c.n}, {c.k}, Op::{c.product}, Path::{rows[c]}}},")
@@ -95,7 +98,7 @@ def render(text: str, rows: Rows, comment: str) -> str:
 
 
 def choose(old: Rows, times: Mapping[str, Times]) -> Rows:
-    """``old`` with every measured class at its fastest path, or at its old one where that is not clearly slower."""
+    """Return ``old`` with the fastest path of every measured class, or the old path if it is not clearly slower."""
     rows = dict(old)
     for c in {c for measured in times.values() for c in measured}:
         taken = {path: measured[c] for path, measured in times.items() if c in measured}
@@ -107,14 +110,14 @@ def choose(old: Rows, times: Mapping[str, Times]) -> Rows:
 
 
 def shapes() -> list[Shape]:
-    """The grid and a lattice, one for each class."""
+    """Return the grid's shapes and a lattice of shapes, one for each class."""
     lattice = itertools.product((16, 256, 4096, 65536), (64, 512, 4096), (64, 512, 4096))
     every = [*GPU_SHAPES.values(), *(Shape(f"{m}x{k}x{n}", m, k, n) for m, n, k in lattice)]
     return list({classes(0, "", shape)[0]: shape for shape in reversed(every)}.values())
 
 
 def classes(arch: int, dtype: str, shape: Shape) -> list[Class]:
-    """By product."""
+    """Return the classes of a layer's three products."""
     m, n, k = (size.bit_length() - 1 for size in (shape.m, shape.n, shape.k))
     return [Class(arch, dtype, m, n, k, product) for product in PRODUCTS]
 
@@ -123,11 +126,11 @@ def classes(arch: int, dtype: str, shape: Shape) -> list[Class]:
 
 
 def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
-    """Seconds of each product on the path that the environment chose: graphs over buffers larger than the L2 cache.
+    """Yield the seconds of each product on the environment's path, by graphs over buffers larger than the L2 cache.
 
-    dgrad and wgrad are their parts of what a backward with both takes, in proportion to what each takes alone: a path
-    that makes both from one read is worth what it saves. Products that the path does not take, and that therefore go
-    another way, are left out. RuntimeError where the path's results are wrong: before its first time is told.
+    The time of a backward with both dgrad and wgrad is divided in proportion to the time of each alone: so a path that
+    computes both from one read gets its gain. Products that the path does not serve are left out. If the path's results
+    are wrong, RuntimeError is raised before the first time is yielded.
     """
     path = os.environ[VARIABLE]
     major, minor = torch.cuda.get_device_capability()
@@ -146,7 +149,7 @@ def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
 
 
 def refuse_wrong(shape: Shape, dtype: str, device: str = "cuda") -> None:
-    """RuntimeError where a layer of this class breaks the tests' tolerance rule."""
+    """Raise RuntimeError if a layer of this class breaks the tests' tolerance rule."""
     i = harness.draw(replace(shape, m=min(shape.m, JUDGED_ROWS)), dtype, 0, device)
     wrong = Judge(Layer(i.x, i.weight, i.bias, i.g, "relu")).objection(functional.linear_relu)
     if wrong:
@@ -154,7 +157,7 @@ def refuse_wrong(shape: Shape, dtype: str, device: str = "cuda") -> None:
 
 
 def shares(median: Callable[[Collection[str]], float]) -> dict[str, float]:
-    """Seconds by product. ``median``: of a step that makes these products, forward always among them."""
+    """Return seconds by product. ``median`` returns the seconds of a step with forward and the given products."""
     forward = median(["forward"])
 
     def beyond(*products: str) -> float:
@@ -183,7 +186,7 @@ def _median(products: Collection[str], sets: Sequence[harness.Inputs]) -> float:
 
 
 def time_path(path: str, dtypes: Sequence[str]) -> Times:
-    """What :func:`time_here` finds in a process where ``path`` is chosen."""
+    """Return the results of :func:`time_here` in a process with this ``path``."""
     try:
         run = subprocess.run(
             [sys.executable, "-m", "bench.dispatch", "--time-here", "--dtypes", *dtypes],
@@ -203,13 +206,13 @@ def time_path(path: str, dtypes: Sequence[str]) -> Times:
 def update(
     table: Path, names: Sequence[str], measure: Callable[[str], Times], comment: str, rounds: int = 2
 ) -> tuple[Rows, int]:
-    """Time every path ``rounds`` times, the rounds interleaved, and write the table. The rows, and how many changed."""
+    """Time every path ``rounds`` times, in turns, and write the table. Return the rows and how many changed."""
     times: dict[str, Times] = {name: {} for name in names}
     for _, name in itertools.product(range(rounds), names):
         if name in times:
             try:
                 found = measure(name)
-            except RuntimeError as failure:  # one path that fails must not keep the others from being measured
+            except RuntimeError as failure:  # the failure of a path must not stop the others
                 print(f"bench.dispatch: {name} is left out: {failure}", file=sys.stderr)
                 del times[name]
                 continue

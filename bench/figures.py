@@ -1,5 +1,7 @@
-"""What the times say: ratio to stock, ratio to the best of the others, share of the roofline or, on a GPU, of the
-floors (a) and (b) of ``bench/floors.py``."""
+"""Figures from the times: ratio to stock, ratio to the best other contender, and share of the roofline.
+
+On a GPU the shares are of the floors (a) and (b) of ``bench/floors.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +16,27 @@ from bench.grid import DTYPES, Shape
 from bench.harness import Timing
 from bench.record import Layer, Measurement, Record
 
-CLEARLY = 0.9  # a ratio below this one is more than noise: no shape of the grid may be there
+CLEARLY = 0.9  # a ratio below it is more than noise: no shape of the grid may have one
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer in one mode and column, ours beside stock. Ratios above 1: ours is faster."""
+    """One layer in one mode and column, ours and stock's. Above a ratio of 1 ours is faster."""
 
     shape: Shape
     dtype: str
     activation: str
     mode: str
     column: str
-    paths: str  # of forward, dgrad and wgrad; one word where they agree
+    paths: str  # of forward, dgrad and wgrad; one word if they are equal
     ours: Timing
     stock: Timing
     best_other: str
     vs_best: float
     rate: float  # operations per second
-    share: float  # of the roofline, on a GPU of floor (a): that floor over our median
-    share_b: float | None  # on a GPU, of floor (b)
-    our_bytes: int | None  # peak of a step
+    share: float  # the roofline's seconds over our median; on a GPU those of floor (a)
+    share_b: float | None  # on a GPU, the seconds of floor (b) over our median
+    our_bytes: int | None  # peak memory of a step
     stock_bytes: int | None
 
     @property
@@ -55,7 +57,7 @@ class Row:
 
 
 def rows(record: Record) -> list[Row]:
-    """Every measurement that has both us and stock."""
+    """Return a row for every measurement that has both ours and stock's time."""
     rates = best_gemm_rates(record)
     return [
         _row(record, layer, measurement, rates[layer.dtype])
@@ -66,7 +68,7 @@ def rows(record: Record) -> list[Row]:
 
 
 def best_gemm_rates(record: Record) -> dict[str, float]:
-    """Operations per second by dtype: the fastest of the probes and of everything measured."""
+    """Return operations per second by dtype: the fastest of the probes and of all measurements."""
     rates = dict(record.peak.gemm)
     for layer in record.layers:
         for measurement in layer.measurements:
@@ -77,9 +79,9 @@ def best_gemm_rates(record: Record) -> dict[str, float]:
 
 
 def roofline(record: Record, shape: Shape, dtype: str, mode: str, column: str, rate: float) -> float:
-    """The floor in seconds: the larger of arithmetic over the best GEMM rate and bytes over bandwidth.
+    """Return the floor in seconds: the larger of operations over the best GEMM rate and bytes over bandwidth.
 
-    Hot buffers that fit in a cache are counted at that cache's bandwidth.
+    For hot buffers that fit in a cache it is that cache's bandwidth.
     """
     itemsize = DTYPES[dtype]
     moved = shape.moved(mode, itemsize)
@@ -88,7 +90,7 @@ def roofline(record: Record, shape: Shape, dtype: str, mode: str, column: str, r
 
 
 def geomeans(table: Iterable[Row]) -> list[dict[str, Any]]:
-    """Geometric mean, worst and best ratio by dtype, mode and column; the mean of ``vs_best`` beside it."""
+    """Return the geometric mean, worst and best ratio by dtype, mode and column, and the mean of ``vs_best``."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in table:
         groups.setdefault((row.dtype, row.mode, row.column), []).append(row)
@@ -108,7 +110,7 @@ def geomeans(table: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def losses(table: Iterable[Row]) -> list[dict[str, Any]]:
-    """Where ours is slower than stock, worst first."""
+    """Return the cells where ours is slower than stock, worst first."""
     return [
         {
             "layer": row.label,
@@ -122,7 +124,7 @@ def losses(table: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def slower_than_best(table: Iterable[Row]) -> list[Row]:
-    """Where some other contender is faster than ours, worst first."""
+    """Return the rows where another contender is faster than ours, worst first."""
     return sorted((row for row in table if row.vs_best < 1), key=lambda row: row.vs_best)
 
 
@@ -131,7 +133,7 @@ def on_gpu(record: Record) -> bool:
 
 
 def refused(record: Record) -> list[tuple[Layer, str, str]]:
-    """(layer, contender, why) for everyone who was not timed."""
+    """Return (layer, contender, reason) for every contender that was not timed."""
     return [(layer, name, why) for layer in record.layers for name, why in layer.refused.items()]
 
 

@@ -1,6 +1,6 @@
-"""What is measured: shapes, dtypes, modes, columns.
+"""The grid of the benchmark: shapes, dtypes, modes, columns.
 
-No torch here, so that the command line is read before it loads.
+This module does not import torch, so that the command line is parsed before torch loads.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 """Bytes per element by name."""
 
 MODES = ("forward", "forward+backward", "first layer")
-"""forward: without autograd. forward+backward: gradients of x, weight and bias. first layer: of weight and
-bias only, as in the first layer of a network, whose input needs none."""
+"""forward: without autograd. forward+backward: gradients of x, weight and bias. first layer: gradients of weight and
+bias only, as in the first layer of a network."""
 
 COLUMNS = {"cpu": ("hot", "cold"), "cuda": ("plain", "graph")}
-"""By device. hot: the same buffers in every call. cold: a round of buffers larger than the last-level cache.
-plain and graph: such a round too, launched call by call or replayed as a CUDA graph."""
+"""By device.
+
+hot: the same buffers in every call. cold: many buffers in turn, together larger than the last-level cache.
+plain and graph: many buffers in turn too, launched call by call or replayed as a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,12 @@ class Shape:
         return f"{self.m}, {self.k}→{self.n}"
 
     def flops(self, mode: str) -> int:
-        """Multiplications and additions of the products: one in forward, two in backward, one without dx."""
+        """Return the operations of the products: one in forward, two in backward, one in backward without dx."""
         products = {"forward": 1, "forward+backward": 3, "first layer": 2}[mode]
         return 2 * self.m * self.n * self.k * products
 
     def moved(self, mode: str, itemsize: int) -> int:
-        """Bytes that must move when forward and backward each read every operand and write every result once.
+        """Return the bytes that move if forward and backward each read every operand and write every result once.
 
         The backward reads x, weight (for dx), the gradient of y, and y for the activation's derivative.
         """
@@ -50,7 +52,7 @@ class Shape:
         return itemsize * (forward + total)
 
     def operands(self, itemsize: int) -> int:
-        """Bytes of x, weight, bias and the gradient of y: one set of buffers."""
+        """Return the bytes of one set of buffers: x, weight, bias and the gradient of y."""
         return itemsize * (self.m * self.k + self.n * self.k + self.n + self.m * self.n)
 
 
@@ -84,11 +86,11 @@ SHAPES = {
 GPU_SHAPES = SHAPES | {
     shape.name: shape for shape in (Shape("llm-square", 8192, 4096, 4096), Shape("llm-up", 16384, 1024, 4096))
 }
-"""The grid of a GPU: two layers more, on either side of where its products stop hiding the memory traffic."""
+"""The grid of a GPU has two more layers: in one its products hide the memory traffic, in the other they do not."""
 
 
 def shape_named(text: str) -> Shape:
-    """One of the grid, or "MxKxN" for any other; ValueError for the rest."""
+    """Return a shape of the grid, or the shape "MxKxN"; raise ValueError for other text."""
     if text in GPU_SHAPES:
         return GPU_SHAPES[text]
     if sizes := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text):

@@ -1,14 +1,14 @@
-"""How time is taken.
+"""How time is measured.
 
-* Contenders take turns within one process, each turn beginning with another one, so that a machine that slows
-  down or wakes up does so for all of them.
-* A turn is a few calls, each timed by itself; in the hot column an untimed call before them brings the
-  buffers back into the cache that the others have used meanwhile.
-* Before every call that computes gradients the weight's version counter is raised, outside the timed part: in
-  training each step changes the weights, so nobody may profit from work kept from an earlier step.
-* On a GPU every column goes round buffers twice as large as its L2 cache. "plain" calls are launched one by one;
-  "graph" replays a CUDA graph of one step per set of buffers, which takes the host out of the time.
-* Reported are the median and the 20 % and 80 % quantiles over all calls.
+* Contenders run in turns within one process, and each turn begins with another one. So a change of the machine's
+  speed affects all of them.
+* A turn is a few calls, each timed separately. In the hot column an untimed call before them brings the buffers back
+  into the cache, which the others have used meanwhile.
+* Before every call that computes gradients, the weight's version counter is raised, outside the timed part. In
+  training each step changes the weights, so no contender may reuse work of an earlier step.
+* On a GPU every column uses many buffers in turn, together twice as large as its L2 cache. "plain" calls are launched
+  one by one. "graph" replays a CUDA graph of one step per set of buffers, so that the host's time does not count.
+* The report has the median and the 20 % and 80 % quantiles over all calls.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dlkernels._errors import first_line
 TURN = 5e-3  # seconds of calls in one turn ...
 TURN_CALLS = 50  # ... and at most so many
 LEAST_TURNS = 3
-REFILL = 20e-3  # calls longer than this do not notice what refilling the caches costs
-SLOW = 1.0  # calls longer than this are warmed up once
+REFILL = 20e-3  # seconds; for longer calls the time to refill the caches does not matter
+SLOW = 1.0  # seconds; longer calls are warmed up once
 MOST_COPIES = 2000  # of inputs: enough for every shape of the grid and 128 MB of cache
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -50,7 +50,7 @@ class Inputs:
     g: Tensor
 
     def leaves(self, mode: str) -> Inputs:
-        """The same memory, with the gradients asked for that ``mode`` computes."""
+        """Return leaves with the same memory; those whose gradients ``mode`` computes require a gradient."""
         train = mode != "forward"
         return Inputs(
             self.x.detach().requires_grad_(mode == "forward+backward"),
@@ -65,7 +65,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median, 20 % and 80 % quantile, and over how many calls."""
+    """Seconds per call: the median and the 20 % and 80 % quantile, and the number of calls."""
 
     median: float
     q20: float
@@ -74,7 +74,7 @@ class Timing:
 
 
 def draw(shape: Shape, dtype: str, seed: int, device: str = "cpu") -> Inputs:
-    """Fresh random data: x and g normal, weight and bias uniform in ±1/sqrt(k) as in ``nn.Linear``."""
+    """Draw random data: x and g normal, weight and bias uniform in ±1/sqrt(k) as in ``nn.Linear``."""
     generator = torch.Generator(device).manual_seed(seed)
     to, bound = DTYPES[dtype], shape.k**-0.5
     weight = torch.empty(shape.n, shape.k, device=device).uniform_(-bound, bound, generator=generator)
@@ -85,7 +85,7 @@ def draw(shape: Shape, dtype: str, seed: int, device: str = "cpu") -> Inputs:
 
 
 def rotation(inputs: Inputs, itemsize: int, cache: int) -> list[Inputs]:
-    """These inputs and as many copies as make a round through them larger than twice ``cache`` bytes."""
+    """Return these inputs and so many copies that all together are larger than twice ``cache`` bytes."""
     tensors = (inputs.x, inputs.weight, inputs.bias, inputs.g)
     size = itemsize * sum(t.numel() for t in tensors)
     copies = min(MOST_COPIES, max(1, math.ceil(2 * cache / size)))
@@ -93,7 +93,7 @@ def rotation(inputs: Inputs, itemsize: int, cache: int) -> list[Inputs]:
 
 
 def step(op: Op, mode: str) -> Step:
-    """What is timed: one call of ``op`` and, where the mode has them, its gradients."""
+    """Return the timed step: one call of ``op`` and, if the mode has them, its gradients."""
     if mode == "forward":
         return lambda i: op(i.x, i.weight, i.bias)
     if mode == "first layer":
@@ -102,10 +102,10 @@ def step(op: Op, mode: str) -> Step:
 
 
 def measure(ops: Mapping[str, Op], inputs: Sequence[Inputs], mode: str, budget: float) -> dict[str, Timing]:
-    """Time every contender on these inputs; more than one set of inputs are gone round: the cold column.
+    """Time every contender on these inputs. Several sets of inputs are used in turn: the cold column.
 
-    ``budget``: seconds for all of them together. Every contender gets three turns all the same, or fewer once
-    ten times the budget is spent.
+    ``budget`` is in seconds for all contenders together. Every contender gets at least three turns, or fewer if ten
+    times the budget is spent.
     """
     steps = {name: step(op, mode) for name, op in ops.items()}
     ring = _Ring([i.leaves(mode) for i in inputs], raise_version=mode != "forward")
@@ -116,7 +116,10 @@ def measure(ops: Mapping[str, Op], inputs: Sequence[Inputs], mode: str, budget: 
 def measure_replays(
     ops: Mapping[str, Op], inputs: Sequence[Inputs], mode: str, budget: float
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """The same as CUDA graphs of one step per set of inputs; and by name why others could not be captured."""
+    """Time the contenders as CUDA graphs of one step per set of inputs.
+
+    Return the timings, and for contenders that could not be captured the reasons, both by name.
+    """
     sets = [i.leaves(mode) for i in inputs]
     graphs, refused = {}, {}
     with torch.set_grad_enabled(mode != "forward"):
@@ -124,7 +127,7 @@ def measure_replays(
             one = step(op, mode)
             try:
                 graphs[name] = Graph([lambda one=one, i=i: one(i) for i in sets])  # type: ignore[misc]
-            except Exception as failure:  # whatever stops a contender must not stop the others
+            except Exception as failure:  # the failure of a contender must not stop the others
                 refused[name] = reason(failure)
     if not graphs:
         return {}, refused
@@ -143,9 +146,9 @@ def take_turns(
     refill: bool,
     clock: Clock | None = None,
 ) -> dict[str, Timing]:
-    """Time ``step(argument())`` of every contender in turns; what ``argument`` does is not timed.
+    """Time ``step(argument())`` of every contender in turns, without the time of ``argument``.
 
-    ``refill``: an untimed call before each turn brings back into the cache what the others have displaced.
+    With ``refill``, an untimed call before each turn brings the buffers back into the cache.
     """
     clock = clock or HostClock()
     samples: dict[str, list[float]] = {name: [] for name in steps}
@@ -167,7 +170,7 @@ def take_turns(
 
 
 class _Ring:
-    """Hands out the sets of inputs one after the other, over and over, for all contenders together."""
+    """Gives the sets of inputs in turn, again and again, to all contenders together."""
 
     def __init__(self, sets: Sequence[Inputs], raise_version: bool) -> None:
         self._sets, self._at, self._raise_version = sets, 0, raise_version
@@ -182,7 +185,7 @@ class _Ring:
 
 
 def _warm_up(step: Step, argument: Callable[[], Any], clock: Clock) -> float:
-    """Seconds that a call takes, roughly."""
+    """Return roughly the seconds of a call."""
     (first,) = clock.sample(step, argument, 1)
     return first if first > SLOW else min(first, *clock.sample(step, argument, 1))
 

@@ -1,6 +1,6 @@
-"""Caps on the instruction sets of everybody at once: one machine measures what an older one would run.
+"""Caps on the instruction sets of all libraries at once: so one machine measures the code that an older one runs.
 
-They are environment variables that the libraries read when they load: set them before torch is imported.
+They are environment variables that the libraries read when they load, so they must be set before torch is imported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VARIABLES = (
     "KMP_AFFINITY",
     "GOMP_CPU_AFFINITY",
 )
-"""What may change a result from outside, and is therefore recorded with it."""
+"""Variables that may change a result; they are recorded with it."""
 
 
 def apply(cap: str) -> None:

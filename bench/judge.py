@@ -1,4 +1,4 @@
-"""Right before fast: a contender whose results break the tests' own tolerance rule is refused, not timed."""
+"""Refuses a contender whose results break the tests' tolerance rule: it is not timed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dlkernels.testing import Layer, assert_no_worse, oracle, stock_errors
 
 
 class Judge:
-    """Knows the float64 results of one layer and stock torch's own error against them.
+    """Holds the float64 results of one layer and stock torch's error against them.
 
-    The oracle, six products in float64, is the costly part; it is computed once, and again only for a
-    contender whose ReLU gates differ from stock's (the oracle reads them from the output under test).
+    The oracle is expensive: six products in float64. It is computed once, and again only for a contender whose ReLU
+    gates differ from stock's (the oracle reads them from the output under test).
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -29,15 +29,15 @@ class Judge:
         self._stock_error = stock_errors(layer, stock, self._exact)
 
     def _oracle(self, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        # Where the layer is: on a GPU's grid a CPU would take minutes for it.
+        # It runs on the layer's device: for a GPU's grid a CPU would take minutes.
         return oracle(self.layer, y, self.layer.x.device)
 
     def objection(self, op: Op, backward: bool = True) -> str | None:
-        """Why ``op`` must not be timed, or None. It is run once, forward and (but for ``backward``) backward."""
+        """Return why ``op`` must not be timed, or None. It runs once, forward and, with ``backward``, backward."""
         one = self.layer
         try:
             results = one.run(op) if backward else {"y": op(one.x, one.weight, one.bias)}
-        except Exception as failure:  # whatever stops a contender must not stop the others
+        except Exception as failure:  # the failure of a contender must not stop the others
             return reason(failure)
         for name, t in results.items():
             expected = self._exact[name][0].shape

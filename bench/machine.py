@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, processor, caches, threads."""
+"""The origin of a result: versions, commit, processor, caches, threads."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """``hash`` and ``dirty``: whether the sources differ from it, None outside a git checkout. There DLKERNELS_COMMIT
-    may name the commit that the sources were copied from."""
+    """Return ``hash`` and ``dirty`` of the sources. ``dirty`` is True if they differ from the commit.
+
+    Outside a git checkout ``dirty`` is None, and DLKERNELS_COMMIT may name the commit that the sources come from.
+    """
     head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".", ":!bench/results")
     named = head or os.environ.get("DLKERNELS_COMMIT") or None
     return {"hash": named, "dirty": None if changes is None else bool(changes)}
@@ -50,7 +52,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def facts(device: str = "cpu") -> dict[str, Any]:
-    """The processor and what of it is in use, and the GPU where that is what is measured."""
+    """Return the processor, the part of it that is used, and, if the GPU is measured, the GPU."""
     return {
         **(_gpu() if device == "cuda" else {}),
         "cpu": _cpu_name(),
@@ -66,7 +68,7 @@ def facts(device: str = "cpu") -> dict[str, Any]:
 
 
 def no_gpu() -> str | None:
-    """Why no GPU can be measured here, in one sentence; None where one can."""
+    """Return in one sentence why no GPU can be measured here; None if one can."""
     if why := gpu.absence():
         return why
     if _C.build_config()["cuda"] is None:
@@ -96,12 +98,12 @@ def _driver() -> str:
 
 
 def slug(name: str) -> str:
-    """As a file is named: "NVIDIA H200" becomes nvidia-h200."""
+    """Return a file name for a device: "NVIDIA H200" becomes nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def caches() -> dict[int, int]:
-    """Bytes of data cache by level, over the cores this process may use; {} where the system does not say."""
+    """Return bytes of data cache by level, over the cores of this process; {} if the system does not tell."""
     found: dict[tuple[int, str], int] = {}  # by level and the cores that share it
     for cpu in os.sched_getaffinity(0):
         for index in (_CPUS / f"cpu{cpu}" / "cache").glob("index*"):
@@ -116,7 +118,7 @@ def caches() -> dict[int, int]:
 
 
 def last_level_cache(device: str = "cpu") -> int:
-    """Bytes; 32 MiB where the system does not say."""
+    """Return bytes; 32 MiB if the system does not tell."""
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     levels = caches()
@@ -124,7 +126,7 @@ def last_level_cache(device: str = "cpu") -> int:
 
 
 def _bytes(size: str) -> int:
-    """Of the kernel's "32768K"."""
+    """Return the bytes of a size such as "32768K" from the kernel."""
     scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(size[-1], 1)
     return int(size.rstrip("KMG")) * scale
 

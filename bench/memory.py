@@ -1,8 +1,8 @@
-"""Peak memory of a step: how many bytes beyond its inputs torch's allocator holds at once, results included.
+"""Peak memory of a step: the bytes that torch's allocator holds at once, without the inputs, with the results.
 
-Counted by torch's profiler, on a GPU by its allocator, in a run of its own that is not timed: every tensor, and the
-same in each run. What libraries keep outside torch's allocator is not in it: the packing buffers of MKL, oneDNN and
-dlkernels, some of the size of the L2 cache per thread.
+Torch's profiler counts them, or on a GPU torch's allocator, in a separate run that is not timed. It counts every
+tensor, and gives the same number in each run. It does not count memory outside torch's allocator: the packing buffers
+of MKL, oneDNN and dlkernels, some of which have the size of the L2 cache per thread.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from bench.harness import Inputs, Step
 
 
 def extra_bytes(step: Step, inputs: Inputs) -> int:
-    """Peak of the bytes that ``step`` allocates and has not freed yet."""
+    """Return the peak of the bytes that ``step`` has allocated and not freed yet."""
     with torch.set_grad_enabled(inputs.weight.requires_grad):
-        step(inputs)  # what is allocated once and kept is no cost of a step
+        step(inputs)  # memory that is allocated once and kept is no cost of a step
         if inputs.x.is_cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -36,7 +36,7 @@ def extra_bytes(step: Step, inputs: Inputs) -> int:
 
 
 def _changes(run: profile) -> list[int]:
-    """Bytes allocated (positive) and freed, in order of time."""
+    """Return the allocated (positive) and freed (negative) bytes, in order of time."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         run.export_chrome_trace(str(trace))

@@ -1,11 +1,11 @@
-"""Whole networks beside stock: ``python -m bench.networks``.
+"""Times whole networks, ours and stock's: ``python -m bench.networks``.
 
-* chains: forward, and forward with the gradients of every parameter, of multi-layer perceptrons; the same through
-  ``nn.Sequential`` of our layers, and the time of the products alone, into buffers that are there already.
+* chains: multi-layer perceptrons, forward, and forward with the gradients of every parameter. The same for an
+  ``nn.Sequential`` of our layers, and for the products alone, into existing buffers.
 * training: whole steps (zero_grad, forward, cross entropy, backward, fused Adam) over tensors in memory.
 * heads: ``cross_entropy(linear(x, weight), target)`` and its gradients for many classes. From torch 2.13 on
   ``F.linear_cross_entropy`` too, by its reference path (all logits at once) and by its chunked path (with ``options``).
-* with ``--device cuda`` each once more as a CUDA graph, and the share of a chain's floor (``bench/floors.py``).
+* With ``--device cuda`` each is also timed as a CUDA graph, with the share of a chain's floor (``bench/floors.py``).
 
 Every contender of ours is compared with float64 before it is timed. It is refused if its error is more than twice
 stock's.
@@ -52,7 +52,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 class Network:
-    """One multi-layer perceptron with the same parameters in every contender, and its data."""
+    """One multi-layer perceptron, with the same parameters in every contender, and its data."""
 
     def __init__(self, rows: int, sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
         torch.manual_seed(0)
@@ -75,7 +75,7 @@ class Network:
         return torch.autograd.grad(model(self.x), list(model.parameters()), self.g)
 
     def refuse_wrong(self) -> None:
-        """AssertionError naming a contender whose results are further from float64 than twice stock's."""
+        """Raise AssertionError for a contender whose error against float64 is more than twice stock's."""
         exact = stock(self.sizes, torch.float64, inplace=False).to(self.x.device)
         exact.load_state_dict(self.models[STOCK].state_dict())
         want = (
@@ -100,7 +100,7 @@ class Network:
         return {**calls, FLOOR: self.products(backward=True)}
 
     def products(self, backward: bool) -> Callable[[], Any]:
-        """Every matrix product of a step by torch, and nothing else: no bias, no activation, no allocation."""
+        """Return a step of torch's matrix products only: no bias, no activation, no allocation."""
         operands = []
         for layer, (k, n) in enumerate(pairwise(self.sizes)):
             shapes = ((len(self.x), k), (n, k), (len(self.x), n))
@@ -131,7 +131,7 @@ class Network:
 
 
 def distance(actual: Tensor, exact: Tensor) -> float:
-    """The error in the Frobenius norm, relative."""
+    """Return the relative error in the Frobenius norm."""
     return float((actual.detach().double() - exact.detach()).norm() / exact.detach().norm())
 
 
@@ -143,7 +143,7 @@ def stock(sizes: Sequence[int], dtype: torch.dtype, inplace: bool) -> nn.Sequent
 
 
 def floor_b(rows: int, sizes: Sequence[int], itemsize: int, backward: bool, rates: floors.Rates) -> float:
-    """Seconds that the chain's products, with masks and dbias in their epilogues, take at best."""
+    """Return the least seconds of the chain's products, with masks and dbias in their epilogues."""
     total = 0.0
     for i, (k, n) in enumerate(pairwise(sizes)):
         shape, last = grid.Shape("", rows, k, n), i == len(sizes) - 2
@@ -179,7 +179,7 @@ def head(rows: int, features: int, classes: int, dtype: torch.dtype, device: str
 
 
 def cases(dtypes: Sequence[str], device: str) -> Iterator[tuple[str, str, str, Calls]]:
-    """Network, dtype, what is timed, and the contenders."""
+    """Yield the network, its dtype, the timed step, and the contenders."""
     for dtype in dtypes:
         for name, (rows, sizes) in chains(device).items():
             network = Network(rows, sizes, DTYPES[dtype], device)
@@ -211,13 +211,13 @@ def measure(dtypes: Sequence[str], budget: float, device: str) -> Iterator[dict[
 
 
 def with_graphs(calls: Calls) -> tuple[Calls, dict[str, str]]:
-    """These calls, each once more as a CUDA graph; and by name why others could not be captured."""
+    """Return these calls, each also as a CUDA graph, and by name the reasons of failed captures."""
     graphs: Calls = {}
     refused = {}
     for name, call in calls.items():
         try:
             graphs[name + GRAPH] = Graph([call]).replay
-        except Exception as failure:  # whatever stops a contender must not stop the others
+        except Exception as failure:  # the failure of a contender must not stop the others
             refused[name] = harness.reason(failure)
     return calls | graphs, refused
 
@@ -228,7 +228,7 @@ def ratio(row: Mapping[str, Any], of: str) -> str:
 
 
 def share(row: Mapping[str, Any]) -> str:
-    """Of floor (b), by the graph."""
+    """Return the share of floor (b) that our graph reaches."""
     times = row["times"]
     return f"{row['floor'] / times[OURS + GRAPH]['median']:.0%}" if "floor" in row and OURS + GRAPH in times else ""
 

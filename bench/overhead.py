@@ -1,6 +1,6 @@
-"""Host overhead: what a call costs besides its arithmetic, at 1x8→8, where there is none to speak of.
+"""Host overhead: the time of a call at 1x8→8, where the arithmetic takes almost none.
 
-``python -m bench.overhead``: medians over many calls on one thread, ours over stock's. At most 1 is the aim.
+``python -m bench.overhead`` prints medians over many calls on one thread, and ours over stock's. The aim is at most 1.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dlkernels.testing import STOCK, Layer
 
 
 def measure(seconds: float = 2.0, activation: str = "relu") -> dict[str, dict[str, float]]:
-    """By mode: microseconds of the median call for each of the two, and ``ratio``, ours over stock's.
+    """Return by mode the microseconds of the median call for each of the two, and ``ratio``, ours over stock's.
 
     Raises:
-        AssertionError: our results are wrong, so that there is nothing to time.
+        AssertionError: our results are wrong, so nothing is timed.
     """
     inputs = harness.draw(shape_named("1x8x8"), "fp32", seed=0)
     ops = contenders.make((REFERENCE, OURS), activation)

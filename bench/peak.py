@@ -1,8 +1,8 @@
-"""What the machine can do, measured in the same run: the roof that "share of roofline" refers to.
+"""The machine's peak rates, measured in the same run: the roof for "share of roofline".
 
-The arithmetic roof is no data-sheet figure and no register-only loop but the *best GEMM rate seen*: the
-fastest of several large products, torch's and ours, and of all the steps of the grid itself. A share of 1
-means "as good as the best GEMM on this machine", which may still be some way below its peak.
+The arithmetic roof is the *best GEMM rate seen*: the fastest of several large products, torch's and ours, and of all
+steps of the grid. It is no data-sheet figure and no register-only loop. A share of 1 means "as good as the best GEMM on
+this machine", which may be below the machine's true peak.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from dlkernels import functional
 
 _SIZES = {"cpu": (768, 1536, 2560), "cuda": (4096, 8192)}
 _SECONDS = 0.25  # for one probe
-_MOST = 2 << 30  # bytes in one copy, on machines with very large caches
-_COPY = 8 << 30  # bytes in one copy on a GPU that has four times as many
+_MOST = 2 << 30  # bytes in one copy at most; it limits the copy on machines with very large caches
+_COPY = 8 << 30  # bytes in one copy on a GPU with at least four times as much free memory
 
 
 @dataclass(frozen=True)
 class Peak:
-    """gemm: operations per second by dtype. stream: (bytes touched, bytes per second), smallest first; the
-    last one is far larger than every cache."""
+    """The rates of a machine.
+
+    ``gemm`` has operations per second by dtype. ``stream`` has (bytes touched, bytes per second), smallest first; the
+    last one is far larger than every cache.
+    """
 
     gemm: dict[str, float]
     stream: list[tuple[int, float]]
 
     def bandwidth(self, touched: int, cold: bool) -> float:
-        """Bytes per second for a step that touches so many bytes: of the smallest probe not below it."""
+        """Return bytes per second for a step that touches so many bytes: the rate of the next larger probe."""
         return next((rate for size, rate in self.stream if not cold and size >= touched), self.stream[-1][1])
 
 
@@ -54,8 +57,10 @@ def _gemm(dtype: str, device: str) -> float:
 
 
 def _stream() -> list[tuple[int, float]]:
-    """The better of copying (half of the bytes read, half written) and summing (all read), at half of each
-    cache from L2 on and at four times the last one."""
+    """Return the better rate of copying (half of the bytes read, half written) and summing (all bytes read).
+
+    The sizes are half of each cache from L2 on, and four times the last one.
+    """
     levels = machine.caches() or {3: machine.last_level_cache()}
     sizes = [size // 2 for level, size in sorted(levels.items()) if level >= 2]
     sizes.append(min(_MOST, 4 * machine.last_level_cache()))
@@ -63,7 +68,7 @@ def _stream() -> list[tuple[int, float]]:
 
 
 def _device_copy() -> list[tuple[int, float]]:
-    """A large copy within the GPU's memory."""
+    """Return the rate of a large copy within the GPU's memory."""
     size = min(_COPY, torch.cuda.mem_get_info()[0] // 4)
     return [(size, _copying(size, "cuda"))]
 
@@ -80,7 +85,7 @@ def _summing(size: int) -> float:
 
 
 def _best(run: Callable[[], object], device: str) -> float:
-    """Seconds of the fastest call."""
+    """Return the seconds of the fastest call."""
     run()
     clock, best, end = clock_of(device), float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end or best == float("inf"):

@@ -1,7 +1,7 @@
-"""Other people's fused layers, where they are installed; none is a dependency, and none ran where this was written.
+"""Fused layers of other libraries, if they are installed. None is a dependency, and we have run none of them.
 
-Each maker returns, for an activation, a function of (x, weight, bias), or None where the library has no such form.
-Raises ImportError where the library is not there. The judge looks at the results of each before it is timed.
+Each maker returns, for an activation, a function of (x, weight, bias), or None if the library has no such form. It
+raises ImportError if the library is not installed. The judge checks the results of each before it is timed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _flash_attn(activation: str) -> Op | None:
 
 
 def _quack(activation: str) -> Op | None:
-    """quack's GEMM with an activation in its epilogue. Its backward wants a second layer: forward only."""
+    """quack's GEMM with an activation in its epilogue. Its backward needs a second layer, so it is forward only."""
     from quack.gemm_interface import gemm_act
 
     names = {"none": None, "relu": "relu", "relu2": "relu_sq", "gelu_tanh": "gelu_tanh_approx"}
@@ -84,5 +84,5 @@ FORWARD_ONLY = ("quack",)
 
 
 def installed() -> tuple[str, ...]:
-    """Names of the libraries that could be imported here. Nothing is imported to find out."""
+    """Return the names of the installed libraries, without importing them."""
     return tuple(name for name in MAKERS if find_spec(name) is not None)

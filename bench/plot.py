@@ -1,4 +1,4 @@
-"""Ratio to stock per layer and dtype as a PNG, by matplotlib's file backend: no display needed."""
+"""Plots the ratio to stock per layer and dtype to a PNG, by matplotlib's file backend, without a display."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MARKERS = {"fp32": ("o", "C0"), "bf16": ("s", "C1"), "fp16": ("^", "C2"), "fp64
 
 
 def plot(result: Record, path: str | os.PathLike[str]) -> None:
-    """One panel per mode and column; a line of dots per layer, one per dtype, with their 20-80 % range.
+    """Plot one panel per mode and column. Each layer has a line, with a dot and a 20-80 % range per dtype.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the record has nothing to plot.
     """
-    # Figure and not pyplot: pyplot would choose a backend, and keep the figure, for the whole process.
+    # pyplot would choose a backend and keep the figure for the whole process; Figure does not.
     from matplotlib.figure import Figure
 
     table = figures.rows(result)
@@ -44,7 +44,7 @@ def plot(result: Record, path: str | os.PathLike[str]) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("times as fast as stock F.relu(F.linear(x, w, b)); left of the line: slower")
     ratios = [row.ratio for row in table]
-    panels[0][0].set_xlim(min(0.5, *ratios) / 1.1, max(2.0, *ratios) * 1.1)  # and all share it
+    panels[0][0].set_xlim(min(0.5, *ratios) / 1.1, max(2.0, *ratios) * 1.1)  # all panels share it
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=len(names))
     with atomic_write(path) as file:
@@ -61,7 +61,7 @@ def _panel(panel: Axes, rows: Sequence[Row], labels: Sequence[str]) -> None:
         group = [row for row in rows if row.dtype == dtype]
         marker, color = _MARKERS[dtype]
         ratios = [row.ratio for row in group]
-        # Stock's median over the quantiles of ours: how far the ratio moves with our own spread.
+        # The range is stock's median over our quantiles: the ratio's spread from our own times.
         low = [max(0.0, row.ratio - row.stock.median / row.ours.q80) for row in group]
         high = [max(0.0, row.stock.median / row.ours.q20 - row.ratio) for row in group]
         heights = [labels.index(row.label) + 0.16 * (i - (len(dtypes) - 1) / 2) for row in group]

@@ -1,7 +1,7 @@
-"""Put the measured ratios into README.md: ``python -m bench.readme_table bench/results/NAME.json ...``.
+"""Writes the measured ratios to README.md: ``python -m bench.readme_table bench/results/NAME.json ...``.
 
-A table for each record, under its processor's name, stands between two marker lines; what is there is replaced, so
-figures are never copied by hand.
+README.md has two marker lines. The text between them is replaced by a table for each record, under its processor's
+name. So figures are never copied by hand.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BUFFERS = {
 
 
 def rewrite(text: str, table: str) -> str:
-    """``text`` with ``table`` between its markers; ValueError unless each marker is there once, in order."""
+    """Return ``text`` with ``table`` between its markers; ValueError unless each marker is there once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"expected one line {BEGIN} and after it one line {END} around the table; put them in")
     before, rest = text.split(BEGIN)
@@ -38,10 +38,10 @@ def rewrite(text: str, table: str) -> str:
 
 
 def markdown(result: Record, source: str, column: str = "hot") -> str:
-    """Ratios to stock by layer (ReLU), dtype and mode, their geometric means, machine and commit.
+    """Return a table of ratios to stock by layer (ReLU), dtype and mode, with geometric means, machine and commit.
 
     Raises:
-        ValueError: the run is not complete, or has nothing for this column.
+        ValueError: the run is not complete, or has no measurements for this column.
     """
     if not result.complete:
         raise ValueError(f"expected a complete run, got one that was broken off: {source}")
@@ -65,7 +65,7 @@ def markdown(result: Record, source: str, column: str = "hot") -> str:
 
 
 def side_by_side(records: Sequence[tuple[Record, str]], column: str = "hot") -> str:
-    """The tables of records, each with where it lies; of several, each under the name of its machine."""
+    """Return the tables of several (record, path); if there is more than one, each under its machine's name."""
     if len(records) == 1:
         return markdown(*records[0], column)
     tables = [f"### {heading(result)}\n\n{markdown(result, source, column)}" for result, source in records]
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--column", choices=tuple(_BUFFERS), default="hot")
     args = parser.parse_args(argv)
-    # As the README links to it; no folder of this machine gets into the file.
+    # Relative, as README.md links to it: no folder of this machine gets into the file.
     sources = [Path(os.path.relpath(path.resolve(), args.readme.resolve().parent)).as_posix() for path in args.records]
     try:
         records = [record.load(path) for path in args.records]

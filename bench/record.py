@@ -1,4 +1,4 @@
-"""A run as data: written to JSON and read back. All times in seconds, all sizes in bytes."""
+"""The record of a run, written to JSON and read back. All times are in seconds, all sizes in bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Measurement:
 
 @dataclass
 class Layer:
-    """One shape, dtype and activation: the paths it takes, who was refused and why, and what was measured."""
+    """One shape, dtype and activation: its paths, the refused contenders with reasons, and the measurements."""
 
     shape: str
     m: int
@@ -43,7 +43,7 @@ class Layer:
 
 @dataclass
 class Record:
-    """Everything one run found. ``complete`` is False for a run that was broken off."""
+    """All results of one run. ``complete`` is False for a run that was interrupted."""
 
     created: str
     settings: dict[str, Any]
@@ -56,12 +56,12 @@ class Record:
     complete: bool = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Atomically: a reader sees this record or the file as it was before."""
+        """Write the record atomically: a reader sees this record or the old file."""
         write_json(path, {"schema": SCHEMA, **dataclasses.asdict(self)})
 
 
 def load(path: str | os.PathLike[str]) -> Record:
-    """Raises ValueError where the file is no record of this schema, OSError where it cannot be read."""
+    """Read a record. Raise ValueError if the file is no record of this schema, OSError if it cannot be read."""
     text = Path(path).read_text()
     try:
         values = json.loads(text)

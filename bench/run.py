@@ -1,4 +1,4 @@
-"""The run: for each layer judge the contenders, time who is right, weigh the memory, record it all."""
+"""The run: for each layer it judges the contenders, times the right ones, measures memory, and records it all."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from dlkernels.testing import STOCK, Layer
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure; ValueError where a name is unknown.
+    """What to measure. An unknown name raises ValueError. The defaults are for a CPU; those for a GPU are in ``GPU``.
 
-    ``budget``: seconds for one layer in one mode and column, all contenders together. ``threads``: 0 for
-    torch's own choice. ``seed``: of the data; None for another one each run. The defaults are the CPU's; a GPU's are
-    in ``GPU``.
+    Attributes:
+        budget: seconds for one layer in one mode and column, for all contenders together.
+        threads: 0 for torch's own choice.
+        seed: of the data; None for a random one.
     """
 
     dtypes: Sequence[str] = ("fp32", "bf16", "fp64")
@@ -52,14 +53,14 @@ class Settings:
         }
         for field, names in known.items():
             if unknown := [name for name in getattr(self, field) if name not in names]:
-                raise ValueError(f"{field}: expected names out of {', '.join(names)}; got {', '.join(unknown)}")
+                raise ValueError(f"{field}: expected names from {', '.join(names)}; got {', '.join(unknown)}")
         for name in self.shapes:
             shape_named(name)
         if missing := {contenders.OURS, contenders.REFERENCE} - set(self.contenders):
             raise ValueError(f"contenders: {', '.join(sorted(missing))} must be among them, to be compared")
 
     def layers(self) -> Iterator[tuple[Shape, str, str]]:
-        """(shape, dtype, activation), dtype by dtype."""
+        """Yield (shape, dtype, activation), dtype by dtype."""
         for dtype, activation, name in itertools.product(self.dtypes, self.activations, self.shapes):
             yield shape_named(name), dtype, activation
 
@@ -70,7 +71,7 @@ QUICK: dict[str, Any] = {
     "columns": ("hot",),
     "budget": 0.4,
 }
-"""For a first look: about two minutes on two cores."""
+"""Settings for a first look: about two minutes on two cores."""
 
 GPU: dict[str, Any] = {
     "dtypes": ("bf16", "fp32"),
@@ -79,17 +80,17 @@ GPU: dict[str, Any] = {
     "columns": COLUMNS["cuda"],
     "budget": 0.3,
 }
-"""What a GPU is asked for, beside every contender but those that tune for minutes."""
+"""Settings for a GPU, besides the contenders: all except those that tune for minutes."""
 
 
 def run(
     settings: Settings, out: Path, told: Callable[[str, float], None] = lambda what, done: None
 ) -> tuple[record.Record, Path]:
-    """Measure, and save to ``out``. Returns the record and where it is.
+    """Measure and save to ``out``. Return the record and its path.
 
-    After every layer what there is goes to ``out`` with ".partial" before its suffix; it stays there if the
-    run is broken off (Ctrl-C too), so that ``out`` only ever holds complete runs. ``told(what, done)`` is
-    called before each layer with the share done so far.
+    After every layer the results so far are saved to ``out`` with ".partial" before its suffix. They stay there if the
+    run is interrupted (by Ctrl-C too), so ``out`` holds complete runs only. ``told(what, done)`` is called before each
+    layer with the share that is done.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -137,7 +138,7 @@ def _save(result: record.Record, path: Path) -> None:
 def measure_layer(
     settings: Settings, shape: Shape, dtype: str, activation: str, ops: Mapping[str, Op], seed: int
 ) -> record.Layer:
-    """Judge every contender, then measure those who are right in every mode and column."""
+    """Judge every contender, then measure the right ones in every mode and column."""
     inputs = harness.draw(shape, dtype, seed, settings.device)
     judge = Judge(Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
     objections = {name: judge.objection(op, name not in contenders.FORWARD_ONLY) for name, op in ops.items()}

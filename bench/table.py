@@ -1,4 +1,4 @@
-"""The record as tables for people: ``python -m bench.table bench/results/NAME.json`` shows one again."""
+"""Prints a record as tables: ``python -m bench.table bench/results/NAME.json``."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
 GPU_NOTES = """\
 ratio: stock's median over ours; above 1 we are faster. vs best: the fastest other contender's over ours.
 of (a), of (b): the floor over our median. (a): products at the best GEMM rate seen in this run or at the bandwidth of a
-large copy, and in backward one pass for mask and dbias. (b): without that pass. Narrow layers, whose dx and dweight
-come from one read of g, can do better than either.
-plain: steps launched one by one; graph: replayed as a CUDA graph. Both go round buffers of twice the L2 cache.
+large copy, and in backward one pass for mask and dbias. (b): without that pass. Narrow layers, which compute dx and
+dweight from one read of g, can be faster than both.
+plain: steps launched one by one; graph: replayed as a CUDA graph. Both use many buffers in turn, of twice the L2 cache.
 MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
 
 
 def show(result: Record, console: Console | None = None) -> None:
-    """Tables by dtype, mode and column, then means, the layers where stock is faster, and who was refused."""
-    # A pipe or a file has no width; tables folded at 80 columns could not be read.
+    """Print tables by dtype, mode and column, then means, the layers where stock is faster, and the refusals."""
+    # A pipe or a file has no width; tables folded at 80 columns would be unreadable.
     console = console or Console(width=None if sys.stdout.isatty() else 250, highlight=False, soft_wrap=True)
     rows = figures.rows(result)
     console.print(f"\n[bold]{escape(title(result))}[/]\n")
@@ -63,11 +63,11 @@ def show(result: Record, console: Console | None = None) -> None:
         what = f"{name} on {layer.shape} {layer.dtype} {layer.activation}"
         console.print(f"[bold red]REFUSED[/] {what}, not timed: {escape(why)}")
     if not result.complete:
-        console.print("[bold red]The run was broken off: not every layer is here.[/]")
+        console.print("[bold red]The run was interrupted: not every layer is here.[/]")
 
 
 def title(result: Record) -> str:
-    """Machine (threads and instruction set, or driver), torch and commit in one line."""
+    """Return machine (threads and instruction set, or driver), torch and commit in one line."""
     where, commit = result.machine, result.commit
     head = commit["hash"][:10] if commit["hash"] else "unknown"
     changes = " with changes" if commit["dirty"] else ""

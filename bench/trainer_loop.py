@@ -1,7 +1,7 @@
-"""What the training loop costs besides the step that it runs: ``Trainer`` and a bare loop in turns.
+"""The cost of the training loop besides the step itself: ``Trainer`` and a bare loop are timed in turns.
 
-``python -m bench.trainer_loop``: MNIST's shapes, 784-256-10 in batches of 256, with random images. At most 1.03 is
-the aim.
+``python -m bench.trainer_loop`` uses MNIST's shapes, 784-256-10 in batches of 256, with random images. The aim is a
+ratio of at most 1.03.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dlkernels.nn import MLP
 from dlkernels.trainer import Callback, Trainer, adam
 
 SIZES, SAMPLES, BATCH = [784, 256, 10], 60_000, 256
-BLOCK = 47  # batches of the one, then of the other; 5 blocks are an epoch
+BLOCK = 47  # batches in a turn; 5 turns are an epoch
 
 
 class Turns(Callback):
-    """After every ``BLOCK`` batches of the trainer, ``bare``; the seconds of both."""
+    """Runs ``bare`` after every ``BLOCK`` batches of the trainer, and records the seconds of both."""
 
     def __init__(self, bare: Callable[[], None]) -> None:
         self.run_bare = bare
@@ -47,10 +47,10 @@ class Turns(Callback):
 
 
 def measure(epochs: int = 20, threads: int | None = None) -> dict[str, float]:
-    """Microseconds per batch of the median block, ``bare`` and in the ``trainer``; ``ratio``, the median over blocks.
+    """Return microseconds per batch of the median block, ``bare`` and ``trainer``, and the median ``ratio``.
 
-    Both do the same: gather a shuffled batch, forward, fused cross entropy, backward, fused Adam. The loop besides
-    keeps loss and accuracy, looks for NaN and for Ctrl-C, and ends epochs.
+    Both do the same work: gather a shuffled batch, forward, fused cross entropy, backward, fused Adam. In addition the
+    trainer records loss and accuracy, checks for NaN and for Ctrl-C, and ends epochs.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -59,7 +59,7 @@ def measure(epochs: int = 20, threads: int | None = None) -> dict[str, float]:
     y = torch.randint(SIZES[-1], (SAMPLES,), generator=generator)
     data = TensorLoader(x, y, batch_size=BATCH, shuffle=True)
     loss = CrossEntropyLoss()
-    model = MLP(SIZES)  # of both: where weights lie in memory can make more of a difference than the loop
+    model = MLP(SIZES)  # both use the same one: the place of the weights in memory can matter more than the loop
     optimizer = adam(model.parameters())
     stream = itertools.chain.from_iterable(map(data.batches, itertools.count()))
 
@@ -71,7 +71,8 @@ def measure(epochs: int = 20, threads: int | None = None) -> dict[str, float]:
 
     turns = Turns(run_bare)
     Trainer(model, loss, optimizer, data, callbacks=[turns], progress="silent").fit(epochs)
-    # A block and its neighbours: the speed of a shared machine drifts by more than the loop costs. The first warms up.
+    # Each block is compared with its two neighbours, because the speed of a shared machine drifts by more than the
+    # loop's cost. The first block is a warm-up.
     around = map(statistics.fmean, itertools.pairwise(turns.bare))
     ratios = [trained / bare for trained, bare in zip(turns.trained[1:], around, strict=True)]
     per_batch = {"bare": turns.bare[1:], "trainer": turns.trained[1:]}

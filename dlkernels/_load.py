@@ -1,7 +1,7 @@
-"""Loads the compiled module, or says in one sentence why it cannot be loaded and what mends it.
+"""Loads the compiled module, or says in one sentence why it cannot be loaded and how to repair it.
 
-The check comes before the loading: under another torch the loader would stop at an undefined C++ symbol,
-which names neither version.
+The check runs before the loading. Under another torch the loader would stop at an undefined C++ symbol, and its error
+names neither version.
 """
 
 import importlib
@@ -14,7 +14,7 @@ _REBUILD = "`pip install --force-reinstall --no-deps --no-cache-dir .` in the dl
 
 
 def built_for(folder: Path) -> dict[str, str | None]:
-    """What the compiled module in ``folder`` was built for: keys "torch", "cuda" (architectures), "plan"."""
+    """Return the record of the build in ``folder``: keys "torch" (version), "cuda" (architectures), "plan"."""
     record = folder / "_C.json"
     if not record.exists():
         raise ImportError(
@@ -27,9 +27,9 @@ def built_for(folder: Path) -> dict[str, str | None]:
 def check_torch(built: str, have: str) -> None:
     """Raise ImportError unless the module was built against exactly this torch.
 
-    Exactly: torch promises no C++ ABI between releases, patch releases included, and the local part tells
-    builds apart ("+cpu" has no CUDA libraries to link to, and under "+cu130" a module built for "+cpu" would
-    silently lack its CUDA kernels).
+    Torch promises no stable C++ ABI between releases, patch releases included. The local part of the version matters
+    too: "+cpu" has no CUDA libraries to link to, and under "+cu130" a module built for "+cpu" would lack its CUDA
+    kernels without a message.
     """
     if built != have:
         raise ImportError(

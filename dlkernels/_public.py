@@ -1,4 +1,4 @@
-"""The names of the package that need torch and the compiled module; ``dlkernels`` shows them."""
+"""The public names of ``dlkernels`` that need torch and the compiled module."""
 
 from dlkernels import _load  # noqa: F401  first: the rest needs the operators
 from dlkernels.functional import explain

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, flushed to disk, then renamed onto it."""
+"""Files that are complete or absent: they are written to a temporary file, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import Any, BinaryIO
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary binary file beside ``path``; on success it becomes ``path`` in one step.
 
-    A reader sees the old file or the new one, never a part. If the block raises (or the disk is full) the old
-    file stays as it was and the temporary one is removed: the block may read back what it wrote, and refuse it.
-    Missing parent folders are made. Where ``path`` is a symbolic link, all this is about what it points to.
+    A reader sees the old file or the new one, never a part. If the block raises, or the disk is full, the old file does
+    not change and the temporary one is removed. So the block may read the new content back and refuse it. Missing
+    parent folders are created. If ``path`` is a symbolic link, the file that it points to is replaced.
 
     Raises:
-        OSError: ``path`` is a folder, its folder cannot be made or written, or the disk is full.
+        OSError: ``path`` is a folder, its folder cannot be created or written, or the disk is full.
     """
     target = _followed(path)
     if target.is_dir():
@@ -40,16 +40,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # of a write: a full disk, a quota
+        if isinstance(error, OSError) and error.filename is None:  # a failed write (full disk, quota) names no file
             error.filename = str(target)
         raise
     _sync_folder(target.parent)
 
 
 def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> None:
-    """Remove the temporary files that writers of ``name`` (None: of anything) in ``folder`` left when they were killed.
+    """Remove the temporary files in ``folder`` that killed writers of ``name`` left; None stands for any name.
 
-    Only where no other process is writing there.
+    Call it only while no other process writes there.
     """
     place, pattern = Path(folder), "*"
     if name is not None:
@@ -79,7 +79,7 @@ def _followed(path: str | os.PathLike[str]) -> Path:
 
 
 def _mode(target: Path) -> int:
-    """Permissions of the new file: the old one's, or what ``open`` would have given (mkstemp gives 0600)."""
+    """Return the permissions of the new file: the old file's, or those ``open`` would give (mkstemp gives 0600)."""
     try:
         return target.stat().st_mode & 0o777
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def _mode(target: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the rename itself on disk; where folders cannot be opened, the rename is atomic all the same."""
+    """Flush the rename itself to disk. Where folders cannot be opened, the rename is still atomic."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Libraries that only some of the package needs: which extra brings one, and the sentence that says so."""
+"""Optional libraries: which extra installs one, and the sentence that says so."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import re
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
-# Import name to the name to install, where they differ.
+# From the import name to the name to install, where they differ.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "tomli_w": "tomli-w", "PIL": "pillow"}
 MODULES = {distribution: module for module, distribution in DISTRIBUTIONS.items()}
-
 
 FOR_USERS = ("train", "export", "examples")
 
 
 def how_to_get(module: str) -> str:
-    """What to run to have ``module``: the extra that brings it, and all else of it that is missing too."""
+    """Return the command that installs ``module``: its extra, and the other missing libraries of that extra."""
     name = DISTRIBUTIONS.get(module, module)
     extra, names = next(((e, names) for e in FOR_USERS if name in (names := _brought_by(e))), ("", []))
-    if name == "torchvision":  # in no extra: its wheels pin one torch, and pip would replace the one that is here
+    if name == "torchvision":  # in no extra: its wheels pin one torch, and pip would replace the installed one
         return f"run pip install --no-deps 'torchvision==0.{int(version('torch').split('.')[1]) + 15}.*' pillow"
     if not extra:
         return f"run pip install {name}"
@@ -28,10 +27,10 @@ def how_to_get(module: str) -> str:
 
 
 def _brought_by(extra: str) -> list[str]:
-    """What an extra of pyproject.toml names, by the installed metadata, with what the extras in it name."""
+    """Return the libraries of an extra by the installed metadata, with those of the extras that it names."""
     try:
         lines = requires("dlkernels") or []
-    except PackageNotFoundError:  # sources on PYTHONPATH
+    except PackageNotFoundError:  # the sources are on PYTHONPATH, not installed
         return []
     names: list[str] = []
     for line in lines:

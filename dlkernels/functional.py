@@ -39,8 +39,9 @@ def linear_act(
 ) -> Tensor:
     """``act(x @ weight.T + bias)`` in one pass, with fused backward kernels.
 
-    Equal to ``F.relu(F.linear(x, weight, bias))`` and its twins: NaN propagates, the gradient at exactly 0 is 0, double
-    backward, ``torch.func``, autocast, ``torch.compile`` and ``torch.export`` work.
+    It equals ``F.relu(F.linear(x, weight, bias))``, and the same with other activations. NaN propagates, and the
+    gradient of relu at exactly 0 is 0. Double backward, ``torch.func``, autocast, ``torch.compile`` and
+    ``torch.export`` work.
 
     Args:
         x: ``[..., in_features]``, any strides.
@@ -48,19 +49,21 @@ def linear_act(
         bias: ``[out_features]`` or None.
         activation: ``"none"``, ``"relu"``, ``"leaky_relu"``, ``"relu2"`` (``relu(z)**2``), ``"gelu"`` (erf),
             ``"gelu_tanh"``, ``"silu"``, ``"tanh"`` or ``"sigmoid"``. Formulas: ``csrc/kernels/activation.h``.
-        negative_slope: of ``leaky_relu``; at least 0.
+        negative_slope: the slope of ``leaky_relu`` below 0; at least 0.
 
     All tensors share one dtype (float64, float32, bfloat16, float16) and device. Products are accumulated in float32
-    (float64 for float64) and rounded once, after bias and activation. ``torch.set_float32_matmul_precision("medium")``
-    lets the products of float32 tensors round their operands to bfloat16, as it does for torch's own, on CPUs that
-    multiply bfloat16; "highest", the default, and "high" never do.
+    (float64 for float64) and rounded once, after bias and activation.
+
+    On CPUs that multiply bfloat16, ``torch.set_float32_matmul_precision("medium")`` lets the products of float32
+    tensors round their operands to bfloat16, as it does for torch's own products. "high" and "highest", the default, do
+    not.
 
     Returns:
         ``[..., out_features]``, in x's dtype.
 
     Raises:
         ValueError: unknown activation, or a negative ``negative_slope``.
-        TypeError: a dtype the kernels do not have, or no tensor.
+        TypeError: a dtype the kernels do not have, no tensor, or a ``negative_slope`` that is no number.
         RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
     """
     _check_tensors(x, weight, bias)
@@ -109,32 +112,34 @@ def mlp(
     last_activation: str = "none",
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """A chain of :func:`linear_act` layers as one op: ``h = act(h @ weight.T + bias)``, weight after weight.
+    """A chain of :func:`linear_act` layers as one op: ``h = act(h @ weight.T + bias)`` for one weight after the other.
 
-    Equal to calling the layers one by one, every derivative included, and faster: a layer's gradient leaves its product
-    with the mask of the layer below applied, and layers of few features (up to 256; 128 in bfloat16) over many rows
-    (2,048 and more) take a block of rows through all of them while it is in cache. On CUDA those are layers of up to
-    128 features, over any number of rows, whose weights fit in shared memory together (five of 128 in bfloat16 on an
-    H100). On other devices, under ``torch.compile`` and ``torch.func`` and with tensor subclasses the layers do run one
-    by one.
+    The result and all derivatives equal those of the layers called one by one. The op is faster for two reasons:
+
+    * The epilogue of a layer's dgrad applies the activation mask of the layer below.
+    * A block of rows passes through all narrow layers while it is in cache. On CPU this is for layers of up to 256
+      features (128 in bfloat16) over at least 2,048 rows. On CUDA it is for layers of up to 128 features over any
+      number of rows, if their weights fit in shared memory together (five of 128 features in bfloat16 on an H100).
+
+    On other devices, under ``torch.compile`` and ``torch.func``, and with tensor subclasses, the layers run one by one.
 
     Args:
         x: ``[..., in_features]`` of the first layer, any strides.
-        weights: one ``[out_features, in_features]`` per layer, each taking what the one before gives.
+        weights: one ``[out_features, in_features]`` per layer. A layer's in_features is the out_features before it.
         biases: one ``[out_features]`` or None per layer; None for no biases at all.
-        activation: of all layers but the last, or a name for each of them; see :func:`linear_act`.
-        last_activation: of the last layer.
-        negative_slope: of ``leaky_relu``; at least 0.
+        activation: one name for all layers except the last, or one name for each of them; see :func:`linear_act`.
+        last_activation: the name for the last layer.
+        negative_slope: the slope of ``leaky_relu`` below 0; at least 0.
 
-    All tensors share one dtype (float64, float32, bfloat16, float16) and device. What a layer hands to the next is
-    rounded to that dtype, as between the layers themselves.
+    All tensors share one dtype (float64, float32, bfloat16, float16) and device. The output of each layer is rounded to
+    that dtype, as with separate layers.
 
     Returns:
         ``[..., out_features]`` of the last layer, in x's dtype.
 
     Raises:
         ValueError: unknown activation, a negative ``negative_slope``, or not as many biases or activations as layers.
-        TypeError: a dtype the kernels do not have, or no tensor.
+        TypeError: a dtype the kernels do not have, no tensor, no sequence, or a ``negative_slope`` that is no number.
         RuntimeError: no layers, or shapes, dtypes, devices or layouts that do not fit together.
     """
     weights = _as_tuple("weights", weights, "tensors")
@@ -147,8 +152,8 @@ def mlp(
     _check_slope("mlp", negative_slope)
     if len(biases) != len(weights) or len(hidden) != max(len(weights) - 1, 0):
         raise ValueError(
-            f"mlp: {len(weights)} weights need as many biases and {max(len(weights) - 1, 0)} activations besides "
-            f"last_activation; got {len(biases)} and {len(hidden)}"
+            f"mlp: {len(weights)} weights need {len(weights)} biases, and {max(len(weights) - 1, 0)} activations "
+            f"besides last_activation; got {len(biases)} and {len(hidden)}"
         )
     for weight, bias in zip(weights, biases, strict=True):
         _check_tensors(x, weight, bias, "mlp")

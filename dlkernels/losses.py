@@ -1,20 +1,23 @@
-"""The losses of the three problems: regression, classification and probabilistic prediction.
+"""The losses of three problems: regression, classification and probabilistic prediction.
 
-Signatures, semantics and errors are those of ``torch.nn.functional`` and ``torch.nn``; what is ours is how they run on
-CPU and CUDA: the loss and its gradients are made in one pass, so that backward only multiplies. Sums over rows are made
-in float64, in an order that depends on the shape alone: the same bits whatever the number of threads. Double backward,
-``torch.func``, ``torch.compile(fullgraph=True)`` and ``torch.export`` work.
+Signatures, semantics and errors are those of ``torch.nn.functional`` and ``torch.nn``. On CPU and CUDA our kernels
+compute the loss and its gradients in one pass, so that backward only multiplies. Sums over rows are in float64, in an
+order that depends on the shape only: any number of threads gives the same bits. Double backward, ``torch.func``,
+``torch.compile(fullgraph=True)`` and ``torch.export`` work.
 
-On CUDA nothing waits for the device, so that steps overlap and can be captured in a graph; what a value there is
-cannot be raised. Where the CPU raises, for a class index out of range and a negative variance, CUDA gives NaN: in their
-own loss and gradients, and with an index in a mean and all its gradients. Torch asserts on the device for the index,
-which ends its use by the process, and waits for the device to look at the variance.
+On CUDA the losses never wait for the device. So steps overlap, and can be captured in a graph; but an error cannot
+depend on a value on the device. Where the CPU raises, CUDA gives NaN:
 
-All take float64, float32, bfloat16 and float16, tensors of any strides, and ``reduction``: ``"mean"``, ``"sum"`` or
-``"none"``. Where no kernel of ours serves, torch's does: on other devices, inside ``torch.func``
-transforms and forward-mode AD, for the ``weight`` of :func:`mse_loss`, and for a ``weight`` of :func:`cross_entropy`
-that requires a gradient. Unlike torch's, :func:`cross_entropy` keeps its input for backward, which therefore must not
-be changed in place.
+* For a negative variance, the loss and the gradients of its element are NaN.
+* For a class index out of range, the loss and the gradient of its row are NaN. So are a mean and all its gradients.
+
+Torch's own cross entropy asserts on the device in this case: the process cannot use the device any more. Torch's
+Gaussian loss waits for the device to read the variance.
+
+All losses take float64, float32, bfloat16 and float16, tensors of any strides, and ``reduction``: ``"mean"``, ``"sum"``
+or ``"none"``. Torch's own functions serve the cases without a kernel of ours: other devices, ``torch.func`` transforms
+and forward-mode AD, the ``weight`` of :func:`mse_loss`, and a ``weight`` of :func:`cross_entropy` that requires a
+gradient. Unlike torch's, :func:`cross_entropy` saves its input for backward: it must not be changed in place.
 """
 
 import warnings
@@ -29,20 +32,20 @@ from dlkernels._ops.modes import autocast, autocast_active
 
 __all__ = ["CrossEntropyLoss", "GaussianNLLLoss", "MSELoss", "cross_entropy", "gaussian_nll_loss", "mse_loss"]
 
-# torch.fx.symbolic_trace finds the calls in this module, and puts them into its graph whole.
+# torch.fx.symbolic_trace records calls of these functions in this module as single nodes.
 for _name in ("cross_entropy", "gaussian_nll_loss", "mse_loss"):
     fx.wrap(_name)
 
 
 def _in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast these losses run in float32."""
+    """Return the tensors, cast to float32 under autocast: there these losses run in float32."""
     if not autocast_active(tensors[0]):
         return tensors
     return tuple(autocast(t, torch.float32) for t in tensors)
 
 
 def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All of the dtype that the arithmetic of the first two, then the others, would give."""
+    """Return the tensors in one dtype: the one that arithmetic of the first two, then of the others, would give."""
     first, second, *others = tensors
     if all(t.dtype == first.dtype for t in tensors):
         return tensors
@@ -60,17 +63,18 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Squared error ``(input - target)**2``, for regression. As :func:`torch.nn.functional.mse_loss`.
+    """The squared error ``(input - target)**2``, for regression, as :func:`torch.nn.functional.mse_loss`.
 
     Args:
         input: ``[...]``, the prediction.
-        target: of input's shape; another that broadcasts with it is taken with a warning, as in torch.
+        target: of input's shape. Another shape that broadcasts with it gives a warning, as in torch.
         size_average, reduce: deprecated in torch; they override ``reduction``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        weight: of input's shape, by torch's own operations: ``"mean"`` is ``sum(weight * error) / sum(weight)``.
+        weight: of input's shape, or None. It runs by torch's own operations: ``"mean"`` is
+            ``sum(weight * error) / sum(weight)``.
 
     Returns:
-        ``[]``, or the broadcast shape with ``"none"``; in the dtype that input and target promote to.
+        ``[]``, or with ``"none"`` the broadcast shape. The dtype is the one that input and target promote to.
 
     Raises:
         ValueError: unknown reduction, or a weight of another shape.
@@ -103,33 +107,34 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """``-log_softmax(input)[target]``, for classification. As :func:`torch.nn.functional.cross_entropy`.
+    """``-log_softmax(input)[target]``, for classification, as :func:`torch.nn.functional.cross_entropy`.
 
     Args:
         input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]`` for C classes.
         target: class indices in ``[0, C)``, int64 or uint8, ``[]``, ``[N]`` or ``[N, d1, ...]``; or class
             probabilities, floating point, of input's shape.
-        weight: ``[C]``, a factor per class.
+        weight: ``[C]``, a factor per class, or None.
         size_average, reduce: deprecated in torch; they override ``reduction``.
-        ignore_index: rows with this index have no loss and no gradient. Not with class probabilities.
+        ignore_index: rows with this index have no loss and no gradient. Class probabilities do not use it.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. The mean is over the weights of the indices that are not
-            ignored, NaN if there are none; with class probabilities over the rows.
+            ignored; it is NaN if there are none. With class probabilities the mean is over the rows.
         label_smoothing: in [0, 1], the share of the target that is spread evenly over the classes.
 
     Returns:
-        ``[]``, or one value per row with ``"none"``: input's shape without C.
+        ``[]``, or with ``"none"`` one value per row: input's shape without C. The dtype is input's; under autocast
+        float32.
 
     Raises:
         ValueError: unknown reduction, shapes that do not fit, ``label_smoothing`` above 1.
-        IndexError: a class index outside ``[0, C)``, on CPU; NaN on CUDA.
+        IndexError: a class index outside ``[0, C)``. On CUDA it makes NaN instead.
         TypeError: a dtype the kernels do not have.
         RuntimeError: indices of another dtype, different dtypes or devices, sparse or quantized tensors.
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    soft = target.is_floating_point()
-    input, *others = _in_float32(input, *([target] if soft else []), *([] if weight is None else [weight]))
-    if soft:
+    is_probabilities = target.is_floating_point()
+    input, *others = _in_float32(input, *([target] if is_probabilities else []), *([] if weight is None else [weight]))
+    if is_probabilities:
         input, *others = _promoted(input, *others)
         target = others[0]
     if weight is not None:
@@ -146,32 +151,32 @@ def gaussian_nll_loss(
     eps: float = 1e-6,
     reduction: str = "mean",
 ) -> Tensor:
-    """``(ln v + (input - target)**2 / v) / 2`` with ``v = max(var, eps)``: predicting a mean and its variance.
+    """``(ln v + (input - target)**2 / v) / 2`` with ``v = max(var, eps)``: the loss of a predicted mean and variance.
 
-    As :func:`torch.nn.functional.gaussian_nll_loss`; the formula is Nix & Weigend's (1994). Gradients do not see the
-    maximum: they are taken at v.
+    It is :func:`torch.nn.functional.gaussian_nll_loss`; the formula is from Nix & Weigend (1994). Gradients treat the
+    maximum as a constant: they are taken at v.
 
     Args:
         input: ``[...]``, the predicted mean.
         target: of input's shape, or one that broadcasts with it.
-        var: at least 0. Of input's shape; or, one variance for many entries, with one of input's sizes replaced by 1 or
-            the last one missing; or a float.
-        full: add the constant ``ln(2 pi) / 2``.
-        eps: lower bound of the variance.
+        var: the predicted variance, at least 0. Its shape is input's. For one variance of many elements, one size may
+            be 1 or the last size may be missing, or ``var`` is a float.
+        full: True adds the constant ``ln(2 pi) / 2``.
+        eps: the lower bound of the variance.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Returns:
-        ``[]``, or the broadcast shape with ``"none"``.
+        ``[]``, or with ``"none"`` the broadcast shape. The dtype is the one that the tensors promote to.
 
     Raises:
-        ValueError: a negative variance (on CUDA that is NaN), a ``var`` of another shape, unknown reduction.
+        ValueError: a negative variance (on CUDA it makes NaN instead), a ``var`` of another shape, unknown reduction.
         TypeError: a dtype the kernels do not have, a ``var`` that is neither a tensor nor a float.
         RuntimeError: shapes that do not broadcast, different devices, sparse or quantized tensors.
     """
     if isinstance(var, float):
         if var < 0:
             raise ValueError("var has negative entry/entries")
-        variance = (input.new_ones(()) * var).expand_as(input)  # infinite beyond the dtype, where new_full raises
+        variance = (input.new_ones(()) * var).expand_as(input)  # beyond the dtype's range inf; new_full would raise
     elif isinstance(var, Tensor):
         variance = var
     else:
@@ -196,14 +201,14 @@ def gaussian_nll_loss(
 
 
 class MSELoss(nn.MSELoss):
-    """:func:`mse_loss` as a module; arguments of :class:`torch.nn.MSELoss`."""
+    """:func:`mse_loss` as a module, with the arguments of :class:`torch.nn.MSELoss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return mse_loss(input, target, reduction=self.reduction)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """:func:`cross_entropy` as a module; arguments and ``state_dict`` of :class:`torch.nn.CrossEntropyLoss`."""
+    """:func:`cross_entropy` as a module; arguments and ``state_dict`` are of :class:`torch.nn.CrossEntropyLoss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(
@@ -217,7 +222,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class GaussianNLLLoss(nn.GaussianNLLLoss):
-    """:func:`gaussian_nll_loss` as a module; arguments of :class:`torch.nn.GaussianNLLLoss`."""
+    """:func:`gaussian_nll_loss` as a module, with the arguments of :class:`torch.nn.GaussianNLLLoss`."""
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
         return gaussian_nll_loss(input, target, var, full=self.full, eps=self.eps, reduction=self.reduction)

@@ -1,7 +1,7 @@
-"""The fused layers as modules. ``state_dict`` keys, shapes, initialisation and ``repr`` are ``nn.Linear``'s.
+"""The fused layers as modules. ``state_dict`` keys, shapes, initialisation and ``repr`` are those of ``nn.Linear``.
 
-They do not subclass ``nn.Linear``: tools that look for it and replace or wrap what they find (LoRA, quantisers) would
-put a plain linear map in place of layer and activation, without a word.
+They are no subclasses of ``nn.Linear``. Tools that replace or wrap every ``nn.Linear`` (LoRA, quantizers) would replace
+the layer and its activation by a plain linear map, and say nothing.
 """
 
 import math
@@ -25,12 +25,12 @@ from dlkernels.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
 
 __all__ = ["MLP", "CrossEntropyLoss", "GaussianNLLLoss", "LinearAct", "LinearCrossEntropyLoss", "LinearReLU", "MSELoss"]
 
-# torch.fx.symbolic_trace finds these calls in this module, and puts them into its graph whole.
+# torch.fx.symbolic_trace records calls of these functions in this module as single nodes.
 fx.wrap("linear_act")
 fx.wrap("linear_cross_entropy")
 
-# torch.onnx.export writes operators that it has no form for by the decompositions in this table. Others read it too, so
-# that of a loss, which leaves out the gradients, stays out.
+# torch.onnx.export takes from this table the decompositions of operators that it does not know. Other tools read it
+# too, so it must not hold those of the losses, which leave out the gradients.
 for _operator, _form in LAYERS.items():
     torch._decomp.decomposition_table[_operator] = _form
 
@@ -51,15 +51,16 @@ class LinearAct(nn.Module):
     """``act(x @ weight.T + bias)``: an ``nn.Linear`` and its activation in one layer.
 
     Args:
-        in_features, out_features: last sizes of input and output.
-        bias: whether to learn an additive bias.
-        activation: one of :func:`dlkernels.functional.linear_act`'s.
-        negative_slope: of ``leaky_relu``.
+        in_features: the last size of the input.
+        out_features: the last size of the output.
+        bias: True for an additive bias.
         device, dtype: of the parameters.
+        activation: a name of :func:`dlkernels.functional.linear_act`.
+        negative_slope: the slope of ``leaky_relu`` below 0; at least 0.
 
     Attributes:
-        weight: ``[out_features, in_features]``, uniform in ±1/sqrt(in_features), as ``nn.Linear`` draws it.
-        bias: ``[out_features]`` from the same range, or None.
+        weight: ``[out_features, in_features]``, drawn uniformly from ±1/sqrt(in_features), as in ``nn.Linear``.
+        bias: ``[out_features]``, drawn from the same range, or None.
 
     Input ``[..., in_features]``, output ``[..., out_features]``.
 
@@ -84,7 +85,7 @@ class LinearAct(nn.Module):
         activation: Activation = "relu",
         negative_slope: float = 0.01,
     ) -> None:
-        activation_named(activation)  # a typing error should show here, not in the first forward
+        activation_named(activation)  # raises now for a wrong name, not in the first forward
         _check_number("negative_slope", negative_slope)
         if not negative_slope >= 0:  # also NaN
             raise ValueError(f"negative_slope must be at least 0, got {negative_slope}")
@@ -103,7 +104,7 @@ class LinearAct(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias anew, in ``nn.Linear``'s order and from its distributions: same seed, same numbers."""
+        """Draw weight and bias again. With the same seed the numbers are those of ``nn.Linear``."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
@@ -222,7 +223,7 @@ class LinearCrossEntropyLoss(_WeightedLoss):
 
 
 class _Activation(nn.Module):
-    """An activation by itself, where a normalisation stands between it and its product."""
+    """An activation as a module, for an MLP with a normalisation between the product and the activation."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -239,8 +240,10 @@ _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether calling this module does what its class says: nobody listens, ``forward`` is the class's own, and it was
-    not compiled by itself."""
+    """Return True if a call of this module runs the forward of its class and nothing else.
+
+    That is: it has no hooks, its ``forward`` was not replaced, and it was not compiled by itself.
+    """
     state = module.__dict__
     return not (
         state["_forward_hooks"]
@@ -256,28 +259,27 @@ def untouched(module: nn.Module) -> bool:
 class MLP(nn.Sequential):
     """A multi-layer perceptron: fused hidden layers, and a last layer without activation.
 
-    ``MLP([784, 256, 10])`` computes what ``nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))`` does,
-    and
-    its ``state_dict`` has the same keys ("0.weight", "0.bias", "2.weight", "2.bias"): either loads the other's.
+    ``MLP([784, 256, 10])`` computes the same as
+    ``nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))``. Its ``state_dict`` has the same keys
+    ("0.weight", "0.bias", "2.weight", "2.bias"): either loads the other's.
 
-    Without ``norm``, a hidden layer's activation is in its :class:`LinearAct`, and the ``nn.Identity`` behind it only
-    holds the activation's position. So what is done to the layers means something else than in stock's
-    ``nn.Sequential``, where linear map and activation are two modules:
+    Without ``norm``, a hidden layer's activation is in its :class:`LinearAct`, and an ``nn.Identity`` takes the
+    activation's position. In stock's ``nn.Sequential`` the linear map and the activation are two modules. So edits of
+    the layers have other effects here:
 
-    * ``mlp[0]`` and ``mlp[:1]`` give the layer with its activation, and a hook on ``mlp[0]`` sees the activation's
-      output;
-    * ``mlp.insert(1, module)`` puts the module behind the activation, not in front of it;
-    * ``del mlp[1]`` and ``mlp[1] = module`` leave the activation where it is, which is ``mlp[0].activation``;
-    * ``mlp[0] = nn.Linear(...)`` takes the activation away with the layer: assign a :class:`LinearAct`.
+    * ``mlp[0]`` and ``mlp[:1]`` give the layer with its activation. A hook on ``mlp[0]`` sees the activation's output.
+    * ``mlp.insert(1, module)`` puts the module after the activation, not before it.
+    * ``del mlp[1]`` and ``mlp[1] = module`` do not remove the activation: it is ``mlp[0].activation``.
+    * ``mlp[0] = nn.Linear(...)`` removes the activation with the layer. Assign a :class:`LinearAct` instead.
 
-    To edit layers as in stock, build the ``nn.Sequential`` and :func:`dlkernels.fuse` it.
+    To edit layers as in stock, build the ``nn.Sequential`` and call :func:`dlkernels.fuse` on it.
 
     Args:
-        sizes: features from input to output, at least two.
-        activation: of the hidden layers.
-        dropout: probability of zeroing a hidden feature, after the activation; in [0, 1).
-        norm: None, ``"batch"`` (``BatchNorm1d``) or ``"layer"`` (``LayerNorm``). It stands between a hidden layer's
-            product and its activation, which therefore runs as a module of its own.
+        sizes: numbers of features from input to output, at least two.
+        activation: the activation of the hidden layers.
+        dropout: the probability that a hidden feature is set to zero after the activation; in [0, 1).
+        norm: None, ``"batch"`` (``BatchNorm1d``) or ``"layer"`` (``LayerNorm``). It is between a hidden layer's
+            product and its activation, which then runs as a separate module.
         device, dtype: of the parameters.
 
     Input ``[..., sizes[0]]`` (``[batch, sizes[0]]`` with batch normalisation), output ``[..., sizes[-1]]``.
@@ -311,7 +313,7 @@ class MLP(nn.Sequential):
         *hidden, last = pairwise(sizes)
         for fan_in, fan_out in hidden:
             if norm is None:
-                # Identity holds the activation's place: positions, slices and append mean what they do in stock
+                # Identity takes the activation's position: so indices, slices and append mean the same as in stock.
                 layers += [LinearAct(fan_in, fan_out, activation=activation, **placed), nn.Identity()]
             else:
                 layers += [LinearAct(fan_in, fan_out, activation="none", **placed), _NORMS[norm](fan_out, **placed)]
@@ -330,8 +332,10 @@ class MLP(nn.Sequential):
         return mlp(x, [layer.weight for layer in layers], [layer.bias for layer in layers], acts, slope)
 
     def _chain(self) -> list[LinearAct] | None:
-        """The layers, where calling them one after the other is all that ``nn.Sequential`` would do: every module is of
-        our making, nobody listens in between, and nothing but product and activation happens."""
+        """Return the layers if the chain of them is all that ``nn.Sequential`` would compute, else None.
+
+        Then every module is a layer of ours or does nothing (Identity, Dropout in eval mode), and none has hooks.
+        """
         if _has_any_global_hook():
             return None
         layers: list[LinearAct] = []
@@ -349,8 +353,7 @@ class MLP(nn.Sequential):
         return layers if len(slopes) < 2 else None
 
     def __getitem__(self, index: slice | int) -> Any:
-        """A layer, or for a slice an ``nn.Sequential`` of layers (``nn.Sequential`` itself would call our
-        constructor)."""
+        """Return a layer, or for a slice an ``nn.Sequential``: the inherited method would call our constructor."""
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)

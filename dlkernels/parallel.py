@@ -1,4 +1,4 @@
-"""Tensor parallelism: torch's column- and row-wise styles, for our layers too.
+"""Tensor parallelism: torch's column-wise and row-wise styles, for our layers too.
 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import parallelize_module
@@ -7,12 +7,12 @@
     mesh = init_device_mesh("cuda", (8,))
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
-They are those of ``torch.distributed.tensor.parallel``, with the same arguments, and take what those take; torch's own
-look for ``nn.Linear``, which our layers are not (``dlkernels.nn`` says why).
+The styles are subclasses of those of ``torch.distributed.tensor.parallel``, with the same arguments, and accept the
+same modules. Torch's own styles accept ``nn.Linear``, and our layers are no ``nn.Linear`` (``dlkernels.nn`` says why).
 
-Column-wise, every rank runs the fused layer on its part of the output features, and forward communicates nothing.
-Row-wise, a layer with an activation computes its part of the sums by our product, adds them up over the ranks (one
-all-reduce, as in a stock row-wise layer), and applies the activation in a pass of its own.
+Column-wise: every rank runs the fused layer on its part of the output features. Forward needs no communication.
+Row-wise: every rank computes its part of the sums by our product. The ranks add them up in one all-reduce, as in a
+stock row-wise layer, and the activation follows in a separate pass.
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ __all__ = ["ColwiseParallel", "RowwiseParallel"]
 
 
 def _split(style: Any, layer: LinearAct, mesh: DeviceMesh, input_layouts: tuple[Placement, ...]) -> nn.Module:
-    """What ``style`` does to an ``nn.Linear``."""
+    """Apply ``style`` to our layer as torch applies it to an ``nn.Linear``."""
     return distribute_module(
         layer,
         mesh,
@@ -43,7 +43,7 @@ def _split(style: Any, layer: LinearAct, mesh: DeviceMesh, input_layouts: tuple[
 class ColwiseParallel(torch_parallel.ColwiseParallel):
     """:class:`torch.distributed.tensor.parallel.ColwiseParallel`, for :class:`dlkernels.nn.LinearAct` too.
 
-    Splits a layer by its output features: weight and bias ``Shard(0)``, input replicated, output ``Shard(-1)``.
+    It splits a layer by its output features: weight and bias ``Shard(0)``, input replicated, output ``Shard(-1)``.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -55,7 +55,8 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
 class RowwiseParallel(torch_parallel.RowwiseParallel):
     """:class:`torch.distributed.tensor.parallel.RowwiseParallel`, for :class:`dlkernels.nn.LinearAct` too.
 
-    Splits a layer by its input features: weight ``Shard(1)``, bias replicated, input ``Shard(-1)``, output replicated.
+    It splits a layer by its input features: weight ``Shard(1)``, bias replicated, input ``Shard(-1)``, output
+    replicated.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Stock torch's form of our MLP: what a user without this package would write, to be compared with."""
+"""Stock torch's form of our MLP, for comparisons: the code that a user without this package would write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlkernels.choices import Activation
 
 
 class SquaredReLU(nn.Module):
-    """relu(x)², which torch has no module for."""
+    """relu(x)². Torch has no module for it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x).square()
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def stock_mlp(sizes: Sequence[int], activation: Activation = "relu") -> nn.Sequential:
-    """``nn.Linear`` and an activation module, layer by layer; the last layer has none."""
+    """Return ``nn.Linear`` and an activation module for each layer; the last layer has no activation."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
@@ -43,7 +43,7 @@ def stock_mlp(sizes: Sequence[int], activation: Activation = "relu") -> nn.Seque
 
 @torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` the values of ``source``'s parameters, in order; names and dtypes may differ.
+    """Copy the values of ``source``'s parameters to ``target``'s, in order; names and dtypes may differ.
 
     Raises:
         ValueError: their number or a shape differs.
@@ -55,10 +55,9 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
 
 
 class InAnotherOrder(nn.Module):
-    """An MLP that computes the same in float64, with its inputs, and so the terms of its sums, in another
-    order.
+    """The same MLP in float64, with its input features in reverse order, and so the terms of its sums too.
 
-    Against it even a float64 run shows a rounding error; against itself it would show none.
+    A float64 run compared with it shows a rounding error. Compared with the same order it would show none.
     """
 
     def __init__(self, mlp: nn.Sequential) -> None:

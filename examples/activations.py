@@ -1,7 +1,7 @@
-"""The activation functions: values and gradients out of the kernels, beside the formulas; and what each learns.
+"""The activation functions: values and gradients of our kernels beside the formulas, and a training with each.
 
-A layer of weight [[1]] and no bias is its activation: z = 1 x, exactly. Value and gradient must be what torch's are, up
-to the rounding of float32. Then the same small MLP learns the digits with each of them.
+A layer with weight [[1]] and no bias computes its activation only: z = 1 x, exactly. Its value and gradient must equal
+torch's, up to the rounding of float32. Then the same small MLP learns the digits with each activation.
 
 python examples/activations.py [--small]
 """
@@ -22,7 +22,7 @@ from dlkernels.stock import SquaredReLU
 
 Function = Callable[[Tensor], Tensor]
 
-# the kernel's name: torch's module, and the formula
+# From the kernel's name to torch's module and the formula.
 ACTIVATIONS: dict[str, tuple[nn.Module, Function]] = {
     "sigmoid": (nn.Sigmoid(), lambda z: 1 / (1 + torch.exp(-z))),
     "tanh": (nn.Tanh(), lambda z: (torch.exp(z) - torch.exp(-z)) / (torch.exp(z) + torch.exp(-z))),
@@ -49,16 +49,16 @@ def kernel(name: str) -> Function:
 
 
 def compare(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel's value and gradient at z, after a look at torch's and the formula's in float64.
+    """Return the kernel's value and gradient at z, after a comparison with torch's and with the formula in float64.
 
     Raises:
-        AssertionError: they are apart by more than rounding.
+        AssertionError: they differ by more than rounding.
     """
     module, formula = ACTIVATIONS[name]
     ours, torchs, exact = (
         value_and_gradient(f, points) for f, points in ((kernel(name), z), (module, z), (formula, z.double()))
     )
-    # Each is a handful of float32 operations on numbers up to max(1, |z|, z²).
+    # Each takes a few float32 operations on numbers up to max(1, |z|, z²).
     allowed = 8 * torch.finfo(torch.float32).eps
     for i in range(2):
         torch.testing.assert_close(ours[i], torchs[i], rtol=allowed, atol=allowed)
@@ -96,7 +96,7 @@ def main() -> dict[str, Both[float]]:
         outcomes[name] = both(lambda prepare, act=module: train(prepare, data, act, epochs, args.seed), seed=args.seed)
         print(f"{name}: accuracy {outcomes[name].stock.result:.4f} stock, {outcomes[name].fused.result:.4f} fused")
 
-    near = z.abs() <= 2.5  # relu² would dwarf the others beyond
+    near = z.abs() <= 2.5  # beyond it relu² is much larger than the others
     draw(
         args.out / "activations.png",
         {

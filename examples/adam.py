@@ -1,7 +1,7 @@
 """Adam beside SGD, Adagrad, Adadelta and RMSprop, on the MLP 784-256-10 and MNIST.
 
-All but SGD scale the step of each parameter by the gradients it has seen. Each runs with torch's own step size (Adam's
-and SGD's are 1e-3); SGD once more with one that suits it.
+All except SGD scale the step of each parameter by its earlier gradients. Each runs with torch's default step size (1e-3
+for Adam and SGD). SGD also runs with a step size that suits it.
 
 python examples/adam.py [--small]
 """
@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "RMSprop": torch.optim.RMSprop,
     "Adam": torch.optim.Adam,
 }
-LAST = 10  # steps whose mean loss is the result
+LAST = 10  # the result is the mean loss of so many last steps
 
 
 def train(

@@ -1,7 +1,8 @@
-"""AlexNet (Krizhevsky et al., 2012): torchvision's, on digits of 64x64 pixels.
+"""AlexNet (Krizhevsky et al., 2012) from torchvision, on digits of 64x64 pixels.
 
-The fused layers are the two large ones of the classifier, Linear and ReLU, where 55 of its 61 million parameters are.
-The small setting has 256 hidden features there in place of 4,096, no dropout, and scikit-learn's digits for MNIST.
+The fused layers are the two large ones of the classifier, Linear and ReLU. They hold 55 of the 61 million parameters.
+The small setting has 256 hidden features there instead of 4,096, no dropout, and scikit-learn's digits instead of
+MNIST.
 
 python examples/alexnet.py [--small]
 """
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from dlkernels.data import load
 from dlkernels.data.vision import import_torchvision
 
-PIXELS = 64  # with less, nothing is left after the last pooling
+PIXELS = 64  # with fewer pixels the last pooling has an empty output
 
 
 def images(x: Tensor) -> Tensor:
-    """Rows of n² pixels in [0, 1] as [N, 3, 64, 64] in [-1, 1]."""
+    """Return rows of n² pixels in [0, 1] as images [N, 3, 64, 64] in [-1, 1]."""
     side = round(x.shape[1] ** 0.5)
     grey = F.interpolate(x.view(-1, 1, side, side), (PIXELS, PIXELS), mode="bilinear", align_corners=False)
     return (2 * grey - 1).expand(-1, 3, -1, -1)
@@ -32,7 +33,7 @@ def alexnet(small: bool) -> nn.Module:
     if small:
         model.classifier[1], model.classifier[4] = nn.Linear(256 * 6 * 6, 256), nn.Linear(256, 256)
         model.classifier[6] = nn.Linear(256, 10)
-    for module in model.modules():  # the default makes the signal of so many layers vanish
+    for module in model.modules():  # with the default the signal vanishes over so many layers
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)

@@ -1,9 +1,9 @@
-"""BERT (Devlin et al., 2019): pre-training by masked words, then fine-tuning on a handful of labels.
+"""BERT (Devlin et al., 2019): pre-training by masked words, then fine-tuning on a few labels.
 
-transformers' BertForMaskedLM, small, first restores masked words of Python's documentation. Then it learns which of
-four pages a passage is from, of SHOTS labelled passages of each, with and without the pre-training. In the small
-setting the pre-training is too short to help there, and only the first task is shown. The fused layers are the first of
-each feed-forward block and the prediction head's, each with its GELU.
+A small BertForMaskedLM of transformers first learns to restore masked words of Python's documentation. Then it learns
+to tell from which of four pages a passage comes, from SHOTS labelled passages of each page, with and without the
+pre-training. In the small setting the pre-training is too short to help, so only the first task is printed. The fused
+layers are the first of each feed-forward block and the prediction head's, each with its GELU.
 
 python examples/bert.py [--small]
 """
@@ -27,13 +27,13 @@ UNKNOWN, MASK = 0, 1
 
 class Learnt(NamedTuple):
     masked: float  # share of masked words restored
-    commonest: float  # the share that the commonest word is
+    commonest: float  # share of the most common word
     pretrained: float  # accuracy of the classifier
     scratch: float  # the same without pre-training
 
 
 def passages(text: str, index: dict[str, int]) -> Tensor:
-    """[N, PASSAGE] of words and punctuation marks, in lower case."""
+    """Return passages [N, PASSAGE] of words and punctuation marks in lower case, as numbers."""
     ids = torch.tensor([index.get(word, UNKNOWN) for word in words(text)])
     return ids[: len(ids) // PASSAGE * PASSAGE].view(-1, PASSAGE)
 
@@ -43,7 +43,7 @@ def words(text: str) -> list[str]:
 
 
 def masked(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``rows`` with 15% of the known words masked, and the words there, -100 elsewhere."""
+    """Return ``rows`` with 15% of the known words masked, and labels: the masked words, -100 elsewhere."""
     chosen = (torch.rand(rows.shape) < 0.15) & (rows != UNKNOWN)
     return rows.masked_fill(chosen, MASK), rows.masked_fill(~chosen, -100)
 
@@ -68,7 +68,7 @@ def fit(classifier: nn.Module, x: Tensor, y: Tensor, steps: int) -> Training[Non
 
 
 def train(prepare: Prepare, small: bool = False) -> Training[Learnt]:
-    """Yields the losses of pre-training, of fine-tuning, of the same without pre-training; returns what they gave."""
+    """Yields the losses of pre-training, fine-tuning, and fine-tuning without pre-training; returns the results."""
     width, layers, steps, batch = (64, 2, 240, 32) if small else (256, 4, 3000, 64)
     common = [word for word, _ in Counter(words(TEXT)).most_common(VOCABULARY - 2)]
     index = {word: i for i, word in enumerate(common, start=2)}
@@ -124,4 +124,4 @@ if __name__ == "__main__":
         if not args.small:
             print(f"  pages told apart: {learnt.pretrained:.1%}; without pre-training {learnt.scratch:.1%}")
     if args.small:
-        print("too short a pre-training for the fine-tuning to gain by it: the full setting compares that, too")
+        print("the pre-training is too short to help the fine-tuning here: the full setting compares that too")

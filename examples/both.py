@@ -1,7 +1,7 @@
-"""Every example trains twice, stock and fused, from one seed; this runs the two side by side and compares them.
+"""Runs the training of an example twice from one seed, stock and fused, side by side, and compares them.
 
-An example is a generator function: it builds its model, hands it to ``prepare``, yields the loss of each step, and
-returns its result. ``prepare`` is :func:`dlkernels.fuse` for one of the two, and leaves the model alone for the other.
+An example is a generator function: it builds its model, passes it to ``prepare``, yields the loss of each step, and
+returns its result. For the fused training ``prepare`` is :func:`dlkernels.fuse`; for stock it returns the model itself.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Result = TypeVar("Result")
 Prepare = Callable[[nn.Module], nn.Module]
 Training = Generator[float, None, Result]  # yields losses, returns the result
 
-BEGINNING = 20  # steps over which rounding has not yet grown
+BEGINNING = 20  # over these first steps rounding errors do not grow much
 
 
 def stock(model: nn.Module) -> nn.Module:
-    """The ``prepare`` of the stock training. One that also has a loss of its own asks ``prepare is stock``."""
+    """The ``prepare`` of the stock training. An example with two losses checks ``prepare is stock``."""
     return model
 
 
@@ -43,7 +43,7 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
 
 @dataclass
 class Side(Generic[Result]):
-    """One of the two trainings: it keeps its own random numbers, so that taking turns changes neither."""
+    """One of the two trainings. It has its own random state, so the other training does not change its numbers."""
 
     training: Training[Result]
     random_state: tuple[Any, ...]
@@ -65,7 +65,7 @@ class Side(Generic[Result]):
 
 @dataclass(frozen=True)
 class Both(Generic[Result]):
-    """What the two trainings showed. ``reports`` are dlkernels.report's, one for each model that was prepared."""
+    """The results of the two trainings. ``reports`` has dlkernels.report's result for each prepared model."""
 
     stock: Side[Result]
     fused: Side[Result]
@@ -73,12 +73,12 @@ class Both(Generic[Result]):
 
     @property
     def ratio(self) -> float:
-        """Median time of a stock step over that of a fused one; above 1 fused is faster."""
+        """The median time of a stock step over the median time of a fused step; above 1 fused is faster."""
         return statistics.median(self.stock.seconds) / statistics.median(self.fused.seconds)
 
     @property
     def apart(self) -> float:
-        """The largest relative distance of the two loss curves over the beginning."""
+        """The largest relative distance of the two loss curves over the first steps."""
         pairs = list(zip(self.stock.losses, self.fused.losses, strict=False))[:BEGINNING]
         return max(abs(s - f) / max(abs(s), 1e-12) for s, f in pairs)
 
@@ -91,7 +91,7 @@ class Both(Generic[Result]):
         )
 
     def curves(self, rows: int = 8) -> str:
-        """Both loss curves, as means over ``rows`` equal stretches of the steps."""
+        """Return both loss curves as means over ``rows`` equal parts of the steps."""
         steps = max(len(side.losses) for side in (self.stock, self.fused))
         ends = [steps * (row + 1) // rows for row in range(rows)]
         lines = ["   steps     stock     fused"]
@@ -103,9 +103,9 @@ class Both(Generic[Result]):
 
 
 def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0, **how: Any) -> Both[Result]:
-    """Train stock and fused from ``seed``, in turns of one step each, and print how they compare.
+    """Train stock and fused from ``seed``, in turns of one step each, and print a comparison.
 
-    ``how``: arguments of :func:`dlkernels.fuse`.
+    ``how`` are arguments of :func:`dlkernels.fuse`.
     """
     reports: list[dlkernels.fusion.Report] = []
 
@@ -122,7 +122,7 @@ def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0, **how: 
     turn = 0
     while not all(side.done for side in sides):
         turn += 1
-        for side in sides if turn % 2 else reversed(sides):  # neither is always first
+        for side in sides if turn % 2 else reversed(sides):  # each is first in every second turn
             if not side.done:
                 side.step()
     outcome = Both(*sides, tuple(reports))

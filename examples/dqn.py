@@ -1,8 +1,8 @@
 """DQN (Mnih et al., 2015) on CartPole: Q-learning with a replay memory and a target network, until the pole stands.
 
-The greedy policy is tried every 200 steps; a mean return of 475, at which CartPole-v1 counts as solved, ends the
-training (250 in the small setting; CartPole-v0 counted as solved at 195). What is printed is the return over 100 new
-episodes. Both layers of the Q-network that have a ReLU are fused.
+The greedy policy is evaluated every 200 steps. The training ends at a mean return of 475, at which CartPole-v1 counts
+as solved (250 in the small setting; CartPole-v0 counted as solved at 195). The printed return is over 100 new episodes.
+Both layers of the Q-network that have a ReLU are fused.
 
 python examples/dqn.py [--small]
 """
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import gymnasium  # isort: skip  after options, which says how to get it
 
 DISCOUNT, BATCH, MEMORY = 0.99, 128, 50_000
-POLES = 8  # played at once, a step of each for a step of the optimizer
-TARGET_RATE = 0.01  # the target network follows by so much a step
+POLES = 8  # games at once; each makes one step per step of the optimizer
+TARGET_RATE = 0.01  # each step moves the target network by this share towards the Q-network
 
 
 def epsilon(step: int) -> float:
@@ -30,7 +30,7 @@ def epsilon(step: int) -> float:
 
 @torch.no_grad()
 def mean_return(q: nn.Module, episodes: int, seed: int) -> float:
-    """Mean return of the greedy policy; 500 is the most there is."""
+    """Return the mean return of the greedy policy; the largest possible return is 500."""
     environments = gymnasium.make_vec("CartPole-v1", episodes, vectorization_mode="vector_entry_point")
     states, _ = environments.reset(seed=seed)
     alive, returns = numpy.ones(episodes, bool), numpy.zeros(episodes)
@@ -43,7 +43,7 @@ def mean_return(q: nn.Module, episodes: int, seed: int) -> float:
 
 
 class Memory:
-    """The last ``MEMORY`` transitions: state, action, reward, next state, whether the pole fell."""
+    """The last ``MEMORY`` transitions: state, action, reward, next state, and 1 if the pole fell."""
 
     def __init__(self, state_size: int) -> None:
         self.rows, self.written, self.state_size = torch.empty(MEMORY, 2 * state_size + 3), 0, state_size
@@ -74,7 +74,7 @@ def train(prepare: Prepare, small: bool = False) -> Training[float]:
             actions = q(torch.from_numpy(states)).argmax(1)
         actions = torch.where(torch.rand(POLES) < epsilon(step), torch.randint(2, (POLES,)), actions).numpy()
         followings, rewards, terminated, truncated, _ = poles.step(actions)
-        real = ~over  # where an episode is over, the next step only starts another
+        real = ~over  # where an episode is over, the next step only starts a new one
         memory.add(*(column[real] for column in (states, actions, rewards, followings, terminated)))
         states, over = followings, terminated | truncated
 

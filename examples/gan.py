@@ -1,7 +1,8 @@
-"""A GAN: one MLP draws digits, another tells them from real ones, and each learns from the other (Goodfellow 2014).
+"""A GAN (Goodfellow 2014): one MLP draws digits, another tells them from real ones, and each learns from the other.
 
-How good the drawings are is measured without a classifier, by distances to the nearest neighbour: from the drawings to
-real images that training has not seen (are they digits?), and from these images to the drawings (are they all digits?).
+The quality of the drawings is measured by distances to the nearest neighbour, without a classifier: from the drawings
+to real images that training has not seen (are they digits?), and from these images to the drawings (are they all
+digits?).
 
 python examples/gan.py [--small]
 """
@@ -25,7 +26,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Drawings:
-    before: Tensor  # [N, pixels] in [0, 1], by the untrained generator
+    before: Tensor  # [N, pixels] in [0, 1], drawn by the untrained generator
     after: Tensor
 
 
@@ -49,8 +50,8 @@ def train(prepare: Prepare, data: Splits, width: int, steps: int) -> Training[Dr
     """Yields the discriminator's loss."""
     draws = prepare(generator(width, data.features))
     judges = prepare(discriminator(width, data.features))
-    # Three things that keep the two from swinging: beta1 = 0.5 and pixels in [-1, 1] (Radford et al. 2016), and real
-    # images that count as 0.9 real (Salimans et al. 2016)
+    # Three settings make the training stable: beta1 = 0.5 and pixels in [-1, 1] (Radford et al. 2016), and a label of
+    # 0.9 for real images (Salimans et al. 2016).
     learns_to_draw = torch.optim.Adam(draws.parameters(), lr=1e-3, betas=(0.5, 0.999))
     learns_to_judge = torch.optim.Adam(judges.parameters(), lr=1e-3, betas=(0.5, 0.999))
     loss_of = nn.functional.binary_cross_entropy_with_logits
@@ -78,7 +79,7 @@ def train(prepare: Prepare, data: Splits, width: int, steps: int) -> Training[Dr
 
 
 def nearest(points: Tensor, others: Tensor) -> float:
-    """The mean distance from a point to the nearest of the others."""
+    """Return the mean distance from a point to its nearest neighbour among the others."""
     return torch.cdist(points, others).amin(dim=1).mean().item()
 
 

@@ -1,8 +1,8 @@
 """Dropout, batch normalisation and k-fold validation, on digits with few labels, some of them wrong.
 
-An MLP large enough learns the wrong labels by heart, and errs on held-out digits for it. Dropout and batch
-normalisation make learning by heart harder. Which of them to use can be told without the held-out digits: k-fold
-validation trains k times, each time on all folds but one, and averages the accuracy on the one left out.
+A large MLP memorizes the wrong labels, and so makes errors on held-out digits. Dropout and batch normalisation make
+memorizing harder. k-fold validation chooses between them without the held-out digits: it trains k times, each time on
+all folds except one, and averages the accuracies on the omitted folds.
 
 python examples/generalisation.py [--small]
 """
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from dlkernels.data import Splits, load_digits
 
 LABELS = 200
-WRONG = 0.3  # of the labels are drawn anew: nine in ten of these are wrong
+WRONG = 0.3  # this share of the labels is drawn again at random: nine in ten of these are then wrong
 WIDTH = 256
 SEEDS = 3
 KINDS = ("plain", "dropout", "batchnorm")
 
 
 def network(kind: str) -> nn.Module:
-    """64-256-256-10. What comes after an activation keeps no layer from being fused."""
+    """The MLP 64-256-256-10. Modules after an activation do not prevent the fusion of its layer."""
 
     def extra(p: float, features: int) -> list[nn.Module]:
         return {"plain": [], "dropout": [nn.Dropout(p)], "batchnorm": [nn.BatchNorm1d(features)]}[kind]

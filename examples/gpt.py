@@ -1,7 +1,7 @@
-"""GPT-2 (Radford et al., 2019): transformers' GPT2LMHeadModel, small, learns Python's documentation by characters.
+"""GPT-2 (Radford et al., 2019): a small GPT2LMHeadModel of transformers learns Python's documentation by characters.
 
-The fused layers are the first of each feed-forward block, GPT-2's Conv1D and its tanh-approximated GELU. The last tenth
-of the text is held out; in the end the model continues a sentence.
+The fused layers are the first of each feed-forward block: GPT-2's Conv1D with its tanh-approximated GELU. The last
+tenth of the text is held out. At the end the model continues a sentence.
 
 python examples/gpt.py [--small]
 """
@@ -21,7 +21,7 @@ PROMPT = "The value of "
 
 class Learnt(NamedTuple):
     held_out: float  # nats per character
-    unigram: float  # the same of a model that knows how often each character comes, and nothing else
+    unigram: float  # the same for a model that knows only the frequency of each character
     text: str
 
 
@@ -31,7 +31,7 @@ def encode(text: str) -> Tensor:
 
 
 def unigram_loss(train: Tensor, held_out: Tensor) -> float:
-    counts = train.bincount(minlength=len(CHARACTERS)) + 1.0  # every character may come
+    counts = train.bincount(minlength=len(CHARACTERS)) + 1.0  # plus one, so that no character has probability 0
     return -(counts / counts.sum()).log()[held_out].mean().item()
 
 
@@ -43,7 +43,7 @@ def loss_on(model: nn.Module, ids: Tensor, context: int) -> float:
 
 
 def train(prepare: Prepare, small: bool = False) -> Training[Learnt]:
-    """Yields the loss of each step in nats per character; returns that on held-out text, and text of its own."""
+    """Yields the loss of each step in nats per character; returns the loss on held-out text, and generated text."""
     width, layers, context, steps, batch = (64, 2, 64, 250, 16) if small else (256, 4, 256, 3000, 32)
     ids = encode(TEXT)
     ids, held_out = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]

@@ -1,4 +1,4 @@
-"""A line through real data by gradient descent, and what the size of the steps does.
+"""A line through real data by gradient descent, with three step sizes.
 
 The data are scikit-learn's diabetes patients (Efron et al. 2004): body mass index, and progression of the disease a
 year later. With x of mean 0 and variance 1 the loss mean((w x + b - y)²) has curvature 2 along w and along b, so that a
@@ -33,7 +33,7 @@ def patients() -> tuple[Tensor, Tensor]:
 
 
 def least_squares(x: Tensor, y: Tensor) -> Line:
-    """The minimum, in float64: the solution of [x 1] [w b]ᵀ = y."""
+    """Return the minimum in float64: the least-squares solution of [x 1] [w b]ᵀ = y."""
     columns = torch.cat([x, torch.ones_like(x)], dim=1).double()
     w, b = torch.linalg.lstsq(columns, y.double()).solution.flatten().tolist()
     return w, b

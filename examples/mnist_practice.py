@@ -1,4 +1,4 @@
-"""MNIST with a loop of one's own: torch's DataLoader, zero_grad, backward, step; fused layers in the model.
+"""MNIST with a training loop written by hand (DataLoader, zero_grad, backward, step) and fused layers in the model.
 
 python examples/mnist_practice.py
 """
@@ -14,12 +14,12 @@ torch.manual_seed(0)
 device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 
 mnist = load_mnist()
-images = mnist.train_x.view(-1, 1, 28, 28)  # as torchvision would give them
+images = mnist.train_x.view(-1, 1, 28, 28)  # as torchvision gives them
 test_images = mnist.test_x.view(-1, 1, 28, 28)
 train_iter = DataLoader(TensorDataset(images, mnist.train_y), batch_size=256, shuffle=True)
 test_iter = DataLoader(TensorDataset(test_images, mnist.test_y), batch_size=256)
 
-# Was: nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10)), nn.CrossEntropyLoss()
+# Stock: nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10)), nn.CrossEntropyLoss()
 model = MLP([784, 256, 10]).to(device)
 loss = CrossEntropyLoss()
 optm = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -44,7 +44,7 @@ for epoch in range(1, 11):
         y_pred = model(batch_in.view(-1, 28 * 28).to(device))
         loss_out = loss(y_pred, batch_out.to(device))
         optm.zero_grad()  # reset the gradients
-        loss_out.backward()  # add up new ones
+        loss_out.backward()  # compute new ones
         optm.step()  # update the weights
         loss_sum += loss_out.item()
     mean_loss = loss_sum / len(train_iter)

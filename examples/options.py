@@ -12,7 +12,7 @@ from dlkernels.extras import how_to_get
 
 
 def say_what_is_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """For ``sys.excepthook``: a library that is not installed is a sentence; anything else has its traceback."""
+    """For ``sys.excepthook``: print a sentence for a library that is not installed, else the traceback."""
     if not isinstance(error, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, traceback)
     module = (error.name or "").split(".")[0]
@@ -20,7 +20,7 @@ def say_what_is_missing(kind: type[BaseException], error: BaseException, traceba
     print(f"{name}: this example needs {module} ({error}): {how_to_get(module)}", file=sys.stderr)
 
 
-if "examples" in pathlib.Path(sys.argv[0]).resolve().parts:  # a program of its own, not a test's
+if "examples" in pathlib.Path(sys.argv[0]).resolve().parts:  # run as a program, not by a test
     sys.excepthook = say_what_is_missing
 
 

@@ -11,7 +11,7 @@ TOPICS = topics
 
 
 def import_transformers() -> Any:
-    """transformers; beside a CPU torch too, where torchvision, which it imports if it is there, stops the import."""
+    """Import transformers, after torchvision: beside a CPU torch transformers' own import of it can fail."""
     with contextlib.suppress(ImportError):
         import_torchvision()
     import transformers

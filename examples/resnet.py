@@ -1,8 +1,8 @@
 """Residual learning (He et al., 2016): of two deep networks, the one that adds its input back learns the digits.
 
-Each block is x + W2 relu(W1 x + b1) + b2, with W1 fused; the same network without "x +" is trained beside it.
-torchvision's resnets have nothing to fuse: their only linear layer is the last, and dlkernels.fuse leaves them alone,
-bit for bit. So the blocks here are of linear layers.
+Each block is x + W2 relu(W1 x + b1) + b2, where W1 and its ReLU are fused. The same network without "x +" is trained
+too. The blocks here have linear layers, because torchvision's resnets have nothing to fuse: their only linear layer is
+the last one, and dlkernels.fuse does not change them.
 
 python examples/resnet.py [--small]
 """

@@ -1,7 +1,7 @@
-"""Self-supervised learning: an encoder that has seen many digits without labels learns better from a few with them.
+"""Self-supervised learning: an encoder trained on many digits without labels learns better from a few labels.
 
-Without labels it learns to restore digits of which random pixels are blank: a denoising autoencoder (Vincent et al.
-2008). Then the decoder gives way to a classifier, and the few labels are learnt; beside it the same from scratch.
+Without labels it learns to restore digits with random blank pixels: a denoising autoencoder (Vincent et al. 2008). Then
+a classifier replaces the decoder and learns the few labels. The same training without pre-training is the comparison.
 
 python examples/self_supervised.py [--small]
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dlkernels.data import Splits, load_digits, load_mnist
 
 LABELS = 50
-BLANK = 0.5  # of the pixels
+BLANK = 0.5  # this share of the pixels is set to 0
 SEEDS = 3
 CODE = 128
 
@@ -54,7 +54,7 @@ def learn(code: nn.Module, x: Tensor, y: Tensor, steps: int) -> Training[nn.Modu
 
 
 def train(prepare: Prepare, data: Splits, width: int, steps: int, labelled_steps: int) -> Training[float]:
-    """Returns the accuracy on held-out images; with ``steps`` = 0 from the labels alone."""
+    """Returns the accuracy on held-out images. With ``steps`` = 0 there is no pre-training."""
     few = torch.randperm(len(data.train_x))[:LABELS]
     code = prepare(encoder(data.features, width))
     yield from pretrain(code, data.train_x, steps)

@@ -28,12 +28,12 @@ class Seq2Seq(nn.Module):
         self.head = nn.Linear(width, len(CHARACTERS))
 
     def encode(self, sources: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [N, S, 2 width] and the decoder's first state [1, N, width]."""
+        """Return keys [N, S, 2 width] and the decoder's first state [1, N, width]."""
         keys, last = self.encoder(self.embed(sources))
-        return keys, torch.tanh(self.first(last[1:]))  # of the direction that ends at the beginning
+        return keys, torch.tanh(self.first(last[1:]))  # the state of the backward direction
 
     def decode(self, targets: Tensor, keys: Tensor, state: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the character after each of ``targets`` [N, T], and the state after them."""
+        """Return the logits of the character after each of ``targets`` [N, T], and the state after them."""
         states, state = self.decoder(self.embed(targets), state)
         scores = self.query(states) @ keys.transpose(1, 2)
         context = scores.masked_fill(padding[:, None], float("-inf")).softmax(2) @ keys
@@ -42,7 +42,7 @@ class Seq2Seq(nn.Module):
 
 @torch.no_grad()
 def write(model: Seq2Seq, sources: Tensor, length: int) -> Tensor:
-    """The likeliest character, one after the other."""
+    """Decode greedily: take the most likely character, one after the other."""
     (keys, state), padding = model.encode(sources), sources == PAD
     written = [torch.full((len(sources), 1), BEGIN)]
     while len(written) < length:

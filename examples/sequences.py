@@ -1,4 +1,4 @@
-"""Dates in words and their ISO form, one character a token: the task of transformer.py and seq2seq.py."""
+"""Dates in words and their ISO form, one token per character: the task of transformer.py and seq2seq.py."""
 
 import datetime
 from functools import cache
@@ -30,7 +30,7 @@ def in_words(date: datetime.date, form: int) -> str:
 
 
 def tokens(texts: list[str], length: int) -> Tensor:
-    """[texts, length], each text between BEGIN and END, padded."""
+    """Return tokens [texts, length]: each text between BEGIN and END, padded."""
     rows = [[BEGIN, *map(CHARACTERS.index, text), END] for text in texts]
     return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
 
@@ -51,7 +51,7 @@ def split(test: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def exact(written: Tensor, sources: Tensor, targets: Tensor) -> float:
-    """The share of ``targets`` that was written without any error; prints three."""
+    """Return the share of ``targets`` that was written without any error, and print three."""
     for source, date in zip(sources[:3], written, strict=False):
         print(f"{text(source)} -> {text(date)}")
     return (written == targets).all(1).double().mean().item()

@@ -33,7 +33,7 @@ class Transformer(nn.Module):
         return self.transformer.encoder(embedded, src_key_padding_mask=sources == PAD)
 
     def decode(self, targets: Tensor, memory: Tensor, sources: Tensor) -> Tensor:
-        """Logits of the character after each of ``targets`` [N, length]."""
+        """Return the logits of the character after each of ``targets`` [N, length]."""
         embedded = self.embed(targets) + self.positions[: targets.shape[1]]
         later = torch.ones(targets.shape[1], targets.shape[1], dtype=torch.bool).triu(1)
         return self.head(
@@ -43,7 +43,7 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def write(model: Transformer, sources: Tensor, length: int) -> Tensor:
-    """The likeliest character, one after the other."""
+    """Decode greedily: take the most likely character, one after the other."""
     memory, written = model.encode(sources), torch.full((len(sources), 1), BEGIN)
     while written.shape[1] < length:
         following = model.decode(written, memory, sources)[:, -1].argmax(1, keepdim=True)
@@ -68,7 +68,7 @@ def train(prepare: Prepare, small: bool = False) -> Training[float]:
         optimizer.step()
         schedule.step()
         yield loss.item()
-    # No eval(): there is no dropout, and torch's inference fast path would go past the fused layers.
+    # eval() is not called: there is no dropout, and torch's inference fast path would bypass the fused layers.
     return exact(write(model, test_sources, test_targets.shape[1]), test_sources, test_targets)
 
 

@@ -1,9 +1,17 @@
 """Fused layers in models that were written without them: ``fuse``, ``unfuse``, ``report``, ``register_fusion``.
 
-Reading order: ``rules`` (what is a layer, what an activation) → ``source`` (from a method to its syntax tree and
-back) → ``patterns`` (where the one meets the other) → ``values`` (which objects the names mean) → ``analysis`` (all of
-it, for a model) → ``swap`` (the class with the rewritten methods) → ``call`` (what runs there) → ``apply``. Besides:
-``observe`` (example inputs), ``sites`` (the report), ``backend`` (the same for ``torch.compile``).
+Reading order:
+
+1. ``rules``: the tables of linear layers and activations.
+2. ``source``: from a method to its syntax tree and back.
+3. ``patterns``: the places in a syntax tree where a call's output goes to another call.
+4. ``values``: the objects that the names at such a place may mean.
+5. ``analysis``: all of this for a model.
+6. ``swap``: the class with the rewritten methods.
+7. ``call``: the functions that the rewritten methods call.
+8. ``apply``: ``fuse``, ``unfuse``, ``report``.
+
+Besides these, ``observe`` runs example inputs, ``sites`` holds the report, and ``backend`` fuses in ``torch.compile``.
 """
 
 from dlkernels.fusion.apply import fuse, report, unfuse

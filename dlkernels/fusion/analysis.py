@@ -1,4 +1,4 @@
-"""Goes through a model and finds, for every linear layer, the places where its output meets something."""
+"""Finds, for every linear layer of a model, the places where its output goes to an activation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from dlkernels.fusion.values import LocalFunction, Namespace, state
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One layer and what its output goes to at one place; ``linear`` or ``act`` None: not known before the call."""
+    """A layer and the activation that its output goes to at one place.
+
+    ``linear`` or ``act`` is None if it is not known before the call.
+    """
 
     owner: nn.Module
     owner_path: str
@@ -31,9 +34,9 @@ class Pair:
     linear: nn.Module | None
     act: Any
     activation: str  # for the report
-    why: str  # empty: there is a kernel for it
+    why: str  # the reason why it cannot be fused; empty if it can
     where: str
-    sure: bool = True  # not: the source has one place for several layers, and which of them come there is not known
+    sure: bool = True  # False: several layers share this place, and it is not known which of them are called there
 
     @property
     def known(self) -> bool:
@@ -48,7 +51,7 @@ class Analysis:
 
 
 def analyse(model: nn.Module) -> Analysis:
-    """Nothing of the model runs or changes."""
+    """Find all pairs of a model. None of its code runs, and nothing in it changes."""
     linears = {id(m): (path, m) for path, m in walk(model) if issubclass(type(m), nn.Linear) or is_linear(m)}
     pairs: list[Pair] = []
     reasons: dict[int, str] = {}
@@ -78,7 +81,7 @@ def _own_pairs(
     if "forward" in state(module):
         for child in direct:
             reasons.setdefault(id(child), f"forward of this {cls.__name__} was replaced")
-    hidden: set[str] = set()  # names in methods of a parent class that one of the same name stands before
+    hidden: set[str] = set()  # names in methods of a parent class that a method of the same name overrides
     for name in _methods(cls):
         if name in state(module) and plan_of(module) is None:
             continue
@@ -155,19 +158,19 @@ def _pairs(
 
 
 def _why_not_there(names: Namespace, pattern: Pattern) -> str:
-    """Why what stands for the activation, or runs in between, cannot be looked at before the layer runs."""
+    """Return why the activation, or a call in between, cannot be looked up before the layer runs; empty if it can."""
     for read in pattern.reads:
         if not names.is_plain(read):
-            return f"looking up {ast.unparse(read)} may run code of the model's"
+            return f"looking up {ast.unparse(read)} may run code of the model"
     for node, _ in pattern.between:
         several = names.of(node.func)
         if several is None or not all(is_linear(v) or activation_of(v) for v in several):
-            return f"{ast.unparse(node)}, between it and the activation, may have an effect"
+            return f"{ast.unparse(node)}, between it and the activation, may have a side effect"
     return ""
 
 
 def _candidates(names: Namespace, pattern: Pattern, linears: dict[int, Any]) -> Iterator[tuple[Any, Any, str, str]]:
-    """Layer, activation, its name and why there is no kernel: for each that a place may mean; None: the call shows."""
+    """Yield (layer, activation, its name, why not fused) for all meanings of a place; None: known at the call only."""
     layers, acts, together = _possible_values(names, pattern)
     if layers is not None and not any(id(v) in linears for v in layers):
         return
@@ -178,7 +181,7 @@ def _candidates(names: Namespace, pattern: Pattern, linears: dict[int, Any]) -> 
     given = tuple(args), kwargs
     if acts is None or not known or (layers and together is None):
         if acts is not None and not any(may_be_activation(act) for act in acts):
-            known, given = True, ((), {})  # whatever the arguments are
+            known, given = True, ((), {})  # the arguments do not matter
         if known and acts is not None and len(acts) == 1:
             together = [(layer, acts[0]) for layer in layers or ()]
         elif acts is not None or _may_call_activation(pattern):
@@ -199,7 +202,7 @@ def _candidates(names: Namespace, pattern: Pattern, linears: dict[int, Any]) -> 
 
 
 def _may_call_activation(pattern: Pattern) -> bool:
-    """Whether a call of an unknown thing can be one: no activation takes more than two arguments behind the tensor."""
+    """Return True if an unknown callee may be an activation: none has more than two arguments after the tensor."""
     return isinstance(pattern.activation, str) or (
         len(pattern.args) + len(pattern.kwargs) <= 2 and not _is_tensor_method(pattern.activation)
     )
@@ -212,7 +215,7 @@ def _is_tensor_method(node: ast.expr) -> bool:
 def _possible_values(
     names: Namespace, pattern: Pattern
 ) -> tuple[list[Any] | None, list[Any] | None, list[tuple[Any, Any]] | None]:
-    """What is called as layer, what as activation, and which goes with which; None where only the call will show."""
+    """Return the possible layers, the possible activations, and the pairs of them; None: known at the call only."""
     layers = names.of(pattern.linear)
     if isinstance(pattern.activation, str):
         method = METHODS[pattern.activation]
@@ -229,7 +232,7 @@ def _kernel_for(linear: Any, act: Any, args: Any, kwargs: Any) -> tuple[str, str
 def _record_unmatched(
     module: nn.Module, source: Source, linears: dict[int, Any], reasons: dict[int, str], seen: set[int]
 ) -> None:
-    """Of layers in no pair: how their output meets an activation where no place is, and that they are called."""
+    """Record for layers in no pair that they are called, and the reason why no pattern matches."""
     names = Namespace(source, module)
 
     def layers(callee: ast.expr) -> list[Any]:
@@ -252,4 +255,6 @@ def _record_unmatched(
             for layer in [v for modules in chains for v in modules] if chains else names.items(pattern.linear) or ():
                 seen.add(id(layer))
                 if not chains:
-                    reasons.setdefault(id(layer), "the loop that calls it goes over what can be gone through only once")
+                    reasons.setdefault(
+                        id(layer), "the loop that calls it uses an iterator, which gives its elements only once"
+                    )

@@ -24,9 +24,9 @@ Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 ALL = tuple(name for name in ACTIVATIONS if name != "none")
 
-_refused = WeakIdKeyDictionary()  # by owner: why its class could not be made
-_asked = WeakIdKeyDictionary()  # by owner: the activations asked for, and the layers' paths below it not asked for
-_seen = WeakIdKeyDictionary()  # by model: what the last example inputs showed (Seen)
+_refused = WeakIdKeyDictionary()  # by owner: the reason why its fused class could not be created
+_asked = WeakIdKeyDictionary()  # by owner: the selected activations, and the paths of excluded layers below it
+_seen = WeakIdKeyDictionary()  # by model: the result of the last example inputs (Seen)
 
 
 def fuse(
@@ -38,28 +38,37 @@ def fuse(
     exclude: Iterable[Which] = (),
     example_inputs: Any = None,
 ) -> Module:
-    """Let every linear layer of ``model`` that is followed by an activation run as one fused layer.
+    """Run every linear layer of ``model`` that is followed by an activation as one fused layer.
 
-    The places are found in the source of the modules' methods, whatever way they are written in, and replaced there:
-    ``F.relu(self.fc(x))``, ``self.act(self.fc(x))``, ``self.fc(x).relu()``, ``h = self.fc(x)`` with ``h = self.act(h)``
-    later, neighbours in ``nn.Sequential``, ``for layer in self.layers: x = layer(x)``. All other statements run as they
-    are. Modules, parameters, ``state_dict``, hooks and optimizers stay what they were; a module's class becomes a
-    subclass of the one it had. Whether a place is a layer and an activation that nobody listens to is asked anew at
-    every call: what is hooked, wrapped or replaced later runs as in stock.
+    ``fuse`` finds these places in the source of the modules' methods and replaces the calls there. It finds these
+    forms:
 
+<<<<<<< HEAD
     Fusing a fused model starts again from the stock model. ``docs/guide/fuse.md`` lists what is found and refused.
+=======
+    * ``F.relu(self.fc(x))``, ``self.act(self.fc(x))`` and ``self.fc(x).relu()``
+    * ``h = self.fc(x)`` with ``h = self.act(h)`` later
+    * neighbours in ``nn.Sequential``, and ``for layer in self.layers: x = layer(x)``
+
+    All other statements run unchanged. Modules, parameters, ``state_dict``, hooks and optimizers do not change. The
+    class of a module becomes a subclass of the one it had. Every call checks again that the place has a plain layer and
+    a plain
+    activation: a layer that is hooked, wrapped or replaced later runs as in stock.
+
+    A second ``fuse`` starts from the stock model again. ``docs/fuse.md`` lists what is found and what is refused.
+>>>>>>> py
 
     Args:
         model: any module.
-        inplace: change ``model`` itself, or a deep copy.
-        activations: names of :func:`dlkernels.functional.linear_act` to fuse with; by default all but ``"none"``, with
-            which ``nn.Linear`` layers run as kernels of ours wherever they stand, activation or not.
-        include: fuse these layers only. Each is a pattern for the layer's path (``"encoder.*"``, as ``fnmatch`` has
-            it), a class of layers, or a function of path and layer.
-        exclude: leave these layers as they are, in the same three forms.
+        inplace: True changes ``model`` itself, False a deep copy.
+        activations: names of :func:`dlkernels.functional.linear_act` to fuse. By default they are all names except
+            ``"none"``. With ``"none"``, ``nn.Linear`` layers without an activation run by our kernels too.
+        include: fuse only these layers. Each is a pattern for the layer's path (``"encoder.*"``, as in ``fnmatch``), a
+            class of layers, or a function of path and layer.
+        exclude: do not fuse these layers, in the same three forms.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. With them a copy of the model
-            runs, in eval mode: outputs are compared with the stock model's, and :func:`report` knows which places were
-            reached and what they gained.
+            runs in eval mode. Its outputs are compared with the stock model's, and :func:`report` shows which places
+            were reached and their gain.
 
     Returns:
         the fused model.
@@ -67,11 +76,11 @@ def fuse(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: an unknown activation.
-        Disagreement: a RuntimeError; with ``example_inputs``: the outputs differ from stock's by more than rounding
-            explains.
-        RuntimeError: another tool has made a class of its own from a fused one.
+        Disagreement: with ``example_inputs``, the outputs differ from stock's by more than rounding. It is a
+            RuntimeError.
+        RuntimeError: another tool has derived a class from a fused one.
 
-    Whatever is raised, by a function given here or by the model too, leaves the stock model.
+    After any exception, also one of the model or of a given function, the model is the stock model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a module, got {type(model).__name__}")
@@ -102,7 +111,7 @@ def _fuse(model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any,
         if plan := _plan(pairs, chosen, without, analysis):
             try:
                 swap(module, fused_class(type(module), plan))
-            except (NoSource, TypeError) as refusal:  # TypeError: instances of the new class have another layout
+            except (NoSource, TypeError) as refusal:  # TypeError: the new class has another instance layout
                 _refused[module] = str(refusal)
     if "none" in chosen:
         for path, layer in analysis.linears.values():
@@ -114,10 +123,10 @@ def _fuse(model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any,
 
 
 def unfuse(model: Module) -> Module:
-    """The stock model, exactly: every module gets the class back that it had.
+    """Return exactly the stock model: every module gets its original class back.
 
     Raises:
-        RuntimeError: another tool has made a class of its own from a fused one.
+        RuntimeError: another tool has derived a class from a fused one.
     """
     modules = [module for _, module in walk(model)]
     for module in modules:
@@ -132,9 +141,9 @@ def unfuse(model: Module) -> Module:
 
 
 def report(model: nn.Module) -> Report:
-    """What is fused in ``model`` and what is not, and why; as things stand now.
+    """Return what is fused in ``model`` now, what is not, and why.
 
-    Rows come in the order of the layers. ``str(report(model))`` is a table.
+    The rows are in the order of the layers. ``str(report(model))`` is a table.
     """
     analysis = analyse(model)
     shown = _seen.get(model)
@@ -182,7 +191,7 @@ def _by_owner(analysis: Analysis) -> list[tuple[nn.Module, list[Pair]]]:
 
 
 def _plan(pairs: Sequence[Pair], activations: tuple[str, ...], without: set[str], analysis: Analysis) -> Plan | None:
-    """The places of a module where something can be fused; None if there are none."""
+    """Return the plan of a module: its places that can be fused; None if there are none."""
     places = [
         pair
         for pair in pairs
@@ -190,7 +199,7 @@ def _plan(pairs: Sequence[Pair], activations: tuple[str, ...], without: set[str]
         and _relative(pair, analysis) not in without
         and (pair.act is None or pair.activation in activations)
     ]
-    # In f(g(h(x))) with names that only a call explains, the inner pair goes first.
+    # In f(g(h(x))), with names that are known at the call only, the inner pair is chosen.
     taken = {(pair.method, pair.pattern.at) for pair in places}
     chosen = frozenset(
         (p.method, p.pattern.at)
@@ -219,36 +228,36 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
     plan = plan_of(pair.owner)
     activations, without = _asked.get(pair.owner) or ((plan.activations, plan.without) if plan else (None, ()))
     if activations is None:
-        return replace(row, why="fuse has not been called, or not since this could be fused")
+        return replace(row, why="fuse was not called since this became fusable")
     if _relative(pair, analysis) in without or (pair.act is not None and pair.activation not in activations):
-        return replace(row, why="not asked for")
+        return replace(row, why="not selected")
     if plan is None or (pair.method, pair.pattern.at) not in plan.places:
         return replace(row, why="it could not be fused when fuse was called: call it again")
     if not pair.known:
-        return replace(row, status="undecided", why="what these names mean shows at the call: give example_inputs")
+        return replace(
+            row, status="undecided", why="the meaning of these names is known only at the call: give example_inputs"
+        )
     if not pair.sure:
         return replace(
-            row, status="undecided", why="whether this layer comes here shows at the call: give example_inputs"
+            row, status="undecided", why="only the call shows if this layer is used here: give example_inputs"
         )
     if pair.method in state(pair.owner):
         return replace(
-            row, status="undecided", why=f"its {pair.method} was replaced: what that calls shows at the call"
+            row, status="undecided", why=f"its {pair.method} was replaced: only the call shows what the new one does"
         )
     return replace(row, status="fused")
 
 
 def _with_seen(site: Site, pair: Pair, seen: Any) -> Site:
-    """The row, with what example inputs showed at it."""
+    """Return the row with the results of the example inputs."""
     if seen is None or pair.linear is None or site.status == "skipped":
         return site
     events = [e for e in seen.get(pair.linear, ()) if pair.act is None or e.activation == pair.activation]
     if not events:
-        unmet = (
-            {"status": "skipped", "why": "the example inputs did not bring it here"}
-            if site.status == "undecided"
-            else {}
+        not_reached = (
+            {"status": "skipped", "why": "the example inputs did not reach it"} if site.status == "undecided" else {}
         )
-        return replace(site, reached=False, **unmet)  # type: ignore[arg-type]
+        return replace(site, reached=False, **not_reached)  # type: ignore[arg-type]
     event = events[0]
     status: Status = "skipped" if event.why else "fused"
     return replace(site, activation=event.activation, status=status, why=event.why, reached=True, gain=event.gain)

@@ -1,6 +1,6 @@
-"""``torch.compile(model, backend="dlkernels")``: the same fusion in the graph that Dynamo makes, whatever wrote it.
+"""``torch.compile(model, backend="dlkernels")``: the same fusion in the graph that Dynamo captures.
 
-Dynamo has resolved every name and branch by then, and guards what it relied on; parameters are inputs of the graph.
+In the graph Dynamo has resolved every name and branch, and it guards what it assumed. Parameters are graph inputs.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ _LINEAR = (F.linear, torch._C._nn.linear)
 
 
 def dlkernels(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Any:
-    """The backend: fuse, then hand on to another one.
+    """The backend: it fuses the graph, then passes it to another backend.
 
     Args:
-        options: ``{"then": name}``: the backend that compiles the fused graph (default ``"inductor"``; ``"eager"`` runs
-            it as it is).
+        graph, example_inputs: from Dynamo.
+        options: ``{"then": name}`` names the backend that compiles the fused graph. The default is ``"inductor"``;
+            ``"eager"`` runs the graph uncompiled.
 
     Raises:
-        ValueError: another option.
+        ValueError: an unknown option.
     """
     settings = {"then": "inductor", **(options or {})}
     if unknown := sorted(set(settings) - {"then"}):
@@ -38,16 +39,16 @@ def dlkernels(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: 
 
 
 def fuse_graph(graph: fx.GraphModule) -> int:
-    """Replace every linear call whose only user is an activation; returns how many.
+    """Replace every linear call whose only user is an activation, and return the number of replaced calls.
 
-    The graph's nodes carry example values (``node.meta``), as those that Dynamo makes do.
+    The nodes must have example values in ``node.meta``, as Dynamo's nodes do.
     """
     count = 0
     for node in list(graph.graph.nodes):
         if (found := _activation(node)) is None:
             continue
         linear, (name, slope) = found
-        with graph.graph.inserting_before(linear):  # not later: x or a parameter may be changed in place in between
+        with graph.graph.inserting_before(linear):  # here, because x or a parameter may be changed in place later
             fused = graph.graph.call_function(
                 functional.linear_act, _parameters(linear), {"activation": name, "negative_slope": slope}
             )
@@ -66,7 +67,7 @@ def fuse_graph(graph: fx.GraphModule) -> int:
 
 
 def _activation(node: fx.Node) -> tuple[fx.Node, Activation] | None:
-    """The linear call whose output this node applies an activation to, and which."""
+    """Return the linear call and the activation, if this node applies an activation to a linear call's output."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     act: Any = METHODS.get(str(node.target)) if node.op == "call_method" else node.target
@@ -81,7 +82,7 @@ _HARMLESS = ("_log_api_usage_once", "_are_functorch_transforms_active")
 
 
 def _effects_between(first: fx.Node, last: fx.Node) -> bool:
-    """Whether a call in between is there for what it does, such as switching gradients or autocast off or on."""
+    """Return True if a call in between has a side effect, such as turning gradients or autocast on or off."""
     node = first.next
     while node is not last:
         if node.op.startswith("call") and not node.users and getattr(node.target, "__name__", "") not in _HARMLESS:
@@ -113,7 +114,7 @@ def _same_dtype(tensors: Sequence[Any]) -> bool:
 
 
 def _parameters(linear: fx.Node) -> tuple[Any, Any, Any]:
-    """x, weight and bias of a linear call, however they are given."""
+    """Return x, weight and bias of a linear call, given by position or by name."""
     names: tuple[str, ...] = ("input", "weight", "bias")
     given = dict(zip(names, linear.args, strict=False)) | dict(linear.kwargs)
     return given.get("input"), given.get("weight"), given.get("bias")

@@ -1,8 +1,8 @@
-"""What stands in a rewritten forward in place of ``act(linear(x))``: decides, each time, between kernel and stock.
+"""The functions that a rewritten forward calls in place of ``act(linear(x))``: each call decides for kernel or stock.
 
-The decision reads what is there at the moment of the call, so nothing that happens to the model after ``fuse`` can make
-it wrong: a hook, a parametrization, a wrapped or replaced layer, another activation, a tensor the kernels do not take.
-Every refusal runs the two calls that the source has. Dynamo traces all of this and leaves guards behind.
+The decision reads the state at the moment of the call. So no later change of the model can make it wrong: a hook, a
+parametrization, a wrapped or replaced layer, another activation, a tensor that the kernels do not take. Every refusal
+runs the two calls of the source. Dynamo traces these functions and guards what they read.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from dlkernels.nn import untouched
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "meta") if _C.build_config()["cuda"] is None else ("cpu", "meta", "cuda")
 
-_STOCK = F.linear, nn.Linear.forward  # some tools put their own in the place of these
+_STOCK = F.linear, nn.Linear.forward  # some tools replace these
 
 _NO_KEYWORDS: dict[str, Any] = {}
 
 Ready = tuple[Tensor, Tensor | None, str, float]  # weight, bias, activation, slope
 
-# Set while example inputs run (module observe): is told of every call and what was decided.
+# It is set while example inputs run (module observe). It gets every call and its decision.
 watcher: Callable[..., None] | None = None
 
 
 def why_not_linear(linear: Any) -> str:
-    """Why this module's call is more than a product and a sum, or has no kernel; empty if neither."""
+    """Return why this module's call is no plain linear map, or has no kernel; empty if it can be fused."""
     found = _linear(linear)
     return found if isinstance(found, str) else ""
 
@@ -49,20 +49,20 @@ def _linear(linear: Any) -> str | tuple[Tensor, Tensor | None]:
     if rule is None:
         if isinstance(linear, nn.Linear):
             if type(linear).forward is nn.Linear.forward:
-                return "its weight or bias is no plain attribute: it is parametrised"
-            return f"{type(linear).__name__} is a subclass of Linear with a forward of its own"
+                return "its weight or bias is no plain attribute: it is parametrized"
+            return f"{type(linear).__name__} is a subclass of Linear with its own forward"
         return f"{describe(linear)} is no linear layer that fuse knows"
     if not untouched(linear):
         return "it has a hook, or its forward was replaced or compiled"
     parameters = rule(linear)
     if parameters is None:
-        return "its weight or bias is no parameter: it is parametrised"
+        return "its weight or bias is no parameter: it is parametrized"
     weight, bias = parameters
     if not are_plain(weight) or (bias is not None and not are_plain(bias)):
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in DTYPES:
         return f"there are no kernels for {weight.dtype}"
-    if not (weight.is_cpu or weight.device.type in DEVICES):  # the cheap question first
+    if not (weight.is_cpu or weight.device.type in DEVICES):  # the cheap test first
         return f"there are no kernels for {weight.device.type}"
     if weight.layout is not torch.strided:
         return f"its weight has the layout {weight.layout}"
@@ -70,7 +70,7 @@ def _linear(linear: Any) -> str | tuple[Tensor, Tensor | None]:
 
 
 def why_not_shapes(weight: Tensor, bias: Tensor | None) -> str:
-    """Why these are not a matrix and a bias for each of its rows, which stock may broadcast; empty if they are."""
+    """Return why these are no matrix and a bias with one value per row; empty if they are. Stock may broadcast them."""
     if weight.dim() != 2:
         return f"its weight has the shape {tuple(weight.shape)}"
     if bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0)):
@@ -79,7 +79,7 @@ def why_not_shapes(weight: Tensor, bias: Tensor | None) -> str:
 
 
 def why_not_activation(act: Any, args: Any = (), kwargs: Any = None) -> str:
-    """Why there is no kernel that ends in this activation; empty if there is."""
+    """Return why no kernel has this activation; empty if one has."""
     found = _activation(act, args, kwargs)
     return found if isinstance(found, str) else ""
 
@@ -95,10 +95,10 @@ def _activation(act: Any, args: Any, kwargs: Any) -> str | tuple[str, float]:
 
 def _why_unknown(act: Any) -> str:
     if may_be_activation(act):
-        return f"no kernel ends in {describe(act)} with these arguments"
+        return f"no kernel has the activation {describe(act)} with these arguments"
     if type(act) is BuiltinFunctionType or _module(act).partition(".")[0] == "torch":
-        return f"no kernel ends in {describe(act)}"
-    return f"fuse has no rule for {describe(act)} of {_module(act)} (register_fusion takes one)"
+        return f"no kernel has the activation {describe(act)}"
+    return f"fuse has no rule for {describe(act)} of {_module(act)} (register_fusion adds one)"
 
 
 def _module(called: Any) -> str:
@@ -110,16 +110,16 @@ _NAMED = (FunctionType, BuiltinFunctionType, MethodType)
 
 
 def describe(called: Any) -> str:
-    """A name for the report, without asking the object for one."""
+    """Return a name for the report, without running code of the object."""
     if type(called) is MethodType:
         return f"{type(called.__self__).__name__}.{called.__func__.__name__}"
     return str(called.__name__ if type(called) in (*_NAMED, type) else type(called).__name__)
 
 
 def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> str | Ready:
-    """What the kernel needs, or why it is not for this call.
+    """Return the kernel's arguments, or the reason why this call is not fused.
 
-    ``self`` is the module whose forward is running; its class says which activations and layers were asked for.
+    ``self`` is the module whose forward is running. Its class holds the selected activations and layers.
     """
     if _has_any_global_hook():
         return "there is a global module hook"
@@ -138,17 +138,17 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
     if isinstance(known, str):
         return known
     plan = getattr(type(self), "_fused_plan", None)
-    if plan is None:  # a method that somebody kept
+    if plan is None:  # the caller has stored a fused method, and the module was unfused since
         return "unfuse gave the module its class back"
     weight, bias = found
     name, slope = known
     if name not in plan.activations:
-        return "not asked for"
+        return "not selected"
     if plan.without and any(_is_at(self, path, linear) for path in plan.without):
-        return "not asked for"
+        return "not selected"
     if not are_plain(x) or x.is_nested or x.layout is not torch.strided:
         return f"the kernels do not take its input, a {type(x).__name__}"
-    # Stock shall say what is wrong with a call that is; under autocast dtypes may differ.
+    # A wrong call goes to stock, which raises its own error. Under autocast the dtypes may differ.
     if not x.dim() or x.size(-1) != weight.size(1) or x.device != weight.device:
         return "input and weight do not fit together"
     dtype = weight.dtype
@@ -159,7 +159,7 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
 
 
 def _only_device_modes(count: int) -> bool:
-    """Whether the modes are those of ``with torch.device(...)`` and ``set_default_device``, which change no layer."""
+    """Return True if all modes are of ``with torch.device(...)`` or ``set_default_device``: they change no layer."""
     return all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(count))
 
 
@@ -177,7 +177,7 @@ def _run(x: Tensor, ready: Ready) -> Tensor:
 
 
 def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """``act(linear(x), *args, **kwargs)``, the arguments constants."""
+    """``act(linear(x), *args, **kwargs)``, where the further arguments are constants."""
     decision = decide(self, act, linear, x, args, kwargs)
     if watcher is not None:
         watcher(self, linear, act, x, decision, args, kwargs)
@@ -187,7 +187,7 @@ def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any)
 def call_with_deferred_arguments(
     self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tuple[Any, Any]], /
 ) -> Any:
-    """The same, where the layer's own call may change what the arguments are."""
+    """The same, where the layer's call may change the further arguments: ``arguments()`` returns their values now."""
     args, kwargs = arguments()
     decision = decide(self, act, linear, x, args, kwargs)
     if watcher is not None:
@@ -202,18 +202,23 @@ def call_with_deferred_arguments(
 def linear_or_fused(
     self: Any, act: Any, linear: Any, x: Any, /, args: Any = (), kwargs: Any = _NO_KEYWORDS, between: Any = ()
 ) -> tuple[Any, bool]:
-    """``linear(x)``, whose value goes to ``act`` some statements later and nowhere else; or, and True, act's value."""
+    """Return ``(act(linear(x)), True)``, fused, or ``(linear(x), False)``.
+
+    The value goes to ``act`` some statements later and nowhere else. There the flag says that act was already applied.
+    """
     decision = decide(self, act, linear, x, args, kwargs)
     if between and not isinstance(decision, str) and not all(_is_harmless(*part) for part in between):
-        decision = "a call between it and the activation may have an effect"
+        decision = "a call between it and the activation may have a side effect"
     if watcher is not None:
         watcher(self, linear, act, x, decision, args, kwargs)
     return (linear(x), False) if isinstance(decision, str) else (_run(x, decision), True)
 
 
 def _is_harmless(called: Any, index: Any, x: Any) -> bool:
-    """Whether ``called(x)``, or ``called[index](x)``, is a layer or an activation that nobody listens to. ``x`` is None
-    where it is what another one returns."""
+    """Return True if ``called(x)``, or ``called[index](x)``, calls a layer or an activation without hooks.
+
+    ``x`` is None if it is the result of another such call.
+    """
     if index is not None:
         if type(called) not in _CONTAINERS:
             return False
@@ -227,7 +232,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, list, tuple)
 
 
 def linear_forward(self: Any, input: Any) -> Any:
-    """The forward of a linear layer that no activation follows."""
+    """The forward of a linear layer without an activation."""
     decision = decide(self, identity, self, input, (), {})
     return nn.Linear.forward(self, input) if isinstance(decision, str) else _run(input, decision)
 
@@ -236,7 +241,7 @@ def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
     """``for module in modules: x = module(x)``"""
     if isinstance(modules, GeneratorType) and modules.gi_code is _CHILDREN:
         modules = list(modules)
-    # What comes next can be seen before the loop comes to it, and seeing it runs none of the model's code.
+    # The next module can be looked up before the loop reaches it. The look-up runs no code of the model.
     seen: list[Any] = list(modules) if _is_container(modules) else []
     rest = iter(modules)
     i = 0
@@ -252,7 +257,7 @@ def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
                 following = next(rest, None)
                 if following is act:
                     x = _run(x, decision)
-                else:  # a module that ran before has changed the list
+                else:  # a module that ran has changed the list
                     x = layer(x)
                     x = x if following is None else following(x)
                 continue

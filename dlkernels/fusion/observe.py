@@ -1,4 +1,4 @@
-"""What example inputs show: that fused and stock agree, which places are reached, and what each gains there."""
+"""Runs example inputs: do fused and stock agree, which places are reached, and what is the gain of each?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECONDS = 0.1  # for timing one shape
 
 @dataclass(frozen=True)
 class Event:
-    """A layer met an activation. ``gain`` is stock's time over the fused one's; None where it is not fused."""
+    """A layer's output went to an activation. ``gain`` is stock's time over the fused time; None if not fused."""
 
     activation: str
     why: str
@@ -40,11 +40,11 @@ class Seen:
 
 
 class Disagreement(RuntimeError):
-    """A fused model's outputs are further from stock's than rounding explains."""
+    """The outputs of a fused model differ from stock's by more than rounding."""
 
 
 def check_against_stock(stock: nn.Module, fused: nn.Module, example_inputs: Any) -> Agreement:
-    """Raises :class:`Disagreement`."""
+    """Compare the outputs of two models in eval mode; raise :class:`Disagreement` if they differ."""
     stock, fused = (copy.deepcopy(model).eval() for model in (stock, fused))
     found = judge(outputs(fused, example_inputs), stock, example_inputs)
     if not found:
@@ -59,14 +59,14 @@ def check_against_stock(stock: nn.Module, fused: nn.Module, example_inputs: Any)
 
 
 def observe(model: nn.Module, example_inputs: Any) -> Events:
-    """Run a copy of a fused model in eval mode, and time both ways at each place where a layer meets an activation."""
+    """Run a copy of a fused model in eval mode, and time stock and fused at each place that is reached."""
     again = copy.deepcopy(model).eval()
-    mine = {id(copied): module for (_, copied), (_, module) in zip(walk(again), walk(model), strict=True)}
+    originals = {id(copied): module for (_, copied), (_, module) in zip(walk(again), walk(model), strict=True)}
     seen = Events()
     timed: dict[Any, float] = {}
 
     def watch(owner: Any, linear: Any, act: Any, x: Any, decision: str | call.Ready, args: Any, kwargs: Any) -> None:
-        if id(linear) not in mine:
+        if id(linear) not in originals:
             return
         known = activation_of(act, args, kwargs)
         gain = None
@@ -77,7 +77,7 @@ def observe(model: nn.Module, example_inputs: Any) -> Events:
                 timed[shape] = _gain(owner, linear, act, x, args, kwargs)
             gain = timed[shape]
         event = Event(known[0] if known else call.describe(act), decision if isinstance(decision, str) else "", gain)
-        events = seen.setdefault(mine[id(linear)], [])
+        events = seen.setdefault(originals[id(linear)], [])
         if event not in events:
             events.append(event)
 
@@ -97,8 +97,10 @@ def _watching(watch: Callable[..., None]) -> Iterator[None]:
 
 
 def _gain(owner: Any, linear: nn.Module, act: Any, x: Tensor, args: Any, kwargs: Any) -> float:
-    """Stock's time over that of the call which stands in its place, forward and, where a parameter learns, backward; in
-    turns, the best of each."""
+    """Return stock's time over the fused call's time: the best of each, measured in turns.
+
+    A step is the forward and, if a parameter requires a gradient, the backward.
+    """
     learns = any(p.requires_grad for p in linear.parameters())
     leaf = x.detach().requires_grad_(learns)
 

@@ -1,13 +1,15 @@
-"""The three ways in which Python code sends a layer's output into an activation, found and replaced in a syntax tree.
+"""Finds and replaces, in a syntax tree, the three forms in which a layer's output goes to an activation.
 
 * nested: ``F.relu(self.fc(x))``, ``self.act(self.fc(x))``, ``self.fc(x).relu()``
 * named: ``h = self.fc(x)`` and, later in the same block, ``h = self.act(h)`` or another only use of h
-* chain: ``for layer in self.layers: x = layer(x)``, which is also what ``nn.Sequential`` does
+* chain: ``for layer in self.layers: x = layer(x)``, which is also the forward of ``nn.Sequential``
 
-Whether it *is* a layer and an activation is not seen here but by ``values`` before, and by ``call`` at each call.
-Nothing but these calls is changed. Their parts are evaluated where they were, but for the activation of the named form
-and the arguments behind its tensor: they are looked at before the layer runs. So they must be look-ups that run no code
-(``Pattern.reads``), and nothing that runs in between may change what they give.
+This module does not know if the callees are a layer and an activation: ``values`` finds that before the call, and
+``call`` checks it at each call.
+
+Only these calls are changed. Their parts are evaluated at the same time as before, with one exception: in the named
+form the activation, and its arguments after the tensor, are evaluated before the layer runs. So they must be look-ups
+that run no code (``Pattern.reads``), and nothing that runs in between may change their values.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _LOOKS_AT_NAMES = ("locals", "vars", "dir", "eval", "exec")
 _BETWEEN = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 _SIMPLE = (*_BETWEEN, ast.Expr, ast.Return)
-# Nodes that run no code of their own before the last of their parts is evaluated, from left to right.
+# Nodes that evaluate all their parts, from left to right, before they run any code.
 _IN_ORDER = (
     ast.Call | ast.keyword | ast.BinOp | ast.UnaryOp | ast.Attribute | ast.Subscript | ast.Tuple | ast.List | ast.Return
     | ast.Expr | ast.Await | ast.AugAssign
@@ -39,20 +41,26 @@ _IN_ORDER = (
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """One place. ``linear`` and ``activation`` are what is called there, for a chain both what is iterated over;
-    ``activation`` is a string for a method of a tensor.
+    """One place in the source of a method.
 
-    ``reads`` are evaluated at another time than in the source, or in between. ``between`` are the calls that run
-    between layer and activation, each with whether its argument has a value before the layer runs. ``around`` are the
-    nodes from the function inwards to the place. ``why`` says why the place cannot be fused, whatever names mean.
+    Attributes:
+        linear: the callee in the layer's place; for a chain the iterable.
+        activation: the callee in the activation's place, a string for a method of a tensor; for a chain the iterable.
+        at: the position of the activation's call, or of the loop.
+        first: the position of the linear call; for a chain the same as ``at``.
+        args, kwargs: the activation's arguments after the tensor.
+        reads: expressions that are evaluated at another time than in the source, or in between.
+        between: the calls between layer and activation. True: the argument has its value before the layer runs.
+        around: the nodes from the function inwards to the place.
+        why: the reason why the place cannot be fused, whatever the names mean; empty if there is none.
     """
 
     kind: Literal["nested", "named", "chain"]
     linear: ast.expr
     activation: ast.expr | str
-    at: Position  # of the activation's call; of the loop
-    first: Position  # of the linear call; for a chain as at
-    args: tuple[ast.expr, ...] = ()  # of the activation, behind the tensor
+    at: Position
+    first: Position
+    args: tuple[ast.expr, ...] = ()
     kwargs: tuple[tuple[str, ast.expr], ...] = ()
     reads: tuple[ast.expr, ...] = ()
     between: tuple[tuple[ast.Call, bool], ...] = ()
@@ -66,7 +74,7 @@ def position(node: ast.AST) -> Position:
 
 @functools.lru_cache(maxsize=1024)
 def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
-    """Every place in ``function`` that has one of the three forms, whatever the names mean."""
+    """Return every place in ``function`` that has one of the three forms, whatever the names mean."""
     if why_not_rewritable(function):
         return ()
     around = ancestors(function)
@@ -87,7 +95,7 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
 
 
 def why_not_rewritable(function: FunctionNode) -> str:
-    """Why no place in this function can be rewritten; empty if one can."""
+    """Return why no place in this function can be rewritten; empty if one can."""
     if not function.args.posonlyargs and not function.args.args:
         return "it is called in a method without self"
     name = self_name(function)
@@ -100,7 +108,7 @@ def why_not_rewritable(function: FunctionNode) -> str:
 
 
 def ancestors(function: FunctionNode) -> dict[ast.AST, tuple[ast.AST, ...]]:
-    """The nodes around each node, from the function inwards."""
+    """Return the nodes around each node, from the function inwards."""
     found: dict[ast.AST, tuple[ast.AST, ...]] = {function: ()}
     for node in ast.walk(function):
         for child in ast.iter_child_nodes(node):
@@ -109,8 +117,10 @@ def ancestors(function: FunctionNode) -> dict[ast.AST, tuple[ast.AST, ...]]:
 
 
 def multiple_uses(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | str]]:
-    """Where ``h = callee(x)`` and h is read more than once before its name means something else: callee, that, and each
-    thing that h is given to."""
+    """Yield (callee, reason, receiver) for each ``h = callee(x)`` whose h is read more than once.
+
+    h is followed until its name gets another value. A receiver is a callee that h is passed to.
+    """
     for block in _blocks(function):
         for i, first in enumerate(block):
             call = first.value if isinstance(first, ast.Assign | ast.AnnAssign) else None
@@ -125,7 +135,7 @@ def multiple_uses(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.e
 
 
 def untracked_uses(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | str]]:
-    """Where a call's value goes to something else on a way that is not followed: callee, the way, and the something."""
+    """Yield (callee, reason, receiver) for each call whose value reaches another callee in an unsupported form."""
     around = ancestors(function)
     calls = [n for n in around if isinstance(n, ast.Call)]
     for call in filter(_one_argument, calls):
@@ -148,8 +158,10 @@ def untracked_uses(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.
 
 
 def _reaches(call: ast.Call, other: ast.Call, name: str, around: dict[ast.AST, tuple[ast.AST, ...]]) -> bool:
-    """Whether ``name``, given a value by ``call``, may have it at ``other`` still: no statement that is always passed
-    in between gives it another."""
+    """Return True if ``name`` may still have the value of ``call`` at ``other``.
+
+    It may not if a statement that surely runs in between assigns another value.
+    """
     if other in around[call]:
         return True
     if position(other) <= position(call):
@@ -165,7 +177,7 @@ def _reaches(call: ast.Call, other: ast.Call, name: str, around: dict[ast.AST, t
 
 
 def _destination(call: ast.Call, around: tuple[ast.AST, ...]) -> tuple[ast.expr | None, str]:
-    """Where a call's value is put, and the way there."""
+    """Return the target that gets a call's value, and the reason why that form is not followed."""
     holder, statement = around[-1], around[-2] if len(around) > 1 else None
     if isinstance(holder, ast.NamedExpr):
         return holder.target, "its output is named by := inside an expression"
@@ -178,14 +190,14 @@ def _destination(call: ast.Call, around: tuple[ast.AST, ...]) -> tuple[ast.expr 
     names = holder.targets if isinstance(holder, ast.Assign) else [holder.target]
     if len(names) > 1 or not isinstance(names[0], ast.Name):
         name = next((t for t in names if isinstance(t, ast.Name)), names[0])
-        return name, "its output is kept in an attribute, an element, or under a second name"
+        return name, "its output is stored in an attribute, an element, or under a second name"
     if any(isinstance(n, ast.Try) or type(n).__name__ == "TryStar" for n in around):
         return names[0], "it is called in a try statement, whose handlers may read its output"
     return names[0], "between it and the activation are statements that fuse does not follow"
 
 
 def called(function: FunctionNode) -> list[ast.expr]:
-    """Everything that is called in a function."""
+    """Return all callees in a function."""
     return [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
 
 
@@ -207,7 +219,7 @@ def _stored(node: ast.AST) -> set[str]:
 def _loads(node: ast.AST, name: str) -> int:
     count = 0
     for n in ast.walk(node):
-        read = n.target if isinstance(n, ast.AugAssign) else n  # `h += 1` reads h, though its node says Store
+        read = n.target if isinstance(n, ast.AugAssign) else n  # `h += 1` reads h, though its node has a Store context
         count += isinstance(read, ast.Name) and read.id == name and (read is not n or isinstance(n.ctx, ast.Load))
     return count
 
@@ -217,14 +229,14 @@ def _one_argument(call: ast.Call) -> bool:
 
 
 def _is_stable(node: ast.expr) -> bool:
-    """Whether it is all the same when this is evaluated."""
+    """Return True if this expression may be evaluated earlier or later: a constant, a name, or attributes of one."""
     if isinstance(node, ast.UnaryOp):
         return isinstance(node.operand, ast.Constant)
     return isinstance(node, ast.Constant | ast.Name) or (isinstance(node, ast.Attribute) and _is_stable(node.value))
 
 
 def _activation_call(call: ast.Call) -> tuple[ast.expr | str, ast.expr] | None:
-    """What is called and with what, if ``call`` may be an activation's."""
+    """Return the callee and the tensor argument if ``call`` may be a call of an activation."""
     rest = [*call.args, *(k.value for k in call.keywords)]
     if isinstance(call.func, ast.Attribute) and call.func.attr in METHODS and not rest:
         return call.func.attr, call.func.value
@@ -239,7 +251,7 @@ def _rest(call: ast.Call, act: ast.expr | str) -> tuple[tuple[ast.expr, ...], tu
 
 
 def _variable_arguments(rest: tuple[tuple[ast.expr, ...], tuple[tuple[str, ast.expr], ...]]) -> tuple[ast.expr, ...]:
-    """Of an activation's further arguments those that are no constants."""
+    """Return the further arguments of an activation that are no constants."""
     return tuple(a for a in (*rest[0], *(value for _, value in rest[1])) if isinstance(a, ast.Name | ast.Attribute))
 
 
@@ -271,7 +283,10 @@ def _loops_over(function: FunctionNode, name: str) -> list[ast.For]:
 
 
 def _blocks(function: FunctionNode) -> Iterator[list[ast.stmt]]:
-    """Lists of statements that run one after the other; not in a ``try``, whose handlers may read any name."""
+    """Yield the lists of statements that run one after the other.
+
+    Those in a ``try`` are skipped, because its handlers may read any name.
+    """
     waiting: list[ast.AST] = [function]
     while waiting:
         node = waiting.pop()
@@ -300,8 +315,8 @@ def _named(
                 reads_once = _loads(function, target) == 1
                 if act is None or not (_target(later) == target or isinstance(later, ast.Return) or reads_once):
                     break
-                # A context manager may swallow what is raised in between, and then the name is read as it is.
-                swallowed = any(isinstance(node, ast.With | ast.AsyncWith) for node in around[first])
+                # A context manager may suppress an exception in between; then the name is read without the activation.
+                suppressed = any(isinstance(node, ast.With | ast.AsyncWith) for node in around[first])
                 between = _Between(block[i + 1 : n], later, act, target)
                 parts = _activation_call(act)
                 assert parts is not None
@@ -315,8 +330,8 @@ def _named(
                     tuple(between.reads),
                     tuple(between.calls),
                     (*around[first], first),
-                    "it is read after a with statement that may swallow an error in between"
-                    if swallowed and not reads_once
+                    "it is read after a with statement that may suppress an exception in between"
+                    if suppressed and not reads_once
                     else between.why,
                 )
                 break
@@ -325,7 +340,7 @@ def _named(
 
 
 def _target(statement: ast.stmt) -> str | None:
-    """The name that a statement gives its value to, and nothing besides."""
+    """Return the name that a statement assigns to, if it is its only target."""
     if isinstance(statement, ast.AnnAssign):
         return statement.target.id if isinstance(statement.target, ast.Name) and statement.value else None
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
@@ -334,7 +349,7 @@ def _target(statement: ast.stmt) -> str | None:
 
 
 def _in_scope(function: FunctionNode, name: str) -> bool:
-    """Whether a function or comprehension inside reads or binds the name, or it is another's."""
+    """Return True if an inner function or comprehension uses the name, or if it is global or nonlocal."""
     for node in ast.walk(function):
         if isinstance(node, ast.Global | ast.Nonlocal) and name in node.names:
             return True
@@ -345,7 +360,7 @@ def _in_scope(function: FunctionNode, name: str) -> bool:
 
 
 def _only_use(statement: ast.stmt, name: str) -> ast.Call | None:
-    """The activation's call, if the statement reads ``name`` once, as its first argument."""
+    """Return the activation's call if the statement reads ``name`` once, as its first argument."""
     if _loads(statement, name) != 1:
         return None
     for node in ast.walk(statement):
@@ -355,14 +370,17 @@ def _only_use(statement: ast.stmt, name: str) -> ast.Call | None:
 
 
 def _applied_to(node: ast.AST, name: str) -> ast.expr | str | None:
-    """What is called, if the node may be an activation's call with ``name``."""
+    """Return the callee if the node may be a call of an activation with ``name``."""
     parts = _activation_call(node) if isinstance(node, ast.Call) else None
     return parts[0] if parts and isinstance(parts[1], ast.Name) and parts[1].id == name else None
 
 
 class _Between:
-    """Everything evaluated between a layer's call and the activation's. ``why`` it may have an effect; empty if it has
-    none as long as ``reads`` are mere look-ups and ``calls`` are of layers and activations that nobody listens to."""
+    """The expressions evaluated between a layer's call and the activation's call.
+
+    ``why`` is the reason why they may have a side effect. If it is empty they have none, provided that ``reads`` are
+    look-ups that run no code and ``calls`` are calls of layers and activations without hooks.
+    """
 
     def __init__(self, statements: list[ast.stmt], later: ast.stmt, act: ast.Call, target: str) -> None:
         parts = _activation_call(act)
@@ -373,9 +391,9 @@ class _Between:
         self.why = ""
         meant = {n.id for part in self.reads for n in ast.walk(part) if isinstance(n, ast.Name)}
         if target in meant or not all(map(_is_stable, self.reads)):
-            self.why = "what stands for the activation can only be looked up at its call"
+            self.why = "the activation can only be looked up at its call"
             return
-        made: set[str] = set()  # by calls in between
+        made: set[str] = set()  # names whose values come from calls in between
         set_here: set[str] = set()
         for statement in statements:
             name = _target(statement)
@@ -390,7 +408,7 @@ class _Between:
             self._refuse(later)
 
     def _refuse(self, node: ast.AST) -> None:
-        self.why = f"line {node.lineno}, between it and the activation, may have an effect"  # type: ignore[attr-defined]
+        self.why = f"line {node.lineno}, between it and the activation, may have a side effect"  # type: ignore[attr-defined]
 
     def _harmless(self, node: ast.AST | None, made: set[str], set_here: set[str]) -> bool:
         if isinstance(node, ast.Tuple | ast.List):
@@ -412,7 +430,7 @@ class _Between:
 
 
 def _evaluated_before(node: ast.AST, call: ast.Call) -> list[ast.AST] | None:
-    """The parts of ``node`` that are evaluated before ``call``, which is in it; None where code may run besides."""
+    """Return the parts of ``node`` evaluated before ``call``, which is inside it; None if other code may run too."""
     if node is call:
         return []
     if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -434,13 +452,14 @@ def _evaluated_before(node: ast.AST, call: ast.Call) -> list[ast.AST] | None:
 
 # ---- replacing -------------------------------------------------------------------------------------------------------
 
+# Free variables of a rewritten function, under helper_name.
 HELPERS = (
     "call",
     "call_with_deferred_arguments",
     "linear_or_fused",
     "chain",
     "methods",
-)  # free variables of a rewritten function, under helper_name
+)
 
 
 def helper_name(name: str) -> str:
@@ -448,7 +467,7 @@ def helper_name(name: str) -> str:
 
 
 def rewritten(function: FunctionNode, chosen: list[Pattern]) -> FunctionNode:
-    """A copy of ``function`` in which the chosen places call the functions of module ``call``, by ``helper_name``."""
+    """Return a copy of ``function`` whose chosen places call the functions of module ``call``, by ``helper_name``."""
     return _Rewrite(self_name(function), chosen).visit(copy.deepcopy(function))
 
 
@@ -474,7 +493,7 @@ class _Rewrite(ast.NodeTransformer):
         rest = [] if isinstance(parts[0], str) else node.args[1:]
         if not self.nested[where].reads:
             return self._helper("call", node, [*called, *rest], node.keywords)
-        # Arguments that the layer's call might change are asked for once more behind it, if it runs by itself.
+        # The layer's call may change these arguments. If it is not fused, they are evaluated again after it.
         nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
         later = ast.Lambda(nothing, ast.Tuple([_tuple(rest), _dict(node.keywords)], ast.Load()))
         return self._helper("call_with_deferred_arguments", node, [*called, later], [])
@@ -523,7 +542,7 @@ class _Rewrite(ast.NodeTransformer):
 
 
 def _part(call: ast.Call, there: bool) -> ast.expr:
-    """A call in between, for ``call.linear_or_fused``: callee or its container, index or None, argument or None."""
+    """Return a call in between as a tuple: callee or its container, index or None, argument or None."""
     callee, index = (call.func.value, call.func.slice) if isinstance(call.func, ast.Subscript) else (call.func, None)
     return _tuple([callee, index or ast.Constant(None), call.args[0] if there else ast.Constant(None)])
 
@@ -537,7 +556,7 @@ def _dict(keywords: list[ast.keyword]) -> ast.expr:
 
 
 def _placed(node, like):  # type: ignore[no-untyped-def]
-    """``node`` on the lines of ``like``: tracebacks show the source that was written."""
+    """Return ``node`` with the lines of ``like``: tracebacks show the original source."""
     for inner in ast.walk(node):
         if not hasattr(inner, "lineno") and isinstance(inner, ast.expr | ast.stmt | ast.keyword | ast.arg):
             ast.copy_location(inner, like)

@@ -1,6 +1,6 @@
-"""What counts as a linear layer and what as an activation. Everything class-specific is one entry of these tables.
+"""The tables of linear layers and activations. Everything specific to a class is one entry here.
 
-Classes of libraries that may not be installed are named by their dotted name, so that nothing is imported for them.
+Classes of libraries that may not be installed are given by their dotted name: nothing is imported for them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dlkernels._ops.activations import activation_named
 
 Parameters = tuple[Tensor, Tensor | None]  # weight [out_features, in_features], bias [out_features]
 Activation = tuple[str, float]  # a name of functional.linear_act, and leaky_relu's slope
-Rule = Callable[..., Activation | None]  # None: not a form there is a kernel for
+Rule = Callable[..., Activation | None]  # None: there is no kernel for this form
 
-# The names that methods of a tensor go by: `self.fc(x).relu()`.
+# Methods of a tensor, as in `self.fc(x).relu()`.
 METHODS: dict[str, Callable[..., Tensor]] = {
     "relu": lambda t, *args, **kwargs: t.relu(*args, **kwargs),
     "relu_": lambda t, *args, **kwargs: t.relu_(*args, **kwargs),
@@ -35,11 +35,11 @@ def _plain(name: str) -> Rule:
 
 
 def _may_be_inplace(name: str) -> Rule:
-    return lambda inplace=False: (name, 0.0)  # what it would overwrite is the product, which nobody else sees
+    return lambda inplace=False: (name, 0.0)  # it would overwrite the product, which nothing else reads
 
 
 def _gelu(*, approximate: Any = "none") -> Activation | None:
-    if type(approximate) is not str:  # nothing is compared whose comparison could be the model's own code
+    if type(approximate) is not str:  # comparing another type could run code of the model
         return None
     return {"none": ("gelu", 0.0), "tanh": ("gelu_tanh", 0.0)}.get(approximate)
 
@@ -54,7 +54,7 @@ def identity(z: Tensor) -> Tensor:
     return z
 
 
-# Functions: a rule takes the arguments behind the tensor.
+# Functions: a rule takes the arguments after the tensor.
 _functions: dict[Any, Rule] = {
     identity: _plain("none"),
     F.relu: _may_be_inplace("relu"),
@@ -83,7 +83,7 @@ _modules: dict[Any, Rule] = {
     nn.Tanh: lambda m: ("tanh", 0.0),
     nn.Sigmoid: lambda m: ("sigmoid", 0.0),
     "dlkernels.stock.SquaredReLU": lambda m: ("relu2", 0.0),
-    # gelu_fast is left out: its constant has ten digits, so in float64 it is another function
+    # gelu_fast is not here: its constant has ten digits, so in float64 it is another function.
     "transformers.activations.GELUActivation": lambda m: ("gelu", 0.0),
     "transformers.activations.GELUTanh": lambda m: ("gelu_tanh", 0.0),
     "transformers.activations.NewGELUActivation": lambda m: ("gelu_tanh", 0.0),
@@ -112,19 +112,19 @@ def register_fusion(
     activation: str | Callable[..., Any] | None = None,
     linear: Callable[[Any], Parameters] | None = None,
 ) -> None:
-    """Tell :func:`dlkernels.fuse` of one more activation or linear layer. Exactly one keyword is given.
+    """Add an activation or a linear layer for :func:`dlkernels.fuse`. Give exactly one of the two keywords.
 
     Args:
-        what: a module class, its dotted name (``"package.module.Class"``, not imported until it is met), or, for an
-            activation, a function.
-        activation: what it computes: a name of :func:`dlkernels.functional.linear_act`, or a function that returns a
-            name, a pair (``"leaky_relu"``, slope), or None where there is no kernel. It is called with the module, or
-            for a function with the arguments behind the tensor.
+        what: a module class or its dotted name (``"package.module.Class"``, which is not imported). For an activation
+            it may also be a function.
+        activation: a name of :func:`dlkernels.functional.linear_act`; or a function that returns a name, a pair
+            (``"leaky_relu"``, slope), or None where there is no kernel. The function is called with the module, or, if
+            ``what`` is a function, with the arguments after the tensor.
         linear: a function from the module to ``(weight, bias)``, weight ``[out_features, in_features]`` of any strides,
             bias ``[out_features]`` or None. The module's forward must be ``F.linear(x, weight, bias)``.
 
-    A rule is a statement about values: if it is wrong, so are the results of the fused model. Give ``fuse``
-    ``example_inputs`` to have them compared.
+    If a rule is wrong, the results of the fused model are wrong. Give ``fuse`` ``example_inputs`` to compare them with
+    stock's.
 
     Raises:
         TypeError: not exactly one keyword, or ``what`` is neither a class, a name nor a function.
@@ -149,7 +149,7 @@ def register_fusion(
 
 
 def activation_of(act: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Activation | None:
-    """What ``act(z, *args, **kwargs)`` computes, if there is a kernel for it."""
+    """Return the activation that ``act(z, *args, **kwargs)`` computes; None if there is no kernel for it."""
     if isinstance(act, nn.Module):
         rule = _found(_modules, type(act))
         if rule is None or args or kwargs:
@@ -162,7 +162,7 @@ def activation_of(act: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] |
         if args or kwargs:
             try:
                 known = rule(*args, **(kwargs or {}))
-            except TypeError:  # arguments the rule does not know: the function itself shall judge them
+            except TypeError:  # the rule does not know these arguments: the function itself accepts or refuses them
                 return None
         else:
             known = rule()
@@ -180,22 +180,26 @@ def _function_rule(act: Any) -> Rule | None:
 
 
 def may_be_activation(act: Any) -> bool:
-    """Whether there is a rule for this, whatever arguments it is called with."""
+    """Return True if there is a rule for this, with some arguments."""
     if isinstance(act, nn.Module):
         return _found(_modules, type(act)) is not None
     return _function_rule(act) is not None
 
 
 def linear_rule(cls: type) -> Callable[[Any], Parameters | None] | None:
-    """From a module of this class to its parameters (None: they are no plain parameters), if the class is a linear map
-    and nothing else."""
+    """Return the rule from a module of this class to its parameters; None if the class is no plain linear map.
+
+    The rule returns None for a module whose parameters are not plain.
+    """
     if cls is nn.Linear:
         return _own_parameters
     if "_fused_from" in cls.__dict__:
         return linear_rule(cls._fused_from)  # type: ignore[attr-defined]
     if (rule := _found(_linears, cls)) is not None:
         return rule
-    if not issubclass(cls, nn.Linear) or hasattr(cls, "weight") or hasattr(cls, "bias"):  # it has properties of its own
+    if (
+        not issubclass(cls, nn.Linear) or hasattr(cls, "weight") or hasattr(cls, "bias")
+    ):  # the class has its own properties
         return None
     return _own_parameters if all(getattr(cls, name) is getattr(nn.Linear, name) for name in _CALLED) else None
 

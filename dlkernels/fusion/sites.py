@@ -1,4 +1,4 @@
-"""What a report holds: one row for every place where a linear layer's output could meet an activation."""
+"""The report: one row for every place where a linear layer's output may go to an activation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ Status = Literal["fused", "skipped", "undecided"]
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer and what its output goes to.
+    """A linear layer, and the activation that its output goes to.
 
     Attributes:
-        path: of the layer in the model, as ``named_modules`` has it.
-        activation: the kernel's name for it, or what stands in its place; empty if nothing does.
+        path: of the layer in the model, as in ``named_modules``.
+        activation: the kernel's name of it, or the name of the callee in its place; empty if there is none.
         where: class, method and line of the call.
-        status: "fused", "skipped", or "undecided" where only a call shows what the source's names mean.
-        why: the reason of "skipped" and "undecided"; empty for "fused".
-        reached: whether example inputs came here; None without them.
-        gain: stock's time over the fused one's, measured here with example inputs; None without them.
+        status: "fused", "skipped", or "undecided". A site is undecided if the meaning of names in the source is known
+            only at the call.
+        why: the reason for "skipped" or "undecided"; empty for "fused".
+        reached: True if the example inputs reached this place; None without example inputs.
+        gain: stock's time over the fused time, measured with the example inputs; None without them.
     """
 
     path: str
@@ -37,9 +38,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Report:
-    """All sites of a model. ``str()`` makes a table, in which rows that differ in numbers of their paths are one.
+    """All sites of a model. ``str()`` gives a table; rows whose paths differ only in numbers are joined.
 
-    ``agreement`` is what example inputs showed; None without them.
+    ``agreement`` is the comparison with stock by example inputs; None without them.
     """
 
     sites: tuple[Site, ...]

@@ -28,15 +28,18 @@ class NoSource(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A function, its node, and the nodes around it from the module inwards."""
+    """A function, its syntax tree, and the nodes around that from the module inwards."""
 
     function: FunctionType
     node: FunctionNode
     around: tuple[ast.AST, ...]
 
     def rebuilt(self, node: FunctionNode, given: dict[str, Any]) -> FunctionType:
-        """The function with the body of ``node``: same globals, closure, defaults, name and lines. ``given`` are values
-        of further free variables: the function needs nothing of the class it stands in, and so outlives it there."""
+        """Return the function with the body of ``node``, and the same globals, closure, defaults, name and lines.
+
+        ``given`` are the values of further free variables. The function does not read them from its class, so it also
+        works after its class was replaced.
+        """
         old = self.function
         code = _compiled(self, _enclosed(node, list(given)))
         if hasattr(code, "co_qualname"):  # since Python 3.11
@@ -54,9 +57,9 @@ class Source:
 
 @functools.lru_cache(maxsize=1024)
 def source_of(function: FunctionType) -> Source:
-    """What stands in the file where the function says it comes from; raises :class:`NoSource`."""
+    """Return the source in the file that the function names, or raise :class:`NoSource`."""
     code = function.__code__
-    linecache.checkcache(code.co_filename)  # edited and reloaded
+    linecache.checkcache(code.co_filename)  # the file may have been edited and reloaded
     tree = _parsed(code.co_filename, tuple(linecache.getlines(code.co_filename, function.__globals__)))
     if tree is None:
         raise NoSource(f"there is no source of {function.__qualname__}")
@@ -74,7 +77,7 @@ def check(source: Source) -> None:
 
 
 def rewrap(wrapper: Any, old: FunctionType, new: FunctionType) -> FunctionType:
-    """A decorated function once more, around ``new`` instead of ``old``, which one of its cells holds."""
+    """Return a copy of a decorated function that holds ``new`` instead of ``old`` in its cell."""
     if wrapper is old:
         return new
     inner = wrapper.__wrapped__
@@ -88,7 +91,7 @@ def rewrap(wrapper: Any, old: FunctionType, new: FunctionType) -> FunctionType:
 
 
 def undecorated(function: Any) -> FunctionType:
-    """The function that ``def`` made, below decorators of the ``functools.wraps`` kind; raises :class:`NoSource`."""
+    """Return the function inside decorators of the ``functools.wraps`` kind, or raise :class:`NoSource`."""
     while True:
         if not isinstance(function, FunctionType):
             raise NoSource(f"its method is a {type(function).__name__}, which has no Python source")
@@ -117,7 +120,7 @@ def _parsed(filename: str, lines: tuple[str, ...]) -> ast.Module | None:
 
 @functools.lru_cache(maxsize=64)
 def _functions(tree: ast.Module) -> dict[tuple[str, int], tuple[tuple[ast.AST, ...], FunctionNode]]:
-    """Every function of a file under its name and first line, which is its first decorator's."""
+    """Return every function of a file by its name and first line, which is the line of its first decorator."""
     found: dict[tuple[str, int], tuple[tuple[ast.AST, ...], FunctionNode]] = {}
     waiting: list[tuple[tuple[ast.AST, ...], ast.AST]] = [((), tree)]
     while waiting:
@@ -134,7 +137,7 @@ def _functions(tree: ast.Module) -> dict[tuple[str, int], tuple[tuple[ast.AST, .
 
 @functools.lru_cache(maxsize=64)
 def _imports(tree: ast.Module) -> list[ast.stmt]:
-    """Of the module's own scope, in whatever statement."""
+    """Return the import statements of the module's scope, also those inside other statements."""
     found: list[ast.stmt] = []
     waiting: list[ast.AST] = [tree]
     while waiting:
@@ -150,7 +153,7 @@ def _imports(tree: ast.Module) -> list[ast.stmt]:
 
 
 def _enclosed(node: FunctionNode, names: list[str]) -> FunctionNode:
-    """``node`` inside a function whose arguments are ``names``, which makes them free variables of it."""
+    """Return a function around ``node`` whose arguments are ``names``: so they are free variables of ``node``."""
     arguments = ast.arguments(
         posonlyargs=[], args=[ast.arg(name) for name in names], kwonlyargs=[], kw_defaults=[], defaults=[]
     )
@@ -163,10 +166,10 @@ def _enclosed(node: FunctionNode, names: list[str]) -> FunctionNode:
 
 
 def _compiled(source: Source, node: FunctionNode) -> CodeType:
-    """The code of ``node`` in the place of ``source.node``, without the rest of the file.
+    """Return the code of ``node`` in the place of ``source.node``, compiled without the rest of the file.
 
-    Functions around it keep their statements, which say what is a variable of theirs; and the file its imports, because
-    the compiler calls the attributes of what was imported in another way.
+    Functions around it keep their statements, because these define their variables. The file keeps its imports, because
+    the compiler emits other code for calls of an imported module's attributes.
     """
     old: ast.AST = source.node
     new: ast.AST = node

@@ -1,6 +1,6 @@
-"""A fused module is the module it was, of a class made from its own: same attributes, children, parameters and hooks.
+"""Fused classes. A fused module is the same object: its attributes, children, parameters and hooks do not change.
 
-The class differs in the rewritten methods alone, and bears the same name.
+Only its class changes, to a subclass of the same name with the rewritten methods.
 """
 
 from __future__ import annotations
@@ -23,26 +23,33 @@ from dlkernels.fusion.values import state
 
 @dataclass(frozen=True)
 class Plan:
-    """What is fused in a module's own methods: which places, for which activations, but for which layers below it."""
+    """What is fused in a module's own methods.
+
+    Attributes:
+        places: the methods and positions of the calls.
+        activations: the selected activations.
+        without: the paths of excluded layers below the module.
+        linear_forward: True if the module is a linear layer without activation, whose forward is our kernel.
+    """
 
     places: frozenset[tuple[str, Position]]
     activations: tuple[str, ...]
     without: tuple[str, ...] = ()
-    linear_forward: bool = False  # the module is a linear layer with no activation, and its forward is the kernel's
+    linear_forward: bool = False
 
 
 class Fused(nn.Module):
-    """Mixed into the classes that :func:`fused_class` makes; a module, so that the layout of instances agrees."""
+    """A base of all classes from :func:`fused_class`. It is a module, so that the layout of instances agrees."""
 
     _fused_plan: Plan
     _fused_from: type[nn.Module]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Not the original's: it registers the classes its author wrote, and this is none of them."""
+        """Does nothing, in place of the original's: that may register subclasses, but must not register this one."""
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
-    """``__reduce_ex__`` of a fused class: pickles name the original class and the plan."""
+    """``__reduce_ex__`` of a fused class: a pickle holds the original class and the plan."""
     fused: Any = next(cls for cls in type(self).__mro__ if "_fused_plan" in vars(cls))
     made, args, *rest = cast(tuple[Any, ...], super(fused, self).__reduce_ex__(protocol))
     args = tuple(fused._fused_from if a is fused else a for a in args)
@@ -52,13 +59,13 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
 def _again(original: type[nn.Module], plan: Plan, made: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     module = made(*args)
     if type(module) is original:
-        with contextlib.suppress(NoSource, TypeError):  # another version of its code: it is the stock module then
+        with contextlib.suppress(NoSource, TypeError):  # the class has changed since: the module stays stock
             swap(module, fused_class(original, plan))
     return module
 
 
 def method_source(cls: type, name: str) -> Source:
-    """Where the method that ``cls`` has by that name comes from; raises :class:`NoSource`."""
+    """Return the source of the method ``name`` of ``cls``, or raise :class:`NoSource`."""
     for base in cls.__mro__:
         if name in vars(base):
             return source_of(undecorated(vars(base)[name]))
@@ -66,7 +73,7 @@ def method_source(cls: type, name: str) -> Source:
 
 
 def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
-    """The class of a fused ``cls``; one for each plan. Raises :class:`NoSource`, also where no class can be made."""
+    """Return the fused class of ``cls``, one for each plan. Raise :class:`NoSource` if it cannot be created."""
     for known in type.__subclasses__(cls):
         if vars(known).get("_fused_plan") == plan:
             return known
@@ -86,12 +93,12 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
         body[name] = rewrap(getattr(cls, name), source.function, new)
     if plan.linear_forward:
         body["forward"] = call.linear_forward
-    # The original first, so that it decides the layout of instances (its own first base may have none: abc.ABC);
-    # behind Fused only where it has an __init_subclass__ that Fused is to stand in for.
+    # The original class is the first base, so that it decides the layout of instances (its own first base may have
+    # none: abc.ABC). Fused comes first only if it must hide an __init_subclass__ of the original.
     bases = (Fused, cls) if _hears_of_subclasses(cls) else (cls, Fused)
     try:
         return types.new_class(cls.__name__, bases, {}, lambda namespace: namespace.update(body))
-    except Exception as error:  # of a metaclass
+    except Exception as error:  # from a metaclass
         raise NoSource(f"no class can be derived from {cls.__name__}: {error}") from error
 
 
@@ -107,12 +114,12 @@ def _hears_of_subclasses(cls: type) -> bool:
 
 
 def swap(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module the fused class. Raises TypeError where the layout of its instances differs."""
+    """Give a module the fused class. Python raises TypeError if the layout of its instances differs."""
     object.__setattr__(module, "__class__", cls)
 
 
 def plan_of(module: nn.Module) -> Plan | None:
-    """What is fused in this module's own methods; also where another tool (FSDP) made a class from the fused one."""
+    """Return the plan of a fused module, also if another tool (FSDP) has derived a class from its class."""
     return getattr(type(module), "_fused_plan", None) if issubclass(type(module), Fused) else None
 
 
@@ -122,7 +129,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def why_not_back(module: nn.Module) -> str:
-    """Why a fused module cannot get its class back; empty if it can."""
+    """Return why a fused module cannot get its class back; empty if it can."""
     if "_fused_plan" in vars(type(module)) or not issubclass(type(module), Fused):
         return ""
     name = type(module).__name__
@@ -135,7 +142,7 @@ def swap_back(module: nn.Module) -> None:
 
 
 def walk(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """What ``named_modules`` gives, without asking a module for its hash, its truth or its children."""
+    """Yield the same as ``named_modules``, without calling a module's ``__hash__``, ``__bool__`` or ``children``."""
     seen = set() if seen is None else seen
     if id(module) in seen:
         return

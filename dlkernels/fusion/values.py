@@ -1,7 +1,7 @@
-"""What an expression of a method may be, as far as can be said without running anything.
+"""The possible values of an expression in a method, found without running it.
 
-Answers are lists of objects, or None where only the call will show. No code of the model runs: no property, no
-``__getattr__`` but ``nn.Module``'s own, no function, no ``__eq__``, ``__hash__``, ``__bool__`` or ``__len__``.
+Answers are lists of objects, or None if the value is known only at the call. No code of the model runs: no property, no
+``__getattr__`` except ``nn.Module``'s own, no function, no ``__eq__``, ``__hash__``, ``__bool__`` or ``__len__``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _OPERATORS: dict[type[ast.AST], Any] = {
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.Not: operator.not_,
     ast.USub: operator.neg,
 }  # fmt: skip
-_MAX_ITERATIONS = 1000  # of a loop that is gone through
+_MAX_ITERATIONS = 1000  # longer loops are not followed
 _JUMPS = (ast.Continue, ast.Break, ast.Return, ast.Raise)
 
 
 class LocalFunction:
-    """Stands for a function that the method itself defines: no layer, and no activation with a rule."""
+    """Stands for a function that the method itself defines: it is no layer, and no activation with a rule."""
 
-    __name__ = "a function of the method's own"
+    __name__ = "a function defined in the method"
 
 
 class Namespace:
@@ -56,7 +56,7 @@ class Namespace:
             for name in _bound_by(node):
                 self.bound.setdefault(name, []).append(node)
         self.in_progress: set[str] = set()
-        self.iteration: dict[str, Any] = {}  # the names of loops, in the round that is looked at
+        self.iteration: dict[str, Any] = {}  # the loop variables, with their values in the current iteration
 
     def of(self, node: ast.expr) -> Values:
         if isinstance(node, ast.Constant):
@@ -74,7 +74,7 @@ class Namespace:
         return self._computed(node)
 
     def _computed(self, node: ast.expr) -> Values:
-        """The value of an expression of numbers, such as ``i < len(self.layers) - 1``."""
+        """Return the value of an expression of numbers, such as ``i < len(self.layers) - 1``."""
         if isinstance(node, ast.UnaryOp):
             return _applied(type(node.op), self.of(node.operand))
         if isinstance(node, ast.BinOp):
@@ -88,7 +88,7 @@ class Namespace:
         return None if elements is None else [len(elements)]
 
     def is_plain(self, node: ast.expr) -> bool:
-        """Whether evaluating a name or an attribute runs no code, whatever object stands there when it is."""
+        """Return True if evaluating this name or attribute runs no code, whatever object it is at that time."""
         if not isinstance(node, ast.Attribute):
             return isinstance(node, ast.Name | ast.Constant | ast.UnaryOp)
         if isinstance(node.value, ast.Name) and node.value.id == self.self_name:
@@ -107,15 +107,17 @@ class Namespace:
         return value if issubclass(type(value), ModuleType) else None
 
     def pairs(self, first: ast.expr, second: ast.expr) -> list[tuple[Any, Any]] | None:
-        """What two expressions may be at the same time; None where that is not known."""
+        """Return the pairs of values that two expressions may have at the same time; None if not known."""
         one, two = self.of(first), self.of(second)
         if one is None or two is None or min(len(one), len(two)) > 1:
             return None
         return [(a, b) for a in one for b in two]
 
     def iterations(self, around: Sequence[ast.AST], sure: bool = True) -> Iterator[bool]:
-        """Goes through those rounds of the loops ``around`` a place, the last of ``around``, that come to it. Meanwhile
-        names mean what they mean in that round. Yields whether it is sure that the round comes there."""
+        """Go through the iterations of the loops ``around`` a place that reach it; the place is the last of ``around``.
+
+        During an iteration, names have their values of that iteration. Yield True if it surely reaches the place.
+        """
         if len(around) < 2:
             yield sure
             return
@@ -150,8 +152,10 @@ class Namespace:
             yield from self.iterations(inside, sure)
 
     def _passes(self, statements: list[ast.stmt], sure: bool) -> tuple[bool | None, bool]:
-        """Whether a round of a loop goes on behind the statements (None: the next round comes; False: none does), and
-        whether that is sure."""
+        """Return what an iteration of a loop does after the statements, and whether that is sure.
+
+        True: it continues. None: the next iteration begins. False: the loop ends.
+        """
         for statement in statements:
             if not any(isinstance(n, _JUMPS) for n in ast.walk(statement)):
                 continue
@@ -167,14 +171,14 @@ class Namespace:
         return True, sure
 
     def _decided(self, test: ast.expr) -> Any:
-        """The value of a condition in this round; "alike" if it does not depend on the round, None if not known."""
+        """Return the value of a condition in this iteration; "alike" if it is the same in all, None if not known."""
         if not self._may_vary(test, set()):
             return "alike"
         values = self.of(test)
         return bool(values[0]) if values is not None and len(values) == 1 and type(values[0]) in _EXACT else None
 
     def _may_vary(self, node: ast.AST, asked: set[str]) -> bool:
-        """Whether an expression may have another value in another round."""
+        """Return True if an expression may have another value in another iteration."""
         for name in {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - asked:
             asked.add(name)
             if name in self.iteration:
@@ -185,13 +189,13 @@ class Namespace:
         return False
 
     def _binds_alone(self, loop: ast.For) -> bool:
-        """Whether no other statement in the loop gives its names a value."""
+        """Return True if no other statement in the loop assigns to its variables."""
         inside = {id(n) for n in ast.walk(loop)}
         names = _names_in(loop.target)
         return not any(n is not loop and id(n) in inside for name in names for n in self.bound.get(name, ()))
 
     def items(self, node: ast.expr) -> Values:
-        """The elements of what a loop goes over; of tuples as tuples."""
+        """Return the elements that a loop iterates over."""
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
             function = self._name(node.func.id)
             if _is_one(function, range):
@@ -219,7 +223,7 @@ class Namespace:
         return _each(self.of(node), _elements)
 
     def chains(self, node: ast.expr) -> list[list[Any]] | None:
-        """What a chain may go over: a list of its modules for each possibility; None: not known, or no list."""
+        """Return the possible lists of modules that a chain iterates over; None if not known or no list."""
         containers = self.of(node)
         if containers is None:
             called = node.func if isinstance(node, ast.Call) else None
@@ -262,7 +266,7 @@ class Namespace:
         else:
             several = self.of(node.slice)
             index = several[0] if several is not None and len(several) == 1 and type(several[0]) in _EXACT else None
-        if index is None:  # any of them
+        if index is None:  # unknown: any element
             return _each(containers, lambda v: _elements(v))
         return _each(containers, lambda v: _element(v, index))
 
@@ -277,7 +281,7 @@ def _is_one(values: Values, what: Any) -> bool:
 
 
 def _applied(kind: type[ast.AST], *operands: Values) -> Values:
-    """The operator on the operands, if each is one number, string or None; ``is`` of any two objects."""
+    """Return the operator's result if each operand is one known number, string or None; ``is`` takes any objects."""
     any_type = kind in (ast.Is, ast.IsNot)
     known = [v[0] for v in operands if v is not None and len(v) == 1 and (any_type or type(v[0]) in _EXACT)]
     if len(known) < len(operands) or kind not in _OPERATORS:
@@ -292,7 +296,7 @@ def _range(arguments: list[Values]) -> Values:
     known = [v[0] for v in arguments if v is not None and len(v) == 1 and type(v[0]) is int]
     try:
         numbers = range(*known) if len(known) == len(arguments) else None
-    except (TypeError, ValueError):  # not one to three of them; a step of 0
+    except (TypeError, ValueError):  # a wrong number of arguments, or a step of 0
         return None
     return None if numbers is None or len(numbers) > _MAX_ITERATIONS else list(numbers)
 
@@ -302,7 +306,7 @@ def _names_in(target: ast.expr) -> list[str]:
 
 
 def _bound_by(node: ast.AST) -> set[str]:
-    """The names that a node gives a value: each is asked of the statement, not of the name's own node."""
+    """Return the names that a statement assigns to; a name's own node gives none."""
     if isinstance(node, ast.Assign):
         targets: list[ast.AST] = list(node.targets)
     elif isinstance(node, ast.AugAssign | ast.AnnAssign | ast.NamedExpr | ast.For | ast.AsyncFor | ast.comprehension):
@@ -338,7 +342,7 @@ def _each(values: Values, f: Any) -> Values:
 
 
 def state(value: Any) -> dict[str, Any]:
-    """The attributes of a module's own, of nn's or Python's, without asking its class."""
+    """Return the own attributes of a module, of torch's or Python's kind, without running code of its class."""
     return object.__getattribute__(value, "__dict__")
 
 
@@ -350,7 +354,7 @@ def _in_class(cls: type, name: str) -> Any:
 
 
 def _is_plain_attribute(cls: type, name: str) -> bool:
-    """Whether the attribute of a module of this class is looked up without running code of the class."""
+    """Return True if looking up this attribute runs no code of the class."""
     found = _in_class(cls, name)
     return _is_looked_up_plainly(cls) and (
         found is _MISSING

@@ -281,7 +281,7 @@ def test_table_and_plot(tmp_path):
         "Slower than stock: 2 of 4",
         "0.50x slow, fp32, forward, hot",
         "REFUSED in-place on fast fp32 relu, not timed: y: error [bold]7",
-        "broken off",
+        "interrupted",
     ):
         assert line in text
     assert "fast ◀" not in text
@@ -358,7 +358,7 @@ def test_a_run_broken_off_leaves_earlier_results_alone(tmp_path, small_machine, 
     assert out.read_text() == "earlier"
     partial = records.load(tmp_path / "r.partial.json")
     assert (len(partial.layers), partial.complete) == (1, False)
-    assert "broken off" in capsys.readouterr().out
+    assert "interrupted" in capsys.readouterr().out
 
 
 def test_saving_is_all_or_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""Models for ``fuse``'s tests, and what is asked of all: their numbers, and whether they run fused."""
+"""Models for ``fuse``'s tests, and the checks for all of them: their numbers, and that they run fused."""
 
 from unittest import mock
 
@@ -13,7 +13,7 @@ X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_se
 
 
 class Net(nn.Module):
-    """Two layers of each size, modules and functions to go between them; the forms below are its forwards."""
+    """Two layers of each size, with modules and functions between them; the forms below are its forwards."""
 
     def __init__(self):
         super().__init__()

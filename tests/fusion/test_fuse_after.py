@@ -1,4 +1,4 @@
-"""Fused models: whatever is done to them later, they compute what stock would, and keep what they had."""
+"""Fused models that are changed later: they compute the same as stock, and keep their state."""
 
 import copy
 import io
@@ -72,7 +72,7 @@ class Doubled(nn.Module):
 
 
 class Seen(torch.Tensor):
-    """A tensor that notes what it goes through."""
+    """A tensor that records its operators."""
 
     calls: list = []  # noqa: RUF012
 

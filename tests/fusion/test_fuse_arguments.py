@@ -1,4 +1,4 @@
-"""Which layers ``fuse`` is asked for, what example inputs show, and rules of the user's own."""
+"""The arguments of ``fuse``: the selected layers, example inputs, and rules of the user."""
 
 import re
 from unittest import mock
@@ -38,7 +38,7 @@ def test_which_layers(settings, fused):
     with mock.patch("dlkernels.fusion.call._run", wraps=dlkernels.fusion.call._run) as runs:
         model(X)
     assert runs.call_count == len(fused)
-    assert not fused or "not asked for" in str(report(there)) or len(fused) == 3
+    assert not fused or "not selected" in str(report(there)) or len(fused) == 3
 
 
 def test_bad_arguments():
@@ -50,7 +50,7 @@ def test_bad_arguments():
 
 
 class Given(nn.Module):
-    """The activation is an argument: no one knows before the call."""
+    """The activation is an argument: it is not known before the call."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ def test_example_inputs_show_what_the_source_does_not():
     assert never.reached is False and "not reached" in str(report(model))
     assert re.search(r"fc1 +relu +fused +\d+\.\d\dx", str(report(model)))
     fuse(model, example_inputs=(x, F.softplus))
-    assert report(model).sites[0].status == "skipped" and "no kernel ends in softplus" in str(report(model))
+    assert report(model).sites[0].status == "skipped" and "no kernel has the activation softplus" in str(report(model))
 
 
 class Plus(nn.Module):
@@ -124,7 +124,7 @@ def test_rules_of_the_users_own(clean_rules):
     assert [s.path for s in report(fuse(model)).fused] == ["layer"]
     torch.testing.assert_close(numbers(model, X), expected, rtol=1e-12, atol=1e-12)
     model = nn.Sequential(nn.Linear(6, 8), Plus()).double()
-    register_fusion(Plus, activation="relu")  # which is wrong
+    register_fusion(Plus, activation="relu")  # this rule is wrong
     with pytest.raises(RuntimeError, match="rounding errors from float64's"):
         fuse(model, example_inputs=X)
     assert type(model) is nn.Sequential

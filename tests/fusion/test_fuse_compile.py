@@ -26,7 +26,7 @@ def _fresh_dynamo():
 
 
 class Count:
-    """A backend that runs the graph as it is, and counts the fused layers in it."""
+    """A backend that runs the graph uncompiled and counts the fused layers in it."""
 
     def __init__(self):
         self.fused = self.graphs = 0
@@ -134,7 +134,7 @@ def test_backend_fuses_what_it_is_given(then, monkeypatch):
 
 
 def test_backend_reaches_what_no_source_shows(monkeypatch):
-    """Layers found by name at run time, a function of no module."""
+    """Layers are looked up by name at run time, in a function outside any module."""
     counts = counted(monkeypatch)
     layers = {"first": nn.Linear(6, 8), "second": nn.Linear(8, 8)}
 
@@ -182,7 +182,7 @@ def test_backend_leaves_what_would_change(f, monkeypatch):
 
 
 def test_backend_and_a_change_in_place_in_between(monkeypatch):
-    """The product is taken where it was, not where the activation is."""
+    """The product is computed at the place of the linear call, not of the activation."""
     counts = counted(monkeypatch)
     a = nn.Linear(6, 6)
 

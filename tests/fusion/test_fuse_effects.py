@@ -18,7 +18,7 @@ from tests.fusion.fusable import THREE, Named, Nested, X, made, numbers, runs_fu
 
 
 class Switching(nn.Module):
-    """Whatever is asked of it replaces its activation by another and is noted."""
+    """Every access replaces its activation by another one and is recorded."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ F.leaky_relu(h, self.steepness)
 
 
 def written(text):
-    """A class whose forward is the text: its file is kept, for ``fuse`` to read."""
+    """Return a class whose forward is the text. Its file is kept, so that ``fuse`` can read it."""
     directory = pytest.tmp_directory
     path = directory / f"forward_{abs(hash(text))}.py"
     path.write_text(text)
@@ -143,7 +143,7 @@ def _directory(tmp_path):
 
 
 def same_as_stock(cls, calls=2):
-    """Twice stock and twice fused: the same numbers, and the same effects in the same order."""
+    """Two stock runs and two fused runs have the same numbers, and the same effects in the same order."""
     stock, fused = made(cls), fuse(made(cls))
     for _ in range(calls):
         expected = _numbers(stock)
@@ -175,7 +175,7 @@ def test_an_effect_between_layer_and_activation(statement):
     )
     same_as_stock(cls)
     why = next(s.why for s in report(fuse(made(cls))) if s.path == "fc")
-    assert any(true in why for true in ("may have an effect", "may run code", "does not follow")), why
+    assert any(true in why for true in ("may have a side effect", "may run code", "does not follow")), why
 
 
 @pytest.mark.parametrize("result", WITH)
@@ -224,7 +224,7 @@ class SlopeAsked(Switching):
 
 
 class Swallowed(Switching):
-    """What is raised in between is swallowed, and then the name is read."""
+    """An exception in between is suppressed, and then the name is read."""
 
     def forward(self, x, s):
         import contextlib
@@ -237,7 +237,7 @@ class Swallowed(Switching):
 
 
 class Chain(Switching):
-    """A layer's hook replaces the module behind it."""
+    """A layer's hook replaces the module after it."""
 
     def __init__(self):
         super().__init__()
@@ -255,7 +255,7 @@ class Chain(Switching):
 
 
 class Lazily(Switching):
-    """What a loop goes over is made while it goes."""
+    """The elements of a loop are created during the loop."""
 
     def each(self):
         yield self.fc
@@ -359,7 +359,7 @@ def test_a_weight_that_is_a_vector(cls):
 
 
 class Scaled(nn.Linear):
-    """Inherits forward, and has a weight of its own."""
+    """A class that inherits forward and has its own weight."""
 
     @property
     def weight(self):
@@ -478,7 +478,7 @@ class TouchyFunction:
 
 
 class Empty(nn.Sequential):
-    """Has no length, and layers all the same."""
+    """A container without a length, which has layers."""
 
     def __len__(self):
         return 0
@@ -519,7 +519,7 @@ def test_fuse_asks_nothing_of_the_models_modules():
 
 
 class Once(type):
-    """A metaclass that has each name once."""
+    """A metaclass that allows each name once."""
 
     names = set()  # noqa: RUF012
 

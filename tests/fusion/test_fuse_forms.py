@@ -1,4 +1,4 @@
-"""``fuse`` on forwards written for it to stumble over: what it finds, and that it computes the same."""
+"""``fuse`` on difficult forwards: the sites that it finds, and the same numbers."""
 
 import copy
 from unittest import mock
@@ -15,7 +15,7 @@ from tests.fusion.zoo import linear_outputs_into_activations
 
 
 def form(**sites):
-    """A forward to be put into Net, and the sites that are in it: layer to activation."""
+    """A forward for Net, and the sites in it, from layer to activation."""
 
     def take(forward):
         name = "".join(part.capitalize() for part in forward.__name__.split("_"))
@@ -160,7 +160,7 @@ def one_of_two_calls(self, x):
 
 
 def enclosed():
-    """A class made in a function, with all that a method's code may get from its surroundings."""
+    """A class created in a function: its methods use everything that code can get from its surroundings."""
     factor = 2.0
 
     class Fancy(Net):

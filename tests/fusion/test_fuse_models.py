@@ -1,6 +1,6 @@
-"""``fuse`` on models that others wrote: the same numbers, the same keys, and exactly the sites that are there.
+"""``fuse`` on models of other libraries: the same numbers, the same keys, and exactly the expected sites.
 
-In float64, where a ReLU whose input is within rounding of 0 does not happen; what is wrong there is wrong by far.
+The models are in float64: there no ReLU has an input within rounding of 0, so an error would be large.
 """
 
 import copy
@@ -75,7 +75,7 @@ def test_model(name):
     for i, (ours, exact) in enumerate(zip(fused[0], stock[0], strict=True)):
         scale = exact.abs().max()
         assert_no_worse(ours, exact, scale, max(error(n[0][i], exact, scale) for n in noisy), f"output {i}")
-    # One scale: the gradient of a key's bias is zero but for rounding, and has none of its own.
+    # One scale for all: the gradient of a key's bias is zero up to rounding, so it gives no scale.
     scale = torch.stack([g.abs().max() for g in stock[1].values()]).max()
     for key, ours in fused[1].items():
         exact = stock[1][key]
@@ -86,7 +86,7 @@ def test_model(name):
 
 
 def test_heads_that_only_train():
-    """GoogLeNet's auxiliary heads: F.relu(self.fc1(x), inplace=True), in training mode alone."""
+    """GoogLeNet's auxiliary heads: F.relu(self.fc1(x), inplace=True), in training mode only."""
     model, inputs = build("googlenet", googlenet)
     model.train()
     there = linear_outputs_into_activations(copy.deepcopy(model), lambda m: run(m, inputs))

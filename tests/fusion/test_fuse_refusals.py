@@ -1,4 +1,4 @@
-"""What ``fuse`` must leave alone, and the reason it gives."""
+"""Layers that ``fuse`` must not fuse, and the reasons that it reports."""
 
 import functools
 import importlib.util
@@ -40,8 +40,8 @@ def when(name, reason, change):
 
 when("forward_hook", "hook", lambda m: m.fc1.register_forward_hook(lambda *a: None))
 when("backward_hook", "hook", lambda m: m.fc1.register_full_backward_hook(lambda *a: None))
-when("weight_norm", "parametrised", lambda m: parametrizations.weight_norm(m.fc1))
-when("own_forward", "a forward of its own", lambda m: setattr(m, "fc1", Subclass(6, 8)))
+when("weight_norm", "parametrized", lambda m: parametrizations.weight_norm(m.fc1))
+when("own_forward", "its own forward", lambda m: setattr(m, "fc1", Subclass(6, 8)))
 when("lora", "no activation takes", lambda m: setattr(m, "fc1", Lora(m.fc1)))
 when("lazy", "hook", lambda m: setattr(m, "fc1", nn.LazyLinear(8)))
 when("forward_of_the_layer", "hook", lambda m: setattr(m.fc1, "forward", m.fc1.forward))
@@ -55,7 +55,7 @@ def also_added(self, x):
     return F.relu(h) + h
 
 
-@refused("kept in an attribute")
+@refused("stored in an attribute")
 def also_kept(self, x):
     self.kept = h = self.fc1(x)
     return F.relu(h)
@@ -84,7 +84,7 @@ def changed_in_between(self, x):
     return F.relu(h)
 
 
-@refused("between it and the activation, may have an effect")
+@refused("between it and the activation, may have a side effect")
 def an_effect_in_between(self, x):
     h = self.fc1(x)
     torch.set_grad_enabled(True)
@@ -109,17 +109,17 @@ def looks_at_names(self, x):
     return locals()["h"]
 
 
-@refused("no kernel ends in hardtanh")
+@refused("no kernel has the activation hardtanh")
 def another_activation(self, x):
     return F.hardtanh(self.fc1(x))
 
 
-@refused("no kernel ends in leaky_relu")
+@refused("no kernel has the activation leaky_relu")
 def negative_slope(self, x):
     return F.leaky_relu(self.fc1(x), -0.1)
 
 
-@refused("no kernel ends in Dropout")
+@refused("no kernel has the activation Dropout")
 def activation_before(self, x):
     return self.drop(self.fc1(F.relu(x)))
 

@@ -1,4 +1,4 @@
-"""The report says what is so: which layers come to a place, why others are left, what a call gains."""
+"""The report is true: the layers that reach a place, the reasons for skipped ones, the gain of a call."""
 
 import re
 import time
@@ -199,10 +199,10 @@ def test_calls_that_are_no_activation_are_not_open():
     assert type(model).__name__ == "no_activations" and not hasattr(model, "_fused_plan"), "nothing was rewritten"
 
 
-def test_not_asked_for_is_said_of_what_was_not_asked_for():
+def test_what_was_not_selected_is_reported_as_such():
     model = made(Nested)
-    assert "fuse has not been called" in str(report(model))
-    assert "not asked for" in str(report(fuse(model, activations="tanh")))
+    assert "fuse was not called" in str(report(model))
+    assert "not selected" in str(report(fuse(model, activations="tanh")))
     weight = model.fc.weight
     model.fc.weight = nn.Parameter(weight.detach().to(torch.complex64))
     fuse(model)

@@ -1,4 +1,4 @@
-"""Small models with random weights, out of torchvision, transformers and torch, to be fused; and a witness who counts.
+"""Small models with random weights from torchvision, transformers and torch, and a mode that counts their sites.
 
 ``MODELS`` maps a name to a function that returns a model and its inputs (a tensor or a dict of keyword arguments).
 """
@@ -32,7 +32,7 @@ def _vision(name, pixels=64, **settings):
 
 
 def _alexnet():
-    """With 32 hidden features in place of 4096: the rest of the suite waits."""
+    """It has 32 hidden features instead of 4096, to keep the test fast."""
     model, x = _vision("alexnet")
     model.classifier[1], model.classifier[4] = nn.Linear(256 * 6 * 6, 32), nn.Linear(32, 32)
     model.classifier[6] = nn.Linear(32, 7)
@@ -42,7 +42,7 @@ def _alexnet():
 def _vit():
     models = import_torchvision().models
     model = models.VisionTransformer(16, 8, 2, 2, 32, 64, num_classes=7, representation_size=24)
-    nn.init.normal_(model.heads.head.weight)  # they are zero, and with them all gradients
+    nn.init.normal_(model.heads.head.weight)  # otherwise they are zero, and so are all gradients
     return model, torch.randn(2, 3, 16, 16)
 
 
@@ -76,7 +76,7 @@ def _vision_mlp():
 
 
 def googlenet():
-    """With the auxiliary heads that it has in training mode."""
+    """It has its auxiliary heads, as in training mode."""
     return _vision("googlenet", aux_logits=True, init_weights=False)
 
 
@@ -94,7 +94,7 @@ _SIZES = {
 
 
 def _language(kind, **settings):
-    with contextlib.suppress(ImportError):  # transformers imports it where it is installed, and would stop there
+    with contextlib.suppress(ImportError):  # transformers imports it if it is installed, and would fail there
         import_torchvision()
     transformers = importlib.import_module("transformers")
     config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **settings})
@@ -186,7 +186,7 @@ _FUNCTIONS = {
     *(torch.relu, torch.relu_, torch.tanh, torch.sigmoid),
     *(torch.Tensor.relu, torch.Tensor.relu_, torch.Tensor.tanh, torch.Tensor.sigmoid),
 }
-# Activations that are several operators, of which the first would not tell.
+# Activations of several operators: the first one does not identify them.
 _COMPOSITE = ("NewGELUActivation", "AccurateGELUActivation", "ReLUSquaredActivation")
 
 
@@ -197,7 +197,7 @@ def _is_linear(module):
 
 
 class _Witness(TorchFunctionMode):
-    """Sees every function of torch that is called, and follows the outputs of linear layers into them."""
+    """Sees every called function of torch, and follows the outputs of linear layers."""
 
     def __init__(self):
         super().__init__()
@@ -223,7 +223,7 @@ class _Witness(TorchFunctionMode):
 
 
 def linear_outputs_into_activations(model, run):
-    """The linear layers of ``model`` whose output, when ``run`` runs it, goes to one activation and nowhere else."""
+    """Return the linear layers of ``model`` whose output goes only to one activation when ``run`` runs it."""
     witness, handles = _Witness(), []
     witness.sealed = []
 

@@ -1,4 +1,4 @@
-"""LinearReLU, LinearAct and MLP beside the stock modules they stand for."""
+"""LinearReLU, LinearAct and MLP compared with the stock modules that they replace."""
 
 import copy
 import re
@@ -61,7 +61,7 @@ def test_what_the_modules_look_like():
 
 
 def test_tools_that_look_for_nn_linear_do_not_find_ours():
-    """They would replace or wrap it, and the activation would be gone."""
+    """Such tools would replace or wrap the layer, and the activation would be lost."""
     model = MLP([4, 3, 2])
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
 
@@ -93,7 +93,7 @@ def test_device_and_dtype(device):
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(0, 3), (3, 0), (0, 0), (1, 1)])
 def test_smallest_sizes(inputs, outputs, device):
-    """As nn.Linear: allowed, with the same warning, the same bits and gradients."""
+    """As in nn.Linear it is allowed, with the same warning, the same bits and gradients."""
     layers, warned = [], []
     for make in (LinearReLU, nn.Linear):
         torch.manual_seed(1)
@@ -147,7 +147,8 @@ def pair(device, activation="relu", dropout=0.0, norm=None, sizes=(6, 8, 7, 3)):
 def test_mlp_is_the_stock_network(activation, dropout, norm, device):
     """Same parameters from the same seed under the same keys; same output, gradients, dropout and running statistics.
 
-    The numbers in float64, where rounding is out of the question."""
+    The numbers are in float64, where rounding does not matter.
+    """
     ours, stock = pair(device, activation, dropout, norm)
     assert same_state(ours, stock)
     ours, stock = ours.double(), stock.double()
@@ -178,7 +179,7 @@ def test_mlp_keys_and_last_layer(device):
 
 
 def test_mlp_fuses_its_hidden_layers():
-    """Where no norm stands between, the activation is in the layer; and no activation module runs."""
+    """Without a norm the activation is in the layer, and no activation module runs."""
     kinds = [
         (type(m).__name__, getattr(m, "activation", None)) for m in MLP([4, 3, 3, 2], "gelu") if list(m.parameters())
     ]
@@ -187,7 +188,7 @@ def test_mlp_fuses_its_hidden_layers():
 
 
 def test_mlp_as_a_sequence_behaves_as_the_stock_one(device):
-    """Positions, slices and append mean what they mean in the nn.Sequential it stands for."""
+    """Indices, slices and append mean the same as in the nn.Sequential that it replaces."""
     ours, stock = pair(device)
     x = torch.randn(4, 6, device=device)
     assert len(ours) == len(stock)

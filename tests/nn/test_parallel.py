@@ -74,7 +74,7 @@ def _in_child(queue):
 
 
 def test_plain_fork():
-    """With one thread in the child, as torch asks for: OpenMP's pool does not survive a fork."""
+    """The child uses one thread, as torch requires: OpenMP's pool does not survive a fork."""
     expected = float(step(1)[0].sum())
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -139,7 +139,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(kind, tmp_path):
-    """Half the batch each: after three steps of Adam the parameters are the single process's, in float64."""
+    """Each process has half the batch. After three steps of Adam the parameters are a single process's (float64)."""
     script = tmp_path / "train.py"
     script.write_text(_TRAIN)
     assert json.loads(python(str(script), kind).splitlines()[-1]) == [[kind, 0, 6], [kind, 1, 6]]

@@ -1,8 +1,9 @@
 """The activations themselves, element by element, in float32: weight = [[1]] makes z = x exactly.
 
-The oracle's rule, binade by binade: the largest error against float64 is at most twice stock torch's. Its unit is one
-rounding of the result and one of x carried through, eps/2 · (|f| + |x f'|): near a zero of f (silu's gradient has one)
-units in the last place of f would compare noise. Below the normal numbers it is the spacing of the subnormals.
+The oracle's rule holds for each binade: the largest error against float64 is at most twice stock torch's. The unit of
+errors is one rounding of the result plus the effect of one rounding of x, eps/2 · (|f| + |x f'|). Near a zero of f
+(silu's gradient has one) units in the last place of f would compare noise. Below the normal numbers the unit is the
+spacing of the subnormals.
 """
 
 import pytest
@@ -13,8 +14,7 @@ from dlkernels.testing import EXACT, STOCK
 
 
 def sweep():
-    """Every binade from the subnormals to 2^127, 257 numbers each, both signs; and what is special about exp and
-    tanh."""
+    """Every binade from the subnormals to 2^127, 257 numbers each, both signs, and special points of exp and tanh."""
     exponents = torch.arange(-149, 128, dtype=torch.float64)
     mantissas = torch.linspace(1, 2, 258, dtype=torch.float64)[:-1]
     magnitudes = (2 ** exponents.unsqueeze(1) * mantissas).flatten()
@@ -27,7 +27,7 @@ def sweep():
 
 
 def errors(actual, exact, scale):
-    """Per element, in units. 0 where both overflow to the same infinity; inf where one is NaN or infinite alone."""
+    """The error of each element in units. It is 0 if both are the same infinity, inf if only one is NaN or infinite."""
     info = torch.finfo(torch.float32)
     difference = (actual.double() - exact).abs() / (scale * (info.eps / 2) + info.smallest_normal * info.eps)
     difference = difference.masked_fill(actual == exact.float(), 0.0)  # also two infinities
@@ -35,7 +35,7 @@ def errors(actual, exact, scale):
 
 
 def derivatives(f, x):
-    """f, f' and f'' at x, computed where x is."""
+    """f, f' and f'' at x, computed on the device of x."""
     x = x.detach().requires_grad_()
     y = f(x)
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
@@ -49,7 +49,7 @@ def derivatives(f, x):
 
 def largest_per_binade(error, x):
     binade = x.double().abs().clamp(min=2.0**-149).log2().floor().long() + 149
-    binade = binade * 2 + (x < 0)  # the signs apart: one side of gelu and silu decays
+    binade = binade * 2 + (x < 0)  # each sign separately: one side of gelu and silu decays
     return torch.zeros(2 * 278, dtype=torch.float64).scatter_reduce(0, binade, error, "amax")
 
 
@@ -62,7 +62,7 @@ def test_error_in_every_binade(activation, device):
     f, first, second = derivatives(EXACT[activation], x.double())
     for what, order, exact, slope in (("value", 0, f, first), ("gradient", 1, first, second)):
         scale = exact.abs() + (x.double() * slope).abs()
-        sound = scale.isfinite()  # float64's own formulas give NaN for some huge x: nothing to measure against
+        sound = scale.isfinite()  # float64's formulas give NaN for some huge x: then there is no reference
         assert sound.sum() > 0.75 * len(x)
         mine, allowed = (
             largest_per_binade(errors(r[order][sound], exact[sound], scale[sound]), x[sound]) for r in (ours, stock)
@@ -77,7 +77,7 @@ def test_error_in_every_binade(activation, device):
 
 
 def test_gelu_in_its_left_tail(device):
-    """A few rounding errors, also where stock's 1 + erf(z) cancels to nothing."""
+    """The error is a few rounding errors, also where stock's 1 + erf(z) cancels completely."""
     x = -torch.linspace(0, 12.8, 100_001)
     one = torch.ones(1, 1, device=device)
     ours = derivatives(lambda x: functional.linear_act(x[:, None], one, None, "gelu")[:, 0], x.to(device))
@@ -88,7 +88,7 @@ def test_gelu_in_its_left_tail(device):
 
 @pytest.mark.parametrize("activation", STOCK)
 def test_infinities(activation, device):
-    """Against the formulas' limits, where float64 stock has them."""
+    """The results are the formulas' limits, where stock in float64 has them too."""
     x = torch.tensor([float("inf"), float("-inf")])
     y = functional.linear_act(x[:, None].to(device), torch.ones(1, 1, device=device), None, activation)[:, 0].cpu()
     exact = STOCK[activation](x.double())

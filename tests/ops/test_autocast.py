@@ -1,4 +1,4 @@
-"""Layers under bfloat16 autocast that read float32 parameters as they are: the numbers, what is kept, and when not."""
+"""Layers under bfloat16 autocast that read float32 parameters without a cast: numbers, saved tensors, conditions."""
 
 import copy
 
@@ -44,7 +44,7 @@ def stock(activation):
 
 
 def casts(activation):
-    """The layer in bfloat16, the casts before it made by torch."""
+    """The layer in bfloat16, after casts by torch."""
     return lambda *args: functional.linear_act(*(t if t is None else t.bfloat16() for t in args), activation)
 
 
@@ -114,7 +114,7 @@ def test_leading_sizes_under_autocast():
 @pytest.mark.parametrize("activation", STOCK)
 @pytest.mark.parametrize("needs", SUBSETS[1:], ids=str)
 def test_exactly_what_was_asked_for_under_autocast(needs, activation, dtype):
-    """One operator forward and one backward, no cast, the gradients asked for and nothing kept but for them."""
+    """There is one operator forward and one backward, and no cast. Only tensors for the needed gradients are saved."""
     layer = make(6, 70, 5, activation, dtype=dtype)
     leaves = [t.requires_grad_(n) for t, n in zip((layer.x, layer.weight, layer.bias), needs, strict=True)]
     x, w, _ = leaves
@@ -148,7 +148,7 @@ def test_change_in_place_before_backward_is_refused_under_autocast(which):
 @pytest.mark.parametrize("activation", STOCK)
 @pytest.mark.parametrize("shape", [(4, 70, 5), (40, 30, 20)], ids=str)
 def test_double_backward_under_autocast(activation, shape):
-    """As through the casts, for a penalty on every gradient; x is a result of something else."""
+    """A penalty on every gradient has the gradients of a layer with casts; x is computed from another tensor."""
     layer, results = make(*shape, activation), []
     for op in (ours(activation), casts(activation)):
         leaves = [t.detach().requires_grad_() for t in (layer.x, layer.weight, layer.bias)]
@@ -200,7 +200,7 @@ class Tagged(torch.Tensor):
 
 
 def test_tools_that_look_inside_see_casts():
-    """Transforms, forward mode, the compiler, subclasses: the derivatives of the layer in bfloat16."""
+    """Transforms, forward mode, the compiler and subclasses give the derivatives of the layer in bfloat16."""
     layer = make(6, 70, 5, "silu")
     x, w, b = layer.x, layer.weight, layer.bias
     op, expected = ours("silu"), casts("silu")(x, w, b)
@@ -246,7 +246,7 @@ def test_explain_says_who_converts(dtype):
     ("hidden", "operator", "path"), [(300, "autocast_forward", "packed"), (32, "_mlp", "fused_mlp")]
 )
 def test_chain_goes_by_layers_unless_it_is_narrow(hidden, operator, path):
-    """The chain kernels want all of it in bfloat16; without them the layers are faster one by one."""
+    """The chain kernels need all operands in bfloat16. Without these kernels the layers are faster one by one."""
     x, weights = torch.randn(2100, 16), [torch.randn(hidden, 16), torch.randn(5, hidden)]
     biases = [torch.randn(hidden), torch.randn(5)]
     run = under_autocast(lambda: functional.mlp(x, weights, biases, "gelu"))
@@ -272,5 +272,5 @@ print(_C.cpu_autocast(), torch.equal(y, casts), x.grad.dtype)
 
 @pytest.mark.parametrize("cap", [{"DLKERNELS_CPU_ISA": "portable"}, {"DLKERNELS_CPU_GEMM": "aten"}], ids=str)
 def test_without_such_products_autocast_casts(cap):
-    """Instructions without them, or torch's GEMM, which has none whose operands differ in dtype."""
+    """Instruction sets without such kernels, and torch's GEMM, whose operands must have one dtype."""
     assert python("-c", _EITHER, **cap).strip() == "False True torch.float32"

@@ -13,7 +13,7 @@ from dlkernels.testing import REWRITTEN, STOCK
 
 
 def arguments(lead=(3,), k=4, n=5, bias=True, device="cpu"):
-    """x, weight and bias in float64, no pre-activation near ReLU's kink, where no derivative exists."""
+    """x, weight and bias in float64. No preactivation is near 0, where ReLU has no derivative."""
     while True:
         shapes = [(*lead, k), (n, k), *([(n,)] if bias else [])]
         inputs = [torch.randn(*s, dtype=torch.float64, device=device) for s in shapes]
@@ -51,7 +51,7 @@ def test_second_derivative(activation, bias, device):
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("activation", ["relu", "relu2", "tanh"])
 def test_second_derivative_with_frozen_inputs(activation, frozen, device):
-    """What is not kept for a frozen input must not be missed by the second derivative."""
+    """The second derivative does not need the tensors that are not saved for a frozen input."""
     inputs = arguments(device=device)
     for i in frozen:
         inputs[i].requires_grad_(False)
@@ -59,7 +59,7 @@ def test_second_derivative_with_frozen_inputs(activation, frozen, device):
 
 
 def derivatives(op, inputs, order):
-    """Gradients of Σ y⁴ with respect to all inputs, then of their squares' sum, and so on ``order`` times."""
+    """Gradients of Σ y⁴ with respect to all inputs, then gradients of the sum of their squares, ``order`` times."""
     value, results = op(*inputs).pow(4).sum(), []
     for i in range(order):
         grads = torch.autograd.grad(value, inputs, create_graph=i + 1 < order)
@@ -127,7 +127,7 @@ def test_gradient_penalty_in_training_dtypes(device):
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("activation", STOCK)
 def test_tangent_of_the_incoming_gradient(activation, create_graph, device):
-    """Forward mode begun after the forward pass: g alone carries a tangent through the backward."""
+    """Forward mode begins after the forward pass: only g has a tangent in the backward."""
     inputs = arguments(device=device)
     results = []
     for op in (ours(activation), lambda x, w, b: REWRITTEN[activation](F.linear(x, w, b))):  # no fused silu_backward
@@ -185,8 +185,10 @@ def test_vectorised_jacobian_and_hessian_have_graphs(activation, device):
 
 @pytest.mark.parametrize("activation", STOCK)
 def test_a_gradient_depends_on_what_it_depends_on_in_stock(activation, device):
-    """For every subset of (x, weight, bias, g) that requires gradients, and all pairs in it: the gradient, zeros
-    included, or the same refusal, where one tensor's gradient does not depend on another."""
+    """Second derivatives for every subset of (x, weight, bias, g) that requires gradients, and all pairs in it.
+
+    Each is stock's gradient, zeros included, or stock's error where one tensor's gradient does not depend on another.
+    """
 
     def second(op, tensors, first, then):
         y = op(*tensors[:3])
@@ -214,7 +216,7 @@ def test_a_gradient_depends_on_what_it_depends_on_in_stock(activation, device):
 
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 def test_an_infinite_gradient_stops_at_a_closed_gate(activation, device):
-    """Also where torch's own operators do the work: with a batch, with a tangent, in the second derivative."""
+    """This also holds where torch's operators are used: with a batch, with a tangent, in the second derivative."""
     x = torch.tensor([[-1.0], [2.0]], dtype=torch.float64, device=device, requires_grad=True)
     one, results = torch.ones(1, 1, dtype=torch.float64, device=device), []
     g = torch.tensor([[torch.inf], [1.0]], dtype=torch.float64, device=device, requires_grad=True)
@@ -233,7 +235,7 @@ def test_an_infinite_gradient_stops_at_a_closed_gate(activation, device):
 
 
 def test_hooks_run_once_and_paths_count_once(device):
-    """A weight that comes twice, an input that depends on another, and hooks on all of them, with create_graph."""
+    """A weight is used twice, an input depends on another, and all have hooks, with create_graph."""
     results = []
     for op in (ours("tanh"), stock("tanh")):
         torch.manual_seed(0)

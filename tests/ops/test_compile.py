@@ -1,5 +1,7 @@
-"""The layer under torch.compile, torch.export and opcheck. (Backend aot_eager where no generated code is in
-question.)"""
+"""The layer under torch.compile, torch.export and opcheck.
+
+Where generated code does not matter, the backend is aot_eager.
+"""
 
 import io
 
@@ -33,7 +35,7 @@ def arguments(device, m=6, dtype=torch.float32):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", STOCK)
 def test_fullgraph_forward_and_backward(activation, bias, device):
-    """One graph, and in it our operators: the same bits as eager."""
+    """There is one graph with our operators, and it gives the same bits as eager."""
 
     def f(x, w, b):
         return functional.linear_act(x, w, b if bias else None, activation)
@@ -51,7 +53,7 @@ def test_fullgraph_forward_and_backward(activation, bias, device):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("activation", STOCK)
 def test_a_compiled_backward_is_one_operator(activation, dynamic, device):
-    """Also where the forward has a second output, z, whose gradient a compiler would make up."""
+    """The forward may have a second output z, for which a compiler would invent a gradient."""
     graphs = {"forward": [], "backward": []}
 
     def compiler(name):
@@ -169,14 +171,14 @@ def test_export_of_one_layer_has_its_parameters(device):
     assert sorted(program.state_dict) == ["bias", "weight"]
 
 
-# No test_autograd_registration: autograd stands outside the operators, in Functions.
+# test_autograd_registration is left out: autograd is in Functions, outside the operators.
 SCHEMA_AND_FAKE = ("test_schema", "test_faketensor")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3)], ids=str)
 def test_opcheck(lead, dtype, device):
-    """Schemas tell the truth about mutation and aliasing; fake kernels about shapes, strides, dtypes."""
+    """Schemas are right about mutation and aliasing, and fake kernels about shapes, strides and dtypes."""
     x, w, b, g = (torch.randn(*s, device=device, dtype=dtype) for s in ((*lead, 4), (5, 4), (5,), (*lead, 5)))
     for bias in (b, None):
         for op in (ops._linear_act_forward, ops._linear_act_forward_z):
@@ -193,7 +195,7 @@ def test_opcheck_under_the_dispatcher_of_compile(device):
 
 
 def test_fake_kernels_know_strides(device):
-    """Outputs are contiguous whatever comes in, and the fake ones say so."""
+    """Outputs are contiguous for every input, and the fake kernels say so."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     x, w = torch.randn(4, 6, device=device).t(), torch.randn(4, 5, device=device).t()

@@ -1,5 +1,4 @@
-"""The layer among torch's other tools: torch.func, autocast, checkpointing, parametrisation, copying, the meta
-device."""
+"""The layer with torch's other tools: torch.func, autocast, checkpointing, parametrization, copying, meta device."""
 
 import copy
 import io
@@ -33,7 +32,7 @@ def arguments(lead, device, dtype=torch.float64):
 
 
 def assert_same(got, want):
-    """Trees of float64 tensors, equal but for rounding."""
+    """Trees of float64 tensors are equal up to rounding."""
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
 
@@ -140,7 +139,7 @@ def test_a_batch_of_no_samples(in_dims, device):
     ids=["LinearReLU", "LinearAct", "MLP"],
 )
 def test_trace(make, grads, device):
-    """Torch's own operators: passes the tracer's own check, trains, takes any batch, runs without this package."""
+    """The program has torch's operators: it passes the tracer's check, trains, takes any batch, runs without us."""
     model = make().to(device)
     with torch.set_grad_enabled(grads):
         traced = torch.jit.trace(model, torch.randn(2, 4, device=device))
@@ -185,7 +184,7 @@ def test_autocast(activation, dtype, device):
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_leaves_float64_alone(low, device):
-    """As F.linear: a float64 model stays one, losses included."""
+    """As with F.linear, a float64 model stays in float64, losses included."""
     x, w, b = (t.requires_grad_() for t in arguments((3,), device))
     target = torch.tensor([0, 4, 2], device=device)
     for op, theirs in (
@@ -254,7 +253,7 @@ def test_checkpoint(activation, use_reentrant, device):
     ids=["weight_norm", "spectral_norm", "orthogonal", "prune"],
 )  # fmt: skip
 def test_weight_parametrisations(wrap, device):
-    """What replaces ``weight`` by a computed tensor trains the tensors behind it, as with nn.Linear."""
+    """If ``weight`` is a computed tensor, the tensors that it is computed from are trained, as with nn.Linear."""
     results = []
     for make in (lambda: LinearReLU(5, 5), lambda: nn.Linear(5, 5)):
         torch.manual_seed(3)
@@ -324,7 +323,7 @@ def test_hooks_and_inference_mode(device):
 
 
 def test_inference_tensors_cannot_enter_a_graph_unnoticed(device):
-    """As in stock torch: a tensor made in inference mode must not be saved for a backward."""
+    """As in stock torch, a tensor made in inference mode must not be saved for a backward."""
     with torch.inference_mode():
         x = torch.randn(2, 4, device=device)
     layer = LinearReLU(4, 3).to(device)

@@ -9,19 +9,19 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 
 def patterns(dtype):
-    """All 65536 of them."""
+    """All 65536 numbers of the dtype."""
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
 def through_subnormals(t):
-    """What is left of ``t`` where bf16 products are made by an instruction that reads subnormals as 0."""
+    """``t`` as read by a bf16 product instruction: some of them read subnormals as 0."""
     if t.dtype == torch.bfloat16 and _C.cpu_kernels()["isa"] in ("avx512_bf16", "amx"):
         return t.where(t.isnan() | (t.abs() >= torch.finfo(t.dtype).smallest_normal), 0)
     return t
 
 
 def assert_same_numbers(y, expected):
-    """NaN where expected has NaN, else equal (a sum that starts at +0 has no -0)."""
+    """Assert NaN where expected has NaN, else equality (a sum that starts at +0 is never -0)."""
     assert y.dtype == expected.dtype
     nan = expected.isnan()
     assert torch.equal(y.isnan(), nan)
@@ -61,8 +61,11 @@ def test_every_pattern_as_incoming_gradient(dtype):
 
 @HALVES
 def test_rounding_of_sums(dtype):
-    """y = round(a + c), the sum in float32: a of every exponent and c of every power of two make ties, carries into the
-    next binade, overflow just above the largest number and results among the subnormals."""
+    """y = round(a + c), with the sum in float32.
+
+    a has every exponent, c is every power of two. They give ties, carries into the next binade, overflow just above the
+    largest number, and subnormal results.
+    """
     info = torch.finfo(dtype)
     normal = patterns(dtype)
     normal = normal[normal.isfinite() & (normal.abs() >= info.smallest_normal)]
@@ -84,8 +87,11 @@ def test_rounding_of_sums(dtype):
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("which", ["x", "weight"])
 def test_rounding_of_float_operands_under_autocast(which, rows):
-    """Every bf16 number as float32, and its neighbours about the tie to the next: as torch rounds, in dot products and
-    in panels (40 rows). Left out are the subnormals that torch rounds up to a normal number: here they are 0."""
+    """Every bf16 number as float32, and the numbers around the tie to the next one, round as in torch.
+
+    This holds in dot products and in panels (40 rows). Subnormals that torch rounds up to a normal number are left out:
+    here they are 0.
+    """
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     bits = torch.arange(2**16)[:, None] * 2**16 + low
     values = bits.flatten().to(torch.uint32).view(torch.float32)

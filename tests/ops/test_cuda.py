@@ -1,5 +1,7 @@
-"""What only a GPU can show: unwritten memory, captured graphs, launches, streams, devices. The numbers of every other
-test file are checked on the GPU too, wherever a test takes the ``device`` fixture."""
+"""Tests that need a GPU: unwritten memory, captured graphs, launches, streams, devices.
+
+The numbers of the other test files are checked on the GPU too, in every test that takes the ``device`` fixture.
+"""
 
 from itertools import pairwise
 
@@ -27,7 +29,7 @@ SMALL = [
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_small_shapes(shape, activation, dtype):
-    """What compute-sanitizer runs (tools/gpu_check.sh sanitize)."""
+    """The test that compute-sanitizer runs (tools/gpu_check.sh sanitize)."""
     for bias in (True, False):
         assert_layer_no_worse(make(*shape, dtype, activation, bias, "cuda"), ours(activation))
 
@@ -50,7 +52,7 @@ def test_products_of_many_tiles(shape, dtype):
 
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 12_288), (torch.bfloat16, 24_576)], ids=str)
 def test_a_row_that_just_fits_in_shared_memory(dtype, classes):
-    """48 KiB, which with the kernel's own is more than a block has unless it was asked for."""
+    """48 KiB. With the kernel's own shared memory it is more than a block gets by default."""
     x, target = torch.randn(3, classes, dtype=dtype, device="cuda"), torch.tensor([0, 5, classes - 1], device="cuda")
     loss = losses.cross_entropy(x, target)
     torch.testing.assert_close(loss, F.cross_entropy(x.double(), target).to(dtype))
@@ -128,7 +130,7 @@ def test_captured_training_is_eager_training():
 
 
 def launches(step):
-    """Kernels, copies and fills that the GPU ran."""
+    """Return the number of kernels, copies and fills that the GPU ran."""
     step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as run:
@@ -157,7 +159,7 @@ def test_same_bits_every_time(shape, dtype):
 
 
 def test_kernels_run_on_the_current_stream():
-    """x arrives late on a stream of its own: on any other one the old x would be read."""
+    """x arrives late on its own stream: on another stream the kernel would read the old x."""
     layer = make(300, 200, 100, torch.float32, "relu", device="cuda")
     late = torch.randn_like(layer.x)
     expected = Layer(late, layer.weight, layer.bias, layer.g, "relu").run(ours("relu"))
@@ -173,7 +175,7 @@ def test_kernels_run_on_the_current_stream():
 
 
 def test_forward_makes_no_full_size_temporary():
-    """y is 64 MiB, and one bit of mask per element may stand beside it."""
+    """y is 64 MiB, and a mask of one bit per element is allowed besides."""
     x, w, b = (torch.randn(*s, device="cuda", requires_grad=True) for s in ((4096, 32), (4096, 32), (4096,)))
     functional.linear_relu(x, w, b)
     before = torch.cuda.memory_allocated()
@@ -248,7 +250,7 @@ def test_linear_cross_entropy(dtype):
 
 
 def test_chain_is_its_layers():
-    """functional.mlp on the GPU, by whatever way it goes, against the layers one by one."""
+    """functional.mlp on the GPU, by any path, against the layers one by one."""
     sizes = [784, 256, 128, 10]
     weights = [torch.randn(n, k, device="cuda").div(k**0.5).requires_grad_() for k, n in pairwise(sizes)]
     biases = [torch.randn(n, device="cuda", requires_grad=True) for n in sizes[1:]]

@@ -172,7 +172,7 @@ def test_a_failed_call_leaves_everything_usable():
 
 
 def test_malformed_calls_do_not_crash_a_process():
-    """All of them in one fresh interpreter, which then exits in good order. Here a crash would take pytest with it."""
+    """All malformed calls run in one new interpreter, which then exits normally. Here a crash would end pytest."""
     script = """
 import warnings; warnings.simplefilter("ignore")
 from tests.ops import test_errors
@@ -193,7 +193,7 @@ print(raised)
      ("DLKERNELS_CPU_GEMM", "blas", "must be own or aten, got 'blas'")],
 )  # fmt: skip
 def test_bad_environment_variables(variable, value, says):
-    """Said at the first call, as an exception, and again at the next one."""
+    """The first call raises, and so does the next one."""
     script = """
 import torch
 from dlkernels import functional

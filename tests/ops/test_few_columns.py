@@ -1,5 +1,7 @@
-"""Layers of 1 to 16 out_features, whose products have kernels of their own on the CPU: every count of columns, rows and
-columns of x around the blocks, and what a kernel may be asked to leave out."""
+"""Layers of 1 to 16 out_features, whose products have their own kernels on the CPU.
+
+The tests vary columns, rows and in_features around the block sizes, and the subset of gradients.
+"""
 
 import pytest
 import torch
@@ -67,7 +69,7 @@ def test_few_columns_confine_special_values(shape, dtype):
 
 
 def gradients(layer, *names):
-    """Those of ``names``, the others not asked for."""
+    """Return the gradients of ``names``; the others are not needed."""
     leaves = {"dx": layer.x.clone(), "dweight": layer.weight.clone(), "dbias": layer.bias.clone()}
     for name in names:
         leaves[name].requires_grad_()

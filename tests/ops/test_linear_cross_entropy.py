@@ -1,4 +1,4 @@
-"""Cross entropy of a linear layer without its logits: numbers by the oracle's rule, memory, what torch does with it."""
+"""Cross entropy of a linear layer without its logits: numbers by the oracle's rule, memory, use with torch's tools."""
 
 import inspect
 import os
@@ -26,7 +26,7 @@ NAMES = ["loss", "dx", "dweight", "dbias"]
 
 
 def stock(x, weight, bias, target, class_weight=None, **kw):
-    """torch's two functions, every leading index a row."""
+    """torch's two functions; every leading index is a row."""
     logits = F.linear(x, weight, bias).reshape(target.numel(), weight.shape[0])
     loss = F.cross_entropy(logits, target.reshape(-1), class_weight, **kw)
     return loss.reshape(target.shape) if kw.get("reduction") == "none" else loss
@@ -53,7 +53,7 @@ def problem(m, c, k, dtype=torch.float32, ignored=True):
 
 
 def incoming(loss):
-    """An incoming gradient that is no power of two; one of its own for each row where there is no reduction."""
+    """A gradient of the loss that is no power of two; with reduction "none" a different one for each row."""
     return 1.7 - 0.9 * torch.arange(loss.numel(), dtype=torch.float64).reshape(loss.shape).remainder(5).to(loss.dtype)
 
 
@@ -73,7 +73,7 @@ def close(got, want, **kw):
 
 
 def oracle(x, weight, bias, target, class_weight, smoothing, reduction, g):
-    """Each result in float64 and its scale: what one rounding error of every term of every sum may add up to."""
+    """Each result in float64 and its scale: one rounding error of every term adds up to at most one unit of it."""
     x, weight, bias, g = (t.double() for t in (x, weight, bias, g))
     m, c = target.numel(), weight.shape[0]
     w = torch.ones(c, dtype=torch.float64) if class_weight is None else class_weight.double()
@@ -101,7 +101,7 @@ def oracle(x, weight, bias, target, class_weight, smoothing, reduction, g):
 
 
 def reordered_stock(x, weight, bias, target, class_weight, **kw):
-    """Stock's results with every sum in another order: in float64 they show what rounding may do."""
+    """Stock's results with every sum in another order: in float64 they show how large rounding errors may be."""
     (m, k), c = x.shape, weight.shape[0]
     pm, pc, pk = torch.randperm(m), torch.randperm(c), torch.randperm(k)
     im, ic, ik = pm.argsort(), pc.argsort(), pk.argsort()
@@ -132,7 +132,7 @@ SHAPES = [
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_oracle(dtype, reduction, settings):
-    """At most twice stock's error over all shapes together: in one alone stock may be lucky."""
+    """The error is at most twice stock's over all shapes together: in a single one stock's may be small by chance."""
     smoothing, weighted = 0.1 if settings == "smoothed" else 0.0, settings != "plain"
     kw = {"reduction": reduction, "label_smoothing": smoothing}
     worst = {name: [0.0, 0.0] for name in NAMES}
@@ -164,7 +164,7 @@ def test_sums_over_slices_of_several_blocks(dtype):
 
 @ON_EVERY_DEVICE
 def test_small_gradients_survive_in_float16():
-    """1/count times a softmax over many classes is below binary16's range, and loss scaling comes only afterwards."""
+    """1/count times a softmax over many classes is below float16's range, and loss scaling happens only afterwards."""
     x, weight, bias, target, _ = problem(2048, 3000, 16, torch.float16, ignored=False)
     scale = 2.0**14
     exact = run(stock, x.double(), weight.double(), bias.double(), target, g=lambda t: torch.full_like(t, scale))
@@ -273,7 +273,7 @@ def test_class_weight_in_float32_beside_16_bits():
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_bias_is_a_bias_of_zeros(dtype):
-    """Bit for bit, although without one the gradient of 16-bit logits is rounded where they lie."""
+    """Both give the same bits, although without a bias the gradient of 16-bit logits is rounded in place."""
     for shape in [(7, 2, 8), (65, 33, 784), (530, 8200, 3)]:
         x, weight, bias, target, _ = problem(*shape, dtype)
         for reduction in REDUCTIONS:
@@ -285,7 +285,7 @@ def test_no_bias_is_a_bias_of_zeros(dtype):
 
 @pytest.mark.parametrize("kernels", ["ISA=portable", "GEMM=aten"])
 def test_numbers_on_every_kernel_set(kernels):
-    """The oldest instruction set and torch's GEMM, each in a process of its own."""
+    """The oldest instruction set and torch's GEMM, each in a separate process."""
     name, _, value = kernels.partition("=")
     subset = "(oracle and mean and weighted) or nothing or zeros"
     arguments = ("-q", "-p", "no:cacheprovider", __file__, "-k", subset)
@@ -302,10 +302,10 @@ def test_numbers_on_every_kernel_set(kernels):
     ids=["float32", "bfloat16"],
 )
 def test_the_logits_never_exist(dtype, reduction, shape):
-    """The peak of a step, gradients included, is a fraction of what the logits alone would take.
+    """The peak memory of a step, gradients included, is a fraction of the memory of all logits.
 
-    A block is an eighth of them here. torch's GEMM, where it is asked for, may have scratch of its own: oneDNN, on a
-    processor without bf16 instructions, holds a block's product in float32 beside the rounded one.
+    A block is an eighth of the logits here. torch's GEMM, if it is selected, may use its own scratch: on a processor
+    without bf16 instructions oneDNN holds a block's product in float32 besides the rounded one.
     """
     m, c, _ = shape
     logits = m * c * 4
@@ -327,7 +327,7 @@ def test_the_logits_never_exist(dtype, reduction, shape):
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_every_time_on_any_number_of_threads(dtype):
-    """Several blocks of rows; few classes, where the sum over rows is cut in slices; none."""
+    """Several blocks of rows; few classes, where the sum over rows is cut in slices; reduction "none"."""
     calls = [
         (problem(600, 8200, 5, dtype), {"label_smoothing": 0.1}),
         (problem(5000, 20, 33, dtype), {}),
@@ -393,7 +393,7 @@ def test_only_the_gradients_asked_for_are_made(dtype, kept_in):
     for needs in ((False, False, False), (True, False, True), (False, True, False)):
         _, *grads = ops._linear_cross_entropy(x, weight, bias, target, None, None, 1, -100, 0.0, *needs)
         assert [t is not None for t in grads] == list(needs)
-        # float16 has not the range for gradients that the incoming one is still to be applied to: backward rounds them
+        # float16 lacks the range for gradients that are not yet multiplied by grad_output: backward rounds them
         assert all(t.dtype == kept_in for t in grads if t is not None)
 
 
@@ -406,7 +406,7 @@ def test_backward_twice_gives_the_same_and_leaves_no_trace(reduction):
     first = torch.autograd.grad(loss, leaves, torch.ones_like(loss), retain_graph=True)
     expected = [t.clone() for t in first]
     for t in first:
-        t.zero_()  # what autograd hands out is the user's
+        t.zero_()  # the user may change the gradients that autograd returns
     second = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
     assert all(torch.equal(a, b) for a, b in zip(second, expected, strict=True))
 
@@ -475,7 +475,7 @@ def test_func_transforms(reduction):
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend):
-    """Forward and backward without a graph break, and the bits of eager (the op is the same)."""
+    """Forward and backward have no graph break, and the bits of eager (the op is the same)."""
     torch._dynamo.reset()
     x, weight, bias, target, class_weight = problem(6, 5, 4)
     for reduction in REDUCTIONS if backend == "aot_eager" else ("mean",):
@@ -536,7 +536,7 @@ def test_meta_device():
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast(dtype, low):
-    """The product in autocast's dtype, the loss in float32, gradients in each tensor's own: as stock."""
+    """As in stock, the product is in autocast's dtype, the loss in float32, each gradient in its tensor's dtype."""
     x, weight, bias, target, class_weight = problem(60, 50, 16, dtype)
     for reduction in REDUCTIONS:
         for weights in (None, class_weight):
@@ -661,7 +661,7 @@ def test_module_and_torchs_load_each_others_checkpoints(bias):
 @pytest.mark.parametrize("frozen", ["bias", "x and weight"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_operands_made_in_inference_mode(reduction, frozen):
-    """Those whose partner needs no gradient: stock does not save them either."""
+    """They are allowed if the other operand needs no gradient: stock does not save them either."""
     *tensors, target, _ = problem(6, 5, 4)
     results = []
     for op in (fused, stock):

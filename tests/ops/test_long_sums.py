@@ -1,5 +1,7 @@
-"""Sums of thousands to millions of terms of one sign, where each addition rounds a large number: the rule of
-dlkernels/testing/oracle.py holds there too, for every product, its bias gradient, chains and losses."""
+"""Sums of thousands to millions of terms of one sign, where each addition rounds a large number.
+
+The rule of dlkernels/testing/oracle.py holds there too, for every product, its bias gradient, chains and losses.
+"""
 
 from itertools import pairwise
 
@@ -43,7 +45,7 @@ def test_products_of_16_bits(shape, dtype):
 
 
 def judge(ours, stock, exact):
-    """The rule where every term is positive, so that a sum is the sum of its terms' magnitudes."""
+    """Assert the rule. Every term is positive, so a sum is also its scale."""
     for i, (mine, theirs, truth) in enumerate(zip(ours, stock, exact, strict=True)):
         truth = truth.double()
         assert_no_worse(mine, truth, truth.abs(), error(theirs, truth, truth.abs()), f"result {i}")
@@ -58,7 +60,7 @@ def with_gradients(f, leaves, g):
 @pytest.mark.parametrize("precision", ["autocast", "medium"])
 @pytest.mark.parametrize("shape", [(65536, 40, 33), (33, 65536, 8), (33, 9, 40_000)], ids=str)
 def test_products_in_bf16_of_float32(shape, precision):
-    """By AMX where there is one: its tiles add to one sum all along. The numbers are bfloat16's: only sums round."""
+    """AMX is used if there is one: its tiles add to one sum throughout. The operands are bfloat16: only sums round."""
     m, k, n = shape
     x, w, b, g = (positive(*s).bfloat16().float() for s in ((m, k), (n, k), (n,), (m, n)))
     exact = with_gradients(F.linear, [t.double() for t in (x, w, b)], g)

@@ -1,4 +1,4 @@
-"""The losses' modules, what they refuse, and their numbers on every kernel set."""
+"""The losses' modules, their errors, and their numbers on every kernel set."""
 
 import copy
 import os
@@ -50,7 +50,7 @@ def test_modules():
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_loss_beyond_the_dtype_is_infinite(dtype, reduction):
-    """As stock's: the sum is made in float64, and 1e39 is no float32."""
+    """As in stock: the sum is in float64, and 1e39 is above float32's range."""
     far = torch.finfo(dtype).max * 0.9
     x = torch.tensor([[far, -far], [-far, far]], dtype=dtype)
     index, var = torch.tensor([1, 0]), torch.ones_like(x)
@@ -68,7 +68,7 @@ def test_a_loss_beyond_the_dtype_is_infinite(dtype, reduction):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_sum_beyond_float64_is_infinite(sign):
-    """Each row's loss is in float64, their sum is not; nothing is lost to Inf - Inf."""
+    """Each row's loss is within float64's range, their sum is not; no Inf - Inf makes it NaN."""
     z = torch.tensor([[0.7e308, -0.7e308]] * 3, dtype=torch.float64) * sign
     index = torch.tensor([1 if sign > 0 else 0] * 3)
     for reduction in ("sum", "mean"):
@@ -150,7 +150,7 @@ NUMERICAL = [str(ROOT / f"tests/ops/test_losses_{loss}.py") for loss in ("cross_
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_numbers_on_every_kernel_set(isa):
-    """The numerical tests again, in a process that is held to an older instruction set."""
+    """The numerical tests again, in a process that uses an older instruction set."""
     if isa == _C.cpu_kernels()["isa"] or not {"portable": True, **_C.cpu_features()}[isa]:
         return  # they have run on it, or this CPU cannot
     which = "(mean and (cross_entropy or gaussian) and not plain) or (mse and sum) or logarithm or extreme"

@@ -16,7 +16,7 @@ from tests.support.losses_problems import DTYPES, REDUCTIONS, assert_like, class
 
 @ON_EVERY_DEVICE
 def test_small_gradients_survive_in_float16():
-    """A gradient of 1/N before loss scaling is below binary16's range; scaled, it must not have been rounded away."""
+    """A gradient of 1/N before loss scaling is below float16's range; it must not be rounded to 0 before scaling."""
     x, index, _, _ = class_problem((4096, 10), torch.float16, False, ignored=False)
     scale = torch.tensor(2.0**15, dtype=torch.float16)
     for ours, stock, tensors in (
@@ -107,7 +107,7 @@ CASES = cases()
 @ON_EVERY_DEVICE
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck_and_gradgradcheck(name):
-    op, inputs = cases()[name]  # where this test's tensors lie
+    op, inputs = cases()[name]  # the device of this test's tensors
     batched = {"check_batched_grad": True, "check_batched_forward_grad": True}
     assert torch.autograd.gradcheck(op, inputs, check_forward_ad=True, **batched)
     assert torch.autograd.gradgradcheck(op, inputs, check_batched_grad=True)
@@ -145,14 +145,14 @@ def test_backward_twice_gives_the_same_and_leaves_no_trace():
     loss = losses.cross_entropy(x, index)
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)
     expected = first.clone()
-    first.zero_()  # what autograd hands out is the user's
+    first.zero_()  # the user may change the gradients that autograd returns
     (second,) = torch.autograd.grad(loss, x)
     assert torch.equal(second, expected)
 
 
 @ON_EVERY_DEVICE
 def test_a_batched_gradient_has_a_graph():
-    """A penalty on it, as stock's, by both of torch's ways to batch; without create_graph there is none."""
+    """A penalty on the gradient equals stock's, with both of torch's batching methods; without create_graph none."""
     x, t, var = (a.double() for a in (torch.randn(4, 5), torch.randn(4, 5).softmax(1), torch.rand(4, 5) + 0.1))
     for ours, stock, tensors in (
         (losses.mse_loss, F.mse_loss, (x, t)),

@@ -17,7 +17,7 @@ TRANSFORMED = [n for n in CASES if n.endswith(("mean", "none", "mean-0.3", "mean
 
 
 def stock_twin(name):
-    """The case's op with torch's functions in the place of ours."""
+    """The case's op, with torch's functions instead of ours."""
     op, inputs = CASES[name]
 
     def twin(*args):
@@ -78,7 +78,7 @@ def compiled_inputs():
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_fullgraph(backend):
-    """Forward and backward without a graph break, and the bits of eager (the ops are the same)."""
+    """Forward and backward have no graph break, and the bits of eager (the ops are the same)."""
     torch._dynamo.reset()
     cases = compiled_inputs()
     for name in cases if backend == "aot_eager" else ("index",):

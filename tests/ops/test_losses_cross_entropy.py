@@ -94,7 +94,7 @@ def test_nothing_to_average(reduction, smoothing):
 def test_one_row(reduction):
     x = torch.randn(5)
     with torch.no_grad():
-        one = torch.tensor([3])  # torch's own backward does not take this one
+        one = torch.tensor([3])  # torch's own backward refuses this one
         torch.testing.assert_close(
             losses.cross_entropy(x, one, reduction=reduction), F.cross_entropy(x, one, reduction=reduction)
         )
@@ -128,9 +128,9 @@ def special_rows(c):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_logits(dtype, smoothing):
-    """Huge, infinite and NaN logits give what torch gives, row by row, also where the row is ignored.
+    """Huge, infinite and NaN logits give torch's result, row by row, also in an ignored row.
 
-    What torch gives in float64: in float16 its intermediate results overflow.
+    The reference is torch in float64: in float16 its intermediate results overflow.
     """
     for c in (3, 40):
         x = special_rows(c).to(dtype)
@@ -154,7 +154,7 @@ def test_extreme_logits(dtype, smoothing):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(6, 5), (6, 70), (3, 5, 4, 6), (2, 40, 3, 2)], ids=str)
 def test_cross_entropy_strides(shape, dtype):
-    """Any layout gives the bits of the contiguous one, or of a sum in another order."""
+    """Any layout gives the bits of the contiguous one, or those of a sum in another order."""
     x, index, soft, _ = class_problem(shape, dtype, False)
     for target, make in ((index, layouts if index.dim() > 1 else lambda t: {"same": t}), (soft, layouts)):
         for t in [target] if not target.is_floating_point() else make(target).values():

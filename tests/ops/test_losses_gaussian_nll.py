@@ -30,7 +30,7 @@ def test_gaussian_nll(dtype, reduction, full):
 
 
 def test_logarithm():
-    """With input = target the Gaussian loss is ln(var)/2: our logarithm over float32's whole range."""
+    """With input = target the Gaussian loss is ln(var)/2: this tests our logarithm over float32's whole range."""
     bits = torch.arange(1, 0x7F800000, 4099, dtype=torch.int32)
     var = torch.cat([bits.view(torch.float32), 1 + torch.arange(-2000, 2000) * torch.finfo(torch.float32).eps])
     zero = torch.zeros_like(var)

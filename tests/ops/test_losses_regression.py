@@ -1,4 +1,4 @@
-"""The squared error against higher precision; with the Gaussian's, the values and layouts of elementwise losses."""
+"""The squared error against higher precision, and values and layouts of both elementwise losses."""
 
 import warnings
 
@@ -99,7 +99,7 @@ def test_elementwise_strides(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_layout_changes_no_bit(dtype):
-    """On CPU; on CUDA a compiler may contract the kernel for 16 bytes at a time otherwise than that for one element."""
+    """On CPU only: on CUDA the compiler may contract the kernel for 16 bytes and the one for an element differently."""
     x, t, var = (tensor.to(dtype) for tensor in (torch.randn(7, 33), torch.randn(7, 33), torch.rand(7, 33) + 0.1))
     expected = run_loss(losses.gaussian_nll_loss, [x, t, var], torch.ones_like)
     for a in layouts(x).values():

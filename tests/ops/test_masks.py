@@ -1,4 +1,4 @@
-"""Mask bits in the ops and their autograd, where the device's kernels have them: all is as it is from y itself."""
+"""Activation masks in the ops and their autograd, on devices whose kernels have them: all results equal those of y."""
 
 from itertools import pairwise
 
@@ -38,14 +38,14 @@ def keeps(y):
 
 
 def from_y(monkeypatch, function):
-    """What ``function`` returns where no mask is kept."""
+    """Return the result of ``function`` without masks."""
     with monkeypatch.context() as patch:
         patch.setattr(masks, "DEVICES", set())
         return function()
 
 
 def moved(t):
-    """A mask where no 16-byte access may begin."""
+    """A mask at an address where no 16-byte access may begin."""
     return torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape) if t.dtype == torch.uint8 else t
 
 
@@ -136,7 +136,7 @@ def test_a_gradient_that_is_differentiated(act, dtype, masked, monkeypatch):
 
 @OF_ACTIVATIONS
 def test_a_gradient_depends_on_what_y_is_made_of(act, masked, monkeypatch):
-    """By zeros, as in stock: one gradient at a time, alone and batched, with each subset of inputs that get some."""
+    """The second derivative is zeros, as in stock: for one gradient, alone and batched, and each subset of inputs."""
     values = [t.detach() for t in operands(masked, torch.bfloat16, 4, 8, 3)]
     g = values.pop()
     for frozen in range(4):
@@ -204,7 +204,7 @@ def test_an_unaligned_bias(dtype, masked, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(M, N, K), (300, 128, 64)], ids=str)
 def test_a_mask_that_comes_back_otherwise(shape, masked):
-    """Through hooks for saved tensors: with other strides, or where no 16-byte access may begin."""
+    """Hooks for saved tensors return it with other strides, or at an address where no 16-byte access may begin."""
     x, w, b, g = operands(masked, torch.float16, *shape)
 
     def otherwise(t):

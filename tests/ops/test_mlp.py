@@ -1,7 +1,7 @@
-"""functional.mlp and nn.MLP's chain: the numbers of the layers one by one, in every way they are used.
+"""functional.mlp and nn.MLP's chain give the numbers of the layers one by one, in every use.
 
-tests/kernels/test_isa.py runs this file again under every instruction set with DLKERNELS_CPU_GEMM=own, which takes the
-chain kernels for any number of rows.
+tests/kernels/test_isa.py runs this file again under every instruction set with DLKERNELS_CPU_GEMM=own, which selects
+the chain kernels for any number of rows.
 """
 
 import copy
@@ -53,7 +53,7 @@ class Chain:
         return torch.autograd.grad(y, self.leaves, self.g)
 
     def exact(self, outputs):
-        """Gradients in float64 on the CPU, with the gates of ReLU where these outputs have them."""
+        """Gradients in float64 on the CPU, with ReLU's gates read from these outputs."""
         twin = [t.detach().cpu().double().requires_grad_() for t in self.leaves]
         x, weights, biases = twin[0], twin[1 : 1 + len(self.weights)], iter(twin[1 + len(self.weights) :])
         for w, b, act, out in zip(weights, self.biases, self.acts, outputs, strict=True):
@@ -179,7 +179,7 @@ def test_mlp_keeps_leading_sizes(shape, device):
 @pytest.mark.parametrize("rows", [20, 2100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_mlp_confines_inf_and_nan_to_their_rows(rows, dtype, device):
-    """Odd widths: a panel's padding must not let Inf · 0 through."""
+    """With odd widths a panel's padding must not compute Inf · 0."""
     chain = Chain(rows, [15, 33, 17, 3], device, dtype)
     with torch.no_grad():
         chain.x[3, 2], chain.x[7, 14], chain.x[9, 0] = float("inf"), float("nan"), -float("inf")
@@ -242,7 +242,7 @@ def test_mlp_refuses_what_changed_before_backward():
 
 
 def test_mlp_leaves_its_activations_alone(device):
-    """y is an output like any other: changed in place after backward could not care less."""
+    """y is an ordinary output: it may be changed in place after backward."""
     chain = Chain(2100, NARROW, device)
     y = chain.mlp()
     y.data.mul_(2)
@@ -277,7 +277,7 @@ def test_mlp_refuses(call, error, message):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often nn.MLP ran as a chain."""
+    """Count how often nn.MLP ran as a chain."""
     counted = []
     real = dlkernels.nn.mlp
     monkeypatch.setattr(dlkernels.nn, "mlp", lambda *a, **k: (counted.append(1), real(*a, **k))[1])
@@ -333,7 +333,7 @@ def test_module_steps_aside_where_a_layer_is_special(calls):
 
 
 def test_editing_does_what_the_docstring_says():
-    """The activation is in the layer: it goes where the layer goes, and stays where only its position is touched."""
+    """The activation is in the layer: it moves with the layer, and stays if only its position is edited."""
     x = torch.randn(9, 12)
     model = MLP([12, 20, 5], "tanh")
     first = linear_act(x, model[0].weight, model[0].bias, "tanh")

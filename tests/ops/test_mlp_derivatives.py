@@ -1,5 +1,7 @@
-"""Derivatives of functional.mlp and nn.MLP beyond the plain gradient: those of stock torch's layers one by one, however
-the inputs depend on each other, whoever listens, and whichever tool asks."""
+"""Derivatives of functional.mlp and nn.MLP besides the plain gradient equal those of stock torch's layers one by one.
+
+This holds for inputs that depend on each other, with hooks, and for every tool that computes derivatives.
+"""
 
 from functools import partial
 from itertools import product
@@ -83,7 +85,7 @@ DEPENDENT = [tied, autoencoder, twice_through, made_of_x, bias_of_weight]
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("f", DEPENDENT)
 def test_inputs_that_depend_on_each_other(f, order, device):
-    """A path between two inputs is counted once, not by the chain's own backward too."""
+    """A path between two inputs counts once, and not again in the chain's own backward."""
     leaves = [(torch.randn(4, 4, dtype=D, device=device) * 0.5).requires_grad_() for _ in range(2)]
     results = []
     for op in (ours, stock):
@@ -273,7 +275,7 @@ def test_gradients_in_batches_with_a_graph(act, device):
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("act", STOCK)
 def test_tangent_of_the_incoming_gradient(act, create_graph, device):
-    """Forward mode begun after the forward pass: g alone carries a tangent through the backward."""
+    """Forward mode begins after the forward pass: only g has a tangent in the backward."""
     leaves = operands(device=device)
     results = []
     for op in (ours, rewritten):
@@ -341,7 +343,7 @@ def test_second_derivative_for_any_of_the_inputs(acts, device):
 
 
 def test_gradients_of_some_after_all_required_one(device):
-    """autograd.grad for less than requires a gradient, again and again through one graph."""
+    """autograd.grad for some of the tensors that require a gradient, several times through one graph."""
     leaves = operands(device=device)
     results = []
     for op in (ours, stock):
@@ -361,7 +363,7 @@ def refusal(error, words):
 
 
 def outcome(op, acts, wanted, changed, create_graph):
-    """The gradients, or that torch refuses, where one operand is changed in place before they are asked for."""
+    """Return the gradients after one operand was changed in place, or that torch refuses them."""
     torch.manual_seed(1)
     leaves = operands((4, 5, 3, 2))
     inputs = chosen(leaves, wanted)
@@ -381,8 +383,10 @@ def outcome(op, acts, wanted, changed, create_graph):
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("acts", [("none",) * 3, ("relu", "tanh", "none"), ("gelu", "silu", "gelu")], ids=str)
 def test_changed_in_place_as_in_stock(acts, create_graph):
-    """What no gradient reads may change before backward; what one reads may not. Every operand, whoever needs a
-    gradient."""
+    """A tensor that no gradient reads may change before backward; one that is read may not.
+
+    This is tested for every operand and every set of needed gradients.
+    """
     for wanted, changed in product(range(1, 2**7), range(7)):
         got, want = (outcome(op, acts, wanted, changed, create_graph) for op in (ours, stock))
         if isinstance(want, str):
@@ -393,7 +397,7 @@ def test_changed_in_place_as_in_stock(acts, create_graph):
 
 
 def test_saves_only_what_the_gradients_read(device):
-    """In bytes, never more than stock's layers."""
+    """The saved bytes are never more than those of stock's layers."""
     leaves = operands(device=device)
     for acts, wanted in product([("relu", "tanh", "relu"), ("gelu", "silu", "none")], range(1, 2 ** len(leaves))):
         chosen(leaves, wanted)
@@ -413,7 +417,7 @@ def test_saves_only_what_the_gradients_read(device):
 
 
 def test_operands_made_in_inference_mode(device):
-    """As in stock: what a gradient would read must not be one, all else may."""
+    """As in stock, a tensor that a gradient reads must not be an inference tensor; all others may."""
     leaves = operands((4, 5, 2), device=device)
     outcomes = []
     for op in (ours, stock):
@@ -445,7 +449,7 @@ def test_operands_made_in_inference_mode(device):
 
 @pytest.mark.parametrize("rows", [3, 2100])  # one by one, and by the chain kernels
 def test_second_derivative_under_autocast(rows, device):
-    """As of stock's layers under autocast, within the rounding of bfloat16."""
+    """The derivatives equal those of stock's layers under autocast, within the rounding of bfloat16."""
     leaves = [t.detach().float().requires_grad_() for t in operands((4, 6, 6, 3), rows, device)]
     results = []
     for op in (ours, stock):

@@ -1,4 +1,4 @@
-"""Our operators under torch's dispatch modes: what watches, counts or fakes every operator sees them whole."""
+"""Our operators under torch's dispatch modes: a mode that watches, counts or fakes operators sees each as one."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from dlkernels.testing import STOCK
 
 
 class Watch(TorchDispatchMode):
-    """Hands every operator on; ``ours`` counts those of this package."""
+    """Passes every operator on; ``ours`` counts those of this package."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def test_a_mode_sees_one_operator_each_way(device):
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_fake_tensors(frozen, act, device):
-    """Shapes and dtypes without data; also where only some tensors are fake, or none but what comes out."""
+    """Shapes and dtypes without data, also if only some tensors are fake, or only the results."""
     model = MLP([6, 8, 8, 3], act, device=device)
     for p in list(model.parameters())[: 2 * frozen]:
         p.requires_grad_(False)
@@ -98,7 +98,7 @@ def test_selective_checkpoint(device):
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 def test_operators_are_registered_as_torch_wants(act, device):
-    """Schema, fake kernel and the real one agree, also on what is not there."""
+    """Schema, fake kernel and real kernel agree, also on missing tensors."""
     codes = ({"relu": 1, "gelu": 4}[act],) * 2
     x, g = torch.randn(5, 6, device=device), torch.randn(5, 3, device=device)
     weights, biases = [torch.randn(8, 6, device=device), torch.randn(3, 8, device=device)], [None, g[0].clone()]

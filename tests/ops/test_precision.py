@@ -29,7 +29,7 @@ def rounded(t):
 
 
 def close(actual, exact, size):
-    """Within float32's rounding of sums whose terms add up to ``size``."""
+    """Assert equality within float32's rounding of sums whose terms have the total size ``size``."""
     assert ((actual.double() - exact).abs() <= 2e-6 * size + 1e-30).all()
 
 

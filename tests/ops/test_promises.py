@@ -1,4 +1,4 @@
-"""What the layer promises besides numbers: which gradients, which memory, whose mistakes are caught."""
+"""The layer's promises besides numbers: the gradients it computes, the memory it uses, the mistakes it detects."""
 
 import gc
 import weakref
@@ -71,7 +71,7 @@ def test_no_grad_saves_nothing_and_builds_no_graph(device):
 
 @pytest.mark.parametrize("activation", STOCK)
 def test_one_operator_forward_and_one_backward(activation, device):
-    """Nothing beside our two: no bias pass, no mask, no transposed copy, no cast."""
+    """Only our two operators run: no bias pass, no mask, no transposed copy, no cast."""
     x, w, b = leaves(device)
     with Record() as forward:
         y = functional.linear_act(x, w, b, activation)
@@ -127,15 +127,14 @@ def test_graph_is_freed_with_its_output(activation, device):
         gc.enable()
 
 
-# For each tensor changed in place between forward and backward, who must object. Stock's leaky_relu keeps z, ours y
-# (one
-# tensor less); there a changed y is refused, where stock does not look at it.
+# Each of these tensors is changed in place between forward and backward. Backward must raise where stock raises.
+# Stock's leaky_relu saves z, ours saves y (one tensor less): so there a changed y raises, but not in stock.
 CHANGED = ["x", "weight", "bias", "y"]
 STRICTER = {("leaky_relu", "y")}
 
 
 def gradients_after_change(op, which, device):
-    """The gradients of op, computed after ``which`` was changed in place; None where backward refuses."""
+    """Return the gradients of op after ``which`` was changed in place; None if backward raises."""
     torch.manual_seed(1)
     x, w, b = leaves(device)
     y = op(x, w, b)
@@ -170,7 +169,7 @@ def test_matmul_precision_setting(precision, device):
     shapes = {"relu": (64, 300, 40), "gelu": (3, 100, 33)}
     layers = [make(*shape, torch.float32, activation, device=device) for activation, shape in shapes.items()]
     highest = [layer.run(ours(layer.activation)) for layer in layers]
-    # TF32 rounds both operands to 2⁻¹¹, float32's unit is 2⁻²⁴; and cuBLAS may make no use of it.
+    # TF32 rounds both operands to 2⁻¹¹, float32's unit is 2⁻²⁴; and cuBLAS may not use it.
     granted = 2.0**14 if precision == "high" and device == "cuda" else 1.0
     try:
         torch.set_float32_matmul_precision(precision)
@@ -214,8 +213,10 @@ print(*step(4096, 4096, 32))
 
 @pytest.mark.parametrize(("activation", "outputs"), [("relu", 1), ("gelu", 2)])
 def test_no_full_size_temporary(activation, outputs):
-    """y (and z) are 64 MiB each. The process's peak memory grows by them in forward, and by no third; backward makes
-    its [M, N] gradient of z in registers, so that only the small gradients are new."""
+    """y (and z) are 64 MiB each. In forward the process's peak memory grows by them, and by no third tensor.
+
+    Backward computes its [M, N] gradient of z in registers, so only the small gradients are new.
+    """
     forward, backward = map(float, python("-c", _PEAK, activation, DLKERNELS_CPU_GEMM="own").split())
     assert forward < outputs * 64 + 32, f"forward grew by {forward:.0f} MiB"
     assert backward < 32, f"backward grew by {backward:.0f} MiB"

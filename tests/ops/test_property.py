@@ -1,4 +1,4 @@
-"""hypothesis looks for a call that breaks the rule: any shape, rank, strides, dtype, activation, set of gradients."""
+"""hypothesis searches for a call that breaks the rule: any shape, rank, strides, dtype, activation, gradients."""
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +12,7 @@ BOUNDED = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    # The device is the same for all examples of a test, so that its fixture need not be made anew for each.
+    # The device is the same for all examples of a test, so its fixture is created once.
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 SIZES = st.one_of(st.integers(0, 5), st.integers(0, 70))
@@ -20,7 +20,7 @@ SIZES = st.one_of(st.integers(0, 5), st.integers(0, 70))
 
 @st.composite
 def strided(draw, shape, dtype, seed):
-    """A tensor of that shape: a slice with steps of something larger, from an offset, transposed, expanded."""
+    """A tensor of this shape: a slice with steps of a larger tensor, from an offset, transposed, expanded."""
     sizes, index, expand = [], [], []
     for size in shape:
         step, before, after = draw(st.integers(1, 3)), draw(st.integers(0, 3)), draw(st.integers(0, 2))
@@ -30,7 +30,9 @@ def strided(draw, shape, dtype, seed):
         index.append(slice(before, before + kept * step, step))
         expand.append(size)
     order = draw(st.permutations(range(len(shape))))
-    memory = torch.full([sizes[i] for i in order], float("nan"), dtype=dtype)  # what lies between must not be read
+    memory = torch.full(
+        [sizes[i] for i in order], float("nan"), dtype=dtype
+    )  # the elements in between must not be read
     t = memory.permute([order.index(i) for i in range(len(shape))])[tuple(index)]
     generator = torch.Generator().manual_seed(seed)
     t.copy_(torch.randn(t.shape, generator=generator, dtype=torch.float64))
@@ -38,7 +40,7 @@ def strided(draw, shape, dtype, seed):
 
 
 def moved(t, device):
-    """The same strides and offset in memory of ``device``; what lies between goes along."""
+    """Return it with the same strides and offset in memory of ``device``, with the elements in between."""
     if t is None or device == "cpu":
         return t
     memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())

@@ -1,7 +1,7 @@
 """NaN, infinities, signed zeros and subnormals, through values and gradients, as stock torch treats them.
 
-The judge is stock's activation, element by element, and IEEE arithmetic written out: torch's products in 16 bits spread
-special values in one way on one processor and in another on the next.
+The reference is stock's activation, element by element, with IEEE arithmetic written out: torch's 16-bit products
+spread special values differently on different processors.
 """
 
 import math
@@ -29,7 +29,7 @@ def through_the_identity(values, dtype, g, activation, device):
 
 
 def alone(layer, dtype=None, activations=STOCK):
-    """y and dx of the activation by itself, where weight is 1: no product whose treatment of special values shows."""
+    """y and dx of the activation alone, as weight is 1: no product affects the special values."""
     z, g = (t.to(dtype or t.dtype) for t in (layer.x, layer.g))
     z = z.detach().requires_grad_()
     y = activations[layer.activation](z)
@@ -37,7 +37,7 @@ def alone(layer, dtype=None, activations=STOCK):
 
 
 def kind(t):
-    """NaN, or the sign and whether it is zero, finite or infinite."""
+    """Classify each element: NaN, or its sign with zero, finite or infinite."""
     return [
         "nan" if math.isnan(v) else f"{math.copysign(1, v) if v else 0:+.0f}{'inf' if math.isinf(v) else v != 0}"
         for v in t.double().flatten().tolist()
@@ -48,9 +48,11 @@ def kind(t):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", STOCK)
 def test_special_values_one_by_one(activation, dtype, g, device):
-    """Each result is stock's: NaN where it is NaN, infinite where it is infinite. The oracle's formula in float64
-    counts too: in float32 torch's gelu gives NaN at +inf and inf at 1.7e38, and in any precision 0 in its left tail,
-    where the function is not 0."""
+    """Each result is NaN or infinite where stock's is. The result of the oracle's formula in float64 is right too.
+
+    In float32 torch's gelu gives NaN at +inf and inf at 1.7e38, and in any precision 0 in its left tail, where the
+    function is not 0.
+    """
     layer = through_the_identity(specials(dtype), dtype, g, activation, device)
     mine, stock, exact = layer.run(ours(activation)), alone(layer), alone(layer, torch.float64, EXACT)
     for name in ("y", "dx"):
@@ -76,8 +78,10 @@ def test_gradient_at_zero_is_zero(activation, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", STOCK)
 def test_negative_zero(activation, dtype, device):
-    """-tiny · tiny underflows to -0, and -0 + (-0) is -0, unless the sum is padded with zeros, as on CUDA and in layers
-    of up to 16 columns. The activation of it has stock's sign."""
+    """-tiny · tiny underflows to -0, and -0 + (-0) is -0. The activation of this z has stock's sign.
+
+    A sum that is padded with zeros, as on CUDA and in layers of up to 16 columns, is +0.
+    """
     tiny = torch.finfo(dtype).smallest_normal
     x = torch.full((1, 1), -tiny, dtype=dtype, device=device)
     w, b = -x.expand(17, 1).contiguous(), torch.full((17,), -0.0, dtype=dtype, device=device)
@@ -92,8 +96,10 @@ def test_negative_zero(activation, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", PIECEWISE)
 def test_subnormals(activation, dtype, device):
-    """Kept, with their gradient, but for bf16 products by an instruction that reads them as zero: there z is 0, and the
-    results are those of 0."""
+    """Subnormals and their gradients are kept, except in bf16 products by an instruction that reads them as zero.
+
+    There z is 0, and the results are those of 0.
+    """
     info = torch.finfo(dtype)
     values = [info.smallest_normal / 4, -info.smallest_normal / 4, info.tiny * info.eps, -info.tiny * info.eps]
     flushed = dtype == torch.bfloat16 and device == "cpu" and _C.cpu_kernels()["isa"] in ("avx512_bf16", "amx")
@@ -110,7 +116,10 @@ POISONED = ["x", "weight", "bias", "g"]
 
 
 def term_by_term(layer, y):
-    """relu's layer in float64, every product of two numbers by itself and no GEMM. The gate is y's."""
+    """A relu layer in float64, with every product of two numbers computed separately, without a GEMM.
+
+    The gates are read from y.
+    """
     x, w, b, g, y = (t.cpu().double() for t in (layer.x, layer.weight, layer.bias, layer.g, y))
     z = (x[:, None, :] * w[None, :, :]).sum(2) + b
     dz = torch.where(y <= 0, 0.0, g)
@@ -127,7 +136,7 @@ def term_by_term(layer, y):
 @pytest.mark.parametrize("shape", [(1, 1024, 30), (3, 101, 33), (40, 71, 50), (33, 300, 65)], ids=str)
 @pytest.mark.parametrize("operand", POISONED)
 def test_one_special_value_spreads_to_what_depends_on_it(operand, shape, dtype, value, device):
-    """In each path and tile edge: exactly the elements that depend on it change, no neighbour, no padding."""
+    """In each path and at each tile edge exactly the elements that depend on it change, no neighbour and no padding."""
     layer = make(*shape, dtype, "relu", device=device)
     target = layer.g if operand == "g" else getattr(layer, operand)
     target.view(-1)[target.numel() * 2 // 3] = value

@@ -1,4 +1,4 @@
-"""dlkernels.testing, as users call it: it accepts what agrees with stock and refuses what does not."""
+"""dlkernels.testing, as users call it: it accepts results that agree with stock and refuses others."""
 
 import copy
 import inspect

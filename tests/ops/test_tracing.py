@@ -20,11 +20,11 @@ LAYERS = {
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_symbolic_trace(make):
-    """The graph computes what the module does, gradients included, and can be copied."""
+    """The graph computes the same as the module, gradients included, and can be copied."""
     torch.manual_seed(0)
     module, x = make(), torch.randn(3, 8)
     graph = copy.deepcopy(torch.fx.symbolic_trace(module))
-    torch.testing.assert_close(graph(x), module(x))  # of a fused model stock's operators are recorded
+    torch.testing.assert_close(graph(x), module(x))  # for a fused model stock's operators are recorded
     graph(x).square().sum().backward()
     module(x).square().sum().backward()
     for ours, expected in zip(graph.parameters(), module.parameters(), strict=True):
@@ -66,7 +66,7 @@ def test_symbolic_trace_of_losses(make, inputs):
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_onnx_export_by_torch_itself(make):
-    """In standard operators."""
+    """The exported program has standard operators only."""
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
     module, x = make().eval(), torch.randn(3, 8)

@@ -12,7 +12,7 @@ SHAPES = [(), (1,), (7,), (16,), (33,), (3, 5), (64, 17), (2, 3, 4, 5), (40_000,
 
 
 def assert_like(ours, stock, tensors) -> None:
-    """Infinities and NaN where stock has them; elsewhere equal to a few rounding errors of the largest entry."""
+    """Assert infinities and NaN where stock has them, else equality to a few rounding errors of the largest entry."""
     results = (run_loss(loss, tensors, torch.ones_like) for loss in (ours, stock))
     for m, t in zip(*results, strict=True):
         assert m.shape == t.shape
