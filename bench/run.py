@@ -23,7 +23,9 @@ from dlkernels.testing import STOCK, Layer
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. An unknown name raises ValueError. The defaults are for a CPU; those for a GPU are in ``GPU``.
+    """The settings of a run.
+
+    An unknown name raises ValueError. The defaults are for a CPU; those for a GPU are in ``GPU``.
 
     Attributes:
         budget: seconds for one layer in one mode and column, for all contenders together.

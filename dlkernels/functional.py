@@ -175,14 +175,14 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)``, for large numbers of classes.
 
-    The logits are never in memory as a whole. The signature is that of ``torch.nn.functional.linear_cross_entropy``
+    The logits are never in memory as a whole. The signature equals ``torch.nn.functional.linear_cross_entropy``'s
     (torch 2.13). The result equals ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight)``,
     with gradients for input, linear_weight and linear_bias.
 
     The logits and their gradient exist for a block of rows at a time. On CPU a block has 4 million logits (16 MiB in
     float32), but at least 256 rows (512 in 16-bit dtypes). On CUDA it has 64 million logits (128 MiB in 16-bit
     dtypes), but at least 2048 rows; these two numbers were not tuned. ``DLKERNELS_LOSS_BLOCK_ROWS`` overrides them. The
-    idea is that of Liger Kernel's fused linear cross entropy (Hsu et al. 2024).
+    idea comes from Liger Kernel's fused linear cross entropy (Hsu et al. 2024).
 
     Args:
         input: ``[..., in_features]``, any strides. Every leading index is a row.

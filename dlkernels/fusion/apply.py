@@ -40,47 +40,42 @@ def fuse(
 ) -> Module:
     """Run every linear layer of ``model`` that is followed by an activation as one fused layer.
 
-        ``fuse`` finds these places in the source of the modules' methods and replaces the calls there. It finds these
-        forms:
+    ``fuse`` finds these places in the source of the modules' methods and replaces the calls there.
+    It finds these forms:
 
-    <<<<<<< HEAD
-        Fusing a fused model starts again from the stock model. ``docs/guide/fuse.md`` lists what is found and refused.
-    =======
-        * ``F.relu(self.fc(x))``, ``self.act(self.fc(x))`` and ``self.fc(x).relu()``
-        * ``h = self.fc(x)`` with ``h = self.act(h)`` later
-        * neighbours in ``nn.Sequential``, and ``for layer in self.layers: x = layer(x)``
+    * ``F.relu(self.fc(x))``, ``self.act(self.fc(x))`` and ``self.fc(x).relu()``
+    * ``h = self.fc(x)`` with ``h = self.act(h)`` later
+    * neighbours in ``nn.Sequential``, and ``for layer in self.layers: x = layer(x)``
 
-        All other statements run unchanged. Modules, parameters, ``state_dict``, hooks and optimizers do not change. The
-        class of a module becomes a subclass of the one it had. Every call checks again that the place has a plain layer and
-        a plain
-        activation: a layer that is hooked, wrapped or replaced later runs as in stock.
+    All other statements run unchanged. Modules, parameters, ``state_dict``, hooks and optimizers do not change. The
+    class of a module becomes a subclass of the one it had. Every call checks again that the place has a plain layer and
+    a plain activation: a layer that is hooked, wrapped or replaced later runs as in stock.
 
-        A second ``fuse`` starts from the stock model again. ``docs/fuse.md`` lists what is found and what is refused.
-    >>>>>>> py
+    A second ``fuse`` starts from the stock model again. ``docs/guide/fuse.md`` lists what is found and what is refused.
 
-        Args:
-            model: any module.
-            inplace: True changes ``model`` itself, False a deep copy.
-            activations: names of :func:`dlkernels.functional.linear_act` to fuse. By default they are all names except
-                ``"none"``. With ``"none"``, ``nn.Linear`` layers without an activation run by our kernels too.
-            include: fuse only these layers. Each is a pattern for the layer's path (``"encoder.*"``, as in ``fnmatch``), a
-                class of layers, or a function of path and layer.
-            exclude: do not fuse these layers, in the same three forms.
-            example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. With them a copy of the model
-                runs in eval mode. Its outputs are compared with the stock model's, and :func:`report` shows which places
-                were reached and their gain.
+    Args:
+        model: any module.
+        inplace: True changes ``model`` itself, False a deep copy.
+        activations: names of :func:`dlkernels.functional.linear_act` to fuse. By default they are all names except
+            ``"none"``. With ``"none"``, ``nn.Linear`` layers without an activation run by our kernels too.
+        include: fuse only these layers. Each is a pattern for the layer's path (``"encoder.*"``, as in ``fnmatch``), a
+            class of layers, or a function of path and layer.
+        exclude: do not fuse these layers, in the same three forms.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. With them a copy of the model
+            runs in eval mode. Its outputs are compared with the stock model's, and :func:`report` shows which places
+            were reached and their gain.
 
-        Returns:
-            the fused model.
+    Returns:
+        the fused model.
 
-        Raises:
-            TypeError: ``model`` is no module.
-            ValueError: an unknown activation.
-            Disagreement: with ``example_inputs``, the outputs differ from stock's by more than rounding. It is a
-                RuntimeError.
-            RuntimeError: another tool has derived a class from a fused one.
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: an unknown activation.
+        Disagreement: with ``example_inputs``, the outputs differ from stock's by more than rounding. It is a
+            RuntimeError.
+        RuntimeError: another tool has derived a class from a fused one.
 
-        After any exception, also one of the model or of a given function, the model is the stock model.
+    After any exception, also one of the model or of a given function, the model is the stock model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected a module, got {type(model).__name__}")

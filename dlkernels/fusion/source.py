@@ -1,7 +1,7 @@
-"""From a function to its syntax tree, and from a changed tree to a function that differs in nothing else.
+"""From a function to its syntax tree, and from a changed tree to a function that is otherwise equal.
 
-Before a tree is believed, it is compiled unchanged and compared with the code that runs: a file edited since its
-import, an import hook that rewrites code, a decorator that hides the function, all end there, with a reason.
+Before a tree is used, it is compiled unchanged and compared with the code that runs. This finds a file that was edited
+after its import, an import hook that rewrites code, and a decorator that hides the function; each gives a reason.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def source_of(function: FunctionType) -> Source:
 
 @functools.lru_cache(maxsize=1024)
 def check(source: Source) -> None:
-    """Raise :class:`NoSource` unless the source is that of the code that runs."""
+    """Raise :class:`NoSource` unless the source compiles to the code that runs."""
     if not _same(_compiled(source, source.node), source.function.__code__):
         raise NoSource(f"the source of {source.function.__qualname__} is not the code that runs")
 

@@ -23,7 +23,7 @@ from dlkernels.fusion.values import state
 
 @dataclass(frozen=True)
 class Plan:
-    """What is fused in a module's own methods.
+    """The fused places in a module's own methods.
 
     Attributes:
         places: the methods and positions of the calls.

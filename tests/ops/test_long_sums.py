@@ -110,8 +110,8 @@ def test_losses(reduction):
 
 @pytest.mark.slow
 def test_linear_cross_entropy_of_many_blocks():
-    """256 blocks of 256 rows. Without weight and bias the gradient of every logit but that of the target is
-    g / classes, which is exact here."""
+    """256 blocks of 256 rows. With a weight and bias of zeros the gradient of every logit except the
+    target's is g / classes, which is exact here."""
     m, classes, k = 65536, 16_384, 64
     x, g = positive(m, k), positive(m)
     w, b, target = torch.zeros(classes, k), torch.zeros(classes), torch.zeros(m, dtype=torch.long)

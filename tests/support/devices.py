@@ -1,4 +1,4 @@
-"""Where a test's tensors lie."""
+"""The device of a test's tensors."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Code in a fresh interpreter: for what a process decides once (environment variables) or may not survive (a crash)."""
+"""Code in a new interpreter: for settings that a process reads once (environment variables), and for crashes."""
 
 import os
 import subprocess
@@ -8,9 +8,9 @@ from tests.support.paths import ROOT
 
 
 def python(*arguments: str, check: bool = True, timeout: float = 240, **environment: str) -> str:
-    """Standard output of ``python arguments`` in the checkout; variables of dlkernels are unset but for those given.
+    """Return the standard output of ``python arguments`` in the checkout. Only the given dlkernels variables are set.
 
-    With ``check`` any exit status but 0 fails, and shows both outputs; without, both outputs are returned.
+    With ``check`` any exit status except 0 fails, and shows both outputs. Without it both outputs are returned.
     """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("DLKERNELS_CPU_")}
     done = subprocess.run(
