@@ -1,4 +1,4 @@
-// One functor per activation: its value, and its gradient from what the forward saved.
+// One functor per activation: its value, and its gradient from the tensor that forward saved.
 //
 // A functor is written once against an `O` ("ops") that names a value type `O::T` - a scalar on CUDA, a vector
 // register on CPU - with `O::lit`, `O::exp`, `O::normal_exp`, `O::tanh`, `O::normal_cdf`. Comparisons and `?:` work on both.

@@ -51,7 +51,7 @@ struct CrossEntropy {
   double* sums;  // per slice
 };
 
-// A sum in f64 that keeps what each addition rounds away (Neumaier, 1974): thousands of terms cost f64 no digits either.
+// A sum in f64 that also adds up the rounding errors of its additions (Neumaier, 1974): thousands of terms cost no digits.
 struct ExactSum {
   double sum = 0, lost = 0;
 

@@ -13,6 +13,11 @@ namespace dlk {
 
 enum class DType : int32_t { f64, f32, bf16, f16 };
 
+DLK_HD bool is_16_bit(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+// In bytes. Accumulators are f32, or f64 for f64.
+DLK_HD int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+DLK_HD int64_t accumulator_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
 // The order is the wire format of the op schemas: dlkernels/_ops/activations.py lists the same names.
 enum class Act : int32_t { none, relu, leaky_relu, relu2, gelu, gelu_tanh, silu, tanh, sigmoid };
 
@@ -53,7 +58,8 @@ enum class OutputMode : int32_t { cast, uncast, accumulate };
 //   dgrad    dz [M, N]              weight [N, K]   dx [M, K]
 //   wgrad    dzᵀ [N, M]             x [M, K]        dw [N, K]   row sums of A: dbias [N]
 //
-// dz = g · act'(saved) never exists in memory: it is made while A is packed.
+// dz = g · act'(saved) is made while A is packed or loaded. Only where a library multiplies, or dbias is needed alone, a
+// pass (GradPass) writes dz to memory.
 struct Gemm {
   DType dtype;  // of every operand and output; accumulation is f32 (f64 for f64)
   int64_t m, n, k;
@@ -95,8 +101,8 @@ struct ActPass {
   void* y;
 };
 
-// A chain of narrow layers, h[l+1] = act(h[l] · weightᵀ + bias), run block of rows by block of rows: what one layer hands
-// to the next is in cache, forward and backward.
+// A fused MLP: narrow layers, h[l+1] = act(h[l] · weightᵀ + bias), run block of rows by block of rows: the output of one
+// layer is in cache when the next layer reads it, forward and backward.
 struct FusedMlpLayer {
   int64_t n, k;
   View weight;       // [n, k]

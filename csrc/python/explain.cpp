@@ -193,8 +193,8 @@ py::tuple explain_fused_mlp(bool cuda, const std::vector<std::array<int64_t, 3>>
 #endif
   const cpu::Machine machine = cpu::this_machine(1, false);
   const int slices = cpu::fused_mlp_slices(shapes, type, machine);
-  const int64_t accumulator = type == DType::f64 ? 8 : 4;
-  return py::make_tuple(slices, machine.table(type).ukernel, slices * cpu::fused_mlp_parameters(p) * accumulator);
+  return py::make_tuple(slices, machine.table(type).ukernel,
+                        slices * cpu::fused_mlp_parameters(p) * accumulator_size(type));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What a CPU kernel set offers, and the call it answers. One set per instruction set (ukernel_*.cpp), each compiled
+// The interface of a CPU kernel set. There is one set per instruction set (ukernel_*.cpp), each compiled
 // from the same gemm.h; isa.cpp picks one at run time. No torch here: threads arrive as a callback.
 #pragma once
 
@@ -27,7 +27,7 @@ constexpr int64_t kFewRowsForward = 32;
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kFewDz = 1 << 18;  // elements of dz that every thread then makes for itself: 1 MiB
 
-// Where rows of x, not weight, are what a product reads: dot products and outer products of them, without packing.
+// Few columns: a product reads rows of x, not weight. Dot products and outer products of them, without packing.
 constexpr int64_t kFewColumns = 16;
 // Backward of such a layer in one pass over the rows: the gradients that are set.
 struct ColumnsBackward {
@@ -48,7 +48,7 @@ DLK_HD int64_t column_slices(int64_t m) { return m < 256 ? 1 : m < 32 * 128 ? m 
 struct PackedProduct {
   void (*gemm)(const Gemm&, const Parallel&);
   int64_t (*panels_size)(const Gemm&, int threads);
-  // Whether packing leaves values as they are, so that the row sums of A are those of what came.
+  // True if packing leaves values as they are, so that the row sums of A are those of the operand.
   bool exact;
 };
 

@@ -1,4 +1,4 @@
-// What the CUDA kernels offer. No torch here: raw pointers and a stream in, a status out.
+// The interface of the CUDA kernels. No torch here: raw pointers and a stream in, a status out.
 //
 // Everything runs on the stream it is given, of the current device; nothing is synchronised or allocated, so that any
 // of it can be captured in a CUDA graph. All pointers are device memory. Sizes may be 0: sums over nothing are 0, and
@@ -60,7 +60,7 @@ int64_t grad_pass_partials(const GradPass& p);
 // The losses. Nothing waits for the device, so nothing that is found there can be raised: a negative var and a class
 // index out of range make NaN of their own term and gradients, the index also of a mean, and reach no memory.
 constexpr int64_t kLossScratch = 1536;                      // doubles that `sums` must hold
-constexpr int64_t kLossCountsAt = 1024, kLossCounts = 256;  // of these: parts of what a mean divides by
+constexpr int64_t kLossCountsAt = 1024, kLossCounts = 256;  // where the parts of a mean's denominator are
 
 struct ElementwiseLoss : dlk::ElementwiseLoss {
   DType dtype;
@@ -72,7 +72,7 @@ struct CrossEntropy : dlk::CrossEntropy {
   DType dtype;
   bool mean;      // class indices: over the weights of those that count, added up here; scale is not read
   void* reduced;  // [] Σ loss over that denominator, else Σ loss · scale; or nullptr
-  // Of logits that are some of a call's rows:
+  // For a block of a call's rows:
   bool in_place;     // grad takes x's place, rounded to its dtype, and loss takes accumulators
   int64_t counted;   // rows that count_targets added up, all of the call's; 0: these rows are all
   const void* lift;  // [] an accumulator that scale is multiplied by, or nullptr
@@ -81,15 +81,15 @@ struct CrossEntropy : dlk::CrossEntropy {
 cudaError_t squared_error(const ElementwiseLoss& p, cudaStream_t stream);
 cudaError_t gaussian_nll(const ElementwiseLoss& p, cudaStream_t stream);
 cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream);
-// Adds up what the targets weigh, in `sums`: for calls with some of their rows each, and the same `sums`.
+// Adds up the weights of all targets of a call, in `sums`. Calls for blocks of its rows then use the same `sums`.
 cudaError_t count_targets(const CrossEntropy& p, cudaStream_t stream);
 
-// A chain of layers of 1 to 128 features each, in bf16, fp16 or (exact, no TF32) fp32: where all weights fit in a block's
-// shared memory, and in backward a layer with blocks of its rows. How a chain is cut depends on its shape and on
-// the device, and on nothing else: the same inputs give the same bits.
+// Layers of 1 to 128 features each, in bf16, fp16 or (exact, no TF32) fp32. In forward all weights must fit in a block's shared
+// memory, in backward one layer with blocks of its rows. How the work is cut depends on the shapes and the device alone: the
+// same inputs give the same bits.
 bool fused_mlp_takes(const FusedMlp& p, DType dtype);
 cudaError_t fused_mlp_forward(const FusedMlp& p, DType dtype, cudaStream_t stream);
-// Wants `slices` and `partials` of these sizes, the latter in f32. Takes a mask of a chain of one layer.
+// Wants `slices` and `partials` of these sizes, the latter in f32. Takes a mask if there is one layer.
 int fused_mlp_slices(const FusedMlp& p, DType dtype);
 int64_t fused_mlp_partials(const FusedMlp& p, DType dtype);
 cudaError_t fused_mlp_backward(const FusedMlp& p, DType dtype, cudaStream_t stream);

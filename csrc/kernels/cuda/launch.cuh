@@ -1,4 +1,4 @@
-// What every launcher needs: from dtype to element type, grid sizes, and a launch that reports its status.
+// Helpers of every launcher: from dtype to element type, grid sizes, and a launch that reports its status.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,10 +33,10 @@ cudaError_t with_dtype(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// Of a block, without being asked: 48 KiB, in which the kernel's own arrays must fit too.
+// Shared memory that a block has by default: 48 KiB. The kernel's own arrays must fit in it too.
 constexpr size_t kSharedUnasked = 32 * 1024;
 
-// Lets a kernel's blocks have all the shared memory of the device, once. Not what a launch needs: host threads that launch it
+// Lets a kernel's blocks have all the shared memory of the device, once. Not the size of one launch: host threads that launch it
 // with more and with less would take it from each other.
 inline cudaError_t allow_all_shared(const void* kernel) {
   static std::mutex mutex;

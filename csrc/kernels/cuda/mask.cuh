@@ -13,14 +13,14 @@ namespace dlk::cuda {
 template <class T, int kWidth>
 constexpr bool kHasMask = sizeof(T) == 2 && kWidth == kMaskBits;
 
-// Whether elements in rows of n come by the byte of a mask, in 16-byte accesses to all of `memory`.
+// True if elements in rows of n can be taken by the byte of a mask, in 16-byte accesses to all of `memory`.
 inline bool comes_in_bytes(DType dtype, int64_t n, std::initializer_list<const void*> memory) {
-  bool whole = (dtype == DType::bf16 || dtype == DType::f16) && n % kMaskBits == 0;
+  bool whole = is_16_bit(dtype) && n % kMaskBits == 0;
   for (const void* p : memory) whole = whole && reinterpret_cast<uintptr_t>(p) % 16 == 0;
   return whole;
 }
 
-// y as memory has it: what rounds to 0 is closed.
+// y as memory has it: a value that rounds to 0 is inactive.
 template <class Functor, class T>
 DLK_DEVICE bool opens_rounded(Acc<T> y) {
   T rounded;
@@ -46,7 +46,7 @@ DLK_DEVICE void load_mask(const void* mask, int64_t at, Acc<T> (&out)[kWidth]) {
   for (int e = 0; e < kMaskBits; ++e) out[e] = static_cast<Acc<T>>(bits >> e & 1);
 }
 
-// saved[at], or, of its mask, what stands for it.
+// saved[at]; or 1 or 0 from its mask.
 template <class T>
 DLK_DEVICE Acc<T> saved_at(const void* saved, bool bits, int64_t at) {
   if (bits) return static_cast<Acc<T>>(static_cast<const uint8_t*>(saved)[at / kMaskBits] >> at % kMaskBits & 1);

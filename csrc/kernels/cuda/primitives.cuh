@@ -31,7 +31,7 @@ DLK_DEVICE float widen(float v) { return v; }
 DLK_DEVICE void narrow(double v, double* out) { *out = v; }
 DLK_DEVICE void narrow(float v, float* out) { *out = v; }
 
-// What a T is accumulated in.
+// The type that a T is accumulated in.
 template <class T>
 struct AccOf {
   using type = float;

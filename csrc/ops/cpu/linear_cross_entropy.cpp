@@ -82,7 +82,7 @@ LossOfLinear linear_cross_entropy(const LinearCrossEntropyCall& call) {
   const at::Tensor &weights = call.weights, &row_grad = call.row_grad;
   const double denominator = checked_denominator(call.indices, weights, classes, call.p.ignore_index, kOp);
   const double mean = reduction == at::Reduction::Mean ? denominator : 1;
-  const bool rounds = dtype == DType::bf16 || dtype == DType::f16;
+  const bool rounds = is_16_bit(dtype);
   at::Tensor each, dx, dweight, dbias, later_sum;
   if (reduction == at::Reduction::None) each = at::zeros(call.row_sizes, options);
   std::vector<double> sums;

@@ -18,8 +18,6 @@ namespace {
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 
-bool is_16_bit(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
-
 // Compute capability of the current device, 90 for 9.0.
 int current_arch() {
   int device = 0, major = 0, minor = 0;
@@ -181,7 +179,7 @@ void run_gradient_pass(const Problem& c, const OutputGrad& in, const at::Tensor&
 // Bytes that a step allocates besides its outputs; of splits and dz, not of a library's workspace.
 int64_t scratch_bytes(const Step& step, const Problem& c) {
   const auto [m, n, k] = c.shape;
-  const int64_t accumulator = c.dtype == DType::f64 ? 8 : 4, element = is_16_bit(c.dtype) ? 2 : accumulator;
+  const int64_t accumulator = accumulator_size(c.dtype), element = element_size(c.dtype);
   if (step.kind == StepKind::gradient_pass) {
     GradPass p{};
     p.dtype = c.dtype, p.m = m, p.n = n;
@@ -247,9 +245,7 @@ const Device kCuda = {
     &cuda::run_gradient_pass,
     /*library_operand=*/[](const at::Tensor& a) { return a; },
     /*takes_mask=*/
-    [](const Problem& c) {
-      return needs_sign_only(c.act.kind) && cuda::is_16_bit(c.dtype) && c.shape.n % kMaskBits == 0;
-    },
+    [](const Problem& c) { return needs_sign_only(c.act.kind) && is_16_bit(c.dtype) && c.shape.n % kMaskBits == 0; },
     &cuda::fused_mlp_takes,
     [](const FusedMlp& p, DType dtype) { C10_CUDA_CHECK(cuda::fused_mlp_forward(p, dtype, cuda::stream())); },
     &cuda::run_fused_mlp_backward,

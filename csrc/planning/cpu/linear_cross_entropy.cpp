@@ -17,8 +17,7 @@ constexpr int64_t kSumBlocks = 64;
 
 BlockPlan plan_linear_cross_entropy(const Shape& shape, DType dtype, const Machine& machine) {
   const auto [m, classes, k] = shape;
-  const bool is_16_bit = dtype == DType::bf16 || dtype == DType::f16;
-  const int64_t most = std::max<int64_t>(kBlockLogits / classes, is_16_bit ? 512 : 256);
+  const int64_t most = std::max<int64_t>(kBlockLogits / classes, is_16_bit(dtype) ? 512 : 256);
   BlockPlan plan{};
   plan.rows = std::min(m, equal_blocks(m, most, 16));
   plan.blocks = (m + plan.rows - 1) / plan.rows;
@@ -27,7 +26,7 @@ BlockPlan plan_linear_cross_entropy(const Shape& shape, DType dtype, const Machi
   const Problem block = {{plan.rows, classes, k}, dtype, {Act::none, 0}};
   plan.library = dtype != DType::f16 && is_library(route(Op::forward, block, false, machine).path);
   plan.dx = dtype == DType::f16 ? OutputMode::uncast : OutputMode::cast;
-  plan.blocks_per_sum = is_16_bit ? plan.blocks : kSumBlocks;
+  plan.blocks_per_sum = is_16_bit(dtype) ? plan.blocks : kSumBlocks;
   return plan;
 }
 

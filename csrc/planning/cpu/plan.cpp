@@ -4,13 +4,6 @@
 #include "planning/product.h"
 
 namespace dlk::cpu {
-namespace {
-
-int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-int64_t accumulator_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
-
-}  // namespace
-
 Plan plan_forward(const ForwardProblem& p, const Machine& machine) {
   Plan plan;
   if (p.is_empty()) return plan;

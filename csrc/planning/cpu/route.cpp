@@ -16,7 +16,7 @@ bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_row
 // In f32 and f64 the dot products reload a row of x for each row of weight, and add up lanes at their end. The packed product
 // overtakes them at 16 rows, and earlier where k is short. Measured on a Xeon with AVX-512 at 64→64 to 4096→4096.
 int64_t few_rows_forward(const Shape& shape, DType dtype) {
-  if (dtype == DType::bf16 || dtype == DType::f16) return kFewRowsForward;
+  if (is_16_bit(dtype)) return kFewRowsForward;
   return shape.k < 256 ? shape.k / 16 : 16;
 }
 constexpr Route kFewRowsRoute = {Path::few_rows, "few rows: packing weight would cost more than it saves"};

@@ -7,12 +7,10 @@
 namespace dlk::cuda {
 namespace {
 
-bool half(const RouteQuery& a) { return a.dtype == DType::bf16 || a.dtype == DType::f16; }
-
 bool takes(Path path, const RouteQuery& a) {
   switch (path) {
-    case Path::mma: return half(a) || (a.dtype == DType::f32 && a.tf32);
-    case Path::hopper: return half(a) && a.hopper;
+    case Path::mma: return is_16_bit(a.dtype) || (a.dtype == DType::f32 && a.tf32);
+    case Path::hopper: return is_16_bit(a.dtype) && a.hopper;
     case Path::fused_mlp: return a.narrow;
     case Path::simt:
     case Path::cublas: return true;
@@ -59,7 +57,7 @@ const Measured* measured_route(const RouteQuery& a) {
 Route unmeasured(const RouteQuery& a) {
   const auto [m, n, k] = a.shape;
   const double multiplications = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
-  if (takes(Path::fused_mlp, a) && half(a) && (a.in_rows || multiplications < 1 << 27))
+  if (takes(Path::fused_mlp, a) && is_16_bit(a.dtype) && (a.in_rows || multiplications < 1 << 27))
     return {Path::fused_mlp,
             "narrow: the weight rests in shared memory, backward is one launch and its sum (not measured here)"};
   if (!takes(Path::mma, a)) {

@@ -1,7 +1,7 @@
 // AmxPairs: bf16 pairs along k, multiplied by AMX. A tile is 16 rows of 64 bytes, and one instruction adds the product of
 // two tiles to a third: 16 × 16 sums of 32 products in bf16.
 //
-// Panels are what Bf16Pairs packs. A row of a B micro-panel is a row of a B tile (two k steps of each column), and A lies
+// Panels are those of Bf16Pairs. A row of a B micro-panel is a row of a B tile (two k steps of each column), and A lies
 // row by row along k; a block that is contiguous the other way is transposed on its way into the panel. Panels end with
 // zeros up to whole tiles along k, so that one configuration serves every product. Rows beyond the last one are whatever
 // the scratch holds: no sum but their own sees them.
@@ -25,7 +25,9 @@ DLK_INLINE void tile_product(int64_t cells, const typename E::Cell* a, int64_t a
   const auto* a_below = (const typename E::Cell*)((const char*)a + size * a_bytes);
   const int64_t c_bytes = ldc * sizeof(*c);
   float* below = c + size * ldc;
-  __asm__ volatile("" ::: "memory");  // GCC 12 is not told that a tile load reads memory: what was packed is there now
+  __asm__ volatile(
+      "" ::
+          : "memory");  // GCC 12 does not know that a tile load reads memory: this makes it write the panels first
   if (add) {
     _tile_loadd(0, c, c_bytes);
     if constexpr (C > 1) _tile_loadd(1, c + size, c_bytes);

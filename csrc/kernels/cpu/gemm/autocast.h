@@ -1,7 +1,7 @@
-// A layer under autocast: weight and bias in f32, what layers hand to each other (y, z and gradients of y) in bf16, x in
+// A layer under autocast: weight and bias in f32, tensors between layers (y, z and gradients of y) in bf16, x in
 // either. The f32 operands of a product are rounded while they are packed, or, in the dot products of few rows, in
-// registers: a copy in bf16 never exists. y has the bits that casts in front of the layer give; gradients have the dtype of
-// what they belong to, f32 sums unrounded.
+// registers: no copy in bf16 is made. y has the bits that casts in front of the layer give. A gradient has the dtype of
+// its tensor; f32 gradients are sums that are not rounded to bf16.
 //
 //            A                     B               C
 //   forward  x   f32 or bf16       weightᵀ f32     y   bf16

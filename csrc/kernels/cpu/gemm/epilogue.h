@@ -1,4 +1,4 @@
-// The epilogue: what happens to a tile of C between the accumulators and memory, while it is in L1.
+// The epilogue: the work on a tile of C between the accumulators and memory, while the tile is in L1.
 namespace dlk::cpu::DLK_ISA {
 
 // rows × cols of accumulators at acc (padded to whole registers) → bias, activation, one rounding, store at (i0, j0).

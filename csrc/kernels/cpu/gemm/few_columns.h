@@ -6,7 +6,7 @@
 //               dgrad  rows of weight scaled and added up
 //               wgrad  outer products, summed in registers over the block
 //
-// A stripe is kStripe registers wide. Sums over rows are cut after a block and after kSumRows, and what the cuts give is added
+// A stripe is kStripe registers wide. Sums over rows are cut after a block and after kSumRows, and the parts are added
 // in f64; slices of rows, cut by the shape alone, are added in order.
 namespace dlk::cpu::DLK_ISA {
 

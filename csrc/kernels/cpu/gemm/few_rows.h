@@ -7,7 +7,7 @@
 // forward: a block of DLK_DOT_M rows of x meets DLK_DOT_N rows of w; each pair has its own accumulator register, so a loaded
 // register of w serves every row of x. The lanes are added at the end by row_sums.
 //
-// Long sums are cut, and what the cuts give is added in f64: along k after kDotSums registers, in dgrad after kRowSums rows.
+// Long sums are cut, and the parts are added in f64: along k after kDotSums registers, in dgrad after kRowSums rows.
 namespace dlk::cpu::DLK_ISA {
 
 constexpr int64_t kDotSums = 256;
@@ -177,7 +177,7 @@ DLK_INLINE void add_rows(const Acc<T>* dz, int64_t dz_stride, const T* w, int64_
   }
 }
 
-// A, B, C: what the tensors hold (table.h). Weights and x in f32 are multiplied as they are.
+// A, B, C: the element types of the tensors (gemm_traits.h). Weights and x in f32 are multiplied as they are.
 template <class A, class B, class C>
 void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n = K, p.k = N
   static constexpr int64_t kCols = 512;

@@ -1,4 +1,4 @@
-// The loop nest: C is cut in tiles that fit L2, each tile is one task, and a task packs what it multiplies.
+// The loop nest: C is cut in tiles that fit L2, each tile is one task, and a task packs its operands.
 //
 //   task (tile of C)                          threads take tasks; no barrier within
 //     for each k block                        A block packed to thread-local scratch (dz is made here)
@@ -178,7 +178,7 @@ void pack_a_cols(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t 
       E::make_cells(line, run, run + kRun, rows);
     else
       line = run;
-    // whole registers: what one writes too much, the next k step or the panel gap takes
+    // whole registers: the next k step or the gap behind the panel takes the surplus elements
     static_assert(round_up(kMR, E::kVL) - kMR <= kPanelGap<E>);
     if constexpr (E::kDepth > 1)
       E::put_line(out, line, q, rows);
@@ -278,7 +278,7 @@ struct Plan {
 struct PackedBlockKey {
   int64_t at = -1, p0 = -1;
 
-  // Whether the block at these coordinates is another one; from now on it is the packed one.
+  // True if the block at these coordinates is not the packed one. From now on it counts as the packed one.
   DLK_HD bool renew(int64_t new_at, int64_t new_p0) {
     const bool same = at == new_at && p0 == new_p0;
     at = new_at, p0 = new_p0;

@@ -1,4 +1,4 @@
-// Engines: how tensors are packed and multiplied. `Cell` is what a panel holds and one FMA lane consumes.
+// Traits of the packed products: how tensors are packed and multiplied. A panel consists of `Cell`s; one FMA lane consumes one.
 //
 //   Convert<T>         cells are f32 (f64 for T = double); 16-bit inputs are widened while packing
 //   Bf16Pairs<A, B, C> cells are two neighbours along k in bf16, multiplied by vdpbf16ps (only where the ISA has it)

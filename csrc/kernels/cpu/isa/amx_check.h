@@ -1,4 +1,4 @@
-// Whether AMX may be used here, and whether it multiplies right: asked once, before its kernels are taken.
+// Two questions that are asked once, before the AMX kernels are taken: may AMX be used here, and does it multiply right?
 #pragma once
 
 #include "kernels/cpu/kernels.h"
@@ -8,7 +8,7 @@ namespace dlk::cpu {
 // Asks the operating system for the tiles (Linux; elsewhere no). Only for a processor that has them.
 bool amx_permitted();
 
-// Whether `gemm` gives the exact products of small integers in bf16.
+// True if `gemm` gives the exact products of small integers in bf16.
 bool multiplies_exactly(void (*gemm)(const Gemm&, const Parallel&));
 
 }  // namespace dlk::cpu

@@ -50,7 +50,7 @@ CpuFeatures detect() {
 }
 
 #if defined(__x86_64__)
-// AVX-512 BF16 with the packed bf16 product by AMX. Put together here: what ukernel_amx.cpp compiles may hold instructions
+// AVX-512 BF16 with the packed bf16 product by AMX. Put together here: code in ukernel_amx.cpp may hold instructions
 // that this CPU has not.
 const Kernels& amx_kernels() {
   static const Kernels set = [] {

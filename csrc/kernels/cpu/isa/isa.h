@@ -1,4 +1,4 @@
-// What this CPU offers and which kernel set that selects.
+// The features of this CPU, and the kernel set that they select.
 #pragma once
 
 #include "kernels/cpu/kernels.h"
@@ -14,10 +14,10 @@ const CpuFeatures& cpu_features();
 // The set in use. Throws std::runtime_error when DLKERNELS_CPU_ISA names a set that is unknown or unusable here.
 const Kernels& kernels();
 
-// Whether DLKERNELS_CPU_ISA is set.
+// True if DLKERNELS_CPU_ISA is set.
 bool isa_capped();
 
-// Whether this process may use AMX and our products by it came out wrong, so that the next set is in use.
+// True if this process may use AMX but our products by it came out wrong, so that the next set is in use.
 bool amx_refused();
 
 }  // namespace dlk::cpu

@@ -203,7 +203,7 @@ DLK_INLINE void store_some(T* p, Vec<Acc<T>> v, int64_t n) {
 #endif
 }
 
-// A sum that keeps what each addition rounds away (Knuth's two-sum): many small terms are as good as few.
+// A sum that also adds up the rounding errors of its additions (Knuth's two-sum): many small terms lose no digits.
 template <class V>
 struct ExactLanes {
   V sum{}, lost{};

@@ -1,4 +1,4 @@
-// What a CPU kernel set offers for the losses of loss_params.h (kernels.h has the rest). No torch here.
+// The interface of a CPU kernel set for the losses of loss_params.h (kernels.h has the rest). No torch here.
 //
 // A slice is summed by one thread, and the caller adds the slices in order: the same bits on any number of threads.
 #pragma once
@@ -15,7 +15,7 @@ struct Parallel;
 using dlk::ExactSum;
 
 struct ElementwiseLoss : dlk::ElementwiseLoss {
-  uint8_t* negative;  // per slice: whether var has an entry below 0; Gaussian only
+  uint8_t* negative;  // per slice: 1 if var has an entry below 0; Gaussian only
 };
 
 constexpr int64_t kLossSlice = 16384;  // elements

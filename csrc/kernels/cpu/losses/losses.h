@@ -1,4 +1,4 @@
-// The loss kernels: loss_params.h says what they compute.
+// The loss kernels. loss_params.h has the formulas.
 #include "kernels/loss_terms.h"
 
 namespace dlk::cpu::DLK_ISA {
@@ -103,7 +103,7 @@ void elementwise_with(const ElementwiseLoss& p, const Parallel& parallel) {
 
 // ---- cross entropy --------------------------------------------------------------------------------------------------
 
-// What the lanes of a register are. In scratch a register follows the other either way.
+// The meaning of a register's lanes. In scratch a register follows the other either way.
 //
 //   AcrossClasses  one row at a time, kLanes of its classes: long contiguous rows
 //   AcrossRows     one class of kLanes rows: few classes, or classes that lie apart ([N, C, d1, ...])
@@ -164,7 +164,7 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
       f(i, classes, L::lanes(classes, rows));
     }
   };
-  // The sums per row of what f(i, classes, lanes) returns.
+  // The sums per row of the values that f(i, classes, lanes) returns.
   auto sum = [&](auto&& f) {
     ExactLanes<V> total;
     each([&](int64_t i, int64_t classes, int64_t lanes) { total.add(f(i, classes, lanes)); });
@@ -202,7 +202,7 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   });
   const V log_sum = O::log(exp_sum);
 
-  // Of q without the hard target's own term: Σ q·(x - max), in units of `uniform` for class indices, and Σ q.
+  // Sums over q without the hard target's own term: Σ q·(x - max), in units of `uniform` for class indices, and Σ q.
   V dot{}, q_sum{};
   if (soft) {
     const auto q = dense_q(1);
@@ -218,7 +218,7 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
     });
   }
 
-  // What belongs to a row, in f64: a rounding here would be one of every term.
+  // The values of a row, in f64: a rounding error here would enter every term.
   A factor[kVL] = {}, live[kVL] = {}, target_grad[kVL] = {}, row_grad[kVL] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const double log_s = log_sum[r];

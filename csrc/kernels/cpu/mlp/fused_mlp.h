@@ -1,6 +1,6 @@
 // A chain of narrow layers: a block of rows goes through all of them while it is in L2, forward and backward.
 //
-//   forward   x block → h[1] → … → y             what backward needs goes to memory on the way
+//   forward   x block → h[1] → … → y             the tensors that backward needs go to memory on the way
 //   backward  dz of the last layer → … → dx
 //               wgrad    sums[l] += dzᵀ · h[l]                      dz where it lies, or as pairs of rows; h packed
 //               dgrad    dz' = (dz · weight[l]) · act'(h[l])        mask and dbias in the epilogue
@@ -34,7 +34,7 @@ inline int64_t fused_mlp_widest(const FusedMlp& p) {
   return widest;
 }
 
-// Rows of a block: two blocks and what wgrad packs take half of a 1 MiB L2. Whole micro-tiles, and pairs of rows.
+// Rows of a block: two blocks and the panels of wgrad take half of a 1 MiB L2. Whole micro-tiles, and pairs of rows.
 template <class E>
 int64_t fused_mlp_rows(const FusedMlp& p) {
   constexpr int64_t step = 2 * kMR, most = 224;
@@ -50,7 +50,7 @@ struct FusedMlpBuffers {
 
   Cell* weight[kFusedMlpLayers];    // forward's B: panels of weightᵀ
   Cell* weight_t[kFusedMlpLayers];  // dgrad's B: panels of weight
-  Packed* block[2];                 // what one layer hands to the next, h or dz: [rows, kPitch]
+  Packed* block[2];                 // output of one layer and input of the next, h or dz: [rows, kPitch]
   Cell* wgrad_a;                    // E::kStep > 1: dz in pairs of rows
   Cell* wgrad_b;
   Packed* run;  // on their way into a panel
@@ -96,7 +96,7 @@ struct FusedMlpBuffers {
   }
 };
 
-// ---- what happens to a micro-tile ------------------------------------------------------------------------------------
+// ---- the epilogues of a micro-tile -----------------------------------------------------------------------------------
 
 // n values into a block row, as the tensor would hold them; behind the last one of an odd row a zero, because cells are pairs.
 template <class E>

@@ -1,13 +1,13 @@
 // dz = g · act'(saved) in memory and dbias = Σ dz over rows, from one read: for a library GEMM, or where no product runs.
 //
-// A block takes a few columns and a slice of the rows. Its threads lie as rows × lanes; each sums what it made, in f64
+// A block takes a few columns and a slice of the rows. Its threads lie as rows × lanes; each sums the dz that it made, in f64
 // behind every kBatch rows, then the block adds up its rows of threads, then sum_slices the slices: a fixed order, cut by
 // the shape alone.
 #pragma once
 
 #include <type_traits>
 
-#include "kernels/cuda/elementwise/runs.cuh"
+#include "kernels/cuda/elementwise/vector_access.cuh"
 
 namespace dlk::cuda {
 

@@ -1,4 +1,4 @@
-// What happens to a sum once it is complete: bias, activation or mask, rounding, store. And sums that arrive in slices.
+// The epilogue of a complete sum: bias, activation or mask, rounding, store. And the reduction of sums that come in slices.
 #pragma once
 
 #include "kernels/cuda/kernels.h"
@@ -42,7 +42,7 @@ DLK_DEVICE void store_sums(void* to, int64_t at, bool adds, A (&v)[kWidth]) {
   }
 }
 
-// saved[at] and on, or what stands for it; one element, or 16 bytes.
+// saved[at] and the elements behind it, or 1 and 0 from its mask; one element, or 16 bytes.
 template <class T, int kWidth>
 DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&out)[kWidth]) {
   if constexpr (kHasMask<T, kWidth>) {
@@ -54,20 +54,20 @@ DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&ou
     load<T>(saved, at, out);
 }
 
-// Whether rows of C, and what is read beside them, can be walked in 16-byte steps.
+// True if rows of C, and the operands read beside them, can be walked in 16-byte steps.
 template <class T>
 DLK_DEVICE bool in_packs(const Gemm& p) {
   auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
   return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.below_saved) && aligned(p.bias);
 }
 
-// Whether its mask, where it has one, is stored in these steps.
+// True if there is no mask, or the mask can be stored in these steps.
 inline bool mask_fits(const Gemm& p) {
   return !p.mask ||
          (comes_in_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.below_saved && p.output_mode == OutputMode::cast);
 }
 
-// Finishes C[i, j ... j + kWidth) from its sums; leaves in `acc` what it stored, before rounding.
+// Finishes C[i, j ... j + kWidth) from its sums. On return `acc` holds the stored values before rounding.
 template <class T, int kWidth>
 DLK_DEVICE void apply_epilogue(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth]) {
   using A = Acc<T>;

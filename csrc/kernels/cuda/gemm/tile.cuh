@@ -1,4 +1,4 @@
-// What the tensor-core kernels share: which tile of C a block makes, and how a warp's sums leave their registers.
+// Shared by the tensor-core kernels: which tile of C a block makes, and how a warp's sums leave their registers.
 #pragma once
 
 #include "kernels/cuda/gemm/epilogue.cuh"

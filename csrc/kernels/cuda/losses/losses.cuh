@@ -1,11 +1,11 @@
 // The losses and their gradients, from one read where a row fits in registers or shared memory.
 //
-// Sums are made in f64: every thread adds what it meets, then the threads of a block, then one block the blocks. Which
-// block meets what depends on the shape alone.
+// Sums are made in f64: every thread adds its terms, then a block adds its threads, then one block adds the blocks. Which
+// block has which terms depends on the shape alone.
 #pragma once
 
 #include "kernels/loss_terms.h"
-#include "kernels/cuda/elementwise/runs.cuh"
+#include "kernels/cuda/elementwise/vector_access.cuh"
 
 namespace dlk::cuda {
 
@@ -33,7 +33,7 @@ DLK_DEVICE int64_t quotient(int64_t a, int64_t b) {
   return (a | b) >> 32 ? a / b : static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
 }
 
-// What a thread adds up, many terms long: in f64, and of f64 with what each addition rounds away.
+// The sum of a thread, over many terms: in f64, and for f64 with the rounding errors of its additions.
 template <class A>
 struct ThreadSum {
   double sum = 0;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kLossThreads) elementwise_loss_kernel(const El
   if (threadIdx.x == 0) p.sums[blockIdx.x] = total;
 }
 
-// ---- cross entropy: what rows are weighed with ----------------------------------------------------------------------
+// ---- cross entropy: the weights of rows -----------------------------------------------------------------------------
 
 template <class A>
 DLK_DEVICE A class_weight(const CrossEntropy& p, int64_t c) {
@@ -115,11 +115,11 @@ DLK_DEVICE double total_count(const double* counts, int blocks) {
 
 // ---- cross entropy: rows --------------------------------------------------------------------------------------------
 
-// What all rows of a call have in common.
+// The values that all rows of a call share.
 template <class A>
 struct RowTerms {
   A scale;             // of the gradients
-  double share, kept;  // of q: every class's by smoothing, and what smoothing leaves of the target
+  double share, kept;  // of q: each class's part by smoothing, and the part that smoothing leaves the target
   double weight_sum;
   bool dense;  // q has more than the target's own term
 };
@@ -162,7 +162,7 @@ struct Logits {
       }
       max = Team<kTeam>::max(max);
       each([&](int64_t, A v) { sum += O::exp(v - max); });
-    } else {  // on line: a larger logit scales down what has been summed (Milakov & Gimelshein, 2018)
+    } else {  // on line: a larger logit scales down the sum so far (Milakov & Gimelshein, 2018)
       constexpr int kBatch = 2 * kUnroll;
       ThreadSum<A> thread_sum;
       for (int64_t first = rank; first < classes; first += kTeam * kBatch) {
@@ -215,7 +215,7 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   logits.softmax(&largest, &exp_sum);
   const A log_sum = O::log(exp_sum);
 
-  // Of q without the hard target's own term: Σ q·(x - largest), in units of `share` for class indices, and Σ q.
+  // Sums over q without the hard target's own term: Σ q·(x - largest), in units of `share` for class indices, and Σ q.
   const T* const soft_row = soft ? static_cast<const T*>(p.soft) + offset(p.soft_strides) : nullptr;
   auto soft_q = [&](int64_t c) {
     return class_weight<A>(p, c) * (O::lit(terms.share) + O::lit(terms.kept) * widen(soft_row[c * p.soft_strides.cls]));
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kLossThreads, 2) cross_entropy_kernel(const Cr
 
 // ---- reduction ------------------------------------------------------------------------------------------------------
 
-// One block: the sum of the blocks' sums, for the mean over `denominator` or over what count_kernel counted.
+// One block: the sum of the blocks' sums, for the mean over `denominator` or over the weights that count_kernel counted.
 template <class T>
 __global__ void __launch_bounds__(kLossThreads) reduce_loss_kernel(const double* sums, int blocks, const double* counts,
                                                                    int count_blocks, double denominator, T* loss) {

@@ -121,7 +121,7 @@ bool plan_backward(const FusedMlp& p, const Device& device, BackwardPlan* plan) 
     end = part.begin;
   }
   for (int i = 0; two && i < plan->launches; ++i) plan->launch[i].threads = kBackwardThreads / 2;
-  // Slices of at most kMostRows rows: what the sums of one may be off by does not grow with the batch.
+  // Slices of at most kMostRows rows: the error of a slice's sums does not grow with the batch.
   constexpr int kMostRows = 8192;
   plan->slices = static_cast<int>(std::max(std::min(blocks, device.sms * (two ? 2 : 1)), ceil_div(p.rows, kMostRows)));
   return true;
@@ -150,7 +150,7 @@ int64_t parameters_of(const FusedMlp& p) {
   return sum;
 }
 
-// f32 elements that hold what one launch of backward hands to the next: dz of a layer, [rows, n] in the chain's dtype.
+// f32 elements that hold the result of one launch of backward for the next: dz of a layer, [rows, n] in the layers' dtype.
 // They follow the partials, two in turn.
 int64_t handed_on(const FusedMlp& p, DType dtype, const BackwardPlan& plan) {
   int64_t features = 0;

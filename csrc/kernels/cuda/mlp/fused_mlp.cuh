@@ -1,7 +1,7 @@
-// A chain of narrow layers with everything it reuses in shared memory: what its kernels share. fused_mlp_forward.cuh takes rows
+// The fused MLP: narrow layers, with everything that is reused in shared memory. This is the code that its kernels share. fused_mlp_forward.cuh takes rows
 // through all layers, fused_mlp_backward.cuh takes them down again, layer_backward.cuh is backward of one layer.
 //
-// What one layer hands to the next is rounded as a tensor would be. Sums are f32 in one fixed order, nothing is atomic.
+// The output of a layer is rounded as a tensor would be. Sums are f32 in one fixed order, nothing is atomic.
 #pragma once
 
 #include "kernels/cuda/gemm/warp_tile.cuh"
@@ -14,7 +14,7 @@ constexpr int kFusedMlpFeatures = 128;
 // One launch: layers begin ... end of a chain. Kernel parameters, hence values and no pointers to the host.
 struct FusedMlpPass {
   FusedMlpLayer layer[kFusedMlpLayers];
-  const void* saved[kFusedMlpLayers];  // h or z, what the gradient of the layer reads; nullptr for the identity
+  const void* saved[kFusedMlpLayers];  // h or z, which the gradient of the layer reads; nullptr for the identity
   bool saved_is_mask;                  // backward of one layer: `saved` is the mask of its h
   int64_t rows;
   int begin, end;
@@ -32,7 +32,7 @@ struct FusedMlpPass {
 
   // Backward of layer l:
   DLK_HD bool has_dgrad(int l) const { return l > begin || outgoing; }
-  // what act' of the layer below reads, which dgrad applies, or nullptr; and whether that is the layer's input
+  // the tensor that act' of the layer below reads, which dgrad applies, or nullptr; true if that is the layer's input
   DLK_HD const void* mask_below(int l) const { return l > 0 && has_dgrad(l) ? saved[l - 1] : nullptr; }
   DLK_HD bool masks_by_input(int l) const { return mask_below(l) && mask_below(l) == layer[l - 1].h; }
   DLK_HD bool needs_input(int l) const { return layer[l].dweight || masks_by_input(l); }
@@ -43,7 +43,7 @@ DLK_HD int weight_rows(int n) {
   return round_up(n, kPadding<T>);
 }
 
-// ---- what both backwards do -------------------------------------------------------------------------------------------
+// ---- shared by both backwards -----------------------------------------------------------------------------------------
 
 // dz = g · act'(saved) for `rows` rows of a block, in place of g. kBits: `saved` is their mask.
 template <bool kBits, class T>

@@ -11,7 +11,7 @@ constexpr int kBackwardThreads = 512;
 constexpr int kBackwardUnits = 8;  // 64 columns: two warps for the rows of 128
 constexpr int kSharers = 2;        // threads that share a column of dbias
 
-// Of a layer: its weight, the sums of dweight as the lanes that own them hold them, and those of dbias.
+// Shared memory of a layer: its weight, the sums of dweight as the lanes that own them hold them, and the sums of dbias.
 template <class T>
 struct BackwardLayer {
   using Wgrad = WarpTile<T, kBackwardUnits, false, false>;  // dweight[n, k] = dzᵀ · input
@@ -50,7 +50,7 @@ struct BackwardLayer {
   }
 };
 
-// dweight += dzᵀ · input, over `rows` rows: sums of these rows first, then added to what is there.
+// dweight += dzᵀ · input, over `rows` rows: sums of these rows first, then added to the sums that are there.
 template <class T>
 DLK_DEVICE void wgrad_rows(const BackwardLayer<T>& s, const T* dz, const T* input, int pitch, int rows) {
   using Tile = typename BackwardLayer<T>::Wgrad;
@@ -107,7 +107,7 @@ DLK_DEVICE void store_partials(const FusedMlpPass& p, int l, const BackwardLayer
 }
 
 // blockIdx.x is the slice of the rows. Three buffers of a block's rows change their roles from layer to layer: `dz`, the
-// `input` of its layer, and one that is free, for what is read next.
+// `input` of its layer, and one that is free, for the block that is read next.
 template <class T>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     fused_mlp_backward_kernel(const __grid_constant__ FusedMlpPass p) {

@@ -7,7 +7,7 @@ namespace dlk::cuda {
 
 constexpr int kForwardWarps = 16;  // of a block, at most
 
-// Of a layer: its weight, then its bias in f32, zeros where it has none.
+// Shared memory of a layer: its weight, then its bias in f32, zeros where it has none.
 template <class T>
 DLK_HD int forward_bytes(int n, int k) {
   return weight_rows<T>(n) * (pitch_of<T>(k) * static_cast<int>(sizeof(T)) + static_cast<int>(sizeof(float)));
@@ -17,7 +17,7 @@ DLK_HD int strip_bytes(int pitch) {
   return kStrip * pitch * static_cast<int>(sizeof(T));
 }
 
-// The mask of what lies in the strip.
+// The mask of the values in the strip.
 template <class T>
 DLK_DEVICE void mask_strip(const FusedMlpLayer& layer, const T* strip, int pitch, int64_t i0, int rows) {
   with_activation(layer.act.kind, [&](auto act) {

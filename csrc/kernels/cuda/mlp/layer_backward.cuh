@@ -1,7 +1,7 @@
 // Backward of one layer in one launch: dx, dweight and dbias from one read of its gradient, mask and input.
 //
 // The weight lies in shared memory, the sums of dweight and dbias in registers for as long as a block lives. Blocks of rows
-// come through shared memory `stages` deep: while one is multiplied the next ones are under way, but for 16-bit rows of an
+// come through shared memory `stages` deep: while one is multiplied the next ones are under way, except for 16-bit rows of an
 // odd stride, and where both the layer and the one below it have a z to read, which takes turns.
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace dlk::cuda {
 
 constexpr int kLayerWarps = 8, kLayerThreads = kLayerWarps * 32;  // 255 registers a thread, 72 with sums that stay
-constexpr int kLayerBuffers = 3;  // of a stage: the gradient, the input, and what a mask is taken from, then dx
+constexpr int kLayerBuffers = 3;  // of a stage: the gradient, the input, and the source of a mask, then dx
 
 template <class T>
 struct LayerBackward {
@@ -22,7 +22,7 @@ struct LayerBackward {
   DLK_HD static int tiles(int n, int k) { return ceil_div(n, Wgrad::kRows) * ceil_div(k, Wgrad::kColumns); }
   // Warps that share a tile of dweight: each has some of a block's rows.
   DLK_HD static int sharers(int n, int k) { return kLayerWarps / tiles(n, k); }
-  // Of rows in shared memory: the warp tiles read 32 columns of dz.
+  // The pitch of rows in shared memory: the warp tiles read 32 columns of dz.
   DLK_HD static int pitch(int features) { return pitch_of<T>(round_up(features, Wgrad::kRows)); }
 
   DLK_HD static int weight_elements(int n, int k) { return weight_rows<T>(n) * pitch_of<T>(k); }
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
   const int64_t blocks = ceil_div(p.rows, p.block_rows);
   const int64_t first = blockIdx.x * blocks / p.slices, last = (blockIdx.x + 1) * blocks / p.slices;
 
-  // What masks are taken from, where that is no other operand. Both, and z has to wait until `own` has been read.
+  // The source of masks, where it is no other operand. If there are both, z has to wait until `own` has been read.
   const bool own = !p.masked && p.saved[l];
   const View z{p.masks_by_input(l) ? nullptr : p.mask_below(l), k, 1};
 

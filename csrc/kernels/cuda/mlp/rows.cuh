@@ -7,7 +7,7 @@ namespace dlk::cuda {
 
 DLK_HD int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
-// What a warp multiplies at once: 16 columns by mma (16-bit types), 32 by FMAs.
+// The columns that a warp multiplies at once: 16 columns by mma (16-bit types), 32 by FMAs.
 template <class T>
 constexpr int kPadding = sizeof(T) == 2 ? 16 : 32;
 // Elements from row to row. The 16 bytes more put the 8 rows that ldmatrix reads, or 8 lanes that walk down a column in
@@ -55,7 +55,7 @@ DLK_DEVICE int piece_of(const View& from) {
 
 // Rows i0 ... i0 + rows of `from`, of `cols` columns, to rows of shared memory; zeros behind the last column and, up to
 // padded_rows, behind the last row. There when this thread's cp_async_wait and a barrier have said so; under way while it
-// goes on, but for 16-bit rows of an odd stride. i0 is a multiple of 16, so that rows which follow each other without a
+// goes on, except for 16-bit rows of an odd stride. i0 is a multiple of 16, so that rows which follow each other without a
 // gap are aligned at i0 if they are at 0.
 template <class T>
 DLK_DEVICE void load_rows(Group group, T* to, int pitch, const View& from, int64_t i0, int rows, int cols,

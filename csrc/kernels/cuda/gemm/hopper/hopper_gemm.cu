@@ -44,7 +44,7 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 constexpr CUtensorMapDataType map_type(Bf16) { return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16; }
 constexpr CUtensorMapDataType map_type(F16) { return CU_TENSOR_MAP_DATA_TYPE_FLOAT16; }
 
-// `view` is [extent, k]. Describes on the host what TMA will read; touches no stream and no memory of the device.
+// `view` is [extent, k]. Describes on the host the memory that TMA will read; touches no stream and no memory of the device.
 template <class T, class Operand>
 cudaError_t encode(const View& view, int64_t extent, int64_t k, CUtensorMap* map) {
   const View rows = Operand::kAlongK ? view : view.transposed();
@@ -58,7 +58,7 @@ cudaError_t encode(const View& view, int64_t extent, int64_t k, CUtensorMap* map
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Of the current device: whether it is a Hopper, and this library's kernels for it can be launched there.
+// True if the current device is a Hopper, and this library's kernels for it can be launched there.
 cudaError_t available(int* processors) {
   int device = 0, major = 0, minor = 0;
   cudaFuncAttributes kernel{};
@@ -116,8 +116,8 @@ bool hopper_available() {
 }
 
 bool hopper_takes(const Gemm& p) {
-  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.m > 0 && p.n > 0 && p.k > 0 && !p.saved.data &&
-         !p.row_sum && product_of(p) != Product::other;
+  return is_16_bit(p.dtype) && p.m > 0 && p.n > 0 && p.k > 0 && !p.saved.data && !p.row_sum &&
+         product_of(p) != Product::other;
 }
 
 cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream) {

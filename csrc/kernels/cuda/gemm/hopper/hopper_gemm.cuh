@@ -116,7 +116,7 @@ DLK_DEVICE void load_tiles(const Gemm& p, const Ring<Traits>& ring, const CUtens
   });
 }
 
-// What the four warps of a group stored of 64 columns, added up to one row of partials per 64 rows of C. `strips` are
+// Adds up the values that the four warps of a group stored in 64 columns, to one row of partials per 64 rows of C. `strips` are
 // the group's.
 template <class Traits>
 DLK_DEVICE void store_column_sums(const Gemm& p, int64_t i0, int64_t j0, int group, float* strips,

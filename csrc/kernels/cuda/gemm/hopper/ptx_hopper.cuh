@@ -1,4 +1,4 @@
-// The PTX instructions of Hopper (sm_90a) that kernels use, one function each, with what the PTX ISA says of them.
+// The PTX instructions of Hopper (sm_90a) that kernels use, one function each, with the rules of the PTX ISA for them.
 // tests/emulation/hopper/ptx_hopper_on_host.h has their twins in C++.
 #pragma once
 
@@ -20,7 +20,7 @@ DLK_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
 // visible to the block.
 DLK_DEVICE void fence_barrier_init() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// One arrival; what this thread did before is visible to who then sees the phase complete (release, acquire).
+// One arrival. This thread's earlier writes are visible to every thread that then sees the phase complete (release, acquire).
 DLK_DEVICE void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -67,7 +67,7 @@ DLK_DEVICE void tma_load(void* shared, const CUtensorMap* map, int32_t column, i
 // Before the first wgmma_mma, and wherever registers that one reads or writes were touched since the last.
 DLK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DLK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most kPending of the latest groups are under way: what the others read may be overwritten. Their sums may be
+// Waits until at most kPending of the latest groups are under way: the operands of the others may be overwritten. Their sums may be
 // touched after wgmma_wait<0>, which takes `d` so that the compiler moves no use of it ahead of the wait.
 template <int kPending>
 DLK_DEVICE void wgmma_wait() {

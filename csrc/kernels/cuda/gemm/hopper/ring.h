@@ -1,4 +1,4 @@
-// The arithmetic of the Hopper kernel that needs no GPU: where a stage and an operand lie, and what a descriptor says.
+// The arithmetic of the Hopper kernel that needs no GPU: where a stage and an operand lie, and the fields of a descriptor.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct SharedOperand {
   static constexpr int kBoxes = kAlongK ? 1 : kExtent / 64, kBytes = kBoxes * kBoxBytes;
   static_assert(kExtent % 64 == 0 && kBoxRows <= 256, "TMA's limit");
 
-  // Of rows i ... and steps s ... s + 15, i a multiple of 64, s of 16; the tile begins at a multiple of 1024 bytes.
+  // The descriptor of rows i ... and steps s ... s + 15, i a multiple of 64, s of 16; the tile begins at a multiple of 1024 bytes.
   // Eight rows of a box are one swizzle atom of 1024 bytes. The stride is from one atom to the next down the box: to the
   // next 8 rows of A along k, to the next 8 steps across. The leading offset, from 64 rows of A to the next 64, is
   // that of boxes across, and unused along k.

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
     multiply<Traits>(stage, stage + Traits::A::kBytes, warp_m, warp_n, acc);
   }
   cp_async_wait<0>();
-  __syncthreads();  // the stages are free: what follows reuses them
+  __syncthreads();  // the stages are free: the code below reuses them
 
   if constexpr (!Traits::kAAlongK) {
     if (sums_rows) store_row_sums<Traits>(p, i0, shared, row_sum);

@@ -27,7 +27,7 @@ DLK_HD int64_t slice_length(const Gemm& p) {
   return ceil_div(ceil_div(p.k, kTileK), p.splits) * kTileK;
 }
 
-// A[i, s]; dz is made here and never exists in memory.
+// A[i, s]. dz is made here, from g and the saved tensor.
 template <class T>
 DLK_DEVICE Acc<T> load_a(const Gemm& p, int64_t i, int64_t s) {
   using O = Ops<Acc<T>>;

@@ -16,7 +16,7 @@ DLK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
   }
 }
 
-// dst[0..n) = src[0..n) at a stride, converted to what the product packs.
+// dst[0..n) = src[0..n) at a stride, converted to the packed type.
 template <class E, class T>
 DLK_INLINE void copy_run(typename E::Packed* dst, const T* src, int64_t stride, int64_t n) {
   int64_t i = 0;

@@ -9,7 +9,7 @@ namespace dlk::cuda {
 template <class T, int kWidth>
 constexpr int kPiece = kWidth < kPack<T> ? kWidth : kPack<T>;
 
-// Whether every run of kWidth elements from a multiple of kWidth on can be accessed in pieces.
+// True if every run of kWidth elements from a multiple of kWidth on can be accessed in pieces.
 template <class T, int kWidth>
 DLK_DEVICE bool lies_in_runs(const View& v) {
   constexpr uintptr_t kBytes = kPiece<T, kWidth> * sizeof(T);
@@ -54,7 +54,7 @@ DLK_DEVICE void store_run(void* to, int64_t at, bool in_runs, int64_t left, cons
   }
 }
 
-// What kSize neighbouring threads agree on: lanes of a warp, or a whole block of more than one.
+// A reduction over kSize neighbouring threads: lanes of a warp, or a whole block of more than one warp.
 template <int kSize>
 struct Team {
   static_assert(kSize > 0 && (kSize <= 32 ? 32 % kSize : kSize % 32) == 0);
