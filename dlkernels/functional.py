@@ -152,8 +152,8 @@ def mlp(
     _check_slope("mlp", negative_slope)
     if len(biases) != len(weights) or len(hidden) != max(len(weights) - 1, 0):
         raise ValueError(
-            f"mlp: for {len(weights)} weights expected {len(weights)} biases, and {max(len(weights) - 1, 0)} activations "
-            f"besides last_activation; got {len(biases)} and {len(hidden)}"
+            f"mlp: for {len(weights)} weights expected {len(weights)} biases, and {max(len(weights) - 1, 0)} "
+            f"activations besides last_activation; got {len(biases)} and {len(hidden)}"
         )
     for weight, bias in zip(weights, biases, strict=True):
         _check_tensors(x, weight, bias, "mlp")
