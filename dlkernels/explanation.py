@@ -188,7 +188,7 @@ def explain_mlp(
     names = (activation,) * (len(weights) - 1) if isinstance(activation, str) else tuple(activation)
     if len(names) != len(weights) - 1:
         raise ValueError(
-            f"explain_mlp: {len(weights)} weights need {len(weights) - 1} activations besides last_activation; "
+            f"explain_mlp: for {len(weights)} weights expected {len(weights) - 1} activations besides last_activation; "
             f"got {len(names)}"
         )
     acts = [activation_named(name) for name in (*names, last_activation)]

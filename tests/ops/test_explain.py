@@ -169,7 +169,7 @@ def test_the_plan_of_several_layers():
     narrow = functional.explain_mlp(torch.randn(4096, 64), [torch.randn(32, 64), torch.randn(10, 32)])
     assert narrow.fused is not None and narrow.fused.splits > 1 and narrow.fused.scratch_bytes > 0
     assert "one kernel" in str(narrow)
-    with pytest.raises(ValueError, match="2 weights need 1 activations"):
+    with pytest.raises(ValueError, match="for 2 weights expected 1 activations"):
         functional.explain_mlp(x, weights, ["relu", "relu"])
 
 
