@@ -7,7 +7,7 @@ import sys
 
 from dlkernels._version import __version__
 from dlkernels.cli import compare, cross_validate, export, find_lr, fuse, info, predict, report, train
-from dlkernels.cli.command import STATUSES, orderly, program, refuse_unknown
+from dlkernels.cli.command import STATUSES, process_setup, program, reject_unknown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,8 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     for command in (info, train, find_lr, cross_validate, report, compare, predict, export, fuse):
         command.add_parser(subparsers)
     args, unknown = parser.parse_known_args(argv)
-    refuse_unknown(args.command, unknown)
-    with orderly():
+    reject_unknown(args.command, unknown)
+    with process_setup():
         return int(args.execute(args) or 0)
 
 

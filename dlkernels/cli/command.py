@@ -55,15 +55,15 @@ def add_command(
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
         except ImportError as error:  # no torch; or dlkernels is not compiled, or for another torch
-            return _say(parser, _needs(error), FAILED)
+            return _print_error(parser, _missing_library(error), FAILED)
         try:
             return action(args)
         except SettingError as error:
-            return _say(parser, error, MISTAKEN)
+            return _print_error(parser, error, MISTAKEN)
         except errors() as error:
-            return _say(parser, error, FAILED)
+            return _print_error(parser, error, FAILED)
         except ModuleNotFoundError as error:
-            return _say(parser, _needs(error), FAILED)
+            return _print_error(parser, _missing_library(error), FAILED)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
 
@@ -72,14 +72,14 @@ def add_command(
     return parser
 
 
-def accept_anything(parser: argparse.ArgumentParser, error: ModuleNotFoundError) -> None:
+def accept_any_arguments(parser: argparse.ArgumentParser, error: ModuleNotFoundError) -> None:
     """Let a command whose flags cannot even be listed, for want of a library, say so whatever it is given."""
     parser.prefix_chars = "\0"  # flags are positional arguments then
     parser.add_argument("anything", nargs="*")
-    parser.set_defaults(execute=lambda args: _say(parser, _needs(error), FAILED))
+    parser.set_defaults(execute=lambda args: _print_error(parser, _missing_library(error), FAILED))
 
 
-def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+def reject_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
     """End with status 2 if there are arguments that ``parser`` does not know; a flag that is near to one is named."""
     if unknown:
         near = [
@@ -91,7 +91,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> N
 
 
 @contextlib.contextmanager
-def orderly() -> Iterator[None]:
+def process_setup() -> Iterator[None]:
     """A command's process: SIGTERM ends it as an exit does, so that temporary files are removed; characters that the
     output's encoding lacks are replaced; what is logged under the name ``dlkernels`` goes to standard error."""
     for stream in (sys.stdout, sys.stderr):
@@ -117,12 +117,12 @@ def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _say(parser: argparse.ArgumentParser, what: object, status: int) -> int:
+def _print_error(parser: argparse.ArgumentParser, what: object, status: int) -> int:
     print(f"{parser.prog}: {what}", file=sys.stderr)
     return status
 
 
-def _needs(error: ImportError) -> str:
+def _missing_library(error: ImportError) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return str(error)
     module = (error.name or "").split(".")[0]

@@ -7,8 +7,8 @@ from typing import Any
 
 from dlkernels.atomic import write_json
 from dlkernels.cli.command import SettingError
-from dlkernels.cli.info import made_by
-from dlkernels.cli.prepare import add_training, prepare_alone, settings_of
+from dlkernels.cli.info import provenance
+from dlkernels.cli.prepare import add_training, prepare_single_process, settings_of
 
 KINDS = ("plain", "stratified")  # grouped needs a group for every sample, which our data sets do not have
 WITHOUT = {"parallel", "keep_last", "checkpoint_seconds", "tensorboard"}  # a fold leaves nothing on disk
@@ -42,7 +42,7 @@ def _cross_validate(args: argparse.Namespace) -> int:
     config = settings_of(args)
     if args.folds < 2:
         raise SettingError(f"expected --folds of at least 2; got {args.folds}")
-    job = prepare_alone(config, "cross-validate")
+    job = prepare_single_process(config, "cross-validate")
     folder = RunFolder(config.out)
     folder.path.mkdir(parents=True, exist_ok=True)  # or refused before the training
     try:
@@ -50,9 +50,9 @@ def _cross_validate(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise SettingError(f"expected --folds that the samples can be split into; got {args.folds}: {error}") from None
     print(f"{job.splits}\n\n{args.folds} folds of the training samples, {args.kind}\n")
-    result = cross_validate(lambda fold: job.on_fold(fold, args.folds), splits, config.epochs)
+    result = cross_validate(lambda fold: job.fold_trainer(fold, args.folds), splits, config.epochs)
     print(f"\n{result}")
     found = {"kind": args.kind, "mean": result.mean, "spread": result.spread, "rows": result.rows}
-    write_json(folder.cross_validation, made_by(config) | found | {"histories": result.histories})
+    write_json(folder.cross_validation, provenance(config) | found | {"histories": result.histories})
     print(f"\n{folder.cross_validation} has every epoch of every fold")
     return 0

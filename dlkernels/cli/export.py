@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlkernels.cli.command import SettingError, add_command
-from dlkernels.cli.trained import trained
+from dlkernels.cli.load_trained import load_trained
 
 FORMATS = ("pt2", "onnx")
 
@@ -42,7 +42,7 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.fixed_batch is not None and args.fixed_batch < 1:
         raise SettingError(f"expected --fixed-batch of at least 1; got {args.fixed_batch}")
-    folder, model = trained(args.run)
+    folder, model = load_trained(args.run)
     dtype = next(model.parameters()).dtype
     example = torch.rand(args.fixed_batch or 2, folder.dataset.features, dtype=dtype)
     out = args.out or folder.path / f"model.{args.format}"

@@ -44,7 +44,7 @@ def collect() -> Facts:
     }
 
 
-def made_by(config: RunConfig) -> dict[str, Any]:
+def provenance(config: RunConfig) -> dict[str, Any]:
     """What a stored result says of its origin: settings, versions, machine, threads."""
     import torch
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dlkernels.atomic import write_json
 from dlkernels.choices import PREDICTED_AT_ONCE
 from dlkernels.cli.command import SettingError, add_command
-from dlkernels.cli.trained import trained
+from dlkernels.cli.load_trained import load_trained
 
 if TYPE_CHECKING:
     from dlkernels.serving.predict import Predictions
@@ -59,7 +59,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     if args.top < 1 or args.batch_size < 1:
         raise SettingError("expected --top and --batch-size of at least 1")
-    folder, model = trained(args.run, args.device)
+    folder, model = load_trained(args.run, args.device)
     places, samples = read(args.inputs, folder.dataset, args.invert, args.crop)
     found = predict(model, samples, args.batch_size)
     if args.json is not None:

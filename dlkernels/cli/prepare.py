@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from dlkernels.cli.command import SettingError, accept_anything, add_command
+from dlkernels.cli.command import SettingError, accept_any_arguments, add_command
 
 if TYPE_CHECKING:
     from dlkernels.runs.config import RunConfig
@@ -30,7 +30,7 @@ def add_training(
     try:
         from dlkernels.cli.settings import add_settings
     except ModuleNotFoundError as error:  # said to whoever uses this command; the others work
-        return accept_anything(parser, error)
+        return accept_any_arguments(parser, error)
     parser.add_argument("--config", metavar="FILE", help="settings in TOML; the config.toml of a run is such a file")
     add_flags(parser)
     add_settings(parser, without)
@@ -49,11 +49,11 @@ def settings_of(args: argparse.Namespace, **overruled: Any) -> RunConfig:
     Raises:
         SettingError: one of them cannot be.
     """
-    from dlkernels.cli.settings import given
+    from dlkernels.cli.settings import given_settings
     from dlkernels.runs.config import ConfigError, load_config
 
     try:
-        config = load_config(args.config, given(args) | overruled)
+        config = load_config(args.config, given_settings(args) | overruled)
     except ConfigError as error:
         raise SettingError(str(error)) from None
     require_device(config.device)
@@ -79,15 +79,15 @@ def require_libraries(*names: str) -> None:
 
 def require_one_process(ranks: Ranks, what: str) -> None:
     """Raises :class:`SettingError` if ``what`` was asked of several."""
-    if ranks.world > 1:
+    if ranks.world_size > 1:
         raise SettingError(f"expected {what} in a single process; here are several, by torchrun")
 
 
-def prepare_alone(config: RunConfig, command: str) -> Job:
+def prepare_single_process(config: RunConfig, command: str) -> Job:
     """As ``prepare``, for a command that one process runs by itself; raises :class:`SettingError` if there are more."""
-    from dlkernels.trainer.distributed import joined
+    from dlkernels.trainer.distributed import process_group
 
-    with joined(config.device) as ranks:
+    with process_group(config.device) as ranks:
         require_one_process(ranks, command)
         return prepare(config, ranks)
 
@@ -107,6 +107,6 @@ def prepare(config: RunConfig, ranks: Ranks) -> Job:
     set_printoptions(precision=config.precision)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with ranks.main_first():
+    with ranks.main_process_first():
         splits = load(config.dataset, config.data)
     return Job(config, splits, ranks)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from dlkernels.runs.config import RunConfig, group_of
-from dlkernels.runs.refusals import plain_type
+from dlkernels.runs.error_messages import plain_type
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
 FOLDERS = ("data", "out")
@@ -32,7 +32,7 @@ def add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ())
         )
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given, by field name."""
     return {name: value for name, value in vars(args).items() if name in RunConfig.model_fields}
 

@@ -16,7 +16,7 @@ from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
 from dlkernels.choices import Activation, Progress, Schedule
 from dlkernels.data.info import INFO
-from dlkernels.runs.refusals import refusal
+from dlkernels.runs.error_messages import error_message
 
 if TYPE_CHECKING:
     from dlkernels.trainer.monitor import Monitor
@@ -31,8 +31,18 @@ Dataset = Literal["mnist", "digits"]
 Metric = Literal["f1", "precision", "recall"]
 COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # of the history, whatever the settings
 # What the numbers of a training do not depend on: a resume may change it.
-FREE = {"data", "out", "epochs", "patience", "keep_last", "monitor", "checkpoint_seconds", "tensorboard", "device"}
-FREE |= {"threads", "compile", "cuda_graph", "parallel", "metrics", "progress", "precision"}
+CHANGEABLE_ON_RESUME = {
+    "data",
+    "out",
+    "epochs",
+    "patience",
+    "keep_last",
+    "monitor",
+    "checkpoint_seconds",
+    "tensorboard",
+    "device",
+}
+CHANGEABLE_ON_RESUME |= {"threads", "compile", "cuda_graph", "parallel", "metrics", "progress", "precision"}
 
 
 class ConfigError(ValueError):
@@ -160,9 +170,9 @@ class RunConfig(BaseModel):
 
         return Monitor(self.monitor, "min" if self.monitor.endswith("loss") else "max")
 
-    def decisive(self) -> dict[str, Any]:
+    def resume_settings(self) -> dict[str, Any]:
         """The settings that the numbers depend on: what a checkpoint is checked against before a resume."""
-        free = FREE if self.schedule == "constant" else FREE - {"epochs"}
+        free = CHANGEABLE_ON_RESUME if self.schedule == "constant" else CHANGEABLE_ON_RESUME - {"epochs"}
         return {name: value for name, value in self.model_dump().items() if name not in free}
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -190,7 +200,7 @@ def load_config(path: str | PathLike[str] | None = None, flags: Mapping[str, Any
         return RunConfig(**values | flags)
     except ValidationError as error:
         flagged = {name: f"--{name.replace('_', '-')}" for name in flags}
-        sentences = [refusal(one, RunConfig.model_fields, flagged, path) for one in error.errors()]
+        sentences = [error_message(one, RunConfig.model_fields, flagged, path) for one in error.errors()]
         raise ConfigError("\n".join(sentence for sentence in sentences if sentence)) from None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlkernels.data.info import DatasetInfo
-from dlkernels.trainer.mode import evaluating
+from dlkernels.trainer.mode import eval_mode
 
 BATCH = 1000
 
@@ -33,7 +33,7 @@ class Evaluation:
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, info: DatasetInfo, autocast: torch.dtype | None = None
     ) -> None:
-        with evaluating(model), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+        with eval_mode(model), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
             scores = torch.cat([model(part).float() for part in x.split(BATCH)])
         self.info = info
         self.images = x

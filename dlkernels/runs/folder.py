@@ -33,7 +33,7 @@ class RunFolder:
 
     ``config.toml`` is there from the beginning of a run, ``history.csv`` and checkpoints from its first epoch on, and
     the rest once it is finished. A finished run may go on (a resume with more epochs): until it is finished again,
-    the weights, ``history.json`` and the pictures are those of the epoch where it was (``went_on``).
+    the weights, ``history.json`` and the pictures are those of the epoch where it was (``continuation_note``).
     ``rates`` and ``cross_validation`` are of searches for settings, before or after it.
     """
 
@@ -65,7 +65,7 @@ class RunFolder:
         return f"python -m dlkernels train --resume --out {shlex.quote(str(self.path))}"
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Within it no other process can claim the folder: two trainings would write over each other's files. The lock
         is on the folder itself: it goes along with a rename, and ends with the process.
 
@@ -85,7 +85,7 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
-    def make_room(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
+    def move_earlier_run(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
         """Make the folder, for a run that begins here, or goes on from ``checkpoint``.
 
         Another run that is in it already is not written over: its folder gets another name, which is returned.
@@ -144,12 +144,12 @@ class RunFolder:
         rows = self._rows() if self.history_csv.is_file() else finished["history"]
         then, now = finished.get("config", {}), self.config()
         # The CSV has the epochs since; before the first of them there is only what was asked for.
-        went_on = rows[-1]["epoch"] != finished["history"][-1]["epoch"] or any(
+        continuation_note = rows[-1]["epoch"] != finished["history"][-1]["epoch"] or any(
             then.get(name) != getattr(now, name) for name in DECIDE_THE_END if name in then
         )
-        return finished, {"history": rows} if went_on else finished
+        return finished, {"history": rows} if continuation_note else finished
 
-    def went_on(self) -> str | None:
+    def continuation_note(self) -> str | None:
         """A clause about a run that was finished and went on: what is of which epoch. None for any other.
 
         Raises:

@@ -25,7 +25,7 @@ from dlkernels.trainer import Callback, Checkpoints, EarlyStopping, Fold, Traine
 from dlkernels.trainer.compare import Comparison, compare
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.lr_finder import LearningRates
-from dlkernels.trainer.sharded import is_sharded, shard, whole
+from dlkernels.trainer.sharded import full_state, is_sharded, shard
 
 EVALUATION_BATCH = 1000
 Samples = tuple[Tensor, Tensor]  # x [N, features] and y [N]
@@ -48,10 +48,10 @@ class Job:
         self.dtype, self.autocast = DTYPES[config.dtype]
         self.device = torch.device(config.device)
         self.splits = splits
-        self.train_samples = self._here(splits.train_x, splits.train_y)
-        self.test_samples = self._here(splits.test_x, splits.test_y)
+        self.train_samples = self._to_device(splits.train_x, splits.train_y)
+        self.test_samples = self._to_device(splits.test_x, splits.test_y)
 
-    def fused(self, folder: RunFolder) -> Trainer:
+    def fused_trainer(self, folder: RunFolder) -> Trainer:
         """The run itself, which writes to ``folder`` as it goes."""
         config = self.config
         checkpoints = Checkpoints(
@@ -61,9 +61,9 @@ class Job:
             every_seconds=config.checkpoint_seconds,
         )
         callbacks = self._stopping()
-        if config.tensorboard and self.ranks.is_main:
+        if config.tensorboard and self.ranks.is_main_process:
             callbacks.append(TensorBoard(folder.tensorboard))
-        if self.ranks.is_main:
+        if self.ranks.is_main_process:
             callbacks.append(CsvLog(folder.history_csv))
         return self._trainer(
             "fused",
@@ -75,7 +75,7 @@ class Job:
             resume_with=f"to go on: {folder.resume_command}",
         )
 
-    def on_fold(self, fold: Fold, folds: int) -> Trainer:
+    def fold_trainer(self, fold: Fold, folds: int) -> Trainer:
         """The same training, from the same weights, on a fold of the training samples alone; it writes nothing."""
         x, y = self.train_samples
         train, validation = ((x[index], y[index]) for index in (fold.train, fold.validation))
@@ -118,7 +118,7 @@ class Job:
             trainer.stopped = None
         return file
 
-    def beside_stock(self, fused: Trainer) -> Comparison:
+    def compare_with_stock(self, fused: Trainer) -> Comparison:
         """Train ``fused`` from its beginning, taking turns with stock: the same but for layers and loss."""
         stock = stock_mlp(self.config.sizes, self.config.activation).to(self.device, self.dtype)
         exact = stock_mlp(self.config.sizes, self.config.activation).to(self.device, torch.float64)
@@ -133,13 +133,13 @@ class Job:
             validation_samples=len(self.splits.test_y),
         )
 
-    def trained(self, trainer: Trainer) -> nn.Module | None:
+    def full_network(self, trainer: Trainer) -> nn.Module | None:
         """The network whole, as a single process has it; all ranks take part, and all but the main one get None."""
-        state = whole(trainer.evaluated.state_dict())
-        if not self.ranks.is_main:
+        state = full_state(trainer.eval_model.state_dict())
+        if not self.ranks.is_main_process:
             return None
         if not is_sharded(trainer.model):
-            return trainer.evaluated
+            return trainer.eval_model
         network = build_model(self.config).to(self.device)
         network.load_state_dict(state)
         return network
@@ -178,20 +178,20 @@ class Job:
             compile=config.compile,
             cuda_graph=config.cuda_graph,
             progress=config.progress,
-            config=config.decisive(),
+            config=config.resume_settings(),
             ranks=self.ranks,
             name=name,
             **options,
         )
 
-    def _here(self, x: Tensor, y: Tensor) -> Samples:
+    def _to_device(self, x: Tensor, y: Tensor) -> Samples:
         return x.to(self.device, self.dtype), y.to(self.device)
 
     def _network(self) -> nn.Module:
         """With the run's initial weights."""
         torch.manual_seed(self.config.seed)
         network = build_model(self.config).to(self.device)
-        return shard(network) if self.config.parallel == "fsdp" and self.ranks.world > 1 else network
+        return shard(network) if self.config.parallel == "fsdp" and self.ranks.world_size > 1 else network
 
     def _batches(self, samples: Samples) -> TensorLoader:
         return TensorLoader(*samples, batch_size=self.config.batch_size, shuffle=True, seed=self.config.seed)

@@ -23,11 +23,11 @@ class CsvLog(Callback):
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
 
-    def fit_begins(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.history:
             self._write(trainer.history)
 
-    def epoch_ends(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self._write([*trainer.history[: row["epoch"] - 1], row])
 
     def _write(self, history: list[dict[str, Any]]) -> None:
@@ -55,19 +55,19 @@ class TensorBoard(Callback):
         self.folder = Path(folder)
         self._writer: Any = None
 
-    def fit_begins(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Trainer) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             # After a resume, what was written of epochs that are now trained again is not shown.
             self._writer = SummaryWriter(str(self.folder), purge_step=trainer.epoch + 1)
 
-    def epoch_ends(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         for key, value in _numbers(row).items():
             if key != "epoch":
                 self._writer.add_scalar(_tag(key, row), value, row["epoch"])
 
-    def fit_ends(self, trainer: Trainer) -> None:
+    def on_fit_end(self, trainer: Trainer) -> None:
         self._writer.flush()  # not closed: fit may be called again
 
 

@@ -35,7 +35,7 @@ def write_report(folder: RunFolder) -> Path:
         title=title(config),
         subtitle=_subtitle(folder, record, config),
         unfinished=unfinished,
-        went_on=folder.went_on(),
+        continuation_note=folder.continuation_note(),
         tiles=_tiles(record, config),
         panels=_panels(history),
         confusion=_confusion(record.get("confusion")),

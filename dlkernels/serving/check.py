@@ -55,24 +55,24 @@ def batch_size(example: Any) -> int | None:
     return next((len(t) for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim()), None)
 
 
-def in_batch(t: Tensor, size: int | None) -> bool:
+def has_batch_dim(t: Tensor, size: int | None) -> bool:
     """Whether this tensor of an example is a batch: its first size is the batch's."""
     return t.dim() > 0 and len(t) == size
 
 
-def resized(example: Any, size: int) -> Any:
+def resize_batch(example: Any, size: int) -> Any:
     """``example`` with a batch of ``size``, the samples repeated as often as it takes."""
     own = batch_size(example)
 
     def resize(t: Tensor) -> Tensor:
-        if not in_batch(t, own):
+        if not has_batch_dim(t, own):
             return t
         return t[torch.arange(size, device=t.device) % len(t)] if len(t) else t.new_zeros((size, *t.shape[1:]))
 
     return tree_map_only(Tensor, resize, example)
 
 
-def fresh(example: Any, size: int | None, seed: int) -> Any:
+def random_inputs(example: Any, size: int | None, seed: int) -> Any:
     """New inputs like ``example``: values drawn from its own, so that indices and masks stay legal, and floating
     point ones scaled by up to a half; where an example's values are all the same, drawn from [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +86,7 @@ def fresh(example: Any, size: int | None, seed: int) -> Any:
         factor = 1 - torch.rand(t.shape, generator=generator) / 2
         return drawn * factor.to(t) if t.is_floating_point() else drawn
 
-    return tree_map_only(Tensor, draw, example if size is None else resized(example, size))
+    return tree_map_only(Tensor, draw, example if size is None else resize_batch(example, size))
 
 
 def check(
@@ -104,7 +104,7 @@ def check(
     """
     worst, difference = Agreement(0.0, 1.0), 0.0
     for turn, size in enumerate(batch_sizes):
-        inputs = fresh(example, size, SEED + turn)
+        inputs = random_inputs(example, size, SEED + turn)
         ours, stock = list(run(inputs)), outputs(model, inputs)
         short = any(t.is_floating_point() and t.dtype.itemsize == 2 for t in stock)
         found = judge(ours, model, inputs, LEAST_16_BITS if short else LEAST)

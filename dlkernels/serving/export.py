@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_map
 
 from dlkernels.atomic import atomic_write
 from dlkernels.serving import onnx
-from dlkernels.serving.check import Exported, ExportError, batch_size, check, in_batch, resized
+from dlkernels.serving.check import Exported, ExportError, batch_size, check, has_batch_dim, resize_batch
 from dlkernels.serving.decompose import decompose
 from dlkernels.testing.agreement import arguments, outputs
-from dlkernels.trainer.mode import evaluating
+from dlkernels.trainer.mode import eval_mode
 
 
 def export_program(
@@ -38,7 +38,7 @@ def export_program(
         ExportError: ``torch.export`` cannot trace the model, or the comparison failed; no file is left then.
         OSError: the file cannot be written.
     """
-    with evaluating(model):
+    with eval_mode(model):
         program, sizes = _traced(model, example, dynamic_batch)
         with atomic_write(path) as file:
             torch.export.save(program, file)
@@ -64,7 +64,7 @@ def export_onnx(
         OSError: the file cannot be written.
     """
     onnx.require()
-    with evaluating(model):
+    with eval_mode(model):
         program, sizes = _traced(model, example, dynamic_batch)
         content = onnx.convert(program, _batch_dims(example, "batch") if dynamic_batch else None)
         with atomic_write(path) as file:
@@ -80,7 +80,7 @@ def _traced(model: nn.Module, example: Any, dynamic_batch: bool) -> tuple[Export
     if dynamic_batch and not size:
         raise ExportError("expected an example with a batch of at least one sample; or give dynamic_batch=False")
     if dynamic_batch and size == 1:  # torch.export takes a size of 1 for a constant
-        example, size = resized(example, 2), 2
+        example, size = resize_batch(example, 2), 2
     args, kwargs = arguments(example)
     shapes = _batch_dims(example, Dim("batch")) if dynamic_batch else None
     try:
@@ -96,4 +96,4 @@ def _batch_dims(example: Any, dim: Any) -> Any:
     """``dynamic_shapes`` for ``torch.export``: ``dim`` for the first size of all that is a batch."""
     size = batch_size(example)
     args, kwargs = arguments(example)
-    return tree_map(lambda t: {0: dim} if isinstance(t, Tensor) and in_batch(t, size) else None, kwargs or args)
+    return tree_map(lambda t: {0: dim} if isinstance(t, Tensor) and has_batch_dim(t, size) else None, kwargs or args)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dlkernels.choices import PREDICTED_AT_ONCE
 from dlkernels.data import TensorLoader
-from dlkernels.trainer.mode import evaluating
+from dlkernels.trainer.mode import eval_mode
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def predict(model: nn.Module, inputs: Tensor, batch_size: int = PREDICTED_AT_ONC
         raise ValueError(f"expected at least one sample, [N, ...]; got a tensor of shape {list(inputs.shape)}")
     place = next((p for p in model.parameters() if p.is_floating_point()), inputs)
     scores = []
-    with evaluating(model):
+    with eval_mode(model):
         for (batch,) in TensorLoader(inputs, batch_size=batch_size):
             out = model(batch.to(place.device, place.dtype) if batch.is_floating_point() else batch.to(place.device))
             if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(batch):

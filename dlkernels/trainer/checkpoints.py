@@ -13,20 +13,20 @@ from typing import Any
 
 from dlkernels.atomic import atomic_write, remove_leftovers
 from dlkernels.trainer import checkpoint
-from dlkernels.trainer.monitor import Monitor, same_measure, state_of
+from dlkernels.trainer.monitor import Monitor, monitor_state, same_monitor
 
 NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.pt")
 BEST = "best.pt"
 DAMAGED, SUPERSEDED = ".damaged", ".superseded"  # added to the names of files that are set aside
 
 
-class OneFile:
+class CheckpointFile:
     """One file, written after every epoch and when training is interrupted."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()  # the same place after a chdir
 
-    def begin(self, metrics: Mapping[str, Any]) -> None:
+    def prepare(self, metrics: Mapping[str, Any]) -> None:
         """Remove what a process that was killed in the middle of a write left; ``metrics`` are the trainer's.
 
         Raises:
@@ -60,7 +60,7 @@ class OneFile:
         return str(self.path)
 
 
-class Checkpoints(OneFile):
+class Checkpoints(CheckpointFile):
     """The last ``keep_last`` checkpoints in ``folder``, and ``best.pt``.
 
     ``epoch-0003.pt`` was written after three epochs, ``epoch-0003-batch-000120.pt`` 120 batches into the fourth.
@@ -104,7 +104,7 @@ class Checkpoints(OneFile):
         self._batches = 0
         self._next = float("inf")
 
-    def begin(self, metrics: Mapping[str, Any]) -> None:
+    def prepare(self, metrics: Mapping[str, Any]) -> None:
         if self._asked is not None:
             self.monitor = Monitor.of(self._asked, metrics=metrics)
         remove_leftovers(self.path)
@@ -130,7 +130,7 @@ class Checkpoints(OneFile):
                 set_aside(beyond, SUPERSEDED)
         checkpoint.save(target, dict(state) | {"checkpoints": self.state_dict()})
         if improved:
-            second_name(target, self.path / BEST)
+            hard_link(target, self.path / BEST)
         for old in newest_first(self.path)[self.keep_last :]:
             old.unlink(missing_ok=True)
         self._restart()
@@ -139,10 +139,10 @@ class Checkpoints(OneFile):
         return next(iter(newest_first(self.path)), None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, **state_of(self.monitor)}
+        return {"best": self.best, **monitor_state(self.monitor)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best = state.get("best") if same_measure(state, self.monitor) else None  # another metric's is no measure
+        self.best = state.get("best") if same_monitor(state, self.monitor) else None  # another metric's is no measure
 
     def _restart(self) -> None:
         self._batches = 0
@@ -193,7 +193,7 @@ def read(path: str | os.PathLike[str], *, fallback: bool = False) -> tuple[Path,
     raise checkpoint.CheckpointError("; ".join([f"there is no checkpoint in {path} that can be read", *damages]))
 
 
-def second_name(file: Path, name: Path) -> None:
+def hard_link(file: Path, name: Path) -> None:
     """Make ``name`` another name of ``file``, atomically; a copy where the file system has no second names."""
     temporary = name.with_name(f".{name.name}.link.tmp")
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dlkernels.trainer.mode import buffers_kept
+from dlkernels.trainer.mode import preserve_buffers
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 
 
@@ -25,7 +25,7 @@ class NonFiniteLoss(ArithmeticError):
         self.epoch, self.batch, self.update, self.cause = epoch, batch, update, cause
 
 
-def first_not_finite(model: nn.Module, run: Callable[[], Any], x: Any, y: Any) -> str:
+def find_non_finite(model: nn.Module, run: Callable[[], Any], x: Any, y: Any) -> str:
     """A clause that names the first thing that is not finite, in the order in which it would do harm.
 
     ``run`` repeats the forward pass of ``model`` on ``x``; buffers and random state are as before afterwards.
@@ -52,7 +52,7 @@ def _first_layer(model: nn.Module, run: Callable[[], Any]) -> str | None:
     random_state = rng_state()
     hooks = [module.register_forward_hook(look(name or "the model")) for name, module in model.named_modules()]
     try:
-        with torch.no_grad(), buffers_kept(model):  # running statistics move
+        with torch.no_grad(), preserve_buffers(model):  # running statistics move
             run()
     finally:
         for handle in hooks:

@@ -28,12 +28,12 @@ from torch.utils._pytree import tree_map
 from torch.utils.data.distributed import DistributedSampler
 
 from dlkernels.trainer.sharded import check_split_by_rows, is_sharded
-from dlkernels.trainer.transfer import pair, samples_of, to
+from dlkernels.trainer.transfer import as_pair, count_samples, move_to
 
 T = TypeVar("T")
 
 
-class Part(NamedTuple):
+class LocalBatch(NamedTuple):
     """What one rank has of a batch."""
 
     x: Any
@@ -46,14 +46,14 @@ class Ranks:
     """A process by itself: rank 0 of 1. It has nothing to share, and none of this costs anything."""
 
     rank = 0
-    world = 1
+    world_size = 1
 
     @property
-    def is_main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
-    def run(self, model: nn.Module) -> nn.Module:
+    def wrap_model(self, model: nn.Module) -> nn.Module:
         """What to call for a step in training: ``model``, or a wrapper that averages its gradients over the ranks.
 
         Raises:
@@ -61,36 +61,36 @@ class Ranks:
         """
         return model
 
-    def part(self, item: Any, data: Any, device: torch.device) -> Part:
+    def local_batch(self, item: Any, data: Any, device: torch.device) -> LocalBatch:
         """This rank's part of the batch ``item``, which came from ``data``; on ``device``.
 
         Raises:
             ValueError: it is not a pair.
         """
-        x, y = pair(item)
-        return Part(to(x, device), to(y, device), samples_of(x, y), 1.0)
+        x, y = as_pair(item)
+        return LocalBatch(move_to(x, device), move_to(y, device), count_samples(x, y), 1.0)
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """``values`` added up over the ranks, in float64 if there are several."""
         return values
 
-    def largest(self, *values: int) -> Sequence[int]:
+    def all_reduce_max(self, *values: int) -> Sequence[int]:
         """The largest of each value over the ranks."""
         return values
 
-    def from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
+    def broadcast_from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
         """What ``function`` gives, or raises, in the main rank; the rest do not call it, and get ``others`` of that."""
         return function()
 
-    def first(self, text: str | None) -> str | None:
+    def first_message(self, text: str | None) -> str | None:
         """The text of the lowest rank that has one."""
         return text
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all ranks are here."""
 
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """The others come to what is in here when the main rank is through: it may have downloaded something."""
         yield
 
@@ -99,24 +99,24 @@ class Group(Ranks):
     """The processes of the default group of ``torch.distributed``."""
 
     def __init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
-    def run(self, model: nn.Module) -> nn.Module:
+    def wrap_model(self, model: nn.Module) -> nn.Module:
         if is_sharded(model):
-            check_split_by_rows(model, self.world)
+            check_split_by_rows(model, self.world_size)
             return model
         if isinstance(model, DistributedDataParallel):
             return model
         return DistributedDataParallel(model) if any(p.requires_grad for p in model.parameters()) else model
 
-    def part(self, item: Any, data: Any, device: torch.device) -> Part:
-        x, y = pair(item)
-        samples = samples_of(x, y)
+    def local_batch(self, item: Any, data: Any, device: torch.device) -> LocalBatch:
+        x, y = as_pair(item)
+        samples = count_samples(x, y)
         if isinstance(getattr(data, "sampler", None), DistributedSampler):  # a part is what came
-            whole = int(self.total(torch.tensor(samples)))
-            return Part(to(x, device), to(y, device), whole, samples / whole)
-        first, last = rows(samples, self.rank, self.world)
+            whole = int(self.all_reduce_sum(torch.tensor(samples)))
+            return LocalBatch(move_to(x, device), move_to(y, device), whole, samples / whole)
+        first, last = row_range(samples, self.rank, self.world_size)
         share = (last - first) / samples if samples else 0.0
         if first == last:  # it takes part in the step all the same
             first, last = 0, 1
@@ -124,21 +124,21 @@ class Group(Ranks):
         def take(value: Any) -> Any:
             return value[first:last] if isinstance(value, Tensor) and value.ndim and len(value) == samples else value
 
-        return Part(to(tree_map(take, x), device), to(tree_map(take, y), device), samples, share)
+        return LocalBatch(move_to(tree_map(take, x), device), move_to(tree_map(take, y), device), samples, share)
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         values = values.detach().to("cpu", torch.float64)
         dist.all_reduce(values, group=self._group)
         return values
 
-    def largest(self, *values: int) -> Sequence[int]:
+    def all_reduce_max(self, *values: int) -> Sequence[int]:
         numbers = torch.tensor(values)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         return numbers.tolist()
 
-    def from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
+    def broadcast_from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
         outcome: list[Any] = [None, None]
-        if self.is_main:
+        if self.is_main_process:
             try:
                 given = function()
                 outcome = [others(given), None]
@@ -147,39 +147,39 @@ class Group(Ranks):
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[1] is not None:
             raise outcome[1]
-        return given if self.is_main else outcome[0]
+        return given if self.is_main_process else outcome[0]
 
-    def first(self, text: str | None) -> str | None:
-        texts: list[Any] = [None] * self.world
+    def first_message(self, text: str | None) -> str | None:
+        texts: list[Any] = [None] * self.world_size
         dist.all_gather_object(texts, text, group=self._group)
         return next((found for found in texts if found is not None), None)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         dist.barrier(group=self._group)
 
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        if not self.is_main:
-            self.wait()
+    def main_process_first(self) -> Iterator[None]:
+        if not self.is_main_process:
+            self.barrier()
         try:
             yield
         finally:
-            if self.is_main:
-                self.wait()
+            if self.is_main_process:
+                self.barrier()
 
 
-def current() -> Ranks:
+def current_ranks() -> Ranks:
     """All processes of ``torch.distributed``, if there are several; else this one by itself."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return Group() if several else Ranks()
 
 
-def rows(samples: int, rank: int, world: int) -> tuple[int, int]:
+def row_range(samples: int, rank: int, world: int) -> tuple[int, int]:
     """The rows, first and one past the last, that ``rank`` has of a batch of ``samples``."""
     return samples * rank // world, samples * (rank + 1) // world
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """``model``, or what is in it if it is a DistributedDataParallel: the one whose keys a checkpoint has."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
@@ -188,24 +188,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def process_group(device: str) -> Iterator[Ranks]:
     """Within it, the processes that torchrun has started are one group; another process stays by itself.
 
     With ``device`` "cuda" each of them has the GPU of its local rank. They leave it together, unless one raises.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
-        yield current()
+        yield current_ranks()
         return
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo", **_store_of_this_attempt())
     try:
-        ranks = current()
+        ranks = current_ranks()
         yield ranks
         # A rank that ended right after a collective could meet gloo's thread, which still lets go of a tensor, while
         # its interpreter shuts down: "terminate called without an active exception", seen on a busy machine.
-        ranks.wait()
+        ranks.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.metrics import Meter, ignored_class
-from dlkernels.trainer.mode import evaluating
+from dlkernels.trainer.mode import eval_mode
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Loss, forward
 
@@ -54,15 +54,15 @@ def evaluate(
         ValueError: there is no batch, or one is not a pair; or a metric is called ``loss``.
     """
     ranks = ranks or Ranks()
-    meter, metrics = Meter(ranks.total, ignored_class(loss)), check_names(metrics or {})
+    meter, metrics = Meter(ranks.all_reduce_sum, ignored_class(loss)), check_names(metrics or {})
     random_state = rng_state()
     for metric in metrics.values():
         metric.to(device)
         metric.reset()
     try:
-        with evaluating(model):
+        with eval_mode(model):
             for item in data.batches(0) if hasattr(data, "batches") else data:
-                part = ranks.part(item, data, device)
+                part = ranks.local_batch(item, data, device)
                 output, value = forward(model, loss, part.x, part.y, device, autocast)
                 meter.add(value, output, part.y, part.samples, part.share)
                 for metric in metrics.values() if part.share else ():

@@ -27,16 +27,16 @@ class GraphedStep:
     def __init__(self, model: nn.Module, run: Any, loss: Loss, step: Step, autocast: torch.dtype | None) -> None:
         _check(model, step)
         self.run, self.loss, self.step, self.autocast = run, loss, step, autocast
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Capture anew: the optimizer has other tensors than those that the graph reads, or modules another mode."""
         self._left = WARM_UP
         self._held: tuple[Tensor, Tensor] | None = None  # the batch that the graph reads
         self._result: tuple[Any, Tensor] | None = None
         self._replay: Callable[[], None] | None = None
 
-    def takes(self, x: Any, y: Any) -> bool:
+    def matches(self, x: Any, y: Any) -> bool:
         """Whether a batch is of the shapes and dtypes of the first."""
         if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             return False
@@ -45,7 +45,7 @@ class GraphedStep:
         return all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(self._held, (x, y), strict=True))
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
-        """One step on a batch that it ``takes``; the output and the loss, both valid until the next call."""
+        """One step on a batch that it ``matches``; the output and the loss, both valid until the next call."""
         assert self._held is not None
         for held, new in zip(self._held, (x, y), strict=True):
             held.copy_(new)
@@ -59,7 +59,7 @@ class GraphedStep:
             self.step.optimizer.zero_grad()  # so that the gradients are the graph's own memory
             self._replay = capture(self._body)
             self._replay()
-        self.step.updated()
+        self.step.after_optimizer_step()
         assert self._result is not None
         return self._result
 
@@ -68,7 +68,7 @@ class GraphedStep:
         self.step.optimizer.zero_grad()
         output, loss = forward(self.run, self.loss, *self._held, self._held[0].device, self.autocast)
         loss.backward()
-        self.step.apply()
+        self.step.optimizer_step()
         self._result = output.detach() if isinstance(output, Tensor) else output, loss.detach()
 
 

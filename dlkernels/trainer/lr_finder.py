@@ -18,7 +18,7 @@ from dlkernels.choices import HIGHEST_RATE, LOWEST_RATE, RATES
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.diagnose import NonFiniteLoss
 from dlkernels.trainer.loop import Trainer
-from dlkernels.trainer.mode import buffers_kept, gradients_kept, modes_kept, values_kept
+from dlkernels.trainer.mode import preserve_buffers, preserve_gradients, preserve_modes, preserve_values
 from dlkernels.trainer.optimizers import set_lr
 from dlkernels.trainer.step import Loss
 
@@ -49,8 +49,8 @@ class LearningRates:
     @property
     def edge(self) -> str | None:
         """Why the suggestion is none to rely on: it is at an end of the rates, or the loss does not fall. Else None."""
-        looked_at = self._looked_at
-        if self._fall(self._steepest) >= 0:
+        looked_at = self._candidates
+        if self._loss_change(self._steepest) >= 0:
             return "the loss falls nowhere: try other rates, or more batches"
         if self._steepest == looked_at[0]:
             return f"it is at the lower end of the rates that were tried: begin below {self.rates[0]:.2g}"
@@ -63,16 +63,16 @@ class LearningRates:
         return max(1, min(SPAN, len(self.losses) // 6))
 
     @property
-    def _looked_at(self) -> range:
+    def _candidates(self) -> range:
         """Indices of rates; of three losses, there is one."""
         start = min(START, len(self.losses) // 4)
         return range(start + self._span, len(self.losses) - self._span)
 
     @property
     def _steepest(self) -> int:
-        return min(self._looked_at, key=self._fall)
+        return min(self._candidates, key=self._loss_change)
 
-    def _fall(self, index: int) -> float:
+    def _loss_change(self, index: int) -> float:
         return self.losses[index + self._span] - self.losses[index - self._span]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -133,11 +133,11 @@ def find_lr(
     own = {id(parameter): parameter for parameter in model.parameters()}
     others = {id(parameter): parameter for parameter in trained if id(parameter) not in own}  # the loss's
     with (
-        modes_kept(model),
-        buffers_kept(model),
-        buffers_kept(loss) if isinstance(loss, nn.Module) else contextlib.nullcontext(),
-        values_kept(others.values()),
-        gradients_kept((own | others).values()),
+        preserve_modes(model),
+        preserve_buffers(model),
+        preserve_buffers(loss) if isinstance(loss, nn.Module) else contextlib.nullcontext(),
+        preserve_values(others.values()),
+        preserve_gradients((own | others).values()),
     ):
         try:
             trainer.fit(2 * batches)  # epochs: at least one update each, but for some that a scaler leaves out
@@ -159,10 +159,10 @@ class _Sweep(Callback):
         self._average = 0.0
         self._batches = 0  # since the last update
 
-    def fit_begins(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Trainer) -> None:
         self._set(trainer, self.rates[0])
 
-    def batch_ends(self, trainer: Trainer) -> None:
+    def on_batch_end(self, trainer: Trainer) -> None:
         self._batches += 1
         tried = len(self.losses) + 1
         if trainer.updates < tried:

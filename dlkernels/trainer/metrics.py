@@ -35,7 +35,7 @@ def ignored_class(loss: Any) -> int | None:
     return ignored if isinstance(ignored, int) else None
 
 
-class Correct:
+class AccuracyCounter:
     """Counts right predictions and the targets that count, those of many small batches at once.
 
     A target counts that is one of the classes 0 to C - 1, unless it is ``ignored``: ``cross_entropy`` leaves out those
@@ -69,7 +69,7 @@ class Correct:
         if self._filled == len(self._slots):
             self._count()
 
-    def take(self) -> Tensor:
+    def pop_counts(self) -> Tensor:
         """How many were right and how many counted since the last call: int64 [2]."""
         self._count()
         taken = torch.stack(self._counts).sum(0) if self._counts else torch.zeros(2, dtype=torch.int64)
@@ -104,12 +104,14 @@ class Meter:
     no trace in them.
 
     Args:
-        total: adds up over processes, each of which has a part of every batch; a flush calls it.
+        all_reduce_sum: adds up over processes, each of which has a part of every batch; a flush calls it.
         ignored: the class number of targets that do not count (``ignored_class``).
     """
 
-    def __init__(self, total: Callable[[Tensor], Tensor] = lambda values: values, ignored: int | None = None) -> None:
-        self._total = total
+    def __init__(
+        self, all_reduce_sum: Callable[[Tensor], Tensor] = lambda values: values, ignored: int | None = None
+    ) -> None:
+        self._all_reduce_sum = all_reduce_sum
         self._ignored = ignored
         self.samples = 0
         self._losses: list[float] = []
@@ -118,7 +120,7 @@ class Meter:
         self._judged = 0  # predictions that accuracy has counted
         self._waiting: list[tuple[Tensor, int]] = []
         self._waiting_correct = False
-        self._right = Correct(self._ignored)
+        self._right = AccuracyCounter(self._ignored)
 
     def add(self, loss: Tensor, output: Any, target: Any, samples: int, share: float = 1.0) -> None:
         """Note a batch: its mean loss (0-d, detached), what the model gave and should have, how many samples.
@@ -136,13 +138,15 @@ class Meter:
         """Bring the waiting values to the host: one copy for the losses, one for the counts."""
         if self._waiting:
             for loss, (_, samples) in zip(
-                self._total(torch.stack([loss for loss, _ in self._waiting])).tolist(), self._waiting, strict=True
+                self._all_reduce_sum(torch.stack([loss for loss, _ in self._waiting])).tolist(),
+                self._waiting,
+                strict=True,
             ):
                 self._losses.append(loss)
                 self._loss_sum += loss * samples
             self._waiting.clear()
         if self._waiting_correct:
-            right, judged = self._total(self._right.take()).tolist()
+            right, judged = self._all_reduce_sum(self._right.pop_counts()).tolist()
             self._correct += int(right)
             self._judged += int(judged)
             self._waiting_correct = False
@@ -188,4 +192,4 @@ class Meter:
         self._judged = state["judged"]
         self._waiting.clear()
         self._waiting_correct = False
-        self._right = Correct(self._ignored)
+        self._right = AccuracyCounter(self._ignored)

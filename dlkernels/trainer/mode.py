@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, with gradients off; then back in the mode that each was in."""
-    with modes_kept(model), torch.no_grad():
+    with preserve_modes(model), torch.no_grad():
         model.eval()
         yield
 
@@ -31,7 +31,7 @@ class TrainMode:
         self._frozen = self._in_eval() if any(module.training for module in model.modules()) else set()
         self._of_model: set[nn.Module] = set()  # in eval mode by the model's own train()
 
-    def begin(self) -> bool:
+    def on_epoch_start(self) -> bool:
         """Before an epoch. Returns whether other modules are in eval mode than in the epoch before."""
         before = self._frozen | self._of_model
         if any(module.training for module in self.model.modules()):
@@ -53,7 +53,7 @@ class TrainMode:
 
 
 @contextlib.contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
+def preserve_modes(model: nn.Module) -> Iterator[None]:
     """Afterwards every module is in train or eval mode as before."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -64,7 +64,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
+def preserve_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Within it ``parameters`` have no gradients at first; afterwards those of before."""
     held = [(one, one.grad) for one in parameters]
     for one, _ in held:
@@ -77,7 +77,7 @@ def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+def preserve_values(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Afterwards ``tensors`` have their values of before."""
     held = [(one, one.detach().clone()) for one in tensors]
     try:
@@ -88,11 +88,11 @@ def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
     """Afterwards the buffers, those too that no state_dict has, are the same tensors with the same values."""
     places = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     try:
-        with values_kept(buffer for _, held in places for buffer in held.values() if buffer is not None):
+        with preserve_values(buffer for _, held in places for buffer in held.values() if buffer is not None):
             yield
     finally:
         for module, held in places:

@@ -38,7 +38,7 @@ class Monitor:
         if isinstance(name, Monitor):
             mode = mode or name.mode
             name = name.name
-        monitor = cls(name, mode or _declared(name, metrics or {}) or _named(name))
+        monitor = cls(name, mode or _mode_from_metric(name, metrics or {}) or _mode_from_name(name))
         if metrics is not None:
             monitor.require_mode()
         return monitor
@@ -81,20 +81,20 @@ class Monitor:
         return value < best - min_delta if mode == "min" else value > best + min_delta
 
 
-def state_of(monitor: Monitor | None) -> dict[str, Any]:
+def monitor_state(monitor: Monitor | None) -> dict[str, Any]:
     """What a checkpoint keeps beside a best value, to tell what it is the best of."""
     return {"monitor": monitor and monitor.name, "mode": monitor and monitor.mode}
 
 
-def same_measure(held: Mapping[str, Any], monitor: Monitor | None) -> bool:
-    """Whether a best value, ``held`` with ``state_of`` its monitor, is one of ``monitor``'s, as far as is known."""
-    own = state_of(monitor)
+def same_monitor(held: Mapping[str, Any], monitor: Monitor | None) -> bool:
+    """Return whether ``held``, the state of a best value with its ``monitor_state``, was measured by ``monitor``."""
+    own = monitor_state(monitor)
     return held.get("monitor", own["monitor"]) == own["monitor"] and (
         own["mode"] is None or held.get("mode", own["mode"]) == own["mode"]
     )
 
 
-def _declared(name: str, metrics: Mapping[str, Any]) -> Mode | None:
+def _mode_from_metric(name: str, metrics: Mapping[str, Any]) -> Mode | None:
     """What the metric of this name says."""
     metric = metrics.get(name.removeprefix("val_")) if name.startswith("val_") else None
     higher = getattr(metric, "higher_is_better", None)
@@ -103,7 +103,7 @@ def _declared(name: str, metrics: Mapping[str, Any]) -> Mode | None:
     return "max" if higher else "min"
 
 
-def _named(name: str) -> Mode | None:
+def _mode_from_name(name: str) -> Mode | None:
     """What the name says by itself."""
     last = re.split(r"[\W_]", name)[-1]
     if last in LOWER_IS_BETTER:

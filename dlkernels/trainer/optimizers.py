@@ -41,7 +41,7 @@ def set_lr(group: dict[str, Any], rate: float) -> None:
 
 
 @contextlib.contextmanager
-def running_as_made(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def keep_lr_type(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within it a saved state may be loaded, of an optimizer that was made for a CUDA graph or one that was not.
 
     ``load_state_dict`` takes over the saved groups whole. The rate's value is what was saved, but whether it is a

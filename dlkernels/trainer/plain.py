@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 ATOMS = frozenset((str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.Size))
-LARGEST = 8 * 255 - 1  # bits of an int that pickle writes in the form that weights_only reads
+MAX_INT_BITS = 8 * 255 - 1  # bits of an int that pickle writes in the form that weights_only reads
 
 
 def plain(value: Any, place: str = "") -> Any:
@@ -25,7 +25,7 @@ def plain(value: Any, place: str = "") -> Any:
         TypeError: something could not be read back; ``place`` and the way from there name it.
     """
     kind = type(value)
-    if kind in ATOMS and not (kind is int and value.bit_length() > LARGEST):
+    if kind in ATOMS and not (kind is int and value.bit_length() > MAX_INT_BITS):
         return value
     if kind in (dict, OrderedDict):
         return _plain_mapping(value, place)
@@ -33,7 +33,7 @@ def plain(value: Any, place: str = "") -> Any:
         # The common case by itself: a history of losses.
         items = [item if type(item) is float else plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
         return value if all(map(_same, items, value)) else kind(items)
-    if type(number := as_atom(value)) in ATOMS and number is not value:
+    if type(number := plain_scalar(value)) in ATOMS and number is not value:
         return number
     if not _can_be_read_back(value):
         raise TypeError(
@@ -43,7 +43,7 @@ def plain(value: Any, place: str = "") -> Any:
     return value
 
 
-def as_atom(value: Any) -> Any:
+def plain_scalar(value: Any) -> Any:
     """The plain number or text that ``value`` is equal to, if it is a number or text of another type; else itself."""
     if type(value) in ATOMS:
         return value

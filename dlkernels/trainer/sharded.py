@@ -57,7 +57,7 @@ def check_split_by_rows(model: nn.Module, world: int) -> None:
         )
 
 
-def whole(state: Any) -> Any:
+def full_state(state: Any) -> Any:
     """``state`` with every DTensor put together on the CPU of rank 0; all ranks must call this, the others get meta."""
     if not any(map(_is_split, tree_leaves(state))):
         return state  # as it is, with what module and optimizer wrote on it
@@ -65,7 +65,7 @@ def whole(state: Any) -> Any:
     return tree_map(lambda t: t.full_tensor().to(device) if _is_split(t) else t, state)
 
 
-def outline(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def meta_state(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A checkpoint as the ranks other than 0 need it for loading: meta for what is split here."""
     if not is_sharded(model):
         return state
@@ -74,43 +74,43 @@ def outline(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Opti
         return value.to("meta")
 
     held = state["optimizer"]
-    moments = _of_optimizer(held["state"], optimizer, meta)
-    return state | {"model": _of_model(state["model"], model, meta), "optimizer": held | {"state": moments}}
+    moments = _map_optimizer_state(held["state"], optimizer, meta)
+    return state | {"model": _map_model_state(state["model"], model, meta), "optimizer": held | {"state": moments}}
 
 
-def local(t: Tensor) -> Tensor:
+def local_tensor(t: Tensor) -> Tensor:
     """What this rank has of a tensor."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     """``model.load_state_dict(state)`` of whole tensors, however the model is split."""
-    model.load_state_dict(_of_model(state, model, _scatter) if is_sharded(model) else state)
+    model.load_state_dict(_map_model_state(state, model, _scatter) if is_sharded(model) else state)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """``optimizer.load_state_dict(state)`` of whole tensors, however the parameters are split."""
-    optimizer.load_state_dict(_of_optimizer(state, optimizer, _scatter))
+    optimizer.load_state_dict(_map_optimizer_state(state, optimizer, _scatter))
 
 
 Change = Callable[[Tensor, Any], Tensor]
 
 
-def _of_model(state: Mapping[str, Any], model: nn.Module, change: Change) -> dict[str, Any]:
+def _map_model_state(state: Mapping[str, Any], model: nn.Module, change: Change) -> dict[str, Any]:
     own = model.state_dict()
-    return {name: _changed(value, own.get(name), change) for name, value in state.items()}
+    return {name: _map_if_split(value, own.get(name), change) for name, value in state.items()}
 
 
-def _of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer, change: Change) -> dict[str, Any]:
+def _map_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer, change: Change) -> dict[str, Any]:
     parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
     moments = {
-        index: {name: _changed(value, parameters.get(index), change) for name, value in entry.items()}
+        index: {name: _map_if_split(value, parameters.get(index), change) for name, value in entry.items()}
         for index, entry in state["state"].items()
     }
     return state | {"state": moments}
 
 
-def _changed(value: Any, like: Any, change: Change) -> Any:
+def _map_if_split(value: Any, like: Any, change: Change) -> Any:
     """``value``, changed if it is of the parameter ``like`` and split as that is."""
     fits = _is_split(like) and isinstance(value, Tensor) and value.shape == like.shape
     return change(value, like) if fits else value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def pair(item: Any) -> tuple[Any, Any]:
+def as_pair(item: Any) -> tuple[Any, Any]:
     """A batch as ``(input, target)``.
 
     Raises:
@@ -23,27 +23,27 @@ def pair(item: Any) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
-def to(value: Any, device: torch.device) -> Any:
+def move_to(value: Any, device: torch.device) -> Any:
     """Tensors in any nesting of mappings, tuples and lists, on ``device``."""
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: to(item, device) for key, item in value.items()}
+        return {key: move_to(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return _of_kind(value, [to(item, device) for item in value])
+        return _of_kind(value, [move_to(item, device) for item in value])
     return value
 
 
-def in_float32(value: Any) -> Any:
+def cast_to_float32(value: Any) -> Any:
     """``value`` with every 16-bit tensor in it in float32; itself where there is none.
 
     It looks into mappings, tuples, lists and dataclasses, and into objects of other classes by their attributes (a
     ``torch.distributions.Normal`` has its parameters there). What it changes it copies; the kinds stay what they are.
     """
-    return _in_float32(value, frozenset())
+    return _cast_to_float32(value, frozenset())
 
 
-def _in_float32(value: Any, around: frozenset[int]) -> Any:
+def _cast_to_float32(value: Any, around: frozenset[int]) -> Any:
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if id(value) in around or isinstance(value, (str, bytes, nn.Module)) or callable(value):
@@ -52,7 +52,7 @@ def _in_float32(value: Any, around: frozenset[int]) -> Any:
     if isinstance(value, Mapping):
         return _with_items(value, changed) if (changed := _changed(value, around)) else value
     if isinstance(value, (tuple, list, deque)):
-        items = [_in_float32(item, around) for item in value]
+        items = [_cast_to_float32(item, around) for item in value]
         return value if all(new is old for new, old in zip(items, value, strict=True)) else _of_kind(value, items)
     slots = [name for kind in type(value).__mro__ for name in _slots_of(kind)]
     attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
@@ -66,7 +66,7 @@ def _in_float32(value: Any, around: frozenset[int]) -> Any:
 
 def _changed(items: Mapping[Any, Any], around: frozenset[int]) -> dict[Any, Any]:
     """Those of ``items`` that have 16-bit tensors, in float32."""
-    found = ((key, item, _in_float32(item, around)) for key, item in items.items())
+    found = ((key, item, _cast_to_float32(item, around)) for key, item in items.items())
     return {key: new for key, old, new in found if new is not old}
 
 
@@ -90,7 +90,7 @@ def _of_kind(value: Any, items: list[Any]) -> Any:
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
-def samples_of(x: Any, y: Any) -> int:
+def count_samples(x: Any, y: Any) -> int:
     """The weight of a batch in means over samples: the first dimension of the target, else of the input.
 
     Raises:

@@ -13,7 +13,7 @@ NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 PLURALS = {int: "whole numbers"}
 
 
-def refusal(
+def error_message(
     error: Any, fields: Mapping[str, FieldInfo], flagged: Mapping[str, str], path: str | PathLike[str] | None
 ) -> str:
     """The sentence for one entry of ``ValidationError.errors()``, "" for one that only follows from another.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dlkernels.runs.folder import RunFolder
 
 
-def trained(path: str, device: str = "cpu") -> tuple[RunFolder, nn.Module]:
+def load_trained(path: str, device: str = "cpu") -> tuple[RunFolder, nn.Module]:
     """The folder of a finished run and its network, on ``device``. Of a run that went on after it was finished, the
     weights are those of then, and standard error says so.
 
@@ -31,6 +31,6 @@ def trained(path: str, device: str = "cpu") -> tuple[RunFolder, nn.Module]:
     except RunError as error:
         raise SettingError(str(error)) from None
     with contextlib.suppress(RunError):  # the weights are whole, whatever is with the history
-        if (went_on := folder.went_on()) is not None:
-            print(f"{folder.path}: {went_on}", file=sys.stderr)
+        if (continuation_note := folder.continuation_note()) is not None:
+            print(f"{folder.path}: {continuation_note}", file=sys.stderr)
     return folder, model
