@@ -1,6 +1,6 @@
-"""``python -m dlkernels``: a dispatcher. Every module of a subcommand (``dlkernels.cli``) has
-``add_parser(subparsers)``, which adds its parser and sets ``execute``: a function from the parsed arguments to the exit
-status. None of them imports torch before its function runs."""
+"""``python -m dlkernels``: runs a subcommand. Each module of a subcommand (``dlkernels.cli``) has
+``add_parser(subparsers)``, which adds its parser and sets ``execute``, a function from the parsed arguments to the exit
+status. No module imports torch before this function runs."""
 
 import argparse
 import sys

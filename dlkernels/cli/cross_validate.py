@@ -1,4 +1,4 @@
-"""``python -m dlkernels cross-validate``: settings judged on every part of the training samples in turn."""
+"""``python -m dlkernels cross-validate``: evaluates settings by k-fold cross-validation on the training samples."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dlkernels.cli.command import SettingError
 from dlkernels.cli.info import provenance
 from dlkernels.cli.prepare import add_training, prepare_single_process, settings_of
 
-KINDS = ("plain", "stratified")  # grouped needs a group for every sample, which our data sets do not have
-WITHOUT = {"parallel", "keep_last", "checkpoint_seconds", "tensorboard"}  # a fold leaves nothing on disk
+KINDS = ("plain", "stratified")  # grouped folds need a group for every sample, which these data sets lack
+WITHOUT = {"parallel", "keep_last", "checkpoint_seconds", "tensorboard"}  # a fold writes no files
 
 
 def add_parser(subparsers: Any) -> None:
@@ -44,7 +44,7 @@ def _cross_validate(args: argparse.Namespace) -> int:
         raise SettingError(f"expected --folds of at least 2; got {args.folds}")
     job = prepare_single_process(config, "cross-validate")
     folder = RunFolder(config.out)
-    folder.path.mkdir(parents=True, exist_ok=True)  # or refused before the training
+    folder.path.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
     try:
         splits = list(folds(job.splits.train_y, args.folds, kind=args.kind, seed=config.seed))
     except ValueError as error:

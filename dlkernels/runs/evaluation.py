@@ -1,4 +1,4 @@
-"""A trained classifier on its test images: every prediction, what was mistaken for what, and the worst mistakes."""
+"""Evaluation of a trained classifier on its test images: predictions, confusion matrix, and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Mistake:
     image: Any
     truth: int
     predicted: int
-    confidence: float  # the probability the network gave to its prediction
+    confidence: float  # the predicted probability of the predicted class
 
 
 class Evaluation:
-    """Predictions for ``x`` [M, features], whose classes are ``y`` [M].
+    """Predictions for ``x`` [M, features] with classes ``y`` [M].
 
     ``truth``, ``predicted`` (int64) and ``confidence`` (float32) are [M], on the CPU.
     """

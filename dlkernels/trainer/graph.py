@@ -1,4 +1,8 @@
-"""A whole training step as one CUDA graph: small networks spend more time launching kernels than running them."""
+"""A training step as one CUDA graph: small networks spend more time on launching kernels than on running them.
+
+``torch.cuda.make_graphed_callables`` captures forward and backward of a module. This captures the loss, the clipping
+and the optimizer too, so that one replay is one step.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,17 @@ from torch import Tensor, nn
 
 from dlkernels.trainer.step import Loss, Step, forward
 
-WARM_UP = 3  # ordinary steps before the capture, so that libraries and allocator have settled
+WARM_UP = 3  # ordinary steps before the capture, in which libraries and allocator initialise
 
 
 class GraphedStep:
     """Forward, loss, backward, clipping and optimizer, captured once and replayed on batches of the same shapes.
 
-    Batches of other shapes, such as an epoch's last, are for the caller's ordinary step. The learning rate, if a
-    schedule moves it, must be a tensor, and the optimizer ``capturable``: then a replay reads its present value.
+    The caller runs batches of other shapes, such as the last of an epoch, as ordinary steps. If a schedule changes the
+    learning rate, the rate must be a tensor and the optimizer ``capturable``: then a replay reads its current value.
 
     Raises:
-        ValueError: the model is not on a GPU, or an option needs the host in the middle of the step.
+        ValueError: the model is not on a GPU, or an option needs the host within the step.
     """
 
     def __init__(self, model: nn.Module, run: Any, loss: Loss, step: Step, autocast: torch.dtype | None) -> None:
@@ -30,14 +34,14 @@ class GraphedStep:
         self.reset()
 
     def reset(self) -> None:
-        """Capture anew: the optimizer has other tensors than those that the graph reads, or modules another mode."""
+        """Capture again: the optimizer's tensors or the modules' modes have changed."""
         self._left = WARM_UP
         self._held: tuple[Tensor, Tensor] | None = None  # the batch that the graph reads
         self._result: tuple[Any, Tensor] | None = None
         self._replay: Callable[[], None] | None = None
 
     def matches(self, x: Any, y: Any) -> bool:
-        """Whether a batch is of the shapes and dtypes of the first."""
+        """Return True if a batch has the shapes and dtypes of the first one."""
         if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             return False
         if self._held is None:
@@ -45,7 +49,7 @@ class GraphedStep:
         return all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(self._held, (x, y), strict=True))
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
-        """One step on a batch that it ``matches``; the output and the loss, both valid until the next call."""
+        """Run one step on a batch that ``matches``. Output and loss are valid until the next call."""
         assert self._held is not None
         for held, new in zip(self._held, (x, y), strict=True):
             held.copy_(new)
@@ -56,7 +60,7 @@ class GraphedStep:
             with on_another_stream():
                 self._body()
         else:
-            self.step.optimizer.zero_grad()  # so that the gradients are the graph's own memory
+            self.step.optimizer.zero_grad()  # the capture allocates the gradients in the graph's memory
             self._replay = capture(self._body)
             self._replay()
         self.step.after_optimizer_step()
@@ -73,7 +77,7 @@ class GraphedStep:
 
 
 def capture(body: Callable[[], None]) -> Callable[[], None]:
-    """Record what ``body`` launches, without running it; what is returned runs it."""
+    """Record the kernels that ``body`` launches, without running them. The returned function runs them."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         body()
@@ -82,7 +86,7 @@ def capture(body: Callable[[], None]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def on_another_stream() -> Any:
-    """Where torch wants the steps before a capture to be run."""
+    """Run on a side stream, as torch requires for the steps before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -468,8 +468,8 @@ class Trainer:
             RuntimeError: ``fit`` is running.
         """
         self._check_idle("load")
-        file = self._state.load(path, fallback)
-        self._reset_graph()
+        file, state = self._state.read(path, fallback)
+        self.load_state_dict(state)
         return file
 
     def state_dict(self) -> dict[str, Any]:
@@ -483,9 +483,6 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the result of ``state_dict``, including the random state; all ranks must call it."""
         self._state.load_state_dict(state)
-        self._reset_graph()
-
-    def _reset_graph(self) -> None:
         if self._graph is not None:
             self._graph.reset()
 

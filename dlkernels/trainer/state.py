@@ -115,17 +115,16 @@ class TrainingState:
         state = self.state_dict()  # all ranks take part
         self.ranks.broadcast_from_main(lambda: checkpoint.save(path, state))
 
-    def load(self, path: str | os.PathLike[str], fallback: bool) -> Path:
-        """Read a checkpoint, check that it fits, and take it over; ``Trainer.load`` has the details."""
+    def read(self, path: str | os.PathLike[str], fallback: bool) -> tuple[Path, dict[str, Any]]:
+        """Read a checkpoint and check that it fits this training; ``Trainer.load`` has the details."""
         file, state, damages = self.ranks.broadcast_from_main(
-            lambda: self._read(path, fallback),
+            lambda: self._read_here(path, fallback),
             lambda read: (read[0], sharded.meta_state(read[1], self.model, self.optimizer), read[2]),
         )
         self._check_same_run(file, state)
         for damage in damages:
             warnings.warn(f"{damage}; going on from {file}", stacklevel=3)
-        self.load_state_dict(state)
-        return file
+        return file, state
 
     def check_plain(self) -> None:
         """Check before the first batch that a checkpoint can hold the states of the caller's objects.
@@ -145,7 +144,7 @@ class TrainingState:
     def _named_callbacks(self) -> list[tuple[str, Stateful]]:
         return [(f"{index} {type(callback).__name__}", callback) for index, callback in enumerate(self.callbacks)]
 
-    def _read(self, path: str | os.PathLike[str], fallback: bool) -> tuple[Path, dict[str, Any], list[str]]:
+    def _read_here(self, path: str | os.PathLike[str], fallback: bool) -> tuple[Path, dict[str, Any], list[str]]:
         file, state, damages = checkpoints.read(path, fallback=fallback)
         if missing := self._parts().keys() - state.keys():
             raise CheckpointError(f"{file} is not a trainer's checkpoint: it lacks {', '.join(sorted(missing))}")

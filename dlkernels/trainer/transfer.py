@@ -1,4 +1,4 @@
-"""Batches: pairs of whatever the model and the loss take, moved to where the model is."""
+"""Batches ``(input, target)`` of any nesting, moved to the model's device; 16-bit outputs cast to float32."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 def as_pair(item: Any) -> tuple[Any, Any]:
-    """A batch as ``(input, target)``.
+    """Return a batch as ``(input, target)``.
 
     Raises:
-        ValueError: it is not a pair.
+        ValueError: ``item`` is not a pair.
     """
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
@@ -24,7 +24,7 @@ def as_pair(item: Any) -> tuple[Any, Any]:
 
 
 def move_to(value: Any, device: torch.device) -> Any:
-    """Tensors in any nesting of mappings, tuples and lists, on ``device``."""
+    """Move the tensors in any nesting of mappings, tuples and lists to ``device``."""
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
@@ -35,10 +35,10 @@ def move_to(value: Any, device: torch.device) -> Any:
 
 
 def cast_to_float32(value: Any) -> Any:
-    """``value`` with every 16-bit tensor in it in float32; itself where there is none.
+    """Return ``value`` with every 16-bit tensor in it cast to float32; ``value`` itself if there is none.
 
-    It looks into mappings, tuples, lists and dataclasses, and into objects of other classes by their attributes (a
-    ``torch.distributions.Normal`` has its parameters there). What it changes it copies; the kinds stay what they are.
+    It searches mappings, tuples, lists and dataclasses, and the attributes of other objects (for example the parameters
+    of a ``torch.distributions.Normal``). It copies what it changes, and keeps the types.
     """
     return _cast_to_float32(value, frozenset())
 
@@ -60,18 +60,18 @@ def _cast_to_float32(value: Any, around: frozenset[int]) -> Any:
         return value
     copied = copy.copy(value)
     for name, item in changed.items():
-        object.__setattr__(copied, name, item)  # also of a frozen dataclass
+        object.__setattr__(copied, name, item)  # works for a frozen dataclass too
     return copied
 
 
 def _changed(items: Mapping[Any, Any], around: frozenset[int]) -> dict[Any, Any]:
-    """Those of ``items`` that have 16-bit tensors, in float32."""
+    """The items that hold 16-bit tensors, cast to float32."""
     found = ((key, item, _cast_to_float32(item, around)) for key, item in items.items())
     return {key: new for key, old, new in found if new is not old}
 
 
 def _with_items(value: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
-    """A copy of a mapping, of its kind where that can be written to: transformers' outputs are also dataclasses."""
+    """A copy of a mapping with ``changed`` items, of the same type if it is mutable (as transformers' outputs are)."""
     if not isinstance(value, MutableMapping):
         return {**value, **changed}
     copied = copy.copy(value)
@@ -86,15 +86,15 @@ def _slots_of(kind: type) -> tuple[str, ...]:
 
 
 def _of_kind(value: Any, items: list[Any]) -> Any:
-    """A tuple, list or deque of ``value``'s kind; a namedtuple is one of its fields."""
+    """A tuple, namedtuple, list or deque of ``value``'s type with these ``items``."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def count_samples(x: Any, y: Any) -> int:
-    """The weight of a batch in means over samples: the first dimension of the target, else of the input.
+    """The number of samples of a batch: the first dimension of the target, else of the input.
 
     Raises:
-        ValueError: neither is a tensor with one, or it is 0.
+        ValueError: neither is a tensor with a first dimension, or it is 0.
     """
     for value in (y, x):
         if isinstance(value, Tensor) and value.ndim:

@@ -281,7 +281,7 @@ def test_a_folder_that_cannot_be_is_told_before_the_training(tmp_path, capsys):
 
 def test_one_process_only():
     class Two(Ranks):
-        world = 2
+        world_size = 2
 
     require_one_process(Ranks(), "find-lr")
     with pytest.raises(SettingError, match="expected find-lr in a single process; here are several, by torchrun"):

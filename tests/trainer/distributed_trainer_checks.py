@@ -32,7 +32,7 @@ from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.checkpoints import Checkpoints
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.interrupt import Terminated
-from dlkernels.trainer.sharded import is_sharded, local, shard
+from dlkernels.trainer.sharded import is_sharded, local_tensor, shard
 from tests.trainer.distributed_checks import assert_close, mesh, whole
 from tests.trainer.ranks import check
 
@@ -141,7 +141,7 @@ class Watching(torch.amp.GradScaler):
         self.finite = []
 
     def unscale_(self, optimizer):
-        gradients = (local(p.grad) for group in optimizer.param_groups for p in group["params"])
+        gradients = (local_tensor(p.grad) for group in optimizer.param_groups for p in group["params"])
         self.finite.append(all(bool(gradient.isfinite().all()) for gradient in gradients))
         super().unscale_(optimizer)
 
