@@ -33,10 +33,10 @@ class Turns(Callback):
         self.trained: list[float] = []
         self.bare: list[float] = []
 
-    def fit_begins(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Trainer) -> None:
         self._since = time.perf_counter()
 
-    def batch_ends(self, trainer: Trainer) -> None:
+    def on_batch_end(self, trainer: Trainer) -> None:
         if trainer.batch % BLOCK == 0:
             begun = time.perf_counter()
             self.run_bare()

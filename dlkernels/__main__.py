@@ -1,13 +1,13 @@
-"""``python -m dlkernels``: a dispatcher. Every module of a subcommand (``dlkernels.cli``) has
-``add_parser(subparsers)``, which adds its parser and sets ``execute``: a function from the parsed arguments to the exit
-status. None of them imports torch before its function runs."""
+"""``python -m dlkernels``: runs a subcommand. Each module of a subcommand (``dlkernels.cli``) has
+``add_parser(subparsers)``, which adds its parser and sets ``execute``, a function from the parsed arguments to the exit
+status. No module imports torch before this function runs."""
 
 import argparse
 import sys
 
 from dlkernels._version import __version__
 from dlkernels.cli import compare, cross_validate, export, find_lr, fuse, info, predict, report, train
-from dlkernels.cli.command import STATUSES, orderly, program, refuse_unknown
+from dlkernels.cli.command import STATUSES, process_setup, program, reject_unknown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,8 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     for command in (info, train, find_lr, cross_validate, report, compare, predict, export, fuse):
         command.add_parser(subparsers)
     args, unknown = parser.parse_known_args(argv)
-    refuse_unknown(args.command, unknown)
-    with orderly():
+    reject_unknown(args.command, unknown)
+    with process_setup():
         return int(args.execute(args) or 0)
 
 

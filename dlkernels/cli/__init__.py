@@ -1,1 +1,1 @@
-"""The subcommands of ``python -m dlkernels``, one module each; ``command`` is what they share."""
+"""The subcommands of ``python -m dlkernels``, one module each; ``command`` and ``prepare`` hold the shared code."""

@@ -1,4 +1,4 @@
-"""What every subcommand is made of: a parser, and a function whose errors become one sentence and a status."""
+"""The frame of every subcommand: a parser, and a function whose errors become one sentence and an exit status."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import difflib
 import importlib
 import io
 import logging
+import pkgutil
 import signal
 import sys
 import threading
@@ -20,15 +21,15 @@ from dlkernels.extras import how_to_get
 
 STATUSES = """exit status: 0 done; 1 it failed, or what was to hold does not; 2 the command line or a setting cannot be;
 130 Ctrl-C; 143 SIGTERM"""
-FAILED, MISTAKEN = 1, 2  # as argparse has it for a flag that it does not know
+FAILED, MISTAKEN = 1, 2  # argparse exits with 2 for an unknown flag
 
 
 class SettingError(ValueError):
-    """A setting on the command line that cannot be; the message says what can."""
+    """A setting on the command line is not allowed; the message says what is."""
 
 
 def program() -> str:
-    """How this process was called: ``dlkernels``, the script that an installation has, or ``python -m dlkernels``."""
+    """How this process was started: ``dlkernels`` (the installed script) or ``python -m dlkernels``."""
     name = Path(sys.argv[0]).name if sys.argv else ""
     return name if name == "dlkernels" else "python -m dlkernels"
 
@@ -40,47 +41,55 @@ def add_command(
     *,
     help: str,
     description: str | None = None,
-    errors: Callable[[], tuple[type[Exception], ...]] = tuple,
+    failures: Sequence[str] = (),
+    mistakes: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
     """Add ``python -m dlkernels NAME``, which calls ``action`` with the parsed arguments; return its parser.
 
-    ``action`` returns the exit status. A ``SettingError`` is printed as a sentence, and the status is 2; one of
-    ``errors()``, which is called after torch is imported, likewise with status 1, and so is a library that is not
-    installed; on Ctrl-C the status is 130. Anything else is a mistake of ours, and keeps its traceback.
+    ``action`` returns the exit status. An expected exception is printed as one sentence: a ``SettingError`` or one of
+    ``mistakes`` with status 2, one of ``failures`` or a missing library with status 1. Ctrl-C gives status 130. Any
+    other exception is a bug, and keeps its traceback.
+
+    Args:
+        failures, mistakes: names of exception classes, such as ``dlkernels.data:DataError``. They are imported only
+            when an exception is raised, since importing them imports torch.
     """
 
     def run(args: argparse.Namespace) -> int:
         try:
-            importlib.import_module("dlkernels._public")  # torch and the compiled module, which --help does without
+            importlib.import_module("dlkernels._public")  # imports torch and the compiled module; --help needs neither
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
-        except ImportError as error:  # no torch; or dlkernels is not compiled, or for another torch
-            return _say(parser, _needs(error), FAILED)
+        except ImportError as error:  # no torch; or dlkernels is not compiled, or compiled for another torch
+            return _print_error(parser, _missing_library(error), FAILED)
         try:
             return action(args)
         except SettingError as error:
-            return _say(parser, error, MISTAKEN)
-        except errors() as error:
-            return _say(parser, error, FAILED)
+            return _print_error(parser, error, MISTAKEN)
         except ModuleNotFoundError as error:
-            return _say(parser, _needs(error), FAILED)
+            return _print_error(parser, _missing_library(error), FAILED)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
+        except Exception as error:
+            for names, status in ((mistakes, MISTAKEN), (failures, FAILED)):
+                if isinstance(error, tuple(map(pkgutil.resolve_name, names))):
+                    return _print_error(parser, error, status)
+            raise
 
     parser: argparse.ArgumentParser = subparsers.add_parser(name, help=help, description=description)
     parser.set_defaults(execute=run, command=parser)
     return parser
 
 
-def accept_anything(parser: argparse.ArgumentParser, error: ModuleNotFoundError) -> None:
-    """Let a command whose flags cannot even be listed, for want of a library, say so whatever it is given."""
-    parser.prefix_chars = "\0"  # flags are positional arguments then
+def accept_any_arguments(parser: argparse.ArgumentParser, error: ModuleNotFoundError) -> None:
+    """Make a command report a missing library for any arguments: without the library its flags cannot be listed."""
+    parser.prefix_chars = "\0"  # makes flags positional arguments
     parser.add_argument("anything", nargs="*")
-    parser.set_defaults(execute=lambda args: _say(parser, _needs(error), FAILED))
+    parser.set_defaults(execute=lambda args: _print_error(parser, _missing_library(error), FAILED))
 
 
-def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
-    """End with status 2 if there are arguments that ``parser`` does not know; a flag that is near to one is named."""
+def reject_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """Exit with status 2 if there are ``unknown`` arguments; the message suggests similar flags of ``parser``."""
     if unknown:
         near = [
             f"did you mean {match} instead of {flag}?"
@@ -91,9 +100,12 @@ def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> N
 
 
 @contextlib.contextmanager
-def orderly() -> Iterator[None]:
-    """A command's process: SIGTERM ends it as an exit does, so that temporary files are removed; characters that the
-    output's encoding lacks are replaced; what is logged under the name ``dlkernels`` goes to standard error."""
+def process_setup() -> Iterator[None]:
+    """Set up the process of a command.
+
+    SIGTERM raises SystemExit, so that temporary files are removed. Characters that the output's encoding lacks are
+    replaced. The log ``dlkernels`` goes to standard error.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -101,13 +113,13 @@ def orderly() -> Iterator[None]:
     logger, level = logging.getLogger("dlkernels"), logging.getLogger("dlkernels").level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    takes = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if takes:
+    main_thread = threading.current_thread() is threading.main_thread()
+    if handles := main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _exit)
     try:
         yield
     finally:
-        if takes:
+        if handles:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -117,12 +129,12 @@ def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _say(parser: argparse.ArgumentParser, what: object, status: int) -> int:
-    print(f"{parser.prog}: {what}", file=sys.stderr)
+def _print_error(parser: argparse.ArgumentParser, error: object, status: int) -> int:
+    print(f"{parser.prog}: {error}", file=sys.stderr)
     return status
 
 
-def _needs(error: ImportError) -> str:
+def _missing_library(error: ImportError) -> str:
     if not isinstance(error, ModuleNotFoundError):
         return str(error)
     module = (error.name or "").split(".")[0]

@@ -1,4 +1,4 @@
-"""``python -m dlkernels compare``: runs side by side, as text and as a page with their curves."""
+"""``python -m dlkernels compare``: compares runs, as text and as a page with their curves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def add_parser(subparsers: Any) -> None:
         _compare,
         help="compare runs: settings, results, curves",
         description="Print the settings that differ and the results, side by side; draw the curves with --out.",
-        errors=lambda: (OSError,),
+        failures=["builtins:OSError"],
+        mistakes=["dlkernels.runs.folder:RunError"],
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of two or more runs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write an HTML page with the curves of all")
@@ -27,14 +28,10 @@ def add_parser(subparsers: Any) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     from dlkernels.runs.comparison import RunComparison
-    from dlkernels.runs.folder import RunError
 
     if args.open and not args.out:
         raise SettingError("expected --out FILE with --open: the page that is shown has to be somewhere")
-    try:
-        comparison = RunComparison(args.runs)
-    except RunError as error:
-        raise SettingError(str(error)) from None
+    comparison = RunComparison(args.runs)
     print(comparison.text())
     if args.out:
         comparison.write_page(args.out)

@@ -1,4 +1,4 @@
-"""``python -m dlkernels cross-validate``: settings judged on every part of the training samples in turn."""
+"""``python -m dlkernels cross-validate``: evaluates settings by k-fold cross-validation on the training samples."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from dlkernels.atomic import write_json
 from dlkernels.cli.command import SettingError
-from dlkernels.cli.info import made_by
-from dlkernels.cli.prepare import add_training, prepare_alone, settings_of
+from dlkernels.cli.info import provenance
+from dlkernels.cli.prepare import add_training, prepare_single_process, settings_of
 
-KINDS = ("plain", "stratified")  # grouped needs a group for every sample, which our data sets do not have
-WITHOUT = {"parallel", "keep_last", "checkpoint_seconds", "tensorboard"}  # a fold leaves nothing on disk
+KINDS = ("plain", "stratified")  # grouped folds need a group for every sample, which these data sets lack
+WITHOUT = {"parallel", "keep_last", "checkpoint_seconds", "tensorboard"}  # a fold writes no files
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,17 +42,17 @@ def _cross_validate(args: argparse.Namespace) -> int:
     config = settings_of(args)
     if args.folds < 2:
         raise SettingError(f"expected --folds of at least 2; got {args.folds}")
-    job = prepare_alone(config, "cross-validate")
+    job = prepare_single_process(config, "cross-validate")
     folder = RunFolder(config.out)
-    folder.path.mkdir(parents=True, exist_ok=True)  # or refused before the training
+    folder.path.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
     try:
         splits = list(folds(job.splits.train_y, args.folds, kind=args.kind, seed=config.seed))
     except ValueError as error:
         raise SettingError(f"expected --folds that the samples can be split into; got {args.folds}: {error}") from None
     print(f"{job.splits}\n\n{args.folds} folds of the training samples, {args.kind}\n")
-    result = cross_validate(lambda fold: job.on_fold(fold, args.folds), splits, config.epochs)
+    result = cross_validate(lambda fold: job.fold_trainer(fold, args.folds), splits, config.epochs)
     print(f"\n{result}")
     found = {"kind": args.kind, "mean": result.mean, "spread": result.spread, "rows": result.rows}
-    write_json(folder.cross_validation, made_by(config) | found | {"histories": result.histories})
+    write_json(folder.cross_validation, provenance(config) | found | {"histories": result.histories})
     print(f"\n{folder.cross_validation} has every epoch of every fold")
     return 0

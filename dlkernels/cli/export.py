@@ -1,4 +1,4 @@
-"""``python -m dlkernels export``: a trained run as a file that runs without this package."""
+"""``python -m dlkernels export``: writes a trained run as a file that runs without this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlkernels.cli.command import SettingError, add_command
-from dlkernels.cli.trained import trained
+from dlkernels.cli.prepare import load_trained
 
 FORMATS = ("pt2", "onnx")
 
@@ -20,19 +20,14 @@ def add_parser(subparsers: Any) -> None:
         _export,
         help="write a trained run as a torch.export program or ONNX",
         description="Write a trained run as a file that runs where dlkernels is not installed, checked against it.",
-        errors=_errors,
+        failures=["dlkernels.serving.check:ExportError", "builtins:OSError"],
+        mistakes=["dlkernels.runs.folder:RunError"],
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run")
     add("--format", choices=FORMATS, required=True, help="a torch.export program, or ONNX")
     add("--out", type=Path, metavar="FILE", help="default: RUN/model.pt2 or RUN/model.onnx")
     add("--fixed-batch", type=int, metavar="N", help="for batches of N only (default: of any size)")
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    from dlkernels.serving.check import ExportError
-
-    return ExportError, OSError
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -42,7 +37,7 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.fixed_batch is not None and args.fixed_batch < 1:
         raise SettingError(f"expected --fixed-batch of at least 1; got {args.fixed_batch}")
-    folder, model = trained(args.run)
+    folder, model = load_trained(args.run)
     dtype = next(model.parameters()).dtype
     example = torch.rand(args.fixed_batch or 2, folder.dataset.features, dtype=dtype)
     out = args.out or folder.path / f"model.{args.format}"

@@ -1,4 +1,4 @@
-"""``python -m dlkernels find-lr``: a learning rate for a run, found by trying."""
+"""``python -m dlkernels find-lr``: finds a learning rate for a run by a range test."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from dlkernels.atomic import write_json
 from dlkernels.choices import HIGHEST_RATE, LOWEST_RATE, RATES
 from dlkernels.cli.command import SettingError
-from dlkernels.cli.info import made_by
-from dlkernels.cli.prepare import add_training, prepare_alone, require_libraries, settings_of
+from dlkernels.cli.info import provenance
+from dlkernels.cli.prepare import add_training, prepare_single_process, require_libraries, settings_of
 
-# What an update with a rate that is being tried does not depend on.
+# Settings that do not affect a range test.
 WITHOUT = {"lr", "epochs", "schedule", "warmup_epochs", "ema", "patience", "metrics", "compile", "cuda_graph"}
 WITHOUT |= {"parallel", "keep_last", "monitor", "checkpoint_seconds", "tensorboard", "progress", "precision"}
 
@@ -42,17 +42,17 @@ def _find_lr(args: argparse.Namespace) -> int:
 
     config = settings_of(args, cuda_graph=False)
     require_libraries("matplotlib")
-    job = prepare_alone(config, "find-lr")
+    job = prepare_single_process(config, "find-lr")
     folder = RunFolder(config.out)
     print(f"{job.splits}\n\ntrying {args.batches} learning rates from {args.first:g} to {args.last:g}")
     try:
         found = job.find_lr(args.first, args.last, args.batches)
-    except ValueError as error:  # of the three flags
+    except ValueError as error:  # a wrong --first, --last or --batches
         raise SettingError(str(error)) from None
     if len(found.rates) < args.batches:
         print(f"stopped after {len(found.rates)}: beyond {found.rates[-1]:.2g} the loss diverges")
     facts = {"suggestion": found.suggestion, "edge": found.edge, "rates": found.rates, "losses": found.losses}
-    write_json(folder.rates, made_by(config) | facts)
+    write_json(folder.rates, provenance(config) | facts)
     found.plot(folder.rates_curve)
     print(f"the loss falls fastest at {found.suggestion:.2g}; to train with it, add --lr {found.suggestion:.2g}")
     if found.edge is not None:

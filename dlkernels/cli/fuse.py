@@ -1,4 +1,4 @@
-"""``python -m dlkernels fuse``: fuse a model, check it against stock, time both, print the report."""
+"""``python -m dlkernels fuse``: fuses a model, compares it with stock, times both, and prints the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Made = tuple[nn.Module, Any]  # a model and its example inputs
 
-SECONDS = 5.0  # for timing both
+SECONDS = 5.0  # total time of the timing of both models
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
         _fuse,
         help="fuse a model, check it against stock, time both",
         description="Fuse a model with random weights; compare outputs with stock's; time both; print every site.",
-        errors=_errors,
+        failures=["dlkernels.fusion.observe:Disagreement"],
     )
     add = parser.add_argument
     add(
@@ -51,12 +51,6 @@ def add_parser(subparsers: Any) -> None:
     add("--device", default="cpu", help="cpu (default), cuda, ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--train", action="store_true", help="time forward and backward (default: forward only)")
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    from dlkernels.fusion.observe import Disagreement
-
-    return (Disagreement,)
 
 
 def _fuse(args: argparse.Namespace) -> int:
@@ -104,7 +98,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 
 def make(spec: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
-    """The model that ``spec`` names, with random weights, and inputs for it; raises :class:`SettingError`."""
+    """Make the model that ``spec`` names, with random weights, and inputs for it; raises :class:`SettingError`."""
     kind, colon, name = spec.partition(":")
     if not (kind and colon and name):
         raise SettingError(
@@ -143,7 +137,7 @@ def _transformers(name: str, settings: dict[str, Any], batch_size: int, size: in
 
     from dlkernels.data.vision import import_torchvision
 
-    with contextlib.suppress(ImportError):  # transformers imports it where it is installed, and would stop there
+    with contextlib.suppress(ImportError):  # transformers imports torchvision if installed, and a failure would end it
         import_torchvision()
     transformers = importlib.import_module("transformers")
     try:
@@ -152,7 +146,7 @@ def _transformers(name: str, settings: dict[str, Any], batch_size: int, size: in
         model = transformers.AutoModel.from_config(config)
     except ValueError as error:
         raise SettingError(f"transformers:{name}: {str(error).splitlines()[0]}") from error
-    if foreign := [key for key in settings if key not in known]:  # it is kept, and does nothing
+    if foreign := [key for key in settings if key not in known]:  # transformers stores it, but ignores it
         near = difflib.get_close_matches(foreign[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise SettingError(f"transformers:{name} has no setting {foreign[0]}{hint}")
@@ -171,7 +165,7 @@ def _transformers(name: str, settings: dict[str, Any], batch_size: int, size: in
 def _factory(module: str, name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
     from torch import nn
 
-    sys.path.insert(0, "")  # as `python -m` does for the module it runs: a file beside the user
+    sys.path.insert(0, "")  # find modules in the working folder, as `python -m` does
     try:
         factory = getattr(importlib.import_module(module), name, None)
     finally:
@@ -187,7 +181,7 @@ def _factory(module: str, name: str, settings: dict[str, Any], batch_size: int, 
 
 
 def time_both(stock: nn.Module, fused: nn.Module, inputs: Any, train: bool) -> tuple[float, float]:
-    """Median seconds of a step of each, taking turns. With ``train`` the sum of all outputs is differentiated."""
+    """Return the median seconds per step of each, run in turns. With ``train``, a step includes a backward pass."""
     import torch
     from torch import Tensor
     from torch.utils._pytree import tree_flatten
@@ -215,7 +209,7 @@ def time_both(stock: nn.Module, fused: nn.Module, inputs: Any, train: bool) -> t
     for turn in range(1000):
         for model, times in zip((stock, fused), seconds, strict=True):
             found = step(model)
-            if turn:  # the first warms up
+            if turn:  # the first turn warms up
                 times.append(found)
         if turn >= 3 and time.perf_counter() > end:
             break

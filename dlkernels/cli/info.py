@@ -1,4 +1,4 @@
-"""``python -m dlkernels info``: what this build was made for, what this machine has, and what will run."""
+"""``python -m dlkernels info``: shows the build, the machine, and the kernels that will run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Facts = dict[str, dict[str, Any]]
 
 
 def collect() -> Facts:
-    """Facts by section, values printable; sections "dlkernels", "built for", "you have", "CPU", "CUDA"."""
+    """Return printable facts by section: "dlkernels", "built for", "you have", "CPU", "CUDA"."""
     import torch
 
     from dlkernels import _C
@@ -44,8 +44,8 @@ def collect() -> Facts:
     }
 
 
-def made_by(config: RunConfig) -> dict[str, Any]:
-    """What a stored result says of its origin: settings, versions, machine, threads."""
+def provenance(config: RunConfig) -> dict[str, Any]:
+    """Return the origin that a stored result records: settings, versions, machine, threads."""
     import torch
 
     facts = collect()
@@ -99,7 +99,7 @@ def render(facts: Facts) -> str:
 
 
 def one_line(facts: Facts) -> str:
-    """What a bug report is to have, in one line."""
+    """Return the facts that a bug report needs, in one line."""
     built, have, cpu = facts["built for"], facts["you have"], facts["CPU"]
     parts = [
         f"dlkernels {facts['dlkernels']['version']}",

@@ -1,16 +1,18 @@
-"""``python -m dlkernels predict``: what a trained run says of images and arrays."""
+"""``python -m dlkernels predict``: classifies images and arrays with a trained run."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlkernels.atomic import write_json
 from dlkernels.choices import PREDICTED_AT_ONCE
 from dlkernels.cli.command import SettingError, add_command
-from dlkernels.cli.trained import trained
+from dlkernels.cli.prepare import load_trained
 
 if TYPE_CHECKING:
     from dlkernels.serving.predict import Predictions
@@ -25,7 +27,8 @@ def add_parser(subparsers: Any) -> None:
         _predict,
         help="classify images or arrays with a trained run",
         description="Classify images, folders of images and arrays (.npy, .npz, .pt, idx) with a trained run.",
-        errors=_errors,
+        failures=["dlkernels.serving.readers:InputError", "builtins:OSError"],
+        mistakes=["dlkernels.runs.folder:RunError"],
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run")
@@ -47,19 +50,13 @@ def add_parser(subparsers: Any) -> None:
     )
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    from dlkernels.serving.readers import InputError
-
-    return InputError, OSError
-
-
 def _predict(args: argparse.Namespace) -> int:
     from dlkernels.serving import predict
     from dlkernels.serving.readers import read
 
     if args.top < 1 or args.batch_size < 1:
         raise SettingError("expected --top and --batch-size of at least 1")
-    folder, model = trained(args.run, args.device)
+    folder, model = load_trained(args.run, args.device)
     places, samples = read(args.inputs, folder.dataset, args.invert, args.crop)
     found = predict(model, samples, args.batch_size)
     if args.json is not None:
@@ -94,10 +91,13 @@ def _table(places: list[Place], found: Predictions, k: int) -> str:
     from dlkernels.trainer.display import table
 
     probabilities, classes = (t.tolist() for t in found.top(k))
-    shown = len(classes[0])
-    header = ["input", *(["class", "probability"] * shown)]
-    rows = [
-        [str(place), *(text for c, p in zip(best, shares, strict=True) for text in (str(c), f"{p:.3f}"))]
-        for place, best, shares in zip(places, classes, probabilities, strict=True)
+    pairs = [
+        [(str(c), f"{p:.3f}") for c, p in zip(best, shares, strict=True)]
+        for best, shares in zip(classes, probabilities, strict=True)
     ]
-    return table(header, rows)
+    side_by_side = len(classes[0])
+    if 20 * (1 + side_by_side) > shutil.get_terminal_size((10_000, 24)).columns:  # then one below the other
+        pairs = [[("\n".join(c for c, _ in row), "\n".join(p for _, p in row))] for row in pairs]
+        side_by_side = 1
+    header = ["input", *(["class", "probability"] * side_by_side)]
+    return table(header, [[str(place), *itertools.chain(*row)] for place, row in zip(places, pairs, strict=True)])

@@ -1,16 +1,21 @@
-"""What commands need before they train or predict: settings, a device that works, libraries, data."""
+"""Steps shared by the commands: reading settings, checking device and libraries, loading data and trained runs."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from dlkernels.cli.command import SettingError, accept_anything, add_command
+from dlkernels.cli.command import SettingError, accept_any_arguments, add_command
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dlkernels.runs.config import RunConfig
+    from dlkernels.runs.folder import RunFolder
     from dlkernels.runs.job import Job
     from dlkernels.trainer.distributed import Ranks
 
@@ -25,78 +30,78 @@ def add_training(
     description: str,
     without: Collection[str] = (),
 ) -> None:
-    """Add a command that trains: with ``--config``, its own flags, and one for every setting but those ``without``."""
-    parser = add_command(subparsers, name, action, help=help, description=description, errors=_errors)
+    """Add a command that trains, with ``--config``, its own flags, and a flag per setting except those ``without``."""
+    trainer = ("CheckpointError", "NonFiniteLoss")
+    parser = add_command(
+        subparsers,
+        name,
+        action,
+        help=help,
+        description=description,
+        failures=["dlkernels.data:DataError", "builtins:OSError", *(f"dlkernels.trainer:{error}" for error in trainer)],
+        mistakes=["dlkernels.runs.config:ConfigError"],
+    )
     try:
         from dlkernels.cli.settings import add_settings
-    except ModuleNotFoundError as error:  # said to whoever uses this command; the others work
-        return accept_anything(parser, error)
+    except ModuleNotFoundError as error:  # only this command reports it; the others work
+        return accept_any_arguments(parser, error)
     parser.add_argument("--config", metavar="FILE", help="settings in TOML; the config.toml of a run is such a file")
     add_flags(parser)
     add_settings(parser, without)
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    from dlkernels.data import DataError
-    from dlkernels.trainer import CheckpointError, NonFiniteLoss
-
-    return DataError, CheckpointError, NonFiniteLoss, OSError
-
-
 def settings_of(args: argparse.Namespace, **overruled: Any) -> RunConfig:
-    """The settings of file and flags, checked, on a device that works; ``overruled`` are the command's own.
+    """Return the checked settings of file and flags; the command sets those in ``overruled``.
 
     Raises:
-        SettingError: one of them cannot be.
+        ConfigError: a setting is not allowed.
+        SettingError: the device does not work.
     """
-    from dlkernels.cli.settings import given
-    from dlkernels.runs.config import ConfigError, load_config
+    from dlkernels.cli.settings import given_settings
+    from dlkernels.runs.config import load_config
 
-    try:
-        config = load_config(args.config, given(args) | overruled)
-    except ConfigError as error:
-        raise SettingError(str(error)) from None
+    config = load_config(args.config, given_settings(args) | overruled)
     require_device(config.device)
     return config
 
 
 def require_device(device: str) -> None:
-    """Make sure that tensors can be on ``device`` and come back; raises :class:`SettingError`."""
+    """Check that ``device`` can hold a tensor and copy it back; raises :class:`SettingError`."""
     import torch
 
     try:
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says it in all these ways
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
         reason = str(error).strip().splitlines()[0]
         raise SettingError(f"expected a --device that works here; got {device}: {reason}") from error
 
 
 def require_libraries(*names: str) -> None:
-    """Import what is needed at the end only: before an hour of training, not after. Raises ModuleNotFoundError."""
+    """Import libraries that are needed only after the training, so that a ModuleNotFoundError comes before it."""
     for name in names:
         importlib.import_module(name)
 
 
 def require_one_process(ranks: Ranks, what: str) -> None:
-    """Raises :class:`SettingError` if ``what`` was asked of several."""
-    if ranks.world > 1:
+    """Raise :class:`SettingError` if there are several processes; ``what`` names the option or command."""
+    if ranks.world_size > 1:
         raise SettingError(f"expected {what} in a single process; here are several, by torchrun")
 
 
-def prepare_alone(config: RunConfig, command: str) -> Job:
-    """As ``prepare``, for a command that one process runs by itself; raises :class:`SettingError` if there are more."""
-    from dlkernels.trainer.distributed import joined
+def prepare_single_process(config: RunConfig, command: str) -> Job:
+    """As ``prepare``, for a command that runs in a single process; raises :class:`SettingError` if there are more."""
+    from dlkernels.trainer.distributed import process_group
 
-    with joined(config.device) as ranks:
+    with process_group(config.device) as ranks:
         require_one_process(ranks, command)
         return prepare(config, ranks)
 
 
 def prepare(config: RunConfig, ranks: Ranks) -> Job:
-    """Make this process as ``config`` wants it, and load its data.
+    """Apply the display and thread settings of ``config`` to this process, and load its data.
 
     Raises:
-        DataError: they cannot be had.
+        DataError: the data set cannot be loaded.
     """
     import torch
 
@@ -107,6 +112,27 @@ def prepare(config: RunConfig, ranks: Ranks) -> Job:
     set_printoptions(precision=config.precision)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with ranks.main_first():
+    with ranks.main_process_first():
         splits = load(config.dataset, config.data)
     return Job(config, splits, ranks)
+
+
+def load_trained(path: str, device: str = "cpu") -> tuple[RunFolder, nn.Module]:
+    """Return the folder of a finished run and its network, on ``device``.
+
+    If the run continued after it was finished, the weights are older than its checkpoints, and a note on standard error
+    says so.
+
+    Raises:
+        RunError: the folder is not a finished run, or is damaged.
+        SettingError: the device does not work.
+    """
+    from dlkernels.runs.folder import RunError, RunFolder, load_model
+
+    require_device(device)
+    folder = RunFolder(path)
+    model = load_model(folder, device)
+    with contextlib.suppress(RunError):  # the weights are intact even if the history is damaged
+        if (note := folder.continuation_note()) is not None:
+            print(f"{folder.path}: {note}", file=sys.stderr)
+    return folder, model

@@ -1,4 +1,4 @@
-"""``python -m dlkernels report``: the HTML report of a run, made from its folder."""
+"""``python -m dlkernels report``: writes the HTML report of a run from its folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import webbrowser
 from typing import Any
 
-from dlkernels.cli.command import SettingError, add_command
+from dlkernels.cli.command import add_command
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,20 +17,18 @@ def add_parser(subparsers: Any) -> None:
         _report,
         help="write the HTML report of a run",
         description="Write report.html anew from what is in the folder of a run, finished or not.",
-        errors=lambda: (OSError,),
+        failures=["builtins:OSError"],
+        mistakes=["dlkernels.runs.folder:RunError"],
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, such as runs/mnist")
     parser.add_argument("--open", action="store_true", help="show it in a browser")
 
 
 def _report(args: argparse.Namespace) -> int:
-    from dlkernels.runs.folder import RunError, RunFolder
+    from dlkernels.runs.folder import RunFolder
     from dlkernels.runs.report import write_report
 
-    try:
-        path = write_report(RunFolder(args.run))
-    except RunError as error:
-        raise SettingError(str(error)) from None
+    path = write_report(RunFolder(args.run))
     print(path)
     if args.open:
         webbrowser.open(path.resolve().as_uri())

@@ -1,4 +1,8 @@
-"""A command-line flag for every field of ``RunConfig``."""
+"""A command-line flag for every field of ``RunConfig``.
+
+``pydantic-settings`` can make such flags too, but without the groups of ``--help``, without ``--sizes 784 256 10`` (it
+wants commas or JSON), and only if the fields accept strings.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,14 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from dlkernels.runs.config import RunConfig, group_of
-from dlkernels.runs.refusals import plain_type
+from dlkernels.runs.error_messages import plain_type
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
 FOLDERS = ("data", "out")
 
 
 def add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """Add the flags, in groups, but those ``without``. One not given leaves no trace in the parsed arguments."""
+    """Add the flags in groups, except those ``without``. A flag not given is absent from the parsed arguments."""
     groups: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
         if name in without:
@@ -32,8 +36,8 @@ def add_settings(parser: argparse.ArgumentParser, without: Collection[str] = ())
         )
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given, by field name."""
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given on the command line, by field name."""
     return {name: value for name, value in vars(args).items() if name in RunConfig.model_fields}
 
 
@@ -52,12 +56,12 @@ def _kind(field: FieldInfo) -> dict[str, Any]:
 
 
 def _or_none(kind: type) -> Callable[[str], Any]:
-    """``none`` takes back what the config file sets."""
+    """Return a converter that also reads ``none``, which unsets a value of the config file."""
 
     def convert(text: str) -> Any:
         return None if text == "none" else kind(text)
 
-    convert.__name__ = kind.__name__  # argparse's messages name it
+    convert.__name__ = kind.__name__  # argparse shows it in its messages
     return convert
 
 

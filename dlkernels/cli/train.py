@@ -1,4 +1,4 @@
-"""``python -m dlkernels train``: an MLP of fused layers on MNIST or digits, alone or beside stock torch."""
+"""``python -m dlkernels train``: trains an MLP of fused layers on MNIST or digits, with or without a stock twin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlkernels.atomic import atomic_write, write_json
 from dlkernels.cli.command import SettingError
-from dlkernels.cli.info import made_by
+from dlkernels.cli.info import provenance
 from dlkernels.cli.prepare import add_training, prepare, require_libraries, require_one_process, settings_of
 
 if TYPE_CHECKING:
@@ -52,38 +52,38 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from dlkernels.trainer.distributed import joined
+    from dlkernels.trainer.distributed import process_group
 
     if args.resume is not None and args.config is None:
         args.config = _settings_of_the_run(args)
     config = settings_of(args)
     _check(args, config)
     with (
-        joined(config.device) as ranks,
-        contextlib.redirect_stdout(sys.stdout if ranks.is_main else None),
+        process_group(config.device) as ranks,
+        contextlib.redirect_stdout(sys.stdout if ranks.is_main_process else None),
         contextlib.ExitStack() as held,
     ):
         return _train_together(args, config, ranks, held)
 
 
 def _settings_of_the_run(args: argparse.Namespace) -> Path | None:
-    """The config.toml of the run to go on with, which is that around FILE, or in OUT. None: there is no such file."""
-    from dlkernels.cli.settings import given
+    """Return the config.toml of the run to resume, found around FILE or in OUT; None if there is none."""
+    from dlkernels.cli.settings import given_settings
     from dlkernels.runs.config import load_config
     from dlkernels.runs.folder import RunFolder
 
     if args.resume:
         place = Path(args.resume).absolute()
-        folders = [place, *place.parents[:2]]  # FILE may also be a folder of checkpoints
+        folders = [place, *place.parents[:2]]  # FILE may be a run, its folder of checkpoints, or a checkpoint
     else:
-        where = {name: value for name, value in given(args).items() if name in ("dataset", "out")}
+        where = {name: value for name, value in given_settings(args).items() if name in ("dataset", "out")}
         folders = [Path(load_config(None, where).out)]
     files = (RunFolder(folder).config_file for folder in folders)
     return next((file for file in files if file.is_file()), None)
 
 
 def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks, held: contextlib.ExitStack) -> int:
-    """In every process of torchrun's; the main one prints and writes, and has the folder to itself while ``held``."""
+    """Train in every process of torchrun. The main process prints and writes; ``held`` keeps its lock on the folder."""
     from dlkernels.runs.folder import RunFolder
     from dlkernels.trainer.display import number
     from dlkernels.trainer.distributed import restarted
@@ -94,35 +94,35 @@ def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks, h
         require_one_process(ranks, "--cuda-graph")
     say = (lambda *_: None) if args.quiet else print
     folder = RunFolder(config.out)
-    # The folder gets the settings without --quiet, which is this command's and not a later --resume's.
+    # --quiet is for this command only: config.toml gets the settings without it.
     job = prepare(config.model_copy(update={"progress": "silent"}) if args.quiet else config, ranks)
     checkpoint = None if args.resume is None else args.resume or folder.checkpoints
-    if checkpoint is None and restarted() and ranks.from_main(lambda: any(folder.checkpoints.glob("*.pt"))):
+    if checkpoint is None and restarted() and ranks.broadcast_from_main(lambda: any(folder.checkpoints.glob("*.pt"))):
         checkpoint = folder.checkpoints
-    trainer = job.fused(folder)
-    ranks.from_main(lambda: held.enter_context(folder.claimed()))
+    trainer = job.fused_trainer(folder)
+    ranks.broadcast_from_main(lambda: held.enter_context(folder.lock()))
     if checkpoint is not None:
         say(f"going on from {job.resume(trainer, checkpoint)}")
     if config.epochs < (begun := trainer.epoch + bool(trainer.batch)):
         raise SettingError(f"expected --epochs of at least {begun}, which the checkpoint has; got {config.epochs}")
-    if (earlier := ranks.from_main(lambda: folder.make_room(checkpoint))) is not None:
-        ranks.from_main(lambda: held.enter_context(folder.claimed()))
+    if (earlier := ranks.broadcast_from_main(lambda: folder.move_earlier_run(checkpoint))) is not None:
+        ranks.broadcast_from_main(lambda: held.enter_context(folder.lock()))
         say(f"{folder.path} held another run, which is now {earlier}")
-    ranks.from_main(lambda: _begin(folder, config))
+    ranks.broadcast_from_main(lambda: _begin(folder, config))
     say(f"{job.splits}\n\n{trainer.summary()}\n")
 
     accuracy = trainer.evaluate()["accuracy"]
     before = None if trainer.updates else accuracy
     say(f"accuracy {'so far' if trainer.updates else 'before training'}: {number(accuracy)}")
-    comparison = job.beside_stock(trainer) if args.compare_stock else None
-    trainer.fit(config.epochs)  # a comparison has brought it there
+    comparison = job.compare_with_stock(trainer) if args.compare_stock else None
+    trainer.fit(config.epochs)  # after a comparison all epochs are finished
     after = trainer.evaluate()
     print(f"accuracy after training:  {number(after['accuracy'])}")
     say()
-    if (network := job.trained(trainer)) is not None:
+    if (network := job.full_network(trainer)) is not None:
         _save(folder, job, trainer, network, before, after, comparison)
     if comparison is not None:
-        print(_verdict(comparison))
+        print(_comparison_text(comparison))
     print(f"{folder.path} now holds {', '.join(folder.files())}")
 
     if args.require_accuracy is not None and after["accuracy"] < args.require_accuracy:
@@ -132,7 +132,7 @@ def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks, h
 
 
 def _check(args: argparse.Namespace, config: RunConfig) -> None:
-    """What no field can know by itself; before an hour of training, not after."""
+    """Check flags against each other, and libraries, before the training starts."""
     if args.compare_stock and args.resume is not None:
         raise SettingError("expected --compare-stock or --resume; both begin a training, at different places")
     if args.compare_stock and config.patience is not None:
@@ -142,7 +142,7 @@ def _check(args: argparse.Namespace, config: RunConfig) -> None:
 
 def _begin(folder: RunFolder, config: RunConfig) -> None:
     config.save(folder.config_file)
-    folder.report.unlink(missing_ok=True)  # it would speak of the end of an earlier training
+    folder.report.unlink(missing_ok=True)  # it describes the end of an earlier training
 
 
 def _save(
@@ -154,9 +154,9 @@ def _save(
     after: dict[str, Any],
     comparison: Comparison | None,
 ) -> None:
-    """All that is written at the end; the checkpoints and the CSV history are there already.
+    """Write the files of a finished run; the checkpoints and the CSV history exist already.
 
-    The record comes last: with it the run is finished, and the rest is of its epoch.
+    The record marks the run as finished, so it is written after the files that belong to the same epoch.
     """
     import torch
 
@@ -165,7 +165,7 @@ def _save(
     from dlkernels.trainer import plots
 
     evaluation = job.evaluation(network)
-    origin = made_by(job.config)
+    origin = provenance(job.config)
     record = origin | {
         "when": time.strftime("%Y-%m-%d %H:%M"),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -177,7 +177,7 @@ def _save(
     }
     heading = title(job.config)
     plots.plot_history(trainer.history, folder.curves, heading)
-    reached = f"{heading}, {trainer.epoch} epochs"  # the picture may outlive it, if the training goes on
+    reached = f"{heading}, {trainer.epoch} epochs"  # if the training continues, the pictures are of an earlier epoch
     figures.plot_confusion(evaluation, folder.confusion, reached)
     figures.plot_misclassified(evaluation, folder.misclassified, reached)
     if comparison is not None:
@@ -189,7 +189,7 @@ def _save(
     write_report(folder)
 
 
-def _verdict(comparison: Comparison) -> str:
+def _comparison_text(comparison: Comparison) -> str:
     from dlkernels.trainer.display import number
 
     medians = [statistics.median(curve.seconds) for curve in (comparison.candidate, comparison.stock)]

@@ -1,10 +1,10 @@
-"""Data sets as in-memory tensors, and a loader that costs next to nothing per batch.
+"""Data sets as in-memory tensors, and a loader with very little work per batch.
 
     splits = load("mnist")                     # or "digits"
     batches = TensorLoader(splits.train_x, splits.train_y, batch_size=256, shuffle=True, seed=0)
 
-Nothing here knows about the rest of the package; ``torch.utils.data.DataLoader`` is welcome wherever a
-``TensorLoader`` is. Names are imported when they are asked for: the command line reads ``info`` without torch.
+This package does not depend on the rest of dlkernels. ``torch.utils.data.DataLoader`` works wherever a ``TensorLoader``
+does. Names are imported on first use, so that the command line can read ``info`` without torch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,6 @@ _HOMES = {
 }
 
 
-def _named(name: str) -> Any:
-    """The package's own attribute, imported if need be."""
-    return getattr(importlib.import_module(__name__), name)
-
-
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dlkernels.data' has no attribute {name!r}")
@@ -42,16 +37,18 @@ def __getattr__(name: str) -> Any:
 
 
 def load(name: str, folder: str | None = None) -> Splits:
-    """The data set of that name, from its usual sources; ``folder`` (MNIST only) as for ``load_mnist``.
+    """Load the data set ``name``; ``folder`` (MNIST only) as for ``load_mnist``.
 
     Raises:
-        ValueError: no such data set, or a folder for one that needs none.
-        DataError: it cannot be had; the message names every source tried.
+        ValueError: the name is unknown, or ``folder`` is given for a data set without files.
+        DataError: no source has it; the message names every source tried.
     """
+    from dlkernels import data
+
     if name == "mnist":
-        return _named("load_mnist")(folder)
+        return data.load_mnist(folder)
     if name == "digits":
         if folder:
             raise ValueError(f"expected no data folder for digits, which ship with scikit-learn; got {folder}")
-        return _named("load_digits")()
+        return data.load_digits()
     raise ValueError(f"expected a data set out of {', '.join(DATASETS)}; got {name!r}")

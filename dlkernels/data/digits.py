@@ -1,4 +1,4 @@
-"""scikit-learn's 8x8 digits: 1,797 samples that ship inside the package, so there is nothing to download."""
+"""scikit-learn's 8x8 digits: 1,797 samples that ship with scikit-learn, without a download."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dlkernels.data.splits import DataError, Splits
 from dlkernels.extras import how_to_get
 
 _TEST_SAMPLES = 360  # a fifth
-_SPLIT_SEED = 0  # the split is part of the data set: the same everywhere, whatever the training seed
+_SPLIT_SEED = 0  # the split is part of the data set, so it does not depend on the training seed
 
 
 def load_digits() -> Splits:
-    """The digits, 64 features in [0, 1], split once and for all into 1,437 to train and 360 to test.
+    """Load the digits, 64 features in [0, 1], with a fixed split into 1,437 training and 360 test samples.
 
     Raises:
         DataError: scikit-learn is not installed.

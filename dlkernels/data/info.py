@@ -1,4 +1,4 @@
-"""What is known of a data set before it is loaded."""
+"""Properties of the data sets that are known before loading."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A set of grey images, a sample being the rows of one after the other.
+    """A data set of grey images. A sample is an image flattened row by row.
 
-    ``white`` is the raw pixel value that becomes 1.0 (0 stays 0.0); there is no other normalisation. What is drawn
-    has a longer side of ``box`` pixels; its centre of mass (``by_mass``), else the middle of its sides, is the image's.
+    ``white`` is the raw pixel value that becomes 1.0 (0 stays 0.0); there is no other normalisation. The longer side of
+    a drawing has ``box`` pixels. The drawing is centred by its centre of mass (``by_mass``), else by its bounding box.
     """
 
     height: int
     width: int
     classes: int
     white: int
-    batch_size: int  # a good one to begin with
+    batch_size: int  # the default for training
     box: int
     by_mass: bool
 

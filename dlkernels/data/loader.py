@@ -1,4 +1,4 @@
-"""Batches of in-memory tensors, reproducibly shuffled, without the machinery of a general data loader."""
+"""Batches of in-memory tensors, shuffled reproducibly, without the overhead of a general data loader."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ class TensorLoader:
     """Iterates over batches of tensors that share their first dimension.
 
     ``TensorLoader(x, y, batch_size=256, shuffle=True)`` yields tuples ``(x[i], y[i])`` of up to
-    ``batch_size`` samples. The tensors' device and dtype are the batches'; put them where the model is, once.
+    ``batch_size`` samples. Batches have the device and dtype of the tensors; move these to the model's device once.
 
-    *Order.* Epoch ``e`` is a function of ``(seed, e)`` only: it draws from a generator of its own and neither
-    reads nor moves torch's global random state. ``batches(epoch, start)`` can therefore continue any epoch
-    from any batch, which is what an exact resume needs. ``for batch in loader`` walks epoch ``loader.epoch``
-    and adds one to it.
+    *Order.* The order of epoch ``e`` depends on ``(seed, e)`` only: it comes from a separate generator, and torch's
+    global random state is neither read nor changed. So ``batches(epoch, start)`` can continue any epoch from any
+    batch, as an exact resume needs. ``for batch in loader`` goes through epoch ``loader.epoch`` and adds one to it.
 
-    *Cost.* Unshuffled batches are views. Shuffled ones are one ``index_select`` per tensor: the batch is
-    gathered just before it is used, and is still in cache when the first layer reads it; permuting the whole
-    set once an epoch would write it all to memory and read it back.
+    *Cost.* Batches without shuffling are views. A shuffled batch is one ``index_select`` per tensor: it is gathered
+    just before its use, and is still in cache when the first layer reads it. Permuting the full set once per epoch
+    would write it to memory and read it back.
 
     Raises:
-        ValueError: no tensors, first dimensions that differ, or ``batch_size`` < 1.
+        ValueError: no tensors, unequal first dimensions, or ``batch_size`` < 1.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class TensorLoader:
         return self.batches(epoch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of epoch ``epoch`` from number ``start`` on; ``self.epoch`` plays no part."""
+        """The batches of epoch ``epoch`` from number ``start`` on; ``self.epoch`` is not used."""
         order = self.order(epoch) if self.shuffle else None
         for batch in range(start, len(self)):
             first = batch * self.batch_size
@@ -75,13 +74,13 @@ class TensorLoader:
 
     def order(self, epoch: int) -> Tensor:
         """The permutation of epoch ``epoch``: [samples], int64, on the tensors' device."""
-        # The permutation is drawn on the CPU so that it does not depend on where the tensors are. 1,000,003
-        # is prime: runs with neighbouring seeds do not share each other's epochs, as seed + epoch would.
+        # The permutation is drawn on the CPU, so that it does not depend on the device. The factor 1,000,003 (a prime)
+        # keeps the epochs of different seeds apart: with seed + epoch, neighbouring seeds would share permutations.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.samples, generator=generator).to(self.tensors[0].device)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the batches; a checkpoint keeps it, so that a resume on other batches is noticed."""
+        """The properties that decide the batches. A checkpoint keeps them, to detect a resume on other batches."""
         return {
             "samples": self.samples,
             "batch_size": self.batch_size,
@@ -91,7 +90,7 @@ class TensorLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """For a loop of one's own: the epoch that the next ``iter`` will walk, and the identity."""
+        """State for a hand-written loop: the epoch of the next ``iter``, and the identity."""
         return {"epoch": self.epoch, **self.identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,9 +99,9 @@ class TensorLoader:
         Raises:
             ValueError: the state belongs to other batches (another size, seed or number of samples).
         """
-        theirs = {key: value for key, value in state.items() if key != "epoch"}
-        if theirs != self.identity():
-            raise ValueError(f"expected the state of a loader with {self.identity()}; got {theirs}")
+        identity = {key: value for key, value in state.items() if key != "epoch"}
+        if identity != self.identity():
+            raise ValueError(f"expected the state of a loader with {self.identity()}; got {identity}")
         self.epoch = int(state["epoch"])
 
     def __repr__(self) -> str:

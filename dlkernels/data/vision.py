@@ -1,4 +1,4 @@
-"""torchvision, where it is of use: models, and libraries that import it where they find it."""
+"""Importing torchvision, for its models and for libraries that import it when it is installed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import torch
 
 
 def import_torchvision() -> Any:
-    """torchvision; beside a CPU torch too, where the index's wheel stops at operators that its C++ part would define.
+    """Import torchvision. With a CPU build of torch, the index's wheel fails at operators that its C++ part defines.
+
+    In that case the operators are defined here, without an implementation.
 
     Raises:
-        ImportError: it is not there, or stops at something else.
+        ImportError: torchvision is not installed, or fails for another reason.
     """
     with contextlib.suppress(RuntimeError, ImportError):
         return importlib.import_module("torchvision")
     for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
         del sys.modules[name]
     for op in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # it is there already
+        with contextlib.suppress(RuntimeError):  # it is defined already
             torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     try:
         return importlib.import_module("torchvision")

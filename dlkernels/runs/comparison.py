@@ -1,4 +1,4 @@
-"""Runs side by side: which settings differ, how each ended, their curves in one chart."""
+"""Comparison of runs: the settings that differ, the results, and the curves in one chart."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dlkernels.trainer.display import table
 from dlkernels.trainer.plots import COLOURS, by_epoch
 
 CHARTS = {"val_accuracy": "validation accuracy", "val_loss": "validation loss", "loss": "training loss"}
-DISPLAY = {"out", "progress", "precision"}  # differ without a difference
+DISPLAY = {"out", "progress", "precision"}  # settings that do not affect the training
 
 
 @dataclass(frozen=True)
 class Row:
-    """A name, a cell per run, and which cells are the best."""
+    """A name, a cell per run, and the indices of the best cells."""
 
     name: str
     cells: list[str]
@@ -31,7 +31,7 @@ class RunComparison:
     """Two or more runs, read from their folders.
 
     Raises:
-        RunError: a folder is no run's, or there are fewer than two.
+        RunError: a folder is not a run, or there are fewer than two.
     """
 
     def __init__(self, folders: Sequence[str | PathLike[str]]) -> None:
@@ -41,11 +41,11 @@ class RunComparison:
         self.configs = [folder.config() for folder in self.folders]
         self.records = [folder.record() for folder in self.folders]
         names = [folder.name for folder in self.folders]
-        # Runs of one name in several places go by the path that was given.
+        # Runs with equal names are shown by their paths.
         self.names = names if len(set(names)) == len(names) else [str(folder.path) for folder in self.folders]
 
     def settings(self) -> list[Row]:
-        """The settings that are not the same in all runs."""
+        """The settings that differ between the runs."""
         rows = []
         for name in RunConfig.model_fields:
             cells = [show(getattr(config, name)) for config in self.configs]
@@ -54,7 +54,7 @@ class RunComparison:
         return rows
 
     def results(self) -> list[Row]:
-        """How each run ended, and how fast it was."""
+        """The results and the speed of each run."""
         last = [record["history"][-1] for record in self.records]
         accuracies = [
             record.get("accuracy_after", row.get("val_accuracy"))
@@ -87,11 +87,11 @@ class RunComparison:
         blocks = []
         for first, rows in (("at the end", self.results()), ("setting", self.settings())):
             cells = [[row.name, *row.cells] for row in rows] or [["none differs", *[""] * len(self.names)]]
-            blocks.append(table([first, *self.names], cells))
+            blocks.append(table([first, *self.names], cells, fold=range(1 + len(self.names))))
         return "\n\n".join(blocks)
 
     def write_page(self, path: str | PathLike[str]) -> None:
-        """The page with both tables and the curves of all runs in one chart per metric."""
+        """Write the page with both tables, and a chart per metric with the curves of all runs."""
         histories = {name: record["history"] for name, record in zip(self.names, self.records, strict=True)}
         panels = []
         for key, label in CHARTS.items():

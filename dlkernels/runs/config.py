@@ -1,4 +1,4 @@
-"""The settings of a run: one model, from which the file's keys, the command line's flags and the checks come."""
+"""The settings of a run: one pydantic model defines the keys of the file, the command-line flags and the checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
 from dlkernels.choices import Activation, Progress, Schedule
 from dlkernels.data.info import INFO
-from dlkernels.runs.refusals import refusal
+from dlkernels.runs.error_messages import error_message
 
 if TYPE_CHECKING:
     from dlkernels.trainer.monitor import Monitor
@@ -29,18 +29,28 @@ else:
 HIDDEN = 256
 Dataset = Literal["mnist", "digits"]
 Metric = Literal["f1", "precision", "recall"]
-COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # of the history, whatever the settings
-# What the numbers of a training do not depend on: a resume may change it.
-FREE = {"data", "out", "epochs", "patience", "keep_last", "monitor", "checkpoint_seconds", "tensorboard", "device"}
-FREE |= {"threads", "compile", "cuda_graph", "parallel", "metrics", "progress", "precision"}
+COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # columns that every history has
+# Settings that do not affect the numbers of a training, so that a resume may change them.
+CHANGEABLE_ON_RESUME = {
+    "data",
+    "out",
+    "epochs",
+    "patience",
+    "keep_last",
+    "monitor",
+    "checkpoint_seconds",
+    "tensorboard",
+    "device",
+}
+CHANGEABLE_ON_RESUME |= {"threads", "compile", "cuda_graph", "parallel", "metrics", "progress", "precision"}
 
 
 class ConfigError(ValueError):
-    """A setting, or the file it came from, cannot be; the message names it, its value and what is allowed."""
+    """A setting or its file is not allowed; the message names it, its value and what is allowed."""
 
 
 def setting(group: str, default: Any, description: str, **limits: Any) -> Any:
-    """A field: its group in ``--help``, its default (or a function of the fields before it), its limits."""
+    """Make a field from its group in ``--help``, its default (or a function of the fields before it) and its limits."""
     kind = "default_factory" if callable(default) else "default"
     return Field(**{kind: default}, description=description, json_schema_extra={"group": group}, **limits)
 
@@ -155,34 +165,36 @@ class RunConfig(BaseModel):
         return monitor
 
     def best(self) -> Monitor:
-        """What is best, and whether that is a low value or a high one: all columns but the losses are to be high."""
+        """The monitor of the best epoch: low losses are good, and high values of all other columns."""
         from dlkernels.trainer.monitor import Monitor
 
         return Monitor(self.monitor, "min" if self.monitor.endswith("loss") else "max")
 
-    def decisive(self) -> dict[str, Any]:
-        """The settings that the numbers depend on: what a checkpoint is checked against before a resume."""
-        free = FREE if self.schedule == "constant" else FREE - {"epochs"}
+    def resume_settings(self) -> dict[str, Any]:
+        """The settings that affect the numbers. A resume requires them to equal those of the checkpoint."""
+        free = CHANGEABLE_ON_RESUME if self.schedule == "constant" else CHANGEABLE_ON_RESUME - {"epochs"}
         return {name: value for name, value in self.model_dump().items() if name not in free}
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write all settings as TOML, atomically; ``load_config`` reads it back.
 
-        ``out`` is left out: a run is where its folder is, and a run made from this file belongs elsewhere.
+        ``out`` is left out: the folder may be moved, and a new run from this file needs another folder.
         """
         import tomli_w
 
-        values = self.model_dump(exclude={"out"}, exclude_none=True)  # TOML has no null; None is the default of all
+        values = self.model_dump(
+            exclude={"out"}, exclude_none=True
+        )  # TOML has no null; fields that allow None default to it
         head = f"# dlkernels {__version__}: python -m dlkernels train --config THIS_FILE --out ANOTHER_FOLDER\n"
         with atomic_write(path) as file:
             file.write((head + tomli_w.dumps(values)).encode())
 
 
 def load_config(path: str | PathLike[str] | None = None, flags: Mapping[str, Any] | None = None) -> RunConfig:
-    """The settings in the TOML file ``path``, overruled by ``flags`` (by field name); defaults for the rest.
+    """Return the settings of the TOML file ``path``, overruled by ``flags`` (by field name); defaults for the rest.
 
     Raises:
-        ConfigError: the file is not there, is no TOML, has a key that is no setting, or a value is not allowed.
+        ConfigError: the file is missing, is not TOML, or has an unknown key, or a value is not allowed.
     """
     flags = dict(flags or {})
     values = {} if path is None else _read(Path(path))
@@ -190,7 +202,7 @@ def load_config(path: str | PathLike[str] | None = None, flags: Mapping[str, Any
         return RunConfig(**values | flags)
     except ValidationError as error:
         flagged = {name: f"--{name.replace('_', '-')}" for name in flags}
-        sentences = [refusal(one, RunConfig.model_fields, flagged, path) for one in error.errors()]
+        sentences = [error_message(one, RunConfig.model_fields, flagged, path) for one in error.errors()]
         raise ConfigError("\n".join(sentence for sentence in sentences if sentence)) from None
 
 

@@ -1,4 +1,4 @@
-"""A trained classifier on its test images: every prediction, what was mistaken for what, and the worst mistakes."""
+"""Evaluation of a trained classifier on its test images: predictions, confusion matrix, and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlkernels.data.info import DatasetInfo
-from dlkernels.trainer.mode import evaluating
+from dlkernels.trainer.mode import eval_mode
 
 BATCH = 1000
 
@@ -21,11 +21,11 @@ class Mistake:
     image: Any
     truth: int
     predicted: int
-    confidence: float  # the probability the network gave to its prediction
+    confidence: float  # the predicted probability of the predicted class
 
 
 class Evaluation:
-    """Predictions for ``x`` [M, features], whose classes are ``y`` [M].
+    """Predictions for ``x`` [M, features] with classes ``y`` [M].
 
     ``truth``, ``predicted`` (int64) and ``confidence`` (float32) are [M], on the CPU.
     """
@@ -33,7 +33,7 @@ class Evaluation:
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, info: DatasetInfo, autocast: torch.dtype | None = None
     ) -> None:
-        with evaluating(model), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+        with eval_mode(model), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
             scores = torch.cat([model(part).float() for part in x.split(BATCH)])
         self.info = info
         self.images = x

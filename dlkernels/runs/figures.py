@@ -1,4 +1,4 @@
-"""Pictures of a classifier's mistakes, as PNG files."""
+"""Plots of a classifier's mistakes, as PNG files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS, COLUMNS = 4, 5  # of misclassified images
 
 
 def plot_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
-    """How often which class was taken for which, counts in the cells; the colour does without the right ones."""
+    """Plot the confusion matrix with counts in the cells. The colour scale leaves out the diagonal."""
     from sklearn.metrics import ConfusionMatrixDisplay
 
     figure, (panel,) = new_figure(1, title, width=6.0, height=5.6)
@@ -23,7 +23,7 @@ def plot_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
     display = ConfusionMatrixDisplay(counts).plot(ax=panel, cmap="Blues", colorbar=False)
     wrong = counts.astype(float)
     wrong[range(len(wrong)), range(len(wrong))] = 0.0
-    display.im_.set_data(wrong)  # or ten dark cells on the diagonal would be all there is to see
+    display.im_.set_data(wrong)  # with the diagonal in the scale, all other cells would look empty
     display.im_.set_clim(0, max(wrong.max(), 1.0))
     for row in range(len(counts)):
         for column in range(len(counts)):
@@ -36,11 +36,11 @@ def plot_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
 
 
 def plot_misclassified(evaluation: Evaluation, path: Path, title: str) -> None:
-    """The images taken for something else with the most confidence, up to 20 of them; what the network said first."""
+    """Plot up to 20 misclassified images, the most confident first, with predicted class, true class and confidence."""
     worst = evaluation.worst(ROWS * COLUMNS)
     rows = max(1, -(-len(worst) // COLUMNS))
     figure, (panel,) = new_figure(1, title, width=1.45 * COLUMNS, height=1.8 * rows + 0.4)
-    for index, mistake in enumerate(worst):  # in one panel: the layout of twenty takes a second
+    for index, mistake in enumerate(worst):  # all in one panel: the layout of 20 panels takes a second
         row, column = divmod(index, COLUMNS)
         left, top = 1.2 * column, 1.5 * row
         panel.imshow(

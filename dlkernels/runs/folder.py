@@ -1,4 +1,4 @@
-"""A run on disk: what its files are called, and reading them back."""
+"""The folder of a run: the names of its files, and reading them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from dlkernels.data.info import INFO, DatasetInfo
 from dlkernels.nn import MLP
 from dlkernels.runs.config import ConfigError, RunConfig, load_config
 
-DECIDE_THE_END = ("epochs", "patience")  # settings that say when a run is finished
+END_SETTINGS = ("epochs", "patience")  # settings that decide when a run is finished
 
 
 class RunError(RuntimeError):
-    """A folder is no run's, or a file of the run is missing or damaged."""
+    """A folder is not a run, or a file of the run is missing or damaged."""
 
 
 class RunFolder:
     """The folder of one run.
 
-    ``config.toml`` is there from the beginning of a run, ``history.csv`` and checkpoints from its first epoch on, and
-    the rest once it is finished. A finished run may go on (a resume with more epochs): until it is finished again,
-    the weights, ``history.json`` and the pictures are those of the epoch where it was (``went_on``).
-    ``rates`` and ``cross_validation`` are of searches for settings, before or after it.
+    ``config.toml`` exists from the start of a run, ``history.csv`` and checkpoints from its first epoch on, and the
+    other files when it is finished. A finished run may continue (a resume with more epochs). Until it is finished
+    again, the weights, ``history.json`` and the plots are of the epoch where it finished before
+    (``continuation_note``). ``rates`` and ``cross_validation`` are written by searches for settings.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -61,16 +61,17 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on with the run; its settings are in its folder."""
+        """The shell command that resumes the run; its settings are in its folder."""
         return f"python -m dlkernels train --resume --out {shlex.quote(str(self.path))}"
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Within it no other process can claim the folder: two trainings would write over each other's files. The lock
-        is on the folder itself: it goes along with a rename, and ends with the process.
+    def lock(self) -> Iterator[None]:
+        """Lock the folder, so that two trainings cannot overwrite each other's files.
+
+        The lock is on the folder itself: it survives a rename, and ends with the process.
 
         Raises:
-            BlockingIOError: another process has it.
+            BlockingIOError: another process holds the lock.
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
@@ -78,20 +79,20 @@ class RunFolder:
         except BlockingIOError:
             os.close(descriptor)
             raise BlockingIOError(f"another process is training in {self.path}; give another folder") from None
-        except OSError:  # a file system without locks: then nobody is kept out
+        except OSError:  # a file system without locks: train without one
             pass
         try:
             yield
         finally:
             os.close(descriptor)
 
-    def make_room(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
-        """Make the folder, for a run that begins here, or goes on from ``checkpoint``.
+    def move_earlier_run(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
+        """Make the folder for a new run, or for one that resumes from ``checkpoint``.
 
-        Another run that is in it already is not written over: its folder gets another name, which is returned.
+        Another run in the folder is not overwritten: its folder is renamed, and the new name is returned.
 
         Raises:
-            FileExistsError: that folder is the working folder, or around it: relative paths would go along.
+            FileExistsError: the working folder is in that folder, so a rename would move relative paths too.
         """
         earlier = None
         place = self.path.resolve()
@@ -101,18 +102,18 @@ class RunFolder:
                 raise FileExistsError(f"{self.path} holds another run, and is the working folder: give another folder")
             names = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
             earlier = place.rename(next(name for name in names if not name.exists()))
-        (place / self.checkpoints.name).mkdir(parents=True, exist_ok=True)  # a link may point there
+        (place / self.checkpoints.name).mkdir(parents=True, exist_ok=True)  # self.path may be a link to place
         return earlier
 
     def files(self) -> list[str]:
-        """The names of the files that are there, sorted."""
+        """The names of the files in the folder, sorted."""
         return sorted(file.name for file in self.path.iterdir() if file.is_file())
 
     def config(self) -> RunConfig:
-        """The settings the run was made with.
+        """The settings of the run.
 
         Raises:
-            RunError: the folder is no run's, or its settings cannot be read.
+            RunError: the folder is not a run, or its settings cannot be read.
         """
         if not self.path.is_dir():
             raise RunError(f"there is no folder {self.path}")
@@ -125,32 +126,32 @@ class RunFolder:
 
     @property
     def dataset(self) -> DatasetInfo:
-        """The size of its images, their classes and how pixels are scaled."""
+        """The data set's image size, classes and scale of the pixels."""
         return INFO[self.config().dataset]
 
     def record(self) -> dict[str, Any]:
-        """What ``history.json`` says; of a run that is not finished, or went on, the ``history`` in ``history.csv``.
+        """The content of ``history.json``; for an unfinished or continued run only ``history``, from ``history.csv``.
 
         Raises:
-            RunError: neither is there, or it is damaged.
+            RunError: both files are missing, or one is damaged.
         """
         return self._records()[1]
 
     def _records(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        """How it was when the run was last finished, if it ever was, and how it is."""
+        """The record of the last time the run was finished (None: never), and the current record."""
         finished = self._finished()
         if finished is None:
             return None, {"history": self._rows()}
         rows = self._rows() if self.history_csv.is_file() else finished["history"]
         then, now = finished.get("config", {}), self.config()
-        # The CSV has the epochs since; before the first of them there is only what was asked for.
-        went_on = rows[-1]["epoch"] != finished["history"][-1]["epoch"] or any(
-            then.get(name) != getattr(now, name) for name in DECIDE_THE_END if name in then
+        # The CSV has the epochs of the continuation. Before its first epoch only the settings show it.
+        continued = rows[-1]["epoch"] != finished["history"][-1]["epoch"] or any(
+            then.get(name) != getattr(now, name) for name in END_SETTINGS if name in then
         )
-        return finished, {"history": rows} if went_on else finished
+        return finished, {"history": rows} if continued else finished
 
-    def went_on(self) -> str | None:
-        """A clause about a run that was finished and went on: what is of which epoch. None for any other.
+    def continuation_note(self) -> str | None:
+        """A clause about a run that continued after it was finished, with the epochs of its files. None for any other.
 
         Raises:
             RunError: as for ``record``.
@@ -165,7 +166,7 @@ class RunFolder:
         )
 
     def _finished(self) -> dict[str, Any] | None:
-        """What ``history.json`` says: how it was when the run was last finished. None where it never was."""
+        """The content of ``history.json``, from the last time the run was finished; None if it never was."""
         if not self.record_file.is_file():
             return None
         try:
@@ -178,7 +179,7 @@ class RunFolder:
         return record
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The rows of ``history.csv`` as numbers."""
+        """Read the rows of ``history.csv`` as numbers."""
         try:
             with self.history_csv.open(newline="") as file:
                 rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
@@ -201,21 +202,21 @@ def _value(text: str | None) -> int | float | None:
 
 
 def build_model(config: RunConfig) -> MLP:
-    """The network that ``config`` describes, with fresh weights from torch's random state, on the CPU.
+    """Make the network of ``config`` on the CPU, with new weights from torch's random state.
 
-    Its weights are float64 for dtype ``"float64"`` and float32 for all others, which are autocast.
+    The weights are float64 for dtype ``"float64"`` and float32 for all others; 16-bit dtypes use autocast.
     """
     network = MLP(config.sizes, activation=config.activation)
     return network.double() if config.dtype == "float64" else network
 
 
 def load_model(run: str | PathLike[str] | RunFolder, device: str | torch.device = "cpu") -> nn.Module:
-    """The trained network of a finished run, in eval mode: pixels [N, features] in [0, 1] to scores [N, classes].
+    """Load the network of a finished run, in eval mode: pixels [N, features] in [0, 1] to scores [N, classes].
 
-    ``RunFolder(run).config()`` has its settings and ``RunFolder(run).dataset`` what its pixels are.
+    ``RunFolder(run).config()`` returns its settings, and ``RunFolder(run).dataset`` describes its pixels.
 
     Raises:
-        RunError: the folder is no run's, the run is not finished, or the weights are damaged or another network's.
+        RunError: the folder is not a run, the run is not finished, or the weights are damaged or of another network.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     model = build_model(folder.config())
@@ -224,7 +225,7 @@ def load_model(run: str | PathLike[str] | RunFolder, device: str | torch.device 
     try:
         state = torch.load(folder.weights, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
-    except Exception as error:  # whatever zipfile, pickle or torch makes of a broken file
+    except Exception as error:  # zipfile, pickle and torch raise many types for a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"{folder.weights} cannot be read as the weights of this run: {reason}") from error
     return model.to(device).eval()

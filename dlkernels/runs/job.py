@@ -1,4 +1,4 @@
-"""From a run's settings to its training: the network, the data, the trainer, and stock's twin of it."""
+"""Makes the training of a run from its settings: the network, the data, the trainer, and the stock twin."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from dlkernels.trainer import Callback, Checkpoints, EarlyStopping, Fold, Traine
 from dlkernels.trainer.compare import Comparison, compare
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.lr_finder import LearningRates
-from dlkernels.trainer.sharded import is_sharded, shard, whole
+from dlkernels.trainer.sharded import full_state, is_sharded, shard
 
 EVALUATION_BATCH = 1000
 Samples = tuple[Tensor, Tensor]  # x [N, features] and y [N]
-# Of weights, data and optimizer; and of autocast. 16-bit weights would lose most of the optimizer's updates, which
-# are smaller than the spacing of their few bits: so a 16-bit dtype means mixed precision.
+# The dtype of weights, data and optimizer, and the dtype of autocast. Most optimizer updates are smaller than the
+# spacing of 16-bit weights and would be lost, so a 16-bit dtype means mixed precision.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.float32, torch.bfloat16),
@@ -40,7 +40,7 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 
 
 class Job:
-    """What the trainings of one command share: the settings, the data and the initial weights."""
+    """The settings, data and initial weights that the trainings of one command share."""
 
     def __init__(self, config: RunConfig, splits: Splits, ranks: Ranks | None = None) -> None:
         self.config = config
@@ -48,11 +48,11 @@ class Job:
         self.dtype, self.autocast = DTYPES[config.dtype]
         self.device = torch.device(config.device)
         self.splits = splits
-        self.train_samples = self._here(splits.train_x, splits.train_y)
-        self.test_samples = self._here(splits.test_x, splits.test_y)
+        self.train_samples = self._to_device(splits.train_x, splits.train_y)
+        self.test_samples = self._to_device(splits.test_x, splits.test_y)
 
-    def fused(self, folder: RunFolder) -> Trainer:
-        """The run itself, which writes to ``folder`` as it goes."""
+    def fused_trainer(self, folder: RunFolder) -> Trainer:
+        """The trainer of the run, which writes to ``folder``."""
         config = self.config
         checkpoints = Checkpoints(
             folder.checkpoints,
@@ -61,9 +61,9 @@ class Job:
             every_seconds=config.checkpoint_seconds,
         )
         callbacks = self._stopping()
-        if config.tensorboard and self.ranks.is_main:
+        if config.tensorboard and self.ranks.is_main_process:
             callbacks.append(TensorBoard(folder.tensorboard))
-        if self.ranks.is_main:
+        if self.ranks.is_main_process:
             callbacks.append(CsvLog(folder.history_csv))
         return self._trainer(
             "fused",
@@ -75,8 +75,8 @@ class Job:
             resume_with=f"to go on: {folder.resume_command}",
         )
 
-    def on_fold(self, fold: Fold, folds: int) -> Trainer:
-        """The same training, from the same weights, on a fold of the training samples alone; it writes nothing."""
+    def fold_trainer(self, fold: Fold, folds: int) -> Trainer:
+        """A trainer with the same initial weights, on a fold of the training samples; it writes no files."""
         x, y = self.train_samples
         train, validation = ((x[index], y[index]) for index in (fold.train, fold.validation))
         return self._trainer(
@@ -90,7 +90,7 @@ class Job:
         )
 
     def find_lr(self, first: float, last: float, batches: int) -> LearningRates:
-        """Try learning rates on the network and the data of the run; see ``trainer.find_lr``."""
+        """Run a learning-rate range test on the network and the data of the run; see ``trainer.find_lr``."""
         network = self._network()
         return find_lr(
             network,
@@ -106,8 +106,9 @@ class Job:
         )
 
     def resume(self, trainer: Trainer, checkpoint: str | PathLike[str]) -> Path:
-        """Go on from a file, or from the newest in a folder; return the file. One that stopped early goes on if
-        ``patience`` now allows it.
+        """Resume from a file, or from the newest in a folder; return the file.
+
+        A run that stopped early continues if ``patience`` now allows it.
 
         Raises:
             CheckpointError: see :meth:`Trainer.load`.
@@ -118,8 +119,8 @@ class Job:
             trainer.stopped = None
         return file
 
-    def beside_stock(self, fused: Trainer) -> Comparison:
-        """Train ``fused`` from its beginning, taking turns with stock: the same but for layers and loss."""
+    def compare_with_stock(self, fused: Trainer) -> Comparison:
+        """Train ``fused`` and its stock twin in turns; only layers and loss differ."""
         stock = stock_mlp(self.config.sizes, self.config.activation).to(self.device, self.dtype)
         exact = stock_mlp(self.config.sizes, self.config.activation).to(self.device, torch.float64)
         for network in (stock, exact):
@@ -133,19 +134,19 @@ class Job:
             validation_samples=len(self.splits.test_y),
         )
 
-    def trained(self, trainer: Trainer) -> nn.Module | None:
-        """The network whole, as a single process has it; all ranks take part, and all but the main one get None."""
-        state = whole(trainer.evaluated.state_dict())
-        if not self.ranks.is_main:
+    def full_network(self, trainer: Trainer) -> nn.Module | None:
+        """The network with full tensors in the main rank, None in the others; all ranks must call it."""
+        state = full_state(trainer.eval_model.state_dict())
+        if not self.ranks.is_main_process:
             return None
         if not is_sharded(trainer.model):
-            return trainer.evaluated
+            return trainer.eval_model
         network = build_model(self.config).to(self.device)
         network.load_state_dict(state)
         return network
 
     def evaluation(self, network: nn.Module) -> Evaluation:
-        """The test samples as the trained network sees them."""
+        """Evaluate the network on the test samples."""
         return Evaluation(network, *self.test_samples, INFO[self.config.dataset], self.autocast)
 
     def _trainer(
@@ -159,7 +160,7 @@ class Job:
         validation: Samples | None = None,
         **options: Any,
     ) -> Trainer:
-        """On the training samples, validated on the test samples, unless told; ``options`` are the trainer's."""
+        """Make a trainer; by default it trains on the training samples and validates on the test samples."""
         config = self.config
         data = self._batches(train or self.train_samples)
         optimizer = self._optimizer(network)
@@ -178,20 +179,20 @@ class Job:
             compile=config.compile,
             cuda_graph=config.cuda_graph,
             progress=config.progress,
-            config=config.decisive(),
+            config=config.resume_settings(),
             ranks=self.ranks,
             name=name,
             **options,
         )
 
-    def _here(self, x: Tensor, y: Tensor) -> Samples:
+    def _to_device(self, x: Tensor, y: Tensor) -> Samples:
         return x.to(self.device, self.dtype), y.to(self.device)
 
     def _network(self) -> nn.Module:
-        """With the run's initial weights."""
+        """Make the network with the run's initial weights."""
         torch.manual_seed(self.config.seed)
         network = build_model(self.config).to(self.device)
-        return shard(network) if self.config.parallel == "fsdp" and self.ranks.world > 1 else network
+        return shard(network) if self.config.parallel == "fsdp" and self.ranks.world_size > 1 else network
 
     def _batches(self, samples: Samples) -> TensorLoader:
         return TensorLoader(*samples, batch_size=self.config.batch_size, shuffle=True, seed=self.config.seed)
@@ -203,7 +204,7 @@ class Job:
     def _optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         config = self.config
         options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-        if config.cuda_graph:  # a number would be frozen in the graph
+        if config.cuda_graph:  # the graph would keep the value of a number
             options["lr"] = torch.tensor(config.lr, device=self.device)
         if config.optimizer == "sgd":
             return sgd(network.parameters(), momentum=config.momentum, **options)
@@ -223,7 +224,7 @@ class Job:
     def _metrics(self) -> dict[str, Any]:
         if not self.config.metrics:
             return {}
-        with contextlib.suppress(ImportError):  # torchmetrics imports it where it is installed, and would stop there
+        with contextlib.suppress(ImportError):  # torchmetrics imports torchvision if installed; a failure would end it
             import_torchvision()
         from torchmetrics import classification
 

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: its history as CSV, and TensorBoard's event files."""
+"""Callbacks that log a run: the history as CSV, and TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dlkernels.trainer.loop import Trainer
 
 
 class CsvLog(Callback):
-    """Writes the whole history to ``path`` after every epoch, atomically, a column per metric.
+    """Writes the full history to ``path`` after every epoch, atomically, a column per metric.
 
-    What is no number is left out. Should come last: callbacks before it may add to the row. A training that goes on
-    writes the history it goes on from, too: another may have been there.
+    Values that are not numbers are left out. It should be the last callback, since others may add to the row. A
+    resumed training first writes the history of its checkpoint, since the file may hold another.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
 
-    def fit_begins(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.history:
             self._write(trainer.history)
 
-    def epoch_ends(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self._write([*trainer.history[: row["epoch"] - 1], row])
 
     def _write(self, history: list[dict[str, Any]]) -> None:
@@ -43,32 +43,32 @@ class CsvLog(Callback):
 class TensorBoard(Callback):
     """Writes every number of the history to ``folder``, for ``tensorboard --logdir``.
 
-    ``loss/training`` and ``loss/validation`` share a chart, and so do other metrics that are there twice.
+    ``loss/training`` and ``loss/validation`` share a chart, and so do other metrics of both kinds.
 
     Raises:
         ModuleNotFoundError: tensorboard is not installed.
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
-        import tensorboard  # noqa: F401  here: not after the first epoch
+        import tensorboard  # noqa: F401  fails here, before the first epoch
 
         self.folder = Path(folder)
         self._writer: Any = None
 
-    def fit_begins(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Trainer) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # After a resume, what was written of epochs that are now trained again is not shown.
+            # After a resume, purge_step hides the old events of epochs that are trained again.
             self._writer = SummaryWriter(str(self.folder), purge_step=trainer.epoch + 1)
 
-    def epoch_ends(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def on_epoch_end(self, trainer: Trainer, row: dict[str, Any]) -> None:
         for key, value in _numbers(row).items():
             if key != "epoch":
                 self._writer.add_scalar(_tag(key, row), value, row["epoch"])
 
-    def fit_ends(self, trainer: Trainer) -> None:
-        self._writer.flush()  # not closed: fit may be called again
+    def on_fit_end(self, trainer: Trainer) -> None:
+        self._writer.flush()  # not closed, since fit may be called again
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, int | float]:

@@ -1,4 +1,4 @@
-"""Pages that stand alone: one HTML file each, that loads nothing."""
+"""Self-contained HTML pages, which load no other files."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def write_page(path: str | PathLike[str], template: str, **values: Any) -> None:
 
 
 def chart(name: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> dict[str, Any]:
-    """A panel of ``templates/macros.html``'s charts."""
+    """The values of a chart in ``templates/macros.html``."""
     from markupsafe import Markup
 
     return {"name": name, "svg": Markup(curves_svg(curves, name))}
 
 
 def image(path: Path) -> str | None:
-    """A PNG file as a ``data:`` address, None if it is not there."""
+    """Return a PNG file as a ``data:`` URL; None if it does not exist."""
     if not path.is_file():
         return None
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def show(value: Any) -> str:
-    """A setting or a metric for people."""
+    """Return a setting or a metric as text."""
     if value is None or value == []:
         return "none"
     if isinstance(value, bool):
@@ -63,7 +63,7 @@ def show(value: Any) -> str:
 
 
 def metric(name: str, value: Any) -> str:
-    """A cell of a history, by the name of its column."""
+    """Return a cell of the history table; ``name`` is the column."""
     if value is None:
         return "–"
     if name in ("epoch", "samples_per_second"):
@@ -74,7 +74,7 @@ def metric(name: str, value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as ``8.1 s``, ``2 min 05 s`` or ``1 h 02 min``."""
+    """Return a time as text, such as ``8.1 s``, ``2 min 05 s`` or ``1 h 02 min``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

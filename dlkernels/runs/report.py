@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page, made from its folder alone."""
+"""The report of a run: one HTML page, made from the files of its folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dlkernels.runs.page import chart, duration, image, metric, show, write_page
 from dlkernels.trainer.monitor import Monitor
 from dlkernels.trainer.plots import by_epoch
 
-LAST = ["lr", "seconds", "samples_per_second"]  # columns of the history's table
-PAIRED = ("loss", "accuracy")  # drawn for training and validation in one chart
+LAST = ["lr", "seconds", "samples_per_second"]  # the last columns of the history table
+PAIRED = ("loss", "accuracy")  # training and validation share a chart
 
 
 def write_report(folder: RunFolder) -> Path:
-    """Write ``report.html`` into the folder of a run, finished or not, and return where it is.
+    """Write ``report.html`` into the folder of a run, finished or not, and return its path.
 
     Raises:
-        RunError: the folder is no run's, has no finished epoch, or is damaged.
-        OSError: it cannot be written.
+        RunError: the folder is not a run, has no finished epoch, or is damaged.
+        OSError: the file cannot be written.
     """
     config, record = folder.config(), folder.record()
     history = record["history"]
@@ -35,7 +35,7 @@ def write_report(folder: RunFolder) -> Path:
         title=title(config),
         subtitle=_subtitle(folder, record, config),
         unfinished=unfinished,
-        went_on=folder.went_on(),
+        continuation_note=folder.continuation_note(),
         tiles=_tiles(record, config),
         panels=_panels(history),
         confusion=_confusion(record.get("confusion")),
@@ -51,12 +51,12 @@ def write_report(folder: RunFolder) -> Path:
 
 
 def title(config: RunConfig) -> str:
-    """What is trained on what, such as ``digits, 64-256-10 relu, float32``."""
+    """The title of a run: data set and network, such as ``digits, 64-256-10 relu, float32``."""
     return f"{config.dataset}, {'-'.join(map(str, config.sizes))} {config.activation}, {config.dtype}"
 
 
 def best_epoch(history: Sequence[Mapping[str, Any]], monitor: Monitor) -> int | None:
-    """The epoch with the best value of a column, None where no row has one."""
+    """The epoch with the best value of the monitored column; None if no row has a value."""
     best, found = None, None
     for row in history:
         value = row.get(monitor.name)
@@ -105,7 +105,7 @@ def _panels(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _confusion(counts: list[list[int]] | None) -> dict[str, Any] | None:
-    """The cells of the matrix; a wrong one's share is of the largest wrong count."""
+    """The cells of the confusion matrix. ``share`` is relative to the largest count off the diagonal."""
     if counts is None:
         return None
     classes = range(len(counts))

@@ -1,4 +1,4 @@
-"""Curves as SVG to be written into a page: its font, its text colour, and nothing that points elsewhere."""
+"""Curves as inline SVG, which uses the page's font and text colour and refers to no other file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dlkernels.trainer.plots import draw_curves, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK = "#010203"  # a colour nobody chose: it stands for the page's own
+INK = "#010203"  # a placeholder, replaced by the page's text colour
 STYLE: dict[Any, Any] = dict.fromkeys(
     ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK
 )
@@ -21,7 +21,7 @@ STYLE |= {"svg.fonttype": "none", "text.parse_math": False, "font.size": 11.0, "
 
 
 def curves_svg(curves: Mapping[str, tuple[list[int], list[float]]], name: str) -> str:
-    """A chart of lines over epochs as an ``<svg>`` element, as wide as its place."""
+    """Return a chart of lines over epochs as an ``<svg>`` element of flexible width."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
@@ -31,17 +31,15 @@ def curves_svg(curves: Mapping[str, tuple[list[int], list[float]]], name: str) -
 
 
 def _inline(figure: Figure, name: str) -> str:
-    """The figure without what only a file of its own needs: prologue, metadata, size, and ids nobody refers to."""
+    """Return the figure's SVG without prologue, metadata, size, and unused ids."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(
-        r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text, flags=re.DOTALL
-    )  # the style is for every element: the page's
-    text = (
-        re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", text[: text.index(">")]) + text[text.index(">") :]
-    )
+    # matplotlib's style element would apply to the whole page.
+    text = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text, flags=re.DOTALL)
+    tag, rest = text.split(">", 1)
+    text = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", tag) + ">" + rest
     text = text.replace("xlink:href", "href").replace(INK, "currentColor")
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))

@@ -1,8 +1,8 @@
-"""What is done with a trained model: predictions, and files that run without this package.
+"""Use of a trained model: predictions, and files that run without this package.
 
-``predict`` (classes and probabilities), ``readers`` and ``images`` (the files it takes), ``export`` and ``onnx``
-(a ``torch.export`` program, ONNX), ``decompose`` (our operators as torch's own), ``check`` (what is written is first
-compared with the model).
+``predict`` (classes and probabilities), ``readers`` and ``images`` (reading input files), ``export`` and ``onnx``
+(a ``torch.export`` program, ONNX), ``decompose`` (replaces dlkernels operators by torch's), ``check`` (compares an
+exported file with the model).
 """
 
 from dlkernels.serving.decompose import decompose

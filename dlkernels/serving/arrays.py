@@ -15,15 +15,15 @@ from torch import Tensor
 from dlkernels.data.info import DatasetInfo
 from dlkernels.serving.images import InputError
 
-KEYS = ("x", "images")  # of the samples, where a file holds several arrays
+KEYS = ("x", "images")  # names of the samples in a file with several arrays
 
 
 def read_array(path: Path, info: DatasetInfo) -> Tensor:
     """Read the samples in a file: [N, features] float32 in [0, 1].
 
-    A file holds one array, or several of which one is called "x" or "images"; its shape is [N, features],
-    [N, height, width], [N, 1, height, width], or that of one sample. Integers are raw pixels, from 0 to the data set's
-    white; floating point is in [0, 1] already.
+    A file holds one array, or several with one named "x" or "images". Its shape is [N, features], [N, height, width] or
+    [N, 1, height, width]; the shape of a single sample is accepted too. Integers are raw pixels, from 0 to the data
+    set's ``white``; floating-point values are in [0, 1].
 
     Raises:
         InputError: the file cannot be read, or holds something else.
@@ -42,13 +42,13 @@ def read_array(path: Path, info: DatasetInfo) -> Tensor:
         return _pixels(path, _rows(path, samples, info), info)
     except InputError:
         raise
-    except Exception as error:  # NumPy, zipfile, pickle and torch have one for every way a file can be wrong
+    except Exception as error:  # NumPy, zipfile, pickle and torch raise many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be read as an array: {reason}") from None
 
 
 def is_idx(path: Path) -> bool:
-    """Whether the file begins as an idx file does, as it is or packed by gzip."""
+    """Return True if the file begins like an idx file, plain or compressed by gzip."""
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"

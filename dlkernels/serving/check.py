@@ -1,4 +1,4 @@
-"""What an exported file is held to before it is kept: read back, run on new inputs and compared with the model."""
+"""The check of an exported file: it is run on new inputs and compared with the model before it is kept."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dlkernels.testing.agreement import Agreement, judge, outputs
 
-# Rounding errors that count as the model's own: runtimes add up products in other orders than our kernels, whose sums
-# are short. In 16 bits all of them add in float32, and little but the last rounding is left.
+# Rounding errors that are always granted to the model: runtimes sum products in other orders than the kernels here,
+# whose partial sums are short. In 16-bit dtypes all runtimes sum in float32, and little but the last rounding remains.
 LEAST, LEAST_16_BITS = 16.0, 2.0
-SEED = 0  # of the inputs: an export that passes once passes again
+SEED = 0  # fixed inputs, so that an export that passes once passes again
 
 
 class ExportError(RuntimeError):
-    """A model cannot be exported, or what was exported does not compute what the model does; no file was left."""
+    """A model cannot be exported, or the exported file disagrees with the model. No file is left."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Exported:
     """A file that was written, read back and compared with the model.
 
     Attributes:
-        path: of the file.
-        runtime: what ran it for the comparison, with its version.
-        batch_sizes: of the new inputs it was run on.
-        agreement: of the outputs with the model's, in rounding errors: the worst of all batches.
-        difference: the largest absolute difference of an output to the model's.
+        path: the path of the file.
+        runtime: the program that ran the file for the comparison, with its version.
+        batch_sizes: the batch sizes of the new inputs.
+        agreement: the agreement of file and model, in rounding errors: the worst of all batches.
+        difference: the largest absolute difference between outputs of file and model.
     """
 
     path: Path
@@ -51,30 +51,34 @@ class Exported:
 
 
 def batch_size(example: Any) -> int | None:
-    """The first size of the first tensor that has one; None without such a tensor."""
+    """The first dimension of the first tensor that has one; None without such a tensor."""
     return next((len(t) for t in tree_leaves(example) if isinstance(t, Tensor) and t.dim()), None)
 
 
-def in_batch(t: Tensor, size: int | None) -> bool:
-    """Whether this tensor of an example is a batch: its first size is the batch's."""
+def has_batch_dim(t: Tensor, size: int | None) -> bool:
+    """Return True if the first dimension of ``t`` is the batch size."""
     return t.dim() > 0 and len(t) == size
 
 
-def resized(example: Any, size: int) -> Any:
-    """``example`` with a batch of ``size``, the samples repeated as often as it takes."""
+def resize_batch(example: Any, size: int) -> Any:
+    """Return ``example`` with a batch of ``size``; samples are repeated as necessary."""
     own = batch_size(example)
 
     def resize(t: Tensor) -> Tensor:
-        if not in_batch(t, own):
+        if not has_batch_dim(t, own):
             return t
         return t[torch.arange(size, device=t.device) % len(t)] if len(t) else t.new_zeros((size, *t.shape[1:]))
 
     return tree_map_only(Tensor, resize, example)
 
 
-def fresh(example: Any, size: int | None, seed: int) -> Any:
-    """New inputs like ``example``: values drawn from its own, so that indices and masks stay legal, and floating
-    point ones scaled by up to a half; where an example's values are all the same, drawn from [0, 1)."""
+def random_inputs(example: Any, size: int | None, seed: int) -> Any:
+    """Make new inputs like ``example``.
+
+    Values are drawn from the values of the example, so that indices and masks stay legal. Floating-point values are
+    scaled by a random factor from (0.5, 1]. If all values of a floating-point tensor are equal, they are drawn from
+    [0, 1).
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(t: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ def fresh(example: Any, size: int | None, seed: int) -> Any:
         factor = 1 - torch.rand(t.shape, generator=generator) / 2
         return drawn * factor.to(t) if t.is_floating_point() else drawn
 
-    return tree_map_only(Tensor, draw, example if size is None else resized(example, size))
+    return tree_map_only(Tensor, draw, example if size is None else resize_batch(example, size))
 
 
 def check(
@@ -100,11 +104,11 @@ def check(
     """Compare ``run(inputs)``, tensors in the order of the model's outputs, with ``model`` in eval mode.
 
     Raises:
-        ExportError: they differ by more than rounding explains.
+        ExportError: they differ by more than the allowed rounding error.
     """
     worst, difference = Agreement(0.0, 1.0), 0.0
     for turn, size in enumerate(batch_sizes):
-        inputs = fresh(example, size, SEED + turn)
+        inputs = random_inputs(example, size, SEED + turn)
         ours, stock = list(run(inputs)), outputs(model, inputs)
         short = any(t.is_floating_point() and t.dtype.itemsize == 2 for t in stock)
         found = judge(ours, model, inputs, LEAST_16_BITS if short else LEAST)

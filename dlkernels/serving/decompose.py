@@ -1,4 +1,4 @@
-"""An exported program without our operators, so that it runs where this package is not installed."""
+"""Replaces the dlkernels operators of an exported program, so that it runs without this package."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dlkernels._ops.decompositions import DECOMPOSITIONS
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
-    """The same program with every operator of ours written in torch's own; those of others stay as they are.
+    """Return the program with every dlkernels operator written in torch's operators; other operators stay.
 
     Raises:
-        ValueError: one of ours is left, for which torch has no form (a gradient, for example).
+        ValueError: a dlkernels operator without a decomposition is left (a gradient, for example).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
         decomposed = program.run_decompositions(dict(DECOMPOSITIONS))
     left = sorted(name for name in operators(decomposed) if name.startswith("dlkernels."))
     if left:
@@ -26,6 +26,6 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
 
 def operators(program: ExportedProgram) -> set[str]:
-    """Names of the operators a program calls ("aten.linear.default"), in all its graphs."""
+    """The names of the operators ("aten.linear.default") in all graphs of a program."""
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}

@@ -1,4 +1,4 @@
-"""An image file as a sample of a data set: grey, of its size, white on black."""
+"""Converts an image file to a sample of a data set: grey, of its size, light on dark."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 
 
 class InputError(RuntimeError):
-    """What is to be predicted cannot be read, or does not fit the data the model was trained on."""
+    """An input cannot be read, or does not fit the data set of the model."""
 
 
-INK = 0.2  # of the way from the background to the brightest pixel: from there on it is drawn; so are MNIST's boxes
+# A pixel is part of the drawing above this fraction of the way from the background to the brightest pixel. The bounding
+# boxes of MNIST's digits follow the same rule.
+INK = 0.2
 
 
 def read_image(path: Path, info: DatasetInfo, invert: bool | None = None, crop: bool = True) -> tuple[Tensor, bool]:
-    """Read an image as ``info``'s data set has them.
+    """Read an image as a sample of the data set ``info``.
 
-    It is turned as its EXIF says, made grey, inverted if it is dark on light; what is drawn is cut out, scaled with its
-    proportions kept, and put where the data set has it. An image of the data set itself keeps its pixels.
+    The image is rotated as its EXIF tag says, converted to grey, and inverted if it is dark on light. The drawing is
+    cropped, scaled with its aspect ratio, and placed as in the data set. An image of the data set itself keeps its
+    pixels.
 
     Args:
-        path: of the file, in any format that Pillow reads.
-        info: of the data set.
-        invert: whether dark becomes light; None to guess: where the border is light.
-        crop: whether to cut out what is drawn. Without, all of the picture is scaled to fit, and the rest is black.
+        path: the file, in any format that Pillow reads.
+        info: the data set.
+        invert: True inverts the image; None inverts it if its border is light.
+        crop: crop the drawing. If False, the full image is scaled to fit, and padded with black.
 
     Returns:
-        [features] float32 in [0, 1], and whether it was inverted.
+        The pixels [features], float32 in [0, 1], and True if the image was inverted.
 
     Raises:
         InputError: Pillow is not installed, or cannot read the file.
@@ -48,11 +51,11 @@ def read_image(path: Path, info: DatasetInfo, invert: bool | None = None, crop: 
     try:
         with Image.open(path) as image:
             grey = _grey(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG: SyntaxError
         raise InputError(f"{path} cannot be read as an image: {_one_line(error)}") from None
     inverted = _light_border(grey) if invert is None else invert
     grey = 255 - grey if inverted else grey
-    # Where the data set leaves no margin, any image of its size may be its own.
+    # If the data set has no margin, an image of the right size is taken as one of its own.
     own = info.box == max(info.height, info.width) and grey.shape == (info.height, info.width)
     drawn = _drawn(grey) if crop and not own else None
     if drawn is None:
@@ -64,7 +67,7 @@ def read_image(path: Path, info: DatasetInfo, invert: bool | None = None, crop: 
 
 
 def _drawn(grey: Any) -> tuple[slice, slice] | None:
-    """Rows and columns of what is drawn, light on dark; None where nothing is."""
+    """The rows and columns of the drawing, light on dark; None in an empty image."""
     background, brightest = float(np.median(_border(grey))), float(grey.max())
     ink = grey > background + INK * (brightest - background)
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
@@ -74,11 +77,11 @@ def _drawn(grey: Any) -> tuple[slice, slice] | None:
 
 
 def _placed(grey: Any, drawn: tuple[slice, slice], info: DatasetInfo) -> Any:
-    """[height, width] uint8: what is ``drawn``, of the size and in the place that the data set has it."""
+    """Return [height, width] uint8 with the region ``drawn``, scaled and placed as in the data set."""
     from PIL import Image
 
     longer = max(side.stop - side.start for side in drawn)
-    margin = longer  # a drawing's faint edge, and no more of a picture than is needed
+    margin = longer  # keeps the faint edges of the drawing, without the rest of a large picture
     kept = tuple(
         slice(max(0, side.start - margin), min(size, side.stop + margin))
         for side, size in zip(drawn, grey.shape, strict=True)
@@ -96,28 +99,28 @@ def _placed(grey: Any, drawn: tuple[slice, slice], info: DatasetInfo) -> Any:
 
 
 def _overlap(shift: int, length: int, size: int) -> tuple[slice, slice]:
-    """Where ``length`` pixels, moved by ``shift``, come to lie among ``size``, and which of them do."""
+    """Move ``length`` pixels by ``shift``; return their range within ``size`` pixels, and the range of those inside."""
     first, last = max(0, shift), min(size, shift + length)
     return slice(first, last), slice(first - shift, last - shift)
 
 
 def _shift(grey: Any, axis: int, background: int, info: DatasetInfo) -> int:
-    """By how many pixels to move ``grey`` along ``axis`` to where the data set has it."""
+    """The number of pixels by which to move ``grey`` along ``axis``, to place it as in the data set."""
     size = (info.height, info.width)[axis]
     weight = (grey.astype(np.float64) - background).clip(0).sum(1 - axis)
     if info.by_mass:
         centre = float((weight * np.arange(len(weight))).sum() / weight.sum())
-        return math.ceil((size - 1) / 2 - centre)  # MNIST's lie from 13.5 on and below 14.5
+        return math.ceil((size - 1) / 2 - centre)  # the centres of MNIST's digits are in [13.5, 14.5)
     where = _drawn(grey)
     assert where is not None
     return round((size - where[axis].start - where[axis].stop) / 2)
 
 
 def _grey(image: Any) -> Any:
-    """[height, width] uint8. What is transparent becomes the opposite of what is drawn."""
-    if image.mode.startswith("I"):  # 16 bits, which convert("L") would clip
+    """Return [height, width] uint8. Transparent pixels become black behind a light drawing, white behind a dark one."""
+    if image.mode.startswith("I"):  # 16 bits; convert("L") would clip them
         return (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
-    if image.mode == "F":  # in [0, 1], as such arrays are, or of the range of 8 bits
+    if image.mode == "F":  # values in [0, 1] or in [0, 255]
         values = np.asarray(image)
         if not np.isfinite(values).all():
             raise ValueError("it holds NaN or infinity")

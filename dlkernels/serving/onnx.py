@@ -1,4 +1,4 @@
-"""ONNX: from a program to the bytes of a file, and running such a file."""
+"""ONNX: converting a program to the bytes of a file, and running such a file."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Run = Callable[[Any], list[Tensor]]
 
 
 def require() -> None:
-    """Raise :class:`ExportError` unless what torch's exporter needs is installed."""
+    """Raise :class:`ExportError` if a package that torch's exporter needs is missing."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ExportError(f"ONNX export needs {' and '.join(missing)}: {how_to_get(missing[0])}")
 
 
 def convert(program: ExportedProgram, batch_dims: Any) -> bytes:
-    """The program as the content of an ONNX file; ``batch_dims`` are its dynamic sizes by name.
+    """Convert a program to the content of an ONNX file; ``batch_dims`` names its dynamic dimensions.
 
     Raises:
-        ExportError: torch's exporter has no ONNX for an operator, or the model is too large for one file.
+        ExportError: torch's exporter cannot convert an operator, or the model is too large for one file.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch and onnxscript about each other
+            warnings.simplefilter("ignore")  # torch and onnxscript warn about each other
             exported = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=batch_dims)
-        assert exported is not None  # it is, without dynamo alone
+        assert exported is not None  # None only with dynamo=False
         model = exported.model_proto
         content = model.SerializeToString()
         importlib.import_module("onnx").checker.check_model(content, full_check=True)
@@ -53,17 +53,17 @@ def convert(program: ExportedProgram, batch_dims: Any) -> bytes:
 
 
 def load(content: bytes) -> tuple[str, Run]:
-    """What can run a file of this content here, and a function from inputs to outputs.
+    """Return the name of a runtime that can run a file of this content, and a function from inputs to outputs.
 
     Raises:
-        ExportError: nothing can.
+        ExportError: onnxruntime rejects the file.
     """
     onnx = importlib.import_module("onnx")
     if find_spec("onnxruntime") is not None:
         runtime = importlib.import_module("onnxruntime")
         try:
             session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        except Exception as error:  # NotImplemented: no kernel for a dtype; its classes are in a private module
+        except Exception as error:  # onnxruntime's exception classes are in a private module
             if "NOT_IMPLEMENTED" not in str(error):
                 raise ExportError(f"onnxruntime does not take the file: {error}") from error
         else:

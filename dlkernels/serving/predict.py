@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from dlkernels.choices import PREDICTED_AT_ONCE
 from dlkernels.data import TensorLoader
-from dlkernels.trainer.mode import evaluating
+from dlkernels.trainer.mode import eval_mode
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says of N samples, on the CPU.
+    """The predictions of a classifier for N samples, on the CPU.
 
     Attributes:
         classes: [N] int64, the most probable class of each.
-        probabilities: [N, C], the softmax of its outputs; float32, of float64 models float64.
+        probabilities: [N, C], the softmax of the outputs; float32, or float64 for a float64 model.
     """
 
     classes: Tensor
@@ -28,7 +28,7 @@ class Predictions:
         return len(self.classes)
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` most probable classes of each sample (all, where there are fewer), best first.
+        """The ``k`` most probable classes of each sample (all, if there are fewer), best first.
 
         Returns:
             Probabilities and classes, both [N, k].
@@ -43,21 +43,21 @@ class Predictions:
 
 
 def predict(model: nn.Module, inputs: Tensor, batch_size: int = PREDICTED_AT_ONCE) -> Predictions:
-    """Run ``model`` over ``inputs``, in eval mode and batch by batch; afterwards it is in the mode it was.
+    """Run ``model`` over ``inputs``, in eval mode and batch by batch; its modes are restored afterwards.
 
     Args:
-        model: gives a score per class, [batch, C], for a batch of samples.
+        model: a module from a batch of samples to a score per class, [batch, C].
         inputs: [N, ...], on any device; converted to the device and dtype of the model's parameters.
-        batch_size: samples at a time. The results do not depend on it but for rounding.
+        batch_size: samples per batch. The results depend on it only by rounding.
 
     Raises:
-        ValueError: no samples, a ``batch_size`` below 1, or a model that does not give [batch, C].
+        ValueError: no samples, a ``batch_size`` below 1, or a model whose output is not [batch, C].
     """
     if inputs.dim() < 1 or not len(inputs):
         raise ValueError(f"expected at least one sample, [N, ...]; got a tensor of shape {list(inputs.shape)}")
     place = next((p for p in model.parameters() if p.is_floating_point()), inputs)
     scores = []
-    with evaluating(model):
+    with eval_mode(model):
         for (batch,) in TensorLoader(inputs, batch_size=batch_size):
             out = model(batch.to(place.device, place.dtype) if batch.is_floating_point() else batch.to(place.device))
             if not isinstance(out, Tensor) or out.dim() != 2 or len(out) != len(batch):

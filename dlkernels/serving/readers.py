@@ -1,4 +1,4 @@
-"""Files and folders as samples, each with the place it comes from."""
+"""Reads files and folders as samples, and records where each sample comes from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARRAYS = (".npy", ".npz", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample comes from. ``row`` counts from 0 in the file's array; None for an image."""
+    """The origin of a sample. ``row`` counts from 0 in the file's array; it is None for an image."""
 
     file: Path
     row: int | None = None
@@ -35,16 +35,17 @@ def read(
     """Read images, folders of images (and of folders), and arrays, in the order given.
 
     Args:
-        inputs: files and folders. An image is known by its suffix, an array by ``.npy``, ``.npz`` or ``.pt``, an idx
-            file by its first bytes.
-        info: of the data set the model was trained on.
-        invert, crop: of images, see :func:`~dlkernels.serving.images.read_image`.
+        inputs: files and folders. Images are recognised by their suffix, arrays by ``.npy``, ``.npz``, ``.pt`` or
+            ``.pth``, idx files by their first bytes.
+        info: the data set that the model was trained on.
+        invert, crop: for images, see :func:`~dlkernels.serving.images.read_image`.
 
     Returns:
-        The places, and the samples [N, features] float32 in [0, 1].
+        The origins, and the samples [N, features] float32 in [0, 1].
 
     Raises:
-        InputError: nothing to read, or a file that cannot be; it names the file, what was expected and what came.
+        InputError: there is nothing to read, or a file cannot be read. The message names the file, what was expected
+            and what came.
     """
     places: list[Place] = []
     samples: list[Tensor] = []

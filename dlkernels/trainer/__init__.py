@@ -1,7 +1,7 @@
-"""Training: the loop (``loop``) and its update of the weights (``step``), what it keeps (``checkpoints``), what it
-shows (``progress``, ``summary``, ``plots``), and what may be added to it (``callbacks``).
+"""Training: the loop (``loop``), the update of the weights (``step``), checkpoints (``checkpoints``), display
+(``progress``, ``summary``, ``plots``) and callbacks (``callbacks``).
 
-It takes any nn.Module, loss and torch optimizer, and knows nothing of fused operators.
+The trainer takes any nn.Module, loss and torch optimizer, and does not depend on the fused operators.
 """
 
 from dlkernels.trainer.callbacks import Callback, EarlyStopping

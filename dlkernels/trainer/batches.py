@@ -1,4 +1,4 @@
-"""Going on with an epoch from any of its batches, with any loader."""
+"""Resuming an epoch from any of its batches, with any loader."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from dlkernels.trainer.randomness import rng_state, set_rng_state
 
 
 class ResumableBatches:
-    """The batches of ``data`` epoch by epoch, each from any position on, the same as without the break.
+    """The batches of ``data``, epoch by epoch. A resumed epoch gives the same batches as an uninterrupted one.
 
-    A loader with ``batches(epoch, start)``, as ``TensorLoader`` has, can do that by itself. Any other, such
-    as ``torch.utils.data.DataLoader``, shuffles by the random state it finds when the epoch begins; so that
-    state is kept, put back for a resume, and the batches that were done are gone through again without being
-    used.
+    A loader with ``batches(epoch, start)``, such as ``TensorLoader``, starts at any batch by itself. Any other, such as
+    ``torch.utils.data.DataLoader``, shuffles with the random state at the start of the epoch. So that state is kept and
+    restored for a resume, and the finished batches are read again and dropped.
     """
 
     def __init__(self, data: Any) -> None:
@@ -45,13 +44,13 @@ class ResumableBatches:
         return remaining
 
     def length(self) -> int | None:
-        """Batches per epoch, None if the loader cannot tell."""
-        with contextlib.suppress(TypeError):  # a DataLoader of a stream has __len__, and it raises
+        """Batches per epoch, or None if the loader has no length."""
+        with contextlib.suppress(TypeError):  # the __len__ of a DataLoader over an IterableDataset raises it
             return len(self.data)
         return None
 
     def identity(self) -> dict[str, Any]:
-        """What decides the batches, as far as the loader tells."""
+        """The properties of the loader that decide its batches."""
         if hasattr(self.data, "identity"):
             return dict(self.data.identity())
         return {
@@ -74,7 +73,7 @@ class ResumableBatches:
             self._set_generator_states(state["generators"])
 
     def _generators(self) -> list[torch.Generator]:
-        """The generators a DataLoader was given: its own and its sampler's, often the same one."""
+        """The generators of a DataLoader and of its sampler, often the same one."""
         holders = (self.data, getattr(self.data, "sampler", None))
         found = [getattr(holder, "generator", None) for holder in holders]
         return [generator for generator in found if isinstance(generator, torch.Generator)]

@@ -1,7 +1,7 @@
-"""Checkpoint files: written whole or not at all, checked before a byte of them is used.
+"""Checkpoint files: written atomically, and checked completely before any content is used.
 
-A checkpoint is a ``torch.save`` file of plain containers, numbers, strings and tensors, so it loads with
-``weights_only=True``: reading one never runs code from it.
+A checkpoint is a ``torch.save`` file of plain containers, numbers, strings and tensors. It loads with
+``weights_only=True``, which runs no code from the file.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedCheckpoint(CheckpointError):
-    """It is truncated or a part of it fails its checksum: an earlier one may be whole."""
+    """A checkpoint is truncated, or a part of it fails its checksum. An earlier one may be intact."""
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write ``state`` (plain containers, numbers, strings, tensors) to ``path``, atomically.
 
     Raises:
-        OSError: it cannot be written; what was at ``path`` before is untouched.
-        TypeError: something in it could not be read back (``plain``); nothing was written.
+        OSError: the file cannot be written; an earlier file at ``path`` is untouched.
+        TypeError: ``state`` holds something that could not be read back (``plain``); nothing was written.
     """
     content = {"format": FORMAT, "version": VERSION, "torch": str(torch.__version__), **plain(dict(state))}
     try:
         with atomic_write(path) as file:
             torch.save(content, file)
     except RuntimeError as error:
-        # Closing its archive over a write that failed, torch raises an error that hides the reason.
+        # After a failed write torch raises a second error when it closes the archive, which hides the reason.
         if isinstance(error.__context__, OSError):
             reason = error.__context__
             raise OSError(reason.errno, f"{reason.strerror}: the checkpoint was not written", str(path)) from error
@@ -55,28 +55,28 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint, with its tensors on the CPU.
 
     Raises:
-        CheckpointError: no such file or none that this process may read, written by something else, or whole but with
-            content that this version, torch's or ours, does not read.
-        DamagedCheckpoint: truncated or damaged (every member's CRC-32 is checked).
+        CheckpointError: the file is missing or may not be read, another program wrote it, or it is intact but this
+            version of torch or dlkernels does not read its content.
+        DamagedCheckpoint: the file is truncated or damaged (the CRC-32 of every member is checked).
     """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself does not notice a flipped bit in a tensor
+            damaged = archive.testzip()  # torch.load does not notice a flipped bit in a tensor
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint at {path}") from None
-    except Exception as error:  # whatever zipfile makes of a broken file
-        blameless = isinstance(error, (OSError, MemoryError)) and getattr(error, "errno", None) != errno.EINVAL
-        raise (_not_read if blameless else _broken)(path, error) from error
+    except Exception as error:  # zipfile raises many types for a broken file
+        unread = isinstance(error, (OSError, MemoryError)) and getattr(error, "errno", None) != errno.EINVAL
+        raise (_unreadable if unread else _damaged)(path, error) from error
     if damaged:
         raise DamagedCheckpoint(f"{path} is damaged: {damaged} in it fails its checksum; use an earlier checkpoint")
     try:
         with torch.serialization.safe_globals(numpy_numbers()):
             state = plain(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        # The checksums hold: only what torch's reader finds wrong in the archive's headers is damage.
+        # The checksums are right, so only an error of torch's archive reader about the headers means damage.
         headers = "PytorchStreamReader" in str(error) and "maximum supported version" not in str(error)
-        raise (_broken if headers else _not_read)(path, error) from error
+        raise (_damaged if headers else _unreadable)(path, error) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         held = f"a dict with keys {list(state)[:5]}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise CheckpointError(f"{path} is not a dlkernels checkpoint: expected format {FORMAT!r}; it holds {held}")
@@ -88,15 +88,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def _broken(path: Path, error: Exception) -> CheckpointError:
+def _damaged(path: Path, error: Exception) -> CheckpointError:
     return DamagedCheckpoint(
         f"{path} cannot be read as a checkpoint (truncated or another kind of file?): {_first_line(error)}"
     )
 
 
-def _not_read(path: Path, error: Exception) -> CheckpointError:
-    """Of a file that may be whole: with another version, or at another time, it can perhaps be read."""
-    unsupported = re.search(r"Unsupported (?:global|class|operand).*", str(error))  # of torch's whole page of advice
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that may be intact: another version, or a later try, may read it."""
+    unsupported = re.search(r"Unsupported (?:global|class|operand).*", str(error))  # one line of torch's long message
     reason = unsupported[0].partition(" was not ")[0] if unsupported else _first_line(error)
     return CheckpointError(
         f"{path} cannot be read as a checkpoint here, though it does not look damaged, and stays as it is: {reason}"
@@ -108,12 +108,12 @@ def _first_line(error: Exception) -> str:
 
 
 def check_model(path: object, model_state: Mapping[str, Any], model: torch.nn.Module) -> None:
-    """Make sure ``model_state`` fits ``model`` exactly, before a byte is copied.
+    """Check that ``model_state`` fits ``model`` exactly, before anything is copied.
 
-    ``load_state_dict`` notices only midway, and leaves a model of two halves.
+    ``load_state_dict`` notices a difference only midway, and leaves the model half loaded.
 
     Raises:
-        CheckpointError: a name, shape or dtype differs; the first differences are listed.
+        CheckpointError: a name, shape or dtype differs; the message lists the first differences.
     """
     own = model.state_dict()
     differences = [f"{name}: not in the checkpoint" for name in own if name not in model_state]
@@ -128,10 +128,10 @@ def check_model(path: object, model_state: Mapping[str, Any], model: torch.nn.Mo
 
 
 def check_optimizer(path: object, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Make sure ``state`` (``optimizer_state`` of the one that was saved) is of the same kind and grouping.
+    """Check that ``state``, a saved ``optimizer_state``, has the class and the group sizes of ``optimizer``.
 
     Raises:
-        CheckpointError: another class of optimizer, or parameter groups of other sizes.
+        CheckpointError: it is of another class of optimizer, or has parameter groups of other sizes.
     """
     own = optimizer_state(optimizer)
     if state["type"] != own["type"]:
@@ -142,10 +142,10 @@ def check_optimizer(path: object, state: Mapping[str, Any], optimizer: torch.opt
 
 
 def check_config(path: object, held: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Make sure a run goes on with the settings it began with.
+    """Check that a run continues with the settings it began with.
 
     Raises:
-        CheckpointError: one differs; it is named, with both values.
+        CheckpointError: a setting differs; the message names it, with both values.
     """
     for key in sorted(held.keys() | own.keys()):
         if held.get(key) != own.get(key):
@@ -153,10 +153,10 @@ def check_config(path: object, held: Mapping[str, Any], own: Mapping[str, Any]) 
 
 
 def check_parts(path: object, held: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Make sure both runs have the same optional parts (schedule, scaler, average), or neither.
+    """Check that both runs have the same optional parts (schedule, scaler, average).
 
     Raises:
-        CheckpointError: one has a part that the other lacks.
+        CheckpointError: one run has a part that the other lacks.
     """
     for name in ("scheduler", "scaler", "ema"):
         if (held[name] is None) != (own[name] is None):

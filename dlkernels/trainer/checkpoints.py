@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: one file, or the last few and the best in a folder."""
+"""The checkpoints that a run keeps: one file, or the last few and the best in a folder."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from typing import Any
 
 from dlkernels.atomic import atomic_write, remove_leftovers
 from dlkernels.trainer import checkpoint
-from dlkernels.trainer.monitor import Monitor, same_measure, state_of
+from dlkernels.trainer.monitor import Monitor, monitor_state, same_monitor
 
 NAME = re.compile(r"epoch-(\d+)(?:-batch-(\d+))?\.pt")
 BEST = "best.pt"
-DAMAGED, SUPERSEDED = ".damaged", ".superseded"  # added to the names of files that are set aside
+DAMAGED, SUPERSEDED = ".damaged", ".superseded"  # suffixes of files that are set aside
 
 
-class OneFile:
-    """One file, written after every epoch and when training is interrupted."""
+class CheckpointFile:
+    """One checkpoint file, written after every epoch and on an interrupt."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()  # the same place after a chdir
+        self.path = Path(path).absolute()  # a later chdir does not move it
 
-    def begin(self, metrics: Mapping[str, Any]) -> None:
-        """Remove what a process that was killed in the middle of a write left; ``metrics`` are the trainer's.
+    def prepare(self, metrics: Mapping[str, Any]) -> None:
+        """Remove temporary files that a killed process left; ``metrics`` are the trainer's.
 
         Raises:
-            IsADirectoryError: there is a folder, where the file would be.
-            ValueError: nothing says whether low or high values of the metric that is watched are good.
+            IsADirectoryError: there is a folder at the path of the file.
+            ValueError: nothing says whether low or high values of the monitored metric are good.
         """
-        if self.path.is_dir():  # now: not after an epoch of training
+        if self.path.is_dir():  # checked here, before an epoch of training
             raise IsADirectoryError(
                 f"expected a file to write checkpoints to; {self.path} is a folder: give Checkpoints(folder)"
             )
         remove_leftovers(self.path.parent, self.path.name)
 
     def due(self) -> bool:
-        """Whether it is time for a checkpoint within the epoch."""
+        """Return True when it is time for a checkpoint within the epoch."""
         return False
 
     def write(self, state: Mapping[str, Any], epoch: int, batch: int, row: Mapping[str, Any] | None = None) -> None:
-        """Save ``state`` at ``epoch`` finished epochs and ``batch`` batches; ``row`` if an epoch has just ended."""
+        """Save ``state`` after ``epoch`` epochs and ``batch`` batches; ``row`` is given if an epoch has just ended."""
         checkpoint.save(self.path, state)
 
     def newest(self) -> Path | None:
-        """The checkpoint to go on from."""
+        """The checkpoint to resume from, or None."""
         return self.path if self.path.exists() else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,22 +60,22 @@ class OneFile:
         return str(self.path)
 
 
-class Checkpoints(OneFile):
+class Checkpoints(CheckpointFile):
     """The last ``keep_last`` checkpoints in ``folder``, and ``best.pt``.
 
     ``epoch-0003.pt`` was written after three epochs, ``epoch-0003-batch-000120.pt`` 120 batches into the fourth.
-    The newest is the furthest (the times of files would not survive a copy of the folder): before one is written, those
-    beyond it, of a training that was gone back on, are set aside (``.superseded`` is added to their names). ``best.pt``
-    is a second name of the best epoch's file.
+    The newest checkpoint is the one with the highest position; file times would not survive a copy of the folder.
+    After a resume from an earlier checkpoint, the later ones are set aside when the next is written (``.superseded``
+    is added to their names). ``best.pt`` is a hard link to the best epoch's file.
 
     Args:
-        keep_last: how many to keep, at least 1.
-        monitor: the metric of ``best.pt``: a key of the history rows or a ``Monitor``, as for ``EarlyStopping``; None:
-            ``val_loss``, or ``loss`` where nothing is validated.
-        every_seconds, every_batches: write within epochs too, when so much time or so many batches have passed.
+        keep_last: the number of checkpoints to keep, at least 1.
+        monitor: the metric of ``best.pt``: a key of the history rows or a ``Monitor``, as for ``EarlyStopping``. None:
+            ``val_loss``, or ``loss`` without validation data.
+        every_seconds, every_batches: write within epochs too, after this time or this number of batches.
 
     Raises:
-        ValueError: a number below its least.
+        ValueError: a number is too small.
         OSError: the folder cannot be made.
     """
 
@@ -94,7 +94,7 @@ class Checkpoints(OneFile):
             if value is not None and not value > 0:
                 raise ValueError(f"expected {name} above 0, or None; got {value}")
         super().__init__(folder)
-        self.path.mkdir(parents=True, exist_ok=True)  # now: not after an epoch of training
+        self.path.mkdir(parents=True, exist_ok=True)  # fails here, before an epoch of training
         self.keep_last = keep_last
         self._asked = monitor
         self.monitor = None if monitor is None else Monitor.of(monitor)
@@ -104,7 +104,7 @@ class Checkpoints(OneFile):
         self._batches = 0
         self._next = float("inf")
 
-    def begin(self, metrics: Mapping[str, Any]) -> None:
+    def prepare(self, metrics: Mapping[str, Any]) -> None:
         if self._asked is not None:
             self.monitor = Monitor.of(self._asked, metrics=metrics)
         remove_leftovers(self.path)
@@ -125,12 +125,12 @@ class Checkpoints(OneFile):
                 self.best = value
         within = f"-batch-{batch:06d}" if batch else ""
         target = self.path / f"epoch-{epoch:04d}{within}.pt"
-        for beyond in newest_first(self.path):
-            if position(beyond) > (epoch, batch):
-                set_aside(beyond, SUPERSEDED)
+        for file in newest_first(self.path):
+            if position(file) > (epoch, batch):
+                set_aside(file, SUPERSEDED)
         checkpoint.save(target, dict(state) | {"checkpoints": self.state_dict()})
         if improved:
-            second_name(target, self.path / BEST)
+            hard_link(target, self.path / BEST)
         for old in newest_first(self.path)[self.keep_last :]:
             old.unlink(missing_ok=True)
         self._restart()
@@ -139,10 +139,10 @@ class Checkpoints(OneFile):
         return next(iter(newest_first(self.path)), None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, **state_of(self.monitor)}
+        return {"best": self.best, **monitor_state(self.monitor)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best = state.get("best") if same_measure(state, self.monitor) else None  # another metric's is no measure
+        self.best = state.get("best") if same_monitor(state, self.monitor) else None
 
     def _restart(self) -> None:
         self._batches = 0
@@ -151,18 +151,18 @@ class Checkpoints(OneFile):
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The numbered checkpoints in ``folder``, the furthest first."""
+    """The numbered checkpoints in ``folder``, the highest position first."""
     return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=position, reverse=True)
 
 
 def position(file: Path) -> tuple[int, int]:
-    """The epochs, and batches of the next, that a numbered checkpoint was written after."""
+    """The position of a numbered checkpoint: finished epochs, and finished batches of the next epoch."""
     epoch, batch = NAME.fullmatch(file.name).groups()  # type: ignore[union-attr]
     return int(epoch), int(batch or 0)
 
 
-def set_aside(file: Path, why: str) -> None:
-    os.replace(file, file.with_name(file.name + why))
+def set_aside(file: Path, suffix: str) -> None:
+    os.replace(file, file.with_name(file.name + suffix))
 
 
 def read(path: str | os.PathLike[str], *, fallback: bool = False) -> tuple[Path, dict[str, Any], list[str]]:
@@ -188,19 +188,19 @@ def read(path: str | os.PathLike[str], *, fallback: bool = False) -> tuple[Path,
             if not fallback:
                 raise type(error)(f"{error}; ask for the one before (fallback), if there is one") from error
             damages.append(str(error))
-            with contextlib.suppress(OSError):  # in a folder that cannot be written it stays where it is
+            with contextlib.suppress(OSError):  # a read-only folder: the file keeps its name
                 set_aside(file, DAMAGED)
     raise checkpoint.CheckpointError("; ".join([f"there is no checkpoint in {path} that can be read", *damages]))
 
 
-def second_name(file: Path, name: Path) -> None:
-    """Make ``name`` another name of ``file``, atomically; a copy where the file system has no second names."""
+def hard_link(file: Path, name: Path) -> None:
+    """Make ``name`` a hard link to ``file``, atomically; a copy where the file system has no hard links."""
     temporary = name.with_name(f".{name.name}.link.tmp")
     try:
         temporary.unlink(missing_ok=True)
         os.link(file, temporary)
         os.replace(temporary, name)
-        temporary.unlink(missing_ok=True)  # it stays where both were the same file already
+        temporary.unlink(missing_ok=True)  # os.replace keeps it if both were the same file already
     except OSError:
         with open(file, "rb") as source, atomic_write(name) as copy:
             shutil.copyfileobj(source, copy)

@@ -1,21 +1,20 @@
-"""Two trainings of one network, from the same weights on the same batches: do they agree, which is faster?
+"""Compares two trainings of one network, from the same weights on the same batches: agreement and speed.
 
-*Agreement.* Training amplifies rounding. Two correct float32 runs stay within rounding of each other for some
-hundred batches; then, at a batch nobody can foretell, a unit at the edge of its ReLU or a gradient near zero
-under Adam falls the other way, and within a few batches they are thousands of times further apart. So there
-are two rules, one for each time.
+*Agreement.* Training amplifies rounding. Two correct float32 runs stay within rounding of each other for some hundred
+batches. Then, at an unpredictable batch, a unit at the edge of its ReLU or a gradient near zero under Adam rounds the
+other way, and within a few batches the runs are thousands of times further apart. So there are two rules.
 
-1. At the beginning: over the first 50 batches the median distance of a batch's loss to the same training in
-   float64 (``reference``) may be at most twice stock's own and the spacing of the loss's dtype together:
-   ``median|candidate - reference| <= 2 (median|stock - reference| + eps median|reference|)``.
-   The median, so that one early fork is no verdict. Stock with its sums in another order, taken as the
-   candidate, gave 0.70 to 1.43 for the ratio of the medians; scores wrong by 0.003 %, or gradients wrong by
-   0.3 % at random, are refused.
-2. At the end: the validation accuracies differ by no more than the validation set can tell from chance, three
-   standard deviations of the difference of two proportions.
+1. At the beginning: over the first 50 batches, take the distance of each batch's loss to the same training in float64
+   (``reference``). The median distance may be at most twice the sum of stock's median distance and the spacing of the
+   loss's dtype: ``median|candidate - reference| <= 2 (median|stock - reference| + eps median|reference|)``.
+   The rule uses the median, so that one early divergence does not decide. With stock as the candidate, its sums in
+   another order, the ratio of the medians was 0.70 to 1.43. The rule rejects scores that are wrong by 0.003 %, and
+   gradients that are wrong by 0.3 % at random.
+2. At the end: the validation accuracies may differ by three standard deviations of the difference of two proportions,
+   which a validation set of this size cannot tell from chance.
 
-*Time.* Epochs are interleaved, and each pair is run in the other order than the pair before, so that a
-machine that slows down or wakes up does so for both. The ratio is that of the medians.
+*Time.* Epochs are interleaved, and every second pair runs in the opposite order, so that changes in the machine's speed
+affect both. The ratio is the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ from typing import Any
 
 from dlkernels.trainer.loop import Trainer
 
-BATCHES = 50  # that rule 1 looks at
-FACTOR = 2.0  # times stock's own error
-DEVIATIONS = 3.0  # of the difference of the accuracies
+BATCHES = 50  # batches of rule 1
+FACTOR = 2.0  # allowed error over stock's error
+DEVIATIONS = 3.0  # allowed standard deviations of the accuracies' difference
 
 
 @dataclass
 class Curve:
-    """What one training showed: every batch's loss, every epoch's history row."""
+    """The loss of every batch and the history row of every epoch of one training."""
 
     losses: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def train(self, trainer: Trainer, epochs: int) -> None:
-        """One more epoch out of ``epochs``."""
+        """Train one more epoch of ``epochs``."""
         trainer.fit(epochs, at_most=1)
         self.losses += trainer.batch_losses
         self.history = trainer.history
@@ -53,7 +52,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Three curves over the same batches (``reference``'s only over the beginning), and what they say."""
+    """The curves of three trainings on the same batches (``reference`` only at the beginning), and the verdict."""
 
     candidate: Curve
     stock: Curve
@@ -63,7 +62,7 @@ class Comparison:
 
     @property
     def candidate_error(self) -> float:
-        """Median distance of a batch's loss to the reference's, at the beginning."""
+        """Median distance of a batch's loss to the reference's, over the first 50 batches."""
         return _median_distance(self.candidate.losses, self.reference.losses)
 
     @property
@@ -72,13 +71,13 @@ class Comparison:
 
     @property
     def allowed_error(self) -> float:
-        """What ``candidate_error`` may be at most."""
+        """The limit of ``candidate_error``."""
         size = statistics.median(map(abs, self.reference.losses[:BATCHES]))
         return FACTOR * (self.stock_error + self.eps * size)
 
     @property
     def accuracies(self) -> tuple[float, float]:
-        """The last validation accuracies, the candidate's and stock's."""
+        """The last validation accuracies of candidate and stock."""
         return self.candidate.history[-1]["val_accuracy"], self.stock.history[-1]["val_accuracy"]
 
     @property
@@ -88,22 +87,22 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Both rules hold; they do not where anything is NaN."""
+        """True if both rules hold; False if anything is NaN."""
         first, second = self.accuracies
         return self.candidate_error <= self.allowed_error and abs(first - second) <= self.allowed_accuracy_difference
 
     @property
     def max_difference(self) -> float:
-        """Largest difference of one batch's loss, candidate to stock."""
+        """Largest difference between the losses of candidate and stock on one batch."""
         return max(abs(a - b) for a, b in zip(self.candidate.losses, self.stock.losses, strict=True))
 
     @property
     def ratio(self) -> float:
-        """How many times as fast the candidate is: stock's median epoch over the candidate's."""
+        """The speed of the candidate relative to stock: stock's median epoch time over the candidate's."""
         return statistics.median(self.stock.seconds) / statistics.median(self.candidate.seconds)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, JSON-able."""
+        """The comparison as JSON-able values."""
         return {
             "agrees": self.agrees,
             "candidate_error": self.candidate_error,
@@ -135,13 +134,13 @@ def compare(
     eps: float,
     validation_samples: int,
 ) -> Comparison:
-    """Train both for ``epochs`` epochs, taking turns, then the reference as far as it is needed.
+    """Train candidate and stock for ``epochs`` epochs in turns, then the reference for the first 50 batches.
 
     Args:
         candidate, stock: fresh trainers of a classification, with equal weights, batches and validation data.
-        reference: the float64 one, trained after them and only as far as it is needed.
-        eps: spacing of the dtype that candidate's and stock's losses are computed in
-        (``torch.finfo(...).eps``). validation_samples: how many samples the validation accuracy is over.
+        reference: the float64 trainer; it trains whole epochs until it has 50 batches.
+        eps: spacing of the dtype of the losses of candidate and stock (``torch.finfo(...).eps``).
+        validation_samples: the number of samples of the validation accuracy.
 
     Raises:
         ValueError: ``epochs`` < 1.
@@ -159,5 +158,5 @@ def compare(
 
 
 def _median_distance(losses: Sequence[float], reference: Sequence[float]) -> float:
-    # zip: the reference stops early
+    # strict=False: the reference may have fewer batches.
     return statistics.median(abs(a - b) for a, b in zip(losses[:BATCHES], reference[:BATCHES], strict=False))

@@ -1,4 +1,4 @@
-"""k-fold cross-validation: train k times, each time validated on the fold that was left out."""
+"""k-fold cross-validation: k trainings, each validated on the fold that it leaves out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_METRICS = ("epoch", "lr", "seconds", "samples_per_second")
 
 @dataclass(frozen=True)
 class Fold:
-    """Indices of samples, int64: those to train on and those left out for validation. ``number`` counts from 0."""
+    """Indices of training and validation samples, int64. ``number`` counts the folds from 0."""
 
     number: int
     train: Tensor
@@ -29,19 +29,20 @@ class Fold:
 def folds(
     labels: Tensor, count: int = 5, *, kind: Kind = "plain", groups: Tensor | None = None, seed: int = 0
 ) -> Iterator[Fold]:
-    """Splits of the samples into ``count`` folds by scikit-learn, every sample in exactly one validation fold.
+    """Split the samples into ``count`` folds with scikit-learn; every sample is in exactly one validation fold.
 
     Args:
-        labels: [N]; their values matter to ``stratified`` only, which gives each fold the classes' shares.
+        labels: [N], the class of each sample. Only ``stratified`` reads the values: each fold has about the same
+            proportions of classes.
         kind: ``plain`` (KFold), ``stratified`` (StratifiedKFold), or ``grouped`` (GroupKFold): all samples of a
             group, such as one writer's digits, are in the same fold.
         groups: [N], the group of each sample; for ``grouped`` only.
-        seed: of the shuffling before the split.
+        seed: the seed of the shuffling before the split.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: another kind, groups where there must be none or the reverse, or fewer samples, members of a class
-            or groups than folds.
+        ValueError: the kind is unknown; groups are given for another kind, or missing for ``grouped``; or there are
+            fewer samples, members of a class, or groups than folds.
     """
     from sklearn import model_selection
 
@@ -72,7 +73,7 @@ class CrossValidation:
 
     @property
     def mean(self) -> dict[str, float]:
-        """Over folds, by metric."""
+        """Mean over folds, by metric."""
         rows = self.rows
         return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
 
@@ -92,13 +93,13 @@ def cross_validate(make: Callable[[Fold], Trainer], splits: Iterable[Fold], epoc
     """Train a new trainer on every fold.
 
     Args:
-        make: from a fold to a fresh trainer, with a model of its own, the fold's ``train`` samples as training data
-            and its ``validation`` samples as validation data.
+        make: a function from a fold to a fresh trainer with its own model, the fold's ``train`` samples as training
+            data and its ``validation`` samples as validation data.
         splits: ``folds(...)``; at least two.
-        epochs: for each.
+        epochs: the epochs of each training.
 
     Raises:
-        ValueError: fewer than two folds, or a trainer without validation data.
+        ValueError: there are fewer than two folds, or a trainer has no validation data.
     """
     result = CrossValidation()
     for fold in splits:

@@ -1,4 +1,4 @@
-"""Where the first NaN or infinity is: in the batch, in the weights, or in which layer's output."""
+"""Finds the first NaN or infinity: in the batch, in the weights, or in the output of a layer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dlkernels.trainer.mode import buffers_kept
+from dlkernels.trainer.mode import preserve_buffers
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite. ``epoch`` and ``batch`` (from 1) and ``update`` say where, ``cause`` why."""
+    """The loss became NaN or infinite: at ``epoch``, ``batch`` (from 1) and ``update``, because of ``cause``."""
 
     def __init__(self, what: str, cause: str, *, epoch: int, batch: int, update: int, checkpoint: object) -> None:
         saved = "no checkpoint is kept" if checkpoint is None else f"the checkpoint {checkpoint} is from before"
@@ -25,10 +25,10 @@ class NonFiniteLoss(ArithmeticError):
         self.epoch, self.batch, self.update, self.cause = epoch, batch, update, cause
 
 
-def first_not_finite(model: nn.Module, run: Callable[[], Any], x: Any, y: Any) -> str:
-    """A clause that names the first thing that is not finite, in the order in which it would do harm.
+def find_non_finite(model: nn.Module, run: Callable[[], Any], x: Any, y: Any) -> str:
+    """Return a clause that names the first non-finite value, in the order batch, parameters, layer outputs, loss.
 
-    ``run`` repeats the forward pass of ``model`` on ``x``; buffers and random state are as before afterwards.
+    ``run`` repeats the forward pass of ``model`` on ``x``. Buffers and random state are restored afterwards.
     """
     for what, value in (("input", x), ("target", y)):
         if not _finite(value):
@@ -52,7 +52,7 @@ def _first_layer(model: nn.Module, run: Callable[[], Any]) -> str | None:
     random_state = rng_state()
     hooks = [module.register_forward_hook(look(name or "the model")) for name, module in model.named_modules()]
     try:
-        with torch.no_grad(), buffers_kept(model):  # running statistics move
+        with torch.no_grad(), preserve_buffers(model):  # a forward pass changes running statistics
             run()
     finally:
         for handle in hooks:

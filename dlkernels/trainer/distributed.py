@@ -1,16 +1,16 @@
-"""Training in several processes, by ``torch.distributed`` as it is: what the ranks share and agree on.
+"""Training in several processes with ``torch.distributed``: how the ranks share batches and agree on decisions.
 
-Every rank goes through the same batches and takes its part of each: of B rows, rank r of n has rows rB/n to (r+1)B/n.
-Nothing is lost and nothing comes twice, whatever B and n are. Losses are weighted by rows, so that the average over
-ranks that DistributedDataParallel and FSDP2 take of the gradients is the gradient of the whole batch's mean, and n
-processes train the weights of one.
+Every rank reads the same batches and takes its part of each: of B rows, rank r of n takes rows rB/n to (r+1)B/n.
+Every row is used exactly once, for any B and n. Each rank's loss is weighted by its number of rows. So the mean of the
+gradients over the ranks, which DistributedDataParallel and FSDP2 take, is the gradient of the mean over the full batch,
+and n processes train the same weights as one.
 
-What a rank decides by its own clock, signals or numbers (a stop, a checkpoint within an epoch, a NaN) is agreed on
-before anything is done about it, or the others would wait for it in the next step. That goes through a gloo group, so
-that no GPU is waited for.
+A rank may meet a signal, a stop, the time for a checkpoint, or a NaN alone. All ranks agree on it before they act:
+otherwise the other ranks would wait in the next step for ever. They agree through a gloo group, which does not wait
+for the GPU.
 
-The global random state is the same in all ranks, as in a single process: a checkpoint holds one. So their dropout masks
-are alike, each for its own rows.
+All ranks have the same global random state, since a checkpoint holds only one. So all ranks draw the same dropout
+masks, each for its own rows.
 """
 
 from __future__ import annotations
@@ -28,70 +28,73 @@ from torch.utils._pytree import tree_map
 from torch.utils.data.distributed import DistributedSampler
 
 from dlkernels.trainer.sharded import check_split_by_rows, is_sharded
-from dlkernels.trainer.transfer import pair, samples_of, to
+from dlkernels.trainer.transfer import as_pair, count_samples, move_to
 
 T = TypeVar("T")
 
 
-class Part(NamedTuple):
-    """What one rank has of a batch."""
+class LocalBatch(NamedTuple):
+    """One rank's part of a batch."""
 
     x: Any
     y: Any
-    samples: int  # of the whole batch
-    share: float  # of them, in [0, 1]; with 0, x and y hold a row that counts for nothing
+    samples: int  # in the batch of all ranks
+    share: float  # this rank's fraction of them, in [0, 1]; with 0, x and y hold one row that is not counted
 
 
 class Ranks:
-    """A process by itself: rank 0 of 1. It has nothing to share, and none of this costs anything."""
+    """A single process: rank 0 of 1. Its methods communicate nothing."""
 
     rank = 0
-    world = 1
+    world_size = 1
 
     @property
-    def is_main(self) -> bool:
-        """Whether this is the rank that prints and writes."""
+    def is_main_process(self) -> bool:
+        """True in the rank that prints and writes files."""
         return self.rank == 0
 
-    def run(self, model: nn.Module) -> nn.Module:
-        """What to call for a step in training: ``model``, or a wrapper that averages its gradients over the ranks.
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        """Return the module to train: ``model``, or a wrapper that averages its gradients over the ranks.
 
         Raises:
-            ValueError: its parameters are split over the ranks in another way than FSDP2's over all of them.
+            ValueError: the parameters of ``model`` are split in another way than by FSDP2 over all ranks.
         """
         return model
 
-    def part(self, item: Any, data: Any, device: torch.device) -> Part:
-        """This rank's part of the batch ``item``, which came from ``data``; on ``device``.
+    def local_batch(self, item: Any, data: Any, device: torch.device) -> LocalBatch:
+        """This rank's part of the batch ``item`` from the loader ``data``, on ``device``.
 
         Raises:
-            ValueError: it is not a pair.
+            ValueError: ``item`` is not a pair.
         """
-        x, y = pair(item)
-        return Part(to(x, device), to(y, device), samples_of(x, y), 1.0)
+        x, y = as_pair(item)
+        return LocalBatch(move_to(x, device), move_to(y, device), count_samples(x, y), 1.0)
 
-    def total(self, values: Tensor) -> Tensor:
-        """``values`` added up over the ranks, in float64 if there are several."""
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over the ranks; in float64 if there are several ranks."""
         return values
 
-    def largest(self, *values: int) -> Sequence[int]:
-        """The largest of each value over the ranks."""
+    def all_reduce_max(self, *values: int) -> Sequence[int]:
+        """The maximum of each value over the ranks."""
         return values
 
-    def from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
-        """What ``function`` gives, or raises, in the main rank; the rest do not call it, and get ``others`` of that."""
+    def broadcast_from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
+        """Call ``function`` in the main rank only. It returns the result; the other ranks return ``others(result)``.
+
+        An exception of ``function`` is raised in all ranks.
+        """
         return function()
 
-    def first(self, text: str | None) -> str | None:
-        """The text of the lowest rank that has one."""
+    def first_message(self, text: str | None) -> str | None:
+        """The text of the lowest rank whose text is not None; None if all are."""
         return text
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
+    def barrier(self) -> None:
+        """Wait until all ranks have called this."""
 
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The others come to what is in here when the main rank is through: it may have downloaded something."""
+    def main_process_first(self) -> Iterator[None]:
+        """Run the body in the main rank first, then in the others: the main rank may download data into a cache."""
         yield
 
 
@@ -99,88 +102,88 @@ class Group(Ranks):
     """The processes of the default group of ``torch.distributed``."""
 
     def __init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
-    def run(self, model: nn.Module) -> nn.Module:
+    def wrap_model(self, model: nn.Module) -> nn.Module:
         if is_sharded(model):
-            check_split_by_rows(model, self.world)
+            check_split_by_rows(model, self.world_size)
             return model
         if isinstance(model, DistributedDataParallel):
             return model
         return DistributedDataParallel(model) if any(p.requires_grad for p in model.parameters()) else model
 
-    def part(self, item: Any, data: Any, device: torch.device) -> Part:
-        x, y = pair(item)
-        samples = samples_of(x, y)
-        if isinstance(getattr(data, "sampler", None), DistributedSampler):  # a part is what came
-            whole = int(self.total(torch.tensor(samples)))
-            return Part(to(x, device), to(y, device), whole, samples / whole)
-        first, last = rows(samples, self.rank, self.world)
+    def local_batch(self, item: Any, data: Any, device: torch.device) -> LocalBatch:
+        x, y = as_pair(item)
+        samples = count_samples(x, y)
+        if isinstance(getattr(data, "sampler", None), DistributedSampler):  # item is this rank's part already
+            total = int(self.all_reduce_sum(torch.tensor(samples)))
+            return LocalBatch(move_to(x, device), move_to(y, device), total, samples / total)
+        first, last = row_range(samples, self.rank, self.world_size)
         share = (last - first) / samples if samples else 0.0
-        if first == last:  # it takes part in the step all the same
+        if first == last:  # this rank has no row, but must take part in the step
             first, last = 0, 1
 
         def take(value: Any) -> Any:
             return value[first:last] if isinstance(value, Tensor) and value.ndim and len(value) == samples else value
 
-        return Part(to(tree_map(take, x), device), to(tree_map(take, y), device), samples, share)
+        return LocalBatch(move_to(tree_map(take, x), device), move_to(tree_map(take, y), device), samples, share)
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         values = values.detach().to("cpu", torch.float64)
         dist.all_reduce(values, group=self._group)
         return values
 
-    def largest(self, *values: int) -> Sequence[int]:
+    def all_reduce_max(self, *values: int) -> Sequence[int]:
         numbers = torch.tensor(values)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         return numbers.tolist()
 
-    def from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
+    def broadcast_from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
         outcome: list[Any] = [None, None]
-        if self.is_main:
+        if self.is_main_process:
             try:
-                given = function()
-                outcome = [others(given), None]
+                result = function()
+                outcome = [others(result), None]
             except Exception as error:
                 outcome = [None, error]
         dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[1] is not None:
             raise outcome[1]
-        return given if self.is_main else outcome[0]
+        return result if self.is_main_process else outcome[0]
 
-    def first(self, text: str | None) -> str | None:
-        texts: list[Any] = [None] * self.world
+    def first_message(self, text: str | None) -> str | None:
+        texts: list[Any] = [None] * self.world_size
         dist.all_gather_object(texts, text, group=self._group)
         return next((found for found in texts if found is not None), None)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         dist.barrier(group=self._group)
 
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        if not self.is_main:
-            self.wait()
+    def main_process_first(self) -> Iterator[None]:
+        if not self.is_main_process:
+            self.barrier()
         try:
             yield
         finally:
-            if self.is_main:
-                self.wait()
+            if self.is_main_process:
+                self.barrier()
 
 
-def current() -> Ranks:
-    """All processes of ``torch.distributed``, if there are several; else this one by itself."""
+def current_ranks() -> Ranks:
+    """The ranks of ``torch.distributed`` if it is initialised with several processes, else a single process."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return Group() if several else Ranks()
 
 
-def rows(samples: int, rank: int, world: int) -> tuple[int, int]:
-    """The rows, first and one past the last, that ``rank`` has of a batch of ``samples``."""
+def row_range(samples: int, rank: int, world: int) -> tuple[int, int]:
+    """The range of rows, first and one past the last, that ``rank`` takes of a batch of ``samples``."""
     return samples * rank // world, samples * (rank + 1) // world
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """``model``, or what is in it if it is a DistributedDataParallel: the one whose keys a checkpoint has."""
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Return the module inside a DistributedDataParallel, or ``model`` itself. Checkpoints have its keys."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -188,43 +191,44 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """Within it, the processes that torchrun has started are one group; another process stays by itself.
+def process_group(device: str) -> Iterator[Ranks]:
+    """Join the processes that torchrun has started in one group. A process without torchrun stays single.
 
-    With ``device`` "cuda" each of them has the GPU of its local rank. They leave it together, unless one raises.
+    With ``device`` "cuda" each process uses the GPU of its local rank. All processes leave the group together, unless
+    one raises.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
-        yield current()
+        yield current_ranks()
         return
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo", **_store_of_this_attempt())
     try:
-        ranks = current()
+        ranks = current_ranks()
         yield ranks
-        # A rank that ended right after a collective could meet gloo's thread, which still lets go of a tensor, while
-        # its interpreter shuts down: "terminate called without an active exception", seen on a busy machine.
-        ranks.wait()
+        # A rank that exits right after a collective can shut down its interpreter while gloo's thread still releases a
+        # tensor: "terminate called without an active exception", seen on a busy machine. So all ranks wait here.
+        ranks.barrier()
     finally:
         dist.destroy_process_group()
 
 
 def _store_of_this_attempt() -> dict[str, Any]:
-    """Where the processes find each other, if torchrun keeps that store: with names that no earlier attempt wrote.
+    """Arguments of ``init_process_group``: torchrun's store with a prefix per attempt, if torchrun shares its store.
 
-    torch 2.13 looks there for those of the processes that are gone (pytorch issue 135712). An agent counts its own
-    restarts; if a node is replaced by another, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun.
+    Without the prefix torch 2.13 finds the names of the dead processes of earlier attempts (pytorch issue 135712). An
+    agent counts its own restarts; if a node is replaced, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-    kept = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, is_master=False)
-    store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", kept)
+    shared = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, is_master=False)
+    store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", shared)
     return {"store": store, "rank": rank, "world_size": world}
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again, after one of the group failed."""
+    """Return True if torchrun has restarted this process, after a process of the group failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

@@ -1,4 +1,4 @@
-"""Loss, accuracy and any torchmetrics over data, leaving no trace in the training."""
+"""Evaluation: loss, accuracy and torchmetrics over data, without an effect on the training."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.metrics import Meter, ignored_class
-from dlkernels.trainer.mode import evaluating
+from dlkernels.trainer.mode import eval_mode
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 from dlkernels.trainer.step import Loss, forward
 
 
 class Metric(Protocol):
-    """What is asked of a metric; every ``torchmetrics.Metric`` has it."""
+    """The methods that a metric needs; every ``torchmetrics.Metric`` has them."""
 
     def update(self, output: Any, target: Any) -> Any: ...
     def compute(self) -> Any: ...
@@ -28,7 +28,7 @@ Metrics = Mapping[str, Metric]
 
 
 def check_names(metrics: Metrics) -> Metrics:
-    """``metrics``; raises ValueError if one is called ``loss``, by which plateaus and best epochs are found."""
+    """Return ``metrics``. Raises ValueError if one is named ``loss``: schedules and best epochs use the loss."""
     if "loss" in metrics:
         raise ValueError("expected metrics of other names than 'loss', which is the trainer's own; rename that one")
     return metrics
@@ -45,28 +45,29 @@ def evaluate(
     ranks: Ranks | None = None,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Mean ``loss``, ``accuracy`` where there is one, and each metric's value, as plain numbers and lists.
+    """Mean ``loss``, ``accuracy`` for classification, and each metric's value, as plain numbers and lists.
 
-    The model runs in eval mode and gets its own mode back; so does the random state. Of several ``ranks`` each takes
-    its part of every batch, and all get the values of the whole; ``torchmetrics`` metrics see to that themselves.
+    The model runs in eval mode. Its modes and the random state are restored afterwards. With several ``ranks`` each
+    rank evaluates its part of every batch, and all ranks return the values over all samples; ``torchmetrics`` metrics
+    combine the ranks themselves.
 
     Raises:
-        ValueError: there is no batch, or one is not a pair; or a metric is called ``loss``.
+        ValueError: there is no batch, or one is not a pair; or a metric is named ``loss``.
     """
     ranks = ranks or Ranks()
-    meter, metrics = Meter(ranks.total, ignored_class(loss)), check_names(metrics or {})
+    meter, metrics = Meter(ranks.all_reduce_sum, ignored_class(loss)), check_names(metrics or {})
     random_state = rng_state()
     for metric in metrics.values():
         metric.to(device)
         metric.reset()
     try:
-        with evaluating(model):
+        with eval_mode(model):
             for item in data.batches(0) if hasattr(data, "batches") else data:
-                part = ranks.part(item, data, device)
-                output, value = forward(model, loss, part.x, part.y, device, autocast)
-                meter.add(value, output, part.y, part.samples, part.share)
-                for metric in metrics.values() if part.share else ():
-                    metric.update(output, part.y)
+                batch = ranks.local_batch(item, data, device)
+                output, value = forward(model, loss, batch.x, batch.y, device, autocast)
+                meter.add(value, output, batch.y, batch.samples, batch.share)
+                for metric in metrics.values() if batch.share else ():
+                    metric.update(output, batch.y)
                 between_batches()
     finally:
         set_rng_state(random_state)
@@ -77,8 +78,8 @@ def evaluate(
 
 
 def _plain(value: Any) -> Any:
-    """A metric's value as JSON can hold it: a number, or nested lists and dicts of them."""
-    if isinstance(value, Mapping):  # of a MetricCollection
+    """Return a metric's value as JSON can hold it: a number, or nested lists and dicts of numbers."""
+    if isinstance(value, Mapping):  # a MetricCollection
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]

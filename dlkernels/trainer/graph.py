@@ -1,4 +1,8 @@
-"""A whole training step as one CUDA graph: small networks spend more time launching kernels than running them."""
+"""A training step as one CUDA graph: small networks spend more time on launching kernels than on running them.
+
+``torch.cuda.make_graphed_callables`` captures forward and backward of a module. This captures the loss, the clipping
+and the optimizer too, so that one replay is one step.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +15,33 @@ from torch import Tensor, nn
 
 from dlkernels.trainer.step import Loss, Step, forward
 
-WARM_UP = 3  # ordinary steps before the capture, so that libraries and allocator have settled
+WARM_UP = 3  # ordinary steps before the capture, in which libraries and allocator initialise
 
 
 class GraphedStep:
     """Forward, loss, backward, clipping and optimizer, captured once and replayed on batches of the same shapes.
 
-    Batches of other shapes, such as an epoch's last, are for the caller's ordinary step. The learning rate, if a
-    schedule moves it, must be a tensor, and the optimizer ``capturable``: then a replay reads its present value.
+    The caller runs batches of other shapes, such as the last of an epoch, as ordinary steps. If a schedule changes the
+    learning rate, the rate must be a tensor and the optimizer ``capturable``: then a replay reads its current value.
 
     Raises:
-        ValueError: the model is not on a GPU, or an option needs the host in the middle of the step.
+        ValueError: the model is not on a GPU, or an option needs the host within the step.
     """
 
     def __init__(self, model: nn.Module, run: Any, loss: Loss, step: Step, autocast: torch.dtype | None) -> None:
         _check(model, step)
         self.run, self.loss, self.step, self.autocast = run, loss, step, autocast
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Capture anew: the optimizer has other tensors than those that the graph reads, or modules another mode."""
+    def reset(self) -> None:
+        """Capture again: the optimizer's tensors or the modules' modes have changed."""
         self._left = WARM_UP
         self._held: tuple[Tensor, Tensor] | None = None  # the batch that the graph reads
         self._result: tuple[Any, Tensor] | None = None
         self._replay: Callable[[], None] | None = None
 
-    def takes(self, x: Any, y: Any) -> bool:
-        """Whether a batch is of the shapes and dtypes of the first."""
+    def matches(self, x: Any, y: Any) -> bool:
+        """Return True if a batch has the shapes and dtypes of the first one."""
         if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             return False
         if self._held is None:
@@ -45,7 +49,7 @@ class GraphedStep:
         return all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(self._held, (x, y), strict=True))
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Any, Tensor]:
-        """One step on a batch that it ``takes``; the output and the loss, both valid until the next call."""
+        """Run one step on a batch that ``matches``. Output and loss are valid until the next call."""
         assert self._held is not None
         for held, new in zip(self._held, (x, y), strict=True):
             held.copy_(new)
@@ -56,10 +60,10 @@ class GraphedStep:
             with on_another_stream():
                 self._body()
         else:
-            self.step.optimizer.zero_grad()  # so that the gradients are the graph's own memory
+            self.step.optimizer.zero_grad()  # the capture allocates the gradients in the graph's memory
             self._replay = capture(self._body)
             self._replay()
-        self.step.updated()
+        self.step.after_optimizer_step()
         assert self._result is not None
         return self._result
 
@@ -68,12 +72,12 @@ class GraphedStep:
         self.step.optimizer.zero_grad()
         output, loss = forward(self.run, self.loss, *self._held, self._held[0].device, self.autocast)
         loss.backward()
-        self.step.apply()
+        self.step.optimizer_step()
         self._result = output.detach() if isinstance(output, Tensor) else output, loss.detach()
 
 
 def capture(body: Callable[[], None]) -> Callable[[], None]:
-    """Record what ``body`` launches, without running it; what is returned runs it."""
+    """Record the kernels that ``body`` launches, without running them. The returned function runs them."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         body()
@@ -82,7 +86,7 @@ def capture(body: Callable[[], None]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def on_another_stream() -> Any:
-    """Where torch wants the steps before a capture to be run."""
+    """Run on a side stream, as torch requires for the steps before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

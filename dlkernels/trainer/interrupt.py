@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM taken between two steps, where the state is whole, instead of in the middle of one."""
+"""Defers Ctrl-C and SIGTERM to a point between two steps, where the state is consistent."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(SystemExit):
-    """SIGTERM came (a job's time is up, a machine is drained); the exit status is the shell's, 128 + 15."""
+    """SIGTERM came (a job's time is up, a machine is drained). The exit status is 128 + 15, as shells report it."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
 
 
 class InterruptGuard:
-    """While active, the first SIGINT or SIGTERM only sets ``requested``; the second does what it would have done
-    without.
+    """While active, the first SIGINT or SIGTERM only sets ``requested``; the second calls the previous handler.
 
-    ``check()`` turns a request into KeyboardInterrupt or Terminated, at a place of the caller's choosing. Outside
-    the main thread (where Python delivers no signals), and for a signal that is ignored, the guard changes nothing.
+    ``check()`` turns a request into KeyboardInterrupt or Terminated, where the caller chooses. Outside the main thread
+    (where Python delivers no signals), and for a signal that is ignored, the guard changes nothing.
     """
 
     def __init__(self) -> None:
@@ -30,9 +29,9 @@ class InterruptGuard:
         self._previous: dict[int, Any] = {}
 
     def check(self, requested: int | None = None) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C came since the guard began, Terminated if SIGTERM did.
+        """Raise KeyboardInterrupt if Ctrl-C came since the guard began, Terminated if SIGTERM did.
 
-        ``requested``: the number of the signal that came to any of several processes, 0 for none.
+        With several processes ``requested`` is the number of the signal that any of them received, 0 for none.
         """
         if requested := self.requested if requested is None else requested:
             raise KeyboardInterrupt if requested == signal.SIGINT else Terminated
@@ -41,7 +40,7 @@ class InterruptGuard:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 previous = signal.getsignal(number)
-                # A handler not set from Python is None and could not be put back.
+                # A handler that was not set from Python is None and could not be restored.
                 if previous not in (signal.SIG_IGN, None):
                     self._previous[number] = previous
                     signal.signal(number, self._on_signal)
@@ -54,7 +53,7 @@ class InterruptGuard:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = number
-        self._restore()  # so that a second one is obeyed at once
+        self._restore()  # a second signal takes effect at once
 
     def _restore(self) -> None:
         while self._previous:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,91 +16,102 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dlkernels.trainer import distributed, sharded
+from dlkernels.trainer.batches import ResumableBatches
 from dlkernels.trainer.callbacks import Callback
-from dlkernels.trainer.checkpoints import OneFile
-from dlkernels.trainer.diagnose import NonFiniteLoss, first_not_finite
-from dlkernels.trainer.distributed import Part, Ranks
+from dlkernels.trainer.checkpoints import CheckpointFile
+from dlkernels.trainer.diagnose import NonFiniteLoss, find_non_finite
+from dlkernels.trainer.distributed import LocalBatch, Ranks
 from dlkernels.trainer.evaluation import Metrics, check_names, evaluate
 from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
 from dlkernels.trainer.mode import TrainMode
-from dlkernels.trainer.plain import as_atom
+from dlkernels.trainer.plain import plain_scalar
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
 from dlkernels.trainer.state import TrainingState
 from dlkernels.trainer.step import Every, Loss, Step, forward
 from dlkernels.trainer.summary import summarize
 
 
-class Trainer(TrainingState):
-    """Trains ``model`` to lower ``loss(model(x), y)`` over batches ``(x, y)``.
+def _delegate(name: str) -> Any:
+    """A property that reads and writes the attribute ``name`` of the trainer's ``TrainingState``."""
+    return property(lambda self: getattr(self._state, name), lambda self, value: setattr(self._state, name, value))
+
+
+class Trainer:
+    """Trains ``model`` to minimise ``loss(model(x), y)`` over batches ``(x, y)``.
 
         trainer = Trainer(model, nn.CrossEntropyLoss(), adam(model.parameters()), batches, val_batches)
         trainer.fit(epochs=10)
         trainer.history[-1]["val_accuracy"]
 
     Args:
-        model: any nn.Module; it stays on its device, and batches are moved there. ``fit`` puts it in train mode, but
-            for those of its modules that are in eval mode while others are not: they are frozen, and stay so.
+        model: any nn.Module. It stays on its device, and batches are moved there. ``fit`` puts it in train mode, except
+            for frozen modules: those in eval mode while others are in train mode. They stay in eval mode.
         loss: a callable ``(output, target) -> 0-d tensor``, the mean over the batch. For a model with several
-            outputs, one that takes them apart: ``lambda out, y: gaussian_nll_loss(out[0], y, out[1])``.
+            outputs, give a loss that takes them apart: ``lambda out, y: gaussian_nll_loss(out[0], y, out[1])``.
         optimizer: any torch optimizer over the model's parameters.
         train_data, val_data: iterables of ``(x, y)``, gone through once per epoch: a ``TensorLoader``, a
-            ``torch.utils.data.DataLoader``, or anything of the kind. Accuracy is reported where outputs are scores of
-            two or more classes and targets integer (``metrics.is_classification``), over the targets that count:
-            classes other than the loss's ``ignore_index``.
-        checkpoint: file to write after every epoch, and when interrupted; or ``Checkpoints(folder)``, which keeps
+            ``torch.utils.data.DataLoader``, or the like. Accuracy is reported where outputs are scores of two or more
+            classes and targets are integers (``metrics.is_classification``). It counts the targets that are a class,
+            and not the loss's ``ignore_index``.
+        checkpoint: the file to write after every epoch and on an interrupt; or ``Checkpoints(folder)``, which keeps
             the last few and the best. None writes nothing.
-        autocast: run the model under ``torch.autocast`` in this dtype. Weights and optimizer keep their own
-            dtype and the loss is computed in float32 (mixed precision), of whatever the model returns: tensors, tuples,
-            dicts, dataclasses.
-        scaler: loss scaling. None: a ``torch.amp.GradScaler`` under float16 autocast, nothing otherwise. An update that
-            it leaves out (a gradient overflowed) is none: ``updates``, schedule and average stay where they are.
-        accumulate: batches per update of the weights; their gradients are averaged over samples. What an epoch's
-            last update lacks is not waited for.
-        clip_norm: scale an update's gradients to at most this 2-norm over all parameters.
+        autocast: run the model under ``torch.autocast`` in this dtype (mixed precision). Weights and optimizer keep
+            their dtype. The loss is computed in float32, whatever the model returns: tensors, tuples, dicts,
+            dataclasses.
+        scaler: the loss scaling. None: a ``torch.amp.GradScaler`` under float16 autocast, nothing otherwise. When it
+            skips an update because a gradient overflowed, ``updates``, schedule and average do not advance.
+        accumulate: batches per update of the weights; their gradients are averaged over samples. At the end of an
+            epoch a partial accumulation window is applied.
+        clip_norm: scale the gradients of an update to at most this 2-norm over all parameters.
         scheduler: a torch learning-rate scheduler over ``optimizer`` (``schedule`` makes the usual ones).
-        schedule_every: call it after every ``update`` or every ``epoch``; a ReduceLROnPlateau goes by epochs, and
-            by the validation loss (mode ``min``).
-        ema: keep an exponential moving average of the weights with this decay, ``evaluated``: it is what validation and
-            ``evaluate`` run. Its buffers are no average but the model's as of the last update (batch statistics).
-        metrics: names and ``torchmetrics`` metrics, for validation; the rows have them as ``val_<name>``. One that is
-            called ``accuracy`` takes the place of the trainer's own; ``loss`` is the loss, and no metric's name.
+        schedule_every: step the scheduler after every ``update`` or every ``epoch``. A ReduceLROnPlateau is always
+            stepped per epoch, with the validation loss (mode ``min``).
+        ema: keep an exponential moving average of the weights with this decay (``eval_model``). Validation and
+            ``evaluate`` run it. Its buffers (batch statistics) are copies of the model's at the last update.
+        metrics: names and ``torchmetrics`` metrics for validation; history rows have them as ``val_<name>``. A metric
+            named ``accuracy`` replaces the trainer's own. None may be named ``loss``.
         callbacks: ``Callback`` objects, run in this order.
-        compile: train by ``torch.compile``, with these arguments if a mapping; checkpoints are the model's own.
-        cuda_graph: capture the whole step as a CUDA graph and replay it on batches of the same shapes (``graph``).
+        compile: train with ``torch.compile``, with these arguments if it is a mapping. Checkpoints keep the keys of
+            the model itself.
+        cuda_graph: capture the step as a CUDA graph and replay it on batches of the same shapes (``graph``).
         progress: ``auto`` (a bar on a terminal, else a line per epoch), ``bar``, ``lines`` or ``silent``.
-        config: JSON-able settings kept in the checkpoint; ``load`` makes sure they are still the same.
+        config: JSON-able settings kept in the checkpoint; ``load`` checks that they are unchanged.
         ranks: the processes that train together. None: all of ``torch.distributed``, if it is initialised.
-        name: what the progress lines call this run.
-        resume_with: what somebody who interrupts it is told about going on; None: to load the checkpoint.
+        name: the name of this run in the progress lines.
+        resume_with: the advice to print on an interrupt, how to resume. None: load the checkpoint.
 
     Attributes:
-        history: a JSON-able dict per finished epoch: ``epoch`` (from 1), ``loss`` (mean over the epoch's
-            batches as they were met), ``accuracy``, ``val_loss``, ``val_accuracy``, ``val_<metric>``, ``lr`` (at
-            the epoch's end), ``seconds`` (training only) and ``samples_per_second``; what does not apply is left
-            out.
+        history: a JSON-able dict per finished epoch: ``epoch`` (from 1), ``loss`` (mean over the epoch's batches, each
+            taken before its update), ``accuracy``, ``val_loss``, ``val_accuracy``, ``val_<metric>``, ``lr`` (at the end
+            of the epoch), ``seconds`` (training only) and ``samples_per_second``. Keys that do not apply are absent.
         batch_losses: the loss of each batch of the last finished epoch.
         epoch, batch: finished epochs, and finished batches of the epoch in progress.
-        updates: steps that the optimizer has taken.
-        stopped: the reason given to ``stop``, None while there is none.
+        updates: optimizer steps taken.
+        stopped: the reason given to ``stop``, or None.
 
-    *Ctrl-C and SIGTERM* take effect between two updates: a checkpoint of that very position is written and
-    KeyboardInterrupt (or SystemExit) raised. ``fit`` again, or ``load`` in a new process and ``fit``, goes on with
-    the next batch, and the final weights are bit for bit those of the run that nobody interrupted (same machine,
-    same number of threads; for a DataLoader too, unless its workers draw random numbers of their own). A second
-    Ctrl-C stops at once, inside the step; then the checkpoint on disk stays the last good one, as it does when
-    the process is killed.
+    *Ctrl-C and SIGTERM* take effect between two updates: a checkpoint of that position is written, and
+    KeyboardInterrupt (or SystemExit) is raised. ``fit`` again, or ``load`` in a new process and ``fit``, continues with
+    the next batch. The final weights are bit for bit those of an uninterrupted run (same machine, same number of
+    threads; with a DataLoader too, unless its workers draw random numbers of their own). A second Ctrl-C stops at once,
+    inside the step. Then the checkpoint on disk is the last good one, as after a kill of the process.
 
-    *Several processes* (``torchrun``, with ``torch.distributed`` initialised before): all make the same trainer, over
-    loaders that give all of them the same batches, of which each takes its part (a DataLoader with a
-    DistributedSampler gives parts already). Gradients are averaged by DistributedDataParallel, into which the model
-    is wrapped unless it is in one or was split by FSDP2 (``sharded.shard``). n processes train the weights of one, up
-    to the rounding of sums over ranks, where the loss is a mean over samples and no layer mixes these
-    (``SyncBatchNorm``, not ``BatchNorm``). History and metrics are those of the whole; rank 0 prints and writes
-    checkpoints, which fit any number of processes; a signal, a stop or a NaN in one rank ends all. Callbacks run in
-    every rank, and what they call here (``running_losses``, ``save``, ``evaluate``) all ranks must call;
-    ``ranks.is_main`` tells which one this is.
+    *Several processes* (``torchrun``, with ``torch.distributed`` initialised before): every rank makes the same
+    trainer, over loaders that give all ranks the same batches. Each rank takes its part of every batch (a DataLoader
+    with a DistributedSampler gives parts already). DistributedDataParallel averages the gradients; the trainer wraps
+    the model in it unless it is wrapped already, or was split by FSDP2 (``sharded.shard``). n processes train the
+    same weights as one, up to the rounding of sums over ranks, if the loss is a mean over samples and no layer mixes
+    samples (``SyncBatchNorm``, not ``BatchNorm``). History and metrics cover all ranks. Rank 0 prints and writes
+    checkpoints, which fit any number of processes. A signal, a stop or a NaN in one rank ends all. Callbacks run in
+    every rank, and all ranks must make the same calls of ``running_losses``, ``save`` and ``evaluate``;
+    ``ranks.is_main_process`` tells which rank this is.
     """
+
+    epoch: int = _delegate("epoch")
+    batch: int = _delegate("batch")
+    history: list[dict[str, Any]] = _delegate("history")
+    batch_losses: list[float] = _delegate("batch_losses")
+    stopped: str | None = _delegate("stopped")
 
     def __init__(
         self,
@@ -109,7 +121,7 @@ class Trainer(TrainingState):
         train_data: Iterable[Any],
         val_data: Iterable[Any] | None = None,
         *,
-        checkpoint: str | os.PathLike[str] | OneFile | None = None,
+        checkpoint: str | os.PathLike[str] | CheckpointFile | None = None,
         autocast: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
         accumulate: int = 1,
@@ -127,18 +139,18 @@ class Trainer(TrainingState):
         name: str = "train",
         resume_with: str | None = None,
     ) -> None:
-        ranks = distributed.current() if ranks is None else ranks
-        self._run: Any = ranks.run(model)
-        model = distributed.unwrapped(self._run)
+        ranks = distributed.current_ranks() if ranks is None else ranks
+        self._run: Any = ranks.wrap_model(model)
+        model = distributed.unwrap_model(self._run)
         if ema is not None and sharded.is_sharded(model):
-            raise ValueError("expected no moving average (ema) for a model that FSDP2 has split: it would be whole")
-        if cuda_graph and ranks.world > 1:
-            raise ValueError("expected no cuda_graph with several processes, whose gradients are added up on the way")
+            raise ValueError("expected no moving average (ema) for a model split by FSDP2: the average is not split")
+        if cuda_graph and ranks.world_size > 1:
+            raise ValueError("expected no cuda_graph with several processes: they average gradients within the step")
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         _check_parameters(model, optimizer, self.device)
         if scaler is None and autocast is torch.float16:
             scaler = torch.amp.GradScaler(self.device.type)
-        step = Step(
+        self._step = Step(
             model,
             optimizer,
             accumulate=accumulate,
@@ -148,26 +160,36 @@ class Trainer(TrainingState):
             schedule_every=schedule_every,
             ema=ema,
         )
-        super().__init__(
-            model,
-            loss,
-            optimizer,
-            step,
-            train_data,
-            checkpoint=checkpoint,
-            callbacks=callbacks,
-            config=config,
-            ranks=ranks,
-        )
+        self.model = model
+        self.loss = loss
+        self.optimizer = optimizer
+        self.train_data = train_data
         self.val_data = val_data
+        self.checkpoint = CheckpointFile(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+        self.callbacks = list(callbacks)
+        self.config = dict(config or {})
+        self.ranks = ranks
         self.autocast = autocast
         self.metrics = dict(check_names(metrics or {}))
         self.name = name
         self.resume_with = resume_with
+        self._batches = ResumableBatches(train_data)
+        self._state = TrainingState(
+            model,
+            loss,
+            optimizer,
+            self._step,
+            self._batches,
+            self.checkpoint,
+            callbacks=self.callbacks,
+            config=self.config,
+            ranks=ranks,
+        )
         if compile:
             self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
-        self._graph = GraphedStep(model, self._run, loss, step, autocast) if cuda_graph else None
+        self._graph = GraphedStep(model, self._run, loss, self._step, autocast) if cuda_graph else None
         self._mode = TrainMode(model)
+        self._fitting = False  # between on_fit_start and on_fit_end
         self._in_step = False
         self._progress_mode = progress
 
@@ -177,52 +199,52 @@ class Trainer(TrainingState):
 
     @property
     def running_losses(self) -> list[float]:
-        """The losses of the epoch in progress, batch by batch; reading them waits for the device."""
-        return self._meter.losses
+        """The losses of the epoch in progress, batch by batch. Reading them waits for the device."""
+        return self._state.meter.losses
 
     @property
-    def evaluated(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The module that validation runs: the moving average if one is kept, else the model."""
         return self.model if self._step.averaged is None else self._step.averaged.module
 
     # --- training -------------------------------------------------------------------------------------------
 
     def fit(self, epochs: int, *, at_most: int | None = None) -> list[dict[str, Any]]:
-        """Train until ``epochs`` epochs are done in all, those of earlier calls and of a ``load`` included.
+        """Train until ``epochs`` epochs are finished in all, including those of earlier calls and of a ``load``.
 
         Args:
-            epochs: total to reach; nothing happens if it is reached already, or if the training was stopped.
-            at_most: stop after this many epochs of this call, to do something else in between.
+            epochs: the total to reach. Nothing happens if it is reached already, or if the training was stopped.
+            at_most: return after this many epochs of this call, to do something else in between.
 
         Returns:
             ``history``, the finished epochs of this and earlier calls.
 
         Raises:
             NonFiniteLoss: the loss became NaN or infinite.
-            KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM; the state is whole, and saved if ``checkpoint`` is set.
+            KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM. The state is consistent, and saved if ``checkpoint`` is set.
             ValueError: a batch is not a pair or has no sample, or the loss is not a scalar with a gradient.
             OSError: the checkpoint cannot be written; the one before is untouched.
             RuntimeError: ``fit`` is running already, in another thread or around the callback that calls it.
         """
         self._check_idle("fit")
         last = epochs if at_most is None else min(epochs, self.epoch + at_most)
-        progress = make_progress(self._progress_mode if self.ranks.is_main else "silent")
+        progress = make_progress(self._progress_mode if self.ranks.is_main_process else "silent")
         self._in_step = False
-        self._step.discard()  # of a step that was broken off
+        self._step.discard()  # gradients of an interrupted step
         if (files := self.checkpoint) is not None:
-            self.ranks.from_main(lambda: files.begin(self.metrics))
+            self.ranks.broadcast_from_main(lambda: files.prepare(self.metrics))
         with InterruptGuard() as guard:
             try:
-                self._call("fit_begins")
-                self._check_plain()
-                self._in_epoch = True
+                self._call("on_fit_start")
+                self._state.check_plain()
+                self._fitting = True
                 while self.epoch < last and self.stopped is None:
                     progress.begin(f"{self.name} epoch {self.epoch + 1}/{epochs}", self._batches.length())
                     if self._train_epoch(guard, progress):
                         self._finish_epoch(guard)
                         progress.end(self.history[-1])
                     elif self.checkpoint is not None:
-                        self._save_here()
+                        self._save_finite()
                     self._check_stop(guard)
                 self._check_stop(guard)
             except (KeyboardInterrupt, Terminated):
@@ -230,150 +252,151 @@ class Trainer(TrainingState):
                 self._save_interrupted(progress)
                 raise
             finally:
-                self._in_epoch = False
+                self._fitting = False
                 progress.close()
-                self._call("fit_ends")
+                self._call("on_fit_end")
         if self.stopped is not None:
-            progress.note(f"{self.name} stopped after {self._place()}: {self.stopped}")
+            progress.note(f"{self.name} stopped after {self._position()}: {self.stopped}")
         return self.history
 
     def stop(self, reason: str) -> None:
-        """End the training in good order, after the batch or the epoch at hand; for callbacks.
+        """End the training cleanly, after the current batch or epoch; for callbacks.
 
         ``fit`` then does nothing until ``stopped`` is None again.
         """
         self.stopped = reason
 
     def _train_epoch(self, guard: InterruptGuard, progress: Progress) -> bool:
-        """Whether it was gone through; otherwise somebody stopped it."""
-        if self._mode.begin() and self._graph is not None:
-            self._graph.forget()  # it has the modes in it
+        """Run the rest of the epoch's batches. Returns False if a stop ended it early."""
+        if self._mode.on_epoch_start() and self._graph is not None:
+            self._graph.reset()  # the captured graph contains the old modes
+        state = self._state
         started = time.perf_counter()
         refresh = started + REFRESH_SECONDS
         length = self._batches.length()
         try:
-            for item in self._batches.remaining(self.epoch, self.batch):
-                part = self._part(item)
+            for item in self._batches.remaining(state.epoch, state.batch):
+                batch = self._local_batch(item)
                 self._in_step = True
-                self._train_batch(part, last=self.batch + 1 == length)
-                self.batch += 1
-                self._in_step = self._step.between_updates
-                for callback in self.callbacks:
-                    callback.batch_ends(self)
+                self._train_batch(batch, last=state.batch + 1 == length)
+                state.batch += 1
+                self._in_step = self._step.gradients_pending
+                self._call("on_batch_end")
                 if self._in_step:
                     continue
-                signal, save, stop, show = self.ranks.largest(
+                signal, save, stop, show = self.ranks.all_reduce_max(
                     guard.requested,
-                    self.checkpoint is not None and self.ranks.is_main and self.checkpoint.due(),
+                    self.checkpoint is not None and self.ranks.is_main_process and self.checkpoint.due(),
                     self.stopped is not None,
                     time.perf_counter() >= refresh,
                 )
                 guard.check(signal)
                 if save:
-                    self._save_here()
+                    self._save_finite()
                 if stop:
-                    self.stopped = self.ranks.first(self.stopped)
+                    self.stopped = self.ranks.first_message(self.stopped)
                     return False
                 if show:
                     self._check_finite()
-                    row = self._row(self._seconds + time.perf_counter() - started)
-                    progress.update(self.batch, row)
+                    row = self._row(state.seconds + time.perf_counter() - started)
+                    progress.update(state.batch, row)
                     refresh = time.perf_counter() + REFRESH_SECONDS
-            if self._step.between_updates:  # the loader could not tell that this would be the last batch
-                self._step.update()
+            if self._step.gradients_pending:  # a loader without a length did not announce its last batch
+                self._step.finish_accumulation()
                 self._in_step = False
             self._check_finite()
             self._check_weights()
         finally:
-            self._seconds += time.perf_counter() - started
-        if not self._meter.samples:
+            state.seconds += time.perf_counter() - started
+        if not state.meter.samples:
             raise ValueError(f"expected train_data to give at least one batch; {self.train_data!r} gave none")
         return True
 
-    def _part(self, item: Any) -> Part:
-        """This rank's part of a batch, on the model's device."""
-        return self.ranks.part(item, self.train_data, self.device)
+    def _local_batch(self, item: Any) -> LocalBatch:
+        return self.ranks.local_batch(item, self.train_data, self.device)
 
-    def _train_batch(self, part: Part, last: bool) -> None:
-        if self._graph is not None and self._graph.takes(part.x, part.y):
-            output, loss = self._graph(part.x, part.y)
-            loss = loss.clone()  # the next replay writes to the same place
+    def _train_batch(self, batch: LocalBatch, last: bool) -> None:
+        if self._graph is not None and self._graph.matches(batch.x, batch.y):
+            output, loss = self._graph(batch.x, batch.y)
+            loss = loss.clone()  # the next replay overwrites it
         else:
-            self._step.begin()
-            output, loss = forward(self._run, self.loss, part.x, part.y, self.device, self.autocast)
-            # On the CPU looking costs nothing, and the weights are saved from the step. A GPU would be waited for.
+            self._step.before_forward()
+            output, loss = forward(self._run, self.loss, batch.x, batch.y, self.device, self.autocast)
+            # On the CPU this check is free, and keeps a NaN out of the weights. On a GPU it would wait for the device.
             if loss.device.type == "cpu":
                 wrong = None if math.isfinite(loss.item()) else f"the loss became {loss.item()}"
-                if self.ranks.largest(wrong is not None)[0]:
-                    raise self._non_finite(wrong, self.batch, part)
-            self._step.backward(loss, part.samples, last, part.share * self.ranks.world)
-        self._meter.add(loss.detach(), output, part.y, part.samples, part.share)
+                if self.ranks.all_reduce_max(wrong is not None)[0]:
+                    raise self._non_finite(wrong, self.batch, batch)
+            self._step.backward(loss, batch.samples, last, batch.share * self.ranks.world_size)
+        self._state.meter.add(loss.detach(), output, batch.y, batch.samples, batch.share)
 
     def _check_stop(self, guard: InterruptGuard) -> None:
-        """A signal or a stop in one rank is one in all."""
-        signal, stop = self.ranks.largest(guard.requested, self.stopped is not None)
+        """Obey a signal or a stop that any rank has met."""
+        signal, stop = self.ranks.all_reduce_max(guard.requested, self.stopped is not None)
         guard.check(signal)
         if stop:
-            self.stopped = self.ranks.first(self.stopped)
+            self.stopped = self.ranks.first_message(self.stopped)
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
         """Validate, write the history row, move to the next epoch, save."""
-        row = self._row(self._seconds)
+        state = self._state
+        row = self._row(state.seconds)
         if self.val_data is not None:
             values = self._evaluate(self.val_data, lambda: self._check_stop(guard))
             row.update({f"val_{key}": value for key, value in values.items()})
-        self._step.epoch_ends(row.get("val_loss", row["loss"]))
+        self._step.on_epoch_end(row.get("val_loss", row["loss"]))
         for callback in self.callbacks:
-            callback.epoch_ends(self, row)
-            row.update({key: as_atom(value) for key, value in row.items()})  # np.mean gives a number of NumPy's
-        self.history.append(row)
-        self.batch_losses = self._meter.losses
-        self.epoch += 1
-        self.batch = 0
-        self._begin_epoch()
+            callback.on_epoch_end(self, row)
+            row.update({key: plain_scalar(value) for key, value in row.items()})  # np.mean returns a NumPy scalar
+        state.history.append(row)
+        state.batch_losses = state.meter.losses
+        state.epoch += 1
+        state.batch = 0
+        state.begin_epoch()
         if self.checkpoint is not None:
-            self._write(row)
+            self._write_checkpoint(row)
 
     def _row(self, seconds: float) -> dict[str, Any]:
-        row: dict[str, Any] = {"epoch": self.epoch + 1, "loss": self._meter.loss}
-        if self._meter.accuracy is not None:
-            row["accuracy"] = self._meter.accuracy
-        return row | {"lr": self._step.lr, "seconds": seconds, "samples_per_second": self._meter.samples / seconds}
+        meter = self._state.meter
+        row: dict[str, Any] = {"epoch": self.epoch + 1, "loss": meter.loss}
+        if meter.accuracy is not None:
+            row["accuracy"] = meter.accuracy
+        return row | {"lr": self._step.lr, "seconds": seconds, "samples_per_second": meter.samples / seconds}
 
-    def _call(self, event: str) -> None:
+    def _call(self, hook: str) -> None:
         for callback in self.callbacks:
-            getattr(callback, event)(self)
+            getattr(callback, hook)(self)
 
     # --- NaN and infinity -----------------------------------------------------------------------------------
 
     def _check_finite(self) -> None:
-        """Where the loss was not looked at batch by batch."""
-        index = self._meter.first_non_finite()
+        """Check the losses that were not checked batch by batch."""
+        index = self._state.meter.first_non_finite()
         if index is not None:
-            part = self._part(next(self._batches.remaining(self.epoch, index)))
-            raise self._non_finite(f"the loss became {self._meter.losses[index]}", index, part)
+            batch = self._local_batch(next(self._batches.remaining(self.epoch, index)))
+            raise self._non_finite(f"the loss became {self._state.meter.losses[index]}", index, batch)
 
     def _check_weights(self) -> None:
-        """An update can spoil the weights and no later batch of the epoch show it: do not save those."""
+        """Check the weights before they are saved: a bad update may show in no later loss of the epoch."""
         if self.checkpoint is not None:
             parameters = self.model.named_parameters()
-            bad = next((name for name, value in parameters if not sharded.local(value).isfinite().all()), None)
-            if (bad := self.ranks.first(bad)) is not None:
+            bad = next((name for name, value in parameters if not sharded.local_tensor(value).isfinite().all()), None)
+            if (bad := self.ranks.first_message(bad)) is not None:
                 what = f"the parameter {bad} became NaN or infinite"
                 raise self._non_finite(what, self.batch - 1, cause="an update spoiled it")
 
     def _non_finite(
-        self, what: str | None, batch: int, part: Part | None = None, cause: str | None = None
+        self, what: str | None, index: int, batch: LocalBatch | None = None, cause: str | None = None
     ) -> NonFiniteLoss:
-        """What to raise, in all ranks; ``what`` is None where it is another's."""
+        """Return the error that all ranks raise. ``what`` is None where another rank has met the NaN."""
         self._step.discard()
-        if part is not None:
-            cause = self.ranks.first(None if what is None else self._cause(part.x, part.y))
+        if batch is not None:
+            cause = self.ranks.first_message(None if what is None else self._cause(batch.x, batch.y))
         return NonFiniteLoss(
-            self.ranks.first(what) or "",
+            self.ranks.first_message(what) or "",
             cause or "",
             epoch=self.epoch + 1,
-            batch=batch + 1,
+            batch=index + 1,
             update=self.updates + 1,
             checkpoint=None if self.checkpoint is None else self.checkpoint.newest(),
         )
@@ -381,16 +404,16 @@ class Trainer(TrainingState):
     def _cause(self, x: Any, y: Any) -> str:
         if sharded.is_sharded(self.model):  # its layers run in all ranks or in none
             return "in which layer is not looked for in a model that is split by FSDP2"
-        again = partial(forward, self.model, self.loss, x, y, self.device, self.autocast)
-        return first_not_finite(self.model, again, x, y)
+        rerun = partial(forward, self.model, self.loss, x, y, self.device, self.autocast)
+        return find_non_finite(self.model, rerun, x, y)
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
     def evaluate(self, data: Iterable[Any] | None = None) -> dict[str, Any]:
         """Mean ``loss``, ``accuracy`` for classification, and ``metrics`` over ``data`` (default: validation data).
 
-        The model (``evaluated``) runs in eval mode and gets its own mode back. The random state is put back too,
-        so evaluating, or not, makes no difference to training.
+        The model (``eval_model``) runs in eval mode; its modes and the random state are restored afterwards. So an
+        evaluation does not change the training.
 
         Raises:
             ValueError: there are no data, or a batch is not a pair.
@@ -402,7 +425,7 @@ class Trainer(TrainingState):
 
     def _evaluate(self, data: Iterable[Any], between_batches: Callable[[], None] = lambda: None) -> dict[str, Any]:
         return evaluate(
-            self.evaluated,
+            self.eval_model,
             self.loss,
             data,
             device=self.device,
@@ -414,46 +437,94 @@ class Trainer(TrainingState):
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
-    def _save_here(self) -> None:
-        """Between two updates; weights that a NaN has spoiled are not saved."""
-        assert self.checkpoint is not None
-        self._check_finite()
-        self._check_weights()
-        self._write()
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all that a resume needs to ``path``, atomically.
 
-    def _write(self, row: Mapping[str, Any] | None = None) -> None:
-        files, state = self.checkpoint, self.state_dict()
-        assert files is not None
-        self.ranks.from_main(lambda: files.write(state, self.epoch, self.batch, row))
+        Raises:
+            OSError: it cannot be written; what was there before is untouched.
+            RuntimeError: accumulated gradients are pending; a checkpoint does not hold them.
+            TypeError: the state of a callback or a scheduler holds something that could not be read back.
+        """
+        if self._step.gradients_pending and self._fitting:
+            raise RuntimeError(
+                "expected to save after an update; gradients that are accumulated are in no checkpoint: save where "
+                "trainer.updates has grown, or give Checkpoints(folder, every_batches=...)"
+            )
+        self._state.save(path)
 
-    def _save_interrupted(self, progress: Progress) -> None:
-        position = f"interrupted after {self._place()}"
-        if self.checkpoint is None:
-            return progress.note(f"{position}; no checkpoint was asked for")
-        if self._in_step:  # weights, optimizer and position may disagree
-            position += f", within a step; {self.checkpoint} was left as it was"
-        else:
-            self._save_here()
-        if self.checkpoint.newest() is not None:
-            position += "; " + (self.resume_with or f"load {self.checkpoint} to go on from there")
-        progress.note(position)
+    def load(self, path: str | os.PathLike[str], *, fallback: bool = False) -> Path:
+        """Load a checkpoint: the next ``fit`` continues where it was written.
 
-    def _place(self) -> str:
-        return f"{self.epoch} epochs and {self.batch} batches"
+        Args:
+            path: a file, or the folder of ``Checkpoints``, of which the newest is loaded.
+            fallback: if the newest is damaged, set it aside with a warning and load the one before.
+
+        Returns:
+            The file that was loaded.
+
+        Raises:
+            CheckpointError: it cannot be read, or belongs to another model, optimizer, configuration or
+                (if it was written within an epoch) other batches. Then nothing has been changed.
+            RuntimeError: ``fit`` is running.
+        """
+        self._check_idle("load")
+        file, state = self._state.read(path, fallback)
+        self.load_state_dict(state)
+        return file
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint: plain containers, numbers, strings and tensors.
+
+        All ranks must call it. Tensors that FSDP2 has split are full in rank 0, and meta tensors (shape and dtype)
+        in the others.
+        """
+        return self._state.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
+        """Take over the result of ``state_dict``, including the random state; all ranks must call it."""
+        self._state.load_state_dict(state)
         if self._graph is not None:
-            self._graph.forget()
+            self._graph.reset()
 
-    # --- for people -----------------------------------------------------------------------------------------
+    def _check_idle(self, method: str) -> None:
+        """Refuse ``method`` while ``fit`` runs: it would change the state in the middle of an epoch."""
+        if self._fitting:
+            raise RuntimeError(f"expected no {method} while fit is running, in another thread or around this callback")
+
+    def _save_finite(self) -> None:
+        """Write a checkpoint between two updates, unless a NaN has spoiled the weights."""
+        self._check_finite()
+        self._check_weights()
+        self._write_checkpoint()
+
+    def _write_checkpoint(self, row: Mapping[str, Any] | None = None) -> None:
+        files, state = self.checkpoint, self.state_dict()
+        assert files is not None
+        self.ranks.broadcast_from_main(lambda: files.write(state, self.epoch, self.batch, row))
+
+    def _save_interrupted(self, progress: Progress) -> None:
+        message = f"interrupted after {self._position()}"
+        if self.checkpoint is None:
+            return progress.note(f"{message}; no checkpoint was asked for")
+        if self._in_step:  # weights, optimizer and position may disagree
+            message += f", within a step; {self.checkpoint} was left as it was"
+        else:
+            self._save_finite()
+        if self.checkpoint.newest() is not None:
+            message += "; " + (self.resume_with or f"load {self.checkpoint} to go on from there")
+        progress.note(message)
+
+    def _position(self) -> str:
+        return f"{self.epoch} epochs and {self.batch} batches"
+
+    # --- display --------------------------------------------------------------------------------------------
 
     def summary(self, precision: int | None = None) -> str:
         """Model, parameters, data and last metrics as text, floats to ``precision`` digits.
 
-        The default precision is ``display.set_printoptions``'s, 3 unless changed.
+        The default precision is set by ``display.set_printoptions``: 3 unless changed.
         """
-        return summarize(self, precision)
+        return summarize(self._state, self.val_data, self.device, self.autocast, precision)
 
     def __repr__(self) -> str:
         done = f"{self.epoch} epochs" + (f" and {self.batch} batches" if self.batch else "")
@@ -462,7 +533,7 @@ class Trainer(TrainingState):
 
 
 def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Raise, or warn, where an epoch would be for nothing."""
+    """Raise or warn if training cannot change the model."""
     if device.type == "meta":
         raise ValueError(
             "expected a model with values; its parameters are on the meta device: to_empty, then initialise"

@@ -1,4 +1,4 @@
-"""A learning rate by trying: raise it batch by batch and look where the loss falls fastest (Smith 2017)."""
+"""Learning-rate range test (Smith 2017): raise the rate update by update and find where the loss falls fastest."""
 
 from __future__ import annotations
 
@@ -18,43 +18,42 @@ from dlkernels.choices import HIGHEST_RATE, LOWEST_RATE, RATES
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.diagnose import NonFiniteLoss
 from dlkernels.trainer.loop import Trainer
-from dlkernels.trainer.mode import buffers_kept, gradients_kept, modes_kept, values_kept
+from dlkernels.trainer.mode import preserve_buffers, preserve_gradients, preserve_modes, preserve_values
 from dlkernels.trainer.optimizers import set_lr
 from dlkernels.trainer.step import Loss
 
-FIRST, LAST, BATCHES = LOWEST_RATE, HIGHEST_RATE, RATES  # what is tried unless told
-SMOOTHING = 0.9  # of the losses, exponentially
-START = round(1 / (1 - SMOOTHING))  # rates until the average is of as many losses as it takes
-SPAN = 5  # rates to each side, over which the loss falls
-DIVERGED = 4.0  # times the best loss: the end of the search
+SMOOTHING = 0.9  # decay of the exponential average of the losses
+START = round(1 / (1 - SMOOTHING))  # number of losses until the average is settled
+SPAN = 5  # rates to each side, over which the change of the loss is taken
+DIVERGED = 4.0  # the search ends where the loss exceeds this multiple of the best loss
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The rates that were tried, and the smoothed loss after each."""
+    """The rates tried, and the smoothed loss at each."""
 
     rates: list[float]
     losses: list[float]
 
     @property
     def suggestion(self) -> float:
-        """Where the loss falls fastest per factor of the rate; ``edge`` says if that may be elsewhere.
+        """The rate at which the loss falls fastest per factor of the rate; see ``edge`` for when not to trust it.
 
-        The fall is that over the rates around, 5 to each side, since one batch is noise. The first 10 are not looked
-        at: until the average is over as many batches as it takes, it moves by whatever the next one is. (A sixth and a
-        quarter of the rates, where these are few.)
+        The fall is measured from 5 rates below to 5 rates above, since a single batch is noisy. The first 10 rates are
+        left out, since the average is not settled there. With few rates, these numbers are a sixth and a quarter of
+        the rates.
         """
         return self.rates[self._steepest]
 
     @property
     def edge(self) -> str | None:
-        """Why the suggestion is none to rely on: it is at an end of the rates, or the loss does not fall. Else None."""
-        looked_at = self._looked_at
-        if self._fall(self._steepest) >= 0:
+        """The reason not to trust the suggestion, or None: it is at an end of the rates, or no loss falls."""
+        candidates = self._candidates
+        if self._loss_change(self._steepest) >= 0:
             return "the loss falls nowhere: try other rates, or more batches"
-        if self._steepest == looked_at[0]:
+        if self._steepest == candidates[0]:
             return f"it is at the lower end of the rates that were tried: begin below {self.rates[0]:.2g}"
-        if self._steepest == looked_at[-1]:
+        if self._steepest == candidates[-1]:
             return f"it is at the upper end of the rates that were tried: go on beyond {self.rates[-1]:.2g}"
         return None
 
@@ -63,20 +62,20 @@ class LearningRates:
         return max(1, min(SPAN, len(self.losses) // 6))
 
     @property
-    def _looked_at(self) -> range:
-        """Indices of rates; of three losses, there is one."""
+    def _candidates(self) -> range:
+        """Indices of the rates that may be suggested; with three losses there is one."""
         start = min(START, len(self.losses) // 4)
         return range(start + self._span, len(self.losses) - self._span)
 
     @property
     def _steepest(self) -> int:
-        return min(self._looked_at, key=self._fall)
+        return min(self._candidates, key=self._loss_change)
 
-    def _fall(self, index: int) -> float:
+    def _loss_change(self, index: int) -> float:
         return self.losses[index + self._span] - self.losses[index - self._span]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Loss over rate as a PNG.
+        """Write a PNG of loss over rate.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -93,25 +92,24 @@ def find_lr(
     optimizer: torch.optim.Optimizer,
     train_data: Iterable[Any],
     *,
-    first: float = FIRST,
-    last: float = LAST,
-    batches: int = BATCHES,
+    first: float = LOWEST_RATE,
+    last: float = HIGHEST_RATE,
+    batches: int = RATES,
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     clip_norm: float | None = None,
 ) -> LearningRates:
     """Try ``batches`` rates from ``first`` to ``last``, each a fixed factor above the one before.
 
-    Ends early where the loss has diverged. Afterwards model, optimizer and random state are as before: weights,
-    buffers, gradients, train and eval mode, and parameters of the optimizer that are the loss's.
+    The search ends early if the loss diverges. Afterwards model, optimizer and random state are restored: weights,
+    buffers, gradients, train and eval modes, and the parameters of the loss.
 
     Args:
-        model, loss, optimizer, train_data, autocast, accumulate, clip_norm: as for ``Trainer``; all parameter groups
-            get the same rate, and with ``accumulate`` a rate is tried on so many batches, which make one update.
+        model, loss, optimizer, train_data, autocast, accumulate, clip_norm: as for ``Trainer``. All parameter groups
+            get the same rate. Each rate is used for one update, which takes ``accumulate`` batches.
 
     Raises:
-        ValueError: not ``0 < first < last``, both finite, fewer than 10 batches, or a loss that diverges from the
-            beginning.
+        ValueError: not ``0 < first < last < inf``, fewer than 10 batches, or a loss that diverges at once.
     """
     if not 0 < first < last < math.inf or batches < 10:
         raise ValueError(f"expected 0 < first < last and at least 10 batches; got {first}, {last} and {batches}")
@@ -131,18 +129,18 @@ def find_lr(
     before = copy.deepcopy(trainer.state_dict())
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = {id(parameter): parameter for parameter in model.parameters()}
-    others = {id(parameter): parameter for parameter in trained if id(parameter) not in own}  # the loss's
+    others = {id(parameter): parameter for parameter in trained if id(parameter) not in own}  # parameters of the loss
     with (
-        modes_kept(model),
-        buffers_kept(model),
-        buffers_kept(loss) if isinstance(loss, nn.Module) else contextlib.nullcontext(),
-        values_kept(others.values()),
-        gradients_kept((own | others).values()),
+        preserve_modes(model),
+        preserve_buffers(model),
+        preserve_buffers(loss) if isinstance(loss, nn.Module) else contextlib.nullcontext(),
+        preserve_values(others.values()),
+        preserve_gradients((own | others).values()),
     ):
         try:
-            trainer.fit(2 * batches)  # epochs: at least one update each, but for some that a scaler leaves out
+            trainer.fit(2 * batches)  # epochs: each makes an update, unless the scaler skips it
         except NonFiniteLoss:
-            pass  # as far as one can go
+            pass  # the search ends here
         finally:
             trainer.load_state_dict(before)
     if len(sweep.losses) < 3:
@@ -151,7 +149,7 @@ def find_lr(
 
 
 class _Sweep(Callback):
-    """Another rate for every update."""
+    """Sets the next rate after every update."""
 
     def __init__(self, rates: list[float]) -> None:
         self.rates = rates
@@ -159,10 +157,10 @@ class _Sweep(Callback):
         self._average = 0.0
         self._batches = 0  # since the last update
 
-    def fit_begins(self, trainer: Trainer) -> None:
+    def on_fit_start(self, trainer: Trainer) -> None:
         self._set(trainer, self.rates[0])
 
-    def batch_ends(self, trainer: Trainer) -> None:
+    def on_batch_end(self, trainer: Trainer) -> None:
         self._batches += 1
         tried = len(self.losses) + 1
         if trainer.updates < tried:

@@ -1,4 +1,7 @@
-"""Running loss and accuracy of one pass over data, without waiting for the device at every batch."""
+"""Running loss and accuracy over one pass, without waiting for the device at every batch.
+
+torchmetrics has an accuracy too, but it is an optional package, and it launches its kernels for every batch.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ import torch
 from torch import Tensor
 
 CLASS_NUMBERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
-SCORES = 1 << 17  # kept for one count: half a megabyte of float32
+SCORES = 1 << 17  # scores buffered for one count: half a megabyte in float32
 
 
 def is_classification(output: Any, target: Any) -> bool:
-    """Whether accuracy has a meaning, in torch's convention for classification.
+    """Return True if accuracy is defined, by torch's convention for classification.
 
-    That is for floating-point scores ``output`` [N, C, ...] of at least two classes, and integer class numbers
-    ``target`` [N, ...]. Regression targets, soft labels and tuples of outputs have no accuracy, and neither has a
-    single output [N, 1]: a logit, a probability and a count look alike.
+    It is defined for floating-point scores ``output`` [N, C, ...] of at least two classes and integer class numbers
+    ``target`` [N, ...]. Regression targets, soft labels and tuples of outputs have no accuracy. A single output [N, 1]
+    has none either: it may be a logit, a probability or a count.
     """
     if not (isinstance(output, Tensor) and isinstance(target, Tensor) and target.dtype in CLASS_NUMBERS):
         return False
@@ -29,32 +32,33 @@ def is_classification(output: Any, target: Any) -> bool:
 
 
 def ignored_class(loss: Any) -> int | None:
-    """The class number whose targets ``loss`` leaves out, where it tells."""
+    """The ``ignore_index`` of ``loss``, or None if it has none."""
     keywords = loss.keywords if isinstance(loss, functools.partial) else {}
     ignored = keywords.get("ignore_index", getattr(loss, "ignore_index", None))
     return ignored if isinstance(ignored, int) else None
 
 
-class Correct:
-    """Counts right predictions and the targets that count, those of many small batches at once.
+class AccuracyCounter:
+    """Counts correct predictions and counted targets, for many small batches at once.
 
-    A target counts that is one of the classes 0 to C - 1, unless it is ``ignored``: ``cross_entropy`` leaves out those
-    of its ``ignore_index`` (-100 unless told), and takes nothing else that is no class.
+    A target is counted if it is one of the classes 0 to C - 1 and not ``ignored``. ``cross_entropy`` leaves out targets
+    equal to its ``ignore_index`` (-100 by default), and accepts no other value that is not a class.
 
-    Between the large kernels of a step a small one takes 10 to 20 µs, nearly all to reach it: argmax, comparison and
-    sum are 3 % of a step of 784-256-10 with 256 rows. So scores and class numbers are copied next to those before, and
-    counted when ``SCORES`` of them are there. Copied, since the loader, a CUDA graph or ``torch.compile`` may write the
-    next batch to the same place. Batches of another size than the first, and large ones, are counted as they come.
+    Between the large kernels of a step a small kernel takes 10 to 20 µs, nearly all of it launch time: argmax,
+    comparison and sum are 3 % of a step of 784-256-10 with 256 rows. So scores and class numbers are copied to a
+    buffer, and counted when it holds ``SCORES`` scores. They must be copied, since the loader, a CUDA graph or
+    ``torch.compile`` may write the next batch to the same memory. Large batches, and batches of another size than the
+    first, are counted at once.
     """
 
     def __init__(self, ignored: int | None = None) -> None:
         self._ignored = ignored
         self._counts: list[Tensor] = []
-        self._kind: tuple[Any, ...] | None = None  # shape and dtypes of the batches that are kept
-        self._filled = 0  # batches
+        self._kind: tuple[Any, ...] | None = None  # shape and dtypes of the buffered batches
+        self._filled = 0  # batches in the buffer
 
     def add(self, output: Tensor, target: Tensor) -> None:
-        """Note scores and class numbers, as ``is_classification`` has them."""
+        """Add scores and class numbers for which ``is_classification`` is true."""
         kind = output.shape, output.dtype, target.dtype
         if self._kind is None and 0 < output.numel() <= SCORES // 2:
             self._kind = kind
@@ -69,8 +73,8 @@ class Correct:
         if self._filled == len(self._slots):
             self._count()
 
-    def take(self) -> Tensor:
-        """How many were right and how many counted since the last call: int64 [2]."""
+    def pop_counts(self) -> Tensor:
+        """Return the correct predictions and the counted targets since the last call: int64 [2]."""
         self._count()
         taken = torch.stack(self._counts).sum(0) if self._counts else torch.zeros(2, dtype=torch.int64)
         self._counts = []
@@ -97,33 +101,34 @@ class Correct:
 
 
 class Meter:
-    """Mean loss and accuracy over the batches given to ``add``, which itself never waits for the device.
+    """Mean loss and accuracy over the batches given to ``add``, which does not wait for the device.
 
-    Reading ``loss``, ``accuracy`` or ``losses`` (each batch's loss, in order) first flushes what waits
-    there. The sums are taken batch by batch in Python floats (float64), so how often somebody flushed leaves
-    no trace in them.
+    Reading ``loss``, ``accuracy`` or ``losses`` (the loss of each batch, in order) first copies the pending values to
+    the host. The sums are taken batch by batch in Python floats (float64), so they do not depend on when this happens.
 
     Args:
-        total: adds up over processes, each of which has a part of every batch; a flush calls it.
-        ignored: the class number of targets that do not count (``ignored_class``).
+        all_reduce_sum: adds up over processes, each of which has a part of every batch; a flush calls it.
+        ignored: the class number of targets that are not counted (``ignored_class``).
     """
 
-    def __init__(self, total: Callable[[Tensor], Tensor] = lambda values: values, ignored: int | None = None) -> None:
-        self._total = total
+    def __init__(
+        self, all_reduce_sum: Callable[[Tensor], Tensor] = lambda values: values, ignored: int | None = None
+    ) -> None:
+        self._all_reduce_sum = all_reduce_sum
         self._ignored = ignored
         self.samples = 0
         self._losses: list[float] = []
         self._loss_sum = 0.0
         self._correct = 0
-        self._judged = 0  # predictions that accuracy has counted
+        self._judged = 0  # counted targets
         self._waiting: list[tuple[Tensor, int]] = []
         self._waiting_correct = False
-        self._right = Correct(self._ignored)
+        self._right = AccuracyCounter(self._ignored)
 
     def add(self, loss: Tensor, output: Any, target: Any, samples: int, share: float = 1.0) -> None:
-        """Note a batch: its mean loss (0-d, detached), what the model gave and should have, how many samples.
+        """Add a batch: its mean loss (0-d, detached), the model's output, the target, and the number of samples.
 
-        Where this process has a ``share`` of the samples, all but their number are of that.
+        If this process has only a ``share`` of the samples, loss, output and target are of this part.
         """
         self._waiting.append((loss if share == 1 else loss * share, samples))
         self.samples += samples
@@ -133,16 +138,18 @@ class Meter:
                 self._right.add(output, target)
 
     def flush(self) -> None:
-        """Bring the waiting values to the host: one copy for the losses, one for the counts."""
+        """Copy the pending values to the host: one copy for the losses, one for the counts."""
         if self._waiting:
             for loss, (_, samples) in zip(
-                self._total(torch.stack([loss for loss, _ in self._waiting])).tolist(), self._waiting, strict=True
+                self._all_reduce_sum(torch.stack([loss for loss, _ in self._waiting])).tolist(),
+                self._waiting,
+                strict=True,
             ):
                 self._losses.append(loss)
                 self._loss_sum += loss * samples
             self._waiting.clear()
         if self._waiting_correct:
-            right, judged = self._total(self._right.take()).tolist()
+            right, judged = self._all_reduce_sum(self._right.pop_counts()).tolist()
             self._correct += int(right)
             self._judged += int(judged)
             self._waiting_correct = False
@@ -160,14 +167,14 @@ class Meter:
 
     @property
     def accuracy(self) -> float | None:
-        """Right predictions over all that count; None where there are none of those (``is_classification``)."""
+        """Correct predictions over counted targets; None without counted targets."""
         self.flush()
         return self._correct / self._judged if self._judged else None
 
     def first_non_finite(self) -> int | None:
         """Index of the first batch whose loss is NaN or infinite."""
         self.flush()
-        if math.isfinite(self._loss_sum):  # NaN and infinity survive every sum, so one look answers for all
+        if math.isfinite(self._loss_sum):  # a NaN or infinite term makes every later sum non-finite
             return None
         return next((index for index, loss in enumerate(self._losses) if not math.isfinite(loss)), None)
 
@@ -188,4 +195,4 @@ class Meter:
         self._judged = state["judged"]
         self._waiting.clear()
         self._waiting_correct = False
-        self._right = Correct(self._ignored)
+        self._right = AccuracyCounter(self._ignored)

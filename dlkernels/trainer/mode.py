@@ -1,4 +1,4 @@
-"""Train and eval mode, and what else a use of a model leaves behind: afterwards all is as its owner had it."""
+"""Train and eval mode, and context managers that restore modes, gradients, values and buffers."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode, with gradients off; then back in the mode that each was in."""
-    with modes_kept(model), torch.no_grad():
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, with gradients off; restore each module's mode afterwards."""
+    with preserve_modes(model), torch.no_grad():
         model.eval()
         yield
 
 
 class TrainMode:
-    """Puts ``model`` in train mode, but for what its owner put in eval mode: a frozen BatchNorm or Dropout stays so.
+    """Puts ``model`` in train mode, except for the modules that its owner froze in eval mode (a BatchNorm, a Dropout).
 
-    A model that is in eval mode as a whole has been used in between, and says nothing of what is frozen: then that
-    counts which was frozen the last time, or when this was made. The model's own ``train()`` says at each epoch what it
-    keeps in eval mode.
+    If all modules are in eval mode, an evaluation has put them there. Then the frozen modules are those of the last
+    epoch, or of the time when this object was made. A model's own ``train()`` may keep further modules in eval mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._frozen = self._in_eval() if any(module.training for module in model.modules()) else set()
-        self._of_model: set[nn.Module] = set()  # in eval mode by the model's own train()
+        self._by_model: set[nn.Module] = set()  # in eval mode through the model's own train()
 
-    def begin(self) -> bool:
-        """Before an epoch. Returns whether other modules are in eval mode than in the epoch before."""
-        before = self._frozen | self._of_model
+    def on_epoch_start(self) -> bool:
+        """Set the modes for an epoch. Returns True if they differ from those of the epoch before."""
+        before = self._frozen | self._by_model
         if any(module.training for module in self.model.modules()):
-            self._frozen = self._in_eval() - self._of_model
+            self._frozen = self._in_eval() - self._by_model
             if self.model in self._frozen:
                 warnings.warn(
                     "the model is in eval mode, but for some of its modules: it is trained so; to train all of it in "
@@ -43,18 +42,18 @@ class TrainMode:
                     stacklevel=4,
                 )
         self.model.train()
-        self._of_model = self._in_eval() - self._frozen
+        self._by_model = self._in_eval() - self._frozen
         for module in self._frozen:
             module.training = False
-        return before != self._frozen | self._of_model
+        return before != self._frozen | self._by_model
 
     def _in_eval(self) -> set[nn.Module]:
         return {module for module in self.model.modules() if not module.training}
 
 
 @contextlib.contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in train or eval mode as before."""
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """Restore the train or eval mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -64,36 +63,36 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gradients_kept(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Within it ``parameters`` have no gradients at first; afterwards those of before."""
-    held = [(one, one.grad) for one in parameters]
-    for one, _ in held:
-        one.grad = None  # or what comes would be added to it
+def preserve_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Start without gradients on ``parameters``; restore their gradients afterwards."""
+    saved = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in saved:
+        parameter.grad = None  # new gradients would be added to it
     try:
         yield
     finally:
-        for one, gradient in held:
-            one.grad = gradient
+        for parameter, gradient in saved:
+            parameter.grad = gradient
 
 
 @contextlib.contextmanager
-def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Afterwards ``tensors`` have their values of before."""
-    held = [(one, one.detach().clone()) for one in tensors]
+def preserve_values(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restore the values of ``tensors`` afterwards."""
+    saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     finally:
-        for one, value in held:
-            one.detach().copy_(value)
+        for tensor, value in saved:
+            tensor.detach().copy_(value)
 
 
 @contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards the buffers, those too that no state_dict has, are the same tensors with the same values."""
-    places = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers afterwards: the same tensors with the same values, non-persistent ones included."""
+    saved = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     try:
-        with values_kept(buffer for _, held in places for buffer in held.values() if buffer is not None):
+        with preserve_values(buffer for _, buffers in saved for buffer in buffers.values() if buffer is not None):
             yield
     finally:
-        for module, held in places:
-            module._buffers.update(held)
+        for module, buffers in saved:
+            module._buffers.update(buffers)

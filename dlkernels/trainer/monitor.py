@@ -1,4 +1,4 @@
-"""The metric by which one epoch is better than another."""
+"""The metric that decides which epoch is the best."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HIGHER_IS_BETTER = ("accuracy",)
 
 @dataclass(frozen=True)
 class Monitor:
-    """``name`` is a key of the history rows; ``mode`` says whether low or high values are good, None: not known."""
+    """``name`` is a key of the history rows; ``mode`` says whether low or high values are good (None: unknown)."""
 
     name: str
     mode: Mode | None = None
@@ -26,28 +26,28 @@ class Monitor:
 
     @classmethod
     def of(cls, name: str | Monitor, mode: Mode | None = None, metrics: Mapping[str, Any] | None = None) -> Monitor:
-        """From a name, and ``mode`` if that is given.
+        """Make a monitor from a name and, if given, a ``mode``.
 
-        Else the one of ``metrics`` (a trainer's, whose values are ``val_<name>``) says it, by its ``higher_is_better``,
-        which torchmetrics' have; else the name: losses, errors and perplexities are to be low, accuracies high.
-        Nothing else is guessed.
+        Without ``mode``, the direction comes from the metric in ``metrics`` (a trainer's, whose values are
+        ``val_<name>``), if it has ``higher_is_better`` as torchmetrics do; else from the name: losses, errors and
+        perplexities should be low, accuracies high. Nothing else is guessed.
 
         Raises:
-            ValueError: another mode; or ``metrics`` are given, and nothing says the direction.
+            ValueError: the mode is unknown; or ``metrics`` are given, and nothing says the direction.
         """
         if isinstance(name, Monitor):
             mode = mode or name.mode
             name = name.name
-        monitor = cls(name, mode or _declared(name, metrics or {}) or _named(name))
+        monitor = cls(name, mode or _mode_from_metric(name, metrics or {}) or _mode_from_name(name))
         if metrics is not None:
             monitor.require_mode()
         return monitor
 
     def require_mode(self) -> Mode:
-        """The mode.
+        """Return the mode.
 
         Raises:
-            ValueError: it is not known.
+            ValueError: it is unknown.
         """
         if self.mode is None:
             raise ValueError(
@@ -57,10 +57,10 @@ class Monitor:
         return self.mode
 
     def read(self, row: Mapping[str, Any]) -> float:
-        """The value in a history row.
+        """Return the value in a history row.
 
         Raises:
-            ValueError: it is not there, or no number; the message lists what is.
+            ValueError: the key is missing, or its value is not a number. The message lists the numbers of the row.
         """
         try:
             return float(row[self.name])
@@ -70,10 +70,10 @@ class Monitor:
             raise ValueError(f"expected a metric out of {numbers} to watch; got {what}") from None
 
     def better(self, value: float, best: float | None, min_delta: float = 0.0) -> bool:
-        """Whether ``value`` improves on ``best`` (None: nothing yet) by more than ``min_delta``; NaN never does.
+        """Return True if ``value`` improves on ``best`` (None: nothing yet) by more than ``min_delta``. NaN never does.
 
         Raises:
-            ValueError: the mode is not known.
+            ValueError: the mode is unknown.
         """
         mode = self.require_mode()
         if math.isnan(value) or best is None:
@@ -81,21 +81,21 @@ class Monitor:
         return value < best - min_delta if mode == "min" else value > best + min_delta
 
 
-def state_of(monitor: Monitor | None) -> dict[str, Any]:
-    """What a checkpoint keeps beside a best value, to tell what it is the best of."""
+def monitor_state(monitor: Monitor | None) -> dict[str, Any]:
+    """The state that a checkpoint keeps with a best value, to identify its metric."""
     return {"monitor": monitor and monitor.name, "mode": monitor and monitor.mode}
 
 
-def same_measure(held: Mapping[str, Any], monitor: Monitor | None) -> bool:
-    """Whether a best value, ``held`` with ``state_of`` its monitor, is one of ``monitor``'s, as far as is known."""
-    own = state_of(monitor)
+def same_monitor(held: Mapping[str, Any], monitor: Monitor | None) -> bool:
+    """Return whether ``held``, the state of a best value with its ``monitor_state``, was measured by ``monitor``."""
+    own = monitor_state(monitor)
     return held.get("monitor", own["monitor"]) == own["monitor"] and (
         own["mode"] is None or held.get("mode", own["mode"]) == own["mode"]
     )
 
 
-def _declared(name: str, metrics: Mapping[str, Any]) -> Mode | None:
-    """What the metric of this name says."""
+def _mode_from_metric(name: str, metrics: Mapping[str, Any]) -> Mode | None:
+    """The mode by ``higher_is_better`` of the metric with this name."""
     metric = metrics.get(name.removeprefix("val_")) if name.startswith("val_") else None
     higher = getattr(metric, "higher_is_better", None)
     if not isinstance(higher, bool):
@@ -103,8 +103,8 @@ def _declared(name: str, metrics: Mapping[str, Any]) -> Mode | None:
     return "max" if higher else "min"
 
 
-def _named(name: str) -> Mode | None:
-    """What the name says by itself."""
+def _mode_from_name(name: str) -> Mode | None:
+    """The mode by the last word of the name."""
     last = re.split(r"[\W_]", name)[-1]
     if last in LOWER_IS_BETTER:
         return "min"

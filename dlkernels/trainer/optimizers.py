@@ -1,4 +1,4 @@
-"""torch's optimizers in their fused form: one pass over memory, not a dozen, where the parameters allow it."""
+"""torch's optimizers in their fused form, if the parameters allow it: one pass over memory instead of a dozen."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 def adam(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.Adam:
-    """``torch.optim.Adam`` and what it takes; a ``fused``, ``foreach`` or ``differentiable`` given is respected."""
-    parameters = list(parameters)  # it may be a generator, and is needed twice
+    """``torch.optim.Adam`` with its ``options``; ``fused``, ``foreach`` and ``differentiable`` are kept if given."""
+    parameters = list(parameters)  # a generator could be read only once
     return torch.optim.Adam(parameters, lr=lr, **_fused(parameters, options))
 
 
 def adamw(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.AdamW:
-    """``torch.optim.AdamW``, likewise."""
+    """``torch.optim.AdamW``, as ``adam``."""
     parameters = list(parameters)
     return torch.optim.AdamW(parameters, lr=lr, **_fused(parameters, options))
 
 
 def sgd(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.SGD:
-    """``torch.optim.SGD``, likewise; but torch has no fused form of it for DTensors."""
+    """``torch.optim.SGD``, as ``adam``. torch has no fused SGD for DTensors."""
     parameters = list(parameters)
     if any(hasattr(tensor, "full_tensor") for item in parameters for tensor in _parameters_of(item)):
         return torch.optim.SGD(parameters, lr=lr, **options)
@@ -33,7 +33,7 @@ def sgd(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.op
 
 
 def set_lr(group: dict[str, Any], rate: float) -> None:
-    """Give a parameter group this learning rate; in place where it is a tensor, which a CUDA graph may be reading."""
+    """Set the learning rate of a parameter group; in place if it is a tensor, since a CUDA graph may read it."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)
     else:
@@ -41,15 +41,15 @@ def set_lr(group: dict[str, Any], rate: float) -> None:
 
 
 @contextlib.contextmanager
-def running_as_made(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within it a saved state may be loaded, of an optimizer that was made for a CUDA graph or one that was not.
+def keep_lr_type(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Keep the type and device of the learning rate, and ``capturable``, while a saved state is loaded.
 
-    ``load_state_dict`` takes over the saved groups whole. The rate's value is what was saved, but whether it is a
-    tensor, and on which device, and ``capturable`` are as this optimizer was made.
+    ``load_state_dict`` replaces the parameter groups. Only the value of the rate should come from the saved state: the
+    saved optimizer may have been made for a CUDA graph (a tensor, ``capturable``) and this one not, or the reverse.
     """
-    made = [(group["lr"], group.get("capturable")) for group in optimizer.param_groups]
+    before = [(group["lr"], group.get("capturable")) for group in optimizer.param_groups]
     yield
-    for group, (lr, capturable) in zip(optimizer.param_groups, made, strict=True):
+    for group, (lr, capturable) in zip(optimizer.param_groups, before, strict=True):
         rate, group["lr"] = float(group["lr"]), lr
         set_lr(group, rate)
         if capturable is not None:
@@ -57,15 +57,15 @@ def running_as_made(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _fused(parameters: list[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """``options``, with ``fused`` where they do not choose an implementation themselves."""
+    """Return ``options`` with ``fused``, unless they choose an implementation themselves."""
     if options.keys() & {"fused", "foreach", "differentiable"}:
         return options
     tensors = [tensor for item in parameters for tensor in _parameters_of(item)]
-    # torch itself would complain only at the first step.
+    # torch raises for an unsupported parameter only at the first step.
     return options | {"fused": all(t.is_floating_point() and t.device.type in FUSED_DEVICES for t in tensors)}
 
 
 def _parameters_of(item: Any) -> list[Tensor]:
-    """The tensors of a parameter, or of a parameter group, which may hold one or several."""
+    """The tensors of a parameter or of a parameter group."""
     found = item["params"] if isinstance(item, dict) else item
     return [found] if isinstance(found, Tensor) else list(found)

@@ -1,4 +1,4 @@
-"""Plain values: what a checkpoint may hold, since ``torch.load(weights_only=True)`` gives it back and runs no code."""
+"""Plain values: the types that a checkpoint may hold, since ``torch.load(weights_only=True)`` can read them back."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import torch
 from torch import Tensor, nn
 
 ATOMS = frozenset((str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.Size))
-LARGEST = 8 * 255 - 1  # bits of an int that pickle writes in the form that weights_only reads
+MAX_INT_BITS = 8 * 255 - 1  # the largest int in pickle's LONG1 form, which weights_only reads
 
 
 def plain(value: Any, place: str = "") -> Any:
-    """``value`` as a checkpoint can hold it: itself where all in it is plain, else a copy with plain numbers and texts.
+    """Return ``value`` as a checkpoint can hold it: itself if it is plain, else a copy with plain numbers and strings.
 
-    The type must be one of these, not only derived from one: ``np.float64`` is a ``float`` to isinstance, and cannot be
-    read back. NumPy's numbers, an IntEnum's members and their like become the number or the text that they equal.
+    The exact type counts: ``np.float64`` is a subclass of ``float``, but cannot be read back. NumPy's numbers, members
+    of an IntEnum and the like become the number or the string that they equal.
 
     Raises:
-        TypeError: something could not be read back; ``place`` and the way from there name it.
+        TypeError: something could not be read back; the message names its path from ``place`` on.
     """
     kind = type(value)
-    if kind in ATOMS and not (kind is int and value.bit_length() > LARGEST):
+    if kind in ATOMS and not (kind is int and value.bit_length() > MAX_INT_BITS):
         return value
     if kind in (dict, OrderedDict):
         return _plain_mapping(value, place)
     if kind in (list, tuple, set):
-        # The common case by itself: a history of losses.
+        # A long list of losses is the common case; floats skip the call.
         items = [item if type(item) is float else plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
         return value if all(map(_same, items, value)) else kind(items)
-    if type(number := as_atom(value)) in ATOMS and number is not value:
+    if type(number := plain_scalar(value)) in ATOMS and number is not value:
         return number
     if not _can_be_read_back(value):
         raise TypeError(
@@ -43,20 +43,20 @@ def plain(value: Any, place: str = "") -> Any:
     return value
 
 
-def as_atom(value: Any) -> Any:
-    """The plain number or text that ``value`` is equal to, if it is a number or text of another type; else itself."""
+def plain_scalar(value: Any) -> Any:
+    """Return the plain number or string that ``value`` equals, if it is one of another type; else ``value``."""
     if type(value) in ATOMS:
         return value
     if getattr(value, "shape", None) == () and hasattr(value, "dtype") and not isinstance(value, Tensor):
-        return value.item()  # NumPy's scalars and arrays of one
+        return value.item()  # a NumPy scalar or 0-d array
     if isinstance(value, str):
-        return str.__str__(value)  # an Enum's own __str__ gives its name
+        return str.__str__(value)  # Enum overrides __str__
     kind = next((base for base in (int, float, bytes) if isinstance(value, base)), None)
     return value if kind is None else kind(value)
 
 
 def numpy_numbers() -> list[Any]:
-    """What NumPy's numbers in a file are made by, for ``safe_globals``; files of earlier versions have such numbers."""
+    """The constructors of NumPy's numbers, for ``safe_globals``: files of earlier versions contain such numbers."""
     try:
         import numpy
         from numpy._core.multiarray import scalar
@@ -72,7 +72,7 @@ def _plain_mapping(value: Any, place: str) -> Any:
         items[plain(key, f"{place} (a key)")] = plain(item, f"{place}.{key}" if place else str(key))
     if all(map(_same, items, value)) and all(map(_same, items.values(), value.values())):
         return value
-    changed = copy.copy(value)  # with what a module wrote on its state_dict
+    changed = copy.copy(value)  # keeps the metadata of a module's state_dict
     changed.clear()
     changed.update(items)
     return changed
@@ -83,7 +83,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _can_be_read_back(value: Any) -> bool:
-    """By trying, where the type does not say so by itself: a tensor's subclass, a Counter, a class that is allowed."""
+    """Return True if torch can read ``value`` back. Unless it is a plain tensor, save and load it to find out."""
     if isinstance(value, Tensor):
         if value.is_meta:
             return False
@@ -96,7 +96,7 @@ def _can_be_read_back(value: Any) -> bool:
             torch.save(value, file)
             file.seek(0)
             torch.load(file, weights_only=True)
-    except Exception:  # whatever pickle and the class itself make of it
+    except Exception:  # pickle, and the class itself, may raise anything
         return False
     return True
 

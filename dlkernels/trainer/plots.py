@@ -1,7 +1,8 @@
-"""Curves as PNG files, by matplotlib's file backend: no display needed, no global setting touched."""
+"""Curves as PNG files, with matplotlib's file backend: it needs no display and changes no global setting."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 History = Sequence[Mapping[str, Any]]
-COLOURS = ("#3f7fd0", "#e07b39", "#2f9e7d", "#c44e72", "#8a68cf", "#a08a2c")  # seen on white and on black
+COLOURS = ("#3f7fd0", "#e07b39", "#2f9e7d", "#c44e72", "#8a68cf", "#a08a2c")  # visible on white and on black
 
 
 def plot_history(history: History, path: Path, title: str) -> None:
-    """Loss, and accuracy where there is one, per epoch; training and validation.
+    """Plot loss, and accuracy if there is one, per epoch, for training and validation.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -34,7 +35,7 @@ def plot_history(history: History, path: Path, title: str) -> None:
 
 
 def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
-    """Both loss curves, both accuracies, each one's distance to the float64 run, and both times per epoch.
+    """Plot losses, accuracies, distances to the float64 run, and times per epoch, of fused and stock.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -43,16 +44,15 @@ def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
     figure, (loss, accuracy, distance, seconds) = new_figure(4, title, columns=2, height=7.6)
     exact = comparison.reference.losses
     pairs = (("fused", comparison.candidate, "-", 3.5), ("stock", comparison.stock, "--", 1.5))
-    # Stock is thin and dashed, on top of fused, so that both are seen.
+    # Stock is thin and dashed, on top of fused, so that both are visible.
     for label, curve, style, width in pairs:
         loss.plot(*by_epoch(curve.history, "loss"), style, linewidth=width, label=label)
         accuracy.plot(*by_epoch(curve.history, "val_accuracy"), style, linewidth=width, label=label)
         seconds.plot(*by_epoch(curve.history, "seconds"), marker="o", markersize=3, label=label)
-        gaps = [abs(a - b) for a, b in zip(curve.losses, exact, strict=False)]  # the float64 run stops early
+        gaps = [abs(a - b) for a, b in zip(curve.losses, exact, strict=False)]  # the float64 run is shorter
         distance.plot(range(1, len(gaps) + 1), gaps, linewidth=0.8, label=label)
-    looked_at = min(BATCHES, len(exact))
-    allowed = comparison.allowed_error
-    distance.hlines(allowed, 1, looked_at, color="black", linewidth=1, label="allowed for fused's median")
+    allowed, compared = comparison.allowed_error, min(BATCHES, len(exact))
+    distance.hlines(allowed, 1, compared, color="black", linewidth=1, label="allowed for fused's median")
     distance.set_yscale("log")
     loss.set_yscale("log")
     seconds.set_ylim(bottom=0)
@@ -64,7 +64,7 @@ def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
 
 
 def plot_rates(rates: Sequence[float], losses: Sequence[float], suggestion: float, path: Path) -> None:
-    """Loss over learning rate, and the rate that is suggested.
+    """Plot loss over learning rate, and mark the suggested rate.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -81,8 +81,8 @@ def plot_rates(rates: Sequence[float], losses: Sequence[float], suggestion: floa
 def new_figure(
     panels: int, title: str = "", *, width: float | None = None, height: float | None = None, columns: int | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """A figure (inches) of so many panels, in one row or in rows of ``columns``."""
-    # Figure and not pyplot: pyplot would choose a backend, and keep the figure, for the whole process.
+    """A figure with this number of panels, in one row or in rows of ``columns``; sizes are in inches."""
+    # Not pyplot: it would choose a backend for the process, and keep the figure.
     from matplotlib.figure import Figure
 
     columns = columns or panels
@@ -93,22 +93,24 @@ def new_figure(
 
 
 def by_epoch(history: History, key: str) -> tuple[list[int], list[float]]:
-    """Epochs and values, of the rows that have one."""
+    """The epochs and values of the rows that have ``key``."""
     rows = [row for row in history if row.get(key) is not None]
     return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
 def draw_curves(panel: Axes, curves: Mapping[str, tuple[list[int], list[float]]], name: str) -> None:
-    """A line per entry that has points, over the epochs."""
-    for (label, (epochs, values)), colour in zip(curves.items(), _cycle(len(curves)), strict=True):
+    """Draw a line over the epochs for each curve that has points."""
+    for (label, (epochs, values)), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
         if epochs:
-            shown = label if not label.startswith("_") else f"\u200b{label}"  # matplotlib hides such lines
+            shown = (
+                label if not label.startswith("_") else f"\u200b{label}"
+            )  # matplotlib hides labels that begin with _
             panel.plot(epochs, values, marker="o", markersize=3, label=shown, color=colour)
     finish(panel, "epoch", name)
 
 
 def finish(panel: Axes, x: str, y: str) -> None:
-    """Labels, grid and legend."""
+    """Add labels, grid and legend."""
     panel.set_xlabel(x)
     panel.set_ylabel(y)
     if x == "epoch":
@@ -120,7 +122,3 @@ def finish(panel: Axes, x: str, y: str) -> None:
 def save_png(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]

@@ -1,8 +1,4 @@
-"""What the trainer shows while it works: a bar on a terminal, one line per epoch in either case.
-
-The finished epochs' lines are the same with and without a terminal; the bar is only for the epoch in
-progress.
-"""
+"""The display of the training: one line per finished epoch and, on a terminal, a bar for the epoch in progress."""
 
 from __future__ import annotations
 
@@ -13,26 +9,26 @@ from typing import Any
 from dlkernels.choices import Progress as Mode
 from dlkernels.trainer.display import number
 
-REFRESH_SECONDS = 0.25  # between two looks at the running loss: each one waits for the device
+REFRESH_SECONDS = 0.25  # between two reads of the running loss; each read waits for the device
 
 
 class Progress:
-    """Silent. For each epoch the trainer calls ``begin``, ``update`` at times, ``end``; then ``close``."""
+    """Silent. For each epoch the trainer calls ``begin``, several times ``update``, and ``end``; then ``close``."""
 
     def begin(self, title: str, batches: int | None) -> None:
-        """An epoch starts (or goes on); ``batches`` in it, None if the loader cannot tell."""
+        """An epoch starts or continues. It has ``batches`` batches; None if the loader has no length."""
 
     def update(self, batch: int, row: Mapping[str, Any]) -> None:
-        """``batch`` batches of the epoch are done; ``row`` is the history row as it would be now."""
+        """``batch`` batches of the epoch are finished; ``row`` is the history row so far."""
 
     def end(self, row: Mapping[str, Any]) -> None:
-        """The epoch is over and ``row`` is its history row."""
+        """The epoch is finished; ``row`` is its history row."""
 
     def note(self, text: str) -> None:
-        """Something a person should know, such as where an interrupted run can be resumed."""
+        """Show a message, such as how to resume an interrupted run."""
 
     def close(self) -> None:
-        """No more epochs in this call, for whatever reason."""
+        """``fit`` ends, for any reason."""
 
 
 class Lines(Progress):
@@ -49,14 +45,14 @@ class Lines(Progress):
 
 
 class Bar(Lines):
-    """A rich progress bar for the epoch in progress, above which the finished epochs' lines pile up."""
+    """A rich progress bar for the epoch in progress, below the lines of the finished epochs."""
 
     def __init__(self) -> None:
-        # Here, so that importing dlkernels does not cost importing rich.
+        # Imported here, so that importing dlkernels does not import rich.
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        # Refreshed by hand: rich's own thread would take the interpreter lock in the middle of steps.
+        # auto_refresh=False: rich's refresh thread would take the interpreter lock during steps.
         self._rich = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -78,24 +74,24 @@ class Bar(Lines):
 
     def end(self, row: Mapping[str, Any]) -> None:
         self._rich.remove_task(self._task)
-        self._rich.refresh()  # or the line would be printed above a bar that is over
+        self._rich.refresh()  # remove the finished bar before the line is printed
         self._rich.console.print(f"{self.title}  {describe(row)}", highlight=False, markup=False)
 
     def close(self) -> None:
-        for task in self._rich.task_ids:  # an interrupted epoch's bar would stay as if it were still going
+        for task in self._rich.task_ids:  # the bar of an interrupted epoch would stay on the screen
             self._rich.remove_task(task)
         self._rich.stop()
 
 
 def make_progress(mode: Mode) -> Progress:
-    """``auto`` is ``bar`` on a terminal, ``lines`` elsewhere (a file, a pipe, a job's log).
+    """Return the display for ``mode``; ``auto`` is ``bar`` on a terminal, else ``lines`` (a file, a pipe, a log).
 
     Raises:
-        ValueError: another mode.
+        ValueError: the mode is unknown.
     """
     kinds = {"bar": Bar, "lines": Lines, "silent": Progress}
     if mode == "auto":
-        is_terminal = getattr(sys.stdout, "isatty", bool)  # what stands in for it in notebooks and services may lack it
+        is_terminal = getattr(sys.stdout, "isatty", bool)  # the stdout of some notebooks and services has no isatty
         mode = "bar" if is_terminal() else "lines"
     if mode not in kinds:
         raise ValueError(f"expected progress 'auto', 'bar', 'lines' or 'silent'; got {mode!r}")

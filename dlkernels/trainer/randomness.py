@@ -1,4 +1,4 @@
-"""The random state a training step may draw from, as plain values that a checkpoint can hold."""
+"""The global random state, as plain values that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """The global generators' states: torch's (CPU, CUDA), Python's and NumPy's."""
+    """Return the states of the global generators of torch (CPU, CUDA), Python and NumPy."""
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss]}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
-    if numpy := sys.modules.get("numpy"):  # where nobody imported it, nobody draws from it
+    if numpy := sys.modules.get("numpy"):  # a generator that is not imported is not used
         name, keys, position, has_gauss, cached = numpy.random.get_state()
         state["numpy"] = [name, keys.tolist(), int(position), int(has_gauss), float(cached)]
     return state
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back what ``rng_state`` gave."""
+    """Restore the result of ``rng_state``."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

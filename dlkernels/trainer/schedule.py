@@ -11,12 +11,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dlkernels.choices import Schedule as Shape
 
-# The factor on the learning rate, of the share of the updates after the warm-up that are done, 0 to 1.
+# Factors on the learning rate, as functions of the fraction of the updates after the warm-up, 0 to 1.
 FACTORS: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
     "linear": lambda t: 1.0 - t,
     "cosine": lambda t: (1.0 + math.cos(math.pi * t)) / 2,
-    "step": lambda t: 0.1 ** min(2, int(3 * t)),  # to a tenth after each third
+    "step": lambda t: 0.1 ** min(2, int(3 * t)),  # divided by 10 after each third
 }
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 
@@ -24,18 +24,18 @@ SHAPES: tuple[Shape, ...] = get_args(Shape)
 def schedule(
     optimizer: torch.optim.Optimizer, shape: Shape, *, updates: int, warmup: int = 0, final: float = 0.0
 ) -> LambdaLR:
-    """torch's ``LambdaLR``: each group's own learning rate times a factor that depends on the update.
+    """Make a ``LambdaLR``: each group's own learning rate times a factor that depends on the update.
 
     Args:
-        shape: after the warm-up the factor is 1 (``constant``), falls on a line (``linear``) or half a cosine
-            (``cosine``; Loshchilov and Hutter 2017, equation 5, without restarts), or by ten after each third
+        shape: after the warm-up the factor stays 1 (``constant``), falls linearly (``linear``), follows half a cosine
+            (``cosine``; Loshchilov and Hutter 2017, equation 5, without restarts), or is divided by 10 after each third
             (``step``).
-        updates: optimizer updates in all, the warm-up's included.
-        warmup: updates at the beginning, in which the factor rises on a line from ``1 / (warmup + 1)`` towards 1.
-        final: the factor is never lower than this after the warm-up.
+        updates: the total number of optimizer updates, including the warm-up.
+        warmup: the number of updates in which the factor rises linearly from ``1 / (warmup + 1)`` towards 1.
+        final: the lowest factor after the warm-up.
 
     Raises:
-        ValueError: another shape, or not ``0 <= warmup < updates``, or ``final`` not in 0..1.
+        ValueError: the shape is unknown, or not ``0 <= warmup < updates``, or ``final`` is not in 0..1.
     """
     if shape not in SHAPES:
         raise ValueError(f"expected a schedule out of {', '.join(SHAPES)}; got {shape!r}")

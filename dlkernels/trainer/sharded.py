@@ -1,11 +1,11 @@
-"""Models that FSDP2 has split over the ranks: splitting them, and their state in whole tensors, as a checkpoint has it.
+"""Models that FSDP2 has split over the ranks: splitting them, and saving and loading their state in full tensors.
 
-Whole tensors are rank 0's, which reads and writes checkpoints; in their place the others have meta tensors, which know
-shape and dtype and hold nothing. They pass tensor by tensor, so that no other rank ever has the whole model.
-``torch.distributed.checkpoint.state_dict`` does it likewise, but has the optimizer's state under names: a process by
-itself, whose checkpoints these are, has it by index.
+Rank 0 reads and writes checkpoints, and holds the full tensors. The other ranks hold meta tensors in their place, which
+have shape and dtype but no data. Tensors are gathered one at a time, so that no other rank ever holds the full model.
+``torch.distributed.checkpoint.state_dict`` works alike, but stores the optimizer's state by parameter name. The
+checkpoints of a single process store it by index, and a run may resume with any number of processes.
 
-Split parameters are DTensors. They are told by what they can do, so that a process by itself need not import
+Split parameters are DTensors. They are recognised by their methods, so that a single process need not import
 ``torch.distributed.tensor``.
 """
 
@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Split ``model`` over all ranks by FSDP2: each child that has parameters, then the rest. In place.
+    """Split ``model`` in place over all ranks with FSDP2: each child that has parameters, then the rest.
 
-    The parameters are others then: make the optimizer after it.
+    This replaces the parameters, so make the optimizer afterwards.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -35,12 +35,12 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of ``model`` are DTensors."""
+    """Return True if any parameter of ``model`` is a DTensor."""
     return any(map(_is_split, model.parameters()))
 
 
 def check_split_by_rows(model: nn.Module, world: int) -> None:
-    """Make sure that FSDP2 split ``model`` over ``world`` ranks, each of which may have rows of its own.
+    """Check that FSDP2 split ``model`` over all ``world`` ranks, so that each rank may train on its own rows.
 
     Raises:
         ValueError: it was split in another way.
@@ -57,16 +57,16 @@ def check_split_by_rows(model: nn.Module, world: int) -> None:
         )
 
 
-def whole(state: Any) -> Any:
-    """``state`` with every DTensor put together on the CPU of rank 0; all ranks must call this, the others get meta."""
+def full_state(state: Any) -> Any:
+    """Return ``state`` with every DTensor gathered on the CPU of rank 0, meta tensors elsewhere; all ranks call it."""
     if not any(map(_is_split, tree_leaves(state))):
-        return state  # as it is, with what module and optimizer wrote on it
+        return state  # unchanged, with the metadata of module and optimizer
     device = "cpu" if dist.get_rank() == 0 else "meta"
     return tree_map(lambda t: t.full_tensor().to(device) if _is_split(t) else t, state)
 
 
-def outline(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A checkpoint as the ranks other than 0 need it for loading: meta for what is split here."""
+def meta_state(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The form of a checkpoint that ranks other than 0 load: meta tensors in place of those that are split."""
     if not is_sharded(model):
         return state
 
@@ -74,50 +74,50 @@ def outline(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Opti
         return value.to("meta")
 
     held = state["optimizer"]
-    moments = _of_optimizer(held["state"], optimizer, meta)
-    return state | {"model": _of_model(state["model"], model, meta), "optimizer": held | {"state": moments}}
+    moments = _map_optimizer_state(held["state"], optimizer, meta)
+    return state | {"model": _map_model_state(state["model"], model, meta), "optimizer": held | {"state": moments}}
 
 
-def local(t: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
+def local_tensor(t: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
 def load_model(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """``model.load_state_dict(state)`` of whole tensors, however the model is split."""
-    model.load_state_dict(_of_model(state, model, _scatter) if is_sharded(model) else state)
+    """Load a ``state`` of full tensors into ``model``, split or not."""
+    model.load_state_dict(_map_model_state(state, model, _scatter) if is_sharded(model) else state)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state)`` of whole tensors, however the parameters are split."""
-    optimizer.load_state_dict(_of_optimizer(state, optimizer, _scatter))
+    """Load a ``state`` of full tensors into ``optimizer``, whose parameters may be split."""
+    optimizer.load_state_dict(_map_optimizer_state(state, optimizer, _scatter))
 
 
 Change = Callable[[Tensor, Any], Tensor]
 
 
-def _of_model(state: Mapping[str, Any], model: nn.Module, change: Change) -> dict[str, Any]:
+def _map_model_state(state: Mapping[str, Any], model: nn.Module, change: Change) -> dict[str, Any]:
     own = model.state_dict()
-    return {name: _changed(value, own.get(name), change) for name, value in state.items()}
+    return {name: _map_if_split(value, own.get(name), change) for name, value in state.items()}
 
 
-def _of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer, change: Change) -> dict[str, Any]:
+def _map_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer, change: Change) -> dict[str, Any]:
     parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
     moments = {
-        index: {name: _changed(value, parameters.get(index), change) for name, value in entry.items()}
+        index: {name: _map_if_split(value, parameters.get(index), change) for name, value in entry.items()}
         for index, entry in state["state"].items()
     }
     return state | {"state": moments}
 
 
-def _changed(value: Any, like: Any, change: Change) -> Any:
-    """``value``, changed if it is of the parameter ``like`` and split as that is."""
+def _map_if_split(value: Any, like: Any, change: Change) -> Any:
+    """Return ``change(value, like)`` if the parameter ``like`` is split and ``value`` has its shape, else ``value``."""
     fits = _is_split(like) and isinstance(value, Tensor) and value.shape == like.shape
     return change(value, like) if fits else value
 
 
 def _scatter(value: Tensor, like: Any) -> Tensor:
-    """Rank 0's ``value``, split as ``like``."""
+    """Split rank 0's ``value`` over the ranks like ``like``."""
     from torch.distributed.tensor import distribute_tensor
 
     value = torch.empty_like(value, device=like.device) if value.is_meta else value.to(like.device)

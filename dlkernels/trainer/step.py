@@ -1,4 +1,4 @@
-"""One batch through the model and, after every ``accumulate`` of them, one update of the weights."""
+"""The forward pass of a batch, and the update of the weights after every ``accumulate`` batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dlkernels.trainer.transfer import in_float32
+from dlkernels.trainer.transfer import cast_to_float32
 
 Every = Literal["update", "epoch"]
 Loss = Callable[[Any, Any], Tensor]
@@ -20,19 +20,19 @@ Loss = Callable[[Any, Any], Tensor]
 def forward(
     run: Callable[[Any], Any], loss: Loss, x: Any, y: Any, device: torch.device, autocast: torch.dtype | None
 ) -> tuple[Any, Tensor]:
-    """``run(x)``, under ``device``'s autocast if asked, and the loss of it, in float32 then (float64 stays).
+    """Return ``run(x)`` and its loss. With ``autocast``, the loss is computed in float32 (float64 stays float64).
 
-    However the output is nested, its 16-bit tensors are float32 before the loss sees them (``in_float32``).
+    The 16-bit tensors of an output of any nesting become float32 before the loss sees them (``cast_to_float32``).
 
     Raises:
-        ValueError: the loss is no tensor, or not a scalar.
+        ValueError: the loss is not a tensor, or not a scalar.
     """
     if autocast is None:
         output = run(x)
     else:
         with torch.autocast(device.type, dtype=autocast):
             output = run(x)
-        output = in_float32(output)
+        output = cast_to_float32(output)
     value = loss(output, y)
     if not isinstance(value, Tensor) or value.ndim:
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -41,11 +41,11 @@ def forward(
 
 
 class Step:
-    """Gathers gradients and updates the weights: scaling, clipping, optimizer, schedule, average.
+    """Accumulates gradients and updates the weights: loss scaling, clipping, optimizer, schedule, moving average.
 
-    Gradients of ``accumulate`` batches are averaged over their samples, so that k batches give the gradient of one
-    that is k times as large. ``updates`` counts the optimizer's steps. One that the scaler leaves out, since a gradient
-    was not finite, is none: schedule and average stay where they are, too.
+    The gradients of ``accumulate`` batches are averaged over their samples, so that k batches give the gradient of one
+    batch that is k times as large. ``updates`` counts the optimizer's steps. A step that the scaler skips, because a
+    gradient was not finite, does not count, and schedule and average do not advance.
     """
 
     def __init__(
@@ -82,73 +82,74 @@ class Step:
         self.clip_norm = clip_norm
         self.scaler = scaler
         self.scheduler = scheduler
-        # A plateau is one of validation losses: there is one per epoch.
+        # A plateau scheduler reads validation losses, and there is one per epoch.
         self.schedule_every = "epoch" if isinstance(scheduler, ReduceLROnPlateau) else schedule_every
         self.averaged = None if ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.updates = 0
-        self._gathered = 0  # batches since the last update
-        self._first = 0  # samples of the first of them
-        self._weight = 0.0  # of all of them, in units of the first
+        self._accumulated = 0  # batches since the last update
+        self._first_samples = 0  # samples of the first of these batches
+        self._weight = 0.0  # samples of all of them, in units of _first_samples
 
     @property
-    def between_updates(self) -> bool:
-        """Whether gradients wait for more of them: such a state is not one to save."""
-        return self._gathered > 0
+    def gradients_pending(self) -> bool:
+        """True while accumulated gradients wait for more batches. No checkpoint is written then."""
+        return self._accumulated > 0
 
-    def begin(self) -> None:
-        """Before a batch's forward: the gradients of the last update are done with."""
-        if not self._gathered:
+    def before_forward(self) -> None:
+        """Clear the gradients of the last update before the first batch of the next."""
+        if not self._accumulated:
             self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor, samples: int, last: bool, factor: float = 1.0) -> None:
-        """Add the batch's gradient; update after ``accumulate`` batches, and after the ``last`` of an epoch.
+        """Add the batch's gradient; update after ``accumulate`` batches, and after the ``last`` batch of an epoch.
 
-        ``factor`` makes the average of the gradients over several ranks that of the batch of all ``samples``.
+        ``factor`` weights the loss of this rank's part, so that the mean of the ranks' gradients is the gradient of
+        the mean over all ``samples``.
 
         Raises:
-            ValueError: the loss depends on nothing that can be trained.
+            ValueError: the loss depends on no trainable parameter.
         """
         if not loss.requires_grad:
             raise ValueError(
                 "expected a loss with a gradient; it depends on no parameter with requires_grad: is all of the model "
                 "frozen, or does the loss detach its output, or count?"
             )
-        if not self._gathered:
-            self._first, self._weight = samples, 0.0
-        if samples != self._first:
-            factor *= samples / self._first
+        if not self._accumulated:
+            self._first_samples, self._weight = samples, 0.0
+        if samples != self._first_samples:
+            factor *= samples / self._first_samples
         if factor != 1:
             loss = loss * factor
-        self._weight += samples / self._first
+        self._weight += samples / self._first_samples
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        self._gathered += 1
-        if last or self._gathered == self.accumulate:
-            self.update()
+        self._accumulated += 1
+        if last or self._accumulated == self.accumulate:
+            self.finish_accumulation()
 
-    def update(self) -> None:
-        """One step of the optimizer with the gradients that were gathered."""
-        if self.scaler is not None and (self._gathered > 1 or self.clip_norm is not None):
+    def finish_accumulation(self) -> None:
+        """Average the accumulated gradients and take one optimizer step."""
+        if self.scaler is not None and (self._accumulated > 1 or self.clip_norm is not None):
             self.scaler.unscale_(self.optimizer)
-        if self._gathered > 1:
+        if self._accumulated > 1:
             for parameter in self._parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(self._weight)
-        self._gathered = 0
-        if self.apply():
-            self.updated()
+        self._accumulated = 0
+        if self.optimizer_step():
+            self.after_optimizer_step()
 
-    def apply(self) -> bool:
-        """Clip, and step; False if the scaler left the step out."""
+    def optimizer_step(self) -> bool:
+        """Clip the gradients and step the optimizer. Returns False if the scaler skipped the step."""
         if self.clip_norm is not None:
             self._clip(self.clip_norm)
         if self.scaler is None:
             self.optimizer.step()
             return True
-        # The scale falls where a step was left out and only there, and this is all that a scaler tells.
+        # GradScaler does not report a skipped step, but it lowers its scale then, and only then.
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return self.scaler.get_scale() >= scale > 0  # at 0 it can fall no further, and every gradient is NaN
+        return self.scaler.get_scale() >= scale > 0  # a scale of 0 cannot fall, and makes every gradient NaN
 
     def _clip(self, norm: float) -> None:
         try:
@@ -160,8 +161,8 @@ class Step:
                 "expected dense gradients to clip; got sparse ones: leave clip_norm out, or sparse=True"
             ) from None
 
-    def updated(self) -> None:
-        """The optimizer has stepped: what follows it."""
+    def after_optimizer_step(self) -> None:
+        """Count the update, and advance the schedule and the average."""
         self.updates += 1
         if self.scheduler is not None and self.schedule_every == "update":
             self.scheduler.step()
@@ -169,11 +170,11 @@ class Step:
             self.averaged.update_parameters(self.model)
 
     def discard(self) -> None:
-        """Forget gradients that were gathered without an update."""
-        self._gathered = 0
+        """Forget gradients that were accumulated without an update."""
+        self._accumulated = 0
 
-    def epoch_ends(self, metric: float) -> None:
-        """Let a schedule by epochs move on; ``metric`` is what a plateau is looked for in."""
+    def on_epoch_end(self, metric: float) -> None:
+        """Advance a schedule by epochs; a ReduceLROnPlateau reads ``metric``."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(metric)
         elif self.scheduler is not None and self.schedule_every == "epoch":
@@ -181,24 +182,22 @@ class Step:
 
     @property
     def lr(self) -> float:
-        """Of the first parameter group, for the next update."""
+        """The learning rate of the first parameter group, for the next update."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Of all but model and optimizer; None for what there is not."""
-        return {
-            "updates": self.updates,
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "ema": None if self.averaged is None else self.averaged.state_dict(),
+        """The state without model and optimizer; a part that is not used is None."""
+        parts = {"scheduler": self.scheduler, "scaler": self.scaler, "ema": self.averaged}
+        return {"updates": self.updates} | {
+            name: None if part is None else part.state_dict() for name, part in parts.items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
-        self._gathered = 0
-        for part, held in ((self.scheduler, "scheduler"), (self.scaler, "scaler"), (self.averaged, "ema")):
+        self._accumulated = 0
+        for part, name in ((self.scheduler, "scheduler"), (self.scaler, "scaler"), (self.averaged, "ema")):
             if part is not None:
-                part.load_state_dict(state[held])
+                part.load_state_dict(state[name])
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""Batches: pairs of whatever the model and the loss take, moved to where the model is."""
+"""Batches ``(input, target)`` of any nesting, moved to the model's device; 16-bit outputs cast to float32."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 
-def pair(item: Any) -> tuple[Any, Any]:
-    """A batch as ``(input, target)``.
+def as_pair(item: Any) -> tuple[Any, Any]:
+    """Return a batch as ``(input, target)``.
 
     Raises:
-        ValueError: it is not a pair.
+        ValueError: ``item`` is not a pair.
     """
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
@@ -23,27 +23,27 @@ def pair(item: Any) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
-def to(value: Any, device: torch.device) -> Any:
-    """Tensors in any nesting of mappings, tuples and lists, on ``device``."""
+def move_to(value: Any, device: torch.device) -> Any:
+    """Move the tensors in any nesting of mappings, tuples and lists to ``device``."""
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: to(item, device) for key, item in value.items()}
+        return {key: move_to(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return _of_kind(value, [to(item, device) for item in value])
+        return _of_kind(value, [move_to(item, device) for item in value])
     return value
 
 
-def in_float32(value: Any) -> Any:
-    """``value`` with every 16-bit tensor in it in float32; itself where there is none.
+def cast_to_float32(value: Any) -> Any:
+    """Return ``value`` with every 16-bit tensor in it cast to float32; ``value`` itself if there is none.
 
-    It looks into mappings, tuples, lists and dataclasses, and into objects of other classes by their attributes (a
-    ``torch.distributions.Normal`` has its parameters there). What it changes it copies; the kinds stay what they are.
+    It searches mappings, tuples, lists and dataclasses, and the attributes of other objects (for example the parameters
+    of a ``torch.distributions.Normal``). It copies what it changes, and keeps the types.
     """
-    return _in_float32(value, frozenset())
+    return _cast_to_float32(value, frozenset())
 
 
-def _in_float32(value: Any, around: frozenset[int]) -> Any:
+def _cast_to_float32(value: Any, around: frozenset[int]) -> Any:
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     if id(value) in around or isinstance(value, (str, bytes, nn.Module)) or callable(value):
@@ -52,7 +52,7 @@ def _in_float32(value: Any, around: frozenset[int]) -> Any:
     if isinstance(value, Mapping):
         return _with_items(value, changed) if (changed := _changed(value, around)) else value
     if isinstance(value, (tuple, list, deque)):
-        items = [_in_float32(item, around) for item in value]
+        items = [_cast_to_float32(item, around) for item in value]
         return value if all(new is old for new, old in zip(items, value, strict=True)) else _of_kind(value, items)
     slots = [name for kind in type(value).__mro__ for name in _slots_of(kind)]
     attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
@@ -60,18 +60,18 @@ def _in_float32(value: Any, around: frozenset[int]) -> Any:
         return value
     copied = copy.copy(value)
     for name, item in changed.items():
-        object.__setattr__(copied, name, item)  # also of a frozen dataclass
+        object.__setattr__(copied, name, item)  # works for a frozen dataclass too
     return copied
 
 
 def _changed(items: Mapping[Any, Any], around: frozenset[int]) -> dict[Any, Any]:
-    """Those of ``items`` that have 16-bit tensors, in float32."""
-    found = ((key, item, _in_float32(item, around)) for key, item in items.items())
+    """The items that hold 16-bit tensors, cast to float32."""
+    found = ((key, item, _cast_to_float32(item, around)) for key, item in items.items())
     return {key: new for key, old, new in found if new is not old}
 
 
 def _with_items(value: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
-    """A copy of a mapping, of its kind where that can be written to: transformers' outputs are also dataclasses."""
+    """A copy of a mapping with ``changed`` items, of the same type if it is mutable (as transformers' outputs are)."""
     if not isinstance(value, MutableMapping):
         return {**value, **changed}
     copied = copy.copy(value)
@@ -86,15 +86,15 @@ def _slots_of(kind: type) -> tuple[str, ...]:
 
 
 def _of_kind(value: Any, items: list[Any]) -> Any:
-    """A tuple, list or deque of ``value``'s kind; a namedtuple is one of its fields."""
+    """A tuple, namedtuple, list or deque of ``value``'s type with these ``items``."""
     return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
-def samples_of(x: Any, y: Any) -> int:
-    """The weight of a batch in means over samples: the first dimension of the target, else of the input.
+def count_samples(x: Any, y: Any) -> int:
+    """The number of samples of a batch: the first dimension of the target, else of the input.
 
     Raises:
-        ValueError: neither is a tensor with one, or it is 0.
+        ValueError: neither is a tensor with a first dimension, or it is 0.
     """
     for value in (y, x):
         if isinstance(value, Tensor) and value.ndim:

@@ -394,7 +394,7 @@ def test_stopped_run_goes_on_where_patience_now_allows_it(tmp_path, capsys):
 
 def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
     assert train(tmp_path / "run", "--epochs", 1, "--quiet") == 0
-    hold = f"from dlkernels.runs.folder import RunFolder\nwith RunFolder({str(tmp_path / 'run')!r}).claimed():"
+    hold = f"from dlkernels.runs.folder import RunFolder\nwith RunFolder({str(tmp_path / 'run')!r}).lock():"
     other = subprocess.Popen(
         [sys.executable, "-c", f"{hold}\n print(1, flush=True)\n input()"],
         stdin=subprocess.PIPE,

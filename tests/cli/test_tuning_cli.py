@@ -211,14 +211,14 @@ def test_the_test_samples_play_no_part(tmp_path, monkeypatch):
 
 def test_every_setting_holds_in_every_fold(tmp_path, capsys, monkeypatch):
     trainers = []
-    make = Job.on_fold
+    make = Job.fold_trainer
 
-    def on_fold(job, fold, count):
+    def fold_trainer(job, fold, count):
         trainers.append(make(job, fold, count))
         trainers[-1].start = [p.detach().clone() for p in trainers[-1].model.parameters()]
         return trainers[-1]
 
-    monkeypatch.setattr(Job, "on_fold", on_fold)
+    monkeypatch.setattr(Job, "fold_trainer", fold_trainer)
     options = ["--ema", 0.5, "--patience", 1, "--monitor", "val_f1", "--metrics", "f1", "--accumulate", 2]
     options += ["--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 1, "--schedule", "cosine", "--warmup-epochs", 1]
     assert cross_validate(tmp_path, "--folds", 3, "--epochs", 30, "--batch-size", 100, *options) == 0
@@ -227,7 +227,7 @@ def test_every_setting_holds_in_every_fold(tmp_path, capsys, monkeypatch):
     for number, (trainer, history) in enumerate(zip(trainers, histories, strict=True), start=1):
         assert len(trainer.train_data.tensors[0]) == 958
         assert len(trainer.val_data.tensors[0]) == 479
-        assert trainer.evaluated is not trainer.model
+        assert trainer.eval_model is not trainer.model
         assert isinstance(trainer.callbacks[0], EarlyStopping)
         assert len(history) < 30
         assert history[-1]["val_f1"] <= history[-2]["val_f1"]
@@ -281,7 +281,7 @@ def test_a_folder_that_cannot_be_is_told_before_the_training(tmp_path, capsys):
 
 def test_one_process_only():
     class Two(Ranks):
-        world = 2
+        world_size = 2
 
     require_one_process(Ranks(), "find-lr")
     with pytest.raises(SettingError, match="expected find-lr in a single process; here are several, by torchrun"):

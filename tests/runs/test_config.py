@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dlkernels.__main__ import main
-from dlkernels.cli.settings import add_settings, given
+from dlkernels.cli.settings import add_settings, given_settings
 from dlkernels.data import DATASETS, load_digits
 from dlkernels.data.info import INFO
 from dlkernels.runs.config import ConfigError, RunConfig, load_config
@@ -64,7 +64,7 @@ def written(folder: Path, text: str) -> Path:
 def parsed(*arguments: str) -> dict:
     parser = argparse.ArgumentParser()
     add_settings(parser)
-    return given(parser.parse_args(arguments))
+    return given_settings(parser.parse_args(arguments))
 
 
 def test_every_setting_is_a_flag_and_survives_the_file(tmp_path):
@@ -161,7 +161,7 @@ def test_choices_are_those_there_are():
 
 def test_settings_arrive_at_the_trainer(tmp_path):
     settings = EVERY | {"compile": False, "clip_norm": 0.01, "out": str(tmp_path), "tensorboard": False}
-    trainer = Job(load_config(None, settings), load_digits()).fused(RunFolder(tmp_path))
+    trainer = Job(load_config(None, settings), load_digits()).fused_trainer(RunFolder(tmp_path))
     norms = []
 
     def look(optimizer, *_):
@@ -177,7 +177,7 @@ def test_settings_arrive_at_the_trainer(tmp_path):
     assert trainer.updates == updates
     assert 0.09 < group["lr"] < 0.1  # past a warm-up of half an epoch, on the cosine of four
     assert trainer.autocast is torch.bfloat16
-    assert trainer.evaluated is not trainer.model
+    assert trainer.eval_model is not trainer.model
     assert trainer.history[0].keys() >= {"val_f1", "val_recall", "lr"}
     assert [type(callback).__name__ for callback in trainer.callbacks] == ["EarlyStopping", "CsvLog"]
     assert (tmp_path / "checkpoints" / "epoch-0001.pt").exists()
@@ -187,7 +187,7 @@ def graphed(folder: Path, **settings: object) -> Trainer:
     """Of a run with ``cuda_graph``; on the CPU, which no settings would allow."""
     values = {"dataset": "digits", "cuda_graph": True, "device": "cuda", "progress": "silent", **settings}
     config = load_config(None, values).model_copy(update={"device": "cpu"})
-    return Job(config, load_digits()).fused(RunFolder(folder))
+    return Job(config, load_digits()).fused_trainer(RunFolder(folder))
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])

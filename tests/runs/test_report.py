@@ -142,20 +142,20 @@ def test_report_of_an_unfinished_run(first, capsys):
 
 def interrupted(out: Path, monkeypatch, at: int, *arguments: object) -> None:
     """``train``, and Ctrl-C when epoch ``at`` (0: the first batch) is over."""
-    logged = CsvLog.epoch_ends
+    logged = CsvLog.on_epoch_end
 
-    def batch_ends(self, trainer):
+    def on_batch_end(self, trainer):
         if not at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def epoch_ends(self, trainer, row):
+    def on_epoch_end(self, trainer, row):
         logged(self, trainer, row)
         if row["epoch"] == at:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CsvLog, "batch_ends", batch_ends)
-        patch.setattr(CsvLog, "epoch_ends", epoch_ends)
+        patch.setattr(CsvLog, "on_batch_end", on_batch_end)
+        patch.setattr(CsvLog, "on_epoch_end", on_epoch_end)
         assert train(out, *arguments) == 130
 
 
@@ -186,7 +186,7 @@ def test_finished_run_that_went_on_is_not_finished(runs, second, tmp_path, capsy
 
     assert train(second.path, "--lr", 0.01, "--epochs", 5, "--resume") == 0
     assert "accuracy so far" in capsys.readouterr().out
-    assert second.went_on() is None and second.record()["accuracy_before"] is None
+    assert second.continuation_note() is None and second.record()["accuracy_before"] is None
     assert "not finished" not in second.report.read_text() and "before training" not in second.report.read_text()
     assert main(["predict", str(second.path), str(tmp_path / "digit.pt")]) == 0
     assert capsys.readouterr().err == ""
@@ -195,13 +195,13 @@ def test_finished_run_that_went_on_is_not_finished(runs, second, tmp_path, capsy
 def test_run_that_went_on_but_finished_no_epoch_yet(second, monkeypatch):
     interrupted(second.path, monkeypatch, 0, "--lr", 0.01, "--epochs", 9, "--resume", "--quiet")
     assert "2 of 9 epochs" in write_report(second).read_text()
-    assert "weights.pt is of epoch 2" in second.went_on()
+    assert "weights.pt is of epoch 2" in second.continuation_note()
 
 
 def test_run_that_goes_on_from_an_earlier_epoch(second, monkeypatch):
     checkpoint = second.checkpoints / "epoch-0001.pt"
     interrupted(second.path, monkeypatch, 0, "--lr", 0.01, "--epochs", 2, "--resume", checkpoint, "--quiet")
-    assert "has reached epoch 1; weights.pt is of epoch 2" in second.went_on()
+    assert "has reached epoch 1; weights.pt is of epoch 2" in second.continuation_note()
     assert len(second.record()["history"]) == 1
 
 

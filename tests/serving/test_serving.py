@@ -60,7 +60,7 @@ def made(name):
 
 def seven(example):
     """Another batch than any that was traced or checked."""
-    return check.fresh(example, 7, seed=99)
+    return check.random_inputs(example, 7, seed=99)
 
 
 def call(model, inputs):
@@ -274,11 +274,11 @@ def test_onnx_without_a_runtime(tmp_path, monkeypatch):
 
 def test_fresh_inputs_are_legal_and_new():
     example = {"tokens": torch.tensor([[3, 5], [5, 9]]), "scale": torch.tensor(2.0), "x": torch.ones(2, 3)}
-    inputs = check.fresh(example, 50, seed=1)
+    inputs = check.random_inputs(example, 50, seed=1)
     assert {name: tuple(t.shape) for name, t in inputs.items()} == {"tokens": (50, 2), "scale": (), "x": (50, 3)}
     assert set(inputs["tokens"].flatten().tolist()) == {3, 5, 9}
     assert inputs["x"].std() > 0.1
-    again = check.fresh(example, 50, seed=1)
+    again = check.random_inputs(example, 50, seed=1)
     assert all(torch.equal(t, again[name]) for name, t in inputs.items())
 
 

@@ -32,7 +32,7 @@ from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.checkpoints import Checkpoints
 from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.interrupt import Terminated
-from dlkernels.trainer.sharded import is_sharded, local, shard
+from dlkernels.trainer.sharded import is_sharded, local_tensor, shard
 from tests.trainer.distributed_checks import assert_close, mesh, whole
 from tests.trainer.ranks import check
 
@@ -116,7 +116,7 @@ def trainer_options():
     averaged, single = trainer(ema=0.9), alone(ema=0.9)
     for one in (averaged, single):
         one.fit(1)
-    for a, b in zip(averaged.evaluated.parameters(), single.evaluated.parameters(), strict=True):
+    for a, b in zip(averaged.eval_model.parameters(), single.eval_model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="FSDP2"):
         trainer(shard(network()), ema=0.9)
@@ -141,7 +141,7 @@ class Watching(torch.amp.GradScaler):
         self.finite = []
 
     def unscale_(self, optimizer):
-        gradients = (local(p.grad) for group in optimizer.param_groups for p in group["params"])
+        gradients = (local_tensor(p.grad) for group in optimizer.param_groups for p in group["params"])
         self.finite.append(all(bool(gradient.isfinite().all()) for gradient in gradients))
         super().unscale_(optimizer)
 
@@ -210,7 +210,7 @@ def trainer_over_data_loaders():
         torch.testing.assert_close(a, b)
     sampler = sampled.train_data.sampler
     assert sampler.epoch == 1
-    assert sampled._meter.samples == 0 and len(sampled.batch_losses) == len(sampled.train_data)
+    assert sampled._state.meter.samples == 0 and len(sampled.batch_losses) == len(sampled.train_data)
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, list(sampler))
     assert {index for part in gathered for index in part} == set(range(93))
@@ -312,7 +312,7 @@ def a_signal_to_one_rank_stops_all_and_a_resume_goes_on():
 
 
 class StopsOneRank(Callback):
-    def batch_ends(self, trainer):
+    def on_batch_end(self, trainer):
         if dist.get_rank() == 1 and trainer.batch == 3:
             trainer.stop("rank 1 has had enough")
 
@@ -335,7 +335,9 @@ def nan_in_one_rank_ends_all_with_one_message():
         messages = [None] * dist.get_world_size()
         dist.all_gather_object(messages, str(caught.value))
         assert len(set(messages)) == 1, messages
-        assert ("input holds NaN" in messages[0]) == (made.ranks.run(model) is not model)  # a split one is not searched
+        assert ("input holds NaN" in messages[0]) == (
+            made.ranks.wrap_model(model) is not model
+        )  # a split one is not searched
 
 
 @check
@@ -346,7 +348,7 @@ def checkpoints_within_epochs_and_errors_reach_all_ranks():
     if dist.get_rank() == 0:
         assert {p.name for p in path.iterdir()} == {"epoch-0000-batch-000006.pt", "epoch-0001.pt", "best.pt"}
     called = []
-    assert made.ranks.from_main(lambda: called.append(dist.get_rank()) or "done") == "done"
+    assert made.ranks.broadcast_from_main(lambda: called.append(dist.get_rank()) or "done") == "done"
     assert called == [0][: dist.get_rank() == 0]  # rank 0 alone
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         trainer().load(path / "nothing.pt")

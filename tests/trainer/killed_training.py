@@ -49,7 +49,7 @@ def train(folder: Path) -> Trainer:
 def weights(folder: Path) -> bytes:
     """Train to the end in this process; every weight of the model and of its average."""
     trainer = train(folder)
-    tensors = [*trainer.model.state_dict().values(), *trainer.evaluated.state_dict().values()]
+    tensors = [*trainer.model.state_dict().values(), *trainer.eval_model.state_dict().values()]
     return b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 

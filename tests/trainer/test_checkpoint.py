@@ -215,7 +215,7 @@ def test_the_rest_is_refused_before_the_first_batch(tmp_path, value, named):
 class Means(Callback):
     """Puts a number of NumPy's in the row."""
 
-    def epoch_ends(self, trainer, row):
+    def on_epoch_end(self, trainer, row):
         row["mean"], row["half"] = np.mean([1.0, 2.0]), np.float32(0.5)
 
 

@@ -28,7 +28,7 @@ class Scores(Callback):
     def __init__(self, *values):
         self.values = values
 
-    def epoch_ends(self, trainer, row):
+    def on_epoch_end(self, trainer, row):
         row["score"] = self.values[trainer.epoch]
 
 

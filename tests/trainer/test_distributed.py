@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from dlkernels.trainer.distributed import rows
+from dlkernels.trainer.distributed import row_range
 from tests.support.subprocess_utils import python
 from tests.trainer import distributed_checks, distributed_trainer_checks
 from tests.trainer.ranks import CHECKS, SECONDS, WORLDS
@@ -38,7 +38,7 @@ def test_distributed(said, name, world):
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 64])
 def test_parts_have_every_row_once(world):
     for samples in range(70):
-        parts = [rows(samples, rank, world) for rank in range(world)]
+        parts = [row_range(samples, rank, world) for rank in range(world)]
         assert [row for first, last in parts for row in range(first, last)] == list(range(samples))
         sizes = [last - first for first, last in parts]
         assert max(sizes) - min(sizes) <= 1

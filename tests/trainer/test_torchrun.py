@@ -38,7 +38,7 @@ def single(tmp_path_factory):
     from dlkernels.runs.job import Job
 
     config = load_config(None, {"dataset": "digits", "optimizer": "sgd", "lr": 0.05, "progress": "silent"})
-    trainer = Job(config, load("digits", None)).fused(RunFolder(tmp_path_factory.mktemp("single")))
+    trainer = Job(config, load("digits", None)).fused_trainer(RunFolder(tmp_path_factory.mktemp("single")))
     trainer.fit(EPOCHS)
     return trainer.model.state_dict()
 
@@ -84,9 +84,9 @@ def test_a_killed_worker_is_restarted_and_goes_on_from_the_checkpoint(tmp_path, 
 
 LEAVING = """
 import time
-from dlkernels.trainer.distributed import joined
-with joined("cpu") as ranks:
-    if ranks.is_main:
+from dlkernels.trainer.distributed import process_group
+with process_group("cpu") as ranks:
+    if ranks.is_main_process:
         time.sleep(2)
         print("rank 0 is through", flush=True)
 print(f"rank {ranks.rank} has left", flush=True)

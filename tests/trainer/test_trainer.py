@@ -22,7 +22,7 @@ import dlkernels.trainer
 from dlkernels.data import TensorLoader
 from dlkernels.trainer import NonFiniteLoss, Trainer, adam, metrics, set_printoptions, sgd
 from dlkernels.trainer.metrics import SCORES, Meter, is_classification
-from dlkernels.trainer.transfer import in_float32
+from dlkernels.trainer.transfer import cast_to_float32
 from tests.trainer.training import SPLITS, X, Y, assert_same, batches, make, network
 
 
@@ -307,7 +307,7 @@ def test_autocast_of_transformers_outputs():
 
 def test_autocast_leaves_float64_and_integers():
     output = {"double": torch.ones(2, dtype=torch.float64), "index": torch.ones(2, dtype=torch.int64)}
-    assert in_float32(output) is output
+    assert cast_to_float32(output) is output
 
 
 def test_adam_is_fused_where_it_can_be():

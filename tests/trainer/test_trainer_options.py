@@ -151,10 +151,10 @@ def test_moving_average():
     expected = copies[0]
     for weight in copies[1:]:
         expected = 0.9 * expected + 0.1 * weight
-    torch.testing.assert_close(trainer.evaluated[0].weight, expected)
-    assert trainer.evaluated is not trainer.model
+    torch.testing.assert_close(trainer.eval_model[0].weight, expected)
+    assert trainer.eval_model is not trainer.model
     data = TensorLoader(SPLITS.test_x, SPLITS.test_y, batch_size=100)
-    for averaged_buffer, buffer in zip(trainer.evaluated.buffers(), trainer.model.buffers(), strict=True):
+    for averaged_buffer, buffer in zip(trainer.eval_model.buffers(), trainer.model.buffers(), strict=True):
         assert torch.equal(averaged_buffer, buffer)  # the model's, as documented
     averaged = trainer.evaluate(data)
     with torch.no_grad():
@@ -192,10 +192,10 @@ class Count(Callback):
     def __init__(self):
         self.lines = []
 
-    def batch_ends(self, trainer):
+    def on_batch_end(self, trainer):
         self.lines.append(trainer.batch)
 
-    def epoch_ends(self, trainer, row):
+    def on_epoch_end(self, trainer, row):
         self.lines.append(row["epoch"])
         row["pages"] = len(self.lines)
 
@@ -207,10 +207,10 @@ class Count(Callback):
 
 
 class Diary(Count):
-    def fit_begins(self, trainer):
+    def on_fit_start(self, trainer):
         self.lines.append("fit")
 
-    def fit_ends(self, trainer):
+    def on_fit_end(self, trainer):
         self.lines.append("end")
 
 
@@ -234,7 +234,7 @@ def test_a_state_that_could_not_be_read_back_is_not_written(tmp_path):
 
 def test_a_callback_can_stop_within_an_epoch(tmp_path, capsys):
     class Stop(Callback):
-        def batch_ends(self, trainer):
+        def on_batch_end(self, trainer):
             if trainer.updates == 7:
                 trainer.stop("seven is enough")
 
@@ -257,7 +257,7 @@ def test_early_stopping():
     values = iter([0.5, 0.4, 0.45, float("nan"), 0.41, 0.1])
 
     class Metric(Callback):
-        def epoch_ends(self, trainer, row):
+        def on_epoch_end(self, trainer, row):
             row["val_error"] = next(values)
 
     trainer = make(val_data=None, callbacks=[Metric(), EarlyStopping("val_error", patience=3)])
@@ -404,7 +404,7 @@ def test_everything_resumes_bitwise(tmp_path):
     second.fit(3)
     assert_same(second, whole)
     assert second.updates == whole.updates == 12
-    for mine, theirs in zip(second.evaluated.parameters(), whole.evaluated.parameters(), strict=True):
+    for mine, theirs in zip(second.eval_model.parameters(), whole.eval_model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert second.callbacks[0].state_dict() == whole.callbacks[0].state_dict()
     assert second.callbacks[1].lines == whole.callbacks[1].lines
@@ -436,7 +436,7 @@ def test_graphed_steps_are_the_same_steps(graphs_on_the_cpu):
     assert_same(graphed, plainly)
     assert graphed.batch_losses == plainly.batch_losses
     assert graphed.updates == 10
-    for mine, theirs in zip(graphed.evaluated.parameters(), plainly.evaluated.parameters(), strict=True):
+    for mine, theirs in zip(graphed.eval_model.parameters(), plainly.eval_model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -553,7 +553,7 @@ class AtBatch(Callback):
     def __init__(self, batch, action):
         self.batch, self.action = batch, action
 
-    def batch_ends(self, trainer):
+    def on_batch_end(self, trainer):
         if trainer.batch == self.batch:
             self.action(trainer)
 

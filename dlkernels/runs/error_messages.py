@@ -1,4 +1,4 @@
-"""pydantic's errors as sentences for the person who wrote the setting: its name, its value, what is allowed."""
+"""pydantic's errors as sentences: the name of the setting, its value, and the allowed values."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 PLURALS = {int: "whole numbers"}
 
 
-def refusal(
+def error_message(
     error: Any, fields: Mapping[str, FieldInfo], flagged: Mapping[str, str], path: str | PathLike[str] | None
 ) -> str:
-    """The sentence for one entry of ``ValidationError.errors()``, "" for one that only follows from another.
+    """Return the sentence for one entry of ``ValidationError.errors()``; "" for an entry that follows from another.
 
-    ``flagged`` has the flags of the fields that came from the command line; the others came from ``path``.
+    ``flagged`` maps the fields that came from the command line to their flags; the others came from ``path``.
     """
     if error["type"] == "default_factory_not_called":
         return ""
     name, *inside = error["loc"]
     where = flagged.get(name, name)
     expected = f"expected {where}" if name in flagged or path is None else f"{path}: expected {where}"
-    if error["type"] == "value_error":  # of a validator of ours: the end of the sentence
+    if error["type"] == "value_error":  # raised by a validator of RunConfig, whose message ends the sentence
         return f"{expected} {error['ctx']['error']!s}"
     kind = plain_type(fields[name].annotation)
     item = get_args(kind)[0] if get_origin(kind) is list else kind
@@ -40,13 +40,13 @@ def refusal(
 
 
 def plain_type(annotation: Any) -> Any:
-    """``X`` of ``X | None``."""
+    """Return ``X`` for the annotations ``X | None`` and ``X``."""
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
     return kinds[0] if type(None) in get_args(annotation) else annotation
 
 
 def limits_of(field: FieldInfo) -> str:
-    """A field's limits in words, such as ``of at least 1``, ``from 0 to 17`` or ``above 0 and below 1``."""
+    """The limits of a field in words, such as ``of at least 1``, ``from 0 to 17`` or ``above 0 and below 1``."""
     at_least = next((limit.ge for limit in field.metadata if isinstance(limit, Ge)), None)
     at_most = next((limit.le for limit in field.metadata if isinstance(limit, Le)), None)
     above = next((limit.gt for limit in field.metadata if isinstance(limit, Gt)), None)
