@@ -10,6 +10,7 @@ does. Names are imported on first use, so that the command line can read ``info`
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ def load(name: str, folder: str | None = None) -> Splits:
         ValueError: the name is unknown, or ``folder`` is given for a data set without files.
         DataError: no source has it; the message names every source tried.
     """
-    from dlkernels import data
-
+    data: Any = sys.modules[__name__]  # attributes come from __getattr__
     if name == "mnist":
         return data.load_mnist(folder)
     if name == "digits":
