@@ -14,14 +14,14 @@ FILES = [
     f"tests/ops/test_{name}.py"
     for name in ("forward_backward", "special_values", "conversions", "accuracy", "mlp", "autocast", "few_columns")
 ]
-# Each activation and dtype in every path, tile edges, strides: what depends on the width of a register.
+# The width of a register shows in these: each activation and dtype in every path, tile edges, strides.
 SUBSET = "every_activation or (relu_over_shapes and (33 or 47 or 97)) or (strides_of and 40) or stride_zero or empty"
 SUBSET += " or mlp_over_shapes or mlp_with_every_activation or mlp_confines or mlp_takes_strides"
-OWN = " or few_columns or conversions or accuracy or subnormals"  # of paths and numbers that torch's GEMM does not have
+OWN = " or few_columns or conversions or accuracy or subnormals"  # paths and numbers that are not torch's GEMM's
 
 
 def run_subset(subset, **environment):
-    """How many tests passed; any that fails or is skipped fails here."""
+    """Return the number of tests that passed. A test that fails or is skipped fails this one."""
     out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-m", "not cuda", "-k", subset, **environment)
     assert "skipped" not in out
     return int(re.search(r"(\d+) passed", out).group(1))
@@ -37,12 +37,12 @@ def test_kernels(isa):
 
 
 def test_library_gemm():
-    """Our elementwise passes around torch's products, which read past a row of an operand in 16 bits by AMX."""
+    """Our elementwise passes run around torch's products. Those by AMX read past a row of an operand in 16 bits."""
     assert run_subset(SUBSET + " or spreads", DLKERNELS_CPU_GEMM="aten") > 100
 
 
 def test_isa_this_cpu_lacks_is_refused():
-    """Said, not crashed into. Every cap that is no instruction set here is refused in the same words."""
+    """An error names the variable and what is missing. Every cap that is no instruction set has one error, too."""
     for isa in set(LEVELS) - set(ISAS):
         out = python("-c", "from dlkernels import _C; _C.cpu_kernels()", check=False, DLKERNELS_CPU_ISA=isa)
         assert re.search(f"RuntimeError: DLKERNELS_CPU_ISA={isa} asks for instructions this CPU does not have", out)

@@ -5,6 +5,7 @@ the chain kernels for any number of rows.
 """
 
 import copy
+import os
 from itertools import pairwise
 
 import pytest
@@ -75,17 +76,24 @@ def distance(gradients, exact):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "sizes"), SHAPES, ids=str)
 def test_mlp_over_shapes(rows, sizes, dtype, device):
-    chain = Chain(rows, sizes, device, dtype)
-    ours, theirs = chain.layers(linear_act), chain.layers(stock)
-    y = chain.mlp()
     # one rounding of every element is always allowed; in float64 the oracle itself has errors of a few
     unit = torch.finfo(dtype).eps * (16 if dtype == torch.float64 else 1)
-    # by another path a layer may round before its activation too
-    torch.testing.assert_close(y, ours[-1], rtol=2 * unit, atol=max(1e-5, 2 * unit * float(y.abs().max())))
-    assert y.dtype == dtype and y.shape == chain.g.shape
-    mine = distance(chain.gradients(y), chain.exact(ours))
-    stocks = distance(chain.gradients(theirs[-1]), chain.exact(theirs))
-    for error, allowed in zip(mine, stocks, strict=True):
+    # A layer of one feature has gradients of one number, and in one draw stock's error in it may be next to nothing. Of
+    # 320 draws of 3001 rows in float32 ours was above twice stock's in 21 to 33, by kernel set, although 0.6 of it on
+    # average. Of 20 times 16 draws together it was at most 1.5 times stock's.
+    draws = []
+    for _ in range(16 if 1 in sizes and dtype in (torch.float64, torch.float32) else 1):
+        chain = Chain(rows, sizes, device, dtype)
+        ours, theirs = chain.layers(linear_act), chain.layers(stock)
+        y = chain.mlp()
+        # by another path a layer may round before its activation too
+        torch.testing.assert_close(y, ours[-1], rtol=2 * unit, atol=max(1e-5, 2 * unit * float(y.abs().max())))
+        assert y.dtype == dtype and y.shape == chain.g.shape
+        mine, stocks = chain.gradients(y), chain.gradients(theirs[-1])
+        draws.append((mine, chain.exact(ours), stocks, chain.exact(theirs)))
+    together = [[torch.stack(t) for t in zip(*each, strict=True)] for each in zip(*draws, strict=True)]
+    mine, exact, stocks, stock_exact = together
+    for error, allowed in zip(distance(mine, exact), distance(stocks, stock_exact), strict=True):
         assert error <= 2 * max(allowed, unit)
 
 
@@ -297,11 +305,14 @@ def test_module_runs_as_a_chain(calls):
 
 def test_module_steps_aside_where_a_layer_is_special(calls):
     x = torch.randn(9, 12)
+    # The fused MLP kernels, which this makes of any number of rows, add up in another order than a layer's.
+    fused = os.environ.get("DLKERNELS_CPU_GEMM") == "own"
 
     def seen(change, model):
         change(model)
         del calls[:]
-        torch.testing.assert_close(model(x), nn.Sequential.forward(model, x), rtol=0, atol=0)
+        y, layers = model(x), nn.Sequential.forward(model, x)
+        torch.testing.assert_close(y, layers, **({} if calls and fused else {"rtol": 0, "atol": 0}))
         return not calls
 
     def replace(model):
