@@ -13,9 +13,9 @@ void grad_pass_with(const GradPass& p, const Parallel& parallel) {
   using E = Convert<T>;
   struct Call {
     const GradPass* p;
-    Source<E> g;
+    RowSource<E> g;
   };
-  const Call call = {&p, Source<E>::of(p.g, p.saved, p.act)};
+  const Call call = {&p, RowSource<E>::of(p.g, p.saved, p.act)};
   parallel.run(slices(p.m), &call, [](const void* context, int64_t begin, int64_t end) {
     const auto& call = *(const Call*)context;
     const GradPass& p = *call.p;
@@ -30,11 +30,11 @@ void grad_pass_with(const GradPass& p, const Parallel& parallel) {
         ColumnSum<E> sum{total, block};
         sum.clear(n);
         for (int64_t i = slice * kSliceRows; i < i1; ++i) {
-          Source<E>::along_row(call.g, run, i, j, n);
+          RowSource<E>::along_row(call.g, run, i, j, n);
           if (p.dbias) sum.add(run, n);
           if (p.dz)
             for (int64_t c = 0; c < n; c += kLanes<T>)
-              store_some((T*)p.dz + i * p.n + j + c, load_some(run + c, 1, min(kLanes<T>, n - c)), n - c);
+              store_partial((T*)p.dz + i * p.n + j + c, load_partial(run + c, 1, min(kLanes<T>, n - c)), n - c);
         }
         if (!p.dbias) continue;
         sum.flush(n);
@@ -49,12 +49,12 @@ void grad_pass_with(const GradPass& p, const Parallel& parallel) {
 }
 
 template <class T, class Act>
-void act_run(const T* z, T* y, int64_t n, double slope) {
+void act_row(const T* z, T* y, int64_t n, double slope) {
   using O = Ops<Acc<T>>;
   const auto s = O::lit(slope);
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     const int64_t left = min(kLanes<T>, n - i);
-    store_some(y + i, Act::template value<O>(load_some(z + i, 1, left), s), left);
+    store_partial(y + i, Act::template value<O>(load_partial(z + i, 1, left), s), left);
   }
 }
 
@@ -65,7 +65,7 @@ void act_pass_with(const ActPass& p, const Parallel& parallel) {
     const auto& p = *(const ActPass*)context;
     const int64_t from = begin * kChunk, n = min(end * kChunk, p.count) - from;
     with_activation(p.act.kind, [&](auto functor) {
-      act_run<T, decltype(functor)>((const T*)p.z + from, (T*)p.y + from, n, p.act.slope);
+      act_row<T, decltype(functor)>((const T*)p.z + from, (T*)p.y + from, n, p.act.slope);
     });
   });
 }

@@ -90,7 +90,7 @@ struct AmxPairs : Bf16Pairs<A, B, C> {
 
   // One k step's cells of all rows into row-major panels. They wait as rows where 16 × 16 cells will be, and are transposed
   // in place with the last of 16 steps.
-  static void put_line(Cell* out, const Cell* line, int64_t q, int64_t rows) {
+  static void pack_k_step(Cell* out, const Cell* line, int64_t q, int64_t rows) {
     constexpr int64_t stride = kAStride<AmxPairs>;
     const int64_t step = q % kDepth;
     for (int64_t i = 0; i < rows; i += kVL) {

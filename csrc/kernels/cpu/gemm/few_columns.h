@@ -19,13 +19,14 @@ constexpr int64_t kStripedCols = 1 << 10;  // columns of a task: 16 rows of sums
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
-struct Ahead {
+struct PrefetchRows {
   int64_t begin = 0, end = 0;  // rows of A to prefetch
 };
 
 // out[i, j] = row i0 + i of A · column j0 + j of B, R × C of them.
 template <class E, int R, int C>
-DLK_INLINE void column_dots(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int64_t ld, Ahead ahead) {
+DLK_INLINE void column_dots(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int64_t ld,
+                            PrefetchRows ahead) {
   using V = typename E::V;
   constexpr int64_t span = E::kVL * E::kStep;
   constexpr int kCount = R * C, kSums = round_up(kCount, E::kVL);
@@ -70,7 +71,7 @@ DLK_INLINE void dots_of_rows(const Gemm& p, int64_t i0, int64_t rows, int64_t j0
   int64_t i = 0;
   for (; i + R <= rows; i += R) {
     const int64_t call = j0 + i / R;  // of p.n
-    const Ahead ahead = {next + min(call * kDots / p.n, last), next + min((call + 1) * kDots / p.n, last)};
+    const PrefetchRows ahead = {next + min(call * kDots / p.n, last), next + min((call + 1) * kDots / p.n, last)};
     column_dots<E, R, C>(p, i0 + i, j0, out + i * p.n + j0, p.n, ahead);
   }
   for (; i < rows; ++i) column_dots<E, 1, C>(p, i0 + i, j0, out + i * p.n + j0, p.n, {});
@@ -116,7 +117,7 @@ void few_columns_forward_with(const Gemm& p, const Parallel& parallel) {
 // Rows of dz, one behind the other. Where g and saved lie so too, they are one run.
 template <class E>
 struct DzRows {
-  Source<E> source;
+  RowSource<E> source;
   int64_t n;
   bool flat;
 
@@ -128,11 +129,11 @@ struct DzRows {
   static DzRows of(const ColumnsBackward& p) {
     View g = p.g, saved = p.saved;
     const bool flat = flatten(g, p.n) && flatten(saved, p.n);
-    return {flat ? Source<E>::of(g, saved, p.act) : Source<E>::of(p.g, p.saved, p.act), p.n, flat};
+    return {flat ? RowSource<E>::of(g, saved, p.act) : RowSource<E>::of(p.g, p.saved, p.act), p.n, flat};
   }
   void make(typename E::Packed* dz, int64_t i0, int64_t rows) const {
-    if (flat) return Source<E>::along_row(source, dz, 0, i0 * n, rows * n);
-    for (int64_t i = 0; i < rows; ++i) Source<E>::along_row(source, dz + i * n, i0 + i, 0, n);
+    if (flat) return RowSource<E>::along_row(source, dz, 0, i0 * n, rows * n);
+    for (int64_t i = 0; i < rows; ++i) RowSource<E>::along_row(source, dz + i * n, i0 + i, 0, n);
   }
 };
 
@@ -146,7 +147,7 @@ DLK_INLINE void scaled_rows(const Acc<T>* dz, int64_t n, const T* w, int64_t w_s
   for (int64_t j = 0; j < n; ++j) {
     Vec<Acc<T>> wv[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) wv[v] = load_some(w + j * w_stride + v * kLanes<T>, 1, cols - v * kLanes<T>);
+    for (int v = 0; v < V; ++v) wv[v] = load_partial(w + j * w_stride + v * kLanes<T>, 1, cols - v * kLanes<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const auto d = broadcast(dz[r * n + j]);
@@ -157,7 +158,7 @@ DLK_INLINE void scaled_rows(const Acc<T>* dz, int64_t n, const T* w, int64_t w_s
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_some(dx + r * dx_stride + v * kLanes<T>, acc[r][v], cols - v * kLanes<T>);
+    for (int v = 0; v < V; ++v) store_partial(dx + r * dx_stride + v * kLanes<T>, acc[r][v], cols - v * kLanes<T>);
 }
 
 // sums[N, cols] += dz[rows, N]ᵀ · x[rows, cols], with accumulators of their own for U neighbouring rows. `ahead`: rows to ask
@@ -171,7 +172,7 @@ DLK_INLINE void outer_products(const Acc<T>* dz, int64_t n, const T* x, int64_t 
     if (ahead) prefetch_lines(ahead + i * x_stride, V * kLanes<T> * sizeof(T));
     Vec<Acc<T>> xv[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) xv[v] = load_some(x + i * x_stride + v * kLanes<T>, 1, cols - v * kLanes<T>);
+    for (int v = 0; v < V; ++v) xv[v] = load_partial(x + i * x_stride + v * kLanes<T>, 1, cols - v * kLanes<T>);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       const auto d = broadcast(dz[i * n + j]);
@@ -196,21 +197,21 @@ DLK_INLINE void outer_products(const Acc<T>* dz, int64_t n, const T* x, int64_t 
 }
 
 // The stripe behind one, to be asked for: stripes of short rows are no stream that a hardware prefetcher follows.
-struct Next {
+struct NextStripe {
   int64_t i, j;
-  bool there;
+  bool exists;
 };
 
 // A stripe: rows i0.. and columns j0.. of x, at most V registers wide. Writes dx and adds to sums, where these are set.
 template <class T, int V>
 DLK_INLINE void backward_stripe(const ColumnsBackward& p, const Acc<T>* dz, int64_t i0, int64_t rows, int64_t j0,
-                                int64_t cols, Acc<T>* sums, int64_t pitch, Next next) {
+                                int64_t cols, Acc<T>* sums, int64_t pitch, NextStripe next) {
   const int64_t n = p.n;
   if (p.dx) {
     constexpr int R = V == 1 ? 8 : 4;
     const T* w = (const T*)p.weight.data + j0;
     T* dx = (T*)p.dx + i0 * p.k + j0;
-    const T* ahead = next.there ? (T*)p.dx + next.i * p.k + next.j : nullptr;
+    const T* ahead = next.exists ? (T*)p.dx + next.i * p.k + next.j : nullptr;
     int64_t i = 0;
     for (; i + R <= rows; i += R)
       scaled_rows<T, R, V>(dz + i * n, n, w, p.weight.row_stride, dx + i * p.k, p.k, cols,
@@ -219,7 +220,7 @@ DLK_INLINE void backward_stripe(const ColumnsBackward& p, const Acc<T>* dz, int6
   }
   if (!sums) return;
   const T* x = (const T*)p.x.data + i0 * p.x.row_stride + j0;
-  const T* ahead = next.there ? (const T*)p.x.data + next.i * p.x.row_stride + next.j : nullptr;
+  const T* ahead = next.exists ? (const T*)p.x.data + next.i * p.x.row_stride + next.j : nullptr;
   int64_t j = 0;
   for (; j + 4 <= n; j += 4)
     outer_products<T, 4, V>(dz + j, n, x, p.x.row_stride, rows, cols, sums + j * pitch, pitch,
@@ -249,7 +250,7 @@ void backward_columns(const ColumnsBackward& p, const DzRows<Convert<T>>& source
   ColumnSum<Convert<T>> bias{bias_total, bias_block};  // of kLanes rows as one
   bias.clear(run);
   // beside this one, or the first one of the next block
-  const auto next = [&](int64_t i, int64_t j) -> Next {
+  const auto next = [&](int64_t i, int64_t j) -> NextStripe {
     if (j < cols) return {i, j0 + j, true};
     return {i + block, j0, i + block < i1};
   };
@@ -272,7 +273,7 @@ void backward_columns(const ColumnsBackward& p, const DzRows<Convert<T>>& source
   }
   for (int64_t n = 0; sums && n < p.n; ++n)
     for (int64_t j = 0; j < cols; j += kLanes<T>)
-      store_some(dweight + n * p.k + j0 + j, load(sums + n * pitch + j), cols - j);
+      store_partial(dweight + n * p.k + j0 + j, load(sums + n * pitch + j), cols - j);
   if (!dbias) return;
   bias.flush(run);
   for (int64_t at = p.n; at < run; ++at) bias_total[at % p.n] += bias_total[at];

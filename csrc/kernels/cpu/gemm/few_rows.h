@@ -85,7 +85,7 @@ DLK_INLINE void dot_rows(const Gemm& p, int64_t i0, int64_t rows, int64_t j0, in
 }
 
 template <class E>
-struct FewForward {
+struct FewForwardCall {
   // Columns per task: enough to fill the epilogue's registers, few enough to spread over threads.
   static constexpr int64_t kCols = 8 * DLK_DOT_N;
   static constexpr int64_t ld = kCols + 64;
@@ -96,16 +96,16 @@ struct FewForward {
 // As below where x or w is rounded and several rows of x would have that done to w again: first both into scratch, x whole
 // and w DLK_DOT_N rows at a time.
 template <class E>
-void few_forward_rounded(const FewForward<E>& call, const Parallel& parallel) {
+void few_forward_rounded(const FewForwardCall<E>& call, const Parallel& parallel) {
   parallel.run(ceil_div(call.p->n, call.kCols), &call, [](const void* context, int64_t begin, int64_t end) {
     using Packed = typename E::Packed;
-    const auto& call = *(const FewForward<E>*)context;
+    const auto& call = *(const FewForwardCall<E>*)context;
     const Gemm& p = *call.p;
     const int64_t pitch = round_up(p.k, 64 / sizeof(Packed));
     auto* x = (Packed*)scratch(sizeof(Packed) * (p.m + DLK_DOT_N) * pitch);
     auto* w = x + p.m * pitch;
     for (int64_t i = 0; i < p.m; ++i)
-      copy_run<E>(x + i * pitch, (const typename E::Elem*)p.a.data + i * p.a.row_stride, 1, p.k);
+      copy_row<E>(x + i * pitch, (const typename E::Elem*)p.a.data + i * p.a.row_stride, 1, p.k);
     Gemm low = p;
     low.a = {x, pitch, 1};
     low.b = {w, 1, pitch};
@@ -117,7 +117,7 @@ void few_forward_rounded(const FewForward<E>& call, const Parallel& parallel) {
         for (int64_t c = 0; c < n; ++c) {
           const auto* row = (const typename E::ElemB*)p.b.data + (j0 + j + c) * p.b.col_stride;
           for (int64_t k = 0; k < p.k; k += 64 / sizeof(*row)) prefetch_l2(row + DLK_DOT_N * p.b.col_stride + k);
-          copy_run<E>(w + c * pitch, row, 1, p.k);
+          copy_row<E>(w + c * pitch, row, 1, p.k);
         }
         for (int64_t i = 0; i < p.m; i += DLK_DOT_M)
           dot_rows<typename E::Multiply>(low, i, min(DLK_DOT_M, p.m - i), 0, n, acc + i * call.ld + j, call.ld);
@@ -129,12 +129,12 @@ void few_forward_rounded(const FewForward<E>& call, const Parallel& parallel) {
 
 template <class E>
 void few_forward_with(const Gemm& p, const Parallel& parallel) {
-  const FewForward<E> call = {&p, epilogue_of<typename E::ElemC, typename E::ElemB>(p)};
-  if constexpr (!kSame<E, typename E::Multiply>) {
+  const FewForwardCall<E> call = {&p, epilogue_of<typename E::ElemC, typename E::ElemB>(p)};
+  if constexpr (!kIsSame<E, typename E::Multiply>) {
     if (p.m > DLK_DOT_M) return few_forward_rounded<E>(call, parallel);
   }
   parallel.run(ceil_div(p.n, call.kCols), &call, [](const void* context, int64_t begin, int64_t end) {
-    const auto& call = *(const FewForward<E>*)context;
+    const auto& call = *(const FewForwardCall<E>*)context;
     const Gemm& p = *call.p;
     typename E::Acc acc[DLK_DOT_M * call.ld];
     for (int64_t task = begin; task < end; ++task) {
@@ -152,9 +152,9 @@ void few_forward_with(const Gemm& p, const Parallel& parallel) {
 // dz [M, N] for few rows, made once per thread.
 template <class E>
 const typename E::Packed* few_dz(const Gemm& p, int64_t m, int64_t n, const View& g, const View& saved) {
-  const auto source = Source<E>::of(g, saved, p.act);
+  const auto source = RowSource<E>::of(g, saved, p.act);
   auto* dz = (typename E::Packed*)scratch(sizeof(typename E::Packed) * (m * n + 64));
-  for (int64_t i = 0; i < m; ++i) Source<E>::along_row(source, dz + i * n, i, 0, n);
+  for (int64_t i = 0; i < m; ++i) RowSource<E>::along_row(source, dz + i * n, i, 0, n);
   return dz;
 }
 
@@ -166,7 +166,7 @@ DLK_INLINE void add_rows(const Acc<T>* dz, int64_t dz_stride, const T* w, int64_
     const int64_t left = min(kLanes<T>, cols - j);
     Vec<Acc<T>> rows[U];
 #pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) rows[u] = load_some(w + u * w_stride + j, 1, left);
+    for (int u = 0; u < U; ++u) rows[u] = load_partial(w + u * w_stride + j, 1, left);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       auto sum = rows[0] * broadcast(dz[r * dz_stride]);
@@ -208,7 +208,7 @@ void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n 
       }
       for (int64_t i = 0; i < p.m; ++i)
         for (int64_t j = 0; j < cols; j += kLanes<C>)
-          store_some((C*)p.c + i * p.n + j0 + j, load(dx + i * ld + j), cols - j);
+          store_partial((C*)p.c + i * p.n + j0 + j, load(dx + i * ld + j), cols - j);
     }
   });
 }
@@ -226,14 +226,14 @@ void few_wgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = N, p.n 
         const int64_t left = min(kLanes<C>, p.n - j);
         auto sum = Vec<Acc<C>>{};
         for (int64_t i = 0; i < p.k; ++i)
-          sum = fma(load_some((const B*)p.b.data + i * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, left),
+          sum = fma(load_partial((const B*)p.b.data + i * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, left),
                     broadcast(dz[i * p.m + n]), sum);
-        store_some(out + j, sum, left);
+        store_partial(out + j, sum, left);
       }
       if (!p.row_sum) continue;
       Acc<C> some[kLanes<C>] = {};
       for (int64_t i = 0; i < p.k; ++i) some[0] += dz[i * p.m + n];
-      store_some((C*)p.row_sum + n, load(some), 1);
+      store_partial((C*)p.row_sum + n, load(some), 1);
     }
   });
 }

@@ -6,7 +6,7 @@
 //         for each A micro-panel              stays in L1
 //           for each B micro-panel            streams from L2
 //             ukernel                         accumulators in registers
-//             total                           behind kTotal cells of k, in f64
+//             total                           behind kTotalCells cells of k, in f64
 //             epilogue                        on the last k block, micro-tile still in L1
 //
 // Every element of C is accumulated over k in one order whatever the tiling, so the result does not depend on the
@@ -43,7 +43,7 @@ struct Tiling {
   bool one_block;       // a slice is one k block: tiles below each other share their B block
   int64_t per_total;    // k blocks per addition to the total
   int64_t per_sum;      // k cells per running sum
-  DLK_HD bool totals() const { return k_blocks() > per_total; }
+  DLK_HD bool has_totals() const { return k_blocks() > per_total; }
   DLK_HD int64_t tasks() const { return mt * nt * kt; }
 
   // B blocks, numbered by slice, k block, tile, block of the tile.
@@ -64,7 +64,7 @@ Tiling tile(const Gemm& p, int threads) {
   const int64_t k_slice = round_up(ceil_div(p.k, kt), 64 * E::kStep);
   const int64_t kb = round_up(ceil_div(k_slice, max(1, ceil_div(k_slice, kblock))), 16 * E::kStep);
   const bool one_block = k_slice <= kb;
-  const int64_t per_total = max(1, kTotal<E> * E::kStep / max(kb, 1));
+  const int64_t per_total = max(1, kTotalCells<E> * E::kStep / max(kb, 1));
   // a B block that is shared must be there whole; a shallow one may be wider
   const int64_t widest =
       one_block ? min(kNC, max(kNB, kKC<E> * kNB / ceil_div(max(k_slice, 1), E::kStep) / nr * nr)) : kNC;
@@ -111,30 +111,30 @@ DLK_INLINE int64_t panel_at(int64_t first, int64_t per_panel, int64_t cells) {
 template <class E>
 struct Buffers {
   using Cell = typename E::Cell;
-  Cell* a;                  // micro-panels of A
-  Cell* b;                  // micro-panels of B
-  typename E::Acc* acc;     // the tile between k blocks, micro-tile by micro-tile
-  ColumnSum<E> row_sum;     // [kMC]: columns of the runs, which are rows of A
-  typename E::Packed* run;  // two runs on their way into a panel
-  double* total;            // of the tile, where its sums are several
+  Cell* a;                         // micro-panels of A
+  Cell* b;                         // micro-panels of B
+  typename E::Acc* acc;            // the tile between k blocks, micro-tile by micro-tile
+  ColumnSum<E> row_sum;            // [kMC]: columns of the runs, which are rows of A
+  typename E::Packed* row_buffer;  // two runs on their way into a panel
+  double* total;                   // of the tile, where its sums are several
 
-  static constexpr int64_t kRun = (kMC > kNC ? kMC : kNC) + DLK_VBYTES;
+  static constexpr int64_t kRowBuffer = (kMC > kNC ? kMC : kNC) + DLK_VBYTES;
   static constexpr int64_t kA = kMC * kAStride<E>;
   // the shallow wide block has as many panel gaps as columns allow
   static constexpr int64_t kB = kKC<E> * (kNB + kNV * E::kVL) + kNC / E::kVL * kPanelGap<E>;
   static constexpr int64_t kAcc = kMC * (kNC + kNV * E::kVL);
 
-  static Buffers get(bool totals) {
-    constexpr int64_t bytes = sizeof(Cell) * (kA + kB) + sizeof(typename E::Acc) * kAcc + sizeof(Cell) * 3 * kRun +
-                              (sizeof(double) + sizeof(typename E::Acc)) * kRun;
-    char* at = (char*)scratch(bytes + (totals ? sizeof(double) * kAcc : 0));
+  static Buffers get(bool has_totals) {
+    constexpr int64_t bytes = sizeof(Cell) * (kA + kB) + sizeof(typename E::Acc) * kAcc +
+                              sizeof(Cell) * 3 * kRowBuffer + (sizeof(double) + sizeof(typename E::Acc)) * kRowBuffer;
+    char* at = (char*)scratch(bytes + (has_totals ? sizeof(double) * kAcc : 0));
     Buffers s;
     s.a = (Cell*)at;
     s.b = s.a + kA;
     s.acc = (typename E::Acc*)(s.b + kB);
-    s.run = (typename E::Packed*)(s.acc + kAcc);
-    s.row_sum.total = (double*)((Cell*)s.run + 3 * kRun);
-    s.row_sum.block = (typename E::Acc*)(s.row_sum.total + kRun);
+    s.row_buffer = (typename E::Packed*)(s.acc + kAcc);
+    s.row_sum.total = (double*)((Cell*)s.row_buffer + 3 * kRowBuffer);
+    s.row_sum.block = (typename E::Acc*)(s.row_sum.total + kRowBuffer);
     s.total = (double*)(at + bytes);
     return s;
   }
@@ -142,10 +142,10 @@ struct Buffers {
 
 // A[i0.., p0..] as row-major micro-panels: row i of the block at i·kAStride, cells along k.
 template <class E>
-void pack_a_rows(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks) {
+void pack_a_rows(const RowSource<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks) {
   for (int64_t i = 0; i < rows; ++i) {
     auto* row = (typename E::Packed*)(out + i * kAStride<E>);
-    Source<E>::along_row(a, row, i0 + i, p0, ks);
+    RowSource<E>::along_row(a, row, i0 + i, p0, ks);
     for (int64_t p = ks; p < cells_of<E>(ks) * E::kStep; ++p) row[p] = {};
   }
 }
@@ -157,60 +157,60 @@ DLK_INLINE void copy_panel_row(typename E::Cell* to, const typename E::Cell* fro
 
 // A[i0.., p0..] as k-major micro-panels: [panel][cell][kMR]. Adds the rows up on the way where asked (dbias).
 template <class E>
-void pack_a_cols(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks,
-                 typename E::Packed* run, ColumnSum<E>* row_sum) {
+void pack_a_cols(const RowSource<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks,
+                 typename E::Packed* row_buffer, ColumnSum<E>* row_sum) {
   using Cell = typename E::Cell;
-  constexpr int64_t kRun = Buffers<E>::kRun;
+  constexpr int64_t kRowBuffer = Buffers<E>::kRowBuffer;
   const int64_t cells = cells_of<E>(ks);
-  Cell* line = (Cell*)(run + 2 * kRun);
+  Cell* line = (Cell*)(row_buffer + 2 * kRowBuffer);
   for (int64_t q = 0; q < cells; ++q) {
     for (int64_t s = 0; s < E::kStep; ++s) {
-      auto* r = run + s * kRun;
+      auto* r = row_buffer + s * kRowBuffer;
       const int64_t p = q * E::kStep + s;
       if (p < ks) {
-        Source<E>::along_col(a, r, i0, p0 + p, rows);
+        RowSource<E>::along_col(a, r, i0, p0 + p, rows);
         if (row_sum) row_sum->add(r, rows);
       } else {
         for (int64_t i = 0; i < rows; ++i) r[i] = {};
       }
     }
     if constexpr (E::kStep == 2)
-      E::make_cells(line, run, run + kRun, rows);
+      E::make_cells(line, row_buffer, row_buffer + kRowBuffer, rows);
     else
-      line = run;
+      line = row_buffer;
     // whole registers: what one writes too much, the next k step or the panel gap takes
     static_assert(round_up(kMR, E::kVL) - kMR <= kPanelGap<E>);
     if constexpr (E::kDepth > 1)
-      E::put_line(out, line, q, rows);
+      E::pack_k_step(out, line, q, rows);
     else
       for (int64_t i = 0; i < rows; i += kMR) copy_panel_row<E>(out + panel_at<E>(i, kMR, cells) + q * kMR, line + i);
   }
 }
 
-// One row of B, zeros beyond its end: where it lies if nothing has to change, else in `run`.
+// One row of B, zeros beyond its end: where it lies if nothing has to change, else in `row_buffer`.
 template <class E>
 DLK_INLINE const typename E::Packed* b_row(const View& b, const typename E::ElemB* base, int64_t p, int64_t ks,
-                                           int64_t cols, int64_t padded, typename E::Packed* run) {
+                                           int64_t cols, int64_t padded, typename E::Packed* row_buffer) {
   const auto* row = base + p * b.row_stride;
-  if constexpr (kSame<typename E::Packed, typename E::ElemB>) {
+  if constexpr (kIsSame<typename E::Packed, typename E::ElemB>) {
     if (b.col_stride == 1 && padded == cols && p < ks) {
       for (int64_t j = 0; j < cols; j += 64 / sizeof(*row)) prefetch_l2(row + kAhead * b.row_stride + j);
       return row;
     }
   }
-  if (p < ks) copy_run<E>(run, row, b.col_stride, cols);
-  for (int64_t j = p < ks ? cols : 0; j < padded; ++j) run[j] = {};
-  return run;
+  if (p < ks) copy_row<E>(row_buffer, row, b.col_stride, cols);
+  for (int64_t j = p < ks ? cols : 0; j < padded; ++j) row_buffer[j] = {};
+  return row_buffer;
 }
 
 // B[p0.., j0..] as micro-panels [panel][cell][registers of that panel], zeros beyond the last column.
 template <class E>
 void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_t j0, int64_t cols,
-            typename E::Packed* run) {
+            typename E::Packed* row_buffer) {
   using Cell = typename E::Cell;
   using Elem = typename E::ElemB;
   constexpr int64_t nr = kNV * E::kVL;
-  constexpr int64_t kRun = Buffers<E>::kRun;
+  constexpr int64_t kRowBuffer = Buffers<E>::kRowBuffer;
   const Elem* base = (const Elem*)b.data + p0 * b.row_stride + j0 * b.col_stride;
   const int64_t cells = cells_of<E>(ks);
   const int64_t padded = round_up(cols, E::kVL);
@@ -235,7 +235,7 @@ void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_
     }
     return;
   }
-  if constexpr (E::kStep == 2 && !kSame<typename E::Packed, Elem>) {
+  if constexpr (E::kStep == 2 && !kIsSame<typename E::Packed, Elem>) {
     if (b.col_stride == 1) {  // rows to be rounded
       for (int64_t q = 0; q < cells; ++q) {
         const Elem* even = base + q * E::kStep * b.row_stride;
@@ -253,8 +253,9 @@ void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_
     }
   }
   for (int64_t q = 0; q < cells; ++q) {  // rows as they are
-    const auto* even = b_row<E>(b, base, q * E::kStep, ks, cols, padded, run);
-    const auto* odd = E::kStep == 2 ? b_row<E>(b, base, q * E::kStep + 1, ks, cols, padded, run + kRun) : nullptr;
+    const auto* even = b_row<E>(b, base, q * E::kStep, ks, cols, padded, row_buffer);
+    const auto* odd =
+        E::kStep == 2 ? b_row<E>(b, base, q * E::kStep + 1, ks, cols, padded, row_buffer + kRowBuffer) : nullptr;
     for (int64_t panel = 0; panel < padded; panel += nr) {
       const int64_t width = min(nr, padded - panel);
       E::make_cells(out + panel_at<E>(panel, nr, cells) + q * width, even + panel, odd + panel, width);
@@ -265,11 +266,11 @@ void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_
 // ---- one tile ---------------------------------------------------------------------------------------------------
 
 template <class E>
-struct Plan {
+struct GemmCall {
   const Gemm* p;
   Tiling t;
   int64_t b_cells;  // of a B block in p->panels
-  Source<E> a;
+  RowSource<E> a;
   AOrder order;
   EpilogueFn<typename E::ElemC> epilogue;
 };
@@ -279,7 +280,7 @@ struct PackedBlockKey {
   int64_t at = -1, p0 = -1;
 
   // Whether the block at these coordinates is another one; from now on it is the packed one.
-  DLK_HD bool renew(int64_t new_at, int64_t new_p0) {
+  DLK_HD bool move_to(int64_t new_at, int64_t new_p0) {
     const bool same = at == new_at && p0 == new_p0;
     at = new_at, p0 = new_p0;
     return !same;
@@ -309,13 +310,13 @@ void add_to_total(A* c, int64_t ldc, double* total, int64_t ld, int64_t rows, in
 
 // The packed A block times the packed B block, into acc or, on the last k block of a sum, out of it.
 template <class E>
-void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell* block_a,
+void multiply_block(const GemmCall<E>& call, const Block& at, const typename E::Cell* block_a,
                     const typename E::Cell* block_b, typename E::Acc* acc, int64_t ld) {
   using A = typename E::Acc;
   constexpr int64_t nr = kNV * E::kVL;
-  const Gemm& p = *plan.p;
+  const Gemm& p = *call.p;
   const int64_t padded = round_up(at.cols, E::kVL);
-  const bool row_major = plan.order == kRowMajor || E::kDepth > 1;
+  const bool row_major = call.order == kRowMajor || E::kDepth > 1;
   const bool one_block = at.first && at.last;  // then a micro-tile lives in one reused spot, in L1
   for (int64_t i = 0; i < at.rows; i += kMR) {
     const int64_t r = min(kMR, at.rows - i);
@@ -328,15 +329,15 @@ void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell
       using M = typename E::Multiply;
       const auto uk =
           row_major ? ukernel_for<M, kRowMajor>(r, width / E::kVL) : ukernel_for<M, kKMajor>(r, width / E::kVL);
-      for (int64_t q = 0; q == 0 || q < at.cells; q += plan.t.per_sum)
-        uk(min(plan.t.per_sum, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, nr,
+      for (int64_t q = 0; q == 0 || q < at.cells; q += call.t.per_sum)
+        uk(min(call.t.per_sum, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, nr,
            !at.first || q > 0);
       if (!at.last) continue;
       if (at.total) add_to_total(c, nr, at.total + micro_tile, nr, r, width, at.first_sum, at.last_sum);
       if (!at.last_sum) continue;
       const int64_t n = min(width, at.cols - j);
-      if (plan.t.kt == 1) {
-        plan.epilogue(p, c, nr, at.i0 + i, at.j0 + j, r, n);
+      if (call.t.kt == 1) {
+        call.epilogue(p, c, nr, at.i0 + i, at.j0 + j, r, n);
       } else {
         A* part = (A*)p.partials + (at.tk * p.m + at.i0 + i) * p.n + at.j0 + j;
         for (int64_t x = 0; x < r; ++x)
@@ -347,31 +348,31 @@ void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell
 }
 
 template <class E>
-DLK_INLINE typename E::Cell* shared_block(const Plan<E>& plan, int64_t block) {
-  return (typename E::Cell*)plan.p->panels + block * plan.b_cells;
+DLK_INLINE typename E::Cell* shared_block(const GemmCall<E>& call, int64_t block) {
+  return (typename E::Cell*)call.p->panels + block * call.b_cells;
 }
 
 // One B block into p.panels, for every task.
 template <class E>
-void pack_shared_block(const Plan<E>& plan, int64_t block, Buffers<E>& s) {
-  const Tiling& t = plan.t;
-  const Gemm& p = *plan.p;
+void pack_shared_block(const GemmCall<E>& call, int64_t block, Buffers<E>& s) {
+  const Tiling& t = call.t;
+  const Gemm& p = *call.p;
   const int64_t jb = block % t.blocks_per_tile(), tj = block / t.blocks_per_tile() % t.nt;
   const int64_t k_block = block / t.blocks_per_tile() / t.nt % t.k_blocks();
   const int64_t tk = block / t.blocks_per_tile() / t.nt / t.k_blocks();
   const int64_t p0 = tk * t.k_slice + k_block * t.kb, j0 = tj * t.nc + jb * t.nb;
   const int64_t ks = min(min(t.kb, (tk + 1) * t.k_slice - p0), p.k - p0);
   const int64_t cols = min(min(t.nb, (tj + 1) * t.nc - j0), p.n - j0);
-  if (ks > 0 && cols > 0) pack_b<E>(p.b, shared_block(plan, block), p0, ks, j0, cols, s.run);
+  if (ks > 0 && cols > 0) pack_b<E>(p.b, shared_block(call, block), p0, ks, j0, cols, s.row_buffer);
 }
 
 // One task: a tile of C over one slice of k.
 template <class E>
-void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, PackedBlockKey& a,
+void run_tile(const GemmCall<E>& call, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, PackedBlockKey& a,
               PackedBlockKey& b) {
   using A = typename E::Acc;
-  const Gemm& p = *plan.p;
-  const Tiling& t = plan.t;
+  const Gemm& p = *call.p;
+  const Tiling& t = call.t;
   const int64_t i0 = ti * t.mc, rows = min(t.mc, p.m - i0);
   const int64_t j0 = tj * t.nc, cols = min(t.nc, p.n - j0);
   const int64_t k0 = min(tk * t.k_slice, p.k), k1 = min(k0 + t.k_slice, p.k);
@@ -381,18 +382,18 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
   for (int64_t p0 = k0; p0 < k1 || p0 == k0; p0 += t.kb) {  // an empty k still writes its tile
     const int64_t ks = min(t.kb, k1 - p0), k_block = (p0 - k0) / t.kb, in_sum = k_block % t.per_total;
     const bool last = p0 + t.kb >= k1;
-    const bool new_a = a.renew(i0, p0) || sum_rows;
-    if (new_a && plan.order == kRowMajor)
-      pack_a_rows<E>(plan.a, s.a, i0, rows, p0, ks);
+    const bool new_a = a.move_to(i0, p0) || sum_rows;
+    if (new_a && call.order == kRowMajor)
+      pack_a_rows<E>(call.a, s.a, i0, rows, p0, ks);
     else if (new_a)
-      pack_a_cols<E>(plan.a, s.a, i0, rows, p0, ks, s.run, sum_rows ? &s.row_sum : nullptr);
+      pack_a_cols<E>(call.a, s.a, i0, rows, p0, ks, s.row_buffer, sum_rows ? &s.row_sum : nullptr);
     for (int64_t jb = 0; jb < cols; jb += t.nb) {
       const int64_t width = min(t.nb, cols - jb);
       const auto* block_b = s.b;
       if (p.panels)
-        block_b = shared_block(plan, t.b_block(tk, k_block, tj, jb / t.nb));
-      else if (b.renew(j0 + jb, p0))
-        pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
+        block_b = shared_block(call, t.b_block(tk, k_block, tj, jb / t.nb));
+      else if (b.move_to(j0 + jb, p0))
+        pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.row_buffer);
       const Block at = {i0,
                         j0 + jb,
                         tk,
@@ -401,10 +402,10 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
                         cells_of<E>(ks),
                         in_sum == 0,
                         last || in_sum + 1 == t.per_total,
-                        t.totals() ? s.total + jb * kMR : nullptr,
+                        t.has_totals() ? s.total + jb * kMR : nullptr,
                         k_block < t.per_total,
                         last};
-      multiply_block<E>(plan, at, s.a, block_b, s.acc + jb * kMR, round_up(cols, kNV * E::kVL));
+      multiply_block<E>(call, at, s.a, block_b, s.acc + jb * kMR, round_up(cols, kNV * E::kVL));
     }
   }
   if (sum_rows) {
@@ -422,10 +423,10 @@ void sum_slices(const Acc<T>* parts, int64_t count, int64_t n, C* out, int64_t b
   for (int64_t i = begin; i < end; i += kLanes<T>) {
     const int64_t left = min(kLanes<T>, end - i);
     ExactLanes<Vec<Acc<T>>> exact;
-    for (int64_t s = 0; s < count; ++s) exact.add(load_some(parts + s * n + i, 1, left));
+    for (int64_t s = 0; s < count; ++s) exact.add(load_partial(parts + s * n + i, 1, left));
     auto sum = exact.value();
-    if (add) sum = load_some(out + i, 1, left) + sum;
-    store_some(out + i, sum, left);
+    if (add) sum = load_partial(out + i, 1, left) + sum;
+    store_partial(out + i, sum, left);
   }
 }
 
@@ -449,17 +450,18 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
   const bool k_major = p.a.row_stride == 1 && p.a.col_stride != 1;
   const AOrder order = k_major || p.row_sum ? kKMajor : kRowMajor;
   const Tiling t = tile<E>(p, parallel.threads);
-  const Plan<E> plan = {
-      &p, t, b_block_cells<E>(t), Source<E>::of(p.a, p.saved, p.act), order, epilogue_of<C, typename E::ElemB>(p)};
+  const GemmCall<E> call = {
+      &p, t, b_block_cells<E>(t), RowSource<E>::of(p.a, p.saved, p.act), order, epilogue_of<C, typename E::ElemB>(p)};
   if (p.panels)
-    parallel.run(t.b_blocks(), &plan, [](const void* context, int64_t begin, int64_t end) {
+    parallel.run(t.b_blocks(), &call, [](const void* context, int64_t begin, int64_t end) {
       auto buffers = Buffers<E>::get(false);
-      for (int64_t block = begin; block < end; ++block) pack_shared_block<E>(*(const Plan<E>*)context, block, buffers);
+      for (int64_t block = begin; block < end; ++block)
+        pack_shared_block<E>(*(const GemmCall<E>*)context, block, buffers);
     });
-  parallel.run(plan.t.tasks(), &plan, [](const void* context, int64_t begin, int64_t end) {
-    const auto& plan = *(const Plan<E>*)context;
-    const Tiling& t = plan.t;
-    auto buffers = Buffers<E>::get(t.totals());
+  parallel.run(call.t.tasks(), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& call = *(const GemmCall<E>*)context;
+    const Tiling& t = call.t;
+    auto buffers = Buffers<E>::get(t.has_totals());
     [[maybe_unused]] const typename E::Scope scope;
     PackedBlockKey a, b;
     // One k block: go down, where tiles share their B block. Several: go sideways, where they share A in L3.
@@ -467,20 +469,20 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t tk = task / (t.mt * t.nt), c = task % (t.mt * t.nt);
       const int64_t ti = down ? c % t.mt : c / t.nt, tj = down ? c / t.mt : c % t.nt;
-      run_tile<E>(plan, ti, tj, tk, buffers, a, b);
+      run_tile<E>(call, ti, tj, tk, buffers, a, b);
     }
   });
-  if (plan.t.kt == 1) return;
+  if (call.t.kt == 1) return;
   const int64_t chunk = 4096;
-  parallel.run(ceil_div(p.m * p.n, chunk), &plan, [](const void* context, int64_t begin, int64_t end) {
-    const auto& plan = *(const Plan<E>*)context;
-    const Gemm& p = *plan.p;
+  parallel.run(ceil_div(p.m * p.n, chunk), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& call = *(const GemmCall<E>*)context;
+    const Gemm& p = *call.p;
     const int64_t total = p.m * p.n, from = begin * chunk, to = min(end * chunk, total);
     const auto* parts = (const Acc<C>*)p.partials;
-    if (p.output_mode == OutputMode::cast) return sum_slices<C>(parts, plan.t.kt, total, (C*)p.c, from, to);
-    sum_slices<C>(parts, plan.t.kt, total, (Acc<C>*)p.c, from, to, p.output_mode == OutputMode::accumulate);
+    if (p.output_mode == OutputMode::cast) return sum_slices<C>(parts, call.t.kt, total, (C*)p.c, from, to);
+    sum_slices<C>(parts, call.t.kt, total, (Acc<C>*)p.c, from, to, p.output_mode == OutputMode::accumulate);
   });
-  if (p.row_sum) sum_slices<C>((Acc<C>*)p.partials + plan.t.kt * p.m * p.n, plan.t.kt, p.m, (C*)p.row_sum, 0, p.m);
+  if (p.row_sum) sum_slices<C>((Acc<C>*)p.partials + call.t.kt * p.m * p.n, call.t.kt, p.m, (C*)p.row_sum, 0, p.m);
 }
 
 template <class E>

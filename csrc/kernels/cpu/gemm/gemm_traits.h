@@ -24,9 +24,9 @@ struct Convert {
   struct Scope {};  // lives while a thread multiplies
 
   DLK_INLINE void pack_store(Packed* p, V v) { store(p, v); }
-  DLK_INLINE void pack_store_some(Packed* p, V v, int64_t n) { store_some(p, v, n); }
+  DLK_INLINE void pack_store_partial(Packed* p, V v, int64_t n) { store_partial(p, v, n); }
   // kVL cells that lie along k, n elements valid
-  DLK_INLINE V load_cells(const Elem* p, int64_t n) { return load_some(p, 1, n); }
+  DLK_INLINE V load_cells(const Elem* p, int64_t n) { return load_partial(p, 1, n); }
   // n cells from the run of a k step; reads and writes whole registers
   DLK_INLINE void make_cells(Cell* out, const Packed* run, const Packed*, int64_t n) {
     for (int64_t i = 0; i < n; i += kVL) store(out + i, load(run + i));
@@ -54,13 +54,13 @@ struct Bf16Pairs {
   struct Scope {};
 
   DLK_INLINE void pack_store(Packed* p, VF32 v) { store(p, v); }
-  DLK_INLINE void pack_store_some(Packed* p, VF32 v, int64_t n) { store_some(p, v, n); }
+  DLK_INLINE void pack_store_partial(Packed* p, VF32 v, int64_t n) { store_partial(p, v, n); }
   DLK_INLINE V load_cells(const Bf16* p, int64_t n) {
     if (n >= 2 * kVL) return load_bits<V>(p);
     return n > 0 ? (V)_mm512_maskz_loadu_epi16((1u << n) - 1, p) : V{};
   }
   DLK_INLINE V load_cells(const float* p, int64_t n) {  // subnormals as 0, which is how the product reads them
-    const VF32 low = load_some(p, 1, n), high = load_some(p + kVL, 1, n - kVL);
+    const VF32 low = load_partial(p, 1, n), high = load_partial(p + kVL, 1, n - kVL);
     return (V)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   }
   // n cells from the runs of an even and an odd k step; reads and writes whole registers
@@ -80,7 +80,7 @@ struct Bf16Pairs {
   // The same from float rows of n elements, of which the odd one may be missing; zeros behind them.
   DLK_INLINE void round_cells(Cell* out, const float* even, const float* odd, int64_t n, int64_t padded) {
     for (int64_t i = 0; i < padded; i += kVL) {
-      const VF32 low = load_some(even + i, 1, n - i), high = odd ? load_some(odd + i, 1, n - i) : VF32{};
+      const VF32 low = load_partial(even + i, 1, n - i), high = odd ? load_partial(odd + i, 1, n - i) : VF32{};
       const auto pair = (VU16x2)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
       store_bits(out + i, halves_interleaved(pair));
     }

@@ -13,7 +13,7 @@ constexpr int64_t kKC = (E::kDepth > 1 ? 512 : 1024) / sizeof(typename E::Cell);
 // k cells per sum of a tile; such sums are added in f64. In f32 one after the other they err like sqrt(k / 64) again: at
 // k = 65536 that was 5 times torch's error. A tile instruction adds to one sum all along, so there they are shorter.
 template <class E>
-constexpr int64_t kTotal = (E::kDepth > 1 ? 8 : 16) * kKC<E>;
+constexpr int64_t kTotalCells = (E::kDepth > 1 ? 8 : 16) * kKC<E>;
 // The same where C is a vector: there a library adds up lane by lane, and errs less than a chain of that length.
 template <class E>
 constexpr int64_t kVectorSum = E::kDepth > 1 ? kKC<E> : 16;

@@ -10,7 +10,7 @@
 #include "kernels/cpu/isa/vec.h"
 #include "kernels/cpu/isa/vmath.h"
 #include "kernels/cpu/gemm/gemm_traits.h"
-#include "kernels/cpu/gemm/runs.h"
+#include "kernels/cpu/gemm/strided_rows.h"
 #include "kernels/cpu/gemm/epilogue.h"
 #include "kernels/cpu/gemm/ukernel.h"
 #include "kernels/cpu/gemm/amx.h"

@@ -166,36 +166,36 @@ constexpr int kLanes = DLK_VBYTES / sizeof(Acc<T>);
 #if defined(__x86_64__) && DLK_VBYTES == 64
 // 0 < n < lanes elements, by masks.
 #define DLK_MASKS
-DLK_INLINE VF32 load_first(const float* p, int64_t n) { return (VF32)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
-DLK_INLINE VF64 load_first(const double* p, int64_t n) { return (VF64)_mm512_maskz_loadu_pd((1u << n) - 1, p); }
+DLK_INLINE VF32 load_masked(const float* p, int64_t n) { return (VF32)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+DLK_INLINE VF64 load_masked(const double* p, int64_t n) { return (VF64)_mm512_maskz_loadu_pd((1u << n) - 1, p); }
 template <class T>
-DLK_INLINE VF32 load_first(const T* p, int64_t n) {
+DLK_INLINE VF32 load_masked(const T* p, int64_t n) {
   return from_bits(T{}, (VU16)_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 }
-DLK_INLINE void store_first(float* p, VF32 v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
-DLK_INLINE void store_first(double* p, VF64 v, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v); }
+DLK_INLINE void store_masked(float* p, VF32 v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
+DLK_INLINE void store_masked(double* p, VF64 v, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v); }
 template <class T>
-DLK_INLINE void store_first(T* p, VF32 v, int64_t n) {
+DLK_INLINE void store_masked(T* p, VF32 v, int64_t n) {
   _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)to_bits(T{}, v));
 }
 #endif
 
 // n <= lanes elements at a stride; the lanes behind them are zero.
 template <class T>
-DLK_INLINE Vec<Acc<T>> load_some(const T* p, int64_t stride, int64_t n) {
+DLK_INLINE Vec<Acc<T>> load_partial(const T* p, int64_t stride, int64_t n) {
   if (stride == 1 && n >= kLanes<T>) return load(p);
 #ifdef DLK_MASKS
-  if (stride == 1) return n > 0 ? load_first(p, n) : Vec<Acc<T>>{};
+  if (stride == 1) return n > 0 ? load_masked(p, n) : Vec<Acc<T>>{};
 #endif
   T some[kLanes<T>] = {};
   for (int64_t i = 0; i < n && i < kLanes<T>; ++i) some[i] = p[i * stride];
   return load(some);
 }
 template <class T>
-DLK_INLINE void store_some(T* p, Vec<Acc<T>> v, int64_t n) {
+DLK_INLINE void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {
   if (n >= kLanes<T>) return store(p, v);
 #ifdef DLK_MASKS
-  if (n > 0) store_first(p, v, n);
+  if (n > 0) store_masked(p, v, n);
 #else
   T some[kLanes<T>];
   store(some, v);
@@ -282,7 +282,7 @@ DLK_INLINE void transpose(V* rows) {
 
 // Lanes of a whose index has the bit `bit` clear, lanes of b where it is set: their own (swap = 0), or those `bit` lanes away.
 template <int bit, int swap, class V>
-DLK_INLINE V by_bit(V a, V b) {
+DLK_INLINE V select_by_bit(V a, V b) {
   constexpr int lanes = sizeof(V) / sizeof(a[0]);
   using I = decltype(a < b);
   I index;
@@ -297,7 +297,7 @@ DLK_INLINE V row_sums(V* rows) {
   if constexpr (half > 0) {
 #pragma GCC unroll 8
     for (int i = 0; i < half; ++i)
-      rows[i] = by_bit<half, 0>(rows[i], rows[i + half]) + by_bit<half, 1>(rows[i], rows[i + half]);
+      rows[i] = select_by_bit<half, 0>(rows[i], rows[i + half]) + select_by_bit<half, 1>(rows[i], rows[i + half]);
     return row_sums<V, half / 2>(rows);
   } else {
     return rows[0];

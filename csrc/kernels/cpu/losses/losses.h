@@ -8,14 +8,14 @@ namespace dlk::cpu::DLK_ISA {
 // The same element in every lane, or n elements at a stride.
 template <class T>
 DLK_INLINE Vec<Acc<T>> load_or_splat(const T* p, int64_t stride, int64_t n) {
-  if (stride != 0) return load_some(p, stride, n);
+  if (stride != 0) return load_partial(p, stride, n);
   T same[kLanes<T>];
   for (T& lane : same) lane = *p;
   return load(same);
 }
 template <class T>
 DLK_INLINE void store_at_stride(T* p, int64_t stride, Vec<Acc<T>> v, int64_t n) {
-  if (stride == 1) return store_some(p, v, n);
+  if (stride == 1) return store_partial(p, v, n);
   T some[kLanes<T>];
   store(some, v);
   for (int64_t i = 0; i < n && i < kLanes<T>; ++i) p[i * stride] = some[i];
@@ -74,9 +74,9 @@ void elementwise_slice(const ElementwiseLoss& p, int64_t slice) {
       }
       const Terms<V> terms = loss(xv, tv, vv);
       block += left < kLanes<T> ? fill_tail(terms.loss, left, A(0)) : terms.loss;
-      if (p.loss) store_some((T*)p.loss + at + i, terms.loss, left);
-      if (p.grad_input) store_some((A*)p.grad_input + at + i, terms.grad_input / divisor, left);
-      if (p.grad_var) store_some((A*)p.grad_var + at + i, terms.grad_var / divisor, left);
+      if (p.loss) store_partial((T*)p.loss + at + i, terms.loss, left);
+      if (p.grad_input) store_partial((A*)p.grad_input + at + i, terms.grad_input / divisor, left);
+      if (p.grad_var) store_partial((A*)p.grad_var + at + i, terms.grad_var / divisor, left);
       if (++in_block == kSumBlock) {
         total.add(sum_lanes(block)[0]);
         block = V{};
@@ -122,7 +122,7 @@ struct AcrossClasses {
   DLK_INLINE V max(V v) { return max_lanes(v); }
   DLK_INLINE V sum(V v) { return sum_lanes(v); }
   DLK_INLINE V of_rows(const A* value) { return V{} + *value; }
-  DLK_INLINE V of_classes(const A* value, int64_t classes) { return load_some(value, 1, classes); }
+  DLK_INLINE V of_classes(const A* value, int64_t classes) { return load_partial(value, 1, classes); }
 };
 
 template <class T>
@@ -176,7 +176,7 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
 
   V highest = O::lit(-__builtin_inf());
   each([&](int64_t i, int64_t classes, int64_t lanes) {
-    const V loaded = load_some(x + i * L::kClasses * p.x_strides.cls, L::stride(p.x_strides), lanes);
+    const V loaded = load_partial(x + i * L::kClasses * p.x_strides.cls, L::stride(p.x_strides), lanes);
     const V v = L::classes_only(loaded, classes, A(-__builtin_inf()));
     store(values + i * kVL, v);
     highest = v > highest ? v : highest;
@@ -186,18 +186,19 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   // q without the hard target's own term is dense with class probabilities or smoothing, else zero.
   const bool dense = soft || p.smoothing > 0;
   auto dense_q = [&](double scale) {
-    const V uniform = O::lit(p.smoothing / p.classes * scale), kept = O::lit((1 - p.smoothing) * scale);
-    return [&, uniform, kept](int64_t i, int64_t classes, int64_t lanes) {
+    const V uniform = O::lit(p.smoothing / p.classes * scale), target_share = O::lit((1 - p.smoothing) * scale);
+    return [&, uniform, target_share](int64_t i, int64_t classes, int64_t lanes) {
       V q = uniform;
-      if (soft) q += kept * load_some(t + i * L::kClasses * p.soft_strides.cls, L::stride(p.soft_strides), lanes);
+      if (soft)
+        q += target_share * load_partial(t + i * L::kClasses * p.soft_strides.cls, L::stride(p.soft_strides), lanes);
       return class_weight(i, classes) * q;
     };
   };
 
-  const bool keep_exp = p.grad && !dense;
+  const bool stores_exp = p.grad && !dense;
   const V exp_sum = sum([&](int64_t i, int64_t, int64_t) {
     const V d = load(values + i * kVL) - highest, e = O::exp(d);
-    store(values + i * kVL, keep_exp ? e : d);
+    store(values + i * kVL, stores_exp ? e : d);
     return e;
   });
   const V log_sum = O::log(exp_sum);
@@ -219,25 +220,25 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   }
 
   // What belongs to a row, in f64: a rounding here would be one of every term.
-  A factor[kVL] = {}, live[kVL] = {}, target_grad[kVL] = {}, row_grad[kVL] = {};
+  A factor[kVL] = {}, is_counted[kVL] = {}, target_grad[kVL] = {}, row_grad[kVL] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const double log_s = log_sum[r];
     double loss = 0, all_q = 0;
     if (soft) {
       all_q = q_sum[r];
       loss = all_q * log_s - dot[r];
-      live[r] = 1;
+      is_counted[r] = 1;
     } else if (const int64_t target = p.target[first_row + r]; target != p.ignore_index) {
-      const double x_target = load_some(x + target * p.x_strides.cls + r * p.x_strides.inner, 1, 1)[0];
-      const double weight = p.weight ? ((const A*)p.weight)[target] : A(1), share = p.smoothing / p.classes;
+      const double x_target = load_partial(x + target * p.x_strides.cls + r * p.x_strides.inner, 1, 1)[0];
+      const double weight = p.weight ? ((const A*)p.weight)[target] : A(1), uniform_share = p.smoothing / p.classes;
       const double target_q = weight * (1 - p.smoothing);
       loss = target_q * (log_s - (x_target - highest[r]));
-      if (dense) loss += share * (p.weight_sum * log_s - dot[r]);
-      all_q = target_q + share * p.weight_sum;
-      target_grad[r] = A((target_q + share * weight) * p.scale);
-      live[r] = 1;
+      if (dense) loss += uniform_share * (p.weight_sum * log_s - dot[r]);
+      all_q = target_q + uniform_share * p.weight_sum;
+      target_grad[r] = A((target_q + uniform_share * weight) * p.scale);
+      is_counted[r] = 1;
     }
-    factor[r] = A(all_q * (live[r] ? p.scale : 0) / exp_sum[r]);
+    factor[r] = A(all_q * (is_counted[r] ? p.scale : 0) / exp_sum[r]);
     total.add(loss);
     if (p.loss) ((A*)p.loss)[first_row + r] = A(loss);
     if (p.row_grad) row_grad[r] = ((const A*)p.row_grad)[first_row + r];
@@ -246,14 +247,14 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
   if (p.grad_soft) {
     A* grad = (A*)p.grad_soft + offset(p.grad_strides);
-    const V kept_scale = O::lit(-(1 - p.smoothing) * p.scale);
+    const V target_scale = O::lit(-(1 - p.smoothing) * p.scale);
     each([&](int64_t i, int64_t classes, int64_t lanes) {
-      const V g = class_weight(i, classes) * kept_scale * (load(values + i * kVL) - log_sum);
+      const V g = class_weight(i, classes) * target_scale * (load(values + i * kVL) - log_sum);
       store_at_stride(grad + i * L::kClasses * p.grad_strides.cls, L::stride(p.grad_strides), g, lanes);
     });
   }
   if (!p.grad) return;
-  const V row_factor = L::of_rows(factor), row_live = L::of_rows(live), row_scale = L::of_rows(row_grad);
+  const V row_factor = L::of_rows(factor), row_is_counted = L::of_rows(is_counted), row_scale = L::of_rows(row_grad);
   const auto scaled_q = dense_q(p.scale);
   auto store_grad = [&](auto* grad) {
     grad += offset(p.grad_strides);
@@ -262,7 +263,7 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
       if (dense) {
         e = O::exp(e);
         store(values + i * kVL, e);
-        g = e * row_factor - (row_live > V{} ? scaled_q(i, classes, lanes) : V{});
+        g = e * row_factor - (row_is_counted > V{} ? scaled_q(i, classes, lanes) : V{});
       } else {
         g = e * row_factor;
       }
@@ -273,11 +274,11 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
       const int64_t target = p.target[first_row + r];
       if (target == p.ignore_index) continue;
       const A g = values[L::at(target, r)] * factor[r] - target_grad[r];
-      store_some(grad + target * p.grad_strides.cls + r * p.grad_strides.inner,
-                 V{} + (p.row_grad ? g * row_grad[r] : g), 1);
+      store_partial(grad + target * p.grad_strides.cls + r * p.grad_strides.inner,
+                    V{} + (p.row_grad ? g * row_grad[r] : g), 1);
     }
   };
-  if constexpr (kSame<A, float>) {
+  if constexpr (kIsSame<A, float>) {
     if (p.grad_dtype == DType::bf16) return store_grad((Bf16*)p.grad);
     if (p.grad_dtype == DType::f16) return store_grad((F16*)p.grad);
   }

@@ -53,8 +53,8 @@ struct FusedMlpBuffers {
   Packed* block[2];                 // what one layer hands to the next, h or dz: [rows, kPitch]
   Cell* wgrad_a;                    // E::kStep > 1: dz in pairs of rows
   Cell* wgrad_b;
-  Packed* run;  // on their way into a panel
-  A* acc;       // a micro-tile
+  Packed* row_buffer;  // on their way into a panel
+  A* acc;              // a micro-tile
   double* dbias[kFusedMlpLayers];
 
   static int64_t panels(int64_t k, int64_t n) {
@@ -78,7 +78,7 @@ struct FusedMlpBuffers {
         s.wgrad_a = arena.take<Cell>(cells * round_up(widest, kMR) + ceil_div(widest, kMR) * kPanelGap<E> + kMR);
       s.wgrad_b = arena.take<Cell>(panels(rows, widest));
     }
-    s.run = arena.take<Packed>(3 * Buffers<E>::kRun * E::kStep);
+    s.row_buffer = arena.take<Packed>(3 * Buffers<E>::kRowBuffer * E::kStep);
     s.acc = arena.take<A>(kMR * kNV * E::kVL);
     return s;
   }
@@ -89,8 +89,8 @@ struct FusedMlpBuffers {
     FusedMlpBuffers s = carve(arena, p, rows, backward);
     for (int l = 0; l < p.layers; ++l) {
       const FusedMlpLayer& layer = p.layer[l];
-      if (!backward) pack_b<E>(layer.weight.transposed(), s.weight[l], 0, layer.k, 0, layer.n, s.run);
-      if (backward && (l > 0 || p.dx)) pack_b<E>(layer.weight, s.weight_t[l], 0, layer.n, 0, layer.k, s.run);
+      if (!backward) pack_b<E>(layer.weight.transposed(), s.weight[l], 0, layer.k, 0, layer.n, s.row_buffer);
+      if (backward && (l > 0 || p.dx)) pack_b<E>(layer.weight, s.weight_t[l], 0, layer.n, 0, layer.k, s.row_buffer);
     }
     return s;
   }
@@ -100,10 +100,10 @@ struct FusedMlpBuffers {
 
 // n values into a block row, as the tensor would hold them; behind the last one of an odd row a zero, because cells are pairs.
 template <class E>
-DLK_INLINE void put(typename E::Packed* to, typename E::V v, int64_t n) {
-  if constexpr (!kSame<typename E::Packed, typename E::Elem>) v = rounded<typename E::Elem>(v);
+DLK_INLINE void store_block_row(typename E::Packed* to, typename E::V v, int64_t n) {
+  if constexpr (!kIsSame<typename E::Packed, typename E::Elem>) v = rounded<typename E::Elem>(v);
   if (n >= E::kVL) return E::pack_store(to, v);
-  E::pack_store_some(to, v, n);
+  E::pack_store_partial(to, v, n);
   if (E::kStep == 2 && n % 2) to[n] = {};
 }
 
@@ -120,14 +120,14 @@ void fused_mlp_value(const FusedMlpLayer& layer, const MicroTile& t, const typen
   const auto slope = O::lit(layer.act.slope);
   for (int64_t j = 0; j < t.cols; j += E::kVL) {
     const int64_t n = min(E::kVL, t.cols - j);
-    const auto bias = layer.bias ? load_some((const T*)layer.bias + t.j + j, 1, n) : O::lit(0);
+    const auto bias = layer.bias ? load_partial((const T*)layer.bias + t.j + j, 1, n) : O::lit(0);
     for (int64_t i = 0; i < t.rows; ++i) {
       const int64_t at = (i0 + t.i + i) * layer.n + t.j + j;
       const auto z = load(acc + i * kNV * E::kVL + j) + bias;
       const auto value = Act::template value<O>(z, slope);
-      if (h) put<E>(h + (t.i + i) * kPitch<E> + t.j + j, value, n);
-      if (layer.z) store_some((T*)layer.z + at, z, n);
-      if (layer.h) store_some((T*)layer.h + at, value, n);
+      if (h) store_block_row<E>(h + (t.i + i) * kPitch<E> + t.j + j, value, n);
+      if (layer.z) store_partial((T*)layer.z + at, z, n);
+      if (layer.h) store_partial((T*)layer.h + at, value, n);
     }
   }
 }
@@ -145,9 +145,9 @@ void fused_mlp_grad(const FusedMlpLayer& layer, const MicroTile& t, const G* g, 
     typename E::V total{};  // of a micro-tile's rows, then in f64
     for (int64_t i = 0; i < t.rows; ++i) {
       auto d = load(g + i * ld + j);
-      if constexpr (!kSame<Act, Identity>)  // which saves nothing
-        d = Act::template grad<O>(d, load_some(saved + i * layer.n + j, 1, n), slope);
-      put<E>(dz + (t.i + i) * kPitch<E> + t.j + j, d, n);
+      if constexpr (!kIsSame<Act, Identity>)  // which saves nothing
+        d = Act::template grad<O>(d, load_partial(saved + i * layer.n + j, 1, n), slope);
+      store_block_row<E>(dz + (t.i + i) * kPitch<E> + t.j + j, d, n);
       total += d;
     }
     typename E::Acc lanes[E::kVL];
@@ -201,8 +201,9 @@ void fused_mlp_wgrad(const FusedMlpBuffers<E>& s, const typename E::Packed* dz, 
   constexpr bool in_place = E::kStep == 1;
   const int64_t pitch = fused_mlp_pitch(layer.k), padded = round_up(layer.k, E::kVL), cells = ceil_div(rows, E::kStep);
   if constexpr (!in_place)
-    pack_a_cols<E>(Source<E>::of({dz, 1, kPitch<E>}, View{}, {}), s.wgrad_a, 0, layer.n, 0, rows, s.run, nullptr);
-  pack_b<E>(h, s.wgrad_b, i0, rows, 0, layer.k, s.run);
+    pack_a_cols<E>(RowSource<E>::of({dz, 1, kPitch<E>}, View{}, {}), s.wgrad_a, 0, layer.n, 0, rows, s.row_buffer,
+                   nullptr);
+  pack_b<E>(h, s.wgrad_b, i0, rows, 0, layer.k, s.row_buffer);
   for (int64_t j = 0; j < padded; j += nr) {
     const int64_t width = min(nr, padded - j);
     for (int64_t i = 0; i < layer.n; i += kMR) {
@@ -225,7 +226,7 @@ void fused_mlp_wgrad(const FusedMlpBuffers<E>& s, const typename E::Packed* dz, 
 // Rows i0.. of a matrix into a block.
 template <class E>
 void fused_mlp_load(const View& from, int64_t i0, int64_t rows, int64_t cols, typename E::Packed* block) {
-  pack_a_rows<E>(Source<E>::of(from, View{}, {}), (typename E::Cell*)block, i0, rows, 0, cols);
+  pack_a_rows<E>(RowSource<E>::of(from, View{}, {}), (typename E::Cell*)block, i0, rows, 0, cols);
 }
 
 template <class E>
