@@ -72,21 +72,20 @@ enum class OutputMode : int32_t { cast, uncast, accumulate };
 struct Gemm {
   DType dtype;  // of every operand and output; accumulators are f32 (f64 for f64)
   int64_t m, n, k;
-  View a;                  // A[i, p]; with `saved` it is g, in A's orientation
-  View saved;              // what act' reads, in A's orientation; data == nullptr: A is plain
-  View b;                  // B[p, j]
-  Activation act;          // forward: of the epilogue; backward: of dz
-  const void* bias;        // [n] contiguous, or nullptr
-  void* c;                 // [m, n] contiguous
-  OutputMode output_mode;  // of c. Other than cast: on CPU no activation, and gemm alone; on CUDA no mask
-  void* z;                 // [m, n] contiguous: receives the preactivation; or nullptr
-  const void*
-      below_saved;       // [m, n] contiguous, what the layer below saved: c = sum · below_act'(below_saved); or nullptr
-  Activation below_act;  // of the layer below, whose y is this layer's x
-  void* row_sum;         // [m]: receives the row sums of A, which are dbias in wgrad; or nullptr
-  int splits;            // k-slices; > 1: the slices are summed in order
-  void* panels;          // CPU: scratch of panels_size() bytes, or nullptr: every task packs the B that it needs
-  void* partials;        // splits > 1: scratch of partials_size() accumulators
+  View a;                   // A[i, p]; with `saved` it is g, in A's orientation
+  View saved;               // what act' reads, in A's orientation; data == nullptr: A is plain
+  View b;                   // B[p, j]
+  Activation act;           // forward: of the epilogue; backward: of dz
+  const void* bias;         // [n] contiguous, or nullptr
+  void* c;                  // [m, n] contiguous
+  OutputMode output_mode;   // of c. Other than cast: on CPU no activation, and gemm alone; on CUDA no mask
+  void* z;                  // [m, n] contiguous: receives the preactivation; or nullptr
+  const void* below_saved;  // [m, n] contiguous: c = sum · below_act'(below_saved); or nullptr
+  Activation below_act;     // of the layer below, which made x and saved below_saved
+  void* row_sum;            // [m]: receives the row sums of A, which are dbias in wgrad; or nullptr
+  int splits;               // k-slices; > 1: the slices are summed in order
+  void* panels;             // CPU: scratch of panels_size() bytes, or nullptr: every task packs the B that it needs
+  void* partials;           // splits > 1: scratch of partials_size() accumulators
 };
 
 // dz = g · act'(saved) and dbias = the column sums of dz, as one elementwise pass. For library products, which read dz

@@ -126,7 +126,7 @@ struct Kernels {
   Autocast autocast;
 };
 
-// ---- how sums are cut: functions of shapes alone, so that the bits do not depend on the number of threads --------
+// ---- how sums are cut: functions of shapes alone, so that the bits do not depend on the number of threads ---------
 
 // Return the number of k-slices of a wgrad with C [m, n].
 int gemm_splits(int64_t m, int64_t n, int64_t k);

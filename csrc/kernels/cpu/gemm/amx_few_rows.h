@@ -1,15 +1,16 @@
-// Few rows by AMX: y = act(x · weightᵀ + bias) for some rows of x, limited by how fast weight can be read. Tiles take the rows of
-// weight from where they lie: here weight is A and xᵀ is B, and the yt_tile are of yᵀ. Only x is packed, by every thread for
-// itself.
+// Forward for few rows on AMX: y = act(x · weightᵀ + bias). It is limited by how fast weight can be read, so the tiles
+// load the rows of weight directly from memory. Here weight is the A operand and xᵀ the B operand, and the result is
+// yᵀ. Only x is packed, and every thread packs its own copy.
 //
 //   task (32 columns of y)
 //     for each 32 rows of x
-//       for each sum of kTotalCells cells          added in f64, as in gemm.h
-//         whole steps                         weight's rows as yt_tile, unpacked
-//         the last step, where k is ragged    from a copy with zeros behind it, for 0 · NaN is not 0
-//       transpose_tile the yt_tile round, epilogue
+//       for each sum of kTotalCells cells     added in f64, as in gemm.h
+//         whole steps                         tiles load rows of weight, unpacked
+//         the last step, if k ends within it  from a copy with zeros behind it, because 0 · NaN is not 0
+//       transpose to y, epilogue
 namespace dlk::cpu::DLK_ISA {
 
+// One call.
 template <class E>
 struct FewRowsTiles {
   static constexpr int64_t kRows = kMR;
@@ -17,18 +18,18 @@ struct FewRowsTiles {
   EpilogueFn<typename E::ElemC> epilogue;
   int64_t cells;  // of a row, padded to whole steps
 
-  // Cells of the whole steps, which lie in memory in full.
+  // Return the cells of a row that are whole steps, which tiles can load from weight.
   DLK_HD int64_t whole() const { return p->k / (E::kDepth * E::kStep) * E::kDepth; }
 };
 
-// Scratch of one thread, carved from one allocation.
+// The scratch of one thread, in one allocation.
 template <class E>
 struct FewRowsBuffers {
   using Tiles = FewRowsTiles<E>;
   typename E::Cell* x;             // panels of 32 rows of x
-  typename E::Packed* row_buffer;  // on its way into a panel
-  typename E::Cell* edge;   // the task's rows of weight with zeros behind them: one step, or all where rows are missing
-  float *yt_tile, *y_tile;  // of yᵀ [weight's rows, x's rows], of y
+  typename E::Packed* row_buffer;  // rows on their way into a panel
+  typename E::Cell* edge;   // rows of weight with zeros behind them: the last step, or all steps where rows are missing
+  float *yt_tile, *y_tile;  // 32 × 32 sums of yᵀ, of y
   double* total;
 
   static FewRowsBuffers get(const Tiles& call) {
@@ -48,7 +49,7 @@ struct FewRowsBuffers {
   }
 };
 
-// Rows of weight from k on, `cells` cells of each, with zeros behind the last element and the last row.
+// Copy rows of weight from k on, `cells` cells of each, with zeros behind the last element and behind the last row.
 template <class E>
 void copy_edge(const Gemm& p, int64_t j0, int64_t rows, int64_t k, int64_t cells, typename E::Cell* out) {
   const auto* weight = (const typename E::ElemB*)p.b.data;
@@ -76,7 +77,8 @@ void transpose_tile(const float* in, float* out) {
     }
 }
 
-// A task's rows of weight: `whole` cells of each where they lie, the last step in a copy.
+// The rows of weight of one task. The first `whole` cells of each are read in place, the last step from the copy
+// `edge`.
 template <class E>
 struct FewRowsWeight {
   const typename E::Cell* rows;
@@ -94,7 +96,7 @@ struct FewRowsWeight {
   }
 };
 
-// One task for rows i0.. of x, into s.y_tile.
+// Compute one task for rows i0.. of x, into s.y_tile.
 template <class E>
 void few_rows_tile(const FewRowsTiles<E>& call, const FewRowsBuffers<E>& s, const FewRowsWeight<E>& weight,
                    int64_t i0) {

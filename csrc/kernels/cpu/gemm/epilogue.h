@@ -1,8 +1,9 @@
-// The epilogue: what happens to a tile of C between the accumulators and memory, while it is in L1.
+// The epilogue takes a micro-tile of C from its accumulators to memory, while it is in L1: bias, activation, rounding.
 namespace dlk::cpu::DLK_ISA {
 
-// rows × cols of accumulators at acc (padded to whole registers) → bias, activation, one rounding, store at (i0, j0).
-// C is of T, or of accumulators, which kAdd adds to. The bias counts as T, whatever holds it.
+// Add the bias to rows × cols accumulators at acc (padded to whole registers), apply the activation, round once, and
+// store at (i0, j0) of C. The elements of C are T, or accumulators; with kAdd the result is added to those. The bias is
+// rounded to T where it is stored in another type.
 template <class T, class Bias, class Act, class C = T, bool kAdd = false>
 void epilogue(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
   using O = Ops<Acc<T>>;
@@ -22,7 +23,7 @@ void epilogue(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t 
   }
 }
 
-// The same for a product whose output is the gradient of another layer's y: that layer's act' on it, from `below_saved`.
+// The epilogue of a dgrad that makes dz of the layer below: it multiplies dx by that layer's act'(below_saved).
 template <class T, class Act>
 void epilogue_below(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
   using O = Ops<Acc<T>>;
@@ -41,6 +42,7 @@ void epilogue_below(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, in
 template <class T>
 using EpilogueFn = void (*)(const Gemm&, const Acc<T>*, int64_t, int64_t, int64_t, int64_t, int64_t);
 
+// Return the epilogue that p asks for.
 template <class T, class Bias>
 EpilogueFn<T> epilogue_of(const Gemm& p) {
   if (p.below_saved)
@@ -48,7 +50,7 @@ EpilogueFn<T> epilogue_of(const Gemm& p) {
                            [](auto functor) -> EpilogueFn<T> { return &epilogue_below<T, decltype(functor)>; });
   if (p.output_mode == OutputMode::uncast) return &epilogue<T, Bias, Identity, Acc<T>>;
   if (p.output_mode == OutputMode::accumulate) return &epilogue<T, Bias, Identity, Acc<T>, true>;
-  // In backward `act` belongs to dz, so the products leave as they are.
+  // In backward `act` belongs to dz, and the product has no activation.
   const Act kind = p.saved.data ? Act::none : p.act.kind;
   return with_activation(kind, [](auto functor) -> EpilogueFn<T> { return &epilogue<T, Bias, decltype(functor)>; });
 }

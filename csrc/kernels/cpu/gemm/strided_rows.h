@@ -1,4 +1,4 @@
-// Runs: contiguous stretches of values produced from strided memory. Packing, dbias and dz are made of them.
+// Strided memory to contiguous rows of values. Packing reads its operands through these functions, and dz is made here.
 namespace dlk::cpu::DLK_ISA {
 
 template <class A, class B>
@@ -6,7 +6,7 @@ constexpr bool kIsSame = false;
 template <class A>
 constexpr bool kIsSame<A, A> = true;
 
-// A value as the tensor would hold it.
+// Return v rounded to T, as a tensor of T would hold it.
 template <class T>
 DLK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
   if constexpr (kIsSame<T, Acc<T>>) {
@@ -16,41 +16,42 @@ DLK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
   }
 }
 
-// dst[0..n) = src[0..n) at a stride, converted to what the product packs.
+// dst[0..n) = src[0..n) at a stride, converted to the packed type.
 template <class E, class T>
 DLK_INLINE void copy_row(typename E::Packed* dst, const T* src, int64_t stride, int64_t n) {
   int64_t i = 0;
   if (stride == 1) {
     if constexpr (kIsSame<typename E::Packed, T>) {
-      constexpr int64_t line = DLK_VBYTES / sizeof(*src);  // most runs are short: a call costs more than they do
+      constexpr int64_t line = DLK_VBYTES / sizeof(*src);  // most rows are short: a call would cost more than the copy
       for (; n <= 16 * line && i + line <= n; i += line) store_bits(dst + i, load_bits<VU32>(src + i));
       if (n > i) __builtin_memcpy(dst + i, src + i, (n - i) * sizeof(*src));  // src of an empty tensor is null
       return;
     }
-    if constexpr (E::kStep == 2)  // two registers rounded by one instruction
+    if constexpr (E::kStep == 2)  // one instruction rounds two registers
       for (; i + 2 * E::kVL <= n; i += 2 * E::kVL) store_bits(dst + i, E::load_cells(src + i, 2 * E::kVL));
     for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, load(src + i));
   }
   for (; i < n; i += E::kVL) {
-    int64_t left = n - i < E::kVL ? n - i : E::kVL;
-    E::pack_store_partial(dst + i, load_partial(src + i * stride, stride, left), left);
+    const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+    E::pack_store_partial(dst + i, load_partial(src + i * stride, stride, valid), valid);
   }
 }
 
 #ifdef DLK_BF16_PAIRS
-// In bf16 ReLU's gradient is g or 0, selected without a detour through f32: y is above 0 as an integer, or NaN.
+// ReLU's gradient in bf16 is g or 0, and is selected without widening to f32. It is g where the bits of y are above 0
+// as a signed integer (y > 0, or a NaN), or above -Inf as an unsigned one (a NaN with the sign bit).
 DLK_INLINE void relu_dz_row(Bf16* dst, const Bf16* g, const Bf16* y, int64_t n) {
   for (int64_t i = 0; i < n; i += 32) {
     const __mmask32 valid = n - i < 32 ? (1u << (n - i)) - 1 : ~0u;
     const __m512i bits = _mm512_maskz_loadu_epi16(valid, y + i), minus_infinity = _mm512_set1_epi16((short)0xff80);
-    const __mmask32 keep =
+    const __mmask32 active =
         _mm512_cmpgt_epi16_mask(bits, _mm512_setzero_si512()) | _mm512_cmpgt_epu16_mask(bits, minus_infinity);
-    _mm512_mask_storeu_epi16(dst + i, valid, _mm512_maskz_loadu_epi16(keep, g + i));
+    _mm512_mask_storeu_epi16(dst + i, valid, _mm512_maskz_loadu_epi16(active, g + i));
   }
 }
 #endif
 
-// dst[0..n) = g · act'(saved): the gradient at the pre-activation, never stored at full size.
+// dst[0..n) = g · act'(saved): one row of dz, the gradient of the preactivation.
 template <class E, class Act>
 void dz_row(typename E::Packed* dst, const typename E::Elem* g, int64_t g_stride, const typename E::Elem* saved,
             int64_t saved_stride, int64_t n, double slope) {
@@ -65,30 +66,30 @@ void dz_row(typename E::Packed* dst, const typename E::Elem* g, int64_t g_stride
     for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, Act::template grad<O>(load(g + i), load(saved + i), s));
   }
   for (; i < n; i += E::kVL) {
-    int64_t left = n - i < E::kVL ? n - i : E::kVL;
-    auto gv = load_partial(g + i * g_stride, g_stride, left);
-    auto sv = load_partial(saved + i * saved_stride, saved_stride, left);
-    E::pack_store_partial(dst + i, Act::template grad<O>(gv, sv, s), left);
+    const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+    auto gv = load_partial(g + i * g_stride, g_stride, valid);
+    auto sv = load_partial(saved + i * saved_stride, saved_stride, valid);
+    E::pack_store_partial(dst + i, Act::template grad<O>(gv, sv, s), valid);
   }
 }
 
-// Sums of many runs, column by column (dbias): blocks of 16 runs in the accumulator type, the blocks in f64, which
-// errs less than torch's cascade at the price of one addition per element.
+// The sum of many rows, column by column (dbias). Blocks of 16 rows are summed in the accumulator type, and the blocks
+// in f64. This errs less than torch's cascade, and costs one addition per element.
 template <class E>
 struct ColumnSum {
   static constexpr int kBlock = 16;
-  double* total;
-  typename E::Acc* block;
-  int in_block = 0;
+  double* total;           // [n]
+  typename E::Acc* block;  // [n], the sums of the current block
+  int in_block = 0;        // rows in it
 
   void clear(int64_t n) {
     for (int64_t i = 0; i < n; ++i) total[i] = block[i] = 0;
     in_block = 0;
   }
-  void add(const typename E::Packed* run, int64_t n) {
+  void add(const typename E::Packed* row, int64_t n) {
     for (int64_t i = 0; i < n; i += E::kVL) {
-      const int64_t left = n - i < E::kVL ? n - i : E::kVL;
-      store_partial(block + i, load_partial(block + i, 1, left) + load_partial(run + i, 1, left), left);
+      const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+      store_partial(block + i, load_partial(block + i, 1, valid) + load_partial(row + i, 1, valid), valid);
     }
     if (++in_block == kBlock) flush(n);
   }
@@ -100,20 +101,20 @@ struct ColumnSum {
   template <class T>
   void store(T* out, int64_t n) const {
     for (int64_t i = 0; i < n; i += E::kVL) {
-      typename E::Acc some[E::kVL] = {};
-      const int64_t left = n - i < E::kVL ? n - i : E::kVL;
-      for (int64_t c = 0; c < left; ++c) some[c] = (typename E::Acc)total[i + c];
-      store_partial(out + i, load(some), left);
+      typename E::Acc lanes[E::kVL] = {};
+      const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+      for (int64_t c = 0; c < valid; ++c) lanes[c] = (typename E::Acc)total[i + c];
+      store_partial(out + i, load(lanes), valid);
     }
   }
 };
 
-// Rows ahead of the one in hand that are asked for where rows lie pages apart and no hardware prefetcher follows. Into
-// L2: at power-of-two strides all of them fall in one L1 set.
+// How many rows before its use a row is prefetched, where rows lie pages apart and no hardware prefetcher follows. The
+// prefetch goes to L2, because at power-of-two strides all of these rows fall in one L1 set.
 constexpr int64_t kAhead = 16;
 DLK_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// The A operand as runs along its contiguous direction: plain values, or dz where `saved` is set.
+// The A operand as contiguous rows, read along either direction: plain values, or dz where `saved` is set.
 template <class E>
 struct RowSource {
   using Elem = typename E::Elem;
@@ -121,7 +122,7 @@ struct RowSource {
 
   View view, saved;
   double slope;
-  void (*grad)(Packed*, const Elem*, int64_t, const Elem*, int64_t, int64_t, double);
+  void (*grad)(Packed*, const Elem*, int64_t, const Elem*, int64_t, int64_t, double);  // dz_row, or nullptr: plain
 
   static RowSource of(const View& view, const View& saved, const Activation& act) {
     auto grad = with_activation(act.kind, [](auto functor) { return &dz_row<E, decltype(functor)>; });
