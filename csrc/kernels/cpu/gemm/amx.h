@@ -26,9 +26,8 @@ DLK_INLINE void tile_product(int64_t cells, const typename E::Cell* a, int64_t a
   const auto* a_below = (const typename E::Cell*)((const char*)a + size * a_bytes);
   const int64_t c_bytes = ldc * sizeof(*c);
   float* below = c + size * ldc;
-  __asm__ volatile(
-      "" ::
-          : "memory");  // GCC 12 does not know that a tile load reads memory; here it must have stored the panels
+  // GCC 12 does not know that a tile load reads memory: the panels must have been stored here.
+  __asm__ volatile("" ::: "memory");
   if (add) {
     _tile_loadd(0, c, c_bytes);
     if constexpr (C > 1) _tile_loadd(1, c + size, c_bytes);

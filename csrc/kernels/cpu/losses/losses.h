@@ -1,11 +1,11 @@
-// The loss kernels: loss_params.h says what they compute.
+// The loss kernels. loss_params.h has the formulas.
 #include "kernels/loss_terms.h"
 
 namespace dlk::cpu::DLK_ISA {
 
 // ---- registers ------------------------------------------------------------------------------------------------------
 
-// The same element in every lane, or n elements at a stride.
+// Load min(n, lanes) elements at a stride; with stride 0 load the same element in every lane.
 template <class T>
 DLK_INLINE Vec<Acc<T>> load_or_splat(const T* p, int64_t stride, int64_t n) {
   if (stride != 0) return load_partial(p, stride, n);
@@ -13,21 +13,22 @@ DLK_INLINE Vec<Acc<T>> load_or_splat(const T* p, int64_t stride, int64_t n) {
   for (T& lane : same) lane = *p;
   return load(same);
 }
+// Store the first min(n, lanes) lanes at a stride.
 template <class T>
 DLK_INLINE void store_at_stride(T* p, int64_t stride, Vec<Acc<T>> v, int64_t n) {
   if (stride == 1) return store_partial(p, v, n);
-  T some[kLanes<T>];
-  store(some, v);
-  for (int64_t i = 0; i < n && i < kLanes<T>; ++i) p[i * stride] = some[i];
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n && i < kLanes<T>; ++i) p[i * stride] = lanes[i];
 }
-// v with `value` in the lanes from n on
+// Return v with `value` in the lanes from n on.
 template <class V, class S>
 DLK_INLINE V fill_tail(V v, int64_t n, S value) {
   constexpr int64_t lanes = sizeof(V) / sizeof(S);
   for (int64_t i = n; i < lanes; ++i) v[i] = value;
   return v;
 }
-// The sum or the maximum of all lanes, in every lane. A NaN is no maximum.
+// Return the sum, or the maximum, of all lanes in every lane. A NaN is never the maximum.
 template <class V>
 DLK_INLINE V sum_lanes(V v) {
   for (size_t lanes = sizeof(V) / sizeof(v[0]); lanes > 1; lanes /= 2) v = interleave<0>(v, v) + interleave<1>(v, v);
@@ -42,7 +43,7 @@ DLK_INLINE V max_lanes(V v) {
   return v;
 }
 
-// Registers summed per lane before they go to the total: short sums err less.
+// The registers that are summed per lane before they are added to the total. Short sums err less.
 constexpr int64_t kSumBlock = 32;
 
 // ---- elementwise losses ---------------------------------------------------------------------------------------------
@@ -61,22 +62,22 @@ void elementwise_slice(const ElementwiseLoss& p, int64_t slice) {
   const int64_t stop = min((slice + 1) * kLossSlice, p.rows * p.cols);
   for (int64_t at = slice * kLossSlice; at < stop;) {
     const int64_t row = at / p.cols, col = at % p.cols, n = min(p.cols - col, stop - at);
-    auto run = [&](const View& v) { return (const T*)v.data + row * v.row_stride + col * v.col_stride; };
-    const T *x = run(p.input), *t = run(p.target), *var = Loss::has_var ? run(p.var) : nullptr;
+    auto elements = [&](const View& v) { return (const T*)v.data + row * v.row_stride + col * v.col_stride; };
+    const T *x = elements(p.input), *t = elements(p.target), *var = Loss::has_var ? elements(p.var) : nullptr;
     for (int64_t i = 0; i < n; i += kLanes<T>) {
-      const int64_t left = n - i;
-      const V xv = load_or_splat(x + i * p.input.col_stride, p.input.col_stride, left);
-      const V tv = load_or_splat(t + i * p.target.col_stride, p.target.col_stride, left);
+      const int64_t valid = n - i;
+      const V xv = load_or_splat(x + i * p.input.col_stride, p.input.col_stride, valid);
+      const V tv = load_or_splat(t + i * p.target.col_stride, p.target.col_stride, valid);
       V vv{};
       if constexpr (Loss::has_var) {
-        vv = load_or_splat(var + i * p.var.col_stride, p.var.col_stride, left);
+        vv = load_or_splat(var + i * p.var.col_stride, p.var.col_stride, valid);
         negative |= vv < V{};
       }
       const Terms<V> terms = loss(xv, tv, vv);
-      block += left < kLanes<T> ? fill_tail(terms.loss, left, A(0)) : terms.loss;
-      if (p.loss) store_partial((T*)p.loss + at + i, terms.loss, left);
-      if (p.grad_input) store_partial((A*)p.grad_input + at + i, terms.grad_input / divisor, left);
-      if (p.grad_var) store_partial((A*)p.grad_var + at + i, terms.grad_var / divisor, left);
+      block += valid < kLanes<T> ? fill_tail(terms.loss, valid, A(0)) : terms.loss;
+      if (p.loss) store_partial((T*)p.loss + at + i, terms.loss, valid);
+      if (p.grad_input) store_partial((A*)p.grad_input + at + i, terms.grad_input / divisor, valid);
+      if (p.grad_var) store_partial((A*)p.grad_var + at + i, terms.grad_var / divisor, valid);
       if (++in_block == kSumBlock) {
         total.add(sum_lanes(block)[0]);
         block = V{};
@@ -103,10 +104,10 @@ void elementwise_with(const ElementwiseLoss& p, const Parallel& parallel) {
 
 // ---- cross entropy --------------------------------------------------------------------------------------------------
 
-// What the lanes of a register are. In scratch a register follows the other either way.
+// The two meanings of the lanes of a register. In scratch one register follows the other in both.
 //
-//   AcrossClasses  one row at a time, kLanes of its classes: long contiguous rows
-//   AcrossRows     one class of kLanes rows: few classes, or classes that lie apart ([N, C, d1, ...])
+//   AcrossClasses  kLanes classes of one row: for long contiguous rows
+//   AcrossRows     one class of kLanes rows: for few classes, or classes that lie apart ([N, C, d1, ...])
 template <class T>
 struct AcrossClasses {
   using A = Acc<T>;
@@ -141,7 +142,7 @@ struct AcrossRows {
   DLK_INLINE V of_classes(const A* value, int64_t) { return V{} + *value; }
 };
 
-// `rows` (at most L::kRows) rows from inner0 on; adds their losses to total.
+// Compute `rows` (at most L::kRows) rows from inner0 on, and add their losses to total.
 template <class T, class L>
 void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, int64_t rows, ExactSum& total) {
   using A = Acc<T>;
@@ -157,14 +158,14 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   A* const values = (A*)scratch(registers * kVL * sizeof(A));  // x - max, or its exponential
   const A weight_one = 1;
 
-  // f(i, classes left, valid lanes) for every register
+  // Call f(i, classes from this register on, valid lanes) for every register.
   auto each = [&](auto&& f) {
     for (int64_t i = 0; i < registers; ++i) {
       const int64_t classes = p.classes - i * L::kClasses;
       f(i, classes, L::lanes(classes, rows));
     }
   };
-  // The sums per row of what f(i, classes, lanes) returns.
+  // Return the sum of f(i, classes, lanes) over a row, for every row.
   auto sum = [&](auto&& f) {
     ExactLanes<V> total;
     each([&](int64_t i, int64_t classes, int64_t lanes) { total.add(f(i, classes, lanes)); });
@@ -183,7 +184,8 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   });
   highest = L::max(highest);
 
-  // q without the hard target's own term is dense with class probabilities or smoothing, else zero.
+  // Leave out the term of q at the target index. The rest of q is dense with class probabilities or smoothing,
+  // otherwise 0.
   const bool dense = soft || p.smoothing > 0;
   auto dense_q = [&](double scale) {
     const V uniform = O::lit(p.smoothing / p.classes * scale), target_share = O::lit((1 - p.smoothing) * scale);
@@ -203,7 +205,8 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   });
   const V log_sum = O::log(exp_sum);
 
-  // Of q without the hard target's own term: Σ q·(x - max), in units of `uniform` for class indices, and Σ q.
+  // Two sums over q without the term at the target index: Σ q·(x - max), in units of `uniform` for class indices, and Σ
+  // q.
   V dot{}, q_sum{};
   if (soft) {
     const auto q = dense_q(1);
@@ -219,7 +222,7 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
     });
   }
 
-  // What belongs to a row, in f64: a rounding here would be one of every term.
+  // The factors of a row are computed in f64, because a rounding error here would be in every term.
   A factor[kVL] = {}, is_counted[kVL] = {}, target_grad[kVL] = {}, row_grad[kVL] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const double log_s = log_sum[r];
@@ -244,7 +247,7 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
     if (p.row_grad) row_grad[r] = ((const A*)p.row_grad)[first_row + r];
   }
 
-  // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
+  // d/dx = (softmax·Σq - q)·scale. In an ignored row it is 0, except that NaN in x stays NaN, as in torch.
   if (p.grad_soft) {
     A* grad = (A*)p.grad_soft + offset(p.grad_strides);
     const V target_scale = O::lit(-(1 - p.smoothing) * p.scale);
