@@ -1,19 +1,21 @@
-// One functor per activation: its value, and its gradient from the tensor that forward saved.
+// One functor per activation: its value, and its gradient from what forward saved.
 //
-// A functor is written once against an `O` ("ops") that names a value type `O::T` - a scalar on CUDA, a vector
-// register on CPU - with `O::lit`, `O::exp`, `O::normal_exp`, `O::tanh`, `O::normal_cdf`. Comparisons and `?:` work on both.
+// A functor is written once against `O`, the operations on a value type `O::T`: a scalar on CUDA, a vector register on
+// CPU. `O` has `lit` (a constant), `exp`, `normal_exp`, `tanh` and `normal_cdf`. Comparisons and `?:` work on both
+// types.
 //
-//   saves_output     true: `grad` reads y;  false: `grad` reads the pre-activation z, which forward then stores
-//   needs_sign_only  true: `grad` needs only one bit of y, `is_active`; 1 and 0 may be passed in place of y
-//   value(z)         act(z)
-//   grad(g, s)       g · act'(·), with s the saved y or z. A masked gradient is selected, not multiplied,
-//                    so that an infinite g through an inactive unit gives 0, as in torch.
+//   saves_output     true: `grad` reads y;  false: `grad` reads the preactivation z, which forward then stores
+//   needs_sign_only  true: `grad` needs one bit of y, `is_active`; 1 and 0 may be passed in place of y
+//   value(z, slope)    act(z)
+//   grad(g, s, slope)  g · act', where s is the saved y or z. ReLU selects g or 0 and does not multiply, so that an
+//                      infinite g through an inactive unit gives 0, as in torch.
 #pragma once
 
 #include "kernels/params.h"
 
 namespace dlk {
 
+// z itself: a layer without an activation.
 struct Identity {
   static constexpr bool saves_output = true, needs_sign_only = false;
   template <class O, class T = typename O::T>
@@ -26,7 +28,7 @@ struct Identity {
   }
 };
 
-// max(z, 0); NaN stays NaN because every comparison with it is false. Gradient at 0 is 0.
+// max(z, 0). NaN stays NaN because every comparison with it is false. The gradient at 0 is 0.
 struct ReLU {
   static constexpr bool saves_output = true, needs_sign_only = true;
   template <class O, class T = typename O::T>
@@ -39,7 +41,8 @@ struct ReLU {
   }
 };
 
-// z > 0 ? z : slope·z. For slope >= 0 (checked at the door) y > 0 exactly where z > 0, so y is enough.
+// z > 0 ? z : slope·z. The slope is not negative (csrc/ops checks it), so y > 0 exactly where z > 0, and y is enough
+// for the gradient.
 struct LeakyReLU {
   static constexpr bool saves_output = true, needs_sign_only = true;
   template <class O, class T = typename O::T>
@@ -66,7 +69,8 @@ struct ReLU2 {
   }
 };
 
-// z·Φ(z), Φ the normal distribution function (Hendrycks & Gimpel, 2016); gradient Φ(z) + z·φ(z).
+// z·Φ(z), where Φ is the normal distribution function (Hendrycks & Gimpel, 2016). act' = Φ(z) + z·φ(z), where φ is its
+// density.
 struct GELU {
   static constexpr bool saves_output = false, needs_sign_only = false;
   template <class O, class T = typename O::T>
@@ -75,7 +79,7 @@ struct GELU {
   }
   template <class O, class T = typename O::T>
   DLK_HD static T grad(T g, T z, T) {
-    T scaled = O::lit(0.39894228040143267794) * z;  // 1/sqrt(2π); first, for φ(z) alone can be subnormal
+    T scaled = O::lit(0.39894228040143267794) * z;  // 1/sqrt(2π); times z first, because φ(z) alone can be subnormal
     return g * (O::normal_cdf(z) + scaled * O::normal_exp(O::lit(-0.5) * z * z));
   }
 };
@@ -99,7 +103,7 @@ struct GELUTanh {
   }
 };
 
-// z·σ(z); gradient σ(z)·(1 + z·(1 - σ(z))).
+// z·σ(z), where σ is the sigmoid. act' = σ(z)·(1 + z·(1 - σ(z))).
 struct SiLU {
   static constexpr bool saves_output = false, needs_sign_only = false;
   template <class O, class T = typename O::T>
@@ -113,6 +117,7 @@ struct SiLU {
   }
 };
 
+// tanh(z). act' = 1 - y².
 struct Tanh {
   static constexpr bool saves_output = true, needs_sign_only = false;
   template <class O, class T = typename O::T>
@@ -125,6 +130,7 @@ struct Tanh {
   }
 };
 
+// σ(z) = 1/(1 + e^-z). act' = y·(1 - y).
 struct Sigmoid {
   static constexpr bool saves_output = true, needs_sign_only = false;
   template <class O, class T = typename O::T>
@@ -137,7 +143,8 @@ struct Sigmoid {
   }
 };
 
-// The run-time to compile-time switch: calls f with the functor of `kind`. The only list of activations in C++.
+// Call f with the functor of `kind`: the switch from run time to compile time. No other list of activations exists in
+// C++.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable  // f runs where its caller does
 #endif
@@ -157,17 +164,21 @@ DLK_HD auto with_activation(Act kind, F&& f) {
   return f(Identity{});
 }
 
+// The number of names in Act.
 constexpr int kActivations = 9;
 
+// Return whether the gradient of `kind` reads y; otherwise it reads z.
 inline bool saves_output(Act kind) {
   return with_activation(kind, [](auto act) { return decltype(act)::saves_output; });
 }
 
+// Return whether an activation mask can stand for y in the gradient of `kind`.
 inline bool needs_sign_only(Act kind) {
   return with_activation(kind, [](auto act) { return decltype(act)::needs_sign_only; });
 }
 
-// Where needs_sign_only: the gradient passes through this y. A mask keeps this bit in place of y.
+// Return whether y is on the side of 0 where the gradient is g itself, for functors with needs_sign_only. An activation
+// mask keeps this bit in place of y.
 template <class Functor, class O>
 DLK_HD bool is_active(typename O::T y) {
   return Functor::template grad<O>(O::lit(1), y, O::lit(0)) != O::lit(0);

@@ -1,28 +1,29 @@
-// Plain structs that describe one call to a loss kernel, as params.h. No torch, no CUDA.
+// Plain structs that describe one call to a loss kernel, like those of params.h. No torch, no CUDA.
 //
-// One call makes the loss and, where asked for, its gradient for an incoming gradient of 1: in accumulators (f32, f64
-// for f64), because it is rounded when the incoming one has been applied. binary16 could not even hold 1/count. Sums are
-// cut in slices whose size depends on the shape alone, and the slices are added up in order: the same bits every time.
+// One call makes the loss and, where asked for, its gradient for an incoming gradient of 1. Gradients are accumulators
+// (f32, f64 for f64): they are rounded after the incoming gradient has been applied, and binary16 could not even hold
+// 1/count. Sums are cut in slices whose size depends on the shape alone, and the slices are added in order, so that the
+// bits are the same every time.
 #pragma once
 
 #include "kernels/params.h"
 
 namespace dlk {
 
-// Elementwise losses over [rows, cols]: squared error (x - t)², Gaussian negative log likelihood
-// (ln v + (x - t)²/v)/2 + constant with v = max(var, eps).
+// An elementwise loss over [rows, cols]: the squared error (x - t)², or the Gaussian negative log likelihood (ln v + (x
+// - t)²/v)/2 + constant with v = max(var, eps).
 struct ElementwiseLoss {
   int64_t rows, cols;
-  View input, target, var;  // var: Gaussian only
-  double eps, constant;
-  double divisor;    // of the gradients: the count for the mean
-  void* loss;        // [rows, cols] contiguous, or nullptr
-  void* grad_input;  // [rows, cols] contiguous, or nullptr; the target's gradient is its negative
-  void* grad_var;    // likewise
-  double* sums;      // per slice
+  View input, target, var;  // x, t and var, [rows, cols]; var for Gaussian only
+  double eps, constant;     // Gaussian only
+  double divisor;           // of the gradients: the number of elements for the mean
+  void* loss;               // [rows, cols] contiguous, or nullptr
+  void* grad_input;         // [rows, cols] contiguous, or nullptr; the gradient of the target is its negative
+  void* grad_var;           // [rows, cols] contiguous, or nullptr
+  double* sums;             // receives the sum of the loss, one part per slice
 };
 
-// In elements, of a tensor seen as [outer, classes, inner].
+// The strides of a tensor seen as [outer, classes, inner], in elements.
 struct ClassStrides {
   int64_t outer, cls, inner;
 };
@@ -33,25 +34,26 @@ struct ClassStrides {
 //   class probabilities   q = w ⊙ ((1 - s)·t      + s/classes)
 struct CrossEntropy {
   int64_t outer, classes, inner;
-  const void* x;
+  const void* x;  // the logits
   ClassStrides x_strides;
-  const int64_t* target;  // [outer, inner] contiguous; nullptr with class probabilities
+  const int64_t* target;  // class indices, [outer, inner] contiguous; nullptr with class probabilities
   int64_t ignore_index;
   const void* soft;  // class probabilities t, or nullptr
   ClassStrides soft_strides;
-  const void* weight;  // [classes], f32 (f64 for f64), or nullptr
-  double weight_sum;   // over the classes
+  const void* weight;  // [classes] accumulators, or nullptr
+  double weight_sum;   // of all classes
   double smoothing;
   double scale;          // of the gradients: 1/denominator for the mean
-  const void* row_grad;  // [outer, inner], f32 (f64 for f64), that the rows' gradients are multiplied by, or nullptr
+  const void* row_grad;  // [outer, inner] accumulators: factors of the rows' gradients; or nullptr
   void* loss;            // [outer, inner] contiguous, or nullptr
   void* grad;            // of x, or nullptr
-  void* grad_soft;       // of t, likewise
+  void* grad_soft;       // of t, or nullptr
   ClassStrides grad_strides;
-  double* sums;  // per slice
+  double* sums;  // receives the sum of the loss, one part per slice
 };
 
-// A sum in f64 that also adds up the rounding errors of its additions (Neumaier, 1974): thousands of terms cost no digits.
+// A sum in f64 that keeps what each addition rounds away (Neumaier, 1974). With it, thousands of terms cost no digits,
+// even where the terms are f64 themselves.
 struct ExactSum {
   double sum = 0, lost = 0;
 
@@ -60,9 +62,8 @@ struct ExactSum {
     lost += (sum < 0 ? -sum : sum) >= (term < 0 ? -term : term) ? (sum - next) + term : (term - next) + sum;
     sum = next;
   }
-  DLK_HD double value() const {
-    return sum - sum == 0 ? sum + lost : sum;
-  }  // where sum is infinite, nothing else counts
+  // An infinite sum stays as it is: `lost` is NaN then.
+  DLK_HD double value() const { return sum - sum == 0 ? sum + lost : sum; }
 };
 
 }  // namespace dlk

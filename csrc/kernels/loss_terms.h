@@ -1,15 +1,18 @@
-// The terms of the elementwise losses and their gradients, written once against an `O` as activation.h's functors.
+// The terms of the elementwise losses and their gradients. Like the functors of activation.h they are written once
+// against `O`, the operations on a value type.
 #pragma once
 
 #include "kernels/loss_params.h"
 
 namespace dlk {
 
+// The loss of one element, and its gradients with respect to x and var.
 template <class V>
 struct Terms {
   V loss, grad_input, grad_var;
 };
 
+// (x - t)², with the gradient 2·(x - t).
 template <class O, class V = typename O::T>
 struct SquaredError {
   static constexpr bool has_var = false;
@@ -20,7 +23,8 @@ struct SquaredError {
   }
 };
 
-// With v = max(var, eps), a constant to the gradients, and r = (x - t)/v: gradients r and (1 - (x - t)·r)/2v.
+// (ln v + (x - t)²/v)/2 + constant with v = max(var, eps). With r = (x - t)/v the gradients are r and (1 - (x -
+// t)·r)/2v: they treat the max as the identity.
 template <class O, class V = typename O::T>
 struct GaussianNLL {
   static constexpr bool has_var = true;

@@ -28,7 +28,7 @@ Product gradient_product(const Step& step, const Problem& c, const View& left, c
   if (!step.dz_in_load) return p;
   p.act = c.act;
   p.saved_is_mask = is_mask(saved);
-  const View view = p.saved_is_mask ? View{saved.const_data_ptr(), c.shape.n, 1} : view_of(saved);
+  const View view = p.saved_is_mask ? contiguous_view(c.shape.n, saved.const_data_ptr()) : view_of(saved);
   p.saved = is_dgrad ? view : view.transposed();
   return p;
 }

@@ -87,7 +87,7 @@ py::dict plan_of(const Layer& l, const Plans& plans) {
   add("wgrad", Op::wgrad);
 
   const bool saved = l.problem.act.kind != Act::none;
-  const View grad_y = {nullptr, l.problem.shape.n, 1};
+  const View grad_y = contiguous_view(l.problem.shape.n);
   auto kernel = [&](const Step& step) { return std::string(plans.kernel_of(step)); };
   auto scratch = [&](const Step& step) { return plans.scratch(step); };
   py::dict out;
@@ -146,7 +146,7 @@ struct CudaPlans {
     return kernel(step.path);
   }
   RouteRow route(Op op) const {
-    const View dz = {nullptr, l.problem.shape.n, 1};
+    const View dz = contiguous_view(l.problem.shape.n);
     const View left = op == Op::forward ? l.x : dz, right = op == Op::wgrad ? l.x : l.weight;
     const RouteQuery query = cuda::kMachine.query(op, l.problem, left, right);
     const Route route = cuda::route(query);

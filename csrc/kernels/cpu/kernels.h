@@ -1,5 +1,8 @@
-// The interface of a CPU kernel set. There is one set per instruction set (ukernel_*.cpp), each compiled
-// from the same gemm.h; isa.cpp picks one at run time. No torch here: threads arrive as a callback.
+// The interface of the CPU kernels: the table of functions that one instruction set offers, and their arguments.
+//
+// Each ukernel_*.cpp compiles the same kernels for one instruction set and fills in one `Kernels`; isa.cpp picks one at
+// run time. csrc/planning reads sizes and limits from here, and csrc/ops calls the functions. No torch here: threads
+// arrive as a callback (Parallel).
 #pragma once
 
 #include <cstddef>
@@ -11,117 +14,131 @@
 
 namespace dlk::cpu {
 
-// Runs body(begin, end) over [0, tasks), split among threads; returns when all are done.
+// The threads of a call. run(tasks, context, body) splits [0, tasks) among them, calls body(context, begin, end) for
+// each part, and returns when all parts are done.
 struct Parallel {
   int threads;
   void (*run)(int64_t tasks, const void* context, void (*body)(const void* context, int64_t begin, int64_t end));
 };
 
-constexpr int kFusedMlpLayers = 16;
-// Accumulators of one slice: per layer dweight and behind it dbias, in rows of whole registers of any instruction set.
+// ---- scratch of the fused MLP ------------------------------------------------------------------------------------
+
+// The distance between rows of parameter gradients in partials, in accumulators: whole registers of any instruction
+// set.
 DLK_HD int64_t fused_mlp_pitch(int64_t features) { return (features + 15) / 16 * 16; }
+// Return the accumulators of one slice in FusedMlp::partials. Each layer has dweight, [n, pitch of k], and behind it
+// dbias.
 int64_t fused_mlp_parameters(const FusedMlp&);
 
-// Where packing weight would cost more than it saves.
-constexpr int64_t kFewRowsForward = 32;
-constexpr int64_t kFewRows = 8;
-constexpr int64_t kFewDz = 1 << 18;  // elements of dz that every thread then makes for itself: 1 MiB
+// ---- few rows, few columns ---------------------------------------------------------------------------------------
 
-// Few columns: a product reads rows of x, not weight. Dot products and outer products of them, without packing.
+// The most rows (M) of the kernels for few rows. Below them packing weight would cost more than it saves.
+constexpr int64_t kFewRowsForward = 32;
+constexpr int64_t kFewRows = 8;      // dgrad and wgrad
+constexpr int64_t kFewDz = 1 << 18;  // the most elements of dz, which every thread makes for itself: 1 MiB of f32
+
+// The most columns (N) of the kernels for few columns, which read rows of x and pack nothing.
 constexpr int64_t kFewColumns = 16;
-// Backward of such a layer in one pass over the rows: the gradients that are set.
+
+// The backward of a layer with few columns, in one pass over the rows. It makes the gradients whose pointers are set.
 struct ColumnsBackward {
   int64_t m, n, k;
-  View g, saved;  // [m, n]; saved as in Gemm
+  View g, saved;  // [m, n]; as in Gemm
   Activation act;
   View weight;     // [n, k], contiguous along k; for dx
-  View x;          // [m, k], likewise; for dweight
+  View x;          // [m, k], contiguous along k; for dweight
   void* dx;        // [m, k] contiguous, or nullptr
   void* dweight;   // [n, k] contiguous, or nullptr
   void* dbias;     // [n], or nullptr
-  void* partials;  // column_slices(m) > 1: scratch of as many times n * (k + 1) accumulators, for dweight and dbias
+  void* partials;  // column_slices(m) > 1: that many times n * (k + 1) accumulators, for dweight and dbias
 };
-// In how many slices its rows are cut: a function of the shape alone. One has at least 128 rows, which makes adding it to
-// the others cheap, and there are enough for 32 threads.
+// Return how many slices the rows are cut in: a function of the shape alone. A slice has at least 128 rows, which makes
+// it cheap to add the slices up, and there are enough slices for 32 threads.
 DLK_HD int64_t column_slices(int64_t m) { return m < 256 ? 1 : m < 32 * 128 ? m / 128 : 32; }
 
+// ---- the functions of one instruction set ------------------------------------------------------------------------
+
+// A product that packs both operands, and the sizes that planning asks for.
 struct PackedProduct {
   void (*gemm)(const Gemm&, const Parallel&);
-  int64_t (*panels_size)(const Gemm&, int threads);
-  // True if packing leaves values as they are, so that the row sums of A are those of the operand.
-  bool exact;
+  int64_t (*panels_size)(const Gemm&, int threads);  // bytes of Gemm::panels; 0: every task packs its own B
+  bool exact;  // packing rounds nothing, so that row sums of packed A are row sums of A
 };
 
-// A layer's forward for few rows, and for how many.
+// A forward for few rows of x, and the numbers of rows that it is for.
 struct FewForward {
   void (*run)(const Gemm&, const Parallel&);
   int64_t least_rows, most_rows;
 };
 
-// The entry points for one element type.
+// The kernels for one element type.
 struct KernelTable {
-  const char* ukernel;  // dtype, tile and ISA, as explain() prints it
+  const char* ukernel;  // dtype, micro-tile and instruction set, as explain() prints them
   void (*act_pass)(const ActPass&, const Parallel&);
   PackedProduct packed;
-  // The three products for few rows, without packing. forward: x and weight contiguous along k; dgrad: weight too.
-  FewForward few_forward, tiles_forward;            // from tiles_forward.least_rows on that one, where there is one
+  // Few rows, nothing packed. forward needs x and weight contiguous along k, dgrad needs weight contiguous along k.
+  FewForward few_forward;
+  FewForward tiles_forward;  // takes over from tiles_forward.least_rows on; run == nullptr: there is none
   void (*few_dgrad)(const Gemm&, const Parallel&);  // M <= kFewRows
   void (*few_wgrad)(const Gemm&, const Parallel&);  // M <= kFewRows
-  // The same for few columns: N <= kFewColumns; x and weight contiguous along k.
+  // Few columns, N <= kFewColumns; x and weight contiguous along k.
   void (*few_columns_forward)(const Gemm&, const Parallel&);
   void (*few_columns_backward)(const ColumnsBackward&, const Parallel&);
   void (*grad_pass)(const GradPass&, const Parallel&);
-  // Layers of at most fused_mlp_features in and out features.
-  int64_t fused_mlp_features;
+  int64_t fused_mlp_features;  // the most in_features and out_features of a layer of a fused MLP
   void (*fused_mlp_forward)(const FusedMlp&, const Parallel&);
   void (*fused_mlp_backward)(const FusedMlp&, const Parallel&);
   Losses losses;
 };
 
-// f32 tensors multiplied in bf16, where torch's settings allow it and the instruction set has such products.
+// The product of f32 tensors that rounds them to bf16 while it packs them, for callers that torch's settings allow it.
 struct InBf16 {
-  const char* ukernel;  // nullptr: it has none
+  const char* ukernel;  // nullptr: the instruction set has no bf16 products
   PackedProduct packed;
 };
 
-// A layer's three products.
+// The packed products of one layer, where their operands have different types.
 struct PackedLayer {
   PackedProduct forward, dgrad, wgrad;
 };
+// The products of one layer for few rows, likewise.
 struct FewRowsLayer {
   void (*forward)(const Gemm&, const Parallel&);
   void (*dgrad)(const Gemm&, const Parallel&);
   void (*wgrad)(const Gemm&, const Parallel&);
 };
 
-// f32 parameters beside bf16 activations, see autocast.h.
+// All products of a layer under autocast: f32 parameters beside bf16 activations (autocast.h).
 struct AutocastLayer {
   PackedLayer packed;
   FewRowsLayer few_rows;
 };
 struct Autocast {
-  const char* ukernel;  // nullptr: the instruction set has none
-  AutocastLayer f32_x, bf16_x;
+  const char* ukernel;          // nullptr: the instruction set has no bf16 products
+  AutocastLayer f32_x, bf16_x;  // by the type of x
 };
 
-// One instruction set's engines, indexed by DType.
+// All kernels of one instruction set.
 struct Kernels {
   const char* isa;
-  KernelTable table[4];
+  KernelTable table[4];  // indexed by DType
   InBf16 f32_in_bf16;
   Autocast autocast;
 };
 
-// How many k slices wgrad uses: a function of the shape alone, so that the bits do not depend on the thread count.
+// ---- how sums are cut: functions of shapes alone, so that the bits do not depend on the number of threads ---------
+
+// Return the number of k-slices of a wgrad with C [m, n].
 int gemm_splits(int64_t m, int64_t n, int64_t k);
-// Accumulators of scratch that `splits` slices need: the slices of C, then those of the row sums.
+// Return the accumulators of Gemm::partials: the slices of C, then the slices of the row sums.
 int64_t partials_size(const Gemm&);
 
-// Slices of the elementwise reduction over m rows; again of the shape alone.
+// The slices of GradPass: kSliceRows rows each.
 constexpr int64_t kSliceRows = 1024;
 DLK_HD int64_t slices(int64_t m) { return (m + kSliceRows - 1) / kSliceRows; }
 
-// Thread-local scratch, 64-byte aligned, kept between calls; at most a few MiB per thread.
+// Return scratch of this thread, 64-byte aligned, valid until the thread's next call. It is kept between calls, and is
+// at most a few MiB per thread.
 void* scratch(size_t bytes);
 
 }  // namespace dlk::cpu

@@ -1,10 +1,10 @@
-// How sums are cut and how much scratch they need: functions of shapes alone, for plans and kernels.
+// How sums are cut and how much scratch they need: functions of shapes alone, which planning and the kernels call.
 #include "kernels/cpu/kernels.h"
 
 namespace dlk::cpu {
 
 int gemm_splits(int64_t m, int64_t n, int64_t k) {
-  // Few tiles and a long k, as in the wgrad of a tall batch: cut k so that about 16 tasks exist. Each slice keeps at
+  // The wgrad of a tall batch has few tiles and a long k. k is cut so that about 16 tasks exist. Each slice keeps at
   // least 2048 steps, which makes its pass over the partial sums (m·n per slice) cheap beside its m·n·2048 FMAs.
   const int64_t tiles = ((m + 127) / 128) * ((n + 127) / 128);
   if (tiles == 0) return 1;

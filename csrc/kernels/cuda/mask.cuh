@@ -13,16 +13,16 @@ namespace dlk::cuda {
 template <class T, int kWidth>
 constexpr bool kHasMask = sizeof(T) == 2 && kWidth == kMaskBits;
 
-// True if elements in rows of n can be taken by the byte of a mask, in 16-byte accesses to all of `memory`.
-inline bool comes_in_bytes(DType dtype, int64_t n, std::initializer_list<const void*> memory) {
-  bool whole = is_16_bit(dtype) && n % kMaskBits == 0;
+// Whether elements in rows of n come by the byte of a mask, in 16-byte accesses to all of `memory`.
+inline bool fills_mask_bytes(DType dtype, int64_t n, std::initializer_list<const void*> memory) {
+  bool whole = (dtype == DType::bf16 || dtype == DType::f16) && n % kMaskBits == 0;
   for (const void* p : memory) whole = whole && reinterpret_cast<uintptr_t>(p) % 16 == 0;
   return whole;
 }
 
 // y as memory has it: a value that rounds to 0 is inactive.
 template <class Functor, class T>
-DLK_DEVICE bool opens_rounded(Acc<T> y) {
+DLK_DEVICE bool is_active_rounded(Acc<T> y) {
   T rounded;
   narrow(y, &rounded);
   return is_active<Functor, Ops<Acc<T>>>(widen(rounded));
@@ -34,7 +34,7 @@ DLK_DEVICE void store_mask(void* mask, int64_t at, const Acc<T> (&y)[kWidth]) {
   static_assert(kHasMask<T, kWidth>);
   unsigned bits = 0;
 #pragma unroll
-  for (int e = 0; e < kMaskBits; ++e) bits |= static_cast<unsigned>(opens_rounded<Functor, T>(y[e])) << e;
+  for (int e = 0; e < kMaskBits; ++e) bits |= static_cast<unsigned>(is_active_rounded<Functor, T>(y[e])) << e;
   static_cast<uint8_t*>(mask)[at / kMaskBits] = static_cast<uint8_t>(bits);
 }
 

@@ -164,7 +164,7 @@ void run_gradient_pass(const Problem& c, const OutputGrad& in, const at::Tensor&
   if (in.saved.defined()) {
     p.act = c.act;
     p.saved_is_mask = is_mask(in.saved);
-    p.saved = p.saved_is_mask ? View{in.saved.const_data_ptr(), c.shape.n, 1} : view_of(in.saved);
+    p.saved = p.saved_is_mask ? contiguous_view(c.shape.n, in.saved.const_data_ptr()) : view_of(in.saved);
   }
   p.dz = data_or_null(dz), p.dbias = data_or_null(dbias);
   if (dbias.defined() && dbias.scalar_type() != in.g.scalar_type()) p.output_mode = OutputMode::uncast;

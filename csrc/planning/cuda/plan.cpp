@@ -21,7 +21,7 @@ Plan plan_backward(const BackwardProblem& p, const Machine& machine) {
   if (p.is_empty()) return plan;
   bool dx = p.dx && p.shape.k > 0, dweight = p.dweight && p.shape.k > 0;  // others have no elements
   bool dbias = p.dbias;
-  const View dz = p.saved ? View{nullptr, p.shape.n, 1} : p.grad_y;  // as it would lie in memory
+  const View dz = p.saved ? contiguous_view(p.shape.n) : p.grad_y;  // as it would lie in memory
   constexpr Route kNothing = {Path::simt, ""};
   Route for_dx = dx ? route(machine.query(Op::dgrad, p, dz, p.weight)) : kNothing;
   Route for_dweight = dweight ? route(machine.query(Op::wgrad, p, dz, p.x)) : kNothing;

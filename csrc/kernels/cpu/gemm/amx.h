@@ -1,13 +1,13 @@
-// AmxPairs: bf16 pairs along k, multiplied by AMX. A tile is 16 rows of 64 bytes, and one instruction adds the product of
-// two tiles to a third: 16 × 16 sums of 32 products in bf16.
+// AmxPairs: pairs of bf16 along k, multiplied by AMX. An AMX tile register is 16 rows of 64 bytes. One instruction adds
+// the product of two tiles to a third: 16 × 16 sums of 32 bf16 products each.
 //
-// Panels are those of Bf16Pairs. A row of a B micro-panel is a row of a B tile (two k steps of each column), and A lies
-// row by row along k; a block that is contiguous the other way is transposed on its way into the panel. Panels end with
-// zeros up to whole tiles along k, so that one configuration serves every product. Rows beyond the last one are whatever
-// the scratch holds: no sum but their own sees them.
+// The panels are those of Bf16Pairs. A row of a B micro-panel is a row of a B tile (two k steps of each column). A
+// panels are row-major along k; a block of A that is contiguous along rows is transposed while it is packed. Panels end
+// with zeros up to whole tiles along k, so that one tile configuration serves every product. Rows beyond the last one
+// hold old scratch, which reaches only their own sums.
 namespace dlk::cpu::DLK_ISA {
 
-// Palette 1: eight tiles, each of the full size.
+// The operand of ldtilecfg. Palette 1 has eight tiles; each gets the full size.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -15,19 +15,19 @@ struct alignas(64) TileConfig {
 };
 constexpr TileConfig kTileConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// R × C tiles of C in tmm0 to tmm3, A in tmm4 and tmm5, B in tmm6 and tmm7. At 2 × 2 that is four products for four loads.
-// Rows of A are a_bytes apart. What is streamed is asked for: the next step of B, or some steps of A (kStreamsA).
+// R × C tiles of C are in tmm0 to tmm3, A in tmm4 and tmm5, B in tmm6 and tmm7. With 2 × 2 a step is four products for
+// four loads. Rows of A are a_bytes apart. The operand that comes from memory is prefetched: A with kStreamsA, `ahead`
+// steps before its use, otherwise the next step of B.
 template <class E, int R, int C, bool kStreamsA>
 DLK_INLINE void tile_product(int64_t cells, const typename E::Cell* a, int64_t a_bytes, const typename E::Cell* b,
                              float* c, int64_t ldc, bool add) {
-  constexpr int64_t size = 16;  // rows, and cells in one
+  constexpr int64_t size = 16;  // rows of a tile, and cells of a row
   constexpr int64_t b_bytes = C * size * sizeof(*b), ahead = 4;
   const auto* a_below = (const typename E::Cell*)((const char*)a + size * a_bytes);
   const int64_t c_bytes = ldc * sizeof(*c);
   float* below = c + size * ldc;
-  __asm__ volatile(
-      "" ::
-          : "memory");  // GCC 12 does not know that a tile load reads memory: this makes it write the panels first
+  // GCC 12 does not know that a tile load reads memory: the panels must have been stored here.
+  __asm__ volatile("" ::: "memory");
   if (add) {
     _tile_loadd(0, c, c_bytes);
     if constexpr (C > 1) _tile_loadd(1, c + size, c_bytes);
@@ -66,7 +66,7 @@ DLK_INLINE void tile_product(int64_t cells, const typename E::Cell* a, int64_t a
   if constexpr (R > 1 && C > 1) _tile_stored(3, below + size, c_bytes);
 }
 
-// The micro-kernel.
+// The micro-kernel of AMX.
 template <class E, int R, int C>
 void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, float* c, int64_t ldc,
                   bool add) {
@@ -83,16 +83,16 @@ struct AmxPairs : Bf16Pairs<A, B, C> {
   static constexpr int kDepth = 16;
   static_assert(kMR == 2 * kDepth && kNV == 2 && kVL == kDepth, "2 × 2 tiles");
 
-  // Tiles belong to a thread; released, they cost nothing where it is switched.
+  // The tile registers of a thread. Once they are released, a context switch does not have to save them.
   struct Scope {
     Scope() { _tile_loadconfig(&kTileConfig); }
     ~Scope() { _tile_release(); }
     Scope(const Scope&) = delete;
   };
 
-  // One k step's cells of all rows into row-major panels. They wait as rows where 16 × 16 cells will be, and are transposed
-  // in place with the last of 16 steps.
-  static void put_line(Cell* out, const Cell* line, int64_t q, int64_t rows) {
+  // Pack the cells of all rows at one k step (a `line`) into row-major panels. A line is first stored as a row of the
+  // square of 16 × 16 cells that it belongs to. The last of 16 lines transposes the square in place.
+  static void pack_k_step(Cell* out, const Cell* line, int64_t q, int64_t rows) {
     constexpr int64_t stride = kAStride<AmxPairs>;
     const int64_t step = q % kDepth;
     for (int64_t i = 0; i < rows; i += kVL) {

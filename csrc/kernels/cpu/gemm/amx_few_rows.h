@@ -1,15 +1,16 @@
-// Few rows by AMX: y = act(x · weightᵀ + bias) for some rows of x, limited by how fast weight can be read. Tiles take the rows of
-// weight from where they lie: here weight is A and xᵀ is B, and the tiles are of yᵀ. Only x is packed, by every thread for
-// itself.
+// Forward for few rows on AMX: y = act(x · weightᵀ + bias). It is limited by how fast weight can be read, so the tiles
+// load the rows of weight directly from memory. Here weight is the A operand and xᵀ the B operand, and the result is
+// yᵀ. Only x is packed, and every thread packs its own copy.
 //
 //   task (32 columns of y)
 //     for each 32 rows of x
-//       for each sum of kTotal cells          added in f64, as in gemm.h
-//         whole steps                         weight's rows as tiles, unpacked
-//         the last step, where k is ragged    from a copy with zeros behind it, for 0 · NaN is not 0
-//       turn the tiles round, epilogue
+//       for each sum of kTotalCells cells     added in f64, as in gemm.h
+//         whole steps                         tiles load rows of weight, unpacked
+//         the last step, if k ends within it  from a copy with zeros behind it, because 0 · NaN is not 0
+//       transpose to y, epilogue
 namespace dlk::cpu::DLK_ISA {
 
+// One call.
 template <class E>
 struct FewRowsTiles {
   static constexpr int64_t kRows = kMR;
@@ -17,38 +18,38 @@ struct FewRowsTiles {
   EpilogueFn<typename E::ElemC> epilogue;
   int64_t cells;  // of a row, padded to whole steps
 
-  // Cells of the whole steps, which lie in memory in full.
+  // Return the cells of a row that are whole steps, which tiles can load from weight.
   DLK_HD int64_t whole() const { return p->k / (E::kDepth * E::kStep) * E::kDepth; }
 };
 
-// Scratch of one thread, carved from one allocation.
+// The scratch of one thread, in one allocation.
 template <class E>
 struct FewRowsBuffers {
   using Tiles = FewRowsTiles<E>;
-  typename E::Cell* x;      // panels of 32 rows of x
-  typename E::Packed* run;  // on its way into a panel
-  typename E::Cell* edge;   // the task's rows of weight with zeros behind them: one step, or all where rows are missing
-  float *tiles, *turned;    // of yᵀ [weight's rows, x's rows], of y
+  typename E::Cell* x;             // panels of 32 rows of x
+  typename E::Packed* row_buffer;  // rows on their way into a panel
+  typename E::Cell* edge;   // rows of weight with zeros behind them: the last step, or all steps where rows are missing
+  float *yt_tile, *y_tile;  // 32 × 32 sums of yᵀ, of y
   double* total;
 
   static FewRowsBuffers get(const Tiles& call) {
-    constexpr int64_t square = Tiles::kRows * Tiles::kRows, run = 2 * Buffers<E>::kRun;
+    constexpr int64_t square = Tiles::kRows * Tiles::kRows, row_buffer = 2 * Buffers<E>::kRowBuffer;
     const int64_t x = panel_at<E>(round_up(call.p->m, Tiles::kRows), Tiles::kRows, call.cells);
     const int64_t edge = Tiles::kRows * call.cells;
     char* at = (char*)scratch(sizeof(double) * square + sizeof(float) * 2 * square +
-                              sizeof(typename E::Cell) * (x + edge) + sizeof(typename E::Packed) * run);
+                              sizeof(typename E::Cell) * (x + edge) + sizeof(typename E::Packed) * row_buffer);
     FewRowsBuffers s;
     s.total = (double*)at;
-    s.tiles = (float*)(s.total + square);
-    s.turned = s.tiles + square;
-    s.x = (typename E::Cell*)(s.turned + square);
+    s.yt_tile = (float*)(s.total + square);
+    s.y_tile = s.yt_tile + square;
+    s.x = (typename E::Cell*)(s.y_tile + square);
     s.edge = s.x + x;
-    s.run = (typename E::Packed*)(s.edge + edge);
+    s.row_buffer = (typename E::Packed*)(s.edge + edge);
     return s;
   }
 };
 
-// Rows of weight from k on, `cells` cells of each, with zeros behind the last element and the last row.
+// Copy rows of weight from k on, `cells` cells of each, with zeros behind the last element and behind the last row.
 template <class E>
 void copy_edge(const Gemm& p, int64_t j0, int64_t rows, int64_t k, int64_t cells, typename E::Cell* out) {
   const auto* weight = (const typename E::ElemB*)p.b.data;
@@ -63,7 +64,7 @@ void copy_edge(const Gemm& p, int64_t j0, int64_t rows, int64_t k, int64_t cells
 
 // out[c, r] = in[r, c], 32 × 32.
 template <class E>
-void turn(const float* in, float* out) {
+void transpose_tile(const float* in, float* out) {
   constexpr int64_t size = FewRowsTiles<E>::kRows, lanes = E::kVL;
   for (int64_t r = 0; r < size; r += lanes)
     for (int64_t c = 0; c < size; c += lanes) {
@@ -76,7 +77,8 @@ void turn(const float* in, float* out) {
     }
 }
 
-// A task's rows of weight: `whole` cells of each where they lie, the last step in a copy.
+// The rows of weight of one task. The first `whole` cells of each are read in place, the last step from the copy
+// `edge`.
 template <class E>
 struct FewRowsWeight {
   const typename E::Cell* rows;
@@ -94,7 +96,7 @@ struct FewRowsWeight {
   }
 };
 
-// One task for rows i0.. of x, into s.turned.
+// Compute one task for rows i0.. of x, into s.y_tile.
 template <class E>
 void few_rows_tile(const FewRowsTiles<E>& call, const FewRowsBuffers<E>& s, const FewRowsWeight<E>& weight,
                    int64_t i0) {
@@ -105,14 +107,15 @@ void few_rows_tile(const FewRowsTiles<E>& call, const FewRowsBuffers<E>& s, cons
   const auto streamed = width > E::kVL ? &tile_product<E, 2, 2, true> : &tile_product<E, 2, 1, true>;
   const auto packed = width > E::kVL ? &tile_product<E, 2, 2, false> : &tile_product<E, 2, 1, false>;
   const auto* x = s.x + panel_at<E>(i0, size, call.cells);
-  for (int64_t q = 0; q == 0 || q < call.cells; q += kTotal<E>) {
-    const int64_t to = min(q + kTotal<E>, call.cells);
-    streamed(max(min(to, weight.whole) - q, 0), weight.rows + q, weight.row_bytes, x + q * width, s.tiles, size, false);
+  for (int64_t q = 0; q == 0 || q < call.cells; q += kTotalCells<E>) {
+    const int64_t to = min(q + kTotalCells<E>, call.cells);
+    streamed(max(min(to, weight.whole) - q, 0), weight.rows + q, weight.row_bytes, x + q * width, s.yt_tile, size,
+             false);
     if (to > weight.whole)
-      packed(E::kDepth, s.edge, E::kDepth * sizeof(Cell), x + weight.whole * width, s.tiles, size, true);
-    if (call.cells > kTotal<E>) add_to_total(s.tiles, size, s.total, size, size, size, q == 0, to == call.cells);
+      packed(E::kDepth, s.edge, E::kDepth * sizeof(Cell), x + weight.whole * width, s.yt_tile, size, true);
+    if (call.cells > kTotalCells<E>) add_to_total(s.yt_tile, size, s.total, size, size, size, q == 0, to == call.cells);
   }
-  turn<E>(s.tiles, s.turned);
+  transpose_tile<E>(s.yt_tile, s.y_tile);
 }
 
 template <class E>
@@ -124,13 +127,13 @@ void few_rows_tiles(const Gemm& p, const Parallel& parallel) {
     const Gemm& p = *call.p;
     const auto s = FewRowsBuffers<E>::get(call);
     [[maybe_unused]] const typename E::Scope scope;
-    pack_b<E>(p.a.transposed(), s.x, 0, p.k, 0, p.m, s.run);
+    pack_b<E>(p.a.transposed(), s.x, 0, p.k, 0, p.m, s.row_buffer);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t j0 = task * Tiles::kRows, columns = min(Tiles::kRows, p.n - j0);
       const auto weight = FewRowsWeight<E>::of(call, s, j0, columns);
       for (int64_t i = 0; i < p.m; i += Tiles::kRows) {
         few_rows_tile<E>(call, s, weight, i);
-        call.epilogue(p, s.turned, Tiles::kRows, i, j0, min(Tiles::kRows, p.m - i), columns);
+        call.epilogue(p, s.y_tile, Tiles::kRows, i, j0, min(Tiles::kRows, p.m - i), columns);
       }
     }
   });

@@ -1,7 +1,7 @@
-// A layer under autocast: weight and bias in f32, tensors between layers (y, z and gradients of y) in bf16, x in
-// either. The f32 operands of a product are rounded while they are packed, or, in the dot products of few rows, in
-// registers: no copy in bf16 is made. y has the bits that casts in front of the layer give. A gradient has the dtype of
-// its tensor; f32 gradients are sums that are not rounded to bf16.
+// A layer under autocast: weight and bias are f32; y, z and the gradient of y are bf16; x is either. The f32 operands
+// of a product are rounded while they are packed, or in registers where the dot products of few rows read them, so that
+// no whole copy of weight in bf16 is made in memory. y has the same bits as with casts in front of the layer. Each
+// gradient has the dtype of its tensor; f32 gradients are stored without rounding.
 //
 //            A                     B               C
 //   forward  x   f32 or bf16       weightᵀ f32     y   bf16

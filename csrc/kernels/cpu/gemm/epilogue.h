@@ -1,8 +1,9 @@
-// The epilogue: the work on a tile of C between the accumulators and memory, while the tile is in L1.
+// The epilogue takes a micro-tile of C from its accumulators to memory, while it is in L1: bias, activation, rounding.
 namespace dlk::cpu::DLK_ISA {
 
-// rows × cols of accumulators at acc (padded to whole registers) → bias, activation, one rounding, store at (i0, j0).
-// C is of T, or of accumulators, which kAdd adds to. The bias counts as T, whatever holds it.
+// Add the bias to rows × cols accumulators at acc (padded to whole registers), apply the activation, round once, and
+// store at (i0, j0) of C. The elements of C are T, or accumulators; with kAdd the result is added to those. The bias is
+// rounded to T where it is stored in another type.
 template <class T, class Bias, class Act, class C = T, bool kAdd = false>
 void epilogue(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
   using O = Ops<Acc<T>>;
@@ -10,21 +11,21 @@ void epilogue(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t 
   const auto slope = O::lit(p.act.slope);
   for (int64_t j = 0; j < cols; j += kVL) {
     const int64_t n = cols - j < kVL ? cols - j : kVL;
-    auto bias = p.bias ? load_some((const Bias*)p.bias + j0 + j, 1, n) : O::lit(0);
-    if constexpr (!kSame<Bias, T>) bias = rounded<T>(bias);
+    auto bias = p.bias ? load_partial((const Bias*)p.bias + j0 + j, 1, n) : O::lit(0);
+    if constexpr (!kIsSame<Bias, T>) bias = rounded<T>(bias);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (i0 + i) * p.n + j0 + j;
       auto z = load(acc + i * ld + j) + bias;
-      if constexpr (kAdd) z = load_some((const C*)p.c + at, 1, n) + z;
-      if (p.z) store_some((T*)p.z + at, z, n);
-      store_some((C*)p.c + at, Act::template value<O>(z, slope), n);
+      if constexpr (kAdd) z = load_partial((const C*)p.c + at, 1, n) + z;
+      if (p.z) store_partial((T*)p.z + at, z, n);
+      store_partial((C*)p.c + at, Act::template value<O>(z, slope), n);
     }
   }
 }
 
-// The same for a product whose output is the gradient of another layer's y: that layer's act' on it, from `below_saved`.
+// The epilogue of a dgrad that makes dz of the layer below: it multiplies dx by that layer's act'(below_saved).
 template <class T, class Act>
-void epilogue_gated(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
+void epilogue_below(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, int64_t j0, int64_t rows, int64_t cols) {
   using O = Ops<Acc<T>>;
   constexpr int64_t kVL = kLanes<T>;
   const auto slope = O::lit(p.below_act.slope);
@@ -32,8 +33,8 @@ void epilogue_gated(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, in
     const int64_t n = cols - j < kVL ? cols - j : kVL;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (i0 + i) * p.n + j0 + j;
-      const auto saved = load_some((const T*)p.below_saved + at, 1, n);
-      store_some((T*)p.c + at, Act::template grad<O>(load(acc + i * ld + j), saved, slope), n);
+      const auto saved = load_partial((const T*)p.below_saved + at, 1, n);
+      store_partial((T*)p.c + at, Act::template grad<O>(load(acc + i * ld + j), saved, slope), n);
     }
   }
 }
@@ -41,14 +42,15 @@ void epilogue_gated(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, in
 template <class T>
 using EpilogueFn = void (*)(const Gemm&, const Acc<T>*, int64_t, int64_t, int64_t, int64_t, int64_t);
 
+// Return the epilogue that p asks for.
 template <class T, class Bias>
 EpilogueFn<T> epilogue_of(const Gemm& p) {
   if (p.below_saved)
     return with_activation(p.below_act.kind,
-                           [](auto functor) -> EpilogueFn<T> { return &epilogue_gated<T, decltype(functor)>; });
+                           [](auto functor) -> EpilogueFn<T> { return &epilogue_below<T, decltype(functor)>; });
   if (p.output_mode == OutputMode::uncast) return &epilogue<T, Bias, Identity, Acc<T>>;
   if (p.output_mode == OutputMode::accumulate) return &epilogue<T, Bias, Identity, Acc<T>, true>;
-  // In backward `act` belongs to dz, so the products leave as they are.
+  // In backward `act` belongs to dz, and the product has no activation.
   const Act kind = p.saved.data ? Act::none : p.act.kind;
   return with_activation(kind, [](auto functor) -> EpilogueFn<T> { return &epilogue<T, Bias, decltype(functor)>; });
 }

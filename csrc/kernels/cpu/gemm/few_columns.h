@@ -1,31 +1,32 @@
-// Few columns: the three products where out_features is small, straight from memory. x is read once in forward and once in
-// backward, dx is written once; the few rows of weight, and the few values of dz in a row, stay in L1.
+// The three products where out_features is small. They read memory directly and pack nothing. x is read once in forward
+// and once in backward, and dx is written once. The few rows of weight, and the few values of dz in a row, stay in L1.
 //
 //   forward   dot products of rows of x and rows of weight, kDots of them at a time
-//   backward  a block of rows of dz is made, and from it, stripe by stripe of columns of x:
-//               dgrad  rows of weight scaled and added up
+//   backward  makes a block of rows of dz, and from it, stripe by stripe of columns of x:
+//               dgrad  rows of weight, scaled and added up
 //               wgrad  outer products, summed in registers over the block
 //
-// A stripe is kStripe registers wide. Sums over rows are cut after a block and after kSumRows, and the parts are added
-// in f64; slices of rows, cut by the shape alone, are added in order.
+// A stripe is kStripe registers wide. Sums over rows are cut after every block and after every kSumRows rows, and the
+// parts of kSumRows rows are added in f64. Slices of rows, cut by the shape alone, are added in order.
 namespace dlk::cpu::DLK_ISA {
 
-constexpr int kDots = kF32Lanes;  // accumulators: as many sums as one or two row_sums give
+constexpr int kDots = kF32Lanes;  // accumulators: as many as one or two calls of row_sums reduce
 constexpr int64_t kRowBlock = 64;
 constexpr int64_t kSumRows = 256;
 constexpr int kStripe = DLK_VBYTES == 64 ? 4 : 2;
 constexpr int kStripeSums = 4 * kStripe;   // accumulators of a stripe: half of the register file
 constexpr int64_t kStripedCols = 1 << 10;  // columns of a task: 16 rows of sums in f32 and f64 take 192 KiB of L2
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward -------------------------------------------------------------------------------------------------------
 
-struct Ahead {
+struct PrefetchRows {
   int64_t begin = 0, end = 0;  // rows of A to prefetch
 };
 
-// out[i, j] = row i0 + i of A · column j0 + j of B, R × C of them.
+// out[R, C] = rows i0.. of A · columns j0.. of B. Meanwhile the rows `ahead` are prefetched.
 template <class E, int R, int C>
-DLK_INLINE void column_dots(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int64_t ld, Ahead ahead) {
+DLK_INLINE void column_dots(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int64_t ld,
+                            PrefetchRows ahead) {
   using V = typename E::V;
   constexpr int64_t span = E::kVL * E::kStep;
   constexpr int kCount = R * C, kSums = round_up(kCount, E::kVL);
@@ -53,24 +54,22 @@ DLK_INLINE void column_dots(const Gemm& p, int64_t i0, int64_t j0, typename E::A
       step(span);
     }
     if (k < k1) step(p.k - k);
-#pragma GCC unroll 4
-    for (int g = 0; g < kSums; g += E::kVL) store_bits(sums + g, row_sums(acc + g));
-    if (p.k > kDotSums * span) add_to_total(sums, kCount, total, kCount, 1, kCount, k0 == 0, k1 == p.k);
+    reduce_dots<E, kCount>(acc, sums, total, p.k > kDotSums * span, k0 == 0, k1 == p.k);
   }
   for (int i = 0; i < R; ++i)
     for (int j = 0; j < C; ++j) out[i * ld + j] = sums[i * C + j];
 }
 
-// kDots rows (or fewer, at the end) against C columns. The next such rows are asked for meanwhile, by each call its share:
-// no hardware prefetcher keeps up with several short streams.
+// The dot products of kDots rows (or fewer, at the end) and C columns. Each call prefetches its share of the next kDots
+// rows, because no hardware prefetcher keeps up with several short streams.
 template <class E, int C>
 DLK_INLINE void dots_of_rows(const Gemm& p, int64_t i0, int64_t rows, int64_t j0, typename E::Acc* out) {
   constexpr int R = kDots / C;
   const int64_t next = i0 + kDots, last = max(p.m - next, 0);
   int64_t i = 0;
   for (; i + R <= rows; i += R) {
-    const int64_t call = j0 + i / R;  // of p.n
-    const Ahead ahead = {next + min(call * kDots / p.n, last), next + min((call + 1) * kDots / p.n, last)};
+    const int64_t call = j0 + i / R;  // out of p.n calls
+    const PrefetchRows ahead = {next + min(call * kDots / p.n, last), next + min((call + 1) * kDots / p.n, last)};
     column_dots<E, R, C>(p, i0 + i, j0, out + i * p.n + j0, p.n, ahead);
   }
   for (; i < rows; ++i) column_dots<E, 1, C>(p, i0 + i, j0, out + i * p.n + j0, p.n, {});
@@ -79,13 +78,14 @@ DLK_INLINE void dots_of_rows(const Gemm& p, int64_t i0, int64_t rows, int64_t j0
 template <class E>
 struct ColumnsForward {
   const Gemm* p;
-  Gemm flat;
+  Gemm flat;  // p as the epilogue sees it: rows of n * kVL columns
   EpilogueFn<typename E::ElemC> epilogue;
 };
 
 template <class E>
 void few_columns_forward_with(const Gemm& p, const Parallel& parallel) {
-  // A row of y is less than a register. The epilogue sees kVL of them as one, which is n registers.
+  // A row of y is shorter than a register. So kVL rows are one row for the epilogue, n registers long; the bias is
+  // repeated.
   ColumnsForward<E> call = {&p, p, epilogue_of<typename E::ElemC, typename E::ElemB>(p)};
   typename E::ElemB bias[kFewColumns * E::kVL];
   call.flat.n = p.n * E::kVL;
@@ -97,46 +97,61 @@ void few_columns_forward_with(const Gemm& p, const Parallel& parallel) {
     typename E::Acc acc[kRowBlock * kFewColumns + E::kVL];
     for (int64_t block = begin; block < end; ++block) {
       const int64_t i0 = block * kRowBlock, rows = min(kRowBlock, p.m - i0);
-      for (int64_t i = 0; i < rows; i += kDots) {  // which stay in L1 for all columns
-        const int64_t some = min(kDots, rows - i);
+      for (int64_t i = 0; i < rows; i += kDots) {  // these rows stay in L1 for all columns
+        const int64_t count = min(kDots, rows - i);
         int64_t j = 0;
-        for (; j + 4 <= p.n; j += 4) dots_of_rows<E, 4>(p, i0 + i, some, j, acc + i * p.n);
-        if (p.n & 2) dots_of_rows<E, 2>(p, i0 + i, some, j, acc + i * p.n), j += 2;
-        if (p.n & 1) dots_of_rows<E, 1>(p, i0 + i, some, j, acc + i * p.n);
+        for (; j + 4 <= p.n; j += 4) dots_of_rows<E, 4>(p, i0 + i, count, j, acc + i * p.n);
+        if (p.n & 2) dots_of_rows<E, 2>(p, i0 + i, count, j, acc + i * p.n), j += 2;
+        if (p.n & 1) dots_of_rows<E, 1>(p, i0 + i, count, j, acc + i * p.n);
       }
-      const int64_t whole = rows / E::kVL, left = rows % E::kVL;
+      const int64_t whole = rows / E::kVL, rest = rows % E::kVL;
       call.epilogue(flat, acc, flat.n, i0 / E::kVL, 0, whole, flat.n);
-      if (left) call.epilogue(flat, acc + whole * flat.n, flat.n, i0 / E::kVL + whole, 0, 1, left * p.n);
+      if (rest) call.epilogue(flat, acc + whole * flat.n, flat.n, i0 / E::kVL + whole, 0, 1, rest * p.n);
     }
   });
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward ------------------------------------------------------------------------------------------------------
 
-// Rows of dz, one behind the other. Where g and saved lie so too, they are one run.
+// Makes rows of dz, one directly behind the other. Where the rows of g and of saved also follow each other without a
+// gap, several rows are made as one.
 template <class E>
 struct DzRows {
-  Source<E> source;
+  RowSource<E> source;
   int64_t n;
   bool flat;
 
   static bool flatten(View& v, int64_t n) {
-    const bool is = n == 1 || v.row_stride == n * v.col_stride;
-    if (is) v = {v.data, 0, n == 1 ? v.row_stride : v.col_stride};
-    return is;
+    const bool gapless = n == 1 || v.row_stride == n * v.col_stride;
+    if (gapless) v = {v.data, 0, n == 1 ? v.row_stride : v.col_stride};
+    return gapless;
   }
   static DzRows of(const ColumnsBackward& p) {
     View g = p.g, saved = p.saved;
     const bool flat = flatten(g, p.n) && flatten(saved, p.n);
-    return {flat ? Source<E>::of(g, saved, p.act) : Source<E>::of(p.g, p.saved, p.act), p.n, flat};
+    return {flat ? RowSource<E>::of(g, saved, p.act) : RowSource<E>::of(p.g, p.saved, p.act), p.n, flat};
   }
   void make(typename E::Packed* dz, int64_t i0, int64_t rows) const {
-    if (flat) return Source<E>::along_row(source, dz, 0, i0 * n, rows * n);
-    for (int64_t i = 0; i < rows; ++i) Source<E>::along_row(source, dz + i * n, i0 + i, 0, n);
+    if (flat) return RowSource<E>::along_row(source, dz, 0, i0 * n, rows * n);
+    for (int64_t i = 0; i < rows; ++i) RowSource<E>::along_row(source, dz + i * n, i0 + i, 0, n);
   }
 };
 
-// dx[R, cols] = dz[R, n] · weight[n, cols], cols at most V registers.
+// Load V registers of a row, of which `cols` elements are valid.
+template <class T, int V>
+DLK_INLINE void load_stripe(const T* row, int64_t cols, Vec<Acc<T>> (&out)[V]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) out[v] = load_partial(row + v * kLanes<T>, 1, cols - v * kLanes<T>);
+}
+// sum += scale · row
+template <class Register, int V, class A>
+DLK_INLINE void add_scaled(Register (&sum)[V], A scale, const Register (&row)[V]) {
+  const auto factor = broadcast(scale);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) sum[v] = fma(row[v], factor, sum[v]);
+}
+
+// dx[R, cols] = dz[R, n] · weight[n, cols]; cols is at most V registers. `ahead`: rows of dx to prefetch, or nullptr.
 template <class T, int R, int V>
 DLK_INLINE void scaled_rows(const Acc<T>* dz, int64_t n, const T* w, int64_t w_stride, T* dx, int64_t dx_stride,
                             int64_t cols, const T* ahead) {
@@ -145,23 +160,18 @@ DLK_INLINE void scaled_rows(const Acc<T>* dz, int64_t n, const T* w, int64_t w_s
   Vec<Acc<T>> acc[R][V] = {};
   for (int64_t j = 0; j < n; ++j) {
     Vec<Acc<T>> wv[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) wv[v] = load_some(w + j * w_stride + v * kLanes<T>, 1, cols - v * kLanes<T>);
+    load_stripe<T, V>(w + j * w_stride, cols, wv);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const auto d = broadcast(dz[r * n + j]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(wv[v], d, acc[r][v]);
-    }
+    for (int r = 0; r < R; ++r) add_scaled(acc[r], dz[r * n + j], wv);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_some(dx + r * dx_stride + v * kLanes<T>, acc[r][v], cols - v * kLanes<T>);
+    for (int v = 0; v < V; ++v) store_partial(dx + r * dx_stride + v * kLanes<T>, acc[r][v], cols - v * kLanes<T>);
 }
 
-// sums[N, cols] += dz[rows, N]ᵀ · x[rows, cols], with accumulators of their own for U neighbouring rows. `ahead`: rows to ask
-// for, or nullptr.
+// sums[N, cols] += dz[rows, N]ᵀ · x[rows, cols]. U neighbouring rows have accumulators of their own. `ahead`: rows of x
+// to prefetch, or nullptr.
 template <class T, int N, int V>
 DLK_INLINE void outer_products(const Acc<T>* dz, int64_t n, const T* x, int64_t x_stride, int64_t rows, int64_t cols,
                                Acc<T>* sums, int64_t pitch, const T* ahead) {
@@ -170,14 +180,9 @@ DLK_INLINE void outer_products(const Acc<T>* dz, int64_t n, const T* x, int64_t 
   const auto add = [&](int64_t i, Vec<Acc<T>>(&to)[N][V]) __attribute__((always_inline)) {
     if (ahead) prefetch_lines(ahead + i * x_stride, V * kLanes<T> * sizeof(T));
     Vec<Acc<T>> xv[V];
+    load_stripe<T, V>(x + i * x_stride, cols, xv);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) xv[v] = load_some(x + i * x_stride + v * kLanes<T>, 1, cols - v * kLanes<T>);
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      const auto d = broadcast(dz[i * n + j]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) to[j][v] = fma(xv[v], d, to[j][v]);
-    }
+    for (int j = 0; j < N; ++j) add_scaled(to[j], dz[i * n + j], xv);
   };
   int64_t i = 0;
   for (; i + U <= rows; i += U)
@@ -195,22 +200,23 @@ DLK_INLINE void outer_products(const Acc<T>* dz, int64_t n, const T* x, int64_t 
     }
 }
 
-// The stripe behind one, to be asked for: stripes of short rows are no stream that a hardware prefetcher follows.
-struct Next {
+// The stripe that comes next, which is prefetched: no hardware prefetcher follows the short rows of stripes.
+struct NextStripe {
   int64_t i, j;
-  bool there;
+  bool exists;
 };
 
-// A stripe: rows i0.. and columns j0.. of x, at most V registers wide. Writes dx and adds to sums, where these are set.
+// The backward of one stripe: rows i0.. and columns j0.. of x, at most V registers wide. Writes dx and adds to sums,
+// where these are set.
 template <class T, int V>
 DLK_INLINE void backward_stripe(const ColumnsBackward& p, const Acc<T>* dz, int64_t i0, int64_t rows, int64_t j0,
-                                int64_t cols, Acc<T>* sums, int64_t pitch, Next next) {
+                                int64_t cols, Acc<T>* sums, int64_t pitch, NextStripe next) {
   const int64_t n = p.n;
   if (p.dx) {
     constexpr int R = V == 1 ? 8 : 4;
     const T* w = (const T*)p.weight.data + j0;
     T* dx = (T*)p.dx + i0 * p.k + j0;
-    const T* ahead = next.there ? (T*)p.dx + next.i * p.k + next.j : nullptr;
+    const T* ahead = next.exists ? (T*)p.dx + next.i * p.k + next.j : nullptr;
     int64_t i = 0;
     for (; i + R <= rows; i += R)
       scaled_rows<T, R, V>(dz + i * n, n, w, p.weight.row_stride, dx + i * p.k, p.k, cols,
@@ -219,7 +225,7 @@ DLK_INLINE void backward_stripe(const ColumnsBackward& p, const Acc<T>* dz, int6
   }
   if (!sums) return;
   const T* x = (const T*)p.x.data + i0 * p.x.row_stride + j0;
-  const T* ahead = next.there ? (const T*)p.x.data + next.i * p.x.row_stride + next.j : nullptr;
+  const T* ahead = next.exists ? (const T*)p.x.data + next.i * p.x.row_stride + next.j : nullptr;
   int64_t j = 0;
   for (; j + 4 <= n; j += 4)
     outer_products<T, 4, V>(dz + j, n, x, p.x.row_stride, rows, cols, sums + j * pitch, pitch,
@@ -233,23 +239,24 @@ DLK_INLINE void backward_stripe(const ColumnsBackward& p, const Acc<T>* dz, int6
                             j == 0 ? ahead : nullptr);
 }
 
-// One task: columns j0 .. j0 + cols of x, over one slice of rows. What it sums up goes to dweight and dbias of D.
+// Run one task: columns j0 .. j0 + cols of x, over one slice of rows. The sums go to dweight and dbias, whose elements
+// are D.
 template <class T, class D>
 void backward_columns(const ColumnsBackward& p, const DzRows<Convert<T>>& source, int64_t i0, int64_t i1, int64_t j0,
                       int64_t cols, D* dweight, D* dbias) {
   using A = Acc<T>;
   constexpr int64_t wide = kStripe * kLanes<T>;
-  // Where rows are 1 KiB apart, a stripe of 64 of them would share 16 sets of L1, and not fit.
+  // Where rows are 1 KiB apart, the 64 rows of a stripe would share 16 sets of L1 and not fit.
   const int64_t block = p.k > 2 * wide ? kRowBlock / 2 : kRowBlock;
-  const int64_t pitch = round_up(cols, kLanes<T>), run = p.n * kLanes<T>;
+  const int64_t pitch = round_up(cols, kLanes<T>), bias_width = p.n * kLanes<T>;
   auto* total = (double*)scratch((sizeof(double) + sizeof(A)) * p.n * pitch);
   auto* sums = dweight ? (A*)(total + p.n * pitch) : nullptr;
   A dz[kRowBlock * kFewColumns + kLanes<T>], bias_block[kFewColumns * kLanes<T>];
   double bias_total[kFewColumns * kLanes<T>];
-  ColumnSum<Convert<T>> bias{bias_total, bias_block};  // of kLanes rows as one
-  bias.clear(run);
-  // beside this one, or the first one of the next block
-  const auto next = [&](int64_t i, int64_t j) -> Next {
+  ColumnSum<Convert<T>> bias{bias_total, bias_block};  // kLanes rows are one row of it
+  bias.clear(bias_width);
+  // The stripe to the right, or the first one of the next block.
+  const auto next = [&](int64_t i, int64_t j) -> NextStripe {
     if (j < cols) return {i, j0 + j, true};
     return {i + block, j0, i + block < i1};
   };
@@ -260,7 +267,7 @@ void backward_columns(const ColumnsBackward& p, const DzRows<Convert<T>>& source
       const int64_t rows = min(block, k1 - i);
       source.make(dz, i, rows);
       if (dbias)
-        for (int64_t at = 0; at < rows * p.n; at += run) bias.add(dz + at, min(run, rows * p.n - at));
+        for (int64_t at = 0; at < rows * p.n; at += bias_width) bias.add(dz + at, min(bias_width, rows * p.n - at));
       int64_t j = 0;
       for (; j + wide <= cols; j += wide)
         backward_stripe<T, kStripe>(p, dz, i, rows, j0 + j, wide, sums ? sums + j : nullptr, pitch, next(i, j + wide));
@@ -272,10 +279,10 @@ void backward_columns(const ColumnsBackward& p, const DzRows<Convert<T>>& source
   }
   for (int64_t n = 0; sums && n < p.n; ++n)
     for (int64_t j = 0; j < cols; j += kLanes<T>)
-      store_some(dweight + n * p.k + j0 + j, load(sums + n * pitch + j), cols - j);
+      store_partial(dweight + n * p.k + j0 + j, load(sums + n * pitch + j), cols - j);
   if (!dbias) return;
-  bias.flush(run);
-  for (int64_t at = p.n; at < run; ++at) bias_total[at % p.n] += bias_total[at];
+  bias.flush(bias_width);
+  for (int64_t at = p.n; at < bias_width; ++at) bias_total[at % p.n] += bias_total[at];
   bias.store(dbias, p.n);
 }
 
@@ -292,7 +299,7 @@ void few_columns_backward_with(const ColumnsBackward& p, const Parallel& paralle
   parallel.run(count * ceil_div(p.k, kStripedCols), &call, [](const void* context, int64_t begin, int64_t end) {
     const auto& call = *(const ColumnsCall<T>*)context;
     const ColumnsBackward& p = *call.p;
-    constexpr int64_t step = kDots;  // slices begin at whole registers of rows
+    constexpr int64_t step = kDots;  // a slice begins at a multiple of kDots rows
     const int64_t count = column_slices(p.m), panels = ceil_div(p.k, kStripedCols), steps = ceil_div(p.m, step);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = task / panels, j0 = task % panels * kStripedCols, cols = min(kStripedCols, p.k - j0);

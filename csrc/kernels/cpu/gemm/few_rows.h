@@ -1,38 +1,50 @@
-// Few rows: the three products straight from memory, nothing packed. weight is read once, in the order it lies there.
+// The three products for few rows of x. They read memory directly and pack nothing; weight is read once, in memory
+// order.
 //
 //   forward  (M <= 32)  dot products along k
 //   dgrad    (M <= 8)   rows of weight scaled and added up
 //   wgrad    (M <= 8)   outer products, written once
 //
-// forward: a block of DLK_DOT_M rows of x meets DLK_DOT_N rows of w; each pair has its own accumulator register, so a loaded
-// register of w serves every row of x. The lanes are added at the end by row_sums.
+// forward multiplies blocks of DLK_DOT_M rows of x and DLK_DOT_N rows of w. Each pair of rows has its own accumulator
+// register, so a loaded register of w serves every row of x. At the end row_sums adds up the lanes.
 //
-// Long sums are cut, and the parts are added in f64: along k after kDotSums registers, in dgrad after kRowSums rows.
+// Long sums are cut, and their parts are added in f64: along k after kDotSums registers, in dgrad after kRowSums rows.
 namespace dlk::cpu::DLK_ISA {
 
 constexpr int64_t kDotSums = 256;
 constexpr int64_t kRowSums = 512;
 
+// Add up the lanes of kCount accumulators: sums[i] is the sum of register i. A dot product that is cut in several parts
+// is added up in total, and after its last part sums receives the total. Overwrites acc.
+template <class E, int kCount>
+DLK_INLINE void reduce_dots(typename E::V* acc, typename E::Acc* sums, double* total, bool several, bool first,
+                            bool last) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount; i += E::kVL) store_bits(sums + i, row_sums(acc + i));
+  if (several) add_to_total(sums, kCount, total, kCount, 1, kCount, first, last);
+}
+
+// out[R, C] = rows i0.. of x · rows j0.. of weight.
 template <class E, int R, int C>
 void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int64_t ld) {
   using V = typename E::V;
   using A = typename E::Elem;
   using B = typename E::ElemB;
-  constexpr int kCount = R * C;
-  constexpr int kGroups = (kCount + E::kVL - 1) / E::kVL;
+  constexpr int kCount = R * C, kSums = round_up(kCount, E::kVL);
   constexpr int64_t span = E::kVL * E::kStep;
   const A* x = (const A*)p.a.data + i0 * p.a.row_stride;
   const B* w = (const B*)p.b.data + j0 * p.b.col_stride;
-  typename E::Acc sums[kGroups * E::kVL];
+  typename E::Acc sums[kSums];
   double total[kCount] = {};
-  // The first block of rows of x asks for the rows of w that come next. No hardware prefetcher follows from one short row to
-  // another; in float32 one that has been started keeps up with the products, in bf16 these are twice as fast.
-  const int64_t ask_to = i0 > 0 ? 0 : E::kStep > 1 ? p.k : 128;
+  // The first block of rows of x prefetches the next rows of w, because no hardware prefetcher follows from one short
+  // row to another. In f32 the first 128 elements of a row are enough: from there on the hardware prefetcher keeps up
+  // with the products. In bf16 the products are twice as fast, so the whole row is prefetched.
+  const int64_t prefetch_to = i0 > 0 ? 0 : E::kStep > 1 ? p.k : 128;
   for (int64_t k = 0, k0 = 0; k0 < p.k; k0 += kDotSums * span) {
     const int64_t k1 = min(k0 + kDotSums * span, p.k);
-    V acc[kGroups * E::kVL] = {};
+    V acc[kSums] = {};
     for (; k + span <= k1; k += span) {
-      if (k < ask_to)
+      if (k < prefetch_to)
 #pragma GCC unroll 8
         for (int j = 0; j < C; ++j)
           for (int64_t line = 0; line < span; line += 64 / sizeof(B))
@@ -55,9 +67,7 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
         for (int i = 0; i < R; ++i) acc[i * C + j] = E::multiply_add(acc[i * C + j], xv[i], wv);
       }
     }
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) store_bits(sums + g * E::kVL, row_sums(acc + g * E::kVL));
-    if (p.k > kDotSums * span) add_to_total(sums, kCount, total, kCount, 1, kCount, k0 == 0, k1 == p.k);
+    reduce_dots<E, kCount>(acc, sums, total, p.k > kDotSums * span, k0 == 0, k1 == p.k);
   }
   for (int i = 0; i < R; ++i)
     for (int j = 0; j < C; ++j) out[i * ld + j] = sums[i * C + j];
@@ -66,7 +76,7 @@ void dot_block(const Gemm& p, int64_t i0, int64_t j0, typename E::Acc* out, int6
 template <class E>
 using DotBlock = void (*)(const Gemm&, int64_t, int64_t, typename E::Acc*, int64_t);
 
-// The block of that many rows of x, so that w is read once for all of them.
+// Return the dot_block for this many rows of x, so that w is read once for all of them.
 template <class E, int R = DLK_DOT_M>
 DotBlock<E> dot_block_for(int64_t rows) {
   if constexpr (R > 1) {
@@ -75,7 +85,7 @@ DotBlock<E> dot_block_for(int64_t rows) {
   return &dot_block<E, R, DLK_DOT_N>;
 }
 
-// A block of rows of x against n rows of w.
+// The dot products of a block of rows of x and n rows of w.
 template <class E>
 DLK_INLINE void dot_rows(const Gemm& p, int64_t i0, int64_t rows, int64_t j0, int64_t n, typename E::Acc* out,
                          int64_t ld) {
@@ -85,27 +95,27 @@ DLK_INLINE void dot_rows(const Gemm& p, int64_t i0, int64_t rows, int64_t j0, in
 }
 
 template <class E>
-struct FewForward {
-  // Columns per task: enough to fill the epilogue's registers, few enough to spread over threads.
+struct FewForwardCall {
+  // Columns per task: enough to fill the registers of the epilogue, few enough to spread the tasks over threads.
   static constexpr int64_t kCols = 8 * DLK_DOT_N;
   static constexpr int64_t ld = kCols + 64;
   const Gemm* p;
   EpilogueFn<typename E::ElemC> epilogue;
 };
 
-// As below where x or w is rounded and several rows of x would have that done to w again: first both into scratch, x whole
-// and w DLK_DOT_N rows at a time.
+// The forward where x or w has to be rounded and w would be rounded again for every block of rows of x. Both are
+// rounded into scratch first: all of x, and w DLK_DOT_N rows at a time.
 template <class E>
-void few_forward_rounded(const FewForward<E>& call, const Parallel& parallel) {
+void few_forward_rounded(const FewForwardCall<E>& call, const Parallel& parallel) {
   parallel.run(ceil_div(call.p->n, call.kCols), &call, [](const void* context, int64_t begin, int64_t end) {
     using Packed = typename E::Packed;
-    const auto& call = *(const FewForward<E>*)context;
+    const auto& call = *(const FewForwardCall<E>*)context;
     const Gemm& p = *call.p;
     const int64_t pitch = round_up(p.k, 64 / sizeof(Packed));
     auto* x = (Packed*)scratch(sizeof(Packed) * (p.m + DLK_DOT_N) * pitch);
     auto* w = x + p.m * pitch;
     for (int64_t i = 0; i < p.m; ++i)
-      copy_run<E>(x + i * pitch, (const typename E::Elem*)p.a.data + i * p.a.row_stride, 1, p.k);
+      copy_row<E>(x + i * pitch, (const typename E::Elem*)p.a.data + i * p.a.row_stride, 1, p.k);
     Gemm low = p;
     low.a = {x, pitch, 1};
     low.b = {w, 1, pitch};
@@ -117,7 +127,7 @@ void few_forward_rounded(const FewForward<E>& call, const Parallel& parallel) {
         for (int64_t c = 0; c < n; ++c) {
           const auto* row = (const typename E::ElemB*)p.b.data + (j0 + j + c) * p.b.col_stride;
           for (int64_t k = 0; k < p.k; k += 64 / sizeof(*row)) prefetch_l2(row + DLK_DOT_N * p.b.col_stride + k);
-          copy_run<E>(w + c * pitch, row, 1, p.k);
+          copy_row<E>(w + c * pitch, row, 1, p.k);
         }
         for (int64_t i = 0; i < p.m; i += DLK_DOT_M)
           dot_rows<typename E::Multiply>(low, i, min(DLK_DOT_M, p.m - i), 0, n, acc + i * call.ld + j, call.ld);
@@ -129,12 +139,12 @@ void few_forward_rounded(const FewForward<E>& call, const Parallel& parallel) {
 
 template <class E>
 void few_forward_with(const Gemm& p, const Parallel& parallel) {
-  const FewForward<E> call = {&p, epilogue_of<typename E::ElemC, typename E::ElemB>(p)};
-  if constexpr (!kSame<E, typename E::Multiply>) {
+  const FewForwardCall<E> call = {&p, epilogue_of<typename E::ElemC, typename E::ElemB>(p)};
+  if constexpr (!kIsSame<E, typename E::Multiply>) {
     if (p.m > DLK_DOT_M) return few_forward_rounded<E>(call, parallel);
   }
   parallel.run(ceil_div(p.n, call.kCols), &call, [](const void* context, int64_t begin, int64_t end) {
-    const auto& call = *(const FewForward<E>*)context;
+    const auto& call = *(const FewForwardCall<E>*)context;
     const Gemm& p = *call.p;
     typename E::Acc acc[DLK_DOT_M * call.ld];
     for (int64_t task = begin; task < end; ++task) {
@@ -149,24 +159,24 @@ void few_forward_with(const Gemm& p, const Parallel& parallel) {
   });
 }
 
-// dz [M, N] for few rows, made once per thread.
+// Make dz [M, N] of few rows in scratch; every thread makes its own.
 template <class E>
 const typename E::Packed* few_dz(const Gemm& p, int64_t m, int64_t n, const View& g, const View& saved) {
-  const auto source = Source<E>::of(g, saved, p.act);
+  const auto source = RowSource<E>::of(g, saved, p.act);
   auto* dz = (typename E::Packed*)scratch(sizeof(typename E::Packed) * (m * n + 64));
-  for (int64_t i = 0; i < m; ++i) Source<E>::along_row(source, dz + i * n, i, 0, n);
+  for (int64_t i = 0; i < m; ++i) RowSource<E>::along_row(source, dz + i * n, i, 0, n);
   return dz;
 }
 
-// dx[M, K] += dz[M, n..n+U) · weight[n..n+U, K), U rows of weight in registers for R rows of dx.
+// dx[R, cols] += dz[R, U] · w[U, cols]: U rows of weight are in registers while they serve R rows of dx.
 template <class T, int R, int U>
 DLK_INLINE void add_rows(const Acc<T>* dz, int64_t dz_stride, const T* w, int64_t w_stride, Acc<T>* dx,
                          int64_t dx_stride, int64_t cols) {
   for (int64_t j = 0; j < cols; j += kLanes<T>) {
-    const int64_t left = min(kLanes<T>, cols - j);
+    const int64_t valid = min(kLanes<T>, cols - j);
     Vec<Acc<T>> rows[U];
 #pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) rows[u] = load_some(w + u * w_stride + j, 1, left);
+    for (int u = 0; u < U; ++u) rows[u] = load_partial(w + u * w_stride + j, 1, valid);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       auto sum = rows[0] * broadcast(dz[r * dz_stride]);
@@ -177,7 +187,8 @@ DLK_INLINE void add_rows(const Acc<T>* dz, int64_t dz_stride, const T* w, int64_
   }
 }
 
-// A, B, C: the element types of the tensors (gemm_traits.h). Weights and x in f32 are multiplied as they are.
+// A, B, C are the element types of the operands and of the result, as in gemm_traits.h. f32 weights are multiplied
+// without rounding.
 template <class A, class B, class C>
 void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n = K, p.k = N
   static constexpr int64_t kCols = 512;
@@ -208,11 +219,12 @@ void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n 
       }
       for (int64_t i = 0; i < p.m; ++i)
         for (int64_t j = 0; j < cols; j += kLanes<C>)
-          store_some((C*)p.c + i * p.n + j0 + j, load(dx + i * ld + j), cols - j);
+          store_partial((C*)p.c + i * p.n + j0 + j, load(dx + i * ld + j), cols - j);
     }
   });
 }
 
+// f32 x is multiplied without rounding.
 template <class A, class B, class C>
 void few_wgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = N, p.n = K, p.k = M
   static constexpr int64_t kRows = 32;
@@ -223,17 +235,17 @@ void few_wgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = N, p.n 
     for (int64_t n = begin * kRows; n < last; ++n) {
       C* out = (C*)p.c + n * p.n;
       for (int64_t j = 0; j < p.n; j += kLanes<C>) {
-        const int64_t left = min(kLanes<C>, p.n - j);
+        const int64_t valid = min(kLanes<C>, p.n - j);
         auto sum = Vec<Acc<C>>{};
         for (int64_t i = 0; i < p.k; ++i)
-          sum = fma(load_some((const B*)p.b.data + i * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, left),
+          sum = fma(load_partial((const B*)p.b.data + i * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, valid),
                     broadcast(dz[i * p.m + n]), sum);
-        store_some(out + j, sum, left);
+        store_partial(out + j, sum, valid);
       }
       if (!p.row_sum) continue;
-      Acc<C> some[kLanes<C>] = {};
-      for (int64_t i = 0; i < p.k; ++i) some[0] += dz[i * p.m + n];
-      store_some((C*)p.row_sum + n, load(some), 1);
+      Acc<C> lanes[kLanes<C>] = {};
+      for (int64_t i = 0; i < p.k; ++i) lanes[0] += dz[i * p.m + n];
+      store_partial((C*)p.row_sum + n, load(lanes), 1);
     }
   });
 }

@@ -1,15 +1,16 @@
-// The loop nest: C is cut in tiles that fit L2, each tile is one task, and a task packs its operands.
+// The loop nest of the packed product. C is cut in tiles that fit L2. A task computes one tile, and packs what it
+// multiplies.
 //
-//   task (tile of C)                          threads take tasks; no barrier within
-//     for each k block                        A block packed to thread-local scratch (dz is made here)
-//       for each B block                      packed likewise, or before, for all tasks; lives in L2
+//   task (tile of C)                          threads take tasks; a task has no barrier
+//     for each k block                        the A block is packed to scratch of the thread (dz is made here)
+//       for each B block                      packed likewise, or in advance for all tasks; stays in L2
 //         for each A micro-panel              stays in L1
 //           for each B micro-panel            streams from L2
-//             ukernel                         accumulators in registers
-//             total                           behind kTotal cells of k, in f64
-//             epilogue                        on the last k block, micro-tile still in L1
+//             micro-kernel                    accumulators in registers
+//             total                           after every kTotalCells cells of k, in f64
+//             epilogue                        after the last k block, with the micro-tile still in L1
 //
-// Every element of C is accumulated over k in one order whatever the tiling, so the result does not depend on the
+// Every element of C is accumulated over k in the same order for every tiling, so the result does not depend on the
 // number of threads.
 namespace dlk::cpu::DLK_ISA {
 
@@ -18,35 +19,37 @@ DLK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 DLK_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DLK_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Cells along k of a block's panels: whole steps of the micro-kernel, zeros behind the last element.
+// Return the cells along k of a panel with ks elements: whole steps of the micro-kernel, with zeros behind the last
+// element.
 template <class E>
 DLK_INLINE int64_t cells_of(int64_t ks) {
   return round_up(ceil_div(ks, E::kStep), E::kDepth);
 }
 
-// Limits of a tile of C. 24 micro-panels high (8 of AMX's): a packed element of B serves 336 rows (256). An A block (dz is the
-// dearer one to make) serves up to kNC columns. Between k blocks the accumulators of a tile cost 8 bytes per kKC FMAs. AMX
-// multiplies 12 times as fast, so there they must stay in L2 (1 MiB). B blocks of kKC × kNB (256 KiB) stay in L2 beside the A
-// block.
+// Limits of a tile of C. It is at most 24 micro-panels high (8 with AMX), so that a packed element of B serves 336 rows
+// (256 with AMX). An A block, which costs more to make because of dz, serves up to kNC columns. Between k blocks the
+// accumulators of a tile cost 8 bytes of traffic per kKC FMAs. AMX multiplies 12 times as fast, so with it the
+// accumulators must stay in L2 (1 MiB). B blocks of kKC × kNB (256 KiB) stay in L2 beside the A block.
 constexpr int64_t kMC = (kMR < 16 ? 24 : 8) * kMR;
 constexpr int64_t kNC = 1024;
 constexpr int64_t kNB = kMR < 16 ? 256 : 512;
-// Tiles above each other from which on they share one packed B.
+// From this many tiles above each other on, the tiles share one packed B.
 constexpr int64_t kSharedTiles = 3;
 
+// How one product is cut in tiles, slices and blocks.
 struct Tiling {
   int64_t mc, nc;       // tile of C
   int64_t nb;           // columns of a B block
   int64_t mt, nt;       // tiles per direction
   int64_t k_slice, kt;  // k elements per slice, slices
-  int64_t kb;           // k elements per block: a slice in equal parts
-  bool one_block;       // a slice is one k block: tiles below each other share their B block
+  int64_t kb;           // k elements per k block; the blocks of a slice are equal
+  bool one_block;       // a slice is one k block, and tiles below each other share their B block
   int64_t per_total;    // k blocks per addition to the total
   int64_t per_sum;      // k cells per running sum
-  DLK_HD bool totals() const { return k_blocks() > per_total; }
+  DLK_HD bool has_totals() const { return k_blocks() > per_total; }
   DLK_HD int64_t tasks() const { return mt * nt * kt; }
 
-  // B blocks, numbered by slice, k block, tile, block of the tile.
+  // B blocks are numbered by slice, k block, tile, block of the tile.
   DLK_HD int64_t k_blocks() const { return max(1, ceil_div(k_slice, kb)); }
   DLK_HD int64_t blocks_per_tile() const { return ceil_div(nc, nb); }
   DLK_HD int64_t b_blocks() const { return kt * k_blocks() * nt * blocks_per_tile(); }
@@ -55,7 +58,7 @@ struct Tiling {
   }
 };
 
-// The tile that minimises the longest thread's work: FMAs plus the packing that smaller tiles repeat.
+// Return the tiling that minimises the work of the busiest thread: FMAs, and the packing that smaller tiles repeat.
 template <class E>
 Tiling tile(const Gemm& p, int threads) {
   constexpr int64_t nr = kNV * E::kVL;
@@ -64,8 +67,8 @@ Tiling tile(const Gemm& p, int threads) {
   const int64_t k_slice = round_up(ceil_div(p.k, kt), 64 * E::kStep);
   const int64_t kb = round_up(ceil_div(k_slice, max(1, ceil_div(k_slice, kblock))), 16 * E::kStep);
   const bool one_block = k_slice <= kb;
-  const int64_t per_total = max(1, kTotal<E> * E::kStep / max(kb, 1));
-  // a B block that is shared must be there whole; a shallow one may be wider
+  const int64_t per_total = max(1, kTotalCells<E> * E::kStep / max(kb, 1));
+  // tiles that share a B block need all of it at once; a B block of few cells may be wider
   const int64_t widest =
       one_block ? min(kNC, max(kNB, kKC<E> * kNB / ceil_div(max(k_slice, 1), E::kStep) / nr * nr)) : kNC;
   Tiling best{};
@@ -76,7 +79,7 @@ Tiling tile(const Gemm& p, int threads) {
       const int64_t nc = min(widest, round_up(ceil_div(p.n, nt), nr));
       const int64_t tasks = ceil_div(p.m, mc) * ceil_div(p.n, nc) * kt;
       const int64_t rounds = ceil_div(tasks, threads);
-      // per k: mc·nc/lanes FMAs, and about one cycle per packed register of either operand
+      // per step of k: mc·nc/lanes FMAs, and about one cycle per packed register of either operand
       const int64_t cost = rounds * (mc * round_up(nc, E::kVL) + 16 * (mc + nc));
       if (best_cost < 0 || cost < best_cost) {
         best_cost = cost;
@@ -99,53 +102,54 @@ Tiling tile(const Gemm& p, int threads) {
 
 // ---- packing ----------------------------------------------------------------------------------------------------
 
-// Panels of a block lie one cache line more than their size apart: at 32 KiB they would share an L1 set.
+// The gap between the panels of a block is one cache line. Without it, panels of 32 KiB would share an L1 set.
 template <class E>
 constexpr int64_t kPanelGap = 64 / sizeof(typename E::Cell);
+// Return the offset of the panel that begins with row (of A) or column (of B) `first`, in cells.
 template <class E>
 DLK_INLINE int64_t panel_at(int64_t first, int64_t per_panel, int64_t cells) {
   return first * cells + first / per_panel * kPanelGap<E>;
 }
 
-// Scratch of one thread, carved from one allocation.
+// The scratch of one thread, in one allocation.
 template <class E>
 struct Buffers {
   using Cell = typename E::Cell;
-  Cell* a;                  // micro-panels of A
-  Cell* b;                  // micro-panels of B
-  typename E::Acc* acc;     // the tile between k blocks, micro-tile by micro-tile
-  ColumnSum<E> row_sum;     // [kMC]: columns of the runs, which are rows of A
-  typename E::Packed* run;  // two runs on their way into a panel
-  double* total;            // of the tile, where its sums are several
+  Cell* a;                         // micro-panels of A
+  Cell* b;                         // micro-panels of B
+  typename E::Acc* acc;            // the tile between k blocks, micro-tile by micro-tile
+  ColumnSum<E> row_sum;            // [kMC], the sums of the rows of A
+  typename E::Packed* row_buffer;  // rows on their way into a panel
+  double* total;                   // the total of the tile's sums, if it has several
 
-  static constexpr int64_t kRun = (kMC > kNC ? kMC : kNC) + DLK_VBYTES;
+  static constexpr int64_t kRowBuffer = (kMC > kNC ? kMC : kNC) + DLK_VBYTES;
   static constexpr int64_t kA = kMC * kAStride<E>;
-  // the shallow wide block has as many panel gaps as columns allow
+  // a wide block of few cells has as many panel gaps as it has registers of columns
   static constexpr int64_t kB = kKC<E> * (kNB + kNV * E::kVL) + kNC / E::kVL * kPanelGap<E>;
   static constexpr int64_t kAcc = kMC * (kNC + kNV * E::kVL);
 
-  static Buffers get(bool totals) {
-    constexpr int64_t bytes = sizeof(Cell) * (kA + kB) + sizeof(typename E::Acc) * kAcc + sizeof(Cell) * 3 * kRun +
-                              (sizeof(double) + sizeof(typename E::Acc)) * kRun;
-    char* at = (char*)scratch(bytes + (totals ? sizeof(double) * kAcc : 0));
+  static Buffers get(bool has_totals) {
+    constexpr int64_t bytes = sizeof(Cell) * (kA + kB) + sizeof(typename E::Acc) * kAcc +
+                              sizeof(Cell) * 3 * kRowBuffer + (sizeof(double) + sizeof(typename E::Acc)) * kRowBuffer;
+    char* at = (char*)scratch(bytes + (has_totals ? sizeof(double) * kAcc : 0));
     Buffers s;
     s.a = (Cell*)at;
     s.b = s.a + kA;
     s.acc = (typename E::Acc*)(s.b + kB);
-    s.run = (typename E::Packed*)(s.acc + kAcc);
-    s.row_sum.total = (double*)((Cell*)s.run + 3 * kRun);
-    s.row_sum.block = (typename E::Acc*)(s.row_sum.total + kRun);
+    s.row_buffer = (typename E::Packed*)(s.acc + kAcc);
+    s.row_sum.total = (double*)((Cell*)s.row_buffer + 3 * kRowBuffer);
+    s.row_sum.block = (typename E::Acc*)(s.row_sum.total + kRowBuffer);
     s.total = (double*)(at + bytes);
     return s;
   }
 };
 
-// A[i0.., p0..] as row-major micro-panels: row i of the block at i·kAStride, cells along k.
+// Pack A[i0.., p0..] as row-major micro-panels: row i of the block is at i·kAStride, its cells along k.
 template <class E>
-void pack_a_rows(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks) {
+void pack_a_rows(const RowSource<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks) {
   for (int64_t i = 0; i < rows; ++i) {
     auto* row = (typename E::Packed*)(out + i * kAStride<E>);
-    Source<E>::along_row(a, row, i0 + i, p0, ks);
+    RowSource<E>::along_row(a, row, i0 + i, p0, ks);
     for (int64_t p = ks; p < cells_of<E>(ks) * E::kStep; ++p) row[p] = {};
   }
 }
@@ -155,78 +159,79 @@ DLK_INLINE void copy_panel_row(typename E::Cell* to, const typename E::Cell* fro
   for (int64_t i = 0; i < kMR; i += E::kVL) store_bits(to + i, load_bits<typename E::V>(from + i));
 }
 
-// A[i0.., p0..] as k-major micro-panels: [panel][cell][kMR]. Adds the rows up on the way where asked (dbias).
+// Pack A[i0.., p0..] as k-major micro-panels, [panel][cell][kMR]. With row_sum, add its rows up on the way (dbias).
 template <class E>
-void pack_a_cols(const Source<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks,
-                 typename E::Packed* run, ColumnSum<E>* row_sum) {
+void pack_a_cols(const RowSource<E>& a, typename E::Cell* out, int64_t i0, int64_t rows, int64_t p0, int64_t ks,
+                 typename E::Packed* row_buffer, ColumnSum<E>* row_sum) {
   using Cell = typename E::Cell;
-  constexpr int64_t kRun = Buffers<E>::kRun;
+  constexpr int64_t kRowBuffer = Buffers<E>::kRowBuffer;
   const int64_t cells = cells_of<E>(ks);
-  Cell* line = (Cell*)(run + 2 * kRun);
+  Cell* line = (Cell*)(row_buffer + 2 * kRowBuffer);
   for (int64_t q = 0; q < cells; ++q) {
     for (int64_t s = 0; s < E::kStep; ++s) {
-      auto* r = run + s * kRun;
+      auto* r = row_buffer + s * kRowBuffer;
       const int64_t p = q * E::kStep + s;
       if (p < ks) {
-        Source<E>::along_col(a, r, i0, p0 + p, rows);
+        RowSource<E>::along_col(a, r, i0, p0 + p, rows);
         if (row_sum) row_sum->add(r, rows);
       } else {
         for (int64_t i = 0; i < rows; ++i) r[i] = {};
       }
     }
     if constexpr (E::kStep == 2)
-      E::make_cells(line, run, run + kRun, rows);
+      E::make_cells(line, row_buffer, row_buffer + kRowBuffer, rows);
     else
-      line = run;
-    // whole registers: the next k step or the gap behind the panel takes the surplus elements
+      line = row_buffer;
+    // Whole registers are written. Surplus lanes fall on the next k step, which is written later, or in the panel gap.
     static_assert(round_up(kMR, E::kVL) - kMR <= kPanelGap<E>);
     if constexpr (E::kDepth > 1)
-      E::put_line(out, line, q, rows);
+      E::pack_k_step(out, line, q, rows);
     else
       for (int64_t i = 0; i < rows; i += kMR) copy_panel_row<E>(out + panel_at<E>(i, kMR, cells) + q * kMR, line + i);
   }
 }
 
-// One row of B, zeros beyond its end: where it lies if nothing has to change, else in `run`.
+// Return one row of B with zeros beyond its end: its place in B if nothing has to change, otherwise a copy in
+// `row_buffer`.
 template <class E>
 DLK_INLINE const typename E::Packed* b_row(const View& b, const typename E::ElemB* base, int64_t p, int64_t ks,
-                                           int64_t cols, int64_t padded, typename E::Packed* run) {
+                                           int64_t cols, int64_t padded, typename E::Packed* row_buffer) {
   const auto* row = base + p * b.row_stride;
-  if constexpr (kSame<typename E::Packed, typename E::ElemB>) {
+  if constexpr (kIsSame<typename E::Packed, typename E::ElemB>) {
     if (b.col_stride == 1 && padded == cols && p < ks) {
       for (int64_t j = 0; j < cols; j += 64 / sizeof(*row)) prefetch_l2(row + kAhead * b.row_stride + j);
       return row;
     }
   }
-  if (p < ks) copy_run<E>(run, row, b.col_stride, cols);
-  for (int64_t j = p < ks ? cols : 0; j < padded; ++j) run[j] = {};
-  return run;
+  if (p < ks) copy_row<E>(row_buffer, row, b.col_stride, cols);
+  for (int64_t j = p < ks ? cols : 0; j < padded; ++j) row_buffer[j] = {};
+  return row_buffer;
 }
 
-// B[p0.., j0..] as micro-panels [panel][cell][registers of that panel], zeros beyond the last column.
+// Pack B[p0.., j0..] as micro-panels, [panel][cell][registers of that panel], with zeros beyond the last column.
 template <class E>
 void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_t j0, int64_t cols,
-            typename E::Packed* run) {
+            typename E::Packed* row_buffer) {
   using Cell = typename E::Cell;
   using Elem = typename E::ElemB;
   constexpr int64_t nr = kNV * E::kVL;
-  constexpr int64_t kRun = Buffers<E>::kRun;
+  constexpr int64_t kRowBuffer = Buffers<E>::kRowBuffer;
   const Elem* base = (const Elem*)b.data + p0 * b.row_stride + j0 * b.col_stride;
   const int64_t cells = cells_of<E>(ks);
   const int64_t padded = round_up(cols, E::kVL);
 
-  if (b.row_stride == 1 && b.col_stride != 1) {  // contiguous along k: kVL × kVL transpositions
+  if (b.row_stride == 1 && b.col_stride != 1) {  // contiguous along k: squares of kVL × kVL are transposed
     for (int64_t j = 0; j < padded; j += E::kVL) {
       const int64_t panel = j / nr * nr;
       const int64_t width = min(nr, padded - panel);
       Cell* to = out + panel_at<E>(panel, nr, cells) + (j - panel);
       for (int64_t q = 0; q < cells; q += E::kVL) {
         typename E::V rows[E::kVL];
-        const int64_t left = ks - q * E::kStep;
+        const int64_t valid = ks - q * E::kStep;
 #pragma GCC unroll 16
         for (int64_t i = 0; i < E::kVL; ++i) {
           __builtin_prefetch(base + (j + i) * b.col_stride + (q + 2 * E::kVL) * E::kStep);
-          rows[i] = j + i < cols ? E::load_cells(base + (j + i) * b.col_stride + q * E::kStep, left) : typename E::V{};
+          rows[i] = j + i < cols ? E::load_cells(base + (j + i) * b.col_stride + q * E::kStep, valid) : typename E::V{};
         }
         transpose(rows);
         const int64_t n = min(E::kVL, cells - q);
@@ -235,16 +240,16 @@ void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_
     }
     return;
   }
-  if constexpr (E::kStep == 2 && !kSame<typename E::Packed, Elem>) {
-    if (b.col_stride == 1) {  // rows to be rounded
+  if constexpr (E::kStep == 2 && !kIsSame<typename E::Packed, Elem>) {
+    if (b.col_stride == 1) {  // contiguous rows that have to be rounded
       for (int64_t q = 0; q < cells; ++q) {
         const Elem* even = base + q * E::kStep * b.row_stride;
-        const int64_t left = q * E::kStep < ks ? cols : 0;
+        const int64_t valid = q * E::kStep < ks ? cols : 0;
         const Elem* odd = q * E::kStep + 1 < ks ? even + b.row_stride : nullptr;
         for (int64_t panel = 0; panel < padded; panel += nr)
           E::round_cells(out + panel_at<E>(panel, nr, cells) + q * min(nr, padded - panel), even + panel,
-                         odd ? odd + panel : nullptr, left - panel, min(nr, padded - panel));
-        for (int64_t j = 0; j < left; j += 64 / sizeof(Elem)) {
+                         odd ? odd + panel : nullptr, valid - panel, min(nr, padded - panel));
+        for (int64_t j = 0; j < valid; j += 64 / sizeof(Elem)) {
           prefetch_l2(even + kAhead * b.row_stride + j);
           prefetch_l2(even + (kAhead + 1) * b.row_stride + j);
         }
@@ -252,9 +257,10 @@ void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_
       return;
     }
   }
-  for (int64_t q = 0; q < cells; ++q) {  // rows as they are
-    const auto* even = b_row<E>(b, base, q * E::kStep, ks, cols, padded, run);
-    const auto* odd = E::kStep == 2 ? b_row<E>(b, base, q * E::kStep + 1, ks, cols, padded, run + kRun) : nullptr;
+  for (int64_t q = 0; q < cells; ++q) {  // other rows
+    const auto* even = b_row<E>(b, base, q * E::kStep, ks, cols, padded, row_buffer);
+    const auto* odd =
+        E::kStep == 2 ? b_row<E>(b, base, q * E::kStep + 1, ks, cols, padded, row_buffer + kRowBuffer) : nullptr;
     for (int64_t panel = 0; panel < padded; panel += nr) {
       const int64_t width = min(nr, padded - panel);
       E::make_cells(out + panel_at<E>(panel, nr, cells) + q * width, even + panel, odd + panel, width);
@@ -265,36 +271,37 @@ void pack_b(const View& b, typename E::Cell* out, int64_t p0, int64_t ks, int64_
 // ---- one tile ---------------------------------------------------------------------------------------------------
 
 template <class E>
-struct Plan {
+struct GemmCall {
   const Gemm* p;
   Tiling t;
   int64_t b_cells;  // of a B block in p->panels
-  Source<E> a;
+  RowSource<E> a;
   AOrder order;
   EpilogueFn<typename E::ElemC> epilogue;
 };
 
-// Where a thread's packed block comes from, so that neighbouring tasks which share it pack it once.
+// Where the packed block of a thread comes from. Neighbouring tasks that share a block pack it once.
 struct PackedBlockKey {
   int64_t at = -1, p0 = -1;
 
-  // True if the block at these coordinates is not the packed one. From now on it counts as the packed one.
-  DLK_HD bool renew(int64_t new_at, int64_t new_p0) {
+  // Move to the block at these coordinates, and return whether it is another one, which has to be packed.
+  DLK_HD bool move_to(int64_t new_at, int64_t new_p0) {
     const bool same = at == new_at && p0 == new_p0;
     at = new_at, p0 = new_p0;
     return !same;
   }
 };
 
+// One A block times one B block, as a part of a task.
 struct Block {
-  int64_t i0, j0, tk;  // where in C, and which slice
+  int64_t i0, j0, tk;  // the place in C, and the k-slice
   int64_t rows, cols, cells;
-  bool first, last;  // of the k blocks of a sum
-  double* total;     // of the tile's sums, rows as far apart as acc's; or nullptr: there is one sum
-  bool first_sum, last_sum;
+  bool first, last;          // this k block is the first, the last of its sum
+  double* total;             // the total of the tile's sums, laid out like acc; nullptr: there is only one sum
+  bool first_sum, last_sum;  // its sum is the first, the last of the tile
 };
 
-// A finished sum into the total; the last one takes the total with it.
+// Add a finished sum to the total. After the last sum, c receives the total.
 template <class A>
 void add_to_total(A* c, int64_t ldc, double* total, int64_t ld, int64_t rows, int64_t cols, bool first, bool last) {
   for (int64_t i = 0; i < rows; ++i, c += ldc, total += ld) {
@@ -307,16 +314,17 @@ void add_to_total(A* c, int64_t ldc, double* total, int64_t ld, int64_t rows, in
   }
 }
 
-// The packed A block times the packed B block, into acc or, on the last k block of a sum, out of it.
+// Multiply the packed A block and the packed B block into acc. After the last k block of a sum, add it to the total;
+// after the last sum, run the epilogue or store partial sums.
 template <class E>
-void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell* block_a,
+void multiply_block(const GemmCall<E>& call, const Block& at, const typename E::Cell* block_a,
                     const typename E::Cell* block_b, typename E::Acc* acc, int64_t ld) {
   using A = typename E::Acc;
   constexpr int64_t nr = kNV * E::kVL;
-  const Gemm& p = *plan.p;
+  const Gemm& p = *call.p;
   const int64_t padded = round_up(at.cols, E::kVL);
-  const bool row_major = plan.order == kRowMajor || E::kDepth > 1;
-  const bool one_block = at.first && at.last;  // then a micro-tile lives in one reused spot, in L1
+  const bool row_major = call.order == kRowMajor || E::kDepth > 1;
+  const bool one_block = at.first && at.last;  // then all micro-tiles use the same accumulators, which stay in L1
   for (int64_t i = 0; i < at.rows; i += kMR) {
     const int64_t r = min(kMR, at.rows - i);
     const auto* panel_a = block_a + (row_major ? i * kAStride<E> : panel_at<E>(i, kMR, at.cells));
@@ -328,15 +336,15 @@ void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell
       using M = typename E::Multiply;
       const auto uk =
           row_major ? ukernel_for<M, kRowMajor>(r, width / E::kVL) : ukernel_for<M, kKMajor>(r, width / E::kVL);
-      for (int64_t q = 0; q == 0 || q < at.cells; q += plan.t.per_sum)
-        uk(min(plan.t.per_sum, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, nr,
+      for (int64_t q = 0; q == 0 || q < at.cells; q += call.t.per_sum)
+        uk(min(call.t.per_sum, at.cells - q), panel_a + q * (row_major ? 1 : kMR), panel_b + q * width, c, nr,
            !at.first || q > 0);
       if (!at.last) continue;
       if (at.total) add_to_total(c, nr, at.total + micro_tile, nr, r, width, at.first_sum, at.last_sum);
       if (!at.last_sum) continue;
       const int64_t n = min(width, at.cols - j);
-      if (plan.t.kt == 1) {
-        plan.epilogue(p, c, nr, at.i0 + i, at.j0 + j, r, n);
+      if (call.t.kt == 1) {
+        call.epilogue(p, c, nr, at.i0 + i, at.j0 + j, r, n);
       } else {
         A* part = (A*)p.partials + (at.tk * p.m + at.i0 + i) * p.n + at.j0 + j;
         for (int64_t x = 0; x < r; ++x)
@@ -347,52 +355,52 @@ void multiply_block(const Plan<E>& plan, const Block& at, const typename E::Cell
 }
 
 template <class E>
-DLK_INLINE typename E::Cell* shared_block(const Plan<E>& plan, int64_t block) {
-  return (typename E::Cell*)plan.p->panels + block * plan.b_cells;
+DLK_INLINE typename E::Cell* shared_block(const GemmCall<E>& call, int64_t block) {
+  return (typename E::Cell*)call.p->panels + block * call.b_cells;
 }
 
-// One B block into p.panels, for every task.
+// Pack one B block to p.panels, for all tasks.
 template <class E>
-void pack_shared_block(const Plan<E>& plan, int64_t block, Buffers<E>& s) {
-  const Tiling& t = plan.t;
-  const Gemm& p = *plan.p;
+void pack_shared_block(const GemmCall<E>& call, int64_t block, Buffers<E>& s) {
+  const Tiling& t = call.t;
+  const Gemm& p = *call.p;
   const int64_t jb = block % t.blocks_per_tile(), tj = block / t.blocks_per_tile() % t.nt;
   const int64_t k_block = block / t.blocks_per_tile() / t.nt % t.k_blocks();
   const int64_t tk = block / t.blocks_per_tile() / t.nt / t.k_blocks();
   const int64_t p0 = tk * t.k_slice + k_block * t.kb, j0 = tj * t.nc + jb * t.nb;
   const int64_t ks = min(min(t.kb, (tk + 1) * t.k_slice - p0), p.k - p0);
   const int64_t cols = min(min(t.nb, (tj + 1) * t.nc - j0), p.n - j0);
-  if (ks > 0 && cols > 0) pack_b<E>(p.b, shared_block(plan, block), p0, ks, j0, cols, s.run);
+  if (ks > 0 && cols > 0) pack_b<E>(p.b, shared_block(call, block), p0, ks, j0, cols, s.row_buffer);
 }
 
-// One task: a tile of C over one slice of k.
+// Run one task: a tile of C over one k-slice.
 template <class E>
-void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, PackedBlockKey& a,
+void run_tile(const GemmCall<E>& call, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, PackedBlockKey& a,
               PackedBlockKey& b) {
   using A = typename E::Acc;
-  const Gemm& p = *plan.p;
-  const Tiling& t = plan.t;
+  const Gemm& p = *call.p;
+  const Tiling& t = call.t;
   const int64_t i0 = ti * t.mc, rows = min(t.mc, p.m - i0);
   const int64_t j0 = tj * t.nc, cols = min(t.nc, p.n - j0);
   const int64_t k0 = min(tk * t.k_slice, p.k), k1 = min(k0 + t.k_slice, p.k);
   const bool sum_rows = p.row_sum && tj == 0;
   if (sum_rows) s.row_sum.clear(rows);
 
-  for (int64_t p0 = k0; p0 < k1 || p0 == k0; p0 += t.kb) {  // an empty k still writes its tile
+  for (int64_t p0 = k0; p0 < k1 || p0 == k0; p0 += t.kb) {  // with an empty k the tile is still written
     const int64_t ks = min(t.kb, k1 - p0), k_block = (p0 - k0) / t.kb, in_sum = k_block % t.per_total;
     const bool last = p0 + t.kb >= k1;
-    const bool new_a = a.renew(i0, p0) || sum_rows;
-    if (new_a && plan.order == kRowMajor)
-      pack_a_rows<E>(plan.a, s.a, i0, rows, p0, ks);
+    const bool new_a = a.move_to(i0, p0) || sum_rows;
+    if (new_a && call.order == kRowMajor)
+      pack_a_rows<E>(call.a, s.a, i0, rows, p0, ks);
     else if (new_a)
-      pack_a_cols<E>(plan.a, s.a, i0, rows, p0, ks, s.run, sum_rows ? &s.row_sum : nullptr);
+      pack_a_cols<E>(call.a, s.a, i0, rows, p0, ks, s.row_buffer, sum_rows ? &s.row_sum : nullptr);
     for (int64_t jb = 0; jb < cols; jb += t.nb) {
       const int64_t width = min(t.nb, cols - jb);
       const auto* block_b = s.b;
       if (p.panels)
-        block_b = shared_block(plan, t.b_block(tk, k_block, tj, jb / t.nb));
-      else if (b.renew(j0 + jb, p0))
-        pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.run);
+        block_b = shared_block(call, t.b_block(tk, k_block, tj, jb / t.nb));
+      else if (b.move_to(j0 + jb, p0))
+        pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.row_buffer);
       const Block at = {i0,
                         j0 + jb,
                         tk,
@@ -401,10 +409,10 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
                         cells_of<E>(ks),
                         in_sum == 0,
                         last || in_sum + 1 == t.per_total,
-                        t.totals() ? s.total + jb * kMR : nullptr,
+                        t.has_totals() ? s.total + jb * kMR : nullptr,
                         k_block < t.per_total,
                         last};
-      multiply_block<E>(plan, at, s.a, block_b, s.acc + jb * kMR, round_up(cols, kNV * E::kVL));
+      multiply_block<E>(call, at, s.a, block_b, s.acc + jb * kMR, round_up(cols, kNV * E::kVL));
     }
   }
   if (sum_rows) {
@@ -416,16 +424,17 @@ void run_tile(const Plan<E>& plan, int64_t ti, int64_t tj, int64_t tk, Buffers<E
   }
 }
 
-// out[i] = Σ over slices, in slice order, as if in twice the precision; or out[i] += that
+// out[i] = Σ of parts[slice, i] over `count` slices, in order and as if in twice the precision. With `add` the sum is
+// added to out[i].
 template <class T, class C>
 void sum_slices(const Acc<T>* parts, int64_t count, int64_t n, C* out, int64_t begin, int64_t end, bool add = false) {
   for (int64_t i = begin; i < end; i += kLanes<T>) {
-    const int64_t left = min(kLanes<T>, end - i);
+    const int64_t valid = min(kLanes<T>, end - i);
     ExactLanes<Vec<Acc<T>>> exact;
-    for (int64_t s = 0; s < count; ++s) exact.add(load_some(parts + s * n + i, 1, left));
+    for (int64_t s = 0; s < count; ++s) exact.add(load_partial(parts + s * n + i, 1, valid));
     auto sum = exact.value();
-    if (add) sum = load_some(out + i, 1, left) + sum;
-    store_some(out + i, sum, left);
+    if (add) sum = load_partial(out + i, 1, valid) + sum;
+    store_partial(out + i, sum, valid);
   }
 }
 
@@ -435,7 +444,8 @@ int64_t b_block_cells(const Tiling& t) {
   return round_up(cells * cols + ceil_div(cols, kNV * E::kVL) * kPanelGap<E>, kPanelGap<E>);
 }
 
-// Bytes of p.panels where packing B once for all tasks pays: where each block of it would be packed by several tiles.
+// Return the bytes of p.panels, or 0 where packing B once for all tasks does not pay. It pays where several tiles would
+// pack the same block.
 template <class E>
 int64_t panels_size(const Gemm& p, int threads) {
   const Tiling t = tile<E>(p, threads);
@@ -445,42 +455,44 @@ int64_t panels_size(const Gemm& p, int threads) {
 template <class E>
 void gemm_with(const Gemm& p, const Parallel& parallel) {
   using C = typename E::ElemC;
-  // dzᵀ is contiguous along its rows; everything else is read along k
+  // dzᵀ is contiguous along its rows. All other operands are read along k.
   const bool k_major = p.a.row_stride == 1 && p.a.col_stride != 1;
   const AOrder order = k_major || p.row_sum ? kKMajor : kRowMajor;
   const Tiling t = tile<E>(p, parallel.threads);
-  const Plan<E> plan = {
-      &p, t, b_block_cells<E>(t), Source<E>::of(p.a, p.saved, p.act), order, epilogue_of<C, typename E::ElemB>(p)};
+  const GemmCall<E> call = {
+      &p, t, b_block_cells<E>(t), RowSource<E>::of(p.a, p.saved, p.act), order, epilogue_of<C, typename E::ElemB>(p)};
   if (p.panels)
-    parallel.run(t.b_blocks(), &plan, [](const void* context, int64_t begin, int64_t end) {
+    parallel.run(t.b_blocks(), &call, [](const void* context, int64_t begin, int64_t end) {
       auto buffers = Buffers<E>::get(false);
-      for (int64_t block = begin; block < end; ++block) pack_shared_block<E>(*(const Plan<E>*)context, block, buffers);
+      for (int64_t block = begin; block < end; ++block)
+        pack_shared_block<E>(*(const GemmCall<E>*)context, block, buffers);
     });
-  parallel.run(plan.t.tasks(), &plan, [](const void* context, int64_t begin, int64_t end) {
-    const auto& plan = *(const Plan<E>*)context;
-    const Tiling& t = plan.t;
-    auto buffers = Buffers<E>::get(t.totals());
+  parallel.run(call.t.tasks(), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& call = *(const GemmCall<E>*)context;
+    const Tiling& t = call.t;
+    auto buffers = Buffers<E>::get(t.has_totals());
     [[maybe_unused]] const typename E::Scope scope;
     PackedBlockKey a, b;
-    // One k block: go down, where tiles share their B block. Several: go sideways, where they share A in L3.
+    // With one k block the next task is the tile below, which shares the B block. With several it is the tile to the
+    // right, which shares A in L3.
     const bool down = t.one_block;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t tk = task / (t.mt * t.nt), c = task % (t.mt * t.nt);
       const int64_t ti = down ? c % t.mt : c / t.nt, tj = down ? c / t.mt : c % t.nt;
-      run_tile<E>(plan, ti, tj, tk, buffers, a, b);
+      run_tile<E>(call, ti, tj, tk, buffers, a, b);
     }
   });
-  if (plan.t.kt == 1) return;
+  if (call.t.kt == 1) return;
   const int64_t chunk = 4096;
-  parallel.run(ceil_div(p.m * p.n, chunk), &plan, [](const void* context, int64_t begin, int64_t end) {
-    const auto& plan = *(const Plan<E>*)context;
-    const Gemm& p = *plan.p;
+  parallel.run(ceil_div(p.m * p.n, chunk), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& call = *(const GemmCall<E>*)context;
+    const Gemm& p = *call.p;
     const int64_t total = p.m * p.n, from = begin * chunk, to = min(end * chunk, total);
     const auto* parts = (const Acc<C>*)p.partials;
-    if (p.output_mode == OutputMode::cast) return sum_slices<C>(parts, plan.t.kt, total, (C*)p.c, from, to);
-    sum_slices<C>(parts, plan.t.kt, total, (Acc<C>*)p.c, from, to, p.output_mode == OutputMode::accumulate);
+    if (p.output_mode == OutputMode::cast) return sum_slices<C>(parts, call.t.kt, total, (C*)p.c, from, to);
+    sum_slices<C>(parts, call.t.kt, total, (Acc<C>*)p.c, from, to, p.output_mode == OutputMode::accumulate);
   });
-  if (p.row_sum) sum_slices<C>((Acc<C>*)p.partials + plan.t.kt * p.m * p.n, plan.t.kt, p.m, (C*)p.row_sum, 0, p.m);
+  if (p.row_sum) sum_slices<C>((Acc<C>*)p.partials + call.t.kt * p.m * p.n, call.t.kt, p.m, (C*)p.row_sum, 0, p.m);
 }
 
 template <class E>

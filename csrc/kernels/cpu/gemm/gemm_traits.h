@@ -1,11 +1,13 @@
-// Traits of the packed products: how tensors are packed and multiplied. A panel consists of `Cell`s; one FMA lane consumes one.
+// GEMM traits: how tensors are packed and multiplied. Kernels take them as the template parameter E. A `Cell` is the
+// unit of a panel, and what one lane of an FMA reads.
 //
-//   Convert<T>         cells are f32 (f64 for T = double); 16-bit inputs are widened while packing
-//   Bf16Pairs<A, B, C> cells are two neighbours along k in bf16, multiplied by vdpbf16ps (only where the ISA has it)
+//   Convert<T>         a cell is one f32 (f64 for T = double); 16-bit inputs are widened while they are packed
+//   Bf16Pairs<A, B, C> a cell is two neighbours along k in bf16, multiplied by vdpbf16ps (only where the ISA has it)
 //   AmxPairs<A, B, C>  the same cells, multiplied 16 × 16 × 16 at a time (amx.h)
 //
-// The tensors hold Elem (A), ElemB (B, and the bias beside it) and ElemC (C, its pre-activation and its row sums). But for
-// autocast (autocast.h) that is one type. Engines that differ in nothing else share the micro-kernels of their `Multiply`.
+// Elem is the type of A, ElemB the type of B and of the bias, ElemC the type of C, of its preactivation and of its row
+// sums. They are one type, except under autocast (autocast.h). Traits that differ only in these types share the
+// micro-kernels of `Multiply`.
 namespace dlk::cpu::DLK_ISA {
 
 template <class T>
@@ -19,24 +21,24 @@ struct Convert {
   using Cell = Packed;
   using V = Vec<Acc>;
   static constexpr int kStep = 1;   // k steps per cell
-  static constexpr int kDepth = 1;  // cells that a micro-kernel takes at once; panels are padded to whole ones
+  static constexpr int kDepth = 1;  // cells along k that a micro-kernel reads at once; panels are padded to a multiple
   static constexpr int kVL = DLK_VBYTES / sizeof(Acc);
-  struct Scope {};  // lives while a thread multiplies
+  struct Scope {};  // an object of it exists while a thread multiplies
 
   DLK_INLINE void pack_store(Packed* p, V v) { store(p, v); }
-  DLK_INLINE void pack_store_some(Packed* p, V v, int64_t n) { store_some(p, v, n); }
-  // kVL cells that lie along k, n elements valid
-  DLK_INLINE V load_cells(const Elem* p, int64_t n) { return load_some(p, 1, n); }
-  // n cells from the run of a k step; reads and writes whole registers
-  DLK_INLINE void make_cells(Cell* out, const Packed* run, const Packed*, int64_t n) {
-    for (int64_t i = 0; i < n; i += kVL) store(out + i, load(run + i));
+  DLK_INLINE void pack_store_partial(Packed* p, V v, int64_t n) { store_partial(p, v, n); }
+  // Load kVL cells that are contiguous along k, of which n elements are valid.
+  DLK_INLINE V load_cells(const Elem* p, int64_t n) { return load_partial(p, 1, n); }
+  // Make n cells from one row of a k step. Reads and writes whole registers.
+  DLK_INLINE void make_cells(Cell* out, const Packed* row, const Packed*, int64_t n) {
+    for (int64_t i = 0; i < n; i += kVL) store(out + i, load(row + i));
   }
   DLK_INLINE V multiply_add(V acc, Cell a, V b) { return fma(broadcast(a), b, acc); }
   DLK_INLINE V multiply_add(V acc, V a, V b) { return fma(a, b, acc); }
 };
 
 #ifdef DLK_BF16_PAIRS
-// Bf16, or float rounded to bf16 while it is packed.
+// The tensors hold bf16, or f32 that is rounded to bf16 while it is packed.
 template <class A, class B = A, class C = A>
 struct Bf16Pairs {
   using Elem = A;
@@ -54,16 +56,16 @@ struct Bf16Pairs {
   struct Scope {};
 
   DLK_INLINE void pack_store(Packed* p, VF32 v) { store(p, v); }
-  DLK_INLINE void pack_store_some(Packed* p, VF32 v, int64_t n) { store_some(p, v, n); }
+  DLK_INLINE void pack_store_partial(Packed* p, VF32 v, int64_t n) { store_partial(p, v, n); }
   DLK_INLINE V load_cells(const Bf16* p, int64_t n) {
     if (n >= 2 * kVL) return load_bits<V>(p);
     return n > 0 ? (V)_mm512_maskz_loadu_epi16((1u << n) - 1, p) : V{};
   }
-  DLK_INLINE V load_cells(const float* p, int64_t n) {  // subnormals as 0, which is how the product reads them
-    const VF32 low = load_some(p, 1, n), high = load_some(p + kVL, 1, n - kVL);
+  DLK_INLINE V load_cells(const float* p, int64_t n) {  // subnormals become 0, as the product reads them
+    const VF32 low = load_partial(p, 1, n), high = load_partial(p + kVL, 1, n - kVL);
     return (V)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   }
-  // n cells from the runs of an even and an odd k step; reads and writes whole registers
+  // Make n cells from the rows of an even and an odd k step. Reads and writes whole registers.
   DLK_INLINE void make_cells(Cell* out, const Packed* even, const Packed* odd, int64_t n) {
     int64_t i = 0;
     for (; i + 2 * kVL <= n; i += 2 * kVL) {
@@ -77,10 +79,10 @@ struct Bf16Pairs {
       store_bits(out + i, lo | (hi << 16));
     }
   }
-  // The same from float rows of n elements, of which the odd one may be missing; zeros behind them.
+  // The same from f32 rows of n elements, with zeros from n to padded. The odd row may be missing (nullptr).
   DLK_INLINE void round_cells(Cell* out, const float* even, const float* odd, int64_t n, int64_t padded) {
     for (int64_t i = 0; i < padded; i += kVL) {
-      const VF32 low = load_some(even + i, 1, n - i), high = odd ? load_some(odd + i, 1, n - i) : VF32{};
+      const VF32 low = load_partial(even + i, 1, n - i), high = odd ? load_partial(odd + i, 1, n - i) : VF32{};
       const auto pair = (VU16x2)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
       store_bits(out + i, halves_interleaved(pair));
     }

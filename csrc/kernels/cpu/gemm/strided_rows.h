@@ -1,15 +1,15 @@
-// Runs: contiguous stretches of values produced from strided memory. Packing, dbias and dz are made of them.
+// Strided memory to contiguous rows of values. Packing reads its operands through these functions, and dz is made here.
 namespace dlk::cpu::DLK_ISA {
 
 template <class A, class B>
-constexpr bool kSame = false;
+constexpr bool kIsSame = false;
 template <class A>
-constexpr bool kSame<A, A> = true;
+constexpr bool kIsSame<A, A> = true;
 
-// A value as the tensor would hold it.
+// Return v rounded to T, as a tensor of T would hold it.
 template <class T>
 DLK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
-  if constexpr (kSame<T, Acc<T>>) {
+  if constexpr (kIsSame<T, Acc<T>>) {
     return v;
   } else {
     return from_bits(T{}, to_bits(T{}, v));
@@ -18,77 +18,78 @@ DLK_INLINE Vec<Acc<T>> rounded(Vec<Acc<T>> v) {
 
 // dst[0..n) = src[0..n) at a stride, converted to the packed type.
 template <class E, class T>
-DLK_INLINE void copy_run(typename E::Packed* dst, const T* src, int64_t stride, int64_t n) {
+DLK_INLINE void copy_row(typename E::Packed* dst, const T* src, int64_t stride, int64_t n) {
   int64_t i = 0;
   if (stride == 1) {
-    if constexpr (kSame<typename E::Packed, T>) {
-      constexpr int64_t line = DLK_VBYTES / sizeof(*src);  // most runs are short: a call costs more than they do
+    if constexpr (kIsSame<typename E::Packed, T>) {
+      constexpr int64_t line = DLK_VBYTES / sizeof(*src);  // most rows are short: a call would cost more than the copy
       for (; n <= 16 * line && i + line <= n; i += line) store_bits(dst + i, load_bits<VU32>(src + i));
       if (n > i) __builtin_memcpy(dst + i, src + i, (n - i) * sizeof(*src));  // src of an empty tensor is null
       return;
     }
-    if constexpr (E::kStep == 2)  // two registers rounded by one instruction
+    if constexpr (E::kStep == 2)  // one instruction rounds two registers
       for (; i + 2 * E::kVL <= n; i += 2 * E::kVL) store_bits(dst + i, E::load_cells(src + i, 2 * E::kVL));
     for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, load(src + i));
   }
   for (; i < n; i += E::kVL) {
-    int64_t left = n - i < E::kVL ? n - i : E::kVL;
-    E::pack_store_some(dst + i, load_some(src + i * stride, stride, left), left);
+    const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+    E::pack_store_partial(dst + i, load_partial(src + i * stride, stride, valid), valid);
   }
 }
 
 #ifdef DLK_BF16_PAIRS
-// In bf16 ReLU's gradient is g or 0, selected without a detour through f32: y is above 0 as an integer, or NaN.
-DLK_INLINE void relu_grad_run(Bf16* dst, const Bf16* g, const Bf16* y, int64_t n) {
+// ReLU's gradient in bf16 is g or 0, and is selected without widening to f32. It is g where the bits of y are above 0
+// as a signed integer (y > 0, or a NaN), or above -Inf as an unsigned one (a NaN with the sign bit).
+DLK_INLINE void relu_dz_row(Bf16* dst, const Bf16* g, const Bf16* y, int64_t n) {
   for (int64_t i = 0; i < n; i += 32) {
     const __mmask32 valid = n - i < 32 ? (1u << (n - i)) - 1 : ~0u;
     const __m512i bits = _mm512_maskz_loadu_epi16(valid, y + i), minus_infinity = _mm512_set1_epi16((short)0xff80);
-    const __mmask32 keep =
+    const __mmask32 active =
         _mm512_cmpgt_epi16_mask(bits, _mm512_setzero_si512()) | _mm512_cmpgt_epu16_mask(bits, minus_infinity);
-    _mm512_mask_storeu_epi16(dst + i, valid, _mm512_maskz_loadu_epi16(keep, g + i));
+    _mm512_mask_storeu_epi16(dst + i, valid, _mm512_maskz_loadu_epi16(active, g + i));
   }
 }
 #endif
 
-// dst[0..n) = g · act'(saved): the gradient at the pre-activation, never stored at full size.
+// dst[0..n) = g · act'(saved): one row of dz, the gradient of the preactivation.
 template <class E, class Act>
-void grad_run(typename E::Packed* dst, const typename E::Elem* g, int64_t g_stride, const typename E::Elem* saved,
-              int64_t saved_stride, int64_t n, double slope) {
+void dz_row(typename E::Packed* dst, const typename E::Elem* g, int64_t g_stride, const typename E::Elem* saved,
+            int64_t saved_stride, int64_t n, double slope) {
   using O = Ops<typename E::Acc>;
   const typename E::V s = O::lit(slope);
 #ifdef DLK_BF16_PAIRS
-  if constexpr (kSame<Act, ReLU> && kSame<typename E::Packed, Bf16> && kSame<typename E::Elem, Bf16>)
-    if (g_stride == 1 && saved_stride == 1) return relu_grad_run(dst, g, saved, n);
+  if constexpr (kIsSame<Act, ReLU> && kIsSame<typename E::Packed, Bf16> && kIsSame<typename E::Elem, Bf16>)
+    if (g_stride == 1 && saved_stride == 1) return relu_dz_row(dst, g, saved, n);
 #endif
   int64_t i = 0;
   if (g_stride == 1 && saved_stride == 1) {
     for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, Act::template grad<O>(load(g + i), load(saved + i), s));
   }
   for (; i < n; i += E::kVL) {
-    int64_t left = n - i < E::kVL ? n - i : E::kVL;
-    auto gv = load_some(g + i * g_stride, g_stride, left);
-    auto sv = load_some(saved + i * saved_stride, saved_stride, left);
-    E::pack_store_some(dst + i, Act::template grad<O>(gv, sv, s), left);
+    const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+    auto gv = load_partial(g + i * g_stride, g_stride, valid);
+    auto sv = load_partial(saved + i * saved_stride, saved_stride, valid);
+    E::pack_store_partial(dst + i, Act::template grad<O>(gv, sv, s), valid);
   }
 }
 
-// Sums of many runs, column by column (dbias): blocks of 16 runs in the accumulator type, the blocks in f64, which
-// errs less than torch's cascade at the price of one addition per element.
+// The sum of many rows, column by column (dbias). Blocks of 16 rows are summed in the accumulator type, and the blocks
+// in f64. This errs less than torch's cascade, and costs one addition per element.
 template <class E>
 struct ColumnSum {
   static constexpr int kBlock = 16;
-  double* total;
-  typename E::Acc* block;
-  int in_block = 0;
+  double* total;           // [n]
+  typename E::Acc* block;  // [n], the sums of the current block
+  int in_block = 0;        // rows in it
 
   void clear(int64_t n) {
     for (int64_t i = 0; i < n; ++i) total[i] = block[i] = 0;
     in_block = 0;
   }
-  void add(const typename E::Packed* run, int64_t n) {
+  void add(const typename E::Packed* row, int64_t n) {
     for (int64_t i = 0; i < n; i += E::kVL) {
-      const int64_t left = n - i < E::kVL ? n - i : E::kVL;
-      store_some(block + i, load_some(block + i, 1, left) + load_some(run + i, 1, left), left);
+      const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+      store_partial(block + i, load_partial(block + i, 1, valid) + load_partial(row + i, 1, valid), valid);
     }
     if (++in_block == kBlock) flush(n);
   }
@@ -100,38 +101,38 @@ struct ColumnSum {
   template <class T>
   void store(T* out, int64_t n) const {
     for (int64_t i = 0; i < n; i += E::kVL) {
-      typename E::Acc some[E::kVL] = {};
-      const int64_t left = n - i < E::kVL ? n - i : E::kVL;
-      for (int64_t c = 0; c < left; ++c) some[c] = (typename E::Acc)total[i + c];
-      store_some(out + i, load(some), left);
+      typename E::Acc lanes[E::kVL] = {};
+      const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+      for (int64_t c = 0; c < valid; ++c) lanes[c] = (typename E::Acc)total[i + c];
+      store_partial(out + i, load(lanes), valid);
     }
   }
 };
 
-// Rows ahead of the one in hand that are asked for where rows lie pages apart and no hardware prefetcher follows. Into
-// L2: at power-of-two strides all of them fall in one L1 set.
+// How many rows before its use a row is prefetched, where rows lie pages apart and no hardware prefetcher follows. The
+// prefetch goes to L2, because at power-of-two strides all of these rows fall in one L1 set.
 constexpr int64_t kAhead = 16;
 DLK_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// The A operand as runs along its contiguous direction: plain values, or dz where `saved` is set.
+// The A operand as contiguous rows, read along either direction: plain values, or dz where `saved` is set.
 template <class E>
-struct Source {
+struct RowSource {
   using Elem = typename E::Elem;
   using Packed = typename E::Packed;
 
   View view, saved;
   double slope;
-  void (*grad)(Packed*, const Elem*, int64_t, const Elem*, int64_t, int64_t, double);
+  void (*grad)(Packed*, const Elem*, int64_t, const Elem*, int64_t, int64_t, double);  // dz_row, or nullptr: plain
 
-  static Source of(const View& view, const View& saved, const Activation& act) {
-    auto grad = with_activation(act.kind, [](auto functor) { return &grad_run<E, decltype(functor)>; });
+  static RowSource of(const View& view, const View& saved, const Activation& act) {
+    auto grad = with_activation(act.kind, [](auto functor) { return &dz_row<E, decltype(functor)>; });
     return {view, saved, act.slope, saved.data ? grad : nullptr};
   }
 
   // dst[0..n) = A[row, col .. col + n)
-  DLK_INLINE void along_row(const Source& a, Packed* dst, int64_t row, int64_t col, int64_t n) {
+  DLK_INLINE void along_row(const RowSource& a, Packed* dst, int64_t row, int64_t col, int64_t n) {
     const Elem* p = (const Elem*)a.view.data + row * a.view.row_stride + col * a.view.col_stride;
-    if (!a.grad) return copy_run<E>(dst, p, a.view.col_stride, n);
+    if (!a.grad) return copy_row<E>(dst, p, a.view.col_stride, n);
     const Elem* s = (const Elem*)a.saved.data + row * a.saved.row_stride + col * a.saved.col_stride;
     a.grad(dst, p, a.view.col_stride, s, a.saved.col_stride, n, a.slope);
   }
@@ -141,8 +142,8 @@ struct Source {
     for (int64_t i = 0; i < n; i += 64 / sizeof(Elem)) prefetch_l2(p + i);
   }
   // dst[0..n) = A[row .. row + n, col)
-  DLK_INLINE void along_col(const Source& a, Packed* dst, int64_t row, int64_t col, int64_t n) {
-    const Source t = {a.view.transposed(), a.saved.transposed(), a.slope, a.grad};
+  DLK_INLINE void along_col(const RowSource& a, Packed* dst, int64_t row, int64_t col, int64_t n) {
+    const RowSource t = {a.view.transposed(), a.saved.transposed(), a.slope, a.grad};
     prefetch_row(t.view, row, col + kAhead, n);
     if (t.grad) prefetch_row(t.saved, row, col + kAhead, n);
     along_row(t, dst, col, row, n);

@@ -1,31 +1,37 @@
-// The micro-kernel: an R × (C registers) tile of C stays in registers while k runs.
+// The micro-kernel: a micro-tile of R rows × C registers of C stays in registers while k runs.
 //
-// DLK_MR rows and DLK_NV registers fill the register file: AVX-512 14 × 2 accumulators + 2 of B + 1 broadcast = 31
-// of 32. Per k step that is R·C FMAs for C loads of B and R broadcasts of A: with 14 × 2, 28 FMAs for 16 loads.
+// DLK_MR rows and DLK_NV registers fill the register file. In AVX-512, 14 × 2 accumulators + 2 registers of B + 1
+// broadcast are 31 of 32. A k step is R·C FMAs for C loads of B and R broadcasts of A: with 14 × 2, 28 FMAs for 16
+// loads.
 namespace dlk::cpu::DLK_ISA {
 
 constexpr int64_t kMR = DLK_MR;
 constexpr int64_t kNV = DLK_NV;
-// k cells per block, and per running sum of one. In f32 that is 256, where MKL cuts its sums too. An A micro-panel of kMR × kKC
-// cells takes about half of a 32 KiB L1; AMX's rows are more than twice as many, and its panels half as deep.
+// The cells along k of a block, and of a running sum within it. In f32 that is 256, where MKL cuts its sums too. An A
+// micro-panel of kMR × kKC cells takes about half of a 32 KiB L1. AMX has more than twice as many rows, so its panels
+// are half as deep.
 template <class E>
 constexpr int64_t kKC = (E::kDepth > 1 ? 512 : 1024) / sizeof(typename E::Cell);
-// k cells per sum of a tile; such sums are added in f64. In f32 one after the other they err like sqrt(k / 64) again: at
-// k = 65536 that was 5 times torch's error. A tile instruction adds to one sum all along, so there they are shorter.
+// The cells along k of one sum of a tile. Longer k has several such sums, which are added in f64. Added in f32 they
+// would err like sqrt(k / 64) again, which at k = 65536 was 5 times torch's error. A tile instruction of AMX adds to
+// one sum over all of k, so its sums are shorter.
 template <class E>
-constexpr int64_t kTotal = (E::kDepth > 1 ? 8 : 16) * kKC<E>;
-// The same where C is a vector: there a library adds up lane by lane, and errs less than a chain of that length.
+constexpr int64_t kTotalCells = (E::kDepth > 1 ? 8 : 16) * kKC<E>;
+// The cells of a running sum where C is a vector. A library adds up a dot product lane by lane there, which errs less
+// than one long running sum.
 template <class E>
 constexpr int64_t kVectorSum = E::kDepth > 1 ? kKC<E> : 16;
-// k steps from the cells of B in hand to those asked for. The panel streams from L2, and no hardware prefetcher follows from
-// one panel to the next: AVX-512's micro-kernel gained 5 % on a Xeon with 2 MiB of L2.
+// How many k steps before their use cells of B are prefetched. The panel streams from L2, and no hardware prefetcher
+// follows from one panel to the next. AVX-512's micro-kernel gained 5 % from it on a Xeon with 2 MiB of L2.
 constexpr int64_t kStepsAhead = 8;
-// Row stride of a row-major A panel: one cache line more than the block, so that rows do not share an L1 set.
+// The row stride of a row-major A panel, in cells: one cache line more than a row of the block, so that rows do not
+// share an L1 set.
 template <class E>
 constexpr int64_t kAStride = kKC<E> + 64 / sizeof(typename E::Cell);
 
-// A panels come in the orientation their source is contiguous in: rows along k (x, dz), or k along rows (dzᵀ). In place, A
-// is not packed: it lies in a block of rows of pitch kAStride, and k runs down them (dzᵀ of a chain).
+// The order of an A panel. It follows the direction in which A is contiguous in memory: rows along k (x, dz), or k
+// along rows (dzᵀ). kInPlace: A is not packed. It is a block of rows of pitch kAStride, and k runs down the rows (dzᵀ
+// of a fused MLP).
 enum AOrder { kRowMajor, kKMajor, kInPlace };
 
 DLK_INLINE void prefetch_lines(const void* p, int64_t bytes) {
@@ -33,13 +39,14 @@ DLK_INLINE void prefetch_lines(const void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)p + at);
 }
 
-// The sums that a micro-kernel adds to at its end, asked for at its beginning.
+// Prefetch the sums that a micro-kernel adds to at its end.
 template <class E, int R, int C>
 DLK_INLINE void prefetch_tile(const typename E::Acc* c, int64_t ldc) {
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) prefetch_lines(c + i * ldc, C * DLK_VBYTES);
 }
 
+// c[R, C registers] = a · b over `cells` cells along k, or c += a · b with `add`. ldc is in accumulators.
 template <class E, AOrder order, int R, int C>
 void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, typename E::Acc* c, int64_t ldc,
              bool add) {
@@ -75,7 +82,8 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
 template <class E>
 using Ukernel = void (*)(int64_t, const typename E::Cell*, const typename E::Cell*, typename E::Acc*, int64_t, bool);
 
-// Every edge tile has its own micro-kernel, so that no row is computed that does not exist.
+// Return the micro-kernel for this many rows and registers. Every size of edge tile has its own, so that no row is
+// computed that does not exist.
 template <class E, AOrder order, int R = 1>
 Ukernel<E> ukernel_for(int64_t rows, int64_t registers) {
   if constexpr (E::kDepth > 1) {

@@ -14,7 +14,8 @@ namespace dlk::cpu {
 namespace {
 
 #if defined(__x86_64__) && defined(__linux__)
-__attribute__((target("xsave"))) bool tiles_are_saved() {  // by the operating system, on a context switch
+// Return whether the operating system saves tiles on a context switch.
+__attribute__((target("xsave"))) bool tiles_are_saved() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return false;
   constexpr unsigned long long kTileConfigAndData = 3 << 17;
@@ -24,14 +25,16 @@ __attribute__((target("xsave"))) bool tiles_are_saved() {  // by the operating s
 
 using Bf16 = uint16_t;  // as it lies in memory
 
-Bf16 bf16(int value) {  // exact up to ±256
+// Exact up to ±256.
+Bf16 bf16(int value) {
   const float f = static_cast<float>(value);
   uint32_t bits;
   std::memcpy(&bits, &f, sizeof bits);
   return static_cast<Bf16>(bits >> 16);
 }
 
-// -1, 0 and 1. Sums of 600 of them, or of products of two, stay far below 256: their standard deviation is at most 20.
+// Return `count` numbers out of -1, 0 and 1. A sum of 600 of them, or of 600 products of two, stays far below 256: its
+// standard deviation is at most 20.
 std::vector<int> numbers(int64_t count, uint32_t seed) {
   std::vector<int> all(count);
   for (int& number : all) {
@@ -59,7 +62,8 @@ bool amx_permitted() {
 }
 
 bool multiplies_exactly(void (*gemm)(const Gemm&, const Parallel&)) {
-  // Micro-tiles of one and of two tiles in either direction, two k blocks, and a last one that is no whole tile.
+  // These sizes give micro-tiles of one and of two tiles in either direction, and two k blocks; the last k block does
+  // not fill whole tiles.
   constexpr int64_t m = 37, n = 41, k = 600;
   const std::vector<int> a = numbers(m * k, 1), b = numbers(k * n, 2);
   std::vector<int> ab(m * n), row_sums(m);
@@ -84,13 +88,13 @@ bool multiplies_exactly(void (*gemm)(const Gemm&, const Parallel&)) {
   p.c = c.data();
   p.splits = 1;
 
-  const std::vector<Bf16> x = tensor(a), weight = tensor(b_transposed);  // as in forward: both lie along k
+  const std::vector<Bf16> x = tensor(a), weight = tensor(b_transposed);  // as in forward: both are contiguous along k
   p.a = {x.data(), k, 1};
   p.b = {weight.data(), 1, k};
   gemm(p, alone);
   if (c != tensor(ab)) return false;
 
-  const std::vector<Bf16> dz = tensor(a_transposed), input = tensor(b);  // as in wgrad: neither does
+  const std::vector<Bf16> dz = tensor(a_transposed), input = tensor(b);  // as in wgrad: neither is contiguous along k
   p.a = {dz.data(), 1, m};
   p.b = {input.data(), n, 1};
   p.row_sum = sums.data();

@@ -1,14 +1,15 @@
-// Two questions that are asked once, before the AMX kernels are taken: may AMX be used here, and does it multiply right?
+// Two checks before the AMX kernels are chosen (isa.cpp): AMX may be used, and it multiplies correctly. Each runs once.
 #pragma once
 
 #include "kernels/cpu/kernels.h"
 
 namespace dlk::cpu {
 
-// Asks the operating system for the tiles (Linux; elsewhere no). Only for a processor that has them.
+// Ask the operating system for the right to use tiles, and return whether it was given. False on systems other than
+// Linux. Call it only on a processor that has tiles.
 bool amx_permitted();
 
-// True if `gemm` gives the exact products of small integers in bf16.
+// Return whether `gemm` gives the exact products of small integers in bf16.
 bool multiplies_exactly(void (*gemm)(const Gemm&, const Parallel&));
 
 }  // namespace dlk::cpu

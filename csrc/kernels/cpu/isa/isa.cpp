@@ -1,4 +1,5 @@
-// Chooses the kernel set: the best instruction set that CPU and operating system offer, capped by DLKERNELS_CPU_ISA.
+// Choose the kernel set: the best instruction set that processor and operating system offer, or the one that
+// DLKERNELS_CPU_ISA names. Also the scratch memory of a thread.
 #include "kernels/cpu/isa/isa.h"
 
 #include <cstdlib>
@@ -30,7 +31,7 @@ namespace {
 CpuFeatures detect() {
   CpuFeatures f{};
 #if defined(__x86_64__)
-  __builtin_cpu_init();  // asks xgetbv too: a set bit means the operating system saves those registers
+  __builtin_cpu_init();  // asks xgetbv too: a set bit means that the operating system saves those registers
   f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -50,8 +51,8 @@ CpuFeatures detect() {
 }
 
 #if defined(__x86_64__)
-// AVX-512 BF16 with the packed bf16 product by AMX. Put together here: code in ukernel_amx.cpp may hold instructions
-// that this CPU has not.
+// The kernels of AVX-512 BF16, with the packed bf16 products replaced by those of AMX. They are put together in this
+// file because code compiled in ukernel_amx.cpp may hold instructions that this processor does not have.
 const Kernels& amx_kernels() {
   static const Kernels set = [] {
     Kernels amx = k_avx512_bf16;
@@ -75,7 +76,7 @@ struct Level {
   bool usable;
 };
 
-// Worst to best; a cap takes the named one, which must be usable.
+// The kernel set that the user asks for; empty: the best one.
 std::string cap() {
   const char* text = std::getenv("DLKERNELS_CPU_ISA");
   return text ? text : "";
@@ -85,6 +86,7 @@ const Kernels* choose() {
   const CpuFeatures& f = cpu_features();
   const std::string wanted = cap();
   const Level levels[] = {
+      // worst to best
       {&k_portable, true},
 #if defined(__x86_64__)
       {&k_avx2, f.avx2},

@@ -1,4 +1,5 @@
-// Everything above, for one instruction set: the entry points that isa.cpp chooses from.
+// All kernels for one instruction set, in reading order, and the table that isa.cpp chooses from. A ukernel_*.cpp
+// defines the instruction set and its tile, then includes this file.
 #define DLK_TEXT_(x) #x
 #define DLK_TEXT(x) DLK_TEXT_(x)
 

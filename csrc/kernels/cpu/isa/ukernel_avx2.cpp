@@ -1,4 +1,4 @@
-// AVX2: 6 x (2 registers) tiles.
+// AVX2: micro-tiles of 6 rows x 2 registers.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
 

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ): 14 x (2 registers) tiles.
+// AVX-512 (F, BW, VL, DQ): micro-tiles of 14 rows x 2 registers.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 

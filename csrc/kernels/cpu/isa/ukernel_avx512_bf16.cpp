@@ -1,4 +1,5 @@
-// AVX-512 with the bf16 extension: bf16 products by vdpbf16ps, two k steps per instruction; the rest as in AVX-512.
+// AVX-512 with the bf16 extension: vdpbf16ps multiplies bf16, two k steps per instruction. The other element types use
+// the kernels of AVX-512.
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 

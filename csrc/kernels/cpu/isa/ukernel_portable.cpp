@@ -1,4 +1,4 @@
-// Any CPU: 16-byte compiler vectors (SSE2, NEON, ...), 4 x (2 registers) tiles.
+// Any processor: 16-byte compiler vectors (SSE2, NEON, ...), micro-tiles of 4 rows x 2 registers.
 #define DLK_ISA portable
 #define DLK_VBYTES 16
 #define DLK_MR 4

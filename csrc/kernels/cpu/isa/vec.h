@@ -1,8 +1,9 @@
 // Vector registers of one instruction set, as compiler vectors: loads, stores, conversions, transposition.
 //
-// Included once per ukernel_*.cpp, which sets DLK_ISA (a namespace) and DLK_VBYTES (register width in bytes) and
-// has switched the compiler's target. Every name lives in that namespace and only freestanding headers come in, so
-// that no function compiled for a newer ISA can be merged by the linker with one that older CPUs run.
+// Each ukernel_*.cpp includes it once, after it has set DLK_ISA (a namespace) and DLK_VBYTES (register width in bytes)
+// and has switched the compiler's target. Every name lives in that namespace, and only freestanding headers are
+// included. So the linker cannot merge a function that was compiled for a newer instruction set with one that older
+// processors run.
 #include "kernels/activation.h"
 #include "kernels/cpu/kernels.h"
 
@@ -16,7 +17,7 @@
 
 namespace dlk::cpu::DLK_ISA {
 
-// 16-bit formats as they lie in memory; two distinct types so that conversions are chosen by overload.
+// The 16-bit formats in memory. They are distinct types, so that overloads choose the conversion.
 enum class Bf16 : uint16_t {};
 enum class F16 : uint16_t {};
 
@@ -55,9 +56,9 @@ DLK_INLINE void store_bits(T* p, V v) {
 }
 
 // ---- arithmetic whose rounding is stated ---------------------------------------------------------------------------
-// The sources are compiled with -ffp-contract=off: where a product and a sum round once, it says fma here. Left to the
-// compiler, two copies of one inlined formula may fuse different products, and a value would depend on its place in a
-// tile.
+// The sources are compiled with -ffp-contract=off: a product and a sum are rounded once only where the code says fma.
+// If the compiler chose, two copies of one inlined formula could fuse different products, and a value would depend on
+// its place in a tile.
 
 #if defined(__x86_64__) && DLK_VBYTES == 64
 DLK_INLINE VF32 broadcast(float a) { return (VF32)_mm512_set1_ps(a); }
@@ -85,10 +86,10 @@ DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return a * b + c; }
 
 DLK_INLINE VF32 from_bits(Bf16, VU16 h) { return (VF32)(__builtin_convertvector(h, VU32) << 16); }
 
-// Round to nearest, ties to even: add half of the last kept bit, less one unless that bit is odd. NaN stays NaN.
+// Round to nearest, ties to even: add half of the last bit that stays, minus 1 unless that bit is odd. NaN stays NaN.
 DLK_INLINE VU16 to_bits(Bf16, VF32 f) {
 #ifdef DLK_BF16_PAIRS
-  // One instruction does the same, but flushes subnormals; those (class 0x20) are rare enough to branch on.
+  // One instruction does the same, but flushes subnormals to 0. They (class 0x20) are rare enough for a branch.
   if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)f, 0x20) == 0, 1)) return (VU16)_mm512_cvtneps_pbh((__m512)f);
 #endif
   VU32 u = (VU32)f;
@@ -106,8 +107,9 @@ DLK_INLINE VU16 to_bits(F16, VF32 f) {
 DLK_INLINE VF32 from_bits(F16, VU16 h) { return (VF32)_mm256_cvtph_ps((__m128i)h); }
 DLK_INLINE VU16 to_bits(F16, VF32 f) { return (VU16)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT); }
 #else
-// binary16 has 5 exponent bits (bias 15) and 10 mantissa bits. Placed in a binary32 word the value is off by
-// 2^(127-15), which one multiplication mends for normal and subnormal numbers alike; Inf and NaN are set by hand.
+// binary16 has 5 exponent bits (bias 15) and 10 mantissa bits. Placed in a binary32 word, its value is too small by a
+// factor of 2^(127-15). One multiplication corrects this for normal and subnormal numbers; Inf and NaN are set
+// separately.
 DLK_INLINE VF32 from_bits(F16, VU16 h) {
   VU32 u = __builtin_convertvector(h, VU32);
   VU32 magnitude = (u & 0x7fffu) << 13;
@@ -116,8 +118,8 @@ DLK_INLINE VF32 from_bits(F16, VU16 h) {
   VU32 bits = magnitude >= (0x7c00u << 13) ? special : (VU32)scaled;
   return (VF32)(bits | ((u & 0x8000u) << 16));
 }
-// Adding 2^(e+13) (at least 2^-1, where subnormals of binary16 end) makes the FPU drop exactly the bits that
-// binary16 lacks, rounding to nearest even; subtracting it again leaves the rounded value.
+// Adding 2^(e+13) (at least 2^-1, where subnormals of binary16 end) makes the FPU drop exactly the bits that binary16
+// does not have, rounding to nearest even. Subtracting it again leaves the rounded value.
 DLK_INLINE VU16 to_bits(F16, VF32 f) {
   VU32 u = (VU32)f;
   VU32 sign = (u & 0x80000000u) >> 16;
@@ -137,7 +139,7 @@ DLK_INLINE VU16 to_bits(F16, VF32 f) {
 }
 #endif
 
-// ---- one register of values, whatever the memory format ---------------------------------------------------------
+// ---- one register of values, from any memory format ---------------------------------------------------------
 
 DLK_INLINE VF32 load(const float* p) { return load_bits<VF32>(p); }
 DLK_INLINE VF64 load(const double* p) { return load_bits<VF64>(p); }
@@ -149,7 +151,7 @@ DLK_INLINE void store(double* p, VF64 v) { store_bits(p, v); }
 DLK_INLINE void store(Bf16* p, VF32 v) { store_bits(p, to_bits(Bf16{}, v)); }
 DLK_INLINE void store(F16* p, VF32 v) { store_bits(p, to_bits(F16{}, v)); }
 
-// The arithmetic type of a memory type.
+// The type that a memory type is computed and accumulated in.
 template <class T>
 struct AccOf {
   using type = float;
@@ -164,46 +166,48 @@ template <class T>
 constexpr int kLanes = DLK_VBYTES / sizeof(Acc<T>);
 
 #if defined(__x86_64__) && DLK_VBYTES == 64
-// 0 < n < lanes elements, by masks.
+// The first n elements of a register, 0 < n < lanes, by masked loads and stores. Other lanes are zero, or not stored.
 #define DLK_MASKS
-DLK_INLINE VF32 load_first(const float* p, int64_t n) { return (VF32)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
-DLK_INLINE VF64 load_first(const double* p, int64_t n) { return (VF64)_mm512_maskz_loadu_pd((1u << n) - 1, p); }
+DLK_INLINE VF32 load_masked(const float* p, int64_t n) { return (VF32)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+DLK_INLINE VF64 load_masked(const double* p, int64_t n) { return (VF64)_mm512_maskz_loadu_pd((1u << n) - 1, p); }
 template <class T>
-DLK_INLINE VF32 load_first(const T* p, int64_t n) {
+DLK_INLINE VF32 load_masked(const T* p, int64_t n) {
   return from_bits(T{}, (VU16)_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 }
-DLK_INLINE void store_first(float* p, VF32 v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
-DLK_INLINE void store_first(double* p, VF64 v, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v); }
+DLK_INLINE void store_masked(float* p, VF32 v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
+DLK_INLINE void store_masked(double* p, VF64 v, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v); }
 template <class T>
-DLK_INLINE void store_first(T* p, VF32 v, int64_t n) {
+DLK_INLINE void store_masked(T* p, VF32 v, int64_t n) {
   _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)to_bits(T{}, v));
 }
 #endif
 
-// n <= lanes elements at a stride; the lanes behind them are zero.
+// Load min(n, lanes) elements at a stride; the other lanes are zero.
 template <class T>
-DLK_INLINE Vec<Acc<T>> load_some(const T* p, int64_t stride, int64_t n) {
+DLK_INLINE Vec<Acc<T>> load_partial(const T* p, int64_t stride, int64_t n) {
   if (stride == 1 && n >= kLanes<T>) return load(p);
 #ifdef DLK_MASKS
-  if (stride == 1) return n > 0 ? load_first(p, n) : Vec<Acc<T>>{};
+  if (stride == 1) return n > 0 ? load_masked(p, n) : Vec<Acc<T>>{};
 #endif
-  T some[kLanes<T>] = {};
-  for (int64_t i = 0; i < n && i < kLanes<T>; ++i) some[i] = p[i * stride];
-  return load(some);
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < n && i < kLanes<T>; ++i) lanes[i] = p[i * stride];
+  return load(lanes);
 }
+// Store the first min(n, lanes) lanes.
 template <class T>
-DLK_INLINE void store_some(T* p, Vec<Acc<T>> v, int64_t n) {
+DLK_INLINE void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {
   if (n >= kLanes<T>) return store(p, v);
 #ifdef DLK_MASKS
-  if (n > 0) store_first(p, v, n);
+  if (n > 0) store_masked(p, v, n);
 #else
-  T some[kLanes<T>];
-  store(some, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = some[i];
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 #endif
 }
 
-// A sum that also adds up the rounding errors of its additions (Knuth's two-sum): many small terms lose no digits.
+// A sum in every lane that keeps what each addition rounds away (Knuth's two-sum). A long sum errs no more than a short
+// one.
 template <class V>
 struct ExactLanes {
   V sum{}, lost{};
@@ -214,13 +218,13 @@ struct ExactLanes {
     sum = next;
   }
   DLK_HD V value() const {
-    return sum - sum == V{} ? sum + lost : sum;  // where the sum is infinite, nothing else counts
+    return sum - sum == V{} ? sum + lost : sum;  // an infinite sum stays as it is: `lost` is NaN then
   }
 };
 
 // ---- permutations -----------------------------------------------------------------------------------------------
 
-// Lane i of the result is lane index[i] of a and b, one behind the other.
+// Lane i of the result is lane index[i] of the lanes of a followed by the lanes of b.
 template <class V, class I>
 DLK_INLINE V shuffled(V a, V b, I index) {
 #if defined(__clang__)
@@ -233,7 +237,7 @@ DLK_INLINE V shuffled(V a, V b, I index) {
 #endif
 }
 
-// a0 b0 a1 b1 ... from the lower (half = 0) or upper (half = 1) halves.
+// a0 b0 a1 b1 ... from the lower halves (half = 0) or the upper halves (half = 1) of a and b.
 template <int half, class V>
 DLK_INLINE V interleave(V a, V b) {
   constexpr int lanes = sizeof(V) / sizeof(a[0]);
@@ -259,7 +263,8 @@ DLK_INLINE V halves_interleaved(V ab) {
 #endif
 }
 
-// Square transposition in registers: log2(lanes) rounds of perfect shuffles of rows i and i + lanes/2.
+// Transpose a square of lanes × lanes in registers, by log2(lanes) rounds of perfect shuffles of rows i and i +
+// lanes/2.
 template <class V>
 DLK_INLINE void transpose(V* rows) {
   constexpr int lanes = sizeof(V) / sizeof(rows[0][0]);
@@ -280,9 +285,10 @@ DLK_INLINE void transpose(V* rows) {
     for (int i = 0; i < lanes; ++i) rows[i] = from[i];
 }
 
-// Lanes of a whose index has the bit `bit` clear, lanes of b where it is set: their own (swap = 0), or those `bit` lanes away.
+// Lane i of the result is from a where i has the bit `bit` clear, from b where it is set. It is lane i of that register
+// (swap = 0), or lane i ^ bit (swap = 1).
 template <int bit, int swap, class V>
-DLK_INLINE V by_bit(V a, V b) {
+DLK_INLINE V select_by_bit(V a, V b) {
   constexpr int lanes = sizeof(V) / sizeof(a[0]);
   using I = decltype(a < b);
   I index;
@@ -290,14 +296,14 @@ DLK_INLINE V by_bit(V a, V b) {
   return shuffled(a, b, index);
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]; a tree, so 3 operations per sum, one of which crosses lanes.
-// Clobbers rows.
+// Lane i of the result is the sum of the lanes of rows[i]. It is a tree: 3 operations per sum, one of which crosses
+// lanes. Overwrites rows.
 template <class V, int half = sizeof(V) / sizeof(V{}[0]) / 2>
 DLK_INLINE V row_sums(V* rows) {
   if constexpr (half > 0) {
 #pragma GCC unroll 8
     for (int i = 0; i < half; ++i)
-      rows[i] = by_bit<half, 0>(rows[i], rows[i + half]) + by_bit<half, 1>(rows[i], rows[i + half]);
+      rows[i] = select_by_bit<half, 0>(rows[i], rows[i + half]) + select_by_bit<half, 1>(rows[i], rows[i + half]);
     return row_sums<V, half / 2>(rows);
   } else {
     return rows[0];

@@ -1,8 +1,8 @@
-// exp, log, tanh and the normal distribution function on a vector register, and the `O` that activation.h is written against.
+// exp, log, tanh and the normal distribution function on a vector register. Ops is the `O` of activation.h.
 //
-// f32: branch-free polynomials, coefficients from a minimax fit (Lawson iteration) whose own error is given beside
-// each; with rounding every function stays within 2 ulp (tests/ops/test_accuracy.py measures it).
-// f64: libm lane by lane; double precision is for proofs, not for speed.
+// f32: polynomials without branches. The coefficients are from a minimax fit (Lawson iteration), and the error of each
+// fit is given beside it. With rounding every function stays within 2 ulp (tests/ops/test_accuracy.py measures it).
+// f64: libm, lane by lane. Double precision is there for accuracy, not for speed.
 #include <math.h>
 
 namespace dlk::cpu::DLK_ISA {
@@ -40,7 +40,7 @@ struct Ops<float> {
     T shifted = fma(x, lit(1.44269504), lit(magic));
     VI32 n = (VI32)shifted - 0x4b400000;
     T whole = shifted - magic;
-    T r = fma(whole, lit(-0.693359375), x);  // ln 2 in two parts, the first with 9 bits: exact products
+    T r = fma(whole, lit(-0.693359375), x);  // ln 2 in two parts; the first has 9 bits, so that its products are exact
     r = fma(whole, lit(2.12194440e-4), r);
     T p = lit(1.3814559e-3);
     p = fma(p, r, lit(8.368735e-3));
@@ -48,11 +48,11 @@ struct Ops<float> {
     p = fma(p, r, lit(1.6666521e-1));
     p = fma(p, r, lit(4.9999994e-1));
     T e = fma(p * r, r, r) + 1.0f;
-    VI32 half = n >> 1;  // 2^n in two factors: n reaches -150 and 128, beyond one exponent field
+    VI32 half = n >> 1;  // 2^n in two factors, because n reaches -150 and 128, which one exponent field cannot hold
     return e * (T)((half + 127) << 23) * (T)((n - half + 127) << 23);
   }
 
-  // e^x, and 0 where that is subnormal: a product that reads such numbers is many times as slow.
+  // e^x, and 0 where e^x is subnormal: products that read subnormal numbers are many times slower.
   DLK_INLINE T normal_exp(T x) { return x < -87.3365f ? lit(0) : exp(x); }
 
   // ln x = n·ln 2 + ln(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f²/2 + f³·P(f), relative error 6.5e-9.
@@ -70,14 +70,14 @@ struct Ops<float> {
     p = p * f + 2.0001227e-1f;
     p = p * f + -2.500082e-1f;
     p = p * f + 3.333333e-1f;
-    T y = f * f * (p * f - 0.5f) + n * -2.12194440e-4f;  // ln 2 in the two parts of exp
+    T y = f * f * (p * f - 0.5f) + n * -2.12194440e-4f;  // ln 2 in the same two parts as in exp
     y = n * 0.693359375f + (f + y);
-    y = x < lit(__builtin_inf()) ? y : x;  // also NaN
+    y = x < lit(__builtin_inf()) ? y : x;  // Inf and NaN stay
     y = x < 0.0f ? lit(__builtin_nan("")) : y;
     return x == 0.0f ? lit(-__builtin_inf()) : y;
   }
 
-  // |x| < 0.63: x + x³·P(x²), relative error 4.8e-9; else 1 - 2/(e^2|x| + 1), with the sign put back.
+  // |x| < 0.63: x + x³·P(x²), relative error 4.8e-9; else 1 - 2/(e^2|x| + 1), with the sign of x.
   DLK_INLINE T tanh(T x) {
     T s = x * x;
     T p = lit(-5.6669773e-3);
@@ -88,12 +88,12 @@ struct Ops<float> {
     T a = abs(x);
     T small = fma(p * s, a, a);
     T large = 1.0f - 2.0f / (exp(a + a) + 1.0f);
-    return with_sign(a < 0.63f ? small : large, x);  // after the choice, so that tanh(-0) = -0
+    return with_sign(a < 0.63f ? small : large, x);  // the sign comes last, so that tanh(-0) = -0
   }
 
-  // Φ(z), the normal distribution function. |z| < 1: 1/2 + z·P(z²), relative error of P 3.4e-8. Else from
-  // Φ(-|z|) = e^(-z²/2)·R(|z|), relative error of R 6.4e-8: nothing cancels in the left tail. From 12.9 on, shortly before it
-  // becomes subnormal, that is 0.
+  // Φ(z), the normal distribution function. |z| < 1: 1/2 + z·P(z²), relative error of P 3.4e-8. Otherwise it is made
+  // from Φ(-|z|) = e^(-z²/2)·R(|z|), relative error of R 6.4e-8, so that nothing cancels in the left tail. From |z| =
+  // 12.9 on, shortly before the tail becomes subnormal, the tail is 0.
   DLK_INLINE T normal_cdf(T z) {
     T s = z * z;
     T p = lit(-7.6381757e-6);
@@ -114,7 +114,7 @@ struct Ops<float> {
     d = fma(d, c, lit(1.05540979));
     d = fma(d, c, lit(1.58923602));
     d = fma(d, c, lit(1));
-    T e = exp(lit(-0.5) * z * z);  // GELU's gradient has it too: computed once
+    T e = exp(lit(-0.5) * z * z);  // GELU's gradient has the same term: the compiler computes it once
     T tail = (a > 12.9f ? lit(0) : e) * (n / d);
     return a < 1.0f ? small : z > 0.0f ? 1.0f - tail : tail;
   }

@@ -1,6 +1,7 @@
-// The interface of a CPU kernel set for the losses of loss_params.h (kernels.h has the rest). No torch here.
+// The loss kernels that a CPU kernel set offers, and their arguments; kernels.h has the other kernels. No torch here.
 //
-// A slice is summed by one thread, and the caller adds the slices in order: the same bits on any number of threads.
+// One thread sums a slice, and csrc/ops adds the slices in order, so that the bits are the same on any number of
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -14,22 +15,23 @@ struct Parallel;
 
 using dlk::ExactSum;
 
+// `sums` holds loss_slices() parts.
 struct ElementwiseLoss : dlk::ElementwiseLoss {
-  uint8_t* negative;  // per slice: 1 if var has an entry below 0; Gaussian only
+  uint8_t* negative;  // [loss_slices()]: 1 where var has an element below 0 in the slice; Gaussian only
 };
 
-constexpr int64_t kLossSlice = 16384;  // elements
+constexpr int64_t kLossSlice = 16384;  // elements of a slice
 DLK_HD int64_t loss_slices(const ElementwiseLoss& p) { return (p.rows * p.cols + kLossSlice - 1) / kLossSlice; }
 
 using dlk::ClassStrides;
 
-// Every class index is checked. `loss` takes accumulators; `grad` may lie where x does, if no row begins behind its own
-// logits.
+// csrc/ops has checked every class index. `loss` receives accumulators, `sums` holds loss_slices() parts. grad may be
+// the memory of x if no row of grad begins behind its own logits.
 struct CrossEntropy : dlk::CrossEntropy {
-  DType grad_dtype;  // of grad: accumulators, or bf16 or f16 rounded
+  DType grad_dtype;  // of grad: bf16 and f16 are rounded, others are accumulators
 };
 
-// Rows per slice: about 64 thousand logits, in whole registers.
+// Return the rows of a slice: about 64 thousand logits, and whole registers.
 DLK_HD int64_t row_slice(int64_t classes) {
   const int64_t rows = 65536 / (classes > 64 ? classes : 64) / 16 * 16;
   return rows > 16 ? rows : 16;
@@ -38,7 +40,7 @@ DLK_HD int64_t loss_slices(const CrossEntropy& p) {
   return p.outer * ((p.inner + row_slice(p.classes) - 1) / row_slice(p.classes));
 }
 
-// The entry points for one element type.
+// The loss kernels for one element type.
 struct Losses {
   void (*squared_error)(const ElementwiseLoss&, const Parallel&);
   void (*gaussian_nll)(const ElementwiseLoss&, const Parallel&);

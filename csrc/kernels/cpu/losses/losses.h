@@ -5,29 +5,30 @@ namespace dlk::cpu::DLK_ISA {
 
 // ---- registers ------------------------------------------------------------------------------------------------------
 
-// The same element in every lane, or n elements at a stride.
+// Load min(n, lanes) elements at a stride; with stride 0 load the same element in every lane.
 template <class T>
 DLK_INLINE Vec<Acc<T>> load_or_splat(const T* p, int64_t stride, int64_t n) {
-  if (stride != 0) return load_some(p, stride, n);
+  if (stride != 0) return load_partial(p, stride, n);
   T same[kLanes<T>];
   for (T& lane : same) lane = *p;
   return load(same);
 }
+// Store the first min(n, lanes) lanes at a stride.
 template <class T>
 DLK_INLINE void store_at_stride(T* p, int64_t stride, Vec<Acc<T>> v, int64_t n) {
-  if (stride == 1) return store_some(p, v, n);
-  T some[kLanes<T>];
-  store(some, v);
-  for (int64_t i = 0; i < n && i < kLanes<T>; ++i) p[i * stride] = some[i];
+  if (stride == 1) return store_partial(p, v, n);
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n && i < kLanes<T>; ++i) p[i * stride] = lanes[i];
 }
-// v with `value` in the lanes from n on
+// Return v with `value` in the lanes from n on.
 template <class V, class S>
 DLK_INLINE V fill_tail(V v, int64_t n, S value) {
   constexpr int64_t lanes = sizeof(V) / sizeof(S);
   for (int64_t i = n; i < lanes; ++i) v[i] = value;
   return v;
 }
-// The sum or the maximum of all lanes, in every lane. A NaN is no maximum.
+// Return the sum, or the maximum, of all lanes in every lane. A NaN is never the maximum.
 template <class V>
 DLK_INLINE V sum_lanes(V v) {
   for (size_t lanes = sizeof(V) / sizeof(v[0]); lanes > 1; lanes /= 2) v = interleave<0>(v, v) + interleave<1>(v, v);
@@ -42,7 +43,7 @@ DLK_INLINE V max_lanes(V v) {
   return v;
 }
 
-// Registers summed per lane before they go to the total: short sums err less.
+// The registers that are summed per lane before they are added to the total. Short sums err less.
 constexpr int64_t kSumBlock = 32;
 
 // ---- elementwise losses ---------------------------------------------------------------------------------------------
@@ -61,22 +62,22 @@ void elementwise_slice(const ElementwiseLoss& p, int64_t slice) {
   const int64_t stop = min((slice + 1) * kLossSlice, p.rows * p.cols);
   for (int64_t at = slice * kLossSlice; at < stop;) {
     const int64_t row = at / p.cols, col = at % p.cols, n = min(p.cols - col, stop - at);
-    auto run = [&](const View& v) { return (const T*)v.data + row * v.row_stride + col * v.col_stride; };
-    const T *x = run(p.input), *t = run(p.target), *var = Loss::has_var ? run(p.var) : nullptr;
+    auto elements = [&](const View& v) { return (const T*)v.data + row * v.row_stride + col * v.col_stride; };
+    const T *x = elements(p.input), *t = elements(p.target), *var = Loss::has_var ? elements(p.var) : nullptr;
     for (int64_t i = 0; i < n; i += kLanes<T>) {
-      const int64_t left = n - i;
-      const V xv = load_or_splat(x + i * p.input.col_stride, p.input.col_stride, left);
-      const V tv = load_or_splat(t + i * p.target.col_stride, p.target.col_stride, left);
+      const int64_t valid = n - i;
+      const V xv = load_or_splat(x + i * p.input.col_stride, p.input.col_stride, valid);
+      const V tv = load_or_splat(t + i * p.target.col_stride, p.target.col_stride, valid);
       V vv{};
       if constexpr (Loss::has_var) {
-        vv = load_or_splat(var + i * p.var.col_stride, p.var.col_stride, left);
+        vv = load_or_splat(var + i * p.var.col_stride, p.var.col_stride, valid);
         negative |= vv < V{};
       }
       const Terms<V> terms = loss(xv, tv, vv);
-      block += left < kLanes<T> ? fill_tail(terms.loss, left, A(0)) : terms.loss;
-      if (p.loss) store_some((T*)p.loss + at + i, terms.loss, left);
-      if (p.grad_input) store_some((A*)p.grad_input + at + i, terms.grad_input / divisor, left);
-      if (p.grad_var) store_some((A*)p.grad_var + at + i, terms.grad_var / divisor, left);
+      block += valid < kLanes<T> ? fill_tail(terms.loss, valid, A(0)) : terms.loss;
+      if (p.loss) store_partial((T*)p.loss + at + i, terms.loss, valid);
+      if (p.grad_input) store_partial((A*)p.grad_input + at + i, terms.grad_input / divisor, valid);
+      if (p.grad_var) store_partial((A*)p.grad_var + at + i, terms.grad_var / divisor, valid);
       if (++in_block == kSumBlock) {
         total.add(sum_lanes(block)[0]);
         block = V{};
@@ -103,10 +104,10 @@ void elementwise_with(const ElementwiseLoss& p, const Parallel& parallel) {
 
 // ---- cross entropy --------------------------------------------------------------------------------------------------
 
-// The meaning of a register's lanes. In scratch a register follows the other either way.
+// The two meanings of the lanes of a register. In scratch one register follows the other in both.
 //
-//   AcrossClasses  one row at a time, kLanes of its classes: long contiguous rows
-//   AcrossRows     one class of kLanes rows: few classes, or classes that lie apart ([N, C, d1, ...])
+//   AcrossClasses  kLanes classes of one row: for long contiguous rows
+//   AcrossRows     one class of kLanes rows: for few classes, or classes that lie apart ([N, C, d1, ...])
 template <class T>
 struct AcrossClasses {
   using A = Acc<T>;
@@ -122,7 +123,7 @@ struct AcrossClasses {
   DLK_INLINE V max(V v) { return max_lanes(v); }
   DLK_INLINE V sum(V v) { return sum_lanes(v); }
   DLK_INLINE V of_rows(const A* value) { return V{} + *value; }
-  DLK_INLINE V of_classes(const A* value, int64_t classes) { return load_some(value, 1, classes); }
+  DLK_INLINE V of_classes(const A* value, int64_t classes) { return load_partial(value, 1, classes); }
 };
 
 template <class T>
@@ -141,7 +142,7 @@ struct AcrossRows {
   DLK_INLINE V of_classes(const A* value, int64_t) { return V{} + *value; }
 };
 
-// `rows` (at most L::kRows) rows from inner0 on; adds their losses to total.
+// Compute `rows` (at most L::kRows) rows from inner0 on, and add their losses to total.
 template <class T, class L>
 void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, int64_t rows, ExactSum& total) {
   using A = Acc<T>;
@@ -157,14 +158,14 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   A* const values = (A*)scratch(registers * kVL * sizeof(A));  // x - max, or its exponential
   const A weight_one = 1;
 
-  // f(i, classes left, valid lanes) for every register
+  // Call f(i, classes from this register on, valid lanes) for every register.
   auto each = [&](auto&& f) {
     for (int64_t i = 0; i < registers; ++i) {
       const int64_t classes = p.classes - i * L::kClasses;
       f(i, classes, L::lanes(classes, rows));
     }
   };
-  // The sums per row of the values that f(i, classes, lanes) returns.
+  // Return the sum of f(i, classes, lanes) over a row, for every row.
   auto sum = [&](auto&& f) {
     ExactLanes<V> total;
     each([&](int64_t i, int64_t classes, int64_t lanes) { total.add(f(i, classes, lanes)); });
@@ -176,33 +177,36 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
 
   V highest = O::lit(-__builtin_inf());
   each([&](int64_t i, int64_t classes, int64_t lanes) {
-    const V loaded = load_some(x + i * L::kClasses * p.x_strides.cls, L::stride(p.x_strides), lanes);
+    const V loaded = load_partial(x + i * L::kClasses * p.x_strides.cls, L::stride(p.x_strides), lanes);
     const V v = L::classes_only(loaded, classes, A(-__builtin_inf()));
     store(values + i * kVL, v);
     highest = v > highest ? v : highest;
   });
   highest = L::max(highest);
 
-  // q without the hard target's own term is dense with class probabilities or smoothing, else zero.
+  // Leave out the term of q at the target index. The rest of q is dense with class probabilities or smoothing,
+  // otherwise 0.
   const bool dense = soft || p.smoothing > 0;
   auto dense_q = [&](double scale) {
-    const V uniform = O::lit(p.smoothing / p.classes * scale), kept = O::lit((1 - p.smoothing) * scale);
-    return [&, uniform, kept](int64_t i, int64_t classes, int64_t lanes) {
+    const V uniform = O::lit(p.smoothing / p.classes * scale), target_share = O::lit((1 - p.smoothing) * scale);
+    return [&, uniform, target_share](int64_t i, int64_t classes, int64_t lanes) {
       V q = uniform;
-      if (soft) q += kept * load_some(t + i * L::kClasses * p.soft_strides.cls, L::stride(p.soft_strides), lanes);
+      if (soft)
+        q += target_share * load_partial(t + i * L::kClasses * p.soft_strides.cls, L::stride(p.soft_strides), lanes);
       return class_weight(i, classes) * q;
     };
   };
 
-  const bool keep_exp = p.grad && !dense;
+  const bool stores_exp = p.grad && !dense;
   const V exp_sum = sum([&](int64_t i, int64_t, int64_t) {
     const V d = load(values + i * kVL) - highest, e = O::exp(d);
-    store(values + i * kVL, keep_exp ? e : d);
+    store(values + i * kVL, stores_exp ? e : d);
     return e;
   });
   const V log_sum = O::log(exp_sum);
 
-  // Sums over q without the hard target's own term: Σ q·(x - max), in units of `uniform` for class indices, and Σ q.
+  // Two sums over q without the term at the target index: Σ q·(x - max), in units of `uniform` for class indices, and Σ
+  // q.
   V dot{}, q_sum{};
   if (soft) {
     const auto q = dense_q(1);
@@ -218,42 +222,42 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
     });
   }
 
-  // The values of a row, in f64: a rounding error here would enter every term.
-  A factor[kVL] = {}, live[kVL] = {}, target_grad[kVL] = {}, row_grad[kVL] = {};
+  // The factors of a row are computed in f64, because a rounding error here would be in every term.
+  A factor[kVL] = {}, is_counted[kVL] = {}, target_grad[kVL] = {}, row_grad[kVL] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const double log_s = log_sum[r];
     double loss = 0, all_q = 0;
     if (soft) {
       all_q = q_sum[r];
       loss = all_q * log_s - dot[r];
-      live[r] = 1;
+      is_counted[r] = 1;
     } else if (const int64_t target = p.target[first_row + r]; target != p.ignore_index) {
-      const double x_target = load_some(x + target * p.x_strides.cls + r * p.x_strides.inner, 1, 1)[0];
-      const double weight = p.weight ? ((const A*)p.weight)[target] : A(1), share = p.smoothing / p.classes;
+      const double x_target = load_partial(x + target * p.x_strides.cls + r * p.x_strides.inner, 1, 1)[0];
+      const double weight = p.weight ? ((const A*)p.weight)[target] : A(1), uniform_share = p.smoothing / p.classes;
       const double target_q = weight * (1 - p.smoothing);
       loss = target_q * (log_s - (x_target - highest[r]));
-      if (dense) loss += share * (p.weight_sum * log_s - dot[r]);
-      all_q = target_q + share * p.weight_sum;
-      target_grad[r] = A((target_q + share * weight) * p.scale);
-      live[r] = 1;
+      if (dense) loss += uniform_share * (p.weight_sum * log_s - dot[r]);
+      all_q = target_q + uniform_share * p.weight_sum;
+      target_grad[r] = A((target_q + uniform_share * weight) * p.scale);
+      is_counted[r] = 1;
     }
-    factor[r] = A(all_q * (live[r] ? p.scale : 0) / exp_sum[r]);
+    factor[r] = A(all_q * (is_counted[r] ? p.scale : 0) / exp_sum[r]);
     total.add(loss);
     if (p.loss) ((A*)p.loss)[first_row + r] = A(loss);
     if (p.row_grad) row_grad[r] = ((const A*)p.row_grad)[first_row + r];
   }
 
-  // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
+  // d/dx = (softmax·Σq - q)·scale. In an ignored row it is 0, except that NaN in x stays NaN, as in torch.
   if (p.grad_soft) {
     A* grad = (A*)p.grad_soft + offset(p.grad_strides);
-    const V kept_scale = O::lit(-(1 - p.smoothing) * p.scale);
+    const V target_scale = O::lit(-(1 - p.smoothing) * p.scale);
     each([&](int64_t i, int64_t classes, int64_t lanes) {
-      const V g = class_weight(i, classes) * kept_scale * (load(values + i * kVL) - log_sum);
+      const V g = class_weight(i, classes) * target_scale * (load(values + i * kVL) - log_sum);
       store_at_stride(grad + i * L::kClasses * p.grad_strides.cls, L::stride(p.grad_strides), g, lanes);
     });
   }
   if (!p.grad) return;
-  const V row_factor = L::of_rows(factor), row_live = L::of_rows(live), row_scale = L::of_rows(row_grad);
+  const V row_factor = L::of_rows(factor), row_is_counted = L::of_rows(is_counted), row_scale = L::of_rows(row_grad);
   const auto scaled_q = dense_q(p.scale);
   auto store_grad = [&](auto* grad) {
     grad += offset(p.grad_strides);
@@ -262,7 +266,7 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
       if (dense) {
         e = O::exp(e);
         store(values + i * kVL, e);
-        g = e * row_factor - (row_live > V{} ? scaled_q(i, classes, lanes) : V{});
+        g = e * row_factor - (row_is_counted > V{} ? scaled_q(i, classes, lanes) : V{});
       } else {
         g = e * row_factor;
       }
@@ -273,11 +277,11 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
       const int64_t target = p.target[first_row + r];
       if (target == p.ignore_index) continue;
       const A g = values[L::at(target, r)] * factor[r] - target_grad[r];
-      store_some(grad + target * p.grad_strides.cls + r * p.grad_strides.inner,
-                 V{} + (p.row_grad ? g * row_grad[r] : g), 1);
+      store_partial(grad + target * p.grad_strides.cls + r * p.grad_strides.inner,
+                    V{} + (p.row_grad ? g * row_grad[r] : g), 1);
     }
   };
-  if constexpr (kSame<A, float>) {
+  if constexpr (kIsSame<A, float>) {
     if (p.grad_dtype == DType::bf16) return store_grad((Bf16*)p.grad);
     if (p.grad_dtype == DType::f16) return store_grad((F16*)p.grad);
   }

@@ -1,21 +1,22 @@
-// A chain of narrow layers: a block of rows goes through all of them while it is in L2, forward and backward.
+// The fused MLP: a block of rows goes through several narrow layers while it is in L2, in forward and in backward.
 //
-//   forward   x block → h[1] → … → y             the tensors that backward needs go to memory on the way
+//   forward   x block → h[1] → … → y             stores what backward needs on the way
 //   backward  dz of the last layer → … → dx
-//               wgrad    sums[l] += dzᵀ · h[l]                      dz where it lies, or as pairs of rows; h packed
-//               dgrad    dz' = (dz · weight[l]) · act'(h[l])        mask and dbias in the epilogue
+//               wgrad    sums[l] += dzᵀ · h[l]                      dz in place, or packed as pairs of rows; h packed
+//               dgrad    dz' = (dz · weight[l]) · act'(h[l])        act' and dbias in the epilogue
 //
-// Weights are packed once per thread. A block row has the pitch of a packed A panel (kAStride), so an activation that an
-// epilogue stored is the next product's A operand as it is. The parameters' gradients of a slice of rows are summed by
-// one thread, block after block; how rows are cut is a function of the shape alone.
+// Weights are packed once per thread. The rows of a block have the pitch of a packed A panel (kAStride), so the output
+// that an epilogue stores in a block is the A operand of the next product without packing. One thread sums the
+// parameter gradients of a slice of rows, block after block. How rows are cut is a function of the shape alone.
 namespace dlk::cpu::DLK_ISA {
 
+// The most features of a layer: one k block.
 template <class E>
 constexpr int64_t kFusedMlpFeatures = kKC<E> * E::kStep;
 template <class E>
-constexpr int64_t kPitch = kAStride<E> * E::kStep;  // of a block row, in elements
+constexpr int64_t kPitch = kAStride<E> * E::kStep;  // of the rows of a block, in elements
 
-// Pieces of one allocation; without one, how large it would be.
+// Hands out pieces of one allocation. With a null base it only counts how large the allocation has to be.
 struct Arena {
   char* base;
   size_t used = 0;
@@ -28,13 +29,15 @@ struct Arena {
   }
 };
 
+// Return the most features that any layer reads or writes.
 inline int64_t fused_mlp_widest(const FusedMlp& p) {
   int64_t widest = p.layer[0].k;
   for (int l = 0; l < p.layers; ++l) widest = max(widest, p.layer[l].n);
   return widest;
 }
 
-// Rows of a block: two blocks and the panels of wgrad take half of a 1 MiB L2. Whole micro-tiles, and pairs of rows.
+// Return the rows of a block. Two blocks and the panels of wgrad take half of a 1 MiB L2. The number is a multiple of
+// whole micro-tiles and of pairs of rows.
 template <class E>
 int64_t fused_mlp_rows(const FusedMlp& p) {
   constexpr int64_t step = 2 * kMR, most = 224;
@@ -42,19 +45,20 @@ int64_t fused_mlp_rows(const FusedMlp& p) {
   return max(min(fit, most) / step, 2) * step;
 }
 
+// The scratch of one thread.
 template <class E>
 struct FusedMlpBuffers {
   using Packed = typename E::Packed;
   using Cell = typename E::Cell;
   using A = typename E::Acc;
 
-  Cell* weight[kFusedMlpLayers];    // forward's B: panels of weightᵀ
-  Cell* weight_t[kFusedMlpLayers];  // dgrad's B: panels of weight
-  Packed* block[2];                 // output of one layer and input of the next, h or dz: [rows, kPitch]
-  Cell* wgrad_a;                    // E::kStep > 1: dz in pairs of rows
-  Cell* wgrad_b;
-  Packed* run;  // on their way into a panel
-  A* acc;       // a micro-tile
+  Cell* weight[kFusedMlpLayers];    // the B panels of forward: weightᵀ
+  Cell* weight_t[kFusedMlpLayers];  // the B panels of dgrad: weight
+  Packed* block[2];                 // [rows, kPitch]: h or dz, from one layer to the next
+  Cell* wgrad_a;                    // the A panels of wgrad: dz in pairs of rows; with E::kStep == 1 unused
+  Cell* wgrad_b;                    // the B panels of wgrad: h
+  Packed* row_buffer;               // rows on their way into a panel
+  A* acc;                           // the accumulators of one micro-tile
   double* dbias[kFusedMlpLayers];
 
   static int64_t panels(int64_t k, int64_t n) {
@@ -78,7 +82,7 @@ struct FusedMlpBuffers {
         s.wgrad_a = arena.take<Cell>(cells * round_up(widest, kMR) + ceil_div(widest, kMR) * kPanelGap<E> + kMR);
       s.wgrad_b = arena.take<Cell>(panels(rows, widest));
     }
-    s.run = arena.take<Packed>(3 * Buffers<E>::kRun * E::kStep);
+    s.row_buffer = arena.take<Packed>(3 * Buffers<E>::kRowBuffer * E::kStep);
     s.acc = arena.take<A>(kMR * kNV * E::kVL);
     return s;
   }
@@ -89,29 +93,31 @@ struct FusedMlpBuffers {
     FusedMlpBuffers s = carve(arena, p, rows, backward);
     for (int l = 0; l < p.layers; ++l) {
       const FusedMlpLayer& layer = p.layer[l];
-      if (!backward) pack_b<E>(layer.weight.transposed(), s.weight[l], 0, layer.k, 0, layer.n, s.run);
-      if (backward && (l > 0 || p.dx)) pack_b<E>(layer.weight, s.weight_t[l], 0, layer.n, 0, layer.k, s.run);
+      if (!backward) pack_b<E>(layer.weight.transposed(), s.weight[l], 0, layer.k, 0, layer.n, s.row_buffer);
+      if (backward && (l > 0 || p.dx)) pack_b<E>(layer.weight, s.weight_t[l], 0, layer.n, 0, layer.k, s.row_buffer);
     }
     return s;
   }
 };
 
-// ---- the epilogues of a micro-tile -----------------------------------------------------------------------------------
+// ---- epilogues of a micro-tile -------------------------------------------------------------------------------------
 
-// n values into a block row, as the tensor would hold them; behind the last one of an odd row a zero, because cells are pairs.
+// Store n values in a row of a block, rounded as the tensor would hold them. Where cells are pairs, an odd number of
+// values is followed by a zero.
 template <class E>
-DLK_INLINE void put(typename E::Packed* to, typename E::V v, int64_t n) {
-  if constexpr (!kSame<typename E::Packed, typename E::Elem>) v = rounded<typename E::Elem>(v);
+DLK_INLINE void store_block_row(typename E::Packed* to, typename E::V v, int64_t n) {
+  if constexpr (!kIsSame<typename E::Packed, typename E::Elem>) v = rounded<typename E::Elem>(v);
   if (n >= E::kVL) return E::pack_store(to, v);
-  E::pack_store_some(to, v, n);
+  E::pack_store_partial(to, v, n);
   if (E::kStep == 2 && n % 2) to[n] = {};
 }
 
+// The place of a micro-tile in the block.
 struct MicroTile {
-  int64_t i, j, rows, cols;  // in the block
+  int64_t i, j, rows, cols;
 };
 
-// act(acc + bias) into the block h, and rows i0.. of the layer's tensors.
+// Store act(acc + bias) in the block h and in rows i0.. of the layer's tensors.
 template <class E, class Act>
 void fused_mlp_value(const FusedMlpLayer& layer, const MicroTile& t, const typename E::Acc* acc, typename E::Packed* h,
                      int64_t i0) {
@@ -120,20 +126,20 @@ void fused_mlp_value(const FusedMlpLayer& layer, const MicroTile& t, const typen
   const auto slope = O::lit(layer.act.slope);
   for (int64_t j = 0; j < t.cols; j += E::kVL) {
     const int64_t n = min(E::kVL, t.cols - j);
-    const auto bias = layer.bias ? load_some((const T*)layer.bias + t.j + j, 1, n) : O::lit(0);
+    const auto bias = layer.bias ? load_partial((const T*)layer.bias + t.j + j, 1, n) : O::lit(0);
     for (int64_t i = 0; i < t.rows; ++i) {
       const int64_t at = (i0 + t.i + i) * layer.n + t.j + j;
       const auto z = load(acc + i * kNV * E::kVL + j) + bias;
       const auto value = Act::template value<O>(z, slope);
-      if (h) put<E>(h + (t.i + i) * kPitch<E> + t.j + j, value, n);
-      if (layer.z) store_some((T*)layer.z + at, z, n);
-      if (layer.h) store_some((T*)layer.h + at, value, n);
+      if (h) store_block_row<E>(h + (t.i + i) * kPitch<E> + t.j + j, value, n);
+      if (layer.z) store_partial((T*)layer.z + at, z, n);
+      if (layer.h) store_partial((T*)layer.h + at, value, n);
     }
   }
 }
 
-// dz = g · act'(saved), and its column sums. g [t.rows, ld]: a micro-tile's sums, or a block, which may be dz itself.
-// saved: h or z of the layer, rows i0.. of its tensor.
+// Store dz = g · act'(saved), and add its columns to sum. g, [t.rows, ld], holds the sums of a micro-tile, or is a
+// block, which may be dz itself. `saved` is rows i0.. of the layer's h or z.
 template <class E, class Act, class G>
 void fused_mlp_grad(const FusedMlpLayer& layer, const MicroTile& t, const G* g, int64_t ld, int64_t i0,
                     typename E::Packed* dz, double* sum) {
@@ -142,12 +148,12 @@ void fused_mlp_grad(const FusedMlpLayer& layer, const MicroTile& t, const G* g, 
   const auto* saved = (const typename E::Elem*)(Act::saves_output ? layer.h : layer.z) + (i0 + t.i) * layer.n + t.j;
   for (int64_t j = 0; j < t.cols; j += E::kVL) {
     const int64_t n = min(E::kVL, t.cols - j);
-    typename E::V total{};  // of a micro-tile's rows, then in f64
+    typename E::V total{};  // of the rows of a micro-tile; micro-tiles are added in f64
     for (int64_t i = 0; i < t.rows; ++i) {
       auto d = load(g + i * ld + j);
-      if constexpr (!kSame<Act, Identity>)  // which saves nothing
-        d = Act::template grad<O>(d, load_some(saved + i * layer.n + j, 1, n), slope);
-      put<E>(dz + (t.i + i) * kPitch<E> + t.j + j, d, n);
+      if constexpr (!kIsSame<Act, Identity>)  // the identity saves nothing
+        d = Act::template grad<O>(d, load_partial(saved + i * layer.n + j, 1, n), slope);
+      store_block_row<E>(dz + (t.i + i) * kPitch<E> + t.j + j, d, n);
       total += d;
     }
     typename E::Acc lanes[E::kVL];
@@ -172,9 +178,9 @@ FusedMlpGradFn<E, G> fused_mlp_grad_of(Act kind) {
   return with_activation(kind, [](auto act) -> FusedMlpGradFn<E, G> { return &fused_mlp_grad<E, decltype(act), G>; });
 }
 
-// ---- the products ----------------------------------------------------------------------------------------------------
+// ---- the products --------------------------------------------------------------------------------------------------
 
-// out(tile) for every micro-tile of block · panels; the sums are in acc then, rows kNV registers apart.
+// Compute block · panels, and call out(tile) for every micro-tile. Its sums are in acc then, in rows of kNV registers.
 template <class E, class Out>
 DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E::Cell* b, int64_t rows, int64_t cols,
                                   int64_t k, typename E::Acc* acc, Out&& out) {
@@ -193,7 +199,8 @@ DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E:
   }
 }
 
-// sums[n, k] (pitch) (+)= dzᵀ · h, h being rows i0.. of the layer's input.
+// sums[n, k] = dzᵀ · h, or sums += dzᵀ · h with `add`. h is rows i0.. of the layer's input; the rows of sums have a
+// pitch.
 template <class E>
 void fused_mlp_wgrad(const FusedMlpBuffers<E>& s, const typename E::Packed* dz, const View& h, int64_t i0, int64_t rows,
                      const FusedMlpLayer& layer, typename E::Acc* sums, bool add) {
@@ -201,8 +208,9 @@ void fused_mlp_wgrad(const FusedMlpBuffers<E>& s, const typename E::Packed* dz, 
   constexpr bool in_place = E::kStep == 1;
   const int64_t pitch = fused_mlp_pitch(layer.k), padded = round_up(layer.k, E::kVL), cells = ceil_div(rows, E::kStep);
   if constexpr (!in_place)
-    pack_a_cols<E>(Source<E>::of({dz, 1, kPitch<E>}, View{}, {}), s.wgrad_a, 0, layer.n, 0, rows, s.run, nullptr);
-  pack_b<E>(h, s.wgrad_b, i0, rows, 0, layer.k, s.run);
+    pack_a_cols<E>(RowSource<E>::of({dz, 1, kPitch<E>}, View{}, {}), s.wgrad_a, 0, layer.n, 0, rows, s.row_buffer,
+                   nullptr);
+  pack_b<E>(h, s.wgrad_b, i0, rows, 0, layer.k, s.row_buffer);
   for (int64_t j = 0; j < padded; j += nr) {
     const int64_t width = min(nr, padded - j);
     for (int64_t i = 0; i < layer.n; i += kMR) {
@@ -220,14 +228,15 @@ void fused_mlp_wgrad(const FusedMlpBuffers<E>& s, const typename E::Packed* dz, 
   }
 }
 
-// ---- a block of rows -------------------------------------------------------------------------------------------------
+// ---- a block of rows -----------------------------------------------------------------------------------------------
 
-// Rows i0.. of a matrix into a block.
+// Copy rows i0.. of a matrix to a block.
 template <class E>
 void fused_mlp_load(const View& from, int64_t i0, int64_t rows, int64_t cols, typename E::Packed* block) {
-  pack_a_rows<E>(Source<E>::of(from, View{}, {}), (typename E::Cell*)block, i0, rows, 0, cols);
+  pack_a_rows<E>(RowSource<E>::of(from, View{}, {}), (typename E::Cell*)block, i0, rows, 0, cols);
 }
 
+// Take one block of rows through all layers.
 template <class E>
 void fused_mlp_block_forward(const FusedMlp& p, const FusedMlpBuffers<E>& s, int64_t i0, int64_t rows) {
   auto *h = s.block[0], *next = s.block[1];
@@ -242,6 +251,8 @@ void fused_mlp_block_forward(const FusedMlp& p, const FusedMlpBuffers<E>& s, int
   }
 }
 
+// Take one block of rows back through all layers. `sums` is where the gradients of the last layer are summed in
+// partials; `first`: the sums are written, not added to.
 template <class E>
 void fused_mlp_block_backward(const FusedMlp& p, FusedMlpBuffers<E>& s, int64_t i0, int64_t rows, typename E::Acc* sums,
                               bool first) {
@@ -255,7 +266,7 @@ void fused_mlp_block_backward(const FusedMlp& p, FusedMlpBuffers<E>& s, int64_t 
         s.dbias[last]);
   for (int l = last; l >= 0; --l) {
     const FusedMlpLayer& layer = p.layer[l];
-    const View input = l > 0 ? View{p.layer[l - 1].h, layer.k, 1} : p.x;
+    const View input = l > 0 ? contiguous_view(layer.k, p.layer[l - 1].h) : p.x;
     if (layer.dweight) fused_mlp_wgrad<E>(s, dz, input, i0, rows, layer, sums, !first);
     if (l > 0) {
       const FusedMlpLayer& below = p.layer[l - 1];
@@ -274,7 +285,7 @@ void fused_mlp_block_backward(const FusedMlp& p, FusedMlpBuffers<E>& s, int64_t 
   }
 }
 
-// ---- the calls -------------------------------------------------------------------------------------------------------
+// ---- the calls -----------------------------------------------------------------------------------------------------
 
 template <class E>
 void fused_mlp_forward_with(const FusedMlp& p, const Parallel& parallel) {

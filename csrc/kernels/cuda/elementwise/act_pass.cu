@@ -43,7 +43,7 @@ cudaError_t run(const ActPass& p, cudaStream_t stream) {
 
 cudaError_t act_pass(DType dtype, const ActPass& p, cudaStream_t stream) {
   if (p.count == 0) return cudaSuccess;
-  if (p.mask && !comes_in_bytes(dtype, p.count, {p.z, p.y})) return cudaErrorInvalidValue;
+  if (p.mask && !fills_mask_bytes(dtype, p.count, {p.z, p.y})) return cudaErrorInvalidValue;
   return with_dtype(dtype, [&](auto t) { return run<decltype(t)>(p, stream); });
 }
 

@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "kernels/cuda/elementwise/vector_access.cuh"
+#include "kernels/cuda/elementwise/row_packs.cuh"
 
 namespace dlk::cuda {
 
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
   __shared__ double sums[kWidth][kGradPassThreads];
   const int thread = threadIdx.x, lane = thread % cut.lanes, first = thread / cut.lanes;
   const int step = kGradPassThreads / cut.lanes;
-  const bool g_in_runs = lies_in_runs<T, kWidth>(p.g), saved_in_runs = lies_in_runs<T, kWidth>(p.saved);
-  const bool dz_in_runs = lies_in_runs<T, kWidth>({p.dz, p.n, 1});
+  const bool g_in_packs = allows_packs<T, kWidth>(p.g), saved_in_packs = allows_packs<T, kWidth>(p.saved);
+  const bool dz_in_packs = allows_packs<T, kWidth>({p.dz, p.n, 1});
 
   for (int64_t block = blockIdx.x; block < cut.tiles * cut.slices; block += gridDim.x) {
     const int64_t slice = block / cut.tiles, j = (block % cut.tiles * cut.lanes + lane) * kWidth;
@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
         for (int b = 0; b < kBatch; ++b) {
           const int64_t row = i + b * step;
           if (row >= end) continue;
-          load_run<T>(p.g, row, j, g_in_runs, kWidth, g[b]);
+          load_packs<T>(p.g, row, j, g_in_packs, kWidth, g[b]);
           if constexpr (kHasMask<T, kWidth> && decltype(act)::needs_sign_only) {
             if (p.saved_is_mask) {
               load_mask<T>(p.saved.data, row * p.n + j, saved[b]);
               continue;
             }
           }
-          if constexpr (kReadsSaved) load_run<T>(p.saved, row, j, saved_in_runs, kWidth, saved[b]);
+          if constexpr (kReadsSaved) load_packs<T>(p.saved, row, j, saved_in_packs, kWidth, saved[b]);
         }
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
             g[b][e] = decltype(act)::template grad<O>(g[b][e], saved[b][e], O::lit(p.act.slope));
             sum[e] += g[b][e];
           }
-          if (p.dz) store_run<T>(p.dz, row * p.n + j, dz_in_runs, kWidth, g[b]);
+          if (p.dz) store_packs<T>(p.dz, row * p.n + j, dz_in_packs, kWidth, g[b]);
         }
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) total[e] += sum[e];

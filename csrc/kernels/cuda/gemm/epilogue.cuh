@@ -30,15 +30,15 @@ DLK_DEVICE void store(void* to, int64_t at, const Acc<T> (&v)[kWidth]) {
 // Accumulators, added to those that are there where `adds`.
 template <class A, int kWidth>
 DLK_DEVICE void store_sums(void* to, int64_t at, bool adds, A (&v)[kWidth]) {
-  constexpr int kRun = kWidth < kPack<A> ? kWidth : kPack<A>;
+  constexpr int kCount = kWidth < kPack<A> ? kWidth : kPack<A>;
   auto* sums = static_cast<A*>(to) + at;
 #pragma unroll
-  for (int first = 0; first < kWidth; first += kRun) {
-    auto* run = reinterpret_cast<Pack<A, kRun>*>(sums + first);
-    Pack<A, kRun> pack = adds ? *run : Pack<A, kRun>{};
+  for (int first = 0; first < kWidth; first += kCount) {
+    auto* memory = reinterpret_cast<Pack<A, kCount>*>(sums + first);
+    Pack<A, kCount> pack = adds ? *memory : Pack<A, kCount>{};
 #pragma unroll
-    for (int e = 0; e < kRun; ++e) pack.at[e] = adds ? pack.at[e] + v[first + e] : v[first + e];
-    *run = pack;
+    for (int e = 0; e < kCount; ++e) pack.at[e] = adds ? pack.at[e] + v[first + e] : v[first + e];
+    *memory = pack;
   }
 }
 
@@ -56,7 +56,7 @@ DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&ou
 
 // True if rows of C, and the operands read beside them, can be walked in 16-byte steps.
 template <class T>
-DLK_DEVICE bool in_packs(const Gemm& p) {
+DLK_DEVICE bool rows_allow_packs(const Gemm& p) {
   auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
   return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.below_saved) && aligned(p.bias);
 }
@@ -64,7 +64,7 @@ DLK_DEVICE bool in_packs(const Gemm& p) {
 // True if there is no mask, or the mask can be stored in these steps.
 inline bool mask_fits(const Gemm& p) {
   return !p.mask ||
-         (comes_in_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.below_saved && p.output_mode == OutputMode::cast);
+         (fills_mask_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.below_saved && p.output_mode == OutputMode::cast);
 }
 
 // Finishes C[i, j ... j + kWidth) from its sums. On return `acc` holds the stored values before rounding.
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kReduceThreads, 3) splitk_reduce_kernel(const 
       apply_epilogue<T>(p, at / p.n, at % p.n, acc);
     }
   };
-  if (in_packs<T>(p))
+  if (rows_allow_packs<T>(p))
     walk(std::integral_constant<int, kPack<T>>{});
   else
     walk(std::integral_constant<int, 1>{});

@@ -21,12 +21,12 @@ DLK_HD TileAt tile_at(int64_t tile, int64_t tiles_m, int64_t tiles_n) {
 template <class T, int kCols>
 struct Strip {
   static constexpr int kWidth = kPack<T>, kLanesPerRow = kCols / kWidth, kRowsAtOnce = 32 / kLanesPerRow;
-  static constexpr int kPitch = kCols + 4;  // 4 floats of padding put neighbouring rows in other banks
+  static constexpr int kPitch = kCols + 4;  // 4 floats of padding to_shared neighbouring rows in other banks
   static constexpr int kBytes = 16 * kPitch * static_cast<int>(sizeof(float));
   static_assert(32 % kLanesPerRow == 0 && 16 % kRowsAtOnce == 0);
 
   // acc[f] is d of mma (ptx.cuh) for columns 8f ... 8f + 7.
-  DLK_DEVICE static void put(float* strip, const float (&acc)[kCols / 8][4]) {
+  DLK_DEVICE static void to_shared(float* strip, const float (&acc)[kCols / 8][4]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int f = 0; f < kCols / 8; ++f) {
@@ -38,8 +38,8 @@ struct Strip {
     __syncwarp();
   }
 
-  // What was put is C[i0, j0] and on. Adds to `column_sum` what it stored of columns kWidth (lane % kLanesPerRow) and
-  // following. `packs` is in_packs<T>(p).
+  // What was to_shared is C[i0, j0] and on. Adds to `column_sum` what it stored of columns kWidth (lane % kLanesPerRow) and
+  // following. `packs` is rows_allow_packs<T>(p).
   DLK_DEVICE static void store(const Gemm& p, int64_t i0, int64_t j0, bool packs, float* strip,
                                float (&column_sum)[kWidth]) {
     const int lane = threadIdx.x % 32, col = lane % kLanesPerRow * kWidth;

@@ -15,8 +15,8 @@ constexpr int kStrip = 16;  // rows
 template <class T, int kUnits, bool kAAlongK, bool kBAlongK, int kStrips = 1>
 struct WarpTile {
   static constexpr bool kMma = sizeof(T) == 2;
-  static constexpr int kStep = kMma ? 16 : 4;               // of k
-  static constexpr int kRun = kMma ? 2 : kBAlongK ? 1 : 4;  // neighbouring columns among a unit's four
+  static constexpr int kStep = kMma ? 16 : 4;                      // of k
+  static constexpr int kNeighbours = kMma ? 2 : kBAlongK ? 1 : 4;  // neighbouring columns among a unit's four
   static constexpr int kRows = kStrips * kStrip, kColumns = kUnits * kUnitColumns;
   static_assert(kColumns % kPadding<T> == 0);
   using Sums = float[kStrips * kUnits][4];
@@ -53,12 +53,12 @@ struct WarpTile {
     for (int q = 0; q < kStrips * kUnits; ++q) {
       if (q % kUnits >= units) continue;
 #pragma unroll
-      for (int e = 0; e < 4; e += kRun) {
+      for (int e = 0; e < 4; e += kNeighbours) {
         const int r = row(q, e), c = col(q, e);
-        Pack<T, kRun> pack;
+        Pack<T, kNeighbours> pack;
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) narrow(r < rows && c + i < cols ? acc[q][e + i] : 0.0f, &pack.at[i]);
-        *reinterpret_cast<Pack<T, kRun>*>(to + r * pitch + c) = pack;
+        for (int i = 0; i < kNeighbours; ++i) narrow(r < rows && c + i < cols ? acc[q][e + i] : 0.0f, &pack.at[i]);
+        *reinterpret_cast<Pack<T, kNeighbours>*>(to + r * pitch + c) = pack;
       }
     }
   }
@@ -78,7 +78,7 @@ struct WarpTile {
     const int lane = threadIdx.x % 32;
     return strip * kStrip + (kMma ? lane / 4 + e / 2 * 8 : lane / 8 * 4 + e);
   }
-  DLK_DEVICE static bool gives_sum(int e) {
+  DLK_DEVICE static bool owns_sum(int e) {
     const int lane = threadIdx.x % 32;
     return kMma ? lane % 4 == 0 && e % 2 == 0 : lane % 8 == 0;
   }

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "kernels/loss_terms.h"
-#include "kernels/cuda/elementwise/vector_access.cuh"
+#include "kernels/cuda/elementwise/row_packs.cuh"
 
 namespace dlk::cuda {
 
@@ -55,18 +55,18 @@ __global__ void __launch_bounds__(kLossThreads) elementwise_loss_kernel(const El
   using O = Ops<A>;
   const Loss loss(p);
   const A divisor = O::lit(p.divisor);
-  const bool x_in_runs = lies_in_runs<T, kWidth>(p.input), t_in_runs = lies_in_runs<T, kWidth>(p.target);
-  const bool var_in_runs = lies_in_runs<T, kWidth>(p.var), loss_in_runs = lies_in_runs<T, kWidth>({p.loss, 0, 1});
-  const bool dx_in_runs = lies_in_runs<A, kWidth>({p.grad_input, 0, 1});
-  const bool dvar_in_runs = lies_in_runs<A, kWidth>({p.grad_var, 0, 1});
+  const bool x_in_packs = allows_packs<T, kWidth>(p.input), t_in_packs = allows_packs<T, kWidth>(p.target);
+  const bool var_in_packs = allows_packs<T, kWidth>(p.var), loss_in_packs = allows_packs<T, kWidth>({p.loss, 0, 1});
+  const bool dx_in_packs = allows_packs<A, kWidth>({p.grad_input, 0, 1});
+  const bool dvar_in_packs = allows_packs<A, kWidth>({p.grad_var, 0, 1});
   const int64_t count = p.rows * p.cols, stop = min(count, (blockIdx.x + int64_t{1}) * length);
   ThreadSum<A> thread_total;
   for (int64_t at = blockIdx.x * length + threadIdx.x * kWidth; at < stop; at += kLossThreads * kWidth) {
     const int64_t row = p.rows == 1 ? 0 : quotient(at, p.cols), col = at - row * p.cols, left = count - at;
     A x[kWidth], t[kWidth], var[kWidth] = {}, value[kWidth], dx[kWidth], dvar[kWidth], sum = 0;
-    load_run<T>(p.input, row, col, x_in_runs, left, x);
-    load_run<T>(p.target, row, col, t_in_runs, left, t);
-    if constexpr (Loss::has_var) load_run<T>(p.var, row, col, var_in_runs, left, var);
+    load_packs<T>(p.input, row, col, x_in_packs, left, x);
+    load_packs<T>(p.target, row, col, t_in_packs, left, t);
+    if constexpr (Loss::has_var) load_packs<T>(p.var, row, col, var_in_packs, left, var);
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       const Terms<A> terms = loss(x[e], t[e], var[e] < A(0) ? not_a_number<O>() : var[e]);
@@ -75,9 +75,9 @@ __global__ void __launch_bounds__(kLossThreads) elementwise_loss_kernel(const El
       if (e < left) sum += value[e];
     }
     thread_total.add(sum);
-    if (p.loss) store_run<T>(p.loss, at, loss_in_runs, left, value);
-    if (p.grad_input) store_run<A>(p.grad_input, at, dx_in_runs, left, dx);
-    if (p.grad_var) store_run<A>(p.grad_var, at, dvar_in_runs, left, dvar);
+    if (p.loss) store_packs<T>(p.loss, at, loss_in_packs, left, value);
+    if (p.grad_input) store_packs<A>(p.grad_input, at, dx_in_packs, left, dx);
+    if (p.grad_var) store_packs<A>(p.grad_var, at, dvar_in_packs, left, dvar);
   }
   const double total = LossBlock::sum(thread_total.value());
   if (threadIdx.x == 0) p.sums[blockIdx.x] = total;
@@ -118,8 +118,8 @@ DLK_DEVICE double total_count(const double* counts, int blocks) {
 // The values that all rows of a call share.
 template <class A>
 struct RowTerms {
-  A scale;             // of the gradients
-  double share, kept;  // of q: each class's part by smoothing, and the part that smoothing leaves the target
+  A scale;                             // of the gradients
+  double uniform_share, target_share;  // of q: every class's by smoothing, and what smoothing leaves of the target
   double weight_sum;
   bool dense;  // q has more than the target's own term
 };
@@ -195,9 +195,9 @@ struct Logits {
   }
 };
 
-// The loss of `row` in the first thread of its team, 0 in the others. Its outputs are stored only if it is `there`.
+// The loss of `row` in the first thread of its team, 0 in the others. Its outputs are stored only if it is `exists`.
 template <class T, int kTeam, int kPer>
-DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>>& terms, int64_t row, bool there,
+DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>>& terms, int64_t row, bool exists,
                                     T* cache) {
   using A = Acc<T>;
   using O = Ops<A>;
@@ -215,10 +215,11 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   logits.softmax(&largest, &exp_sum);
   const A log_sum = O::log(exp_sum);
 
-  // Sums over q without the hard target's own term: Σ q·(x - largest), in units of `share` for class indices, and Σ q.
+  // Of q without the hard target's own term: Σ q·(x - largest), in units of `uniform_share` for class indices, and Σ q.
   const T* const soft_row = soft ? static_cast<const T*>(p.soft) + offset(p.soft_strides) : nullptr;
   auto soft_q = [&](int64_t c) {
-    return class_weight<A>(p, c) * (O::lit(terms.share) + O::lit(terms.kept) * widen(soft_row[c * p.soft_strides.cls]));
+    return class_weight<A>(p, c) *
+           (O::lit(terms.uniform_share) + O::lit(terms.target_share) * widen(soft_row[c * p.soft_strides.cls]));
   };
   double dot = 0, q_sum = 0;
   if (terms.dense) {
@@ -236,25 +237,25 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   double loss = 0, all_q = 0;
   A target_grad = 0;
   int64_t target = -1;
-  bool live = soft;
+  bool is_counted = soft;
   if (soft) {
     all_q = q_sum;
     loss = all_q * log_sum - dot;
   } else if (index != p.ignore_index) {
     target = index;
-    live = true;
+    is_counted = true;
     const double weight = legal ? class_weight<A>(p, target) : __builtin_nan("");
-    const double target_q = weight * terms.kept;
+    const double target_q = weight * terms.target_share;
     if (rank == 0 && legal) loss = target_q * (double{log_sum} - (double{target_logit} - largest));
     if (!legal) loss = weight;
-    if (terms.dense) loss += terms.share * (terms.weight_sum * log_sum - dot);
-    all_q = target_q + terms.share * terms.weight_sum;
-    target_grad = static_cast<A>(target_q + terms.share * weight) * scale;
+    if (terms.dense) loss += terms.uniform_share * (terms.weight_sum * log_sum - dot);
+    all_q = target_q + terms.uniform_share * terms.weight_sum;
+    target_grad = static_cast<A>(target_q + terms.uniform_share * weight) * scale;
   }
   // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
-  const A factor = static_cast<A>(all_q) * (live ? scale : A(0)) / exp_sum;
+  const A factor = static_cast<A>(all_q) * (is_counted ? scale : A(0)) / exp_sum;
 
-  if (!there) return 0;
+  if (!exists) return 0;
   if (rank == 0 && p.loss && p.in_place) static_cast<A*>(p.loss)[row] = static_cast<A>(loss);
   if (rank == 0 && p.loss && !p.in_place) narrow(static_cast<A>(loss), static_cast<T*>(p.loss) + row);
   const int64_t grad_offset = offset(p.grad_strides), grad_stride = p.grad_strides.cls;
@@ -265,8 +266,8 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
         q = target_grad;
       else if (soft)
         q = soft_q(c) * scale;
-      else if (terms.dense && live)
-        q = class_weight<A>(p, c) * O::lit(terms.share) * scale;
+      else if (terms.dense && is_counted)
+        q = class_weight<A>(p, c) * O::lit(terms.uniform_share) * scale;
       const A grad = O::exp(v - largest) * factor - q;
       const int64_t at = grad_offset + c * grad_stride;
       if (p.in_place)
@@ -278,7 +279,7 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   if (p.grad_soft) {
     A* grad = static_cast<A*>(p.grad_soft) + grad_offset;
     logits.each([&](int64_t c, A v) {
-      grad[c * grad_stride] = class_weight<A>(p, c) * O::lit(-terms.kept) * scale * (v - largest - log_sum);
+      grad[c * grad_stride] = class_weight<A>(p, c) * O::lit(-terms.target_share) * scale * (v - largest - log_sum);
     });
   }
   return rank == 0 ? loss : 0;

@@ -108,22 +108,23 @@ struct BackwardPlan {
 template <class T>
 bool plan_backward(const FusedMlp& p, const Device& device, BackwardPlan* plan) {
   *plan = {};
-  bool two = true;
+  bool two_per_sm = true;
   int64_t blocks = 1;
   for (int end = p.layers; end > 0;) {
     Launch& part = plan->launch[plan->launches++];
     if (!plan_layer<T>(p, end - 1, device, &part) && !plan_layers<T>(p, end - 1, end, device, &part)) return false;
-    Launch more;
-    while (part.begin > 0 && plan_layers<T>(p, part.begin - 1, end, device, &more) && more.block_rows >= 64)
-      part = more;
-    two = two && part.stages == 0 && two_fit(device, part.bytes);
+    Launch longer;
+    while (part.begin > 0 && plan_layers<T>(p, part.begin - 1, end, device, &longer) && longer.block_rows >= 64)
+      part = longer;
+    two_per_sm = two_per_sm && part.stages == 0 && two_fit(device, part.bytes);
     blocks = std::max(blocks, ceil_div(p.rows, part.block_rows));
     end = part.begin;
   }
-  for (int i = 0; two && i < plan->launches; ++i) plan->launch[i].threads = kBackwardThreads / 2;
-  // Slices of at most kMostRows rows: the error of a slice's sums does not grow with the batch.
+  for (int i = 0; two_per_sm && i < plan->launches; ++i) plan->launch[i].threads = kBackwardThreads / 2;
+  // Slices of at most kMostRows rows: what the sums of one may be off by does not grow with the batch.
   constexpr int kMostRows = 8192;
-  plan->slices = static_cast<int>(std::max(std::min(blocks, device.sms * (two ? 2 : 1)), ceil_div(p.rows, kMostRows)));
+  plan->slices =
+      static_cast<int>(std::max(std::min(blocks, device.sms * (two_per_sm ? 2 : 1)), ceil_div(p.rows, kMostRows)));
   return true;
 }
 
@@ -152,7 +153,7 @@ int64_t parameters_of(const FusedMlp& p) {
 
 // f32 elements that hold the result of one launch of backward for the next: dz of a layer, [rows, n] in the layers' dtype.
 // They follow the partials, two in turn.
-int64_t handed_on(const FusedMlp& p, DType dtype, const BackwardPlan& plan) {
+int64_t handoff_floats(const FusedMlp& p, DType dtype, const BackwardPlan& plan) {
   int64_t features = 0;
   for (int i = 1; i < plan.launches; ++i) features = std::max(features, p.layer[plan.launch[i].end - 1].n);
   return ceil_div(p.rows * features, dtype == DType::f32 ? 1 : 2);
@@ -213,15 +214,15 @@ cudaError_t backward(const FusedMlp& p, DType dtype, cudaStream_t stream) {
     sums = sums || p.layer[l].dweight || p.layer[l].dbias;
     most = std::max(most, parameters);
   }
-  float* handed[2];
-  handed[0] = static_cast<float*>(p.partials) + whole_packs(p.slices * parameters_of(p));
-  handed[1] = handed[0] + whole_packs(handed_on(p, dtype, plan));
+  float* handoff[2];
+  handoff[0] = static_cast<float*>(p.partials) + whole_packs(p.slices * parameters_of(p));
+  handoff[1] = handoff[0] + whole_packs(handoff_floats(p, dtype, plan));
 
   pass.incoming = p.grad_y;
   for (int i = 0; i < plan.launches && plan.launch[i].end > deepest; ++i) {
     const Launch& part = plan.launch[i];
     pass.begin = std::max(part.begin, deepest), pass.end = part.end;
-    pass.outgoing = pass.begin > deepest ? handed[i % 2] : pass.begin == 0 ? p.dx : nullptr;
+    pass.outgoing = pass.begin > deepest ? handoff[i % 2] : pass.begin == 0 ? p.dx : nullptr;
     const int features = widest(p, part.begin, part.end);
     pass.pitch = part.stages ? LayerBackward<T>::pitch(features) : pitch_of<T>(features);
     pass.block_rows = part.block_rows;
@@ -232,7 +233,7 @@ cudaError_t backward(const FusedMlp& p, DType dtype, cudaStream_t stream) {
                dim3(static_cast<unsigned>(p.slices)), part.threads, static_cast<size_t>(part.bytes), stream, pass);
     if (status != cudaSuccess) return status;
     pass.incoming = {pass.outgoing, p.layer[part.begin].k, 1};
-    pass.masked = true;
+    pass.incoming_is_dz = true;
   }
   if (!sums) return cudaSuccess;
   const dim3 grid(grid_of(ceil_div(most, kSumOutputs)), 1, static_cast<unsigned>(2 * p.layers));
@@ -241,7 +242,7 @@ cudaError_t backward(const FusedMlp& p, DType dtype, cudaStream_t stream) {
 
 bool masks_fit(const FusedMlp& p, DType dtype) {
   for (int l = 0; l < p.layers; ++l)
-    if (p.layer[l].mask && !comes_in_bytes(dtype, p.layer[l].n, {})) return false;
+    if (p.layer[l].mask && !fills_mask_bytes(dtype, p.layer[l].n, {})) return false;
   return true;
 }
 
@@ -266,7 +267,7 @@ int fused_mlp_slices(const FusedMlp& p, DType dtype) { return plan_backward(p, d
 int64_t fused_mlp_partials(const FusedMlp& p, DType dtype) {
   const BackwardPlan plan = plan_backward(p, dtype);
   return whole_packs(plan.slices * parameters_of(p)) +
-         std::min(2, plan.launches - 1) * whole_packs(handed_on(p, dtype, plan));
+         std::min(2, plan.launches - 1) * whole_packs(handoff_floats(p, dtype, plan));
 }
 
 cudaError_t fused_mlp_forward(const FusedMlp& p, DType dtype, cudaStream_t stream) {

@@ -18,13 +18,13 @@ struct FusedMlpPass {
   bool saved_is_mask;                  // backward of one layer: `saved` is the mask of its h
   int64_t rows;
   int begin, end;
-  int pitch;       // of the rows in shared memory: that of the widest of these layers
-  View x;          // input of layer 0
-  View incoming;   // backward: grad_y, or dz of layer end - 1 where `masked`
-  bool masked;     // the gradient that comes went through act' already
-  void* outgoing;  // backward: dz of layer begin - 1, or dx; or nullptr
-  int block_rows;  // backward: rows of a block at a time
-  int stages;      // layer_backward: blocks of rows in shared memory
+  int pitch;            // of the rows in shared memory: that of the widest of these layers
+  View x;               // input of layer 0
+  View incoming;        // backward: grad_y, or dz of layer end - 1 where `incoming_is_dz`
+  bool incoming_is_dz;  // the gradient that comes went through act' already
+  void* outgoing;       // backward: dz of layer begin - 1, or dx; or nullptr
+  int block_rows;       // backward: rows of a block at a time
+  int stages;           // layer_backward: blocks of rows in shared memory
   int slices;
   float* partials[kFusedMlpLayers];  // [slices, n, k] of dweight, behind it [slices, n] of dbias
 
@@ -32,10 +32,10 @@ struct FusedMlpPass {
 
   // Backward of layer l:
   DLK_HD bool has_dgrad(int l) const { return l > begin || outgoing; }
-  // the tensor that act' of the layer below reads, which dgrad applies, or nullptr; true if that is the layer's input
-  DLK_HD const void* mask_below(int l) const { return l > 0 && has_dgrad(l) ? saved[l - 1] : nullptr; }
-  DLK_HD bool masks_by_input(int l) const { return mask_below(l) && mask_below(l) == layer[l - 1].h; }
-  DLK_HD bool needs_input(int l) const { return layer[l].dweight || masks_by_input(l); }
+  // what act' of the layer below reads, which dgrad applies, or nullptr; and whether that is the layer's input
+  DLK_HD const void* saved_below(int l) const { return l > 0 && has_dgrad(l) ? saved[l - 1] : nullptr; }
+  DLK_HD bool saved_below_is_input(int l) const { return saved_below(l) && saved_below(l) == layer[l - 1].h; }
+  DLK_HD bool needs_input(int l) const { return layer[l].dweight || saved_below_is_input(l); }
 };
 
 template <class T>
@@ -47,14 +47,14 @@ DLK_HD int weight_rows(int n) {
 
 // dz = g · act'(saved) for `rows` rows of a block, in place of g. kBits: `saved` is their mask.
 template <bool kBits, class T>
-DLK_DEVICE void mask_rows(const Activation& activation, T* g, const T* saved, int pitch, int rows, int cols) {
+DLK_DEVICE void make_dz_rows(const Activation& activation, T* g, const T* saved, int pitch, int rows, int cols) {
   using O = Ops<float>;
   constexpr int kChunk = kPack<T>;
   const int chunks = static_cast<int>(ceil_div(cols, kChunk));
   with_activation(activation.kind, [&](auto act) {
 #pragma unroll 1
-    for (Walk walk(this_block(), chunks); walk.row < rows; walk.next()) {
-      const int col = walk.at * kChunk, at = walk.row * pitch + col;
+    for (RowWalk walk(this_block(), chunks); walk.row < rows; walk.next()) {
+      const int col = walk.piece * kChunk, at = walk.row * pitch + col;
       float gs[kChunk], s[kChunk];
       load<T>(g, at, gs);
       if constexpr (kBits)

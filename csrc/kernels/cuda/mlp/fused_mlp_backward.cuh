@@ -142,42 +142,42 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     __syncthreads();  // the buffers have been read, by the block of rows before this one
     load_block(dz, p.incoming, p.layer[top].n);
     if (p.needs_input(top)) load_block(input, p.input(top), p.layer[top].k);
-    if (!p.masked && p.saved[top]) {
+    if (!p.incoming_is_dz && p.saved[top]) {
       load_block(free, saved_by(top), p.layer[top].n);
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
-      mask_rows<false>(p.layer[top].act, dz, free, pitch, rows, static_cast<int>(p.layer[top].n));
+      make_dz_rows<false>(p.layer[top].act, dz, free, pitch, rows, static_cast<int>(p.layer[top].n));
     }
 
     at = layers;
     for (int l = top; l >= p.begin; --l) {
       const Layer s = Layer::at(at, p.layer[l]);
       at = s.end();
-      const bool by_input = p.masks_by_input(l), by_z = p.mask_below(l) && !by_input;
-      T* const below_saved = by_z ? free : input;
-      T* const other = by_z ? input : free;
+      const bool by_input = p.saved_below_is_input(l), reads_z = p.saved_below(l) && !by_input;
+      T* const below_saved = reads_z ? free : input;
+      T* const next_input = reads_z ? input : free;
       const bool loads_next = l > p.begin && p.needs_input(l - 1);
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();  // dz and input are there, and `free` is
-      if (by_z) load_block(below_saved, saved_by(l - 1), s.k);
-      if (!by_z && loads_next) load_block(other, p.input(l - 1), p.layer[l - 1].k);
+      if (reads_z) load_block(below_saved, saved_by(l - 1), s.k);
+      if (!reads_z && loads_next) load_block(next_input, p.input(l - 1), p.layer[l - 1].k);
       cp_async_commit();
       if (p.layer[l].dweight) wgrad_rows(s, dz, input, pitch, rows);
       if (p.layer[l].dbias) sum_columns(s, dz, pitch, rows);
       if (!p.has_dgrad(l)) break;
-      if (by_z) cp_async_wait<0>();
+      if (reads_z) cp_async_wait<0>();
       __syncthreads();  // the input has been read, and z is there
-      if (by_z && loads_next) load_block(other, p.input(l - 1), p.layer[l - 1].k);
+      if (reads_z && loads_next) load_block(next_input, p.input(l - 1), p.layer[l - 1].k);
       dgrad_rows<typename Layer::Dgrad>(s.weight, s.n, s.k, dz, below_saved,
-                                        p.mask_below(l) ? &p.layer[l - 1].act : nullptr, below_saved, pitch, rows,
+                                        p.saved_below(l) ? &p.layer[l - 1].act : nullptr, below_saved, pitch, rows,
                                         [](int, int) {});
       if (l == p.begin) {
         __syncthreads();
         store_rows(this_block(), p.outgoing, i0, rows, s.k, below_saved, pitch);
       }
-      free = dz, dz = below_saved, input = other;
+      free = dz, dz = below_saved, input = next_input;
     }
   }
 

@@ -22,10 +22,10 @@ template <class T>
 DLK_DEVICE void mask_strip(const FusedMlpLayer& layer, const T* strip, int pitch, int64_t i0, int rows) {
   with_activation(layer.act.kind, [&](auto act) {
     if constexpr (decltype(act)::needs_sign_only) {
-      for (Walk walk(this_warp(), static_cast<int>(layer.n) / kMaskBits); walk.row < rows; walk.next()) {
+      for (RowWalk walk(this_warp(), static_cast<int>(layer.n) / kMaskBits); walk.row < rows; walk.next()) {
         float y[kMaskBits];
-        load<T>(strip, walk.row * pitch + walk.at * kMaskBits, y);
-        store_mask<decltype(act), T>(layer.mask, (i0 + walk.row) * layer.n + walk.at * kMaskBits, y);
+        load<T>(strip, walk.row * pitch + walk.piece * kMaskBits, y);
+        store_mask<decltype(act), T>(layer.mask, (i0 + walk.row) * layer.n + walk.piece * kMaskBits, y);
       }
     }
   });

@@ -28,13 +28,13 @@ struct LayerBackward {
   DLK_HD static int weight_elements(int n, int k) { return weight_rows<T>(n) * pitch_of<T>(k); }
   // One sharer's sums of every tile, on their way to another: kSums of each lane.
   static constexpr int kSums = sizeof(typename Wgrad::Sums) / 16, kRowSums = sizeof(typename Wgrad::RowSums) / 16;
-  DLK_HD static int handed_bytes(int n, int k) {
+  DLK_HD static int exchange_bytes(int n, int k) {
     return sharers(n, k) > 1 ? tiles(n, k) * (kSums + kRowSums) * 512 : 0;
   }
 
   DLK_HD static int bytes(int n, int k, int rows, int stages) {
     const int staged = stages * kLayerBuffers * rows * pitch(max(n, k)) * static_cast<int>(sizeof(T));
-    return weight_elements(n, k) * static_cast<int>(sizeof(T)) + max(staged, handed_bytes(n, k));
+    return weight_elements(n, k) * static_cast<int>(sizeof(T)) + max(staged, exchange_bytes(n, k));
   }
 };
 
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
   const int64_t blocks = ceil_div(p.rows, p.block_rows);
   const int64_t first = blockIdx.x * blocks / p.slices, last = (blockIdx.x + 1) * blocks / p.slices;
 
-  // The source of masks, where it is no other operand. If there are both, z has to wait until `own` has been read.
-  const bool own = !p.masked && p.saved[l];
-  const View z{p.masks_by_input(l) ? nullptr : p.mask_below(l), k, 1};
+  // What masks are taken from, where that is no other operand. Both, and z has to wait until `applies_act` has been read.
+  const bool applies_act = !p.incoming_is_dz && p.saved[l];
+  const View z{p.saved_below_is_input(l) ? nullptr : p.saved_below(l), k, 1};
 
   auto rows_of = [&](int64_t block) {
     return static_cast<int>(min(int64_t{p.block_rows}, p.rows - block * p.block_rows));
@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       T* const stage = stage_of(block);
       load_block(stage, p.incoming, block, n);
       if (p.needs_input(l)) load_block(stage + buffer, p.input(l), block, k);
-      if (own && p.saved_is_mask)
+      if (applies_act && p.saved_is_mask)
         load_mask_rows(stage + 2 * buffer, p.saved[l], block * p.block_rows, rows_of(block), n);
-      else if (own)
+      else if (applies_act)
         load_block(stage + 2 * buffer, View{p.saved[l], n, 1}, block, n);
       else if (z.data)
         load_block(stage + 2 * buffer, z, block, k);
@@ -103,21 +103,21 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
 #pragma unroll 1
   for (int64_t block = first; block < last; ++block) {
     const int rows = rows_of(block);
-    T *const dz = stage_of(block), *const input = dz + buffer, *const third = input + buffer;
+    T *const dz = stage_of(block), *const input = dz + buffer, *const saved_or_dx = input + buffer;
     if (p.stages > 2)
       cp_async_wait<1>();
     else
       cp_async_wait<0>();
     __syncthreads();  // these rows are there, and those before them, whose place is loaded next, have been read by all
     load_stage(block + p.stages - 1);
-    if (own) {
+    if (applies_act) {
       if constexpr (kHasMask<T, kPack<T>>) {
-        if (p.saved_is_mask) mask_rows<true>(layer.act, dz, third, pitch, rows, n);
+        if (p.saved_is_mask) make_dz_rows<true>(layer.act, dz, saved_or_dx, pitch, rows, n);
       }
-      if (!p.saved_is_mask) mask_rows<false>(layer.act, dz, third, pitch, rows, n);
+      if (!p.saved_is_mask) make_dz_rows<false>(layer.act, dz, saved_or_dx, pitch, rows, n);
       __syncthreads();  // dz is made
       if (z.data) {
-        load_block(third, z, block, k);
+        load_block(saved_or_dx, z, block, k);
         cp_async_commit();
       }
     }
@@ -133,33 +133,33 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       }
     }
     if (!p.outgoing) continue;
-    if (own && z.data) {
+    if (applies_act && z.data) {
       cp_async_wait<0>();
       __syncthreads();  // z is there
     }
-    const T* below_saved = p.masks_by_input(l) ? input : third;
-    dgrad_rows<typename Layer::Dgrad>(weight, n, k, dz, below_saved, p.mask_below(l) ? &p.layer[l - 1].act : nullptr,
-                                      third, pitch, rows, [&](int row, int col) {
-                                        using Dgrad = typename Layer::Dgrad;
-                                        __syncwarp();
-                                        T* const to =
-                                            static_cast<T*>(p.outgoing) + (block * p.block_rows + row) * k + col;
-                                        store_rows(this_warp(), to, k, min(Dgrad::kRows, rows - row),
-                                                   min(Dgrad::kColumns, k - col), third + row * pitch + col, pitch);
-                                      });
+    const T* below_saved = p.saved_below_is_input(l) ? input : saved_or_dx;
+    dgrad_rows<typename Layer::Dgrad>(
+        weight, n, k, dz, below_saved, p.saved_below(l) ? &p.layer[l - 1].act : nullptr, saved_or_dx, pitch, rows,
+        [&](int row, int col) {
+          using Dgrad = typename Layer::Dgrad;
+          __syncwarp();
+          T* const to = static_cast<T*>(p.outgoing) + (block * p.block_rows + row) * k + col;
+          store_rows(this_warp(), to, k, min(Dgrad::kRows, rows - row), min(Dgrad::kColumns, k - col),
+                     saved_or_dx + row * pitch + col, pitch);
+        });
   }
 
   cp_async_wait<0>();  // none is under way when the block ends, also where it had no rows
 
   // The sharers' sums, one after the other, to the first of them.
   for (int from = 1; from < sharers; ++from) {
-    auto* const handed =
+    auto* const exchange =
         reinterpret_cast<Pack<float, 4>*>(stages) + tile * (Layer::kSums + Layer::kRowSums) * 32 + threadIdx.x % 32;
     auto each = [&](auto&& f) {
 #pragma unroll
-      for (int q = 0; q < Layer::kSums; ++q) f(dweight[q], handed[q * 32]);
+      for (int q = 0; q < Layer::kSums; ++q) f(dweight[q], exchange[q * 32]);
 #pragma unroll
-      for (int q = 0; q < Layer::kRowSums; ++q) f(dbias[q], handed[(Layer::kSums + q) * 32]);
+      for (int q = 0; q < Layer::kRowSums; ++q) f(dbias[q], exchange[(Layer::kSums + q) * 32]);
     };
     __syncthreads();  // the place is free
     if (sums && sharer == from)
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int row = i + Wgrad::sum_row(strip, e);
-      if (Wgrad::gives_sum(e) && row < n) to_bias[row] = dbias[strip][e];
+      if (Wgrad::owns_sum(e) && row < n) to_bias[row] = dbias[strip][e];
     }
   }
 }

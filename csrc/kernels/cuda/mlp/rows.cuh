@@ -27,19 +27,19 @@ DLK_DEVICE Group this_block() { return {static_cast<int>(threadIdx.x), static_ca
 DLK_DEVICE bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // A thread's way through rows of `width` pieces, which its group takes in order: without a division at every step.
-struct Walk {
-  int row, at;
-  int rows_on, on, width;
+struct RowWalk {
+  int row, piece;
+  int row_step, piece_step, width;
 
-  DLK_DEVICE Walk(Group group, int width_)
+  DLK_DEVICE RowWalk(Group group, int width_)
       : row(group.thread / width_),
-        at(group.thread % width_),
-        rows_on(group.threads / width_),
-        on(group.threads % width_),
+        piece(group.thread % width_),
+        row_step(group.threads / width_),
+        piece_step(group.threads % width_),
         width(width_) {}
   DLK_DEVICE void next() {
-    row += rows_on, at += on;
-    if (at >= width) at -= width, ++row;
+    row += row_step, piece += piece_step;
+    if (piece >= width) piece -= width, ++row;
   }
 };
 
@@ -66,8 +66,8 @@ DLK_DEVICE void load_rows(Group group, T* to, int pitch, const View& from, int64
   if (const int bytes = piece_of<T>(from)) {
     const int length = bytes / static_cast<int>(sizeof(T));
 #pragma unroll 1
-    for (Walk walk(group, padded_cols / length); walk.row < padded_rows; walk.next()) {
-      const int row = walk.row, col = walk.at * length;
+    for (RowWalk walk(group, padded_cols / length); walk.row < padded_rows; walk.next()) {
+      const int row = walk.row, col = walk.piece * length;
       const int left = row < rows ? max(0, min(length, cols - col)) : 0;
       const T* const piece = left ? data + row * from.row_stride + col : data;
       if (bytes == 16)
@@ -110,13 +110,13 @@ DLK_DEVICE void store_rows(Group group, T* to, int to_cols, int rows, int cols, 
   constexpr int kChunk = kPack<T>;
   if (aligned16(to) && to_cols % kChunk == 0 && cols % kChunk == 0) {
 #pragma unroll 1
-    for (Walk walk(group, cols / kChunk); walk.row < rows; walk.next())
-      *reinterpret_cast<Pack<T, kChunk>*>(to + walk.row * to_cols + walk.at * kChunk) =
-          *reinterpret_cast<const Pack<T, kChunk>*>(from + walk.row * pitch + walk.at * kChunk);
+    for (RowWalk walk(group, cols / kChunk); walk.row < rows; walk.next())
+      *reinterpret_cast<Pack<T, kChunk>*>(to + walk.row * to_cols + walk.piece * kChunk) =
+          *reinterpret_cast<const Pack<T, kChunk>*>(from + walk.row * pitch + walk.piece * kChunk);
   } else {
 #pragma unroll 1
-    for (Walk walk(group, cols); walk.row < rows; walk.next())
-      to[walk.row * to_cols + walk.at] = from[walk.row * pitch + walk.at];
+    for (RowWalk walk(group, cols); walk.row < rows; walk.next())
+      to[walk.row * to_cols + walk.piece] = from[walk.row * pitch + walk.piece];
   }
 }
 // Whole rows, to rows i0 ... i0 + rows of `to`, [.., cols].

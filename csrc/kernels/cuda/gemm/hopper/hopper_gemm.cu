@@ -18,14 +18,14 @@ bool lies_along_cols(const View& v, int64_t rows, int64_t cols) {
          rows <= kMostExtent && cols <= kMostExtent && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
 }
 
-enum class Product { forward, dgrad, wgrad, other };  // by how its operands lie
+enum class OperandLayout { forward, dgrad, wgrad, other };  // by how its operands lie
 
-Product product_of(const Gemm& p) {
+OperandLayout layout_of(const Gemm& p) {
   const bool a_along_k = lies_along_cols(p.a, p.m, p.k), b_along_n = lies_along_cols(p.b, p.k, p.n);
-  if (a_along_k && lies_along_cols(p.b.transposed(), p.n, p.k)) return Product::forward;
-  if (a_along_k && b_along_n) return Product::dgrad;
-  if (b_along_n && lies_along_cols(p.a.transposed(), p.k, p.m)) return Product::wgrad;
-  return Product::other;
+  if (a_along_k && lies_along_cols(p.b.transposed(), p.n, p.k)) return OperandLayout::forward;
+  if (a_along_k && b_along_n) return OperandLayout::dgrad;
+  if (b_along_n && lies_along_cols(p.a.transposed(), p.k, p.m)) return OperandLayout::wgrad;
+  return OperandLayout::other;
 }
 
 // The driver's encoder, without linking the driver; nullptr: a driver older than Hopper's.
@@ -99,11 +99,11 @@ cudaError_t run_layout(const Gemm& p, int processors, cudaStream_t stream) {
 
 template <class T>
 cudaError_t run_dtype(const Gemm& p, int processors, cudaStream_t stream) {
-  switch (product_of(p)) {
-    case Product::forward: return run_layout<T, true, true>(p, processors, stream);
-    case Product::dgrad: return run_layout<T, true, false>(p, processors, stream);
-    case Product::wgrad: return run_layout<T, false, false>(p, processors, stream);
-    case Product::other: break;
+  switch (layout_of(p)) {
+    case OperandLayout::forward: return run_layout<T, true, true>(p, processors, stream);
+    case OperandLayout::dgrad: return run_layout<T, true, false>(p, processors, stream);
+    case OperandLayout::wgrad: return run_layout<T, false, false>(p, processors, stream);
+    case OperandLayout::other: break;
   }
   return cudaErrorInvalidValue;
 }
@@ -116,8 +116,8 @@ bool hopper_available() {
 }
 
 bool hopper_takes(const Gemm& p) {
-  return is_16_bit(p.dtype) && p.m > 0 && p.n > 0 && p.k > 0 && !p.saved.data && !p.row_sum &&
-         product_of(p) != Product::other;
+  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.m > 0 && p.n > 0 && p.k > 0 && !p.saved.data &&
+         !p.row_sum && layout_of(p) != OperandLayout::other;
 }
 
 cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream) {

@@ -146,7 +146,7 @@ DLK_DEVICE void multiply_tiles(const Gemm& p, const Ring<Traits>& ring, int grou
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   auto* strips = reinterpret_cast<float*>(ring.shared + Traits::kStripsAt + group * 4 * Strip::kBytes);
   float* strip = strips + warp * (Strip::kBytes / sizeof(float));
-  const bool packs = in_packs<T>(p);
+  const bool packs = rows_allow_packs<T>(p);
   RingPlace<Traits::kStages> place;
 
   for_each_tile<Traits>(p, [&](int64_t i0, int64_t j0, int64_t, int64_t steps) {
@@ -178,7 +178,7 @@ DLK_DEVICE void multiply_tiles(const Gemm& p, const Ring<Traits>& ring, int grou
     for (int part = 0; part < Traits::kParts; ++part, j0 += 64) {
 #pragma unroll
       for (int of = 0; of < Traits::kParts; ++of)  // registers have no index at run time
-        if (of == part) Strip::put(strip, acc[of]);
+        if (of == part) Strip::to_shared(strip, acc[of]);
       float column_sum[Strip::kWidth] = {};
       Strip::store(p, i0 + 16 * warp, j0, packs, strip, column_sum);
       if (p.column_sum) store_column_sums<Traits>(p, i0, j0, group, strips, column_sum);

@@ -83,11 +83,11 @@ template <class Traits>
 DLK_DEVICE void store_tile(const Gemm& p, int64_t i0, int64_t j0, float* strip,
                            const float (&acc)[Traits::kWarpM / 16][Traits::kWarpN / 8][4]) {
   using Strip = typename Traits::Strip;
-  const bool packs = in_packs<typename Traits::T>(p);
+  const bool packs = rows_allow_packs<typename Traits::T>(p);
   float column_sum[Strip::kWidth] = {};
 #pragma unroll
   for (int s = 0; s < Traits::kWarpM / 16; ++s) {
-    Strip::put(strip, acc[s]);
+    Strip::to_shared(strip, acc[s]);
     Strip::store(p, i0 + s * 16, j0, packs, strip, column_sum);
   }
 

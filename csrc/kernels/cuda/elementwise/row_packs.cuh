@@ -7,21 +7,22 @@ namespace dlk::cuda {
 
 // Elements of one access of a run: at most 16 bytes.
 template <class T, int kWidth>
-constexpr int kPiece = kWidth < kPack<T> ? kWidth : kPack<T>;
+constexpr int kPackOf = kWidth < kPack<T> ? kWidth : kPack<T>;
 
-// True if every run of kWidth elements from a multiple of kWidth on can be accessed in pieces.
+// Whether every run of kWidth elements from a multiple of kWidth on can be accessed in pieces.
 template <class T, int kWidth>
-DLK_DEVICE bool lies_in_runs(const View& v) {
-  constexpr uintptr_t kBytes = kPiece<T, kWidth> * sizeof(T);
+DLK_DEVICE bool allows_packs(const View& v) {
+  constexpr uintptr_t kBytes = kPackOf<T, kWidth> * sizeof(T);
   return v.col_stride == 1 && v.row_stride % kWidth == 0 && reinterpret_cast<uintptr_t>(v.data) % kBytes == 0;
 }
 
 // The first `left` of kWidth elements; the others are 0.
 template <class T, int kWidth>
-DLK_DEVICE void load_run(const View& v, int64_t row, int64_t col, bool in_runs, int64_t left, Acc<T> (&out)[kWidth]) {
+DLK_DEVICE void load_packs(const View& v, int64_t row, int64_t col, bool in_packs, int64_t left,
+                           Acc<T> (&out)[kWidth]) {
   const T* from = static_cast<const T*>(v.data) + row * v.row_stride + col * v.col_stride;
-  if (in_runs && left >= kWidth) {
-    constexpr int kCount = kPiece<T, kWidth>;
+  if (in_packs && left >= kWidth) {
+    constexpr int kCount = kPackOf<T, kWidth>;
 #pragma unroll
     for (int piece = 0; piece < kWidth; piece += kCount) {
       const auto pack = *reinterpret_cast<const Pack<T, kCount>*>(from + piece);
@@ -36,10 +37,10 @@ DLK_DEVICE void load_run(const View& v, int64_t row, int64_t col, bool in_runs, 
 
 // Stores the first `left` of kWidth elements to contiguous memory.
 template <class T, int kWidth>
-DLK_DEVICE void store_run(void* to, int64_t at, bool in_runs, int64_t left, const Acc<T> (&v)[kWidth]) {
+DLK_DEVICE void store_packs(void* to, int64_t at, bool in_packs, int64_t left, const Acc<T> (&v)[kWidth]) {
   T* out = static_cast<T*>(to) + at;
-  if (in_runs && left >= kWidth) {
-    constexpr int kCount = kPiece<T, kWidth>;
+  if (in_packs && left >= kWidth) {
+    constexpr int kCount = kPackOf<T, kWidth>;
 #pragma unroll
     for (int piece = 0; piece < kWidth; piece += kCount) {
       Pack<T, kCount> pack;
@@ -54,7 +55,7 @@ DLK_DEVICE void store_run(void* to, int64_t at, bool in_runs, int64_t left, cons
   }
 }
 
-// A reduction over kSize neighbouring threads: lanes of a warp, or a whole block of more than one warp.
+// What kSize neighbouring threads agree on: lanes of a warp, or a whole block of more than one.
 template <int kSize>
 struct Team {
   static_assert(kSize > 0 && (kSize <= 32 ? 32 % kSize : kSize % 32) == 0);
