@@ -36,6 +36,11 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"dlkernels.data.{_HOMES[name]}"), name)
 
 
+def _own(name: str) -> Any:
+    """Return an attribute of this module, imported on first use."""
+    return getattr(importlib.import_module(__name__), name)
+
+
 def load(name: str, folder: str | None = None) -> Splits:
     """Load the data set ``name``; ``folder`` (MNIST only) as for ``load_mnist``.
 
@@ -43,12 +48,10 @@ def load(name: str, folder: str | None = None) -> Splits:
         ValueError: the name is unknown, or ``folder`` is given for a data set without files.
         DataError: no source has it; the message names every source tried.
     """
-    from dlkernels import data
-
     if name == "mnist":
-        return data.load_mnist(folder)
+        return _own("load_mnist")(folder)
     if name == "digits":
         if folder:
             raise ValueError(f"expected no data folder for digits, which ship with scikit-learn; got {folder}")
-        return data.load_digits()
+        return _own("load_digits")()
     raise ValueError(f"expected a data set out of {', '.join(DATASETS)}; got {name!r}")

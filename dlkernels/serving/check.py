@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dlkernels.testing.agreement import Agreement, judge, outputs
 
 # Rounding errors that are always granted to the model: runtimes sum products in other orders than the kernels here,
-# whose partial sums are short. With 16-bit dtypes all runtimes sum in float32, and little but the last rounding remains.
+# whose partial sums are short. With 16-bit dtypes all runtimes sum in float32; little but the last rounding remains.
 LEAST, LEAST_16_BITS = 16.0, 2.0
 SEED = 0  # fixed inputs, so that an export that passes once passes again
 
