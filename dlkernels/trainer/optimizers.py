@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+Kind = TypeVar("Kind", bound=torch.optim.Optimizer)
 
 
 def adam(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.Adam:
     """``torch.optim.Adam`` with its ``options``; ``fused``, ``foreach`` and ``differentiable`` are kept if given."""
-    parameters = list(parameters)  # a generator could be read only once
-    return torch.optim.Adam(parameters, lr=lr, **_fused(parameters, options))
+    return _make(torch.optim.Adam, parameters, lr, options)
 
 
 def adamw(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.AdamW:
     """``torch.optim.AdamW``, as ``adam``."""
-    parameters = list(parameters)
-    return torch.optim.AdamW(parameters, lr=lr, **_fused(parameters, options))
+    return _make(torch.optim.AdamW, parameters, lr, options)
 
 
 def sgd(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.SGD:
     """``torch.optim.SGD``, as ``adam``. torch has no fused SGD for DTensors."""
-    parameters = list(parameters)
-    if any(hasattr(tensor, "full_tensor") for item in parameters for tensor in _parameters_of(item)):
-        return torch.optim.SGD(parameters, lr=lr, **options)
-    return torch.optim.SGD(parameters, lr=lr, **_fused(parameters, options))
+    return _make(torch.optim.SGD, parameters, lr, options)
 
 
 def set_lr(group: dict[str, Any], rate: float) -> None:
@@ -56,13 +52,15 @@ def keep_lr_type(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["capturable"] = capturable
 
 
-def _fused(parameters: list[Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Return ``options`` with ``fused``, unless they choose an implementation themselves."""
-    if options.keys() & {"fused", "foreach", "differentiable"}:
-        return options
+def _make(kind: Callable[..., Kind], parameters: Iterable[Any], lr: float, options: dict[str, Any]) -> Kind:
+    """Make an optimizer, fused if possible, unless ``options`` choose an implementation."""
+    parameters = list(parameters)  # a generator could be read only once
     tensors = [tensor for item in parameters for tensor in _parameters_of(item)]
-    # torch raises for an unsupported parameter only at the first step.
-    return options | {"fused": all(t.is_floating_point() and t.device.type in FUSED_DEVICES for t in tensors)}
+    split_sgd = kind is torch.optim.SGD and any(hasattr(tensor, "full_tensor") for tensor in tensors)
+    if not split_sgd and not options.keys() & {"fused", "foreach", "differentiable"}:
+        # torch raises for an unsupported parameter only at the first step.
+        options["fused"] = all(t.is_floating_point() and t.device.type in FUSED_DEVICES for t in tensors)
+    return kind(parameters, lr=lr, **options)
 
 
 def _parameters_of(item: Any) -> list[Tensor]:

@@ -49,6 +49,7 @@ class Bar(Lines):
 
     def __init__(self) -> None:
         # Imported here, so that importing dlkernels does not import rich.
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
@@ -58,6 +59,7 @@ class Bar(Lines):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[metrics]}"),
+            console=Console(),  # not rich's global one, which another library may have made for another terminal
             auto_refresh=False,
         )
         self._task: Any = None

@@ -1,4 +1,4 @@
-"""``python -m dlkernels`` as a process: what it imports, how it ends, what it says of what is missing or misspelt."""
+"""``python -m dlkernels`` as a process: imports, exit status, and messages about missing or misspelt names."""
 
 import errno
 import json
@@ -46,7 +46,7 @@ def test_help_imports_no_torch(command):
 
 
 def test_names_are_those_of_the_code():
-    """The command line reads them where torch is not."""
+    """The command line reads them without torch."""
     assert list(get_args(choices.Activation)) == list(ACTIVATIONS)
     assert set(get_args(choices.Schedule)) == set(FACTORS)
     for mode in get_args(choices.Progress):
@@ -64,7 +64,7 @@ def test_all_that_the_package_has_is_an_attribute():
 
 
 def test_in_the_command_s_own_process_too(tmp_path):
-    """A factory that `fuse` is given uses the package as anywhere else."""
+    """A factory given to `fuse` uses the package as any other code."""
     (tmp_path / "mine.py").write_text(
         "import dlkernels, torch\ndef make():\n    return dlkernels.nn.MLP([4, 3, 2]), torch.rand(2, 4)\n"
     )
@@ -72,7 +72,7 @@ def test_in_the_command_s_own_process_too(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-# ---- what is misspelt ------------------------------------------------------------------------------------------------
+# ---- misspelt arguments ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_fuse_names_a_setting_that_a_configuration_does_not_have(capsys):
     assert "transformers:bert has no setting hiden_size; did you mean hidden_size?" in capsys.readouterr().err
 
 
-# ---- what is missing -------------------------------------------------------------------------------------------------
+# ---- missing libraries -----------------------------------------------------------------------------------------------
 
 METADATA = [
     "torch>=2.11",
@@ -130,7 +130,7 @@ def test_the_extra_is_named_once(monkeypatch):
 
 
 def test_a_missing_library_is_one_sentence(tmp_path):
-    """Whatever comes first; and the commands that do without it work."""
+    """The message comes for any arguments, and commands that do not need the library work."""
     (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError('No module named pydantic', name='pydantic')")
     hidden = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = run("train", "--dataset", "digits", env=hidden)
@@ -153,7 +153,7 @@ def test_an_example_says_what_it_needs(example, module, tmp_path):
     assert done.stderr.startswith(f"{example}.py: this example needs {module} ") and "run pip install " in done.stderr
 
 
-# ---- how it ends -----------------------------------------------------------------------------------------------------
+# ---- exit status -----------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path):
@@ -206,7 +206,7 @@ def test_a_full_disk_names_the_file(tmp_path):
     assert error.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
 
 
-# ---- what it says ----------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
 def test_info_ends_with_a_line_for_a_bug_report(capsys):

@@ -1,4 +1,4 @@
-"""``python -m dlkernels train``: what it prints, saves and refuses; interrupted, resumed, beside stock."""
+"""``python -m dlkernels train``: output, files and errors; interrupted, resumed, compared with stock."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DIGITS = ["train", "--dataset", "digits", "--progress", "lines"]
 
 @pytest.fixture(autouse=True)
 def printoptions():
-    """--precision is for the whole process, as torch's is."""
+    """--precision holds for the process, like torch's."""
     yield
     set_printoptions()
 
@@ -130,7 +130,7 @@ def test_threads(tmp_path):
         torch.set_num_threads(before)
 
 
-# --- beside stock ---
+# --- compared with stock ---
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -284,7 +284,7 @@ def test_resume_is_bitwise(tmp_path, capsys):
 
 
 def test_ctrl_c_then_resume(tmp_path):
-    """The command itself in a process of its own, a real signal, and this process goes on."""
+    """The command runs in its own process and gets a real signal; this process resumes it."""
     threads = str(torch.get_num_threads())
     command = [sys.executable, "-m", "dlkernels", *DIGITS, "--epochs", "1000000", "--threads", threads]
     process = subprocess.Popen(
@@ -319,7 +319,7 @@ def settings(out: Path) -> dict:
 
 
 def test_a_resume_has_the_settings_of_its_run(tmp_path, capsys):
-    """Of the run in OUT, or of the one whose checkpoint is given; flags overrule them, and so does a file."""
+    """A resume uses the settings of the run in OUT or of the given checkpoint; flags and a file overrule them."""
     chosen = ["--sizes", 64, 16, 10, "--activation", "tanh", "--optimizer", "sgd", "--lr", 0.3, "--batch-size", 100]
     first, other = tmp_path / "a b", tmp_path / "c"
     assert train(first, *chosen, "--epochs", 2, "--patience", 5, "--quiet") == 0
@@ -488,7 +488,7 @@ def test_help(capsys):
         assert option in output
 
 
-# --- the practice itself ---
+# --- the example ---
 
 
 def test_mnist_reaches_94_percent_in_two_epochs(tmp_path):

@@ -1,4 +1,4 @@
-"""``python -m dlkernels find-lr`` and ``cross-validate``: what they print, write, leave alone and refuse."""
+"""``python -m dlkernels find-lr`` and ``cross-validate``: output, files, unchanged runs and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dlkernels.trainer.distributed import Ranks
 
 @pytest.fixture(autouse=True)
 def printoptions():
-    """--precision is for the whole process, as torch's is."""
+    """--precision holds for the process, like torch's."""
     yield
     set_printoptions()
 
@@ -37,7 +37,7 @@ def cross_validate(out: Path, *arguments: object) -> int:
 
 
 def assert_one_sentence(capsys, command: str, sentence: str) -> None:
-    """What ``command`` said on standard error."""
+    """The standard error of ``command``."""
     error = capsys.readouterr().err
     assert error.startswith(f"python -m dlkernels {command}: ")
     assert sentence in error
@@ -98,7 +98,7 @@ def test_divergence_is_told(tmp_path, capsys):
 
 
 def test_a_suggestion_at_the_edge_is_told(tmp_path, capsys):
-    """All of these rates are too small for the loss to reach its fastest fall."""
+    """All these rates are below that of the fastest fall."""
     assert find_lr(tmp_path, "--optimizer", "sgd", "--first", 1e-3, "--last", 1e-2) == 0
     said = "do not rely on it: it is at the upper end of the rates that were tried: go on beyond 0.01 (--first, --last"
     assert said in capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_a_suggestion_at_the_edge_is_told(tmp_path, capsys):
 
 
 def test_what_decides_an_update_arrives(tmp_path, capsys):
-    """Gradients of next to no length move nothing, at any rate; in the other dtype the losses are rounded otherwise."""
+    """Tiny gradients change nothing at any rate; in the other dtype the losses are rounded differently."""
     common = ["--optimizer", "sgd", "--first", 0.01, "--last", 10, "--batches", 12]
     for name, options in {
         "plain": [],
@@ -289,7 +289,7 @@ def test_one_process_only():
 
 
 def test_a_rate_that_is_found_does_not_depend_on_what_is_left_out(tmp_path):
-    """A file with every setting of a long training is as good as one without."""
+    """A file with the settings of a long training gives the same rate as none."""
     (tmp_path / "long.toml").write_text(
         'dataset = "digits"\nepochs = 50\nschedule = "cosine"\nema = 0.99\npatience = 3\nlr = 7.0\n'
     )

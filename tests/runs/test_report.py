@@ -1,4 +1,4 @@
-"""What a run leaves for people: the report in a browser, the comparison, the logs; and reading its folder back."""
+"""The output of a run: the report in a browser, the comparison, the logs; and reading its folder."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def browser(tmp_path):
 
 
 def opened(browser, page: Path) -> str:
-    """The text that the page shows, after it was looked at: no error, no request, nothing wider than the window."""
+    """Return the page's text, after checks: no error, no request, nothing wider than the window."""
     browser.get("about:blank")
     browser.get_log("performance")  # of the browser's own first page
     browser.get(page.resolve().as_uri())
@@ -141,7 +141,7 @@ def test_report_of_an_unfinished_run(first, capsys):
 
 
 def interrupted(out: Path, monkeypatch, at: int, *arguments: object) -> None:
-    """``train``, and Ctrl-C when epoch ``at`` (0: the first batch) is over."""
+    """Run ``train``, and send Ctrl-C after epoch ``at`` (0: after the first batch)."""
     logged = CsvLog.on_epoch_end
 
     def on_batch_end(self, trainer):
@@ -161,7 +161,7 @@ def interrupted(out: Path, monkeypatch, at: int, *arguments: object) -> None:
 
 @pytest.fixture
 def second(runs, tmp_path) -> RunFolder:
-    """A copy of ``second``, to go on with."""
+    """A copy of ``second``, to be resumed."""
     return RunFolder(shutil.copytree(runs / "second", tmp_path / "second"))
 
 
@@ -235,7 +235,7 @@ def test_a_log_has_no_control_characters_and_quiet_is_short(tmp_path, capsys):
     assert train(tmp_path / "run", "--epochs", 1, "-q") == 0
     quiet = capsys.readouterr()
     assert re.fullmatch(r"accuracy after training:  0\.\d+\n.* now holds .*\n", quiet.out) and quiet.err == ""
-    # The run that was there has made room, and is whole.
+    # The earlier run was moved, and is complete.
     assert [len(RunFolder(tmp_path / name).record()["history"]) for name in ("run", "run-1")] == [1, 2]
 
 
@@ -288,6 +288,13 @@ def test_damaged_folders_are_a_sentence(first, capsys, damage, sentence):
         error = capsys.readouterr().err
         assert sentence in error and error.startswith(f"python -m dlkernels {arguments[0]}: ")
         assert len(error.splitlines()) == 1
+
+
+def test_comparison_fits_a_narrow_terminal(first, tmp_path, monkeypatch):
+    folders = [shutil.copytree(first.path, tmp_path / f"a-run-with-a-long-name-{i}") for i in range(4)]
+    monkeypatch.setenv("COLUMNS", "80")
+    text = RunComparison(folders).text()
+    assert max(map(len, text.splitlines())) <= 80 and "–" not in text
 
 
 def test_comparison_needs_two_runs_and_tells_them_apart(runs, first, capsys):

@@ -1,9 +1,10 @@
-"""Predictions: what files are read as, what is refused, and the commands ``predict`` and ``export`` on a real run."""
+"""Predictions: reading files, errors, and the commands ``predict`` and ``export`` on a real run."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_tensors_without_plain_values(tmp_path, kind):
 
 @pytest.mark.parametrize("color", [0, 255])
 def test_transparent_background_contrasts(tmp_path, color):
-    """Black or white ink on nothing: both are white on black in the end."""
+    """Black or white ink on transparency: both become white on black."""
     drawn = np.where(drawing() > 127, 255, 0).astype(np.uint8)
     rgba = np.dstack([np.full_like(drawn, color)] * 3 + [drawn])
     Image.fromarray(rgba).save(tmp_path / "x.png")
@@ -116,7 +117,7 @@ def letter():
 
 
 def test_what_is_drawn_goes_where_mnist_has_it(tmp_path):
-    """From any place, at any size, the same; and from where MNIST has it, the same pixels."""
+    """The result does not depend on place and size; a digit placed as in MNIST keeps its pixels."""
     mnist = INFO["mnist"]
     for name, picture in {
         "as it is": letter(),
@@ -307,7 +308,7 @@ def model(run):
     return load_model(run)
 
 
-def test_command_predicts(run, model, tmp_path, capsys):
+def test_command_predicts(run, model, tmp_path, capsys, monkeypatch):
     Image.fromarray(255 - drawing()).save(tmp_path / "light.png")
     np.save(tmp_path / "rows.npy", RAW)
     capsys.readouterr()
@@ -321,6 +322,18 @@ def test_command_predicts(run, model, tmp_path, capsys):
     for line, place, p, c in zip(lines[2:6], places, expected.values.tolist(), expected.indices.tolist(), strict=True):
         assert line.split() == [place, str(c[0]), f"{p[0]:.3f}", str(c[1]), f"{p[1]:.3f}"]
     assert lines[-1] == "1 image has a light border and was inverted (--no-invert keeps them)"
+
+    monkeypatch.setenv("COLUMNS", "60")  # too narrow for 5 classes side by side: they are below one another
+    assert main(["predict", str(run), inputs[1], "--top", "5"]) == 0
+    narrow = capsys.readouterr().out.splitlines()
+    assert max(map(len, narrow)) <= 60 and narrow[0].split() == ["input", "class", "probability"]
+    ranked = model(SCALED).softmax(1).topk(5)
+    shown = [line.split()[-2:] for line in narrow[2:] if re.search(r"  \d +0\.\d{3}$|  \d +1\.000$", line)]
+    assert shown == [
+        [str(c), f"{p:.3f}"]
+        for values, classes in zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)
+        for p, c in zip(values, classes, strict=True)
+    ]
 
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [(row["file"], row["row"], row["inverted"]) for row in rows] == [

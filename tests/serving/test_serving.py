@@ -1,4 +1,4 @@
-"""Exported files: they run without this package, in standard operators, on any batch, and say what the model says."""
+"""Exported files run without this package, in standard operators, on any batch, and agree with the model."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def made(name):
 
 
 def seven(example):
-    """Another batch than any that was traced or checked."""
+    """A batch size that was neither traced nor checked."""
     return check.random_inputs(example, 7, seed=99)
 
 
@@ -71,11 +71,11 @@ def call(model, inputs):
     return list(out.values()) if isinstance(out, dict) else [out]
 
 
-# ---- our operators as torch's ----------------------------------------------------------------------------------------
+# ---- dlkernels operators as torch's ----------------------------------------------------------------------------------
 
 
 def test_every_forward_operator_has_a_form_in_torch():
-    """But for chains, which are exported layer by layer, and autocast's, which only eager calls take."""
+    """All operators except chains, which are exported layer by layer, and autocast's, which only eager calls use."""
     defined = set(re.findall(r'm\.def\(\s*"(\w+)\(', (CSRC / "ops" / "binding.cpp").read_text()))
     assert len(defined) > 8
     forward = {name for name in defined if not re.search("_backward$|^_mlp|_autocast_", name)}
@@ -193,7 +193,7 @@ def test_refuses_what_it_cannot_trace(tmp_path):
 
 @pytest.mark.parametrize("write", [export_program, export_onnx])
 def test_wrong_program_is_not_kept(tmp_path, monkeypatch, write):
-    """Were an operator's form in torch wrong, the file that is there would stay."""
+    """If the decomposition of an operator is wrong, the earlier file stays."""
     if write is export_onnx:
         pytest.importorskip("onnxscript")
     path = tmp_path / "model"
@@ -286,7 +286,7 @@ def test_fresh_inputs_are_legal_and_new():
 
 
 class Scores(nn.Module):
-    """Scores and the best of them; in float32 whatever it is made to be, which float64 copies stumble over."""
+    """Scores and the best class; always in float32, so that a float64 copy of the model fails."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and tensor parallelism of our layers: what every rank runs in ``test_distributed.py``.
+"""DDP, FSDP2 and tensor parallelism of dlkernels layers: the checks that every rank runs in ``test_distributed.py``.
 
 Results are judged by the rule of ``oracle.py``: their error against float64 is at most twice that of stock torch in a
 single process. A network's error is that of its worst tensor, on the scale of that tensor's largest element: of a bias
@@ -38,7 +38,7 @@ ROWS, SIZES = 24, [20, 32, 16, 6]
 def data():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(ROWS, SIZES[0], generator=generator)
-    # Two of the six classes: were they balanced, the last bias' gradient would be the rounding of a sum that cancels.
+    # Only two of the six classes: with all six, the last bias' gradient would be the rounding of a cancelling sum.
     return x, torch.randint(2, (ROWS,), generator=generator)
 
 
@@ -55,13 +55,13 @@ NETWORKS = {"layers": fused_layers, "MLP": lambda: MLP(SIZES), "fuse": lambda: f
 
 
 def start():
-    """A stock network with the weights that all begin with."""
+    """A stock network with the common initial weights."""
     torch.manual_seed(3)
     return stock_mlp(SIZES)
 
 
 def train(model, x, y, steps=3, loss=F.cross_entropy):
-    """Full-batch steps; the last output."""
+    """Run full-batch steps; return the last output."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -72,7 +72,7 @@ def train(model, x, y, steps=3, loss=F.cross_entropy):
 
 
 def values(model):
-    """Weights and their last gradients in order, whole, whatever they are split into."""
+    """The full weights and their last gradients, in order."""
     return [whole(t) for p in model.parameters() for t in (p, p.grad)]
 
 
@@ -89,7 +89,7 @@ def assert_close(ours, stock, exact, what):
 
 
 def judge(what, models, steps=3):
-    """Weights and gradients of ``models``, trained on all rows in parts, beside a single process's on all of them."""
+    """Compare weights and gradients of ``models``, trained on parts of the rows, with a single process on all rows."""
     x, y = data()
     stock, exact = start(), start().double()
     train(stock, x, y, steps)
@@ -119,7 +119,7 @@ def ddp():
 
 @check
 def ddp_accumulates_without_sync():
-    """Two halves of this rank's rows, the gradients added up over the ranks with the second."""
+    """Two halves of this rank's rows; the gradients are reduced over the ranks with the second half."""
     x, y = (t.chunk(2) for t in map(mine, data()))
     models = {name: nn.parallel.DistributedDataParallel(model) for name, model in networks()}
     for model in models.values():
@@ -132,7 +132,7 @@ def ddp_accumulates_without_sync():
 
 
 class TwoWays(nn.Module):
-    """Rank by rank another branch, so that each rank leaves parameters without a gradient."""
+    """Each rank uses another branch, so that each rank leaves parameters without a gradient."""
 
     def __init__(self):
         super().__init__()
@@ -161,7 +161,7 @@ def ddp_finds_unused_parameters():
 
 
 def shard(model, **options):
-    """Every layer with weights by itself, then the rest, as FSDP2's users do; and the whole alone for an MLP."""
+    """Shard every layer with weights, then the rest, as users of FSDP2 do; an MLP is sharded as one."""
     if not isinstance(model, MLP):
         for layer in model.children():
             if any(True for _ in layer.parameters()):
@@ -199,7 +199,7 @@ def fsdp_state_loads_in_a_single_process():
 
 @check
 def fsdp_mixed_precision():
-    """bfloat16 products, float32 weights and sums over ranks; stock under the same policy is the measure."""
+    """bfloat16 products, float32 weights and sums over ranks; compared with stock under the same policy."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     x, y = data()
     stock, exact = shard(start(), mp_policy=policy), start().double()
@@ -225,7 +225,7 @@ def mesh(*sizes, **options):
 
 
 def run_layers(model, x, g):
-    """Output and gradients of x and all parameters, whole."""
+    """The full output, and the full gradients of x and all parameters."""
     x = x.detach().requires_grad_()
     y = model(x)
     grads = torch.autograd.grad(y, [x, *model.parameters()], g)
@@ -233,12 +233,12 @@ def run_layers(model, x, g):
 
 
 def activations():
-    """All of them in two processes; with more, one of each kind: that saves z, that saves y, none."""
+    """All activations in two processes; with more, one that saves z, one that saves y, and none."""
     return ACTIVATIONS if dist.get_world_size() == 2 else ("gelu", "relu", "none")
 
 
 def pair(activation, last="none"):
-    """What a transformer's block has, up and down again, of our layers; and stock's form with the same weights."""
+    """The up and down layers of a transformer block, fused, and their stock form with the same weights."""
     torch.manual_seed(3)
     stock = nn.Sequential(nn.Linear(20, 32), ACTIVATIONS[activation](), nn.Linear(32, 12), ACTIVATIONS[last]())
     second = nn.Linear(32, 12) if last == "none" else LinearAct(32, 12, activation=last)
@@ -256,7 +256,7 @@ def judge_layers(what, ours, stock, shape):
 
 @check
 def column_then_row():
-    """One all-reduce forward, one backward, and nothing else: what the pair is made for."""
+    """The pair needs one all-reduce forward and one backward, and nothing else."""
     for activation, last in zip(activations(), cycle(["none", "relu"]), strict=False):
         ours, stock = pair(activation, last)
         parallelize_module(ours, mesh(), {"0": ColwiseParallel(), "1": RowwiseParallel()})
@@ -265,7 +265,7 @@ def column_then_row():
 
 
 def communication(model, x):
-    """How often each collective was called, forward and backward."""
+    """The number of calls of each collective, forward and backward."""
     x.requires_grad_()
     with CommDebugMode() as forward:
         y = model(x)
@@ -276,7 +276,7 @@ def communication(model, x):
 
 @check
 def row_wise_fused_layer():
-    """The activation comes after the sum over ranks; x, replicated, is cut where it is."""
+    """The activation comes after the sum over ranks; a replicated x is split locally."""
     for activation in activations():
         ours, stock = pair(activation, "relu")
         styles = {i: RowwiseParallel(input_layouts=Replicate()) for i in "01"}
@@ -297,7 +297,7 @@ def parallel_styles_take_what_torchs_take():
 
 @check
 def networks_split_by_columns_and_rows():
-    """Trained: MLP, and a stock network that was fused before it was split."""
+    """Train an MLP, and a stock network that was fused before it was split."""
     x, y = data()
     models = dict(networks())
     for name, model in models.items():
@@ -325,7 +325,7 @@ def fsdp_and_tensor_parallel():
 
 @check
 def every_placement():
-    """DTensors by hand, split every way, features that do not divide by the ranks: the rules alone."""
+    """The sharding rules alone: DTensors split in every way, with features not divisible by the ranks."""
     generator = torch.Generator().manual_seed(1)
     anywhere = [Replicate(), Shard(0), Shard(1), Shard(2)]
     cases = ("relu", (4, 6, 9)), ("none", (8, 9)), ("gelu", (8, 9))
@@ -371,7 +371,7 @@ def derivatives_and_autocast_of_dtensors():
 
 @check
 def losses_of_dtensors():
-    """By torch's formulas, with scores that stay split by classes."""
+    """Losses use torch's formulas, and the scores stay split by classes."""
     x, y = torch.randn(8, 12), torch.arange(8)
     scores = distribute_tensor(x, mesh(), [Shard(1)]).requires_grad_()
     target = distribute_tensor(y, mesh(), [Replicate()])

@@ -1,4 +1,4 @@
-"""The trainer in several processes: what every rank runs in ``test_distributed.py``.
+"""The trainer in several processes: the checks that every rank runs in ``test_distributed.py``.
 
 Each rank also trains alone (``ranks=Ranks()``), on all rows, which is the single process to compare with.
 """
@@ -72,14 +72,14 @@ def weights(of):
 
 
 def folder():
-    """One that all ranks have, and no other check."""
+    """A folder that all ranks share, and no other check uses."""
     names = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names)
     return Path(names[0])
 
 
 def stock_and_exact(epochs=2, **options):
-    """A single process's stock weights in float32 and float64: what the rule is measured by."""
+    """A single process's stock weights in float32 and float64, which the tolerance rule needs."""
     for dtype in (torch.float32, torch.float64):
         stock = stock_mlp(SIZES)
         copy_parameters(network(), stock)
@@ -134,7 +134,7 @@ def clipping_goes_by_the_norm_of_the_whole_gradient():
 
 
 class Watching(torch.amp.GradScaler):
-    """Notes of every update whether what this rank has of the gradients was finite."""
+    """Records for every update if this rank's part of the gradients was finite."""
 
     def __init__(self):
         super().__init__("cpu", init_scale=1024.0)
@@ -196,7 +196,7 @@ def trainer_takes_a_wrapped_model_and_refuses_one_split_by_features():
 
 @check
 def trainer_over_data_loaders():
-    """Any loader that gives all ranks the same batches; and torch's sampler, which gives parts."""
+    """A loader that gives all ranks the same batches, and torch's sampler, which gives parts."""
     dataset = TensorDataset(X, Y)
 
     def shuffled():
@@ -218,7 +218,7 @@ def trainer_over_data_loaders():
 
 @check
 def trainer_resumes_with_any_number_of_processes():
-    """DDP, FSDP2, a single process and back, each going on where the one before stopped."""
+    """DDP, FSDP2, a single process and back; each resumes from the one before."""
     path, whole_run = folder() / "checkpoint.pt", alone(optimizer=momentum)
     whole_run.fit(4)
     kinds = [trainer, lambda **options: trainer(shard(network()), **options), alone, trainer]
@@ -241,19 +241,19 @@ def trainer_resumes_with_any_number_of_processes():
 
 
 def momentum(model):
-    """With a state of two tensors and a number."""
+    """An optimizer whose state has two tensors and a number per parameter."""
     return adam(model.parameters(), lr=1e-3)
 
 
 def held(state):
-    """Bytes of weights and moments."""
+    """The bytes of weights and moments that this rank holds."""
     tensors = (t for t in tree_leaves((state["model"], state["optimizer"])) if isinstance(t, torch.Tensor) and t.ndim)
     return sum(t.nbytes for t in tensors if not t.is_meta)
 
 
 @check
 def only_rank_0_holds_a_split_model_whole():
-    """When it is saved and when it is loaded: the others have one tensor at a time."""
+    """On a save and on a load the other ranks hold one full tensor at a time."""
     path = folder() / "checkpoint.pt"
     made, again = (trainer(shard(network()), momentum) for _ in range(2))
     made.fit(1)
@@ -282,7 +282,7 @@ def only_rank_0_holds_a_split_model_whole():
 
 
 def states(of):
-    """Weights and moments, whole in all ranks."""
+    """The full weights and moments, in all ranks."""
     return [whole(t) for t in tree_leaves((of.model.state_dict(), of.optimizer.state_dict()["state"]))]
 
 
@@ -364,7 +364,7 @@ def only_the_main_rank_prints():
 
 
 class Confusion:
-    """As torchmetrics' metrics: each rank gathers what it is given, and compute adds up over the ranks."""
+    """Like a torchmetrics metric: each rank collects its part, and compute sums over the ranks."""
 
     def reset(self):
         self.counts = torch.zeros(4, 4, dtype=torch.long)

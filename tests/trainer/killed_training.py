@@ -24,7 +24,7 @@ EPOCHS = 4
 
 
 def train(folder: Path) -> Trainer:
-    """Go on from the newest checkpoint in ``folder``, or begin; with everything that a checkpoint must hold."""
+    """Resume from the newest checkpoint in ``folder``, or begin; with everything that a checkpoint must hold."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
     optimizer = adamw(model.parameters(), lr=0.01)
@@ -47,14 +47,14 @@ def train(folder: Path) -> Trainer:
 
 
 def weights(folder: Path) -> bytes:
-    """Train to the end in this process; every weight of the model and of its average."""
+    """Train to the end in this process; return every weight of the model and of its average."""
     trainer = train(folder)
     tensors = [*trainer.model.state_dict().values(), *trainer.eval_model.state_dict().values()]
     return b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 
 def start(work: Callable[[], None]) -> int:
-    """Run ``work`` in a child; its process number."""
+    """Run ``work`` in a child process; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -70,7 +70,7 @@ def start(work: Callable[[], None]) -> int:
 
 
 def kill_after(seconds: float, work: Callable[[], None]) -> bool:
-    """Whether SIGKILL came before the end of ``work``."""
+    """Return True if SIGKILL came before the end of ``work``."""
     child = start(work)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
@@ -80,7 +80,7 @@ def kill_after(seconds: float, work: Callable[[], None]) -> bool:
 
 
 def kill_at(call: str, count: int, work: Callable[[], None]) -> bool:
-    """Whether the child killed itself at its ``count``-th call of ``os.<call>``: before an odd one, after an even."""
+    """Return True if the child killed itself at call ``count`` of ``os.<call>``: before an odd one, after an even."""
 
     def armed() -> None:
         original, left = getattr(os, call), [count]

@@ -45,7 +45,7 @@ def run(rank, world, store, results):
 
 
 def launch(world, folder):
-    """What each check said, rank by rank: ``{name: {rank: "" or what went wrong}}``.
+    """The result of each check by rank: ``{name: {rank: "" or the error}}``.
 
     The ranks are forked, so that torch is imported once; until then this process has started no threads.
     """

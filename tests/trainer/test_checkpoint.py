@@ -29,7 +29,7 @@ def saved(tmp_path) -> Path:
 
 
 def assert_refused(path: Path, match: str, **options) -> None:
-    """The error says so, and the trainer that asked is untouched."""
+    """The error names the reason, and the trainer is unchanged."""
     trainer = make(**{"config": {"lr": 0.001}, **options})
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     random_state = torch.get_rng_state()
@@ -52,7 +52,7 @@ def test_truncated(saved, share):
 
 
 def test_any_flipped_byte_is_noticed_or_harmless(saved):
-    """Damage is refused, or is in bytes that mean nothing (padding, time stamps) and changes nothing."""
+    """Damage is refused, unless it is in unused bytes (padding, time stamps) and changes nothing."""
     body = saved.read_bytes()
     whole = pickle.dumps(comparable(checkpoint.load(saved)))
     generator = random.Random(0)
@@ -115,7 +115,7 @@ def test_newer_version(saved, monkeypatch):
     assert_refused(saved, "has checkpoint version 2; this dlkernels reads version 0")
 
 
-# --- what is written can be read ---
+# --- written values can be read back ---
 
 
 class Level(enum.IntEnum):
@@ -171,7 +171,7 @@ def test_numbers_and_texts_are_written_as_they_can_be_read(tmp_path, value, read
 
 
 class Scaled(torch.Tensor):
-    """A tensor of a kind that torch does not know."""
+    """A tensor subclass that torch does not know."""
 
 
 def noted():
@@ -213,14 +213,14 @@ def test_the_rest_is_refused_before_the_first_batch(tmp_path, value, named):
 
 
 class Means(Callback):
-    """Puts a number of NumPy's in the row."""
+    """Puts a NumPy number in the row."""
 
     def on_epoch_end(self, trainer, row):
         row["mean"], row["half"] = np.mean([1.0, 2.0]), np.float32(0.5)
 
 
 def test_numpys_numbers_anywhere_in_a_training(tmp_path):
-    """As learning rate, from a schedule, in a row and in the configuration."""
+    """NumPy numbers as learning rate, from a schedule, in a row and in the configuration."""
 
     def training(**options):
         model = network()

@@ -1,4 +1,4 @@
-"""The last checkpoints and the best: what is kept, what is taken, and what is done about a damaged one."""
+"""The last checkpoints and the best: keeping, loading, and damaged files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCORE = Monitor("score", "max")
 
 
 class Scores(Callback):
-    """A metric that is what the test says."""
+    """A metric with values that the test sets."""
 
     def __init__(self, *values):
         self.values = values
@@ -146,7 +146,7 @@ def test_fallback_is_for_damage_only(tmp_path):
 
 @pytest.mark.parametrize("why", ["content", "permission", "memory", "newer torch"])
 def test_what_could_be_read_another_time_is_not_set_aside(tmp_path, monkeypatch, why):
-    """Its checksums hold, but it has a class that is not allowed; or it cannot be read for now."""
+    """The checksums are right, but the file has a class that is not allowed, or cannot be read now."""
     make(checkpoint=Checkpoints(tmp_path)).fit(2)
     newest, before = newest_first(tmp_path)
     reason = {

@@ -1,4 +1,4 @@
-"""Several processes give what one gives: DDP, FSDP2, DTensor's tensor parallelism and the trainer, by gloo on the CPU.
+"""Several processes agree with one: DDP, FSDP2, DTensor's tensor parallelism and the trainer, by gloo on the CPU.
 
 ``distributed_checks.py`` and ``distributed_trainer_checks.py`` have the checks. All of them run in one start of two
 processes and one of four (``ranks.py``).
@@ -18,7 +18,7 @@ assert distributed_checks and distributed_trainer_checks  # they fill CHECKS
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """By number of processes, check and rank: "" where all was well."""
+    """The errors by number of processes, check and rank; "" for success."""
     limit = SECONDS * len(WORLDS) + 60
     output = python("-m", "tests.trainer.ranks", str(tmp_path_factory.mktemp("ranks")), timeout=limit)
     return json.loads(output.splitlines()[-1])
@@ -45,5 +45,5 @@ def test_parts_have_every_row_once(world):
 
 
 def test_importing_dlkernels_leaves_dtensor_alone():
-    """It takes as long to import as torch."""
+    """Importing torch.distributed.tensor takes as long as importing torch."""
     assert python("-c", "import sys, dlkernels; print('torch.distributed.tensor' in sys.modules)") == "False\n"

@@ -22,7 +22,7 @@ from tests.trainer.training import SPLITS, X, Y, assert_same, make, stop_after
 
 
 class InterruptingLoader(TensorLoader):
-    """Ctrl-C, once, when a batch of an epoch is asked for."""
+    """Sends Ctrl-C once, when the loop reads a certain batch."""
 
     def __init__(self, *tensors, at: tuple[int, int], **options):
         super().__init__(*tensors, **options)
@@ -79,7 +79,7 @@ def test_interrupted_trainer_goes_on_without_any_file():
 
 
 class NoisyDataset(Dataset):
-    """Augments with all three generators in use among people."""
+    """Augments with the generators of torch, Python and NumPy."""
 
     def __len__(self):
         return len(X)
@@ -173,7 +173,7 @@ def test_second_sigint_stops_within_the_step_and_leaves_the_checkpoint(tmp_path,
 
 
 def test_sigint_to_a_process_of_its_own(tmp_path):
-    """A real process, and a real signal at a moment of its own; another process (this one) goes on."""
+    """A real process gets a real signal at an arbitrary moment; this process resumes."""
     script = tmp_path / "job.py"
     script.write_text(
         textwrap.dedent(

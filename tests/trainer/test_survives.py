@@ -1,4 +1,4 @@
-"""What a training must live through: kill -9, SIGTERM, a full disk, a folder that cannot be written."""
+"""Events that a training must survive: kill -9, SIGTERM, a full disk, a folder that cannot be written."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_sigterm_saves_and_exits_with_the_shell_s_status(tmp_path):
 
 
 def fails(work, match: str) -> None:
-    """In a child, whose limits are its own: an OSError that says ``match``."""
+    """Expect an OSError with ``match`` in a child process, which has its own limits."""
 
     def child() -> None:
         with pytest.raises(OSError, match=match):
@@ -61,7 +61,7 @@ def fails(work, match: str) -> None:
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
-    """A limit on the size of files stands for the disk: no root is needed."""
+    """A limit on the size of files replaces the full disk, so the test needs no root."""
     torch.set_num_threads(threads := torch.get_num_threads())
     trainer = make(checkpoint=Checkpoints(tmp_path))
     trainer.fit(1)
@@ -100,7 +100,7 @@ def test_a_small_tmpfs_that_fills_up(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    """Said before the first batch, not after an epoch."""
+    """The error comes before the first batch, not after an epoch."""
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         Checkpoints(tmp_path / "file" / "kept")

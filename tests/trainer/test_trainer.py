@@ -21,6 +21,7 @@ import dlkernels.losses
 import dlkernels.trainer
 from dlkernels.data import TensorLoader
 from dlkernels.trainer import NonFiniteLoss, Trainer, adam, metrics, set_printoptions, sgd
+from dlkernels.trainer.display import table
 from dlkernels.trainer.metrics import SCORES, Meter, is_classification
 from dlkernels.trainer.transfer import cast_to_float32
 from tests.trainer.training import SPLITS, X, Y, assert_same, batches, make, network
@@ -104,7 +105,7 @@ def test_evaluate_restores_modes_and_random_state():
 
 
 class Frozen(nn.Module):
-    """A network with a part to freeze; ``own``: by its own ``train``, as torchvision's detectors do."""
+    """A network with a part to freeze; with ``own`` its ``train`` freezes it, as torchvision's detectors do."""
 
     def __init__(self, own=False):
         super().__init__()
@@ -240,7 +241,7 @@ class Slotted:
 
 
 class Nested(nn.Module):
-    """A network whose output is in something."""
+    """A network whose output is wrapped in a container."""
 
     def __init__(self, around):
         super().__init__()
@@ -271,7 +272,7 @@ def normal(z):
     ],
 )
 def test_autocast_computes_the_loss_of_any_output_in_float32(around, take, dtype):
-    """A squared error of 400 is 160,000, which float16 does not have; the kinds of the containers stay."""
+    """The square of an error of 400 is 160,000, beyond float16; the types of the containers stay."""
     kind, losses = type(around(torch.zeros(1))), []
 
     def loss(output, y):
@@ -393,7 +394,7 @@ def test_nan_loss_stops_with_a_sentence_and_keeps_the_checkpoint(tmp_path):
 
 
 class Overflows(nn.Module):
-    """Infinite at the ``at``-th call in training."""
+    """A loss that is infinite at call ``at`` in training."""
 
     def __init__(self, at):
         super().__init__()
@@ -406,7 +407,7 @@ class Overflows(nn.Module):
 
 @pytest.mark.parametrize("later", [False, True])
 def test_the_layer_is_named(monkeypatch, later):
-    """``later``: as on a GPU, where the loss is not looked at batch by batch."""
+    """With ``later`` the loss is not checked batch by batch, as on a GPU."""
     model = nn.Sequential(nn.Linear(64, 32), nn.Sequential(nn.ReLU(), Overflows(at=3)), nn.Linear(32, 10))
     trainer = make(model=model)
     if later:
@@ -436,7 +437,7 @@ def test_spoiled_weights_are_not_saved_though_no_loss_showed_it(tmp_path):
     assert not (tmp_path / "run.pt").exists()
 
 
-# --- what people see ---
+# --- display ---
 
 
 def test_lines_without_a_terminal(capsys):
@@ -501,6 +502,18 @@ def test_set_printoptions(capsys):
         set_printoptions(precision=-1)
 
 
+def test_table_fits_the_terminal(monkeypatch):
+    rows = [["a/long/path/to/an/image/of/a/seven.png", "7", "0.998"], ["b", "3", "0.5"]]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert table(["input", "class", "probability"], rows).splitlines()[2].split() == rows[0]
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = table(["input", "class", "probability"], rows).splitlines()
+    assert max(map(len, lines)) <= 40 and len(lines) == 5
+    assert lines[2].split()[1:] == rows[0][1:] and lines[2].split()[0] + lines[3].strip() == rows[0][0]
+    folded = table(["input", "one-long-name-of-a-run", "another-long-name"], rows, fold=range(3)).splitlines()
+    assert max(map(len, folded)) <= 40 and "".join(folded[-1].split()) == "b30.5"
+
+
 # --- metrics ---
 
 
@@ -539,7 +552,7 @@ def test_one_logit_has_no_accuracy_that_could_be_wrong():
     ],
 )
 def test_accuracy_is_over_the_targets_that_count(loss, ignored, dtype):
-    """Of [N, C, length] scores; every second target is left out, and for the rest the scores are right in 2 of 3."""
+    """Scores [N, C, length]: every second target is ignored, and 2 of 3 other predictions are correct."""
     y = torch.arange(24).reshape(4, 6) % 3
     scores = nn.functional.one_hot((y + (y == 2)) % 3, 5).movedim(-1, 1).float()
     y[:, ::2] = ignored
@@ -564,7 +577,7 @@ def test_accuracy_where_no_target_counts():
 
 @pytest.mark.parametrize("scores_kept", [1, 31, 40, SCORES])
 def test_meter_counts_right_predictions_however_many_it_keeps(scores_kept, monkeypatch):
-    """Also where the same memory is used for every batch, and where shapes change on the way."""
+    """The count is right if every batch uses the same memory, and if shapes change."""
     monkeypatch.setattr(metrics, "SCORES", scores_kept)
     meter, right, judged = Meter(), 0, 0
     memory = torch.empty(5, 3), torch.empty(5, dtype=torch.long)
@@ -594,7 +607,7 @@ def test_meter_weighs_batches_by_their_samples():
 
 
 def test_trainer_and_data_know_nothing_of_operators():
-    """They work with any module and any loss: of this package they import themselves and what needs no torch."""
+    """They work with any module and any loss: they import each other, and modules that need no torch."""
     root = Path(dlkernels.trainer.__file__).parent.parent
     plain = ("atomic", "choices", "extras")
     allowed = {"trainer": ("trainer", "data", *plain), "data": ("data", *plain)}

@@ -59,7 +59,7 @@ def test_accumulated_batches_are_one_large_batch(known_length):
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_clipping(dtype):
-    """With SGD at a rate of 1 an update is the gradient; a loss scaler's factor must be out of it by then."""
+    """With SGD at a rate of 1 an update equals the gradient, without the factor of the loss scaler."""
     model = plain(torch.float32)
     before = copy.deepcopy(list(model.parameters()))
     data = TensorLoader(X[:64] * 100, Y[:64], batch_size=64)
@@ -82,7 +82,7 @@ def test_float16_scales_the_loss_and_leaves_out_an_update_that_overflowed():
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"clip_norm": 1.0}])
 @pytest.mark.parametrize("made", [sgd, torch.optim.SGD])  # fused, and not: the one, or the scaler, leaves the step out
 def test_an_update_that_the_scaler_leaves_out_is_none(made, options):
-    """Three of them have an infinite gradient."""
+    """Three batches have an infinite gradient."""
     model = plain(torch.float32)
     optimizer = made(model.parameters(), lr=0.1)
     scheduler = schedule(optimizer, "linear", updates=100)
@@ -278,7 +278,7 @@ def test_monitor():
 
 
 def test_no_direction_is_guessed_from_a_name(tmp_path):
-    """Of a metric that does not say it, or of a number from a callback; before the first batch."""
+    """The direction of a metric without one, or of a callback's number, is asked for before the first batch."""
     for name in ("val_mae", "val_wer", "mse", "nll", "score", "val_inaccuracy", "gloss"):
         for options in (
             {"callbacks": [EarlyStopping(name)]},
@@ -317,7 +317,7 @@ class Says:
 )
 @pytest.mark.parametrize("name", ["mae", "error", "accuracy"])
 def test_a_metric_says_its_direction(tmp_path, name, higher, values, best):
-    """Also against its name."""
+    """A declared direction overrules the name."""
     monitor = f"val_{name}"
     stopper, kept = EarlyStopping(monitor, patience=2), Checkpoints(tmp_path, monitor=monitor)
     trainer = make(metrics={name: Says(higher, *values)}, callbacks=[stopper], checkpoint=kept)
@@ -370,7 +370,7 @@ def test_torchmetrics_in_validation():
     assert sum(map(sum, row["val_confusion"])) == len(SPLITS.test_y)  # of this epoch only
 
 
-# --- all of it through a stop ---
+# --- all options together, interrupted ---
 
 
 def everything(**options) -> Trainer:
@@ -418,7 +418,7 @@ def test_a_checkpoint_with_another_set_of_parts_is_refused(tmp_path):
         other.load(tmp_path / "run.pt")
 
 
-# --- the whole step as a CUDA graph ---
+# --- the step as a CUDA graph ---
 
 
 def test_graphed_steps_are_the_same_steps(graphs_on_the_cpu):
@@ -481,7 +481,7 @@ def test_graphed_training_on_a_gpu(gpu):
     assert histories[0][-1]["accuracy"] > 0.8
 
 
-# --- what cannot be trained is said before, or in a sentence ---
+# --- errors that come early, in one sentence ---
 
 
 class Named(NamedTuple):
@@ -546,7 +546,7 @@ def test_clipping_needs_dense_gradients():
         train(model, [(Y, Y)], optimizer, clip_norm=1.0)
 
 
-# --- what a callback must not do within an epoch ---
+# --- calls that a callback must not make within an epoch ---
 
 
 class AtBatch(Callback):

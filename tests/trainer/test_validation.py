@@ -90,7 +90,7 @@ def test_find_lr_finds_what_is_known_and_leaves_no_trace(tmp_path):
 
 
 class Everything(nn.Module):
-    """A dropout and batch statistics that are frozen, a buffer that no state_dict has, and a part nobody trains."""
+    """A network with frozen dropout and batch statistics, a non-persistent buffer, and an untrained part."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ class Everything(nn.Module):
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("diverges", [False, True])
 def test_find_lr_leaves_a_model_as_it_was(mode, diverges):
-    """Modes, buffers and gradients too, and the parameters of a loss; whether it ends by itself or by a NaN."""
+    """Modes, buffers, gradients and the loss's parameters are restored too, also after a NaN."""
     model = Everything()
     if not mode:
         model.eval()
@@ -158,7 +158,7 @@ def curve(falls: list[float]) -> LearningRates:
 
 
 def test_find_lr_suggests_nothing_from_the_start_or_from_one_batch():
-    """A first batch that is an easy one, and one in between."""
+    """The first batch, and one in the middle, are easy."""
     falls = [0.0] * 99
     falls[0] = falls[30] = 2.0
     falls[58:65] = [0.5] * 7
@@ -208,7 +208,7 @@ def test_find_lr_leaves_a_tensor_where_it_is():
 
 
 def test_find_lr_tries_a_rate_per_update():
-    """Two batches of 32 whose gradients are put together are one of 64; an epoch's last 44 samples are two again."""
+    """Two accumulated batches of 32 equal one of 64; the last 44 samples of an epoch are two batches again."""
 
     def found(size, **options):
         torch.manual_seed(0)
@@ -219,7 +219,7 @@ def test_find_lr_tries_a_rate_per_update():
     small, large = found(32, accumulate=2), found(64)
     assert small.rates == large.rates
     assert len(small.losses) == 23
-    # The running loss is the mean over batches: the last of an epoch weighs less than its two parts do here.
+    # The running loss is a mean over batches: the last batch of an epoch weighs less than its two parts here.
     assert small.losses[:4] == pytest.approx(large.losses[:4], rel=1e-9)
     assert small.losses == pytest.approx(large.losses, rel=0.05)
 

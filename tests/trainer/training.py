@@ -18,7 +18,7 @@ VALIDATION = TensorLoader(SPLITS.test_x, SPLITS.test_y, batch_size=100)
 
 
 def network() -> nn.Module:
-    """With dropout and batch statistics, so that random state and buffers count."""
+    """A network with dropout and batch statistics, so that random state and buffers matter."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 10))
 
@@ -36,7 +36,7 @@ def make(data=None, model=None, **options) -> Trainer:
 
 
 def assert_same(first: Trainer, second: Trainer) -> None:
-    """Weights, buffers and optimizer state bit for bit; history but for the times."""
+    """Compare weights, buffers and optimizer state bit for bit, and the history without times."""
     for key, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[key]), key
     moments, others = (trainer.optimizer.state_dict()["state"] for trainer in (first, second))
