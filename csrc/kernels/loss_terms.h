@@ -12,14 +12,16 @@ struct Terms {
   V loss, grad_input, grad_var;
 };
 
-// (x - t)², with the gradient 2·(x - t).
+// (x - t)², with the gradient 2·(x - t). The 2 divides the divisor: doubled first, a large difference would overflow
+// although its share of a mean does not.
 template <class O, class V = typename O::T>
 struct SquaredError {
   static constexpr bool has_var = false;
+  static constexpr double grad_divisor = 0.5;  // kernels divide gradients by this times the call's divisor
   DLK_HD explicit SquaredError(const ElementwiseLoss&) {}
   DLK_HD Terms<V> operator()(V x, V t, V) const {
     const V d = x - t;
-    return {d * d, d + d, V{}};
+    return {d * d, d, V{}};
   }
 };
 
@@ -28,6 +30,7 @@ struct SquaredError {
 template <class O, class V = typename O::T>
 struct GaussianNLL {
   static constexpr bool has_var = true;
+  static constexpr double grad_divisor = 1;
   const V eps, constant;
   DLK_HD explicit GaussianNLL(const ElementwiseLoss& p) : eps(O::lit(p.eps)), constant(O::lit(p.constant)) {}
   DLK_HD Terms<V> operator()(V x, V t, V var) const {

@@ -29,6 +29,13 @@ def test_mse(dtype, reduction):
     judge.assert_no_worse()
 
 
+@ON_EVERY_DEVICE
+def test_mse_gradient_of_a_difference_whose_double_is_beyond_float32():
+    x = torch.tensor([3e38, -3e38, 1.0, 0.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(losses.mse_loss(x, torch.zeros(4)), x)
+    torch.testing.assert_close(grad, torch.tensor([1.5e38, -1.5e38, 0.5, 0.0]), rtol=1e-6, atol=0)
+
+
 def test_mse_broadcasts_with_torchs_warning():
     for a, b in (((4, 3), (3,)), ((3,), (4, 3)), ((4, 1), (1, 3)), ((), (5,))):
         x, t = torch.randn(a), torch.randn(b)

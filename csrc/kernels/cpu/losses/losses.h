@@ -54,7 +54,7 @@ void elementwise_slice(const ElementwiseLoss& p, int64_t slice) {
   using O = Ops<A>;
   using V = Vec<A>;
   const Loss loss(p);
-  const V divisor = O::lit(p.divisor);
+  const V divisor = O::lit(p.divisor * Loss::grad_divisor);
   ExactSum total;
   V block{};
   int64_t in_block = 0;

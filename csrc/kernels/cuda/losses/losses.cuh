@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kLossThreads) elementwise_loss_kernel(const El
   using A = Acc<T>;
   using O = Ops<A>;
   const Loss loss(p);
-  const A divisor = O::lit(p.divisor);
+  const A divisor = O::lit(p.divisor * Loss::grad_divisor);
   const bool x_in_packs = allows_packs<T, kWidth>(p.input), t_in_packs = allows_packs<T, kWidth>(p.target);
   const bool var_in_packs = allows_packs<T, kWidth>(p.var), loss_in_packs = allows_packs<T, kWidth>({p.loss, 0, 1});
   const bool dx_in_packs = allows_packs<A, kWidth>({p.grad_input, 0, 1});
