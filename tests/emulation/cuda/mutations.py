@@ -1,7 +1,8 @@
-"""Do the host tests see a broken CUDA kernel? ``python -m tests.emulation.cuda.mutations``
+"""Check that the host tests notice a broken CUDA kernel: ``python -m tests.emulation.cuda.mutations``
 
 Breaks the kernels in one place at a time (a barrier, a mask, an edge, an index) and runs the tests of that kernel,
-which must fail. Exit status 1 where a mutation lives. Half a minute each; names or numbers choose.
+which must fail. The exit status is 1 if they pass with a mutation. A mutation takes half a minute; arguments choose
+mutations by file name or number.
 """
 
 import json
@@ -14,7 +15,7 @@ from tests.emulation.cuda import library
 
 
 class Mutation(NamedTuple):
-    """``old`` stands in ``file`` (in csrc) once."""
+    """Replaces ``old``, which occurs once in ``file`` (in csrc), by ``new``."""
 
     file: str
     old: str
@@ -28,7 +29,7 @@ FUSED_MLP, OPS = "test_cuda_fused_mlp.py", "test_cuda_ops.py::test_run[layers]"
 LINEAR = "test_cuda_ops.py::test_run[loss-in-blocks]"
 PRODUCTS = ("kernels/cuda/gemm/simt/simt_gemm.cu", "kernels/cuda/gemm/mma/mma_gemm.cu")
 GRAD_PASS_AND_LOSSES = ("kernels/cuda/elementwise/grad_pass.cu", "kernels/cuda/losses/losses.cu")
-# What each of them needs compiled.
+# The files that each of them has to compile.
 FILES = {
     GEMM: (*PRODUCTS, "kernels/cuda/elementwise/act_pass.cu", "entry_gemm.cpp"),
     PASS: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
@@ -125,7 +126,7 @@ def survives(mutation: Mutation) -> bool:
     ]
     environment = os.environ | {library.MUTATION: json.dumps([*mutation[:3], files])}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    # A test must have failed, or, below 0, a check of tests/emulation/cuda have ended the process.
+    # 1: a test failed. Below 0: a check of tests/emulation/cuda ended the process.
     broken = any(sign in run.stdout for sign in ("CalledProcessError", "undefined symbol", "AssertionError: '"))
     if broken or run.returncode > 1:
         raise RuntimeError(f"{mutation.file}: the mutation did not compile, or the tests did not run:\n{run.stdout}")
