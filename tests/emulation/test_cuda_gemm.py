@@ -63,8 +63,8 @@ def kernels():
 
 def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, below=None, wants=(), splits=1, aligned=False):
     """Return c = A · B (csrc/kernels/params.h), and those of "z", "row_sum", "column_sum", "mask" named in ``wants``,
-    in new guarded memory. ``saved`` and ``below`` may be activation masks (uint8). ``saved`` is then a view in bits, with
-    the strides of a contiguous y, transposed where A is."""
+    in new guarded memory. ``saved`` and ``below`` may be activation masks (uint8). ``saved`` is then a view in bits,
+    with the strides of a contiguous y, transposed where A is."""
     (m, k), n = a.shape, b.shape[1] if b is not None else 0
     call = Call(kernels, aligned)
     outputs = {"c": call.output(m, n, dtype=a.dtype)}

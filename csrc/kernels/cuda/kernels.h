@@ -43,8 +43,10 @@ bool mma_takes_fast(const View& operand, DType dtype);
 // 256 columns; a tile has 128 rows. It has not run on a GPU yet.
 //
 // hopper_takes: C and k are not empty, there is no `saved` and no row sum, and the operands are laid out as in forward,
-// dgrad or wgrad of contiguous tensors, 16-byte aligned, with rows a multiple of 8 elements apart. hopper_available:
-// the current device and the library can run it; otherwise hopper_gemm returns cudaErrorNoKernelImageForDevice.
+// dgrad or wgrad of contiguous tensors, 16-byte aligned, with rows a multiple of 8 elements apart.
+//
+// hopper_available: the current device and the library can run it; otherwise hopper_gemm returns
+// cudaErrorNoKernelImageForDevice.
 cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream);
 bool hopper_takes(const Gemm& p);
 bool hopper_available();
@@ -99,9 +101,9 @@ cudaError_t cross_entropy(const CrossEntropy& p, cudaStream_t stream);
 cudaError_t count_targets(const CrossEntropy& p, cudaStream_t stream);
 
 // ---- the fused MLP -------------------------------------------------------------------------------------------------
-// Layers of 1 to 128 features each, in bf16, fp16 or fp32 (exact, no TF32), where all weights fit in the shared memory
-// of a block, and in backward one layer and some rows do. How layers and rows are divided depends on the shapes and on
-// the device alone, so the same inputs give the same bits.
+// Layers of 1 to 128 features each, in bf16, fp16 or fp32 (exact, no TF32). In forward all weights must fit in the
+// shared memory of a block, in backward one layer and a block of its rows. How layers and rows are divided depends on
+// the shapes and on the device alone, so the same inputs give the same bits.
 
 // Return whether the current device can run forward and backward of p.
 bool fused_mlp_takes(const FusedMlp& p, DType dtype);

@@ -49,10 +49,12 @@ DLK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// D[16, 8] += A[16, K] · B[K, 8] by a warp, K = 16 elements of 16 bits or 8 of tf32, sums in f32. With g = lane / 4, t
-// = lane % 4 and a register holding 4 bytes of a row: a[0] A[g][t], a[1] A[g + 8][t], a[2] A[g][t + 4], a[3] A[g + 8][t
-// + 4]; b[0] B[t][g], b[1] B[t + 4][g], where t counts registers along k; d[0], d[1] D[g][2t], D[g][2t + 1]; d[2], d[3]
-// the same in row g + 8.
+// D[16, 8] += A[16, K] · B[K, 8] by a warp, K = 16 elements of 16 bits or 8 of tf32, sums in f32. With g = lane / 4,
+// t = lane % 4, and registers that hold 4 bytes of a row, where t counts registers along k, a lane has
+//
+//   a[0] A[g][t]   a[1] A[g + 8][t]   a[2] A[g][t + 4]   a[3] A[g + 8][t + 4]
+//   b[0] B[t][g]   b[1] B[t + 4][g]
+//   d[0], d[1] D[g][2t], D[g][2t + 1]   d[2], d[3] the same in row g + 8
 DLK_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bf16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "

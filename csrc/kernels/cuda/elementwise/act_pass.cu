@@ -4,8 +4,8 @@
 namespace dlk::cuda {
 namespace {
 
-constexpr int kActThreads =
-    256;  // 4 blocks per SM are 64 registers a thread; sm_100a would take 32 and spill the erf of f64
+// 4 blocks per SM are 64 registers a thread. Without a bound sm_100a takes 32 and spills the erf of f64.
+constexpr int kActThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kActThreads, 4) act_pass_kernel(const ActPass p) {

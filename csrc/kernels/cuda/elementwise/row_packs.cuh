@@ -16,12 +16,12 @@ DLK_DEVICE bool allows_packs(const View& v) {
   return v.col_stride == 1 && v.row_stride % kWidth == 0 && reinterpret_cast<uintptr_t>(v.data) % kBytes == 0;
 }
 
-// Load the first `left` of kWidth elements; the others are 0. `in_packs` is allows_packs(v).
+// Load the first `valid` of kWidth elements; the others are 0. `in_packs` is allows_packs(v).
 template <class T, int kWidth>
-DLK_DEVICE void load_packs(const View& v, int64_t row, int64_t col, bool in_packs, int64_t left,
+DLK_DEVICE void load_packs(const View& v, int64_t row, int64_t col, bool in_packs, int64_t valid,
                            Acc<T> (&out)[kWidth]) {
   const T* from = static_cast<const T*>(v.data) + row * v.row_stride + col * v.col_stride;
-  if (in_packs && left >= kWidth) {
+  if (in_packs && valid >= kWidth) {
     constexpr int kCount = kPackOf<T, kWidth>;
 #pragma unroll
     for (int piece = 0; piece < kWidth; piece += kCount) {
@@ -31,15 +31,15 @@ DLK_DEVICE void load_packs(const View& v, int64_t row, int64_t col, bool in_pack
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) out[e] = e < left ? widen(from[e * v.col_stride]) : Acc<T>(0);
+    for (int e = 0; e < kWidth; ++e) out[e] = e < valid ? widen(from[e * v.col_stride]) : Acc<T>(0);
   }
 }
 
-// Store the first `left` of kWidth elements to contiguous memory. `in_packs` is allows_packs of it.
+// Store the first `valid` of kWidth elements to contiguous memory. `in_packs` is allows_packs of it.
 template <class T, int kWidth>
-DLK_DEVICE void store_packs(void* to, int64_t at, bool in_packs, int64_t left, const Acc<T> (&v)[kWidth]) {
+DLK_DEVICE void store_packs(void* to, int64_t at, bool in_packs, int64_t valid, const Acc<T> (&v)[kWidth]) {
   T* out = static_cast<T*>(to) + at;
-  if (in_packs && left >= kWidth) {
+  if (in_packs && valid >= kWidth) {
     constexpr int kCount = kPackOf<T, kWidth>;
 #pragma unroll
     for (int piece = 0; piece < kWidth; piece += kCount) {
@@ -51,7 +51,7 @@ DLK_DEVICE void store_packs(void* to, int64_t at, bool in_packs, int64_t left, c
   } else {
 #pragma unroll
     for (int e = 0; e < kWidth; ++e)
-      if (e < left) narrow(v[e], out + e);
+      if (e < valid) narrow(v[e], out + e);
   }
 }
 

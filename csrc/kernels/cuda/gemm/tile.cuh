@@ -23,7 +23,7 @@ DLK_HD TileAt tile_at(int64_t tile, int64_t tiles_m, int64_t tiles_n) {
 template <class T, int kCols>
 struct Strip {
   static constexpr int kWidth = kPack<T>, kLanesPerRow = kCols / kWidth, kRowsAtOnce = 32 / kLanesPerRow;
-  static constexpr int kPitch = kCols + 4;  // 4 floats of padding to_shared neighbouring rows in other banks
+  static constexpr int kPitch = kCols + 4;  // 4 floats of padding put neighbouring rows in different banks
   static constexpr int kBytes = 16 * kPitch * static_cast<int>(sizeof(float));
   static_assert(32 % kLanesPerRow == 0 && 16 % kRowsAtOnce == 0);
 

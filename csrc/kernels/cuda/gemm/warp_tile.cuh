@@ -15,10 +15,8 @@ constexpr int kStrip = 16;  // rows
 template <class T, int kUnits, bool kAAlongK, bool kBAlongK, int kStrips = 1>
 struct WarpTile {
   static constexpr bool kMma = sizeof(T) == 2;
-  static constexpr int kStep = kMma ? 16 : 4;  // steps of k at once
-  static constexpr int kNeighbours = kMma       ? 2
-                                     : kBAlongK ? 1
-                                                : 4;  // how many of the four sums of a unit are neighbouring columns
+  static constexpr int kStep = kMma ? 16 : 4;                      // steps of k at once
+  static constexpr int kNeighbours = kMma ? 2 : kBAlongK ? 1 : 4;  // neighbouring columns among the four sums of a unit
   static constexpr int kRows = kStrips * kStrip, kColumns = kUnits * kUnitColumns;
   static_assert(kColumns % kPadding<T> == 0);
   using Sums = float[kStrips * kUnits][4];
