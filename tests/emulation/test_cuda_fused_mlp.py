@@ -1,7 +1,8 @@
-"""The CUDA chain kernels, executed without a GPU (tests/emulation/cuda), against float64.
+"""The fused MLP kernels on CUDA, executed without a GPU (tests/emulation/cuda), against float64.
 
-What one layer hands to the next is rounded to the dtype. Forward is therefore held against each layer's own input, as
-the kernel kept it. Backward's rounded dz are not seen: their errors are carried through the reference as bounds.
+The output of a layer is rounded to the dtype before the next layer reads it. Forward is therefore compared layer by
+layer, from the input that the kernel stored. The rounded dz of backward are not visible, so the reference carries their
+errors along as bounds.
 """
 
 import ctypes
@@ -15,10 +16,10 @@ from tests.emulation.cuda.library import kernels as compiled_kernels
 from tests.emulation.test_cuda_gemm import ACTIVATIONS, GRADIENT_FROM_Y, SLOPE
 
 OF_DTYPES = pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d)[6:])
-H100, A100, SMALL = 227 * 1024, 163 * 1024, 99 * 1024  # what a block may take of shared memory
-# (sizes, rows, multiprocessors): of one to five layers, with rows for one block and for several, blocks cut short, and
-# widths that 16 bytes divide and do not
-CHAINS = [
+H100, A100, SMALL = 227 * 1024, 163 * 1024, 99 * 1024  # the shared memory that a block may take
+# (sizes, rows, multiprocessors): one to five layers, rows for one block and for several, partial blocks, and widths
+# that are a multiple of 16 bytes or not
+NETWORKS = [
     ([1, 1], 1, 1),
     ([3, 10], 7, 2),
     ([128, 128], 130, 1),
@@ -28,7 +29,7 @@ CHAINS = [
     ([10, 64, 64, 64, 16], 130, 1),
     ([128, 100, 1, 33, 16, 3], 300, 1),
 ]
-OF_CHAINS = pytest.mark.parametrize(("sizes", "rows", "sms"), CHAINS, ids=lambda v: str(v).replace(", ", "-"))
+OF_NETWORKS = pytest.mark.parametrize(("sizes", "rows", "sms"), NETWORKS, ids=lambda v: str(v).replace(", ", "-"))
 MIXED = ["relu", "gelu", "none", "tanh", "silu"]
 
 
@@ -78,7 +79,7 @@ def pretend(kernels, shared, sms):
 
 
 class Network:
-    """Operands of a chain and the calls on it. Memory is guarded, outputs begin as NaN."""
+    """The operands of a fused MLP, and the calls on it. Memory is guarded, and outputs are filled with NaN."""
 
     def __init__(self, kernels, sizes, rows, dtype, acts=None, *, bias=True):
         self.kernels, self.dtype, self.rows, self.pairs = kernels, dtype, rows, list(pairwise(sizes))
@@ -99,25 +100,25 @@ class Network:
             layer.act = Activation(list(ACTIVATIONS).index(act), SLOPE)
         return FusedMlp(self.rows, len(layers), layers, view(call, self.x)), layers
 
-    def _call(self, function, chain):
-        status = function(ctypes.byref(chain), DTYPES.index(self.dtype))
+    def _call(self, function, mlp):
+        status = function(ctypes.byref(mlp), DTYPES.index(self.dtype))
         assert status != ILLEGAL_ADDRESS, "touched memory beyond its operands"
         assert status == 0
 
     def ask(self, question):
-        """fused_mlp_takes, fused_mlp_slices or fused_mlp_partials of it."""
-        chain, _ = self.description(Call(self.kernels))
-        return getattr(self.kernels, f"fused_mlp_{question}")(ctypes.byref(chain), DTYPES.index(self.dtype))
+        """Return fused_mlp_takes, fused_mlp_slices or fused_mlp_partials of this network."""
+        mlp, _ = self.description(Call(self.kernels))
+        return getattr(self.kernels, f"fused_mlp_{question}")(ctypes.byref(mlp), DTYPES.index(self.dtype))
 
     def launches_several(self):
-        """Whether backward has to hand on anything: memory beyond the partial sums."""
+        """Return whether backward has several launches, which need memory beyond the partial sums."""
         sums = self.ask("slices") * sum(n * k + n for k, n in self.pairs)
         return self.ask("partials") > sums + 3
 
     def forward(self, *, keep=True, masks=None):
-        """h and z of every layer, None where not kept. To a list ``masks`` that of each layer is added."""
+        """Return h and z of every layer, None where not stored. Appends the mask of each layer to a list ``masks``."""
         call = Call(self.kernels)
-        chain, layers = self.description(call)
+        mlp, layers = self.description(call)
         h, z = [None] * len(layers), [None] * len(layers)
         for i, layer in enumerate(layers):
             layer.bias = call.pointer(self.biases[i]).value
@@ -131,15 +132,15 @@ class Network:
                 pointer, mask = call.output(self.rows, layer.n // 8, dtype=torch.uint8)
                 layer.mask = pointer.value
                 masks.append(mask)
-        self._call(self.kernels.fused_mlp_forward, chain)
+        self._call(self.kernels.fused_mlp_forward, mlp)
         if masks is not None:
             masks[:] = [mask.clone() for mask in masks]
         return [t if t is None else t.clone() for t in h], [t if t is None else t.clone() for t in z]
 
     def backward(self, h, z, wanted=None, mask=None):
-        """The gradients named in ``wanted``, all by default: "dx", "dweight0", "dbias0", … ``mask`` of one layer."""
+        """Return the gradients named in ``wanted``, or all: "dx", "dweight0", "dbias0", … ``mask`` is for one layer."""
         call = Call(self.kernels, aligned=mask is not None)
-        chain, layers = self.description(call)
+        mlp, layers = self.description(call)
         outputs = {}
 
         def output(name, *shape):
@@ -149,20 +150,20 @@ class Network:
             return pointer.value
 
         for i, layer in enumerate(layers):
-            # y only where its gradient reads it
+            # y only where act' reads it
             reads_h = i + 1 < len(layers) or (self.saves_y(i) and self.acts[i] != "none")
             layer.h = call.pointer(h[i] if reads_h else None).value
             layer.z = call.pointer(z[i]).value
             layer.mask = call.pointer(mask).value
             layer.dweight = output(f"dweight{i}", layer.n, layer.k)
             layer.dbias = output(f"dbias{i}", layer.n)
-        chain.dx = output("dx", self.rows, layers[0].k)
-        chain.grad_y = view(call, self.g)
-        chain.slices = self.kernels.fused_mlp_slices(ctypes.byref(chain), DTYPES.index(self.dtype))
-        size = self.kernels.fused_mlp_partials(ctypes.byref(chain), DTYPES.index(self.dtype))
+        mlp.dx = output("dx", self.rows, layers[0].k)
+        mlp.grad_y = view(call, self.g)
+        mlp.slices = self.kernels.fused_mlp_slices(ctypes.byref(mlp), DTYPES.index(self.dtype))
+        size = self.kernels.fused_mlp_partials(ctypes.byref(mlp), DTYPES.index(self.dtype))
         pointer, _ = call.output(size, dtype=torch.float32)
-        chain.partials = pointer.value
-        self._call(self.kernels.fused_mlp_backward, chain)
+        mlp.partials = pointer.value
+        self._call(self.kernels.fused_mlp_backward, mlp)
         return {name: t.clone() for name, t in outputs.items()}
 
     def check_forward(self, h, z):
@@ -180,12 +181,12 @@ class Network:
             before = h[i]
 
     def check_backward(self, got, h, z):
-        """Every gradient against float64; ``bound`` is what dz may be off by, from its own rounding and from above."""
+        """Compare every gradient with float64. ``bound``: the error of dz, from its rounding and from layers above."""
         f32, unit = torch.finfo(torch.float32).eps, torch.finfo(self.dtype).eps
         least = torch.finfo(self.dtype).smallest_normal
 
         def through(i, pre, bound):
-            """dz = pre · act', and its bound."""
+            """Return dz = pre · act' and its bound."""
             slope = derivative(self.acts[i], h[i], z[i])
             dz = pre * slope
             bound = bound * slope.abs() + 32 * f32 * pre.abs() * (slope.abs() + 3)  # terms of act' cancel
@@ -218,7 +219,7 @@ def view(call, t):
 
 
 def derivative(act, y, z):
-    """act' in float64, from what forward kept."""
+    """Return act' in float64, computed from the tensor that forward saved."""
     if ACTIVATIONS[act][1]:
         one = torch.ones_like(y, dtype=torch.float64)
         return GRADIENT_FROM_Y[act](one, y.double())
@@ -227,8 +228,8 @@ def derivative(act, y, z):
 
 
 @OF_DTYPES
-@OF_CHAINS
-def test_chain(kernels, sizes, rows, sms, dtype):
+@OF_NETWORKS
+def test_network(kernels, sizes, rows, sms, dtype):
     pretend(kernels, H100, sms)
     network = Network(kernels, sizes, rows, dtype)
     assert network.ask("takes")
@@ -247,7 +248,7 @@ def test_chain(kernels, sizes, rows, sms, dtype):
     ids=lambda v: f"{v[0]}-{v[1]}",
 )
 def test_one_layer(kernels, sizes, dtype):
-    """More blocks of rows than stages; tiles of dweight that one warp sums, or several, and warps that have none."""
+    """There are more blocks of rows than stages. One warp or several sum a tile of dweight; some warps have none."""
     for shared, rows in ((H100, 600), (A100, 333)):
         pretend(kernels, shared, 2)
         network = Network(kernels, sizes, rows, dtype, ["tanh"])
@@ -259,7 +260,7 @@ def test_one_layer(kernels, sizes, dtype):
 @OF_DTYPES
 @pytest.mark.parametrize("acts", [["relu", "none"], ["relu", "silu"], ["gelu", "none"], ["gelu", "silu"]], ids="-".join)
 def test_layers_one_by_one(kernels, acts, dtype):
-    """Masks of a layer's own and of the one below it: none, its input, z, and both z."""
+    """act' of a layer and of the layer below reads nothing, the input, one z, or two z."""
     sizes = [128] * 3 if dtype == torch.float32 else [120, 128, 128]
     pretend(kernels, H100, 1)
     network = Network(kernels, sizes, 260, dtype, acts)
@@ -283,8 +284,8 @@ def test_every_activation(kernels, act, dtype):
 
 
 @OF_DTYPES
-def test_a_chain_in_several_launches(kernels, dtype):
-    """A block of the small device holds few layers at a time: what one launch hands to the next goes through memory."""
+def test_an_mlp_in_several_launches(kernels, dtype):
+    """A block of the small device holds few layers, so dz goes through memory from one launch to the next."""
     sizes = [40, 64, 33, 48, 64] if dtype != torch.float32 else [20, 32, 33, 16, 32]
     acts = ["relu", "silu", "none", "relu"]
     whole = Network(kernels, sizes, 140, dtype, acts)
@@ -301,7 +302,7 @@ def test_a_chain_in_several_launches(kernels, dtype):
         assert torch.equal(apart["dx"], together["dx"])
 
 
-def test_which_chains_are_taken(kernels):
+def test_which_networks_are_taken(kernels):
     def takes(sizes, dtype=torch.bfloat16):
         return Network(kernels, sizes, 1, dtype, ["relu"] * (len(sizes) - 1)).ask("takes")
 
@@ -351,7 +352,7 @@ def test_some_gradients(kernels, acts, dtype):
 
 @OF_DTYPES
 def test_strides(kernels, dtype):
-    """x, weights and grad_y however they lie: element by element where 16 bytes at a time is impossible."""
+    """x, weights and grad_y may have any strides. Where 16-byte reads are impossible, elements are read one by one."""
     pretend(kernels, H100, 1)
 
     def spread(t):
@@ -375,7 +376,7 @@ def test_strides(kernels, dtype):
             got = network.backward(h, z)
             assert all(torch.equal(got[name], t) for name, t in want.items())
         row = Network(kernels, sizes, 70, dtype, ["tanh", "none"])
-        row.g = row.g[:1].expand(70, -1)  # as of a sum: rows of stride 0
+        row.g = row.g[:1].expand(70, -1)  # as the gradient of a sum: rows of stride 0
         row.check_backward(row.backward(h, z), h, z)
 
 
@@ -395,7 +396,7 @@ def test_same_bits_every_time(kernels, dtype):
 
 @OF_DTYPES
 def test_inf_and_nan_stay_in_their_rows(kernels, dtype):
-    """Odd widths: the zeros behind a row's end must not meet an Inf."""
+    """With odd widths, the zeros behind the end of a row must not be multiplied by an Inf."""
     pretend(kernels, H100, 1)
     inf, nan = float("inf"), float("nan")
     network = Network(kernels, [3, 33, 5], 40, dtype, ["relu", "none"])
@@ -408,12 +409,10 @@ def test_inf_and_nan_stay_in_their_rows(kernels, dtype):
     assert h[-1][others].isfinite().all()
     network.g[5, 1] = inf
     network.weights[1][:, 4] = nan
-    h[0][5] = 0.0  # closed gates: 0, even of an infinite gradient
+    h[0][5] = 0.0  # inactive units: 0, even with an infinite gradient
     got = network.backward(h, z, {"dx"})["dx"]
     assert (got[5] == 0).all()
-    network = Network(
-        kernels, [3, 33, 5], 37, dtype, ["none", "none"]
-    )  # 37: of a whole tile of 48 rows, 11 are not there
+    network = Network(kernels, [3, 33, 5], 37, dtype, ["none", "none"])  # 37: 11 rows of a tile of 48 do not exist
     network.x, network.g, network.weights = network.x.abs(), network.g.abs(), [w.abs() for w in network.weights]
     network.weights[1][0, 4] = inf
     got = network.backward(*network.forward(), {"dweight0"})["dweight0"]

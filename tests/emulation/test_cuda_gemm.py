@@ -1,4 +1,4 @@
-"""The CUDA products' arithmetic, executed without a GPU (tests/emulation/cuda), against float64."""
+"""The arithmetic of the CUDA products, executed without a GPU (tests/emulation/cuda), against float64."""
 
 import ctypes
 import itertools
@@ -34,7 +34,7 @@ ACTIVATIONS = {
     "tanh": (torch.tanh, True),
     "sigmoid": (torch.sigmoid, True),
 }
-# g · act'(·) from y, in float64
+# g · act' in float64, computed from y
 GRADIENT_FROM_Y = {
     "none": lambda g, y: g,
     "relu": lambda g, y: torch.where(y > 0, g, 0.0),
@@ -45,14 +45,14 @@ GRADIENT_FROM_Y = {
 # A path and the dtypes it takes. Tensor cores (mma, and the side of a block's tile) round float32 operands to TF32.
 SIDES = {"simt": 0, "mma64": 64, "mma128": 128}
 PATHS = [(path, dtype) for path in SIDES for dtype in DTYPES[path != "simt" :]]
-# The large tile shares its epilogue with the small one: two activations, one of y and one of z, reach all of it.
+# The large tile has the same epilogue as the small one. Two activations reach all of it: one reads y and one reads z.
 OF_PATHS_AND_ACTIVATIONS = pytest.mark.parametrize(
     ("path", "dtype", "act"),
     [(p, d, a) for p, d in PATHS for a in ACTIVATIONS if p != "mma128" or a in ("relu", "gelu")],
     ids=lambda v: str(v).removeprefix("torch."),
 )
 OF_PATHS = pytest.mark.parametrize(("path", "dtype"), PATHS, ids=[f"{p}-{str(d)[6:]}" for p, d in PATHS])
-# the last three are whole tiles of 16-byte rows, which the tensor-core kernels bring asynchronously
+# the last three are whole tiles of 16-byte rows, which the tensor-core kernels load asynchronously
 SHAPES = [(1, 1, 1), (7, 5, 3), (65, 63, 17), (130, 10, 40), (3, 129, 33), (64, 64, 32), (72, 136, 104), (16, 8, 160)]
 
 
@@ -61,10 +61,10 @@ def kernels():
     return compiled_kernels()
 
 
-def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, gate=None, wants=(), splits=1, aligned=False):
-    """c = A · B (see csrc/kernels/params.h), and of "z", "row_sum", "column_sum", "mask" those in ``wants``; fresh,
-    guarded memory. ``saved`` and ``gate`` may be masks: uint8, of which ``saved`` comes as if of contiguous y,
-    transposed where A is."""
+def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, below=None, wants=(), splits=1, aligned=False):
+    """Return c = A · B (csrc/kernels/params.h), and those of "z", "row_sum", "column_sum", "mask" named in ``wants``,
+    in new guarded memory. ``saved`` and ``below`` may be activation masks (uint8). ``saved`` is then a view in bits,
+    with the strides of a contiguous y, transposed where A is."""
     (m, k), n = a.shape, b.shape[1] if b is not None else 0
     call = Call(kernels, aligned)
     outputs = {"c": call.output(m, n, dtype=a.dtype)}
@@ -73,7 +73,7 @@ def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, gate=None, w
     outputs |= {name: call.output(*sizes[name], dtype=dtypes.get(name, a.dtype)) for name in wants}
     null = (None, None)
     partials, _ = call.output(max(splits * (m * n + m), -(-m // 32) * n), dtype=accumulator(a.dtype))
-    gate_saved, gate_act = gate or (None, "none")
+    below_saved, below_act = below or (None, "none")
     status = kernels.gemm(
         SIDES[path],
         DTYPES.index(a.dtype),
@@ -86,15 +86,15 @@ def gemm(kernels, path, a, b, act="none", *, saved=None, bias=None, gate=None, w
         call.pointer(bias),
         outputs["c"][0],
         outputs.get("z", null)[0],
-        call.pointer(gate_saved),
-        list(ACTIVATIONS).index(gate_act),
+        call.pointer(below_saved),
+        list(ACTIVATIONS).index(below_act),
         outputs.get("row_sum", null)[0],
         outputs.get("column_sum", null)[0],
         splits,
         partials,
         outputs.get("mask", null)[0],
         bits(saved),
-        bits(gate_saved),
+        bits(below_saved),
     )
     assert status != ILLEGAL_ADDRESS, "touched memory beyond its operands"
     assert status == 0
@@ -107,14 +107,14 @@ def bits(saved):
 
 
 def bit_view(call, mask, a):
-    """``mask`` [rows, features / 8] as the view of y that A, y's gradient or its transpose, has of it."""
+    """Return ``mask`` [rows, features / 8] as the view of y in the orientation of A, which is g or its transpose."""
     features = mask.shape[1] * 8
     strides = (features, 1) if a.shape[1] == features else (1, features)
     return [call.pointer(mask), *map(ctypes.c_int64, strides)]
 
 
 def gradient(act, g, saved):
-    """What forward saved of pre-activations ``saved``, and the exact g · act'."""
+    """Return the tensor that forward saves from preactivations ``saved``, and the exact g · act'."""
     function, saves_y = ACTIVATIONS[act]
     if saves_y:
         y = function(saved.double()).to(saved.dtype)
@@ -124,7 +124,7 @@ def gradient(act, g, saved):
 
 
 def operand_eps(path, dtype, *, made=False):
-    """What rounding the operands costs: TF32 for float32 on tensor cores (two operands); dz, made there in 16 bits."""
+    """Return the rounding error of the operands: TF32 for float32 on tensor cores, twice; dz made there in 16 bits."""
     if path == "simt":
         return 0.0
     return 2 * 2**-11 if dtype == torch.float32 else torch.finfo(dtype).eps * made
@@ -151,7 +151,7 @@ def test_backward(kernels, path, dtype, act):
         x, weight = tensor(m, k, dtype=dtype), tensor(n, k, dtype=dtype, seed=1)
         g = tensor(m, n, dtype=dtype, seed=3)
         saved, dz = gradient(act, g, tensor(m, n, dtype=dtype, seed=4))
-        margin = dz.abs() + g.double().abs()  # the activation's gradient cancels terms of the size of g
+        margin = dz.abs() + g.double().abs()  # terms of the size of g cancel in the gradient
         eps = operand_eps(path, dtype, made=True)
         dx = gemm(kernels, path, g, weight, act, saved=saved)
         assert_within(dx, dz @ weight.double(), margin @ weight.double().abs(), n, operand_eps=eps)
@@ -163,7 +163,7 @@ def test_backward(kernels, path, dtype, act):
 
 @OF_PATHS_AND_ACTIVATIONS
 def test_mask_of_the_layer_below(kernels, path, dtype, act):
-    """dgrad of a chain: dx times the derivative of the layer below, and that layer's dbias."""
+    """dgrad multiplies dx by act' of the layer below, and adds up the dbias of that layer."""
     for m, n, k in SHAPES:
         dz, weight = tensor(m, n, dtype=dtype), tensor(n, k, dtype=dtype, seed=1)
         dx = dz.double() @ weight.double()
@@ -172,7 +172,7 @@ def test_mask_of_the_layer_below(kernels, path, dtype, act):
         scale = scale * 3  # above |act'|
         eps = operand_eps(path, dtype)
         wants = ["column_sum"] if path != "simt" else []
-        got = gemm(kernels, path, dz, weight, gate=(saved, act), wants=wants)
+        got = gemm(kernels, path, dz, weight, below=(saved, act), wants=wants)
         assert_within(got[0] if wants else got, want, scale, n, operand_eps=eps)
         if wants:
             assert_within(got[1], want.sum(0), scale.sum(0), n + m, operand_eps=eps)
@@ -249,8 +249,8 @@ def test_nan_and_zero_as_in_torch(kernels, path, dtype):
     assert torch.equal(y.nan_to_num(5.0), torch.relu(x).nan_to_num(5.0))
     inf = float("inf")
     dx = gemm(kernels, path, torch.full_like(x, inf), one, "relu", saved=y)
-    assert dx.flatten().tolist() == [inf, inf, 0.0, 0.0]  # a closed gate gives 0, even of an infinite gradient
-    dx = gemm(kernels, path, torch.full_like(x, inf), one, gate=(y, "relu"))
+    assert dx.flatten().tolist() == [inf, inf, 0.0, 0.0]  # an inactive unit gives 0, even with an infinite gradient
+    dx = gemm(kernels, path, torch.full_like(x, inf), one, below=(y, "relu"))
     assert dx.flatten().tolist() == [inf, inf, 0.0, 0.0]
 
 
@@ -312,13 +312,13 @@ def test_route_where_nothing_was_measured(kernels, asked, path):
 
 
 def test_narrow_rows_of_odd_widths_are_read_as_one_run(kernels):
-    """Not 16 bytes at a time, but not an element at a time either."""
+    """Such rows cannot be read 16 bytes at a time, but they need not be read one element at a time either."""
     for in_rows, path in ((1, b"fused_mlp"), (0, b"cublas")):
         assert kernels.route(0, *map(ctypes.c_int64, (65536, 64, 33)), 2, 0, 0, in_rows, 90, 1, 1) == path
 
 
 def test_hopper_off_is_said(kernels):
-    """Of products that its kernel takes, where the device and the build have it."""
+    """The reason names products that the Hopper kernel would take on this device and in this build."""
     shape = [*map(ctypes.c_int64, (256, 256, 784))]
     for dtype, hopper, off in ((2, 1, True), (2, 0, False), (1, 1, False)):
         why = kernels.route_why(0, *shape, dtype, 0, 1, 1, 90, hopper, 0).decode()
@@ -337,6 +337,6 @@ def test_route_follows_the_measured_table():
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.file)
 def test_a_mutation_finds_its_place(mutation):
-    """`make mutations` takes half an hour: that it still breaks what it means to is seen here."""
+    """`make mutations` takes half an hour. This test shows that every mutation still finds its text in the sources."""
     (file,) = (path for path in CSRC.rglob("*") if path.match(mutation.file))
     assert file.read_text().count(mutation.old) == 1

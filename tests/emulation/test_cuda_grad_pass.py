@@ -25,7 +25,7 @@ def partials_of(kernels, dtype, m, n):
 
 
 def grad_pass(kernels, g, saved, act, *, dz=True, dbias=True, aligned=False):
-    """(dz, dbias), None where not asked for; all in guarded memory."""
+    """Return (dz, dbias), None where not asked for; all in guarded memory."""
     (m, n), call = g.shape, Call(kernels, aligned)
     null = (None, None)
     outputs = [
@@ -51,11 +51,11 @@ def grad_pass(kernels, g, saved, act, *, dz=True, dbias=True, aligned=False):
 
 def check(kernels, g, saved, act, want, **which):
     dz, dbias = grad_pass(kernels, g, saved, act, **which)
-    scale = want.abs() + g.double().abs()  # the activation's gradient cancels terms of the size of g
+    scale = want.abs() + g.double().abs()  # terms of the size of g cancel in the gradient
     if dz is not None:
         assert_within(dz, want, scale, 0)
     if dbias is not None:
-        assert_within(dbias, want.sum(0), scale.sum(0), 8)  # in float64 but for 2 rows at a time and the partials
+        assert_within(dbias, want.sum(0), scale.sum(0), 8)  # in float64, except for 2 rows at a time and the partials
     return dz, dbias
 
 
@@ -121,7 +121,7 @@ def test_nothing(kernels, dtype):
 
 @OF_DTYPES
 def test_dbias_is_of_unrounded_dz(kernels, dtype):
-    """1 - y² = 1 - 2⁻¹⁴ rounds to 1 in 16 bits; every second row is -1."""
+    """dz = 1 - 2⁻¹⁴ rounds to 1 in 16 bits. Rounded, it would cancel with the -1 of every second row."""
     g = torch.tensor([[1.0], [-1.0]], dtype=dtype).repeat(256, 8)
     y = torch.tensor([[2.0**-7], [0.0]], dtype=dtype).repeat(256, 8)
     assert (grad_pass(kernels, g, y, "tanh")[1] == -256 * 2.0**-14).all()
@@ -160,6 +160,6 @@ def test_slices_fill_a_device_and_stay_few(kernels, dtype, shape):
 
 @OF_DTYPES
 def test_few_rows_are_one_launch(kernels, dtype):
-    """256, 784→256 is bound by launches: four are allowed for a layer's step, and this pass is one."""
+    """The time of 256, 784→256 is spent in launches. A step of a layer may have four, and this pass is one of them."""
     assert partials_of(kernels, dtype, 256, 256) == 0
     assert partials_of(kernels, dtype, 512, 64) == 0

@@ -1,5 +1,5 @@
-"""The losses' CUDA kernels, executed without a GPU (tests/emulation/cuda), on the CPU losses' tests (test_losses_*.py):
-the ops beneath dlkernels.losses are replaced. What only CUDA does follows."""
+"""The CUDA kernels of the losses, executed without a GPU (tests/emulation/cuda). They pass the tests of the CPU losses
+(test_losses_*.py): the ops beneath dlkernels.losses are replaced. Tests of what only CUDA does follow."""
 
 import ctypes
 
@@ -31,8 +31,8 @@ from tests.support.losses_problems import DTYPES, INF, NAN, assert_like, class_p
 OPS = {f"_{name}": getattr(on_host, name) for name in ("mse_loss", "gaussian_nll_loss", "cross_entropy")}
 OF_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
-# Around every switch of losses.cu: how many threads share a row and how many classes they hold; a row too long for
-# shared memory; neighbouring threads across rows. Several blocks.
+# Sizes around every switch of losses.cu: how many threads share a row and how many classes they hold; a row too long
+# for shared memory; neighbouring threads across rows. There are several blocks.
 CLASS_SHAPES = [
     (1, 1), (70, 5), (3, 16), (300, 17), (2, 64), (9, 65), (3, 256), (2, 257), (2, 4099), (1, 12_288), (1, 33_000),
     (2, 3, 5), (3, 32, 17), (2, 5, 4, 6), (1, 200, 33), (110, 3, 2),
@@ -42,7 +42,7 @@ SHAPES = [(), (1,), (7,), (16,), (33,), (3, 5), (64, 17), (2, 3, 4, 5), (3, 2001
 
 @pytest.fixture
 def on_device():
-    """The kernels on the host take the CPU's tensors, whatever other device there is."""
+    """Use CPU tensors, which the kernels on the host take, also where there is another device."""
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def loss_and_grad(op, leaf, *others, **settings):
 
 
 def mixed(classes, dtype):
-    """Three rows that any number of classes can have, the middle one to be spoilt."""
+    """Return three rows of logits for any number of classes; tests put special values into the middle one."""
     return torch.randn(3, classes).to(dtype), torch.tensor([0, classes - 1, 0])
 
 
@@ -134,7 +134,7 @@ def test_negative_variance_is_nan(dtype):
 
 @OF_DTYPES
 def test_more_work_than_blocks(dtype):
-    """Blocks that take several steps, the last one in part; against float64, up to one rounding of the sum."""
+    """Blocks have several steps, of which the last is partial. Compared with float64, up to one rounding of the sum."""
     eps = torch.finfo(dtype).eps
     width = 16 // dtype.itemsize
     x, t = (torch.randn(1024 * 256 * width + 3).to(dtype) for _ in range(2))
@@ -174,9 +174,9 @@ def test_same_bits_every_time(dtype):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("classes", [3, 40, 200, 600, 5000])  # the last in several batches per thread
+@pytest.mark.parametrize("classes", [3, 40, 200, 600, 5000])  # the last one takes several batches per thread
 def test_steep_rows(classes):
-    """Rising and falling rows: the online sum is scaled down at every step, or never."""
+    """In rising rows the online sum is scaled down at every step, in falling rows never."""
     rising = torch.linspace(-300.0, 300.0, classes).repeat(2, 1)
     rising[1] = rising[1].flip(0)
     for x in (rising, rising.expand(2, -1)):
@@ -202,7 +202,7 @@ def test_infinities_that_only_some_threads_meet():
 
 @OF_DTYPES
 def test_the_end_of_aligned_memory(dtype, monkeypatch):
-    """The last run of 16 bytes is not whole: what lies behind it stays as it was."""
+    """The last 16 bytes are not all written, and the memory behind the tensor keeps its values."""
     monkeypatch.setattr(on_host, "ALIGNED", True)
     ends = []
 
@@ -218,4 +218,4 @@ def test_the_end_of_aligned_memory(dtype, monkeypatch):
     each, grad = on_host.mse_loss(x, t, on_host.NONE, True)
     assert not each.isnan().any()
     assert not grad.isnan().any()
-    assert [set(end) for end in ends] == [{0xFF}, {0xFF}]  # as guarded memory is made
+    assert [set(end) for end in ends] == [{0xFF}, {0xFF}]  # the value that guarded memory is filled with

@@ -1,6 +1,6 @@
-"""Mask bits on CUDA (csrc/kernels/cuda/mask.cuh), executed without a GPU (tests/emulation).
+"""Activation masks on CUDA (csrc/kernels/cuda/mask.cuh), executed without a GPU (tests/emulation).
 
-Forward's are those of the y beside them; from them each backward makes the bits that it makes from y itself.
+The masks of forward match the y that it stores. From a mask, every backward makes the same bits as from y itself.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from tests.emulation import test_cuda_fused_mlp as chain
+from tests.emulation import test_cuda_fused_mlp as fused_mlp
 from tests.emulation import test_cuda_grad_pass as grad_pass
 from tests.emulation import test_hopper as hopper
 from tests.emulation.cuda.library import DTYPES, Call, tensor
@@ -28,10 +28,10 @@ def kernels():
 
 
 def mask_of(y, act):
-    """By the definition: open is what act' does not close, which for relu is NaN too."""
-    open_ = y > 0 if act == "leaky_relu" else ~(y <= 0)
+    """Return the mask by its definition: a bit is 1 where act' is 1. For relu that includes NaN."""
+    active = y > 0 if act == "leaky_relu" else ~(y <= 0)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128])
-    return (open_.view(len(y), -1, 8) * weights).sum(-1).to(torch.uint8)
+    return (active.view(len(y), -1, 8) * weights).sum(-1).to(torch.uint8)
 
 
 def y_and_mask(m, n, act, dtype, seed):
@@ -67,7 +67,7 @@ def test_forward_behind_slices_of_k(kernels, path, dtype):
 @OF_PATHS
 @OF_DTYPES
 def test_what_rounds_to_zero_is_closed(kernels, path, dtype):
-    """As where the gradient reads y: 2⁻²⁰ · 2⁻²⁰ is 0 in float16, and not in bfloat16."""
+    """A y that rounds to 0 is inactive, as where backward reads y: 2⁻²⁰ · 2⁻²⁰ is 0 in float16, not in bfloat16."""
     small = torch.full((8, 8), 2.0**-20, dtype=dtype) * torch.eye(8, dtype=dtype)
     y, mask = gemm(kernels, path, small, small, "relu", wants=["mask"], aligned=True)
     assert torch.equal(mask, mask_of(y, "relu"))
@@ -103,7 +103,7 @@ def test_the_layer_below(kernels, path, dtype, act):
         y, mask = y_and_mask(m, k, act, dtype, 2)
         wants = ["column_sum"] if path != "simt" else []
         of_mask, of_y = (
-            gemm(kernels, path, dz, weight, gate=(saved, act), wants=wants, aligned=True) for saved in (mask, y)
+            gemm(kernels, path, dz, weight, below=(saved, act), wants=wants, aligned=True) for saved in (mask, y)
         )
         assert all(map(same_bits, of_mask, of_y)) if wants else same_bits(of_mask, of_y)
 
@@ -140,7 +140,7 @@ def test_act_pass(kernels, dtype, act):
         assert same_bits(y, same_y)
 
 
-# Rows of one and several blocks, cut short; widths that are multiples of 8 and not of 16; all tiles of dweight.
+# Rows of one block and of several, the last one partial; widths of 8 mod 16; all tiles of dweight.
 NARROW = [([3, 8], 7, 1), ([128, 128], 130, 1), ([40, 24], 300, 2), ([1, 120], 64, 1), ([100, 72], 1000, 3)]
 
 
@@ -148,40 +148,40 @@ NARROW = [([3, 8], 7, 1), ([128, 128], 130, 1), ([40, 24], 300, 2), ([1, 120], 6
 @OF_ACTIVATIONS
 @pytest.mark.parametrize(("sizes", "rows", "sms"), NARROW, ids=lambda v: str(v).replace(", ", "-"))
 def test_a_narrow_layer(kernels, sizes, rows, sms, act, dtype):
-    for shared in (chain.H100, chain.SMALL):
-        chain.pretend(kernels, shared, sms)
-        net = chain.Network(kernels, sizes, rows, dtype, [act])
+    for shared in (fused_mlp.H100, fused_mlp.SMALL):
+        fused_mlp.pretend(kernels, shared, sms)
+        net = fused_mlp.Network(kernels, sizes, rows, dtype, [act])
         masks = []
         (y,), z = net.forward(masks=masks)
         assert torch.equal(masks[0], mask_of(y, act))
         assert torch.equal(y, net.forward()[0][0])
         of_y, of_mask = net.backward([y], z), net.backward([None], z, mask=masks[0])
         assert all(same_bits(of_mask[name], of_y[name]) for name in of_y)
-        chain.pretend(kernels, chain.H100, 132)
+        fused_mlp.pretend(kernels, fused_mlp.H100, 132)
 
 
 @OF_DTYPES
-def test_every_layer_of_a_chain_may_have_one(kernels, dtype):
-    chain.pretend(kernels, chain.H100, 2)
-    net, masks = chain.Network(kernels, [16, 64, 24, 8], 100, dtype, ["relu", "leaky_relu", "relu"]), []
+def test_every_layer_of_an_mlp_may_have_one(kernels, dtype):
+    fused_mlp.pretend(kernels, fused_mlp.H100, 2)
+    net, masks = fused_mlp.Network(kernels, [16, 64, 24, 8], 100, dtype, ["relu", "leaky_relu", "relu"]), []
     h, z = net.forward(masks=masks)
     for y, mask, act in zip(h, masks, net.acts, strict=True):
         assert torch.equal(mask, mask_of(y, act))
-    with pytest.raises(AssertionError, match="1 == 0"):  # backward takes one layer's
+    with pytest.raises(AssertionError, match="1 == 0"):  # backward takes the mask of one layer
         net.backward(h, z, mask=masks[0])
-    chain.pretend(kernels, chain.H100, 132)
+    fused_mlp.pretend(kernels, fused_mlp.H100, 132)
 
 
-def test_chains_refuse_masks_that_no_byte_fits(kernels):
-    chain.pretend(kernels, chain.H100, 2)
+def test_fused_mlp_refuses_masks_that_no_byte_fits(kernels):
+    fused_mlp.pretend(kernels, fused_mlp.H100, 2)
     for sizes, dtype in (([16, 12], torch.bfloat16), ([16, 8], torch.float32)):
-        net = chain.Network(kernels, sizes, 9, dtype, ["relu"])
+        net = fused_mlp.Network(kernels, sizes, 9, dtype, ["relu"])
         (y,), z = net.forward()
         with pytest.raises(AssertionError, match="1 == 0"):
             net.forward(masks=[])
         with pytest.raises(AssertionError, match="1 == 0"):
             net.backward([None], z, mask=y.byte())
-    chain.pretend(kernels, chain.H100, 132)
+    fused_mlp.pretend(kernels, fused_mlp.H100, 132)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_hopper(hopper_kernels, tile, dtype):
         dz = tensor(m, n, dtype=dtype, seed=3)
         below, mask = y_and_mask(m, k, act, dtype, 4)
         of_mask, of_y = (
-            hopper.gemm(hopper_kernels, tile, dz, weight, gate=(saved, act), wants=["column_sum"])
+            hopper.gemm(hopper_kernels, tile, dz, weight, below=(saved, act), wants=["column_sum"])
             for saved in (mask, below)
         )
         assert all(map(same_bits, of_mask, of_y))

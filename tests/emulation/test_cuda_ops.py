@@ -1,5 +1,5 @@
-"""The CUDA ops, executed without a GPU (tests/emulation/cuda_ops): the tests that a GPU would run, on the CPU's
-tensors, by the CUDA kernels and the host code in front of them."""
+"""The CUDA ops, executed without a GPU (tests/emulation/cuda_ops). The tests that a GPU would run use CPU tensors here;
+the CUDA kernels and the host code in front of them run on the host."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 CHECKS, LOSS = "tests/emulation/cuda_ops/checks.py", "tests/ops/test_linear_cross_entropy.py"
 PATH, ROWS = "DLKERNELS_CUDA_GEMM", "DLKERNELS_LOSS_BLOCK_ROWS"
 
-# What is run, in processes of their own, the longest first: pytest's arguments, and the environment.
+# The runs, each in a process of its own, the longest first: arguments of pytest, and the environment.
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "what-a-gpu-would-run": (
         [
@@ -44,13 +44,13 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
         {},
     ),
 }
-# Every path, forced wherever it can be taken; elsewhere the dispatcher chooses another.
+# Every path is forced wherever it can be taken. Elsewhere planning chooses another.
 for path in ("hopper", "cublas", "mma", "simt"):
     RUNS[f"layers-{path}"] = [f"{CHECKS}::test_a_layer"], {PATH: path}
     RUNS[f"masks-{path}"] = ["tests/ops/test_masks.py", "-k", "as_from_y or alone"], {PATH: path}
 for path in ("hopper", "cublas"):  # what a block of rows adds to dweight; the others are taken as it is
     RUNS[f"loss-{path}"] = [LOSS, "-k", "oracle and mean and weighted"], {PATH: path, ROWS: "50"}
-RUNS["layers-chain"] = (
+RUNS["layers-fused-mlp"] = (
     [f"{CHECKS}::test_a_layer", "-k", "float32"],
     {PATH: "fused_mlp"},
 )  # by default 16 bits go that way
@@ -62,7 +62,7 @@ def library(tmp_path_factory):
 
 
 def run(library, arguments, environment) -> subprocess.CompletedProcess[str]:
-    """pytest with the plugin, on one core: kernels on the host have no use for more."""
+    """Run pytest with the plugin, on one core, because kernels on the host use only one."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin.__name__, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", plugin.LIBRARY: str(library)} | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -70,11 +70,11 @@ def run(library, arguments, environment) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def running(library, request):
-    """Those of RUNS that this session asks for, on all cores."""
+    """Start those of RUNS that this session asks for, on all cores."""
     chosen = {item.callspec.params["name"] for item in request.session.items if item.originalname == test_run.__name__}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {name: pool.submit(run, library, *RUNS[name]) for name in RUNS if name in chosen}
-        pool.shutdown(cancel_futures=True)  # after a failure nobody asks for the rest
+        pool.shutdown(cancel_futures=True)  # after a failure the other runs are not needed
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -84,7 +84,7 @@ def test_run(running, name):
 
 
 def test_no_kernel_is_no_proof(library):
-    """The plugin fails a run in which nothing was launched."""
+    """The plugin fails a run in which no kernel was launched."""
     done = run(library, ["tests/ops/test_forward_backward.py::test_empty[cpu-(0, 0, 0)]"], {})
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     assert "0 kernels were launched" in done.stdout

@@ -1,9 +1,9 @@
-"""The Hopper kernel (TMA, mbarriers, wgmma), executed without a GPU: csrc/kernels/cuda/gemm/hopper compiled with those
-instructions in plain C++ (tests/emulation/hopper), which follow the PTX ISA, against float64.
+"""The Hopper kernel (TMA, mbarriers, wgmma), executed without a GPU: csrc/kernels/cuda/gemm/hopper is compiled with
+these instructions in plain C++ (tests/emulation/hopper), which follow the PTX ISA, and compared with float64.
 
-Copies end in any order and late, products read shared memory early or late, and what is not there yet is NaN: a wrong
-descriptor, a missing wait, a stage given back too early or a deadlock of the ring show. What stays unproven here is
-what only the GPU does: its speed, and that it does what its manual says.
+Copies end in any order and late, products read shared memory early or late, and data that has not arrived is NaN. So a
+wrong descriptor, a missing wait, a stage that is released too early, and a deadlock of the ring make a test fail. Two
+things need a GPU: its speed, and the proof that it does what its manual says.
 """
 
 import ctypes
@@ -23,8 +23,8 @@ OF_KERNELS = pytest.mark.parametrize(
     list(itertools.product(TILES, [torch.bfloat16, torch.float16])),
     ids=lambda v: str(v).removeprefix("torch."),
 )
-# rows of C or steps of k (any number), and two extents that are multiples of 8: less than a tile; edges that no tile
-# divides, and a ring gone round; several tiles for each of the 3 processors
+# Rows of C or steps of k (any number), and two extents that are multiples of 8: less than a tile; partial tiles and
+# several rounds of the ring; several tiles for each of the 3 SMs.
 SHAPES = [(1, 8, 8), (130, 264, 520), (300, 520, 72)]
 
 
@@ -43,9 +43,9 @@ def kernels():
     return compile_kernels()
 
 
-def gemm(kernels, tile, a, b, act="none", *, bias=None, gate=None, wants=(), splits=1, saved=None, row_sum=None):
-    """c = A · B (csrc/kernels/params.h), and of "z", "column_sum" those in ``wants``; or None where hopper_takes
-    says no."""
+def gemm(kernels, tile, a, b, act="none", *, bias=None, below=None, wants=(), splits=1, saved=None, row_sum=None):
+    """Return c = A · B (csrc/kernels/params.h), and those of "z", "column_sum" that are in ``wants``; None where
+    hopper_takes is false."""
     (m, k), n = a.shape, b.shape[1]
     call = Call(kernels)
     outputs = {"c": call.output(m, n, dtype=a.dtype)}
@@ -53,7 +53,7 @@ def gemm(kernels, tile, a, b, act="none", *, bias=None, gate=None, wants=(), spl
     dtypes = {"mask": torch.uint8}
     outputs |= {name: call.output(*sizes[name], dtype=dtypes.get(name, a.dtype)) for name in wants}
     partials, _ = call.output(max(splits * m * n, -(-m // 64) * n), dtype=torch.float32)
-    gate_saved, gate_act = gate or (None, "none")
+    below_saved, below_act = below or (None, "none")
     null = (None, None)
     takes = ctypes.c_int()
     status = kernels.hopper_gemm(
@@ -67,15 +67,15 @@ def gemm(kernels, tile, a, b, act="none", *, bias=None, gate=None, wants=(), spl
         call.pointer(bias),
         outputs["c"][0],
         outputs.get("z", null)[0],
-        call.pointer(gate_saved),
-        list(ACTIVATIONS).index(gate_act),
+        call.pointer(below_saved),
+        list(ACTIVATIONS).index(below_act),
         outputs.get("column_sum", null)[0],
         splits,
         partials,
         call.pointer(saved),
         call.pointer(row_sum),
         outputs.get("mask", null)[0],
-        bits(gate_saved),
+        bits(below_saved),
         ctypes.byref(takes),
     )
     assert status != ILLEGAL_ADDRESS, "touched memory beyond its operands"
@@ -105,7 +105,7 @@ def test_dgrad_with_the_mask_of_the_layer_below(kernels, tile, dtype):
         dx = dz.double() @ weight.double()
         saved, want = gradient(act, dx, tensor(m, k, dtype=dtype, seed=2))
         scale = dz.double().abs() @ weight.double().abs() * 3  # above |act'|
-        got, column_sum = gemm(kernels, tile, dz, weight, gate=(saved, act), wants=["column_sum"])
+        got, column_sum = gemm(kernels, tile, dz, weight, below=(saved, act), wants=["column_sum"])
         assert_within(got, want, scale, n)
         assert_within(column_sum, want.sum(0), scale.sum(0), n + m)
 
@@ -128,7 +128,7 @@ def test_epilogue_behind_slices_of_k(kernels, tile, dtype):
 
 @pytest.mark.parametrize("tile", TILES)
 def test_rows_of_c_of_any_length(kernels, tile):
-    """Only operands need aligned rows; here they have a pitch."""
+    """Only the operands need aligned rows, so here they have a pitch."""
     x, weight = tensor(70, 96, dtype=torch.float16)[:, :88], tensor(45, 96, dtype=torch.float16, seed=1)[:, :88]
     bias = tensor(45, dtype=torch.float16, seed=2)
     got, z = gemm(kernels, tile, x, weight.T, bias=bias, wants=["z"])
@@ -166,14 +166,14 @@ def test_is_available_on_hopper_alone_and_where_built_for_it(kernels):
     assert kernels.hopper_available(9, 0, 384)
     assert not kernels.hopper_available(8, 0, 384)
     assert not kernels.hopper_available(10, 0, 384)
-    assert not kernels.hopper_available(9, 0, 1)  # the kernels of a build without sm_90a
+    assert not kernels.hopper_available(9, 0, 1)  # a build without sm_90a has such kernels
 
 
-# ---- the arithmetic, by itself ------------------------------------------------------------------------------------
+# ---- the arithmetic alone ------------------------------------------------------------------------------------
 
 
 def test_descriptor_fields(kernels):
-    """PTX ISA, "Matrix Descriptor Format"."""
+    """The fields are those of the PTX ISA, "Matrix Descriptor Format"."""
     bits = kernels.shared_descriptor(0x12340, 0x2000, 0x400)
     assert bits & 0x3FFF == 0x1234
     assert bits >> 16 & 0x3FFF == 0x200

@@ -1,4 +1,5 @@
-// Helpers of every launcher: from dtype to element type, grid sizes, and a launch that reports its status.
+// The common parts of launchers: the switch from dtype to element type, grid sizes, and a launch that returns its
+// status.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,12 +17,13 @@ namespace dlk::cuda {
 
 DLK_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Kernels walk their work in strides of the grid, so a grid larger than the hardware's is only cut short.
+// Return a grid of `blocks` blocks, or the largest one that the hardware takes. Kernels step through their work in
+// strides of the grid, so a smaller grid still does all of it.
 inline unsigned grid_of(int64_t blocks) {
   return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
 }
 
-// Calls f with an element of the type: f(T{}).
+// Call f(T{}), where T is the element type of `dtype`.
 template <class F>
 cudaError_t with_dtype(DType dtype, F&& f) {
   switch (dtype) {
@@ -33,11 +35,13 @@ cudaError_t with_dtype(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// Shared memory that a block has by default: 48 KiB. The kernel's own arrays must fit in it too.
+// The dynamic shared memory that a block may use without permission. The limit is 48 KiB, and the kernel's own arrays
+// are counted in it.
 constexpr size_t kSharedUnasked = 32 * 1024;
 
-// Lets a kernel's blocks have all the shared memory of the device, once. Not the size of one launch: host threads that launch it
-// with more and with less would take it from each other.
+// Permit the blocks of a kernel to use all shared memory of a block on this device; done once per kernel and device.
+// The permission is not set to the need of one launch, because host threads that launch the kernel with different sizes
+// would overwrite each other's setting.
 inline cudaError_t allow_all_shared(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;
@@ -56,6 +60,7 @@ inline cudaError_t allow_all_shared(const void* kernel) {
   return status;
 }
 
+// Launch a kernel and return the status of the launch. Arguments are converted to the types of the kernel's parameters.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t dynamic_shared, cudaStream_t stream,
                    Args... args) {

@@ -1,5 +1,5 @@
-// Mask bits: forward stores one for each element of y, and backward reads them where it would read y, a sixteenth of
-// the bytes. What is read becomes 1 or 0, with which the functor gives the gradient that y itself would.
+// Activation masks. Forward stores one bit for each element of y, and backward reads the bits in place of y, a
+// sixteenth of the bytes. A bit is read as 1 or 0, which gives the functor the same gradient as y itself.
 #pragma once
 
 #include <initializer_list>
@@ -9,18 +9,19 @@
 
 namespace dlk::cuda {
 
-// One byte of the mask has the bits of as many elements as one 16-byte access of 16 bits each.
+// A kernel that handles kWidth elements of T at once can store a mask: one 16-byte access of 16-bit elements is one
+// byte of it.
 template <class T, int kWidth>
 constexpr bool kHasMask = sizeof(T) == 2 && kWidth == kMaskBits;
 
-// Whether elements in rows of n come by the byte of a mask, in 16-byte accesses to all of `memory`.
+// Return whether rows of n elements fill whole bytes of a mask, and all of `memory` allows 16-byte accesses.
 inline bool fills_mask_bytes(DType dtype, int64_t n, std::initializer_list<const void*> memory) {
-  bool whole = (dtype == DType::bf16 || dtype == DType::f16) && n % kMaskBits == 0;
-  for (const void* p : memory) whole = whole && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  return whole;
+  bool fills = is_half(dtype) && n % kMaskBits == 0;
+  for (const void* p : memory) fills = fills && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return fills;
 }
 
-// y as memory has it: a value that rounds to 0 is inactive.
+// Return is_active of y as it is stored: a y that is rounded to 0 is inactive.
 template <class Functor, class T>
 DLK_DEVICE bool is_active_rounded(Acc<T> y) {
   T rounded;
@@ -28,7 +29,7 @@ DLK_DEVICE bool is_active_rounded(Acc<T> y) {
   return is_active<Functor, Ops<Acc<T>>>(widen(rounded));
 }
 
-// The byte of y[at ... at + 8), at a multiple of 8.
+// Store the byte of y[at ... at + 8); `at` is a multiple of 8.
 template <class Functor, class T, int kWidth>
 DLK_DEVICE void store_mask(void* mask, int64_t at, const Acc<T> (&y)[kWidth]) {
   static_assert(kHasMask<T, kWidth>);
@@ -38,6 +39,7 @@ DLK_DEVICE void store_mask(void* mask, int64_t at, const Acc<T> (&y)[kWidth]) {
   static_cast<uint8_t*>(mask)[at / kMaskBits] = static_cast<uint8_t>(bits);
 }
 
+// Load the byte of y[at ... at + 8) as 1 or 0.
 template <class T, int kWidth>
 DLK_DEVICE void load_mask(const void* mask, int64_t at, Acc<T> (&out)[kWidth]) {
   static_assert(kHasMask<T, kWidth>);
@@ -46,7 +48,7 @@ DLK_DEVICE void load_mask(const void* mask, int64_t at, Acc<T> (&out)[kWidth]) {
   for (int e = 0; e < kMaskBits; ++e) out[e] = static_cast<Acc<T>>(bits >> e & 1);
 }
 
-// saved[at]; or 1 or 0 from its mask.
+// Load saved[at]; if `bits`, `saved` is a mask, whose bit is read as 1 or 0.
 template <class T>
 DLK_DEVICE Acc<T> saved_at(const void* saved, bool bits, int64_t at) {
   if (bits) return static_cast<Acc<T>>(static_cast<const uint8_t*>(saved)[at / kMaskBits] >> at % kMaskBits & 1);

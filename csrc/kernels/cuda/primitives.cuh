@@ -1,7 +1,8 @@
-// The few things a kernel needs from CUDA: element types and their conversions, the scalar `Ops`, and PTX.
+// What kernels need from CUDA: element types and their conversions, the scalar `Ops`, and PTX.
 //
-// tests/emulation/cuda/ holds stand-ins for the CUDA headers included here, and for ptx.cuh, with which g++ compiles the
-// kernels for the host, and the tests run them where there is no GPU. What a kernel newly uses must be added there.
+// tests/emulation/cuda/ has replacements for the CUDA headers that are included here, and for ptx.cuh. With them g++
+// compiles the kernels for the host, and tests run them without a GPU. A kernel that uses something new from CUDA needs
+// it there too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,7 +50,7 @@ struct Ops {
   using T = A;
   DLK_DEVICE static T lit(double v) { return static_cast<T>(v); }
   DLK_DEVICE static T exp(T v) { return std::exp(v); }
-  DLK_DEVICE static T normal_exp(T v) { return std::exp(v); }  // a GPU is as fast on subnormal numbers
+  DLK_DEVICE static T normal_exp(T v) { return std::exp(v); }  // a GPU computes with subnormal numbers at full speed
   DLK_DEVICE static T log(T v) { return std::log(v); }
   DLK_DEVICE static T tanh(T v) { return std::tanh(v); }
   DLK_DEVICE static T normal_cdf(T v) {  // as torch's GELU on CUDA: accurate in the left tail too
@@ -60,7 +61,7 @@ struct Ops {
   }
 };
 
-// Consecutive elements that travel as one load or store, which their address is aligned for.
+// A pack: consecutive elements that are loaded or stored by one instruction. Their address is aligned to its size.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {
   T at[kCount];

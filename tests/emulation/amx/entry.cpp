@@ -1,4 +1,4 @@
-// csrc/cpu's AMX product, its choice and the tile instructions with C signatures, for ctypes.
+// The AMX products, the choice of the kernel set and the tile instructions with C signatures, for ctypes.
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -9,7 +9,7 @@
 
 namespace dlk::cpu {
 
-// The other sets are not under test here: their names are enough to be chosen.
+// The other kernel sets are not tested here. A name is enough for them to be chosen.
 extern const Kernels k_portable, k_avx2, k_avx512, k_avx512_bf16;
 const Kernels k_portable = {"portable", {}}, k_avx2 = {"avx2", {}}, k_avx512 = {"avx512", {}},
               k_avx512_bf16 = {"avx512_bf16", {}};
@@ -18,7 +18,7 @@ extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
 extern const FewForward k_amx_few_forward;
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 
-// By what A, B and C hold; nullptr: no layer has such a product.
+// Return the product for these element types of A, B and C; nullptr: no layer has such a product.
 const PackedProduct* product(DType a, DType b, DType c) {
   const struct {
     DType a, b, c;
@@ -42,7 +42,7 @@ using namespace dlk;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// All f32: float tensors multiplied in bf16.
+// Run a product. With all types f32, the tensors are multiplied in bf16. Return the palette that is left configured: 0.
 EXPORT int gemm(int a_dtype, int b_dtype, int c_dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row,
                 int64_t a_col, const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row,
                 int64_t b_col, int act, double slope, const void* bias, void* c, void* z, void* row_sum, int splits,
@@ -65,10 +65,10 @@ EXPORT int gemm(int a_dtype, int b_dtype, int c_dtype, int64_t m, int64_t n, int
   const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, (panels + 63) / 64 * 64), &std::free);
   p.panels = panels ? memory.get() : nullptr;
   product->gemm(p, parallel);
-  return amx_emulation::config.palette;  // nothing is left configured
+  return amx_emulation::config.palette;  // 0: no tile is left configured
 }
 
-// The forward of few rows, all bf16; x and weight contiguous along k. The same answer.
+// Run the forward for few rows, all in bf16; x and weight are contiguous along k. Returns the palette, like gemm.
 EXPORT int few_rows(int64_t m, int64_t n, int64_t k, const void* x, int64_t x_row, const void* weight,
                     int64_t weight_row, int act, double slope, const void* bias, void* y, void* z, int threads) {
   Gemm p{};
@@ -85,7 +85,7 @@ EXPORT int few_rows(int64_t m, int64_t n, int64_t k, const void* x, int64_t x_ro
 
 EXPORT int gemm_splits(int64_t m, int64_t n, int64_t k) { return cpu::gemm_splits(m, n, k); }
 
-// What a process with this processor runs: the set, and the path and reason of a bf16 forward.
+// Describe what a process on this processor runs: the kernel set, and the path of a bf16 forward with its reason.
 EXPORT const char* chosen(int dtype) {
   static std::string said;
   try {

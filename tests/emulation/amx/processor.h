@@ -1,5 +1,6 @@
-// A processor and a Linux with AMX, as csrc/cpu asks them. Included in front of everything, like tiles.h. The environment
-// variable AMX_ON_HOST names what is missing or broken: "cpuid", "xcr0", "permission", "products".
+// A processor and a Linux system with AMX, for the questions that csrc/kernels/cpu asks them. Included before
+// everything else, like tiles.h. The environment variable AMX_ON_HOST names what is missing or broken: "cpuid", "xcr0",
+// "permission", "products".
 #pragma once
 
 #include <cpuid.h>

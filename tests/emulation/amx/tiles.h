@@ -1,8 +1,9 @@
-// AMX's tile instructions on a processor without them. Included in front of everything (g++ -include), it includes the
-// real intrinsics first and then gives their names these functions: the sources stay as they are.
+// The tile instructions of AMX, for a processor that does not have them. This file is included before everything else
+// (g++ -include). It includes the real intrinsics first and then gives their names to these functions, so that the
+// sources need no change.
 //
-// After Intel's manual (SDM volume 2: LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBF16PS). What the
-// processor answers with #GP or #UD is a sentence on stderr and abort().
+// They follow Intel's manual (SDM volume 2: LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBF16PS). Where
+// the processor would raise #GP or #UD, they print a sentence to stderr and abort().
 #pragma once
 
 #include <immintrin.h>
@@ -27,7 +28,7 @@ struct Tile {
 
 inline thread_local Config config{};  // palette 0: no tile is configured
 inline thread_local Tile tiles[8];
-inline int defect = 0;  // 1: products with an odd k are lost, as by a processor that is broken
+inline int defect = 0;  // 1: products with an odd k are lost, as on a broken processor
 
 [[noreturn]] inline void fault(const char* instruction, const char* why) {
   std::fprintf(stderr, "amx_emulation: %s: %s\n", instruction, why);
@@ -81,9 +82,9 @@ inline void store(int tile, void* base, int64_t stride) {
     std::memcpy(static_cast<char*>(base) + r * stride, tiles[tile].row[r], config.row_bytes[tile]);
 }
 
-// One row of TDPBF16PS: the sum over even k and the sum over odd k each start at zero and grow by one FMA per pair; then
-// they are added to each other, and that to C. The caller has set DAZ, FTZ and rounding to nearest, which vector
-// instructions obey as TDPBF16PS does without being told.
+// Compute one row of TDPBF16PS. The sum over even k and the sum over odd k start at zero and grow by one FMA per pair.
+// Then they are added, and the result is added to C. The caller has set DAZ, FTZ and rounding to nearest for the vector
+// instructions; TDPBF16PS always works in this way.
 __attribute__((noinline, target("avx512f"))) inline void dot_row(uint32_t* c, const uint32_t* a, const Tile& b,
                                                                  int pairs, int columns) {
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));

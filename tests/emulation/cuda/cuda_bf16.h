@@ -1,4 +1,4 @@
-// A stand-in for CUDA's header of this name: conversions by integer arithmetic.
+// Replaces CUDA's header of this name. Conversions are done by integer arithmetic.
 #pragma once
 
 #include <cstdint>

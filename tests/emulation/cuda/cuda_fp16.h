@@ -1,4 +1,4 @@
-// A stand-in for CUDA's header of this name: the compiler's own half precision.
+// Replaces CUDA's header of this name, with the half precision type of the compiler.
 #pragma once
 
 struct __half {

@@ -1,5 +1,5 @@
-// A stand-in for CUDA's header of this name: g++ compiles kernels for the host with it, block after block, a block's
-// threads as fibers (fibers.h). Enough for csrc/cuda, and no more.
+// Replaces CUDA's header of this name: with it g++ compiles kernels for the host. Blocks run one after the other, and
+// the threads of a block are fibers (fibers.h). It has what csrc/kernels/cuda uses, and no more.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +48,7 @@ struct cudaLaunchConfig_t {
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
 
 namespace cuda_emulation {
-// What kernels' launchers ask about; an H100 unless a test says otherwise.
+// The properties of the device that launchers ask for. It is an H100 unless a test changes it.
 struct Device {
   int major = 9, minor = 0, processors = 132;
   int most_shared = 227 * 1024, most_threads = 1024;  // of a block
@@ -56,8 +56,9 @@ struct Device {
 inline Device device;
 inline int64_t launches = 0;
 inline Guarded dynamic_shared;
-// Dynamic shared memory that a kernel's blocks may have: 48 KiB less its own arrays, until more is asked for. Of these nothing
-// is known here; kernels with both have 1 KiB (make cuda-check prints it).
+// The dynamic shared memory that blocks of a kernel may have: 48 KiB minus the kernel's own arrays, until a launcher
+// asks for more. The size of these arrays is not known here; it is 1 KiB in kernels that have both (make cuda-check
+// prints it).
 constexpr int kSharedUnasked = 47 * 1024;
 inline std::map<std::pair<const void*, int>, int> shared_allowed;  // of kernel and device
 }  // namespace cuda_emulation
@@ -68,7 +69,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
-// One with another amount of shared memory is another device.
+// A device with another amount of shared memory is another device.
 inline cudaError_t cudaGetDevice(int* index) { return *index = cuda_emulation::device.most_shared, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const auto& device = cuda_emulation::device;

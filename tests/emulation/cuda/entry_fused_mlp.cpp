@@ -1,4 +1,4 @@
-// The chain kernels with C signatures, for ctypes, and the device they are to believe they run on.
+// The fused MLP kernels with C signatures, for ctypes. pretend_device sets the properties of the device that they see.
 #include "kernels/cuda/kernels.h"
 #include "cuda_runtime.h"
 

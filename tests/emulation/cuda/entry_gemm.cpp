@@ -3,7 +3,7 @@
 
 extern "C" {
 
-// path: 0 simt_gemm, else mma_gemm with tiles of this side
+// Run a product. path: 0 is simt_gemm, others are mma_gemm with tiles of this side.
 int gemm(int path, int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
          const void* saved, int64_t saved_row, int64_t saved_col, const void* b, int64_t b_row, int64_t b_col, int act,
          double slope, const void* bias, void* c, void* z, const void* below_saved, int below_act, void* row_sum,

@@ -3,7 +3,7 @@
 
 extern "C" {
 
-// Memory that may be touched from its first byte to its last and not beyond; see guarded.h.
+// Allocate memory beyond whose last byte no access is possible (guarded.h).
 void* guarded_new(size_t bytes) {
   auto* memory = new cuda_emulation::Guarded;
   memory->allocate(bytes);

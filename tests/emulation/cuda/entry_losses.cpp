@@ -1,4 +1,4 @@
-// grad_pass and the losses with C signatures, for ctypes.
+// The gradient pass and the losses with C signatures, for ctypes.
 #include "kernels/cuda/kernels.h"
 
 namespace {
@@ -29,7 +29,7 @@ int grad_pass(int dtype, int64_t m, int64_t n, const void* g, int64_t g_row, int
                               nullptr);
 }
 
-// With dbias.
+// The partials of a call with dbias.
 int64_t grad_pass_partials(int dtype, int64_t m, int64_t n) {
   int any;
   return dlk::cuda::grad_pass_partials(
@@ -38,7 +38,7 @@ int64_t grad_pass_partials(int dtype, int64_t m, int64_t n) {
 
 int64_t loss_scratch() { return dlk::cuda::kLossScratch; }
 
-// Without var: squared error.
+// The Gaussian loss; without var the squared error.
 int elementwise_loss(int dtype, int64_t rows, int64_t cols, const void* x, int64_t x_row, int64_t x_col, const void* t,
                      int64_t t_row, int64_t t_col, const void* var, int64_t var_row, int64_t var_col, double eps,
                      double constant, double divisor, void* loss, void* grad_input, void* grad_var, double* sums,

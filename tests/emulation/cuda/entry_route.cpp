@@ -1,4 +1,4 @@
-// The dispatcher with C signatures, for ctypes.
+// The routes of CUDA products with C signatures, for ctypes.
 #include "planning/cuda/route.h"
 
 namespace {

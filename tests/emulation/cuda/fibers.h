@@ -1,6 +1,6 @@
-// A block of CUDA threads on one CPU thread: each is a fiber that runs until it waits at a barrier, of its warp or of the
-// block. Who runs next is drawn by lot, so that what is not ordered by a barrier happens in an order that changes; one
-// warp of a block, also drawn, lags behind the others.
+// A block of CUDA threads on one CPU thread. Each CUDA thread is a fiber, which runs until it waits at a barrier of its
+// warp or of its block. The next fiber is chosen at random, so that the order of accesses changes wherever no barrier
+// fixes it. One warp of a block, also chosen at random, lags behind the others.
 #pragma once
 
 #include <setjmp.h>
@@ -26,11 +26,11 @@ constexpr unsigned kWarp = 32;
   std::abort();
 }
 
-// cp.async: bytes that arrive when the thread waits for their group.
+// A copy by cp.async. Its bytes arrive when the thread waits for their group.
 struct Copy {
   void* to;
   const void* from;
-  int bytes, size;  // of `size` bytes only the first `bytes` are copied, the others 0
+  int bytes, size;  // the first `bytes` of `size` bytes are copied, the others are 0
 };
 
 enum class At { running, warp, block, condition, end };
@@ -38,7 +38,7 @@ enum class At { running, warp, block, condition, end };
 struct Fiber {
   ucontext_t start;
   jmp_buf here;                                     // swapcontext would cost a system call for every switch
-  std::unique_ptr<char[]> stack{new char[kStack]};  // not cleared: pages never touched cost nothing
+  std::unique_ptr<char[]> stack{new char[kStack]};  // not cleared: pages that are never accessed cost nothing
   bool fresh;
   At at;
   unsigned index, exchanges;
@@ -47,7 +47,8 @@ struct Fiber {
   std::vector<Copy> open;                 // not yet committed
 };
 
-// What the lanes of a warp hand each other: two rounds, because a lane may be one exchange ahead of another.
+// The values that the lanes of a warp exchange. There are two rounds, because a lane may be one exchange ahead of
+// another.
 struct Warp {
   static constexpr size_t kBytes = 64;
   alignas(16) unsigned char slot[2][kWarp][kBytes];
@@ -64,7 +65,7 @@ inline jmp_buf scheduler;
 inline Fiber* current = nullptr;
 inline const std::function<void()>* body = nullptr;
 inline std::vector<Warp> warps;
-inline std::vector<std::function<void()>> in_flight;  // what the hardware does beside the threads, in any order
+inline std::vector<std::function<void()>> in_flight;  // operations of the hardware beside the threads, in any order
 inline std::mt19937* lots = nullptr;
 
 inline void leave(At at) {
@@ -96,10 +97,10 @@ inline void finish_one_in_flight() {
   done();
 }
 
-// Runs the block; `resume(index)` is called before a thread goes on.
+// Run the block. resume(index) is called before a thread goes on.
 template <class Resume>
 void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
-  static std::vector<Fiber> fibers;  // kept, for their stacks
+  static std::vector<Fiber> fibers;  // kept, so that their stacks are used again
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   std::vector<unsigned> ready, at_condition;
@@ -157,7 +158,7 @@ void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
 
 inline void block_barrier() { leave(At::block); }
 
-// Until `condition`, which other threads or the hardware bring about.
+// Wait until `condition` is true; other threads or the hardware make it true.
 inline void wait_until(std::function<bool()> condition) {
   while (!condition()) {
     current->until = condition;
@@ -165,7 +166,7 @@ inline void wait_until(std::function<bool()> condition) {
   }
 }
 
-// What all lanes handed in; to be read before the next exchange but one.
+// The values of all lanes. They are valid until the exchange after the next one.
 template <class T>
 struct Lanes {
   const unsigned char (*slot)[Warp::kBytes];
@@ -177,8 +178,8 @@ struct Lanes {
   }
 };
 
-// A warp-wide exchange: every lane hands in `mine`, and gets everybody's once all have come to the same `what`, which is
-// one pointer for all lanes.
+// An exchange between the lanes of a warp. Every lane gives `mine`, and gets the values of all lanes once all lanes
+// have reached the same `what`, which is one pointer for all lanes.
 template <class T>
 Lanes<T> exchange(const T& mine, const char* what) {
   static_assert(sizeof(T) <= Warp::kBytes);

@@ -1,4 +1,4 @@
-// Memory between two pages that may not be touched: an access past its end, or far before its beginning, faults at once.
+// Memory between two forbidden pages. An access past its end, or far before its beginning, faults at once.
 #pragma once
 
 #include <setjmp.h>
@@ -12,7 +12,8 @@
 
 namespace cuda_emulation {
 
-// The last byte lies before the forbidden page; the first is as aligned as `bytes` is. Filled with NaN's bits.
+// The last byte is directly before the forbidden page, so the first byte has the alignment of `bytes`. The memory is
+// filled with the bits of NaN.
 struct Guarded {
   unsigned char* data = nullptr;
   void* map = nullptr;
@@ -40,7 +41,7 @@ struct Guarded {
 
 inline sigjmp_buf fault;
 
-// Calls f; false if it touched memory that it may not.
+// Call f, and return false if it accessed forbidden memory.
 template <class F>
 bool without_fault(F&& f) {
   static unsigned char stack[64 * 1024];  // the fault may be on a fiber's

@@ -1,7 +1,7 @@
 """csrc/kernels/cuda compiled for the host, and what tests need to call it: guarded memory, pointers, bounds.
 
-Index arithmetic, masks, epilogues, edges, barriers and determinism are the real code's; what stays unproven here is
-what only a GPU does (memory coalescing, occupancy, speed).
+Index arithmetic, masks, epilogues, edges, barriers and determinism are those of the real code. Memory coalescing,
+occupancy and speed need a GPU.
 """
 
 import atexit
@@ -25,7 +25,7 @@ from tests.support.paths import CSRC
 HERE = Path(__file__).parent
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the order of DType in csrc/kernels/params.h
 HOPPER = HERE.parent / "hopper"  # headers in front of ours, of which they are an extension
-# fortified longjmp refuses to switch stacks
+# a fortified longjmp refuses to switch stacks
 COMPILER = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE"
 ILLEGAL_ADDRESS = 700
 # Every kernel but Hopper's, as patterns in csrc.
@@ -43,11 +43,12 @@ def build(
     compiling: str = "",
     linking: str = "",
 ) -> Path:
-    """Kernels and their C entry points in one library, in the folder ``here``.
+    """Build kernels and their C entry points as one library in the folder ``here``, and return its path.
 
-    ``changes``, for tests of the tests: file name, or how its path ends → (text, its replacement). ``files``: patterns,
-    in csrc and in the folders ``stand_ins``, whose headers come before csrc's. ``compiling``: more options for what is
-    no kernel; ``linking``: for the library. A kernel is compiled once in a process, for every library that it is in.
+    ``changes``, for tests of the tests: a file name, or the end of its path → (text, replacement). ``files``: patterns,
+    in csrc and in the folders ``stand_ins``, whose headers come before those of csrc. ``compiling``: more options for
+    files that are no kernels. ``linking``: options for the library. A kernel is compiled once in a process, for all
+    libraries that contain it.
     """
     source = CSRC
     if changes:
@@ -112,7 +113,7 @@ def kernels() -> ctypes.CDLL:
 
 
 def mutation() -> tuple[dict[str, tuple[str, str]] | None, list[str]]:
-    """What mutations.py changes, and what it wants compiled; none and nothing in an ordinary run."""
+    """Return the change that mutations.py asks for, and the files to compile for it; in an ordinary run neither."""
     if MUTATION not in os.environ:
         return None, []
     file, old, new, files = json.loads(os.environ[MUTATION])
@@ -120,9 +121,9 @@ def mutation() -> tuple[dict[str, tuple[str, str]] | None, list[str]]:
 
 
 class Guarded:
-    """A copy of a tensor, strides and all, whose memory ends where none may be touched. ``tensor`` views it.
+    """A copy of a tensor with the same strides, whose memory ends at a forbidden page. ``tensor`` views it.
 
-    ``aligned``: it begins at a multiple of 16 bytes, as torch's does, and ends up to 15 bytes before there.
+    ``aligned``: it begins at a multiple of 16 bytes, as torch's memory does, and ends up to 15 bytes before that page.
     """
 
     def __init__(self, library: ctypes.CDLL, t: Tensor, aligned: bool = False) -> None:
@@ -148,7 +149,7 @@ class Guarded:
 
 
 class Call:
-    """The arguments of one call. Outputs are filled with NaN before it, and read back after it."""
+    """The arguments of one call. Outputs are filled with NaN before the call and read back after it."""
 
     def __init__(self, library: ctypes.CDLL, aligned: bool = False) -> None:
         self.library, self.aligned = library, aligned
@@ -162,7 +163,7 @@ class Call:
         return ctypes.c_void_p(None) if t is None else self._guarded(t).pointer
 
     def view(self, t: Tensor | None) -> list:
-        """(pointer, row stride, column stride); null for None."""
+        """Return (pointer, row stride, column stride); a null pointer for None."""
         return [self.pointer(t), *map(ctypes.c_int64, (0, 0) if t is None else t.stride())]
 
     def output(self, *shape: int, dtype: torch.dtype) -> tuple[ctypes.c_void_p, Tensor]:
@@ -175,8 +176,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def assert_within(got: Tensor, want: Tensor, scale: Tensor, k: int, *, operand_eps: float = 0.0) -> None:
-    """|got - want| ≤ one rounding to got's dtype, plus k roundings of the accumulator on terms whose absolute values
-    add up to ``scale`` (and a few for the activation itself), plus one rounding of ``operand_eps`` of every term."""
+    """Assert |got - want| ≤ the sum of: one rounding to the dtype of got; k roundings of the accumulator on terms whose
+    absolute values add up to ``scale``, and a few for the activation; one rounding of ``operand_eps`` of every term."""
     acc = torch.finfo(accumulator(got.dtype)).eps
     bound = torch.finfo(got.dtype).eps * want.abs() + (k + 16) * acc * (scale + want.abs()) + operand_eps * scale
     bound += torch.finfo(got.dtype).smallest_normal

@@ -1,6 +1,6 @@
-"""The losses' ops by the CUDA kernels, executed on the host: the signatures of ``torch.ops.dlkernels``, and what
-csrc/ops/losses.cpp and csrc/ops/cuda/losses.cpp do in front of the kernels. Every operand is in guarded
-memory."""
+"""The ops of the losses, computed by the CUDA kernels on the host. They have the signatures of
+``torch.ops.dlkernels``, and do the work of csrc/ops/losses.cpp and csrc/ops/cuda/losses.cpp in front of the kernels.
+Every operand is in guarded memory."""
 
 import ctypes
 import math
@@ -25,13 +25,13 @@ def _own(t: Tensor | None) -> Tensor | None:
 
 
 class _Call(Call):
-    """Null for an empty tensor, as in torch."""
+    """Gives null for an empty tensor, as torch does."""
 
     def pointer(self, t: Tensor | None) -> ctypes.c_void_p:
         return super().pointer(None if t is None or t.numel() == 0 else t)
 
     def result(self, wanted: bool, like: Tensor, dtype: torch.dtype) -> tuple:
-        """Lies in memory as ``like``."""
+        """Return pointer and tensor of an output with the strides of ``like``, or NULL where it is not wanted."""
         if not wanted:
             return NULL
         guarded = self._guarded(torch.full_like(like, float("nan"), dtype=dtype))

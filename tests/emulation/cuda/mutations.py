@@ -1,7 +1,8 @@
-"""Do the host tests see a broken CUDA kernel? ``python -m tests.emulation.cuda.mutations``
+"""Check that the host tests notice a broken CUDA kernel: ``python -m tests.emulation.cuda.mutations``
 
 Breaks the kernels in one place at a time (a barrier, a mask, an edge, an index) and runs the tests of that kernel,
-which must fail. Exit status 1 where a mutation lives. Half a minute each; names or numbers choose.
+which must fail. The exit status is 1 if they pass with a mutation. A mutation takes half a minute; arguments choose
+mutations by file name or number.
 """
 
 import json
@@ -14,7 +15,7 @@ from tests.emulation.cuda import library
 
 
 class Mutation(NamedTuple):
-    """``old`` stands in ``file`` (in csrc) once."""
+    """Replaces ``old``, which occurs once in ``file`` (in csrc), by ``new``."""
 
     file: str
     old: str
@@ -24,16 +25,16 @@ class Mutation(NamedTuple):
 
 GEMM, PASS, LOSSES = "test_cuda_gemm.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
 MASKS = "test_cuda_masks.py"
-CHAIN, OPS = "test_cuda_fused_mlp.py", "test_cuda_ops.py::test_run[layers]"
+FUSED_MLP, OPS = "test_cuda_fused_mlp.py", "test_cuda_ops.py::test_run[layers]"
 LINEAR = "test_cuda_ops.py::test_run[loss-in-blocks]"
 PRODUCTS = ("kernels/cuda/gemm/simt/simt_gemm.cu", "kernels/cuda/gemm/mma/mma_gemm.cu")
 GRAD_PASS_AND_LOSSES = ("kernels/cuda/elementwise/grad_pass.cu", "kernels/cuda/losses/losses.cu")
-# What each of them needs compiled.
+# The files that each of them has to compile.
 FILES = {
     GEMM: (*PRODUCTS, "kernels/cuda/elementwise/act_pass.cu", "entry_gemm.cpp"),
     PASS: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
     LOSSES: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
-    CHAIN: ("kernels/cuda/mlp/fused_mlp.cu", "entry_fused_mlp.cpp"),
+    FUSED_MLP: ("kernels/cuda/mlp/fused_mlp.cu", "entry_fused_mlp.cpp"),
     MASKS: (
         *library.KERNELS,
         *(f"entry_{name}.cpp" for name in ("gemm", "losses", "fused_mlp")),
@@ -43,7 +44,7 @@ FILES = {
 }
 MUTATIONS = [
     # a barrier or a wait
-    Mutation("mma_gemm.cuh", "    __syncthreads();  // this stage is there", "    // this stage is there", GEMM),
+    Mutation("mma_gemm.cuh", "    __syncthreads();  // this stage is loaded", "    // this stage is loaded", GEMM),
     Mutation("mma_gemm.cuh", "  cp_async_wait<0>();\n  __syncthreads();", "  cp_async_wait<0>();", GEMM),
     Mutation("mma_gemm.cuh", "cp_async_wait<Traits::kStages - 2>()", "cp_async_wait<Traits::kStages - 1>()", GEMM),
     Mutation("simt_gemm.cuh", "      __syncthreads();\n      if (sums_rows) {", "      if (sums_rows) {", GEMM),
@@ -84,17 +85,19 @@ MUTATIONS = [
     Mutation("fused_mlp_forward.cuh", "kMaskBits); walk.row < rows;", "kMaskBits); walk.row < kStrip;", MASKS),
     Mutation("epilogue.cuh", "if (bits) return load_mask<T>(saved, at, out);", "", MASKS),
     Mutation("fused_mlp.cu", "p.layers == 1 && p.layer[0].mask;", "false;", MASKS),
-    # the chain and the losses
-    Mutation("fused_mlp_forward.cuh", "__syncwarp();  // before the strip is loaded again", "", CHAIN),
-    Mutation("fused_mlp_backward.cuh", "__syncthreads();  // dz and input are there, and `free` is", "", CHAIN),
-    Mutation("rows.cuh", "const int left = row < rows ?", "const int left = row <= rows ?", CHAIN),
-    Mutation("layer_backward.cuh", "__syncthreads();  // these rows are there", "// these rows are there", CHAIN),
-    Mutation("layer_backward.cuh", "__syncthreads();  // dz is made", "", CHAIN),
-    Mutation("layer_backward.cuh", "__syncthreads();  // z is there", "", CHAIN),
-    Mutation("layer_backward.cuh", "__syncthreads();  // the place is free", "", CHAIN),
-    Mutation("layer_backward.cuh", "__syncthreads();  // they are there", "", CHAIN),
-    Mutation("layer_backward.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();", CHAIN),
-    Mutation("layer_backward.cuh", "share_begin = sharer * share;", "share_begin = 0 * share;", CHAIN),
+    # the fused MLP and the losses
+    Mutation("fused_mlp_forward.cuh", "__syncwarp();  // before the strip is loaded again", "", FUSED_MLP),
+    Mutation(
+        "fused_mlp_backward.cuh", "__syncthreads();  // dz and input are loaded, and `free` is free", "", FUSED_MLP
+    ),
+    Mutation("rows.cuh", "const int left = row < rows ?", "const int left = row <= rows ?", FUSED_MLP),
+    Mutation("layer_backward.cuh", "__syncthreads();  // these rows are loaded", "// these rows are loaded", FUSED_MLP),
+    Mutation("layer_backward.cuh", "__syncthreads();  // dz is made", "", FUSED_MLP),
+    Mutation("layer_backward.cuh", "__syncthreads();  // z is loaded", "", FUSED_MLP),
+    Mutation("layer_backward.cuh", "__syncthreads();  // the exchange memory is free", "", FUSED_MLP),
+    Mutation("layer_backward.cuh", "__syncthreads();  // the sums are in the exchange memory", "", FUSED_MLP),
+    Mutation("layer_backward.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();", FUSED_MLP),
+    Mutation("layer_backward.cuh", "share_begin = sharer * share;", "share_begin = 0 * share;", FUSED_MLP),
     Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
     Mutation("losses.cuh", "} else if (index != p.ignore_index) {", "} else {", LOSSES),
     # a layer and its loss
@@ -123,7 +126,7 @@ def survives(mutation: Mutation) -> bool:
     ]
     environment = os.environ | {library.MUTATION: json.dumps([*mutation[:3], files])}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    # A test must have failed, or, below 0, a check of tests/emulation/cuda have ended the process.
+    # 1: a test failed. Below 0: a check of tests/emulation/cuda ended the process.
     broken = any(sign in run.stdout for sign in ("CalledProcessError", "undefined symbol", "AssertionError: '"))
     if broken or run.returncode > 1:
         raise RuntimeError(f"{mutation.file}: the mutation did not compile, or the tests did not run:\n{run.stdout}")

@@ -1,4 +1,4 @@
-// csrc/kernels/cuda/ptx.cuh in C++: each function does what the PTX manual says of its instruction.
+// csrc/kernels/cuda/ptx.cuh in C++. Each function does what the PTX manual says about its instruction.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ inline void check_aligned(const void* p, const char* what, int to = 16) {
   if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(to)) cuda_emulation::die(what);
 }
 
-// Until the thread waits for it, the destination holds NaN's bits: who reads too early sees them.
+// Until the thread waits for the copy, the destination holds the bits of NaN, which a thread that reads too early sees.
 inline void cp_async(void* shared, const void* global, int bytes, int size) {
   check_aligned(shared, "cp.async to an address that is not aligned to its size", size);
   check_aligned(global, "cp.async from an address that is not aligned to its size", size);
@@ -62,10 +62,10 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 
 inline uint32_t round_to_tf32(uint32_t f32) {
   const bool finite = (f32 >> 23 & 0xff) != 0xff;
-  return finite ? (f32 + 0x1000) & ~0x1fffu : f32;  // half a unit of the last of 10 bits, added to the magnitude
+  return finite ? (f32 + 0x1000) & ~0x1fffu : f32;  // adds half a unit of the last of 10 bits to the magnitude
 }
 
-// The k-th of the elements that a register holds.
+// Return the k-th element of a register.
 inline float element(uint32_t r, unsigned k, Bf16) { return widen(Bf16{static_cast<uint16_t>(r >> 16 * k)}); }
 inline float element(uint32_t r, unsigned k, F16) {
   const auto bits = static_cast<uint16_t>(r >> 16 * k);
@@ -74,7 +74,7 @@ inline float element(uint32_t r, unsigned k, F16) {
   return widen(v);
 }
 inline float element(uint32_t r, unsigned, float) {
-  r &= ~0x1fffu;  // tensor cores do not read a tf32's low bits
+  r &= ~0x1fffu;  // tensor cores do not read the low bits of a tf32
   float v;
   std::memcpy(&v, &r, 4);
   return v;

@@ -1,5 +1,5 @@
-"""What tests/emulation/test_cuda_ops.py runs beside the tests that a GPU would: layers that every path takes, with
-every set of gradients, and how many kernels a layer launches, which is what bounds small networks on a GPU."""
+"""Checks that tests/emulation/test_cuda_ops.py runs beside the tests that a GPU would run: layers on every path, with
+every set of gradients, and the number of kernels that a layer launches, which limits small networks on a GPU."""
 
 import itertools
 
@@ -36,7 +36,7 @@ def test_a_layer(shape, activation, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", ["relu", "gelu", "silu", "tanh"])
 def test_narrow_layers_among_wide_ones(hidden, dtype, device):
-    """Each layer goes its own way: some apply the mask of the layer below, and some leave it to that layer."""
+    """Layers have different paths: some apply act' of the layer below, and some leave it to that layer."""
     chain = Chain(90, MIXED, device, dtype, acts=[hidden] * 3 + ["relu"])
     ours, theirs = chain.layers(functional.linear_act), chain.layers(stock)
     y = chain.mlp()

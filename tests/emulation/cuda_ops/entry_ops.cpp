@@ -1,4 +1,4 @@
-// The CUDA ops in the CPU ops' place: what is registered last counts.
+// Registers the CUDA ops in place of the CPU ops. The last registration is the one that counts.
 #include <torch/library.h>
 
 #include "cuda_runtime.h"
@@ -23,5 +23,5 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("_linear_cross_entropy", &On<kCuda, dlk::linear_cross_entropy>::call);
 }
 
-// Kernels launched so far.
+// Return the number of kernels launched so far.
 extern "C" int64_t launches() { return cuda_emulation::launches; }

@@ -1,9 +1,9 @@
-"""A plugin for pytest, ``-p tests.emulation.cuda_ops.plugin``: the ops for CPU tensors are those for CUDA, from the
-library that DLKERNELS_TEST_CUDA_OPS names (:func:`build`). Of the tests it leaves those that a GPU would run.
+"""A plugin for pytest, ``-p tests.emulation.cuda_ops.plugin``. It replaces the ops for CPU tensors by those for CUDA,
+from the library that DLKERNELS_TEST_CUDA_OPS names (:func:`build`), and keeps only the tests that a GPU would run.
 
-The library is our CUDA code compiled for the host: its kernels, as in tests/emulation/cuda and tests/emulation/hopper,
-and what stands between them and torch: checks, routing, scratch, the description of every launch. Registered in
-the CPU ops' place, it is what the whole package then runs.
+The library is our CUDA code compiled for the host: the kernels, as in tests/emulation/cuda and tests/emulation/hopper,
+and the code between them and torch: checks, routing, scratch, the description of every launch. It is registered in
+place of the CPU ops, so that the whole package runs it.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from tests.emulation.cuda import library
 
 HERE = Path(__file__).parent
 LIBRARY = "DLKERNELS_TEST_CUDA_OPS"
-# Of what a GPU runs, left out here:
+# Tests that a GPU runs but that are left out here:
 EXCEPT = {
     "test_more_than_2_31_elements": "minutes",
     "test_negative_zero": "of a CPU it wants z = -0, and sums are padded with zeros",
@@ -37,7 +37,7 @@ def build(folder: Path) -> Path:
             *library.KERNELS,
             *("kernels/cuda/gemm/hopper/*.cu", "ops/cuda/*.cpp", *library.PLANNING),
             *(f"ops/{name}.cpp" for name in ("check", "check_losses", "layer", "linear_act", "losses", "mlp")),
-            *("entry.cpp", "entry_ops.cpp"),  # Hopper's driver; the registration
+            *("entry.cpp", "entry_ops.cpp"),  # the replacement of the driver for Hopper; the registration
         ),
         stand_ins=(HERE, library.HOPPER, library.HERE),
         compiling=f"-std=c++20 -Wno-psabi -isystem {include} -isystem {include}/torch/csrc/api/include",
@@ -51,7 +51,7 @@ if _library is not None:
 
 
 def launches() -> int:
-    """Kernels launched so far."""
+    """Return the number of kernels launched so far."""
     assert _library is not None, f"{LIBRARY} names no library"
     return _library.launches()
 

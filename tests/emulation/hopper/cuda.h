@@ -1,4 +1,4 @@
-// A stand-in for the driver's header of this name: tensor maps of two dimensions.
+// Replaces the driver's header of this name: tensor maps of two dimensions.
 #pragma once
 
 #include <cstdint>

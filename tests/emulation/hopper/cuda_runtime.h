@@ -1,4 +1,4 @@
-// What the Hopper launcher needs of CUDA's header of this name beyond tests/emulation/cuda.
+// Adds what the Hopper launcher needs to the replacement of this header in tests/emulation/cuda.
 #pragma once
 
 #include <initializer_list>

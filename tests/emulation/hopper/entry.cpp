@@ -7,7 +7,8 @@
 
 namespace {
 
-// cuTensorMapEncodeTiled's requirements (cuda.h), of a map of two dimensions without interleaving, of 16-bit elements.
+// Check the requirements of cuTensorMapEncodeTiled (cuda.h) for a map of 16-bit elements in two dimensions, without
+// interleaving.
 CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data, const cuuint64_t* size,
                 const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* step,
                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
@@ -38,7 +39,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 
 extern "C" {
 
-// tile: columns of a block's tile. takes: set to what hopper_takes says; where it is false nothing runs.
+// Run a product. tile: columns of a tile of C. takes receives the result of hopper_takes; if it is false, nothing runs.
 int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void* a, int64_t a_row, int64_t a_col,
                 const void* b, int64_t b_row, int64_t b_col, int act, double slope, const void* bias, void* c, void* z,
                 const void* below_saved, int below_act, void* column_sum, int splits, void* partials, const void* saved,
@@ -55,8 +56,8 @@ int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void
   p.splits = splits, p.partials = partials;
   p.mask = mask, p.below_is_mask = below_is_mask;
   p.tile = tile;
-  cuda_emulation::device.processors =
-      3;  // a block has several tiles in turn, and blocks have different numbers of them
+  // With 3 SMs a block has several tiles in turn, and blocks have different numbers of tiles.
+  cuda_emulation::device.processors = 3;
   *takes = dlk::cuda::hopper_takes(p);
   return dlk::cuda::hopper_gemm(p, nullptr);
 }

@@ -1,6 +1,6 @@
-// csrc/kernels/cuda/gemm/hopper/ptx_hopper.cuh in C++: each function does what the PTX ISA says of its instruction, no sooner than it
-// says. Copies of TMA and products of wgmma run beside the threads: the former end in any order at any time, the latter
-// read shared memory when they are issued, or as late as when they are waited for.
+// csrc/kernels/cuda/gemm/hopper/ptx_hopper.cuh in C++. Each function does what the PTX ISA says about its instruction,
+// and not earlier than it says. TMA copies and wgmma products run beside the threads. Copies end in any order and at
+// any time. Products read shared memory at any time between their issue and the wait for them.
 #pragma once
 
 #include <cuda.h>
@@ -23,9 +23,9 @@ inline uint32_t shared_address(const void* p) {
 
 struct Barrier {
   uint8_t kind, count, pending, phase;  // phase: parity of the current one
-  int32_t bytes;                        // announced and not yet come
+  int32_t bytes;                        // announced and not yet written
 
-  static constexpr uint8_t kKind = 0xb5;  // memory that was never initialised does not say so
+  static constexpr uint8_t kKind = 0xb5;  // memory that was never initialised does not hold it
 
   static Barrier& at(uint64_t* p) {
     auto* barrier = reinterpret_cast<Barrier*>(p);
@@ -63,11 +63,11 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 
 // ---- TMA ----------------------------------------------------------------------------------------------------------
 
-// CU_TENSOR_MAP_SWIZZLE_128B: of an address, the number of the 16-byte chunk in its 128 bytes is xor-ed with the number
-// of the 128 bytes in its 1024.
+// CU_TENSOR_MAP_SWIZZLE_128B: the number of the 16-byte chunk within 128 bytes is xor-ed with the number of the 128
+// bytes within 1024.
 inline uint32_t swizzled_128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-// Until it has come, the destination holds NaN's bits.
+// Until the box has been written, the destination holds the bits of NaN.
 inline void tma_load(void* shared, const CUtensorMap* map, int32_t column, int32_t row, uint64_t* barrier) {
   const uint32_t to = shared_address(shared);
   const uint32_t bytes = map->box[0] * map->box[1] * 2;
@@ -92,9 +92,9 @@ inline void tma_load(void* shared, const CUtensorMap* map, int32_t column, int32
 
 // ---- wgmma --------------------------------------------------------------------------------------------------------
 
-// A descriptor's fields, and the element [mn, k] of the operand it describes, k < 16: the canonical layouts for 128-byte
-// swizzling. Along k: rows of 128 bytes, 8 of them an atom, atoms `stride` apart. Across: rows of 64 elements along mn, one
-// per step of k, 8 of them an atom; atoms `stride` apart along k, `leading` apart along mn.
+// The fields of a descriptor, and the element [mn, k], k < 16, of its operand in the canonical layouts for 128-byte
+// swizzling. Along k: rows of 128 bytes; 8 rows are an atom, and atoms are `stride` apart. Across: rows of 64 elements
+// along mn, one per step of k; 8 rows are an atom, and atoms are `stride` apart along k and `leading` apart along mn.
 struct Descriptor {
   uint32_t start, leading, stride;
 
@@ -120,7 +120,7 @@ inline float to_float(uint16_t bits, F16) {
   return widen(v);
 }
 
-// The products of one thread: those under way, in groups, the oldest first; and those not yet committed.
+// The products of one thread: groups that are under way, the oldest first, and products that are not committed yet.
 struct Products {
   std::deque<std::vector<std::function<void()>>> groups;
   std::vector<std::function<void()>> open;
@@ -148,7 +148,7 @@ void wgmma_wait_all(float (&)[kParts][8][4]) {
   wgmma_wait<0>();
 }
 
-// This thread's sums alone: it reads its two rows of A and its columns of B.
+// Compute only the sums of this thread, from its two rows of A and its columns of B.
 template <bool kAcrossA, bool kAcrossB, int kParts, class T>
 void wgmma_mma(float (&d)[kParts][8][4], uint64_t a, uint64_t b, T) {
   cuda_emulation::exchange(0, "wgmma.mma");

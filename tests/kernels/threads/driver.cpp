@@ -1,5 +1,5 @@
-// Every threaded path of the portable kernels on std::threads, for ThreadSanitizer: torch's threads are OpenMP's, whose
-// runtime is not instrumented and would be reported. Exits with 1 where several threads give other bits than one.
+// Runs every threaded path of the portable kernels on std::threads, for ThreadSanitizer. torch uses OpenMP, whose
+// runtime is not instrumented and would be reported. Exits with 1 if several threads give other bits than one.
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -36,7 +36,8 @@ std::vector<float> normal(int64_t count, unsigned seed) {
 
 using Results = std::vector<std::vector<float>>;
 
-// One kernel, with its operands; fills the results it is handed.
+// Run one kernel with several numbers of threads, and return whether the results have the same bits. run(results,
+// parallel) fills the results, which have `sizes` elements.
 template <class F>
 bool same_on_any_number_of_threads(const char* name, const std::vector<int64_t>& sizes, F run) {
   Results first;

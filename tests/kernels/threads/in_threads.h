@@ -1,4 +1,4 @@
-// csrc/cpu's Parallel on std::threads, for the kernels that tests run without torch.
+// cpu::Parallel (csrc/kernels/cpu/kernels.h) on std::threads, for kernels that tests run without torch.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,8 @@ namespace {
 
 int threads_in_use = 1;
 
-// Tasks in as many contiguous ranges as there are threads, each in a thread of its own; one thread is the caller's.
+// Split the tasks in one contiguous range per thread, and run each range in a thread of its own. A single thread is the
+// caller's.
 void in_threads(int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
   if (threads_in_use == 1) return body(context, 0, tasks);
   std::vector<std::thread> threads;

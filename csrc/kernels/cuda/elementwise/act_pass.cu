@@ -1,10 +1,11 @@
-// y = act(z), behind a library's product.
+// The activation pass: y = act(z) and its mask, behind a library's product.
 #include "kernels/cuda/gemm/epilogue.cuh"
 
 namespace dlk::cuda {
 namespace {
 
-constexpr int kActThreads = 256;  // 4 blocks per SM: 64 registers each, where sm_100a would take 32 and spill f64's erf
+// 4 blocks per SM are 64 registers a thread. Without a bound sm_100a takes 32 and spills the erf of f64.
+constexpr int kActThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kActThreads, 4) act_pass_kernel(const ActPass p) {
@@ -12,7 +13,7 @@ __global__ void __launch_bounds__(kActThreads, 4) act_pass_kernel(const ActPass 
   const int64_t stride = int64_t{gridDim.x} * kActThreads, first = int64_t{blockIdx.x} * kActThreads + threadIdx.x;
   with_activation(p.act.kind, [&](auto act) {
     using Functor = decltype(act);
-    auto walk = [&](int64_t from, int64_t to, auto width) {
+    auto apply = [&](int64_t from, int64_t to, auto width) {
       constexpr int kWidth = decltype(width)::value;
       for (int64_t at = from + first * kWidth; at < to; at += stride * kWidth) {
         A v[kWidth];
@@ -25,11 +26,11 @@ __global__ void __launch_bounds__(kActThreads, 4) act_pass_kernel(const ActPass 
         store<T>(p.y, at, v);
       }
     };
-    // The allocator's memory is aligned, so all but the last few elements go 16 bytes at a time.
+    // Memory of the allocator is aligned, so all but the last few elements are handled 16 bytes at a time.
     const bool aligned = (reinterpret_cast<uintptr_t>(p.z) | reinterpret_cast<uintptr_t>(p.y)) % 16 == 0;
     const int64_t packed = aligned ? p.count / kPack<T> * kPack<T> : 0;
-    walk(0, packed, std::integral_constant<int, kPack<T>>{});
-    walk(packed, p.count, std::integral_constant<int, 1>{});
+    apply(0, packed, std::integral_constant<int, kPack<T>>{});
+    apply(packed, p.count, std::integral_constant<int, 1>{});
   });
 }
 

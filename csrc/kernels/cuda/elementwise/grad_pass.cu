@@ -1,4 +1,4 @@
-// Launches grad_pass.cuh: how columns and rows are cut, and the switch from run-time dtype to a kernel.
+// The launcher of grad_pass.cuh: how columns and rows are cut, and the switch from the dtype to a kernel.
 #include "kernels/cuda/elementwise/grad_pass.cuh"
 
 #include <algorithm>
@@ -6,9 +6,10 @@
 namespace dlk::cuda {
 namespace {
 
-// Blocks for which rows are cut: those that an H100 or H200 runs at once.
+// Rows are cut for this many blocks: as many as an H100 or H200 runs at once.
 constexpr int64_t kBlocks = kGradPassBlocks * 132;
-// Up to here one slice, of narrow columns so that there are blocks enough: a second launch would cost more than it brings.
+// Up to this many rows are one slice, because a second launch would cost more than it saves. A block takes few columns
+// then, so that there are enough blocks.
 constexpr int64_t kFewRows = 512;
 constexpr int kFewLanes = 4;
 

@@ -1,8 +1,9 @@
-// dz = g · act'(saved) in memory and dbias = Σ dz over rows, from one read: for a library GEMM, or where no product runs.
+// The gradient pass: dz = g · act'(saved) and dbias = Σ dz over rows, from one read of g and saved. It runs in front of
+// a library's product, which reads dz from memory, and where no product adds up dbias.
 //
-// A block takes a few columns and a slice of the rows. Its threads lie as rows × lanes; each sums the dz that it made, in f64
-// behind every kBatch rows, then the block adds up its rows of threads, then sum_slices the slices: a fixed order, cut by
-// the shape alone.
+// A block takes a few columns and a slice of the rows. Its threads form rows × lanes. A thread sums the dz that it
+// makes, and adds every kBatch rows in f64. Then the block adds up its rows of threads, and sum_slices adds up the
+// slices. The order is fixed, and the cuts depend on the shape alone.
 #pragma once
 
 #include <type_traits>
@@ -12,8 +13,9 @@
 namespace dlk::cuda {
 
 constexpr int kGradPassThreads = 128;
-constexpr int kGradPassBlocks = 4;  // per SM: each has 4 to 8 KiB on its way
+constexpr int kGradPassBlocks = 4;  // per SM; each has 4 to 8 KiB of loads under way
 
+// How a call is cut.
 struct GradPassCut {
   int lanes;       // threads along a row, a power of 2
   int64_t tiles;   // of columns
@@ -26,7 +28,7 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
     grad_pass_kernel(const GradPass p, const GradPassCut cut) {
   using A = Acc<T>;
   using O = Ops<A>;
-  constexpr int kBatch = sizeof(T) == 4 ? 2 : 1;  // rows of a thread on their way at once: as registers allow
+  constexpr int kBatch = sizeof(T) == 4 ? 2 : 1;  // rows that a thread loads at once: as many as registers allow
   __shared__ double sums[kWidth][kGradPassThreads];
   const int thread = threadIdx.x, lane = thread % cut.lanes, first = thread / cut.lanes;
   const int step = kGradPassThreads / cut.lanes;

@@ -1,4 +1,5 @@
-// The epilogue of a complete sum: bias, activation or mask, rounding, store. And the reduction of sums that come in slices.
+// The epilogue takes complete sums to memory: bias, activation or act' of the layer below, rounding, store. Also here
+// are the kernels that add up slices.
 #pragma once
 
 #include "kernels/cuda/kernels.h"
@@ -12,6 +13,7 @@ namespace dlk::cuda {
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
 
+// Load from[at] and the elements after it, as one pack.
 template <class T, int kWidth>
 DLK_DEVICE void load(const void* from, int64_t at, Acc<T> (&out)[kWidth]) {
   const auto pack = *reinterpret_cast<const Pack<T, kWidth>*>(static_cast<const T*>(from) + at);
@@ -19,6 +21,7 @@ DLK_DEVICE void load(const void* from, int64_t at, Acc<T> (&out)[kWidth]) {
   for (int e = 0; e < kWidth; ++e) out[e] = widen(pack.at[e]);
 }
 
+// Store v to to[at] and the elements after it, as one pack.
 template <class T, int kWidth>
 DLK_DEVICE void store(void* to, int64_t at, const Acc<T> (&v)[kWidth]) {
   Pack<T, kWidth> pack;
@@ -27,7 +30,7 @@ DLK_DEVICE void store(void* to, int64_t at, const Acc<T> (&v)[kWidth]) {
   *reinterpret_cast<Pack<T, kWidth>*>(static_cast<T*>(to) + at) = pack;
 }
 
-// Accumulators, added to those that are there where `adds`.
+// Store accumulators, or add them to those in memory if `adds`.
 template <class A, int kWidth>
 DLK_DEVICE void store_sums(void* to, int64_t at, bool adds, A (&v)[kWidth]) {
   constexpr int kCount = kWidth < kPack<A> ? kWidth : kPack<A>;
@@ -42,7 +45,7 @@ DLK_DEVICE void store_sums(void* to, int64_t at, bool adds, A (&v)[kWidth]) {
   }
 }
 
-// saved[at] and the elements behind it, or 1 and 0 from its mask; one element, or 16 bytes.
+// Load saved[at] and the elements after it, or the bits of a mask if `bits`: one element, or one pack.
 template <class T, int kWidth>
 DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&out)[kWidth]) {
   if constexpr (kHasMask<T, kWidth>) {
@@ -54,20 +57,20 @@ DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&ou
     load<T>(saved, at, out);
 }
 
-// True if rows of C, and the operands read beside them, can be walked in 16-byte steps.
+// Return whether rows of C, and what the epilogue reads beside them, allow 16-byte packs.
 template <class T>
 DLK_DEVICE bool rows_allow_packs(const Gemm& p) {
   auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
   return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.below_saved) && aligned(p.bias);
 }
 
-// True if there is no mask, or the mask can be stored in these steps.
+// Return whether p has no mask, or one that the epilogue can store with packs of C.
 inline bool mask_fits(const Gemm& p) {
   return !p.mask ||
          (fills_mask_bytes(p.dtype, p.n, {p.c, p.bias}) && !p.z && !p.below_saved && p.output_mode == OutputMode::cast);
 }
 
-// Finishes C[i, j ... j + kWidth) from its sums. On return `acc` holds the stored values before rounding.
+// Make C[i, j ... j + kWidth) from its sums and store it. `acc` keeps the stored values before rounding.
 template <class T, int kWidth>
 DLK_DEVICE void apply_epilogue(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc)[kWidth]) {
   using A = Acc<T>;
@@ -102,8 +105,8 @@ DLK_DEVICE void apply_epilogue(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc
     store_sums(p.c, at, p.output_mode == OutputMode::accumulate, acc);
 }
 
-// partials[splits, m, n] to the finished C.
-// 3 blocks per SM: 85 registers a thread. Left alone, sm_100a takes 32 and spills f64's erf.
+// C = epilogue(Σ over slices of partials[splits, m, n]). With 3 blocks per SM a thread has 85 registers. Without a
+// bound sm_100a takes 32 and spills the erf of f64.
 constexpr int kReduceThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads, 3) splitk_reduce_kernel(const Gemm p) {
@@ -111,7 +114,7 @@ __global__ void __launch_bounds__(kReduceThreads, 3) splitk_reduce_kernel(const 
   const auto* partials = static_cast<const A*>(p.partials);
   const int64_t stride = int64_t{gridDim.x} * kReduceThreads,
                 first = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
-  auto walk = [&](auto width) {
+  auto reduce = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
     for (int64_t at = first * kWidth; at < p.m * p.n; at += stride * kWidth) {
       A acc[kWidth] = {};
@@ -123,12 +126,13 @@ __global__ void __launch_bounds__(kReduceThreads, 3) splitk_reduce_kernel(const 
     }
   };
   if (rows_allow_packs<T>(p))
-    walk(std::integral_constant<int, kPack<T>>{});
+    reduce(std::integral_constant<int, kPack<T>>{});
   else
-    walk(std::integral_constant<int, 1>{});
+    reduce(std::integral_constant<int, 1>{});
 }
 
-// out[i] = Σ over slices of partials[slice, i], in a fixed order: 8 threads share an output, each sums every eighth slice.
+// out[i] = Σ over slices of partials[slice, i], in a fixed order: 8 threads share an output, and each sums every eighth
+// slice.
 constexpr int kSumOutputs = 32, kSumSharers = 8;
 template <class T>
 DLK_DEVICE void sum_slices_block(const Acc<T>* partials, int64_t slices, int64_t count, T* out) {
@@ -155,12 +159,14 @@ __global__ void __launch_bounds__(kSumOutputs* kSumSharers)
   sum_slices_block(partials, slices, count, out);
 }
 
+// Launch splitk_reduce_kernel.
 template <class T>
 cudaError_t splitk_reduce(const Gemm& p, cudaStream_t stream) {
   const dim3 grid(grid_of(ceil_div(p.m * p.n, kReduceThreads)));
   return launch(splitk_reduce_kernel<T>, grid, kReduceThreads, 0, stream, p);
 }
 
+// Launch sum_slices_kernel.
 template <class T>
 cudaError_t sum_slices(const void* partials, int64_t slices, int64_t count, void* out, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;

@@ -1,14 +1,14 @@
-// A tile of A or B on its way from global memory to the registers of mma.
+// A tile of A or B: from global memory through shared memory to the registers of mma.
 //
-// In shared memory it lies in rows as global memory has it, along k or across, in chunks of 16 bytes. Chunk c of row r
-// is stored at c ^ f(r), so that the 8 rows that ldmatrix reads at once lie in 8 different groups of banks.
+// Shared memory has the rows of the tile as global memory has them, along k or across k, in chunks of 16 bytes. Chunk c
+// of row r is stored at c ^ f(r), so that the 8 rows that ldmatrix reads at once lie in 8 different groups of banks.
 #pragma once
 
 #include "kernels/cuda/gemm/epilogue.cuh"
 
 namespace dlk::cuda {
 
-// Byte offset of a chunk in a tile of kChunks chunks per row. 8 chunks are one line of all 32 banks.
+// Return the byte offset of a chunk in a tile with kChunks chunks per row. 8 chunks are one line of all 32 banks.
 template <int kChunks>
 DLK_DEVICE int swizzled(int row, int chunk) {
   constexpr int kRowsPerLine = kChunks < 8 ? 8 / kChunks : 1;
@@ -22,18 +22,18 @@ struct Operand {
   static constexpr int kRows = kAlongK ? kExtent : kTileK, kCols = kAlongK ? kTileK : kExtent;
   static constexpr int kChunk = kPack<T>, kChunks = kCols / kChunk;
   static constexpr int kBytes = kRows * kCols * static_cast<int>(sizeof(T));
-  static constexpr int kRowStep = kThreads / kChunks;  // between two chunks of one thread
+  static constexpr int kRowStep = kThreads / kChunks;  // rows between two chunks of one thread
   static_assert(kThreads % kChunks == 0 && kRows % kRowStep == 0);
   static_assert(kChunks >= 4 && kCols % kChunk == 0);
 
-  // Rows and columns as shared memory has them.
+  // The operand in global memory, with rows and columns as in shared memory.
   struct Source {
     const T* data;
     int64_t row_stride, col_stride, rows, cols;
     bool asynchronous;  // every chunk is one aligned 16-byte read
   };
 
-  // `view` is [extent, k]; k ends at k_end.
+  // `view` is [extent, k], and k ends at k_end.
   DLK_DEVICE static Source source(const View& view, int64_t extent, int64_t k_end) {
     Source s{static_cast<const T*>(view.data), view.row_stride, view.col_stride, extent, k_end, false};
     if (!kAlongK) s = {s.data, view.col_stride, view.row_stride, k_end, extent, false};
@@ -41,6 +41,7 @@ struct Operand {
     return s;
   }
 
+  // Load the tile with cp.async; the source is asynchronous.
   DLK_DEVICE static void load_async(unsigned char* tile, const Source& s, int64_t i0, int64_t k0) {
     const int64_t row0 = kAlongK ? i0 : k0, col0 = kAlongK ? k0 : i0;
     const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
@@ -54,7 +55,8 @@ struct Operand {
     }
   }
 
-  // Through registers: element (row, col) is value(row, col, place in its chunk), rounded to T; zero outside.
+  // Load the tile through registers. Element (row, col) is value(row, col, place in its chunk), rounded to T; elements
+  // outside are zero.
   template <class F>
   DLK_DEVICE static void load_made(unsigned char* tile, const Source& s, int64_t i0, int64_t k0, F&& value) {
     const int64_t row0 = kAlongK ? i0 : k0, col0 = kAlongK ? k0 : i0;
@@ -70,12 +72,13 @@ struct Operand {
     }
   }
 
+  // Load the tile element by element, without changing values.
   DLK_DEVICE static void load_plain(unsigned char* tile, const Source& s, int64_t i0, int64_t k0) {
     load_made(tile, s, i0, k0,
               [&](int64_t row, int64_t col, int) { return widen(s.data[row * s.row_stride + col * s.col_stride]); });
   }
 
-  // Registers a[0..3] of mma for rows i ... i + 15 of A in step `step` of the tile (ptx.cuh has the layout).
+  // Load the registers a[0..3] of mma for rows i ... i + 15 of A and step `step` of the tile (ptx.cuh has the layout).
   DLK_DEVICE static void fragment_a(const unsigned char* tile, int i, int step, uint32_t (&r)[4]) {
     const int lane = threadIdx.x % 32, q = lane / 8, l = lane % 8;
     if constexpr (kAlongK) {
@@ -90,7 +93,7 @@ struct Operand {
     round(r);
   }
 
-  // b[0..1] of columns j ... j + 7 of B, then those of the next eight.
+  // Load the registers b[0..1] of mma for columns j ... j + 7 of B, then for the next eight columns.
   DLK_DEVICE static void fragment_b(const unsigned char* tile, int j, int step, uint32_t (&r)[4]) {
     const int lane = threadIdx.x % 32, q = lane / 8, l = lane % 8;
     if constexpr (kAlongK) {
@@ -106,7 +109,7 @@ struct Operand {
   }
 
  private:
-  // ldmatrix transposes 16-bit elements only.
+  // Load one 32-bit element, because ldmatrix transposes 16-bit elements only.
   DLK_DEVICE static uint32_t element(const unsigned char* tile, int row, int col) {
     return *reinterpret_cast<const uint32_t*>(tile + swizzled<kChunks>(row, col / kChunk) + col % kChunk * 4);
   }

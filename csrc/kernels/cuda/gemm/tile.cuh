@@ -1,11 +1,13 @@
-// Shared by the tensor-core kernels: which tile of C a block makes, and how a warp's sums leave their registers.
+// The common parts of the tensor-core kernels: which tile of C a block makes, and how sums go from the registers of a
+// warp to memory.
 #pragma once
 
 #include "kernels/cuda/gemm/epilogue.cuh"
 
 namespace dlk::cuda {
 
-// Blocks that run together share rows of A and columns of B: kGroup tiles down, then one to the right.
+// The place of a tile of C, in tiles. Tiles are numbered kGroup tiles down, then one to the right, so that blocks that
+// run at the same time share rows of A and columns of B.
 struct TileAt {
   int64_t i, j;
 };
@@ -16,16 +18,16 @@ DLK_HD TileAt tile_at(int64_t tile, int64_t tiles_m, int64_t tiles_n) {
   return {first + within % height, within / height};
 }
 
-// 16 rows and kCols columns of C, held by one warp: from the scattered registers of mma through shared memory to rows
-// that are finished and stored 16 bytes at a time.
+// A strip is 16 rows and kCols columns of C in one warp. Its sums go from the registers of mma, where they are
+// scattered, through shared memory. Then the epilogue handles them row by row, 16 bytes at a time.
 template <class T, int kCols>
 struct Strip {
   static constexpr int kWidth = kPack<T>, kLanesPerRow = kCols / kWidth, kRowsAtOnce = 32 / kLanesPerRow;
-  static constexpr int kPitch = kCols + 4;  // 4 floats of padding to_shared neighbouring rows in other banks
+  static constexpr int kPitch = kCols + 4;  // 4 floats of padding put neighbouring rows in different banks
   static constexpr int kBytes = 16 * kPitch * static_cast<int>(sizeof(float));
   static_assert(32 % kLanesPerRow == 0 && 16 % kRowsAtOnce == 0);
 
-  // acc[f] is d of mma (ptx.cuh) for columns 8f ... 8f + 7.
+  // Store sums to shared memory. acc[f] is d of mma (ptx.cuh) for columns 8f ... 8f + 7.
   DLK_DEVICE static void to_shared(float* strip, const float (&acc)[kCols / 8][4]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -38,8 +40,8 @@ struct Strip {
     __syncwarp();
   }
 
-  // What was to_shared is C[i0, j0] and on. Adds to `column_sum` what it stored of columns kWidth (lane % kLanesPerRow) and
-  // following. `packs` is rows_allow_packs<T>(p).
+  // Take the sums from shared memory through the epilogue to C[i0.., j0..]. Adds the stored values of columns kWidth
+  // (lane % kLanesPerRow) and following to `column_sum`. `packs` is rows_allow_packs<T>(p).
   DLK_DEVICE static void store(const Gemm& p, int64_t i0, int64_t j0, bool packs, float* strip,
                                float (&column_sum)[kWidth]) {
     const int lane = threadIdx.x % 32, col = lane % kLanesPerRow * kWidth;
@@ -60,7 +62,7 @@ struct Strip {
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) column_sum[e] += v[e];
       } else {
-#pragma unroll 1  // apply_epilogue is long: one copy of it. What it made goes back to where it came from.
+#pragma unroll 1  // apply_epilogue is long: only one copy of it. Its results replace the sums in shared memory.
         for (int e = 0; e < kWidth && j + e < p.n; ++e) {
           float v[1] = {from[e]};
           apply_epilogue<T>(p, i, j + e, v);
@@ -74,7 +76,7 @@ struct Strip {
     __syncwarp();
   }
 
-  // Leaves the sums over the warp's rows in every lane.
+  // Sum over the rows of the warp. Every lane gets the sums.
   DLK_DEVICE static void sum_rows(float (&column_sum)[kWidth]) {
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {

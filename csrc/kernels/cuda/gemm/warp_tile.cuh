@@ -1,6 +1,6 @@
-// A warp's piece of a product whose operands lie in shared memory (rows.cuh): strips of 16 rows of A by up to 8 · kUnits
-// columns of B. 16-bit types are multiplied by mma; f32 by FMAs, so that it stays f32. Sums are f32, over k in one fixed
-// order.
+// The tile of a product that one warp makes from operands in shared memory (rows.cuh): strips of 16 rows of A by up to
+// 8 · kUnits columns of B. 16-bit types are multiplied by mma, and f32 by FMAs, so that it stays f32. Sums are f32 and
+// run over k in one fixed order.
 #pragma once
 
 #include "kernels/cuda/mlp/rows.cuh"
@@ -10,21 +10,21 @@ namespace dlk::cuda {
 constexpr int kUnitColumns = 8;
 constexpr int kStrip = 16;  // rows
 
-// kAAlongK, kBAlongK: k is the direction in which the operand's rows lie in memory.
-// The sums are acc[kUnits of the first strip, then of the next][4]; a product of few columns uses a strip's first `units`.
+// kAAlongK, kBAlongK: the operand is contiguous along k. The sums are acc[kUnits of the first strip, then of the
+// next][4]. A product with few columns uses only the first `units` of a strip.
 template <class T, int kUnits, bool kAAlongK, bool kBAlongK, int kStrips = 1>
 struct WarpTile {
   static constexpr bool kMma = sizeof(T) == 2;
-  static constexpr int kStep = kMma ? 16 : 4;                      // of k
-  static constexpr int kNeighbours = kMma ? 2 : kBAlongK ? 1 : 4;  // neighbouring columns among a unit's four
+  static constexpr int kStep = kMma ? 16 : 4;                      // steps of k at once
+  static constexpr int kNeighbours = kMma ? 2 : kBAlongK ? 1 : 4;  // neighbouring columns among the four sums of a unit
   static constexpr int kRows = kStrips * kStrip, kColumns = kUnits * kUnitColumns;
   static_assert(kColumns % kPadding<T> == 0);
   using Sums = float[kStrips * kUnits][4];
-  using RowSums = float[kStrips][4];  // of A's rows, see sum_row
+  using RowSums = float[kStrips][4];  // row sums of A; see sum_row
 
   DLK_HD static int units(int cols) { return round_up(cols, kPadding<T>) / kUnitColumns; }
 
-  // Where acc[q][e] of this lane lies in the tile.
+  // Return the row and the column of acc[q][e] of this lane in the tile.
   DLK_DEVICE static int row(int q, int e) {
     const int lane = threadIdx.x % 32, strip = q / kUnits * kStrip;
     if constexpr (kMma) return strip + lane / 4 + e / 2 * 8;
@@ -36,7 +36,7 @@ struct WarpTile {
     return unit / 4 * 32 + (kBAlongK ? lane % 8 + e * 8 : lane % 8 * 4 + e);
   }
 
-  // f(sum, row, col) of every sum in the first `units`.
+  // Call f(sum, row, col) for every sum in the first `units`.
   template <class F>
   DLK_DEVICE static void each(int units, Sums& acc, F&& f) {
 #pragma unroll
@@ -47,7 +47,7 @@ struct WarpTile {
     }
   }
 
-  // Sums to shared memory, rounded; zeros outside [rows, cols].
+  // Store the sums to shared memory, rounded, with zeros outside [rows, cols].
   DLK_DEVICE static void store(T* to, int pitch, int rows, int cols, int units, const Sums& acc) {
 #pragma unroll
     for (int q = 0; q < kStrips * kUnits; ++q) {
@@ -63,7 +63,7 @@ struct WarpTile {
     }
   }
 
-  // acc += A · B over `steps` steps of k. a and b: the tile's first element of A and of B.
+  // acc += A · B over `steps` steps of k. a and b point to the first element of A and of B in the tile.
   DLK_DEVICE static void multiply(const T* a, int a_pitch, const T* b, int b_pitch, int steps, int units, Sums& acc) {
     run<false>(a, a_pitch, b, b_pitch, steps, units, acc, nullptr);
   }
@@ -73,7 +73,7 @@ struct WarpTile {
     run<true>(a, a_pitch, b, b_pitch, steps, units, acc, sums);
   }
 
-  // The row whose sum sums[strip][e] is; several lanes hold the same, of which one `gives` it.
+  // Return the row that sums[strip][e] belongs to. Several lanes hold the same sum, and one of them owns it.
   DLK_DEVICE static int sum_row(int strip, int e) {
     const int lane = threadIdx.x % 32;
     return strip * kStrip + (kMma ? lane / 4 + e / 2 * 8 : lane / 8 * 4 + e);
@@ -96,7 +96,7 @@ struct WarpTile {
   template <bool kRowSums>
   DLK_DEVICE static void multiply_mma(const T* a, int a_pitch, const T* b, int b_pitch, int steps, int units, Sums& acc,
                                       float (*sums)[4]) {
-    const int lane = threadIdx.x % 32, q = lane / 8, l = lane % 8;  // row l of ldmatrix's matrix q
+    const int lane = threadIdx.x % 32, q = lane / 8, l = lane % 8;  // row l of matrix q of ldmatrix
     a += kAAlongK ? (q % 2 * 8 + l) * a_pitch + q / 2 * 8 : (q / 2 * 8 + l) * a_pitch + q % 2 * 8;
     b += kBAlongK ? (q / 2 * 8 + l) * b_pitch + q % 2 * 8 : (q % 2 * 8 + l) * b_pitch + q / 2 * 8;
     Pack<T, 2> one;
@@ -136,13 +136,13 @@ struct WarpTile {
   template <bool kRowSums>
   DLK_DEVICE static void multiply_fma(const float* a, int a_pitch, const float* b, int b_pitch, int steps, int units,
                                       Sums& acc, float (*sums)[4]) {
-    static_assert(!kRowSums || !kAAlongK, "a lane has all k of a row only where they lie down a column");
+    static_assert(!kRowSums || !kAAlongK, "a lane reads all k of a row only where k runs down a column");
     const int lane = threadIdx.x % 32;
     a += kAAlongK ? lane / 8 * a_pitch : lane / 8 * 4;
     b += kBAlongK ? lane % 8 * b_pitch : lane % 8 * 4;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      Quad fa[kStrips][4];  // along k: of four rows, else of four k
+      Quad fa[kStrips][4];  // along k: one quad per row; otherwise one quad per step of k
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
 #pragma unroll

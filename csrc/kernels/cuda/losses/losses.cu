@@ -1,5 +1,5 @@
-// Launches losses.cuh: how work is cut in blocks, how many threads share a row, and the switch from run-time dtype to a
-// kernel.
+// The launchers of losses.cuh: how work is cut in blocks, how many threads share a row, and the switch from the dtype
+// to a kernel.
 #include "kernels/cuda/losses/losses.cuh"
 
 #include <algorithm>
@@ -7,9 +7,10 @@
 namespace dlk::cuda {
 namespace {
 
+// Launch reduce_loss_kernel.
 template <class T>
-cudaError_t reduce(const double* sums, int64_t blocks, const double* counts, int count_blocks, double denominator,
-                   void* loss, cudaStream_t stream) {
+cudaError_t reduce_loss(const double* sums, int64_t blocks, const double* counts, int count_blocks, double denominator,
+                        void* loss, cudaStream_t stream) {
   return launch(reduce_loss_kernel<T>, dim3(1), kLossThreads, 0, stream, sums, static_cast<int>(blocks), counts,
                 count_blocks, denominator, static_cast<T*>(loss));
 }
@@ -26,14 +27,15 @@ cudaError_t elementwise(const ElementwiseLoss& p, cudaStream_t stream) {
     status = launch(wide ? elementwise_loss_kernel<T, Terms, kPack<T>> : elementwise_loss_kernel<T, Terms, 1>,
                     dim3(grid_of(blocks)), kLossThreads, 0, stream, p, length);
   if (status != cudaSuccess || !p.reduced) return status;
-  return reduce<T>(p.sums, blocks, nullptr, 0, p.divisor, p.reduced, stream);
+  return reduce_loss<T>(p.sums, blocks, nullptr, 0, p.divisor, p.reduced, stream);
 }
 
-// A row is cached in shared memory up to this size, which every device has.
+// Rows up to this size are cached in shared memory. Every device has as much.
 constexpr int64_t kCacheBytes = 64 * 1024;
 
+// Launch cross_entropy_kernel, and return its number of blocks.
 template <class T, int kTeam, int kPer>
-cudaError_t rows(const CrossEntropy& p, int64_t* blocks, cudaStream_t stream) {
+cudaError_t launch_rows(const CrossEntropy& p, int64_t* blocks, cudaStream_t stream) {
   constexpr int kRows = kLossThreads / kTeam;
   *blocks = std::min<int64_t>(ceil_div(p.outer * p.inner, kRows), kLossBlocks);
   if (*blocks == 0) return cudaSuccess;
@@ -43,17 +45,20 @@ cudaError_t rows(const CrossEntropy& p, int64_t* blocks, cudaStream_t stream) {
                 cached ? static_cast<size_t>(bytes) : 0, stream, p, cached);
 }
 
-// Neighbouring threads read neighbouring elements: rows where these lie side by side, else classes of one row.
+// Choose how many threads share a row. Neighbouring threads read neighbouring elements: of different rows where rows
+// are contiguous across, otherwise classes of one row.
 template <class T>
-cudaError_t rows(const CrossEntropy& p, int64_t* blocks, cudaStream_t stream) {
+cudaError_t cross_entropy_rows(const CrossEntropy& p, int64_t* blocks, cudaStream_t stream) {
   const bool across_rows = p.x_strides.cls != 1 && p.x_strides.inner == 1 && p.inner > 1;
-  if (across_rows) return p.classes <= 32 ? rows<T, 1, 32>(p, blocks, stream) : rows<T, 1, 0>(p, blocks, stream);
-  if (p.classes <= 16) return rows<T, 4, 4>(p, blocks, stream);
-  if (p.classes <= 64) return rows<T, 16, 4>(p, blocks, stream);
-  if (p.classes <= 256) return rows<T, 32, 8>(p, blocks, stream);
-  return rows<T, kLossThreads, 0>(p, blocks, stream);
+  if (across_rows)
+    return p.classes <= 32 ? launch_rows<T, 1, 32>(p, blocks, stream) : launch_rows<T, 1, 0>(p, blocks, stream);
+  if (p.classes <= 16) return launch_rows<T, 4, 4>(p, blocks, stream);
+  if (p.classes <= 64) return launch_rows<T, 16, 4>(p, blocks, stream);
+  if (p.classes <= 256) return launch_rows<T, 32, 8>(p, blocks, stream);
+  return launch_rows<T, kLossThreads, 0>(p, blocks, stream);
 }
 
+// Launch count_kernel if the loss needs sums of weights.
 template <class T>
 cudaError_t count(const CrossEntropy& p, cudaStream_t stream) {
   const bool wanted = p.target && (p.mean || (p.weight && p.smoothing > 0));
@@ -66,10 +71,10 @@ cudaError_t cross_entropy_of(const CrossEntropy& p, cudaStream_t stream) {
   cudaError_t status = p.counted ? cudaSuccess : count<T>(p, stream);
   if (status != cudaSuccess) return status;
   int64_t blocks = 0;
-  status = rows<T>(p, &blocks, stream);
+  status = cross_entropy_rows<T>(p, &blocks, stream);
   if (status != cudaSuccess || !p.reduced) return status;
   const double* counts = p.mean && p.target ? counts_of(p) : nullptr;
-  return reduce<T>(p.sums, blocks, counts, count_blocks(p), 1 / p.scale, p.reduced, stream);
+  return reduce_loss<T>(p.sums, blocks, counts, count_blocks(p), 1 / p.scale, p.reduced, stream);
 }
 
 }  // namespace

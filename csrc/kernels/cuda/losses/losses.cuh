@@ -1,20 +1,22 @@
-// The losses and their gradients, from one read where a row fits in registers or shared memory.
+// The losses and their gradients. Inputs are read once where a row fits in registers or shared memory.
 //
-// Sums are made in f64: every thread adds its terms, then a block adds its threads, then one block adds the blocks. Which
-// block has which terms depends on the shape alone.
+// Sums are made in f64: every thread sums its terms, a block adds up its threads, and one block adds up the blocks. The
+// shape alone determines which terms a block has.
 #pragma once
 
 #include "kernels/loss_terms.h"
 #include "kernels/cuda/elementwise/row_packs.cuh"
+#include "kernels/cuda/losses/team.cuh"
 
 namespace dlk::cuda {
 
 constexpr int kLossThreads = 256;
 using LossBlock = Team<kLossThreads>;
 
-// Where a call's sums lie in its scratch.
-constexpr int kLossBlocks = kLossCountsAt;  // at most: each SM of the largest devices can hold 8 blocks of 256 threads
-constexpr int kCountBlocks = kLossCounts;   // at most: one thread of a block reads one's count
+// The scratch of a call: kLossBlocks sums, then kCountBlocks sums of the targets' weights and kCountBlocks of all
+// weights.
+constexpr int kLossBlocks = kLossCountsAt;  // at most; each SM of the largest devices can hold 8 blocks of 256 threads
+constexpr int kCountBlocks = kLossCounts;   // at most; each thread of a block reads the sum of one
 static_assert(kCountBlocks <= kLossThreads && kLossScratch >= kLossBlocks + 2 * kCountBlocks);
 DLK_HD double* counts_of(const CrossEntropy& p) { return p.sums + kLossBlocks; }
 DLK_HD int count_blocks(const CrossEntropy& p) {
@@ -28,12 +30,12 @@ DLK_DEVICE typename O::T not_a_number() {
   return O::lit(__builtin_nan(""));
 }
 
-// a / b of numbers >= 0; 32-bit division is several times faster.
+// Return a / b for numbers >= 0. 32-bit division is several times faster than 64-bit.
 DLK_DEVICE int64_t quotient(int64_t a, int64_t b) {
   return (a | b) >> 32 ? a / b : static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
 }
 
-// The sum of a thread, over many terms: in f64, and for f64 with the rounding errors of its additions.
+// The sum of the many terms of a thread: in f64, and for terms in f64 together with what each addition rounds away.
 template <class A>
 struct ThreadSum {
   double sum = 0;
@@ -48,7 +50,8 @@ struct ThreadSum<double> : ExactSum {
 
 // ---- elementwise losses ---------------------------------------------------------------------------------------------
 
-// A block takes `length` elements, which are whole steps of all its threads. kWidth > 1: no run ends within a row.
+// A block takes `length` elements, which are whole steps of all its threads. kWidth > 1: the elements of a thread at
+// one step are in one row.
 template <class T, class Loss, int kWidth>
 __global__ void __launch_bounds__(kLossThreads) elementwise_loss_kernel(const ElementwiseLoss p, const int64_t length) {
   using A = Acc<T>;
@@ -83,14 +86,15 @@ __global__ void __launch_bounds__(kLossThreads) elementwise_loss_kernel(const El
   if (threadIdx.x == 0) p.sums[blockIdx.x] = total;
 }
 
-// ---- cross entropy: the weights of rows -----------------------------------------------------------------------------
+// ---- cross entropy: the weights of rows ----------------------------------------------------------------------
 
 template <class A>
 DLK_DEVICE A class_weight(const CrossEntropy& p, int64_t c) {
   return p.weight ? static_cast<const A*>(p.weight)[c] : A(1);
 }
 
-// Parts of the sum of the targets' weights, NaN with a target that is no class, and of all classes' weights.
+// Sum the weights of the targets, and the weights of all classes, to one part per block. A target that is no class
+// makes NaN.
 template <class A>
 __global__ void __launch_bounds__(kLossThreads) count_kernel(const CrossEntropy p) {
   const int64_t first = int64_t{blockIdx.x} * kLossThreads + threadIdx.x, step = int64_t{gridDim.x} * kLossThreads;
@@ -108,34 +112,35 @@ __global__ void __launch_bounds__(kLossThreads) count_kernel(const CrossEntropy 
   }
 }
 
-// The sum of the blocks' counts, by a whole block.
+// Return the sum of the blocks' parts; all threads of a block call it.
 DLK_DEVICE double total_count(const double* counts, int blocks) {
   return LossBlock::sum(static_cast<int>(threadIdx.x) < blocks ? counts[threadIdx.x] : 0.0);
 }
 
 // ---- cross entropy: rows --------------------------------------------------------------------------------------------
 
-// The values that all rows of a call share.
+// Values that all rows of a call share.
 template <class A>
 struct RowTerms {
   A scale;                             // of the gradients
-  double uniform_share, target_share;  // of q: every class's by smoothing, and what smoothing leaves of the target
+  double uniform_share, target_share;  // in q: of every class by smoothing, and of the target after smoothing
   double weight_sum;
-  bool dense;  // q has more than the target's own term
+  bool dense;  // q is not zero beside the target
 };
 
-// The classes of one row that a thread of its team holds: in registers, or where kPer is 0, in shared or global memory.
+// The logits of one row that belong to one thread of its team: in registers, or with kPer == 0 in shared or global
+// memory.
 template <class T, int kTeam, int kPer>
 struct Logits {
   using A = Acc<T>;
-  static constexpr int kUnroll = sizeof(T) == 8 ? 1 : 4;  // f64's exp takes registers
+  static constexpr int kUnroll = sizeof(T) == 8 ? 1 : 4;  // the exp of f64 needs many registers
   const T* row;
   int64_t stride, classes;
   int rank;
   T* cache;  // of the whole row, or nullptr
   A held[kPer ? kPer : 1];
 
-  // f(class, logit)
+  // Call f(class, logit) for every logit of this thread.
   template <class F>
   DLK_DEVICE void each(F&& f) const {
     if constexpr (kPer > 0) {
@@ -148,7 +153,8 @@ struct Logits {
     }
   }
 
-  // The largest logit and Σ exp(logit - largest) of the row; 1 for a row of no classes, whose logarithm adds nothing.
+  // Compute the largest logit of the row, and Σ exp(logit - largest), which is 1 for a row without classes, so that its
+  // logarithm is 0.
   DLK_DEVICE void softmax(A* largest, A* exp_sum) {
     using O = Ops<A>;
     const A inf = O::lit(__builtin_inf());
@@ -162,7 +168,7 @@ struct Logits {
       }
       max = Team<kTeam>::max(max);
       each([&](int64_t, A v) { sum += O::exp(v - max); });
-    } else {  // on line: a larger logit scales down the sum so far (Milakov & Gimelshein, 2018)
+    } else {  // online softmax: a larger logit scales down the sum so far (Milakov & Gimelshein, 2018)
       constexpr int kBatch = 2 * kUnroll;
       ThreadSum<A> thread_sum;
       for (int64_t first = rank; first < classes; first += kTeam * kBatch) {
@@ -185,17 +191,17 @@ struct Logits {
         for (int b = 0; b < kBatch; ++b) batch_sum += v[b] == -inf ? A(0) : O::exp(v[b] - max);
         thread_sum.add(batch_sum);
       }
-      const A mine = max;
+      const A thread_max = max;
       max = Team<kTeam>::max(max);
       sum = static_cast<A>(thread_sum.value());
-      if (mine != max) sum *= O::exp(mine - max);
+      if (thread_max != max) sum *= O::exp(thread_max - max);
     }
     sum = Team<kTeam>::sum(sum);
     *largest = max, *exp_sum = classes > 0 ? sum : A(1);
   }
 };
 
-// The loss of `row` in the first thread of its team, 0 in the others. Its outputs are stored only if it is `exists`.
+// Return the loss of `row` in the first thread of its team, and 0 in the others. Outputs are stored only if `exists`.
 template <class T, int kTeam, int kPer>
 DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>>& terms, int64_t row, bool exists,
                                     T* cache) {
@@ -209,13 +215,15 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   const bool legal = index >= 0 && index < p.classes;
   Logits<T, kTeam, kPer> logits{
       static_cast<const T*>(p.x) + offset(p.x_strides), p.x_strides.cls, p.classes, rank, cache, {}};
-  // Read now: in place, another thread may write its gradient there as soon as the team has met.
+  // The logit of the target is read here, because in place another thread may overwrite it after the next reduction of
+  // the team.
   const A target_logit = rank == 0 && legal ? widen(logits.row[index * logits.stride]) : A(0);
   A largest, exp_sum;
   logits.softmax(&largest, &exp_sum);
   const A log_sum = O::log(exp_sum);
 
-  // Of q without the hard target's own term: Σ q·(x - largest), in units of `uniform_share` for class indices, and Σ q.
+  // Two sums over q without the term at the target index: Σ q·(x - largest), in units of `uniform_share` for class
+  // indices, and Σ q.
   const T* const soft_row = soft ? static_cast<const T*>(p.soft) + offset(p.soft_strides) : nullptr;
   auto soft_q = [&](int64_t c) {
     return class_weight<A>(p, c) *
@@ -252,7 +260,7 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
     all_q = target_q + terms.uniform_share * terms.weight_sum;
     target_grad = static_cast<A>(target_q + terms.uniform_share * weight) * scale;
   }
-  // d/dx = (softmax·Σq - q)·scale; in a row that is ignored it is 0, and only NaN gets through, as in torch.
+  // d/dx = (softmax·Σq - q)·scale. In an ignored row it is 0, except that NaN in x stays NaN, as in torch.
   const A factor = static_cast<A>(all_q) * (is_counted ? scale : A(0)) / exp_sum;
 
   if (!exists) return 0;
@@ -285,7 +293,7 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   return rank == 0 ? loss : 0;
 }
 
-// kTeam threads share a row and hold kPer classes each; kPer = 0: any number, cached in shared memory where `cached`.
+// kTeam threads share a row and hold kPer classes each. kPer = 0: any number of classes, in shared memory if `cached`.
 template <class T, int kTeam, int kPer>
 __global__ void __launch_bounds__(kLossThreads, 2) cross_entropy_kernel(const CrossEntropy p, const bool cached) {
   using A = Acc<T>;
@@ -300,7 +308,8 @@ __global__ void __launch_bounds__(kLossThreads, 2) cross_entropy_kernel(const Cr
   T* const cache = cached ? reinterpret_cast<T*>(dynamic_shared()) : nullptr;
   const int64_t rows = p.outer * p.inner;
   double total = 0;
-  // teams beyond the last row do it again, because lanes meet in every row; in place they may read its gradient, for nothing
+  // Teams beyond the last row compute the last row again, because all lanes of a warp take part in reductions. In place
+  // they may read its gradient instead of x; their result is not used.
   for (int64_t first = int64_t{blockIdx.x} * kRows; first < rows; first += int64_t{gridDim.x} * kRows) {
     const int64_t row = first + threadIdx.x / kTeam;
     total += cross_entropy_row<T, kTeam, kPer>(p, terms, min(row, rows - 1), row < rows, cache);
@@ -311,7 +320,7 @@ __global__ void __launch_bounds__(kLossThreads, 2) cross_entropy_kernel(const Cr
 
 // ---- reduction ------------------------------------------------------------------------------------------------------
 
-// One block: the sum of the blocks' sums, for the mean over `denominator` or over the weights that count_kernel counted.
+// Add up the blocks' sums, in one block, and divide by `denominator`, or by what count_kernel summed.
 template <class T>
 __global__ void __launch_bounds__(kLossThreads) reduce_loss_kernel(const double* sums, int blocks, const double* counts,
                                                                    int count_blocks, double denominator, T* loss) {

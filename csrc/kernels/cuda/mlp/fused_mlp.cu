@@ -1,11 +1,11 @@
-// Launches fused_mlp_forward.cuh, fused_mlp_backward.cuh and layer_backward.cuh: how much of a chain a block holds, and how many
-// blocks there are.
+// The launchers of fused_mlp_forward.cuh, fused_mlp_backward.cuh and layer_backward.cuh: how many layers one launch
+// has, how many rows a block, and how many blocks there are.
 //
-// Backward of several layers keeps of each its weight and the f32 sums of dweight in shared memory. Of 64 features in bf16
-// that is 9 + 16 KiB, so that seven layers fit in the 227 KiB of an H100 and the chain is one launch, which reads every
-// saved activation once. Of 128 features it is 34 + 64 KiB: then every layer is a launch of its own, with its sums in
-// registers, which still makes dx, dweight and dbias from one read of its dz and its input. A chain is cut from the top, as
-// long as the next layer fits.
+// The backward of several layers keeps the weight and the f32 sums of dweight of each layer in shared memory. A layer
+// of 64 features in bf16 needs 9 + 16 KiB. Seven such layers fit in the 227 KiB of an H100, so they are one launch,
+// which reads every saved activation once. A layer of 128 features needs 34 + 64 KiB. Then every layer is a launch of
+// its own, with its sums in registers; it still makes dx, dweight and dbias from one read of its dz and its input. A
+// launch begins at the last layer that is left, and takes layers below it for as long as they fit.
 #include "kernels/cuda/mlp/fused_mlp_backward.cuh"
 #include "kernels/cuda/mlp/fused_mlp_forward.cuh"
 #include "kernels/cuda/mlp/layer_backward.cuh"
@@ -16,11 +16,11 @@ namespace dlk::cuda {
 namespace {
 
 struct Device {
-  int64_t shared;  // of a block, bytes
+  int64_t shared;  // the most bytes of shared memory of a block
   int64_t sms;
 };
 
-// Nothing fits on a device that does not answer.
+// Return the current device, or one on which nothing fits if it does not answer.
 Device this_device() {
   int device = 0, shared = 0, sms = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -30,10 +30,11 @@ Device this_device() {
   return {shared, sms};
 }
 
-// An SM has 1 KiB more than a block may take, and keeps 1 KiB of each block's for itself.
+// Return whether two blocks of so many bytes fit on an SM. An SM has 1 KiB more than a block may take, and reserves 1
+// KiB for each block.
 bool two_fit(const Device& device, int64_t bytes) { return 2 * (bytes + 1024) <= device.shared + 1024; }
 
-// The widest of layers begin ... end.
+// Return the most features of layers begin ... end.
 int widest(const FusedMlp& p, int begin, int end) {
   int64_t features = p.layer[begin].k;
   for (int l = begin; l < end; ++l) features = std::max(features, p.layer[l].n);
@@ -48,8 +49,9 @@ struct Launch {
   int64_t bytes;   // of shared memory
 };
 
-// Two blocks of 8 warps on an SM where that fits, else one of as many as fit, up to 16; none with fewer than 4, which is
-// too few to hide the latency of memory. Few rows are spread over the SMs, though.
+// Plan the forward; return false if it does not fit. An SM gets two blocks of 8 warps if they fit, otherwise one block
+// of up to 16 warps. Fewer than 4 warps are too few to hide the latency of memory. Few rows are spread over the SMs in
+// smaller blocks.
 template <class T>
 bool plan_forward(const FusedMlp& p, const Device& device, Launch* plan) {
   constexpr int kFewest = 4;
@@ -66,8 +68,9 @@ bool plan_forward(const FusedMlp& p, const Device& device, Launch* plan) {
   return true;
 }
 
-// layer_backward_kernel for layer l, in 3 stages or 2. Of the blocks of rows that fit, those with which the SM that has most
-// of them is done first, if a block takes the time of its rows and of 16 more.
+// Plan layer_backward_kernel for layer l, with 3 stages or 2; return false if it does not fit. Among the block sizes
+// that fit it chooses the one with which the busiest SM is done first, if a block costs the time of its rows and of 16
+// more.
 template <class T>
 bool plan_layer(const FusedMlp& p, int l, const Device& device, Launch* plan) {
   const int n = static_cast<int>(p.layer[l].n), k = static_cast<int>(p.layer[l].k);
@@ -85,8 +88,8 @@ bool plan_layer(const FusedMlp& p, int l, const Device& device, Launch* plan) {
   return best < std::numeric_limits<int64_t>::max();
 }
 
-// fused_mlp_backward_kernel for layers begin ... end: blocks of as many rows as fit, up to 128, or 64 while that leaves no SM
-// without one.
+// Plan fused_mlp_backward_kernel for layers begin ... end; return false if it does not fit. A block has as many rows as
+// fit, up to 128 if every SM still gets two blocks, otherwise up to 64.
 template <class T>
 bool plan_layers(const FusedMlp& p, int begin, int end, const Device& device, Launch* plan) {
   int64_t layers = 0;
@@ -121,7 +124,7 @@ bool plan_backward(const FusedMlp& p, const Device& device, BackwardPlan* plan) 
     end = part.begin;
   }
   for (int i = 0; two_per_sm && i < plan->launches; ++i) plan->launch[i].threads = kBackwardThreads / 2;
-  // Slices of at most kMostRows rows: what the sums of one may be off by does not grow with the batch.
+  // A slice has at most kMostRows rows, so that the error of its sums does not grow with the batch.
   constexpr int kMostRows = 8192;
   plan->slices =
       static_cast<int>(std::max(std::min(blocks, device.sms * (two_per_sm ? 2 : 1)), ceil_div(p.rows, kMostRows)));
@@ -151,13 +154,14 @@ int64_t parameters_of(const FusedMlp& p) {
   return sum;
 }
 
-// f32 elements that hold the result of one launch of backward for the next: dz of a layer, [rows, n] in the layers' dtype.
-// They follow the partials, two in turn.
+// Return the f32 elements of one handoff buffer: dz of a layer, [rows, n] in the dtype of the call, from one launch of
+// backward to the next. Two such buffers follow the partials and are used in turn.
 int64_t handoff_floats(const FusedMlp& p, DType dtype, const BackwardPlan& plan) {
   int64_t features = 0;
   for (int i = 1; i < plan.launches; ++i) features = std::max(features, p.layer[plan.launch[i].end - 1].n);
   return ceil_div(p.rows * features, dtype == DType::f32 ? 1 : 2);
 }
+// Return f32 elements rounded up to packs of 16 bytes.
 int64_t whole_packs(int64_t floats) { return ceil_div(floats, 4) * 4; }
 
 FusedMlpPass pass_of(const FusedMlp& p) {
@@ -197,7 +201,7 @@ template <class T>
 cudaError_t backward(const FusedMlp& p, DType dtype, cudaStream_t stream) {
   BackwardPlan plan;
   if (!plan_backward<T>(p, this_device(), &plan) || p.slices != plan.slices) return cudaErrorInvalidValue;
-  // below the deepest layer that has a gradient to give there is nothing to do
+  // no layer below `deepest` has a gradient that is asked for
   int deepest = 0;
   while (!p.dx && deepest < p.layers && !p.layer[deepest].dweight && !p.layer[deepest].dbias) ++deepest;
   if (deepest == p.layers) return cudaSuccess;
@@ -206,7 +210,7 @@ cudaError_t backward(const FusedMlp& p, DType dtype, cudaStream_t stream) {
   auto* partials = static_cast<float*>(p.partials);
   pass.slices = p.slices;
   bool sums = false;
-  int64_t most = 0;  // outputs of a tensor
+  int64_t most = 0;  // the most elements of a parameter gradient
   for (int l = 0; l < p.layers; ++l) {
     const int64_t n = p.layer[l].n, parameters = n * p.layer[l].k;
     pass.partials[l] = partials;
@@ -227,7 +231,7 @@ cudaError_t backward(const FusedMlp& p, DType dtype, cudaStream_t stream) {
     pass.pitch = part.stages ? LayerBackward<T>::pitch(features) : pitch_of<T>(features);
     pass.block_rows = part.block_rows;
     pass.stages = part.stages;
-    if (pass.saved_is_mask && !part.stages) return cudaErrorInvalidValue;  // of a device that shares next to nothing
+    if (pass.saved_is_mask && !part.stages) return cudaErrorInvalidValue;  // of a device with almost no shared memory
     const cudaError_t status =
         launch(part.stages ? layer_backward_kernel<T> : fused_mlp_backward_kernel<T>,
                dim3(static_cast<unsigned>(p.slices)), part.threads, static_cast<size_t>(part.bytes), stream, pass);

@@ -1,51 +1,55 @@
-// The fused MLP: narrow layers, with everything that is reused in shared memory. This is the code that its kernels share. fused_mlp_forward.cuh takes rows
-// through all layers, fused_mlp_backward.cuh takes them down again, layer_backward.cuh is backward of one layer.
+// The fused MLP: narrow layers whose weights stay in shared memory. This file has the common parts of its kernels.
+// fused_mlp_forward.cuh takes rows through all layers, fused_mlp_backward.cuh takes them back through several layers,
+// and layer_backward.cuh is the backward of one layer.
 //
-// The output of a layer is rounded as a tensor would be. Sums are f32 in one fixed order, nothing is atomic.
+// The output of a layer is rounded before the next layer reads it, as a tensor would be. Sums are f32 in one fixed
+// order, and nothing is atomic.
 #pragma once
 
 #include "kernels/cuda/gemm/warp_tile.cuh"
 
 namespace dlk::cuda {
 
-constexpr int kFusedMlpLayers = 16;
-constexpr int kFusedMlpFeatures = 128;
+constexpr int kFusedMlpFeatures = 128;  // the most in_features and out_features of a layer
 
-// One launch: layers begin ... end of a chain. Kernel parameters, hence values and no pointers to the host.
+// The parameters of one launch: layers begin ... end of a fused MLP. Kernel parameters are values, not pointers to the
+// host.
 struct FusedMlpPass {
   FusedMlpLayer layer[kFusedMlpLayers];
-  const void* saved[kFusedMlpLayers];  // h or z, which the gradient of the layer reads; nullptr for the identity
-  bool saved_is_mask;                  // backward of one layer: `saved` is the mask of its h
+  const void* saved[kFusedMlpLayers];  // h or z: what act' of the layer reads; nullptr for the identity
+  bool saved_is_mask;                  // backward of one layer: `saved` is the activation mask of h
   int64_t rows;
   int begin, end;
-  int pitch;            // of the rows in shared memory: that of the widest of these layers
-  View x;               // input of layer 0
+  int pitch;            // of rows in shared memory: the pitch for the widest of these layers
+  View x;               // the input of layer 0
   View incoming;        // backward: grad_y, or dz of layer end - 1 where `incoming_is_dz`
-  bool incoming_is_dz;  // the gradient that comes went through act' already
+  bool incoming_is_dz;  // `incoming` is dz of layer end - 1
   void* outgoing;       // backward: dz of layer begin - 1, or dx; or nullptr
-  int block_rows;       // backward: rows of a block at a time
-  int stages;           // layer_backward: blocks of rows in shared memory
+  int block_rows;       // backward: rows of a block
+  int stages;           // layer_backward: how many blocks of rows are in shared memory
   int slices;
   float* partials[kFusedMlpLayers];  // [slices, n, k] of dweight, behind it [slices, n] of dbias
 
-  DLK_HD View input(int l) const { return l > 0 ? View{layer[l - 1].h, layer[l].k, 1} : x; }
+  DLK_HD View input(int l) const { return l > 0 ? contiguous_view(layer[l].k, layer[l - 1].h) : x; }
 
-  // Backward of layer l:
+  // Return whether backward of layer l makes dz of the layer below, or dx.
   DLK_HD bool has_dgrad(int l) const { return l > begin || outgoing; }
-  // what act' of the layer below reads, which dgrad applies, or nullptr; and whether that is the layer's input
+  // Return what act' of the layer below reads, which dgrad of layer l multiplies by; or nullptr.
   DLK_HD const void* saved_below(int l) const { return l > 0 && has_dgrad(l) ? saved[l - 1] : nullptr; }
+  // Return whether that is the input of layer l.
   DLK_HD bool saved_below_is_input(int l) const { return saved_below(l) && saved_below(l) == layer[l - 1].h; }
   DLK_HD bool needs_input(int l) const { return layer[l].dweight || saved_below_is_input(l); }
 };
 
+// Return the rows of a weight with n rows in shared memory.
 template <class T>
 DLK_HD int weight_rows(int n) {
   return round_up(n, kPadding<T>);
 }
 
-// ---- shared by both backwards -----------------------------------------------------------------------------------------
+// ---- common parts of both backward kernels ------------------------------------------------------------------------
 
-// dz = g · act'(saved) for `rows` rows of a block, in place of g. kBits: `saved` is their mask.
+// Make dz = g · act'(saved) for `rows` rows of a block, in place of g. kBits: `saved` is the activation mask.
 template <bool kBits, class T>
 DLK_DEVICE void make_dz_rows(const Activation& activation, T* g, const T* saved, int pitch, int rows, int cols) {
   using O = Ops<float>;
@@ -69,8 +73,9 @@ DLK_DEVICE void make_dz_rows(const Activation& activation, T* g, const T* saved,
   });
 }
 
-// out = (dz · weight) · act'(below_saved), rounded, without a `below` the product alone; out may be where below_saved is. Rows that a step
-// of mma reads beyond the last one are there. made(i, j) follows each of the warp's tiles: out's rows from i, columns from j.
+// out = (dz · weight) · act'(below_saved), rounded; without `below` the product alone. out may be the memory of
+// below_saved. Shared memory has the rows that a step of mma reads beyond the last one. After each tile of the warp
+// made(i, j) is called: its first row and column in out.
 template <class Tile, class T, class F>
 DLK_DEVICE void dgrad_rows(const T* weight, int n, int k, const T* dz, const T* below_saved, const Activation* below,
                            T* out, int pitch, int rows, F&& made) {
@@ -93,7 +98,7 @@ DLK_DEVICE void dgrad_rows(const T* weight, int n, int k, const T* dz, const T* 
   }
 }
 
-// Partials to gradients. blockIdx.z: twice the layer, and 1 more for dbias.
+// Add up the slices of the parameter gradients. blockIdx.z is 2 · layer for dweight, 2 · layer + 1 for dbias.
 template <class T>
 __global__ void __launch_bounds__(kSumOutputs* kSumSharers)
     fused_mlp_sum_kernel(const __grid_constant__ FusedMlpPass p) {

@@ -1,6 +1,6 @@
-// Backward of several layers in one launch: their weights and the sums of their gradients in shared memory. A block takes
-// some rows of grad_y down through the layers and reads every saved activation once, as the mask of its layer and as the
-// input of the next.
+// The backward of several layers in one launch. Their weights and the sums of their parameter gradients are in shared
+// memory. A block takes rows of grad_y back through the layers. It reads every saved activation once, for act' of its
+// layer and as the input of the next one.
 #pragma once
 
 #include "kernels/cuda/mlp/fused_mlp.cuh"
@@ -8,10 +8,11 @@
 namespace dlk::cuda {
 
 constexpr int kBackwardThreads = 512;
-constexpr int kBackwardUnits = 8;  // 64 columns: two warps for the rows of 128
+constexpr int kBackwardUnits = 8;  // 64 columns, so that two warps have the rows of 128 columns
 constexpr int kSharers = 2;        // threads that share a column of dbias
 
-// Shared memory of a layer: its weight, the sums of dweight as the lanes that own them hold them, and the sums of dbias.
+// One layer in shared memory: its weight, the sums of dweight in the order of the lanes that own them, and the sums of
+// dbias.
 template <class T>
 struct BackwardLayer {
   using Wgrad = WarpTile<T, kBackwardUnits, false, false>;  // dweight[n, k] = dzᵀ · input
@@ -38,7 +39,7 @@ struct BackwardLayer {
   }
   DLK_DEVICE unsigned char* end() const { return reinterpret_cast<unsigned char*>(weight) + bytes(n, k); }
 
-  // A warp owns tiles of 16 rows of dweight by 64 columns: f(row, column, its sums, how many units).
+  // Call f(row, column, sums, units) for every tile of dweight that this warp owns; a tile is 16 rows by 64 columns.
   template <class F>
   DLK_DEVICE void each_wgrad(F&& f) const {
     const int across = ceil_div(k, kColumns), tiles = ceil_div(n, kStrip) * across;
@@ -50,7 +51,7 @@ struct BackwardLayer {
   }
 };
 
-// dweight += dzᵀ · input, over `rows` rows: sums of these rows first, then added to the sums that are there.
+// dweight += dzᵀ · input over `rows` rows. These rows are summed first, and their sum is added.
 template <class T>
 DLK_DEVICE void wgrad_rows(const BackwardLayer<T>& s, const T* dz, const T* input, int pitch, int rows) {
   using Tile = typename BackwardLayer<T>::Wgrad;
@@ -68,7 +69,7 @@ DLK_DEVICE void wgrad_rows(const BackwardLayer<T>& s, const T* dz, const T* inpu
   });
 }
 
-// dbias += column sums of dz, likewise. A thread has every kSharers-th row of a column.
+// dbias += the column sums of dz over `rows` rows, likewise. A thread has every kSharers-th row of a column.
 template <class T>
 DLK_DEVICE void sum_columns(const BackwardLayer<T>& s, const T* dz, int pitch, int rows) {
   const int col = threadIdx.x % kFusedMlpFeatures, sharer = threadIdx.x / kFusedMlpFeatures;
@@ -78,7 +79,7 @@ DLK_DEVICE void sum_columns(const BackwardLayer<T>& s, const T* dz, int pitch, i
   s.dbias[sharer * s.n + col] += sum;
 }
 
-// The sums of this slice to memory, where those of the slices are added up.
+// Store the sums of this slice. fused_mlp_sum_kernel adds up the slices.
 template <class T>
 DLK_DEVICE void store_partials(const FusedMlpPass& p, int l, const BackwardLayer<T>& s) {
   using Tile = typename BackwardLayer<T>::Wgrad;
@@ -106,8 +107,8 @@ DLK_DEVICE void store_partials(const FusedMlpPass& p, int l, const BackwardLayer
   }
 }
 
-// blockIdx.x is the slice of the rows. Three buffers of a block's rows change their roles from layer to layer: `dz`, the
-// `input` of its layer, and one that is free, for the block that is read next.
+// blockIdx.x is the slice of the rows. Three buffers of rows change their roles from layer to layer: `dz`, the `input`
+// of its layer, and one that is free for what is read next.
 template <class T>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     fused_mlp_backward_kernel(const __grid_constant__ FusedMlpPass p) {
@@ -137,9 +138,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     auto load_block = [&](T* to, const View& from, int64_t cols) {
       load_rows(this_block(), to, pitch, from, i0, rows, static_cast<int>(cols), round_up(rows, kStrip));
     };
-    auto saved_by = [&](int l) { return View{p.saved[l], p.layer[l].n, 1}; };
+    auto saved_by = [&](int l) { return contiguous_view(p.layer[l].n, p.saved[l]); };
 
-    __syncthreads();  // the buffers have been read, by the block of rows before this one
+    __syncthreads();  // the block of rows before this one has been read, so the buffers are free
     load_block(dz, p.incoming, p.layer[top].n);
     if (p.needs_input(top)) load_block(input, p.input(top), p.layer[top].k);
     if (!p.incoming_is_dz && p.saved[top]) {
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       const bool loads_next = l > p.begin && p.needs_input(l - 1);
       cp_async_commit();
       cp_async_wait<0>();
-      __syncthreads();  // dz and input are there, and `free` is
+      __syncthreads();  // dz and input are loaded, and `free` is free
       if (reads_z) load_block(below_saved, saved_by(l - 1), s.k);
       if (!reads_z && loads_next) load_block(next_input, p.input(l - 1), p.layer[l - 1].k);
       cp_async_commit();
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       if (p.layer[l].dbias) sum_columns(s, dz, pitch, rows);
       if (!p.has_dgrad(l)) break;
       if (reads_z) cp_async_wait<0>();
-      __syncthreads();  // the input has been read, and z is there
+      __syncthreads();  // the input has been read, and z is loaded
       if (reads_z && loads_next) load_block(next_input, p.input(l - 1), p.layer[l - 1].k);
       dgrad_rows<typename Layer::Dgrad>(s.weight, s.n, s.k, dz, below_saved,
                                         p.saved_below(l) ? &p.layer[l - 1].act : nullptr, below_saved, pitch, rows,
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   }
 
   cp_async_commit();
-  cp_async_wait<0>();  // none is under way when the block ends, also where it had no rows
+  cp_async_wait<0>();  // no copy is under way when the block ends, also if it had no rows
   __syncthreads();
   at = layers;
   for (int l = top; l >= p.begin; --l) {

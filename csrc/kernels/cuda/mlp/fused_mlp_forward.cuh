@@ -1,13 +1,13 @@
-// Forward of a chain: all weights in shared memory; a warp takes 16 rows of x through every layer.
+// The forward of the fused MLP. All weights are in shared memory, and a warp takes 16 rows of x through every layer.
 #pragma once
 
 #include "kernels/cuda/mlp/fused_mlp.cuh"
 
 namespace dlk::cuda {
 
-constexpr int kForwardWarps = 16;  // of a block, at most
+constexpr int kForwardWarps = 16;  // the most warps of a block
 
-// Shared memory of a layer: its weight, then its bias in f32, zeros where it has none.
+// Return the shared memory of a layer: its weight, then its bias in f32, which is zeros if the layer has none.
 template <class T>
 DLK_HD int forward_bytes(int n, int k) {
   return weight_rows<T>(n) * (pitch_of<T>(k) * static_cast<int>(sizeof(T)) + static_cast<int>(sizeof(float)));
@@ -17,7 +17,7 @@ DLK_HD int strip_bytes(int pitch) {
   return kStrip * pitch * static_cast<int>(sizeof(T));
 }
 
-// The mask of the values in the strip.
+// Store the activation mask of a strip.
 template <class T>
 DLK_DEVICE void mask_strip(const FusedMlpLayer& layer, const T* strip, int pitch, int64_t i0, int rows) {
   with_activation(layer.act.kind, [&](auto act) {
@@ -31,7 +31,8 @@ DLK_DEVICE void mask_strip(const FusedMlpLayer& layer, const T* strip, int pitch
   });
 }
 
-// One layer for the 16 rows of `strip`, in place. Every lane of the warp may read the strip before and after it.
+// Run one layer for the 16 rows of `strip`, in place. Before and after the call every lane of the warp may read the
+// strip.
 template <class T, int kUnits>
 DLK_DEVICE void forward_layer(const FusedMlpLayer& layer, const unsigned char* shared, T* strip, int pitch, int64_t i0,
                               int rows) {
@@ -62,7 +63,7 @@ DLK_DEVICE void forward_layer(const FusedMlpLayer& layer, const unsigned char* s
   }
 }
 
-// Every warp has two strips: while one goes through the layers, the rows of the next are on their way into the other.
+// Every warp has two strips: while one goes through the layers, the other receives the next rows.
 template <class T, int kUnits>
 __global__ void __launch_bounds__(kForwardWarps * 32, 1)
     fused_mlp_forward_kernel(const __grid_constant__ FusedMlpPass p) {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kForwardWarps * 32, 1)
     if (i0 < p.rows)
       load_rows(this_warp(), strips + which * kStrip * p.pitch, p.pitch, p.x, i0, rows_of(i0),
                 static_cast<int>(p.layer[0].k), kStrip);
-    cp_async_commit();  // also where there was nothing to load: groups are counted
+    cp_async_commit();  // also if there was nothing to load, because groups are counted
   };
   const int step = gridDim.x * warps * kStrip;
   int which = 0;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kForwardWarps * 32, 1)
   cp_async_commit();
   load(which, i0);
   cp_async_wait<1>();
-  __syncthreads();  // the weights are there
+  __syncthreads();  // the weights are loaded
 #pragma unroll 1
   for (; i0 < p.rows; i0 += step, which ^= 1) {
     load(which ^ 1, i0 + step);

@@ -1,32 +1,34 @@
-// Backward of one layer in one launch: dx, dweight and dbias from one read of its gradient, mask and input.
+// The backward of one layer in one launch: dx, dweight and dbias from one read of its gradient, its saved tensor and
+// its input.
 //
-// The weight lies in shared memory, the sums of dweight and dbias in registers for as long as a block lives. Blocks of rows
-// come through shared memory `stages` deep: while one is multiplied the next ones are under way, except for 16-bit rows of an
-// odd stride, and where both the layer and the one below it have a z to read, which takes turns.
+// The weight is in shared memory, and the sums of dweight and dbias are in registers until the block ends. Blocks of
+// rows pass through shared memory in `stages` stages: while one is multiplied, the next ones are loaded. There are two
+// exceptions: 16-bit rows with an odd stride, and the case that this layer and the layer below both read a z, which
+// share one buffer.
 #pragma once
 
 #include "kernels/cuda/mlp/fused_mlp.cuh"
 
 namespace dlk::cuda {
 
-constexpr int kLayerWarps = 8, kLayerThreads = kLayerWarps * 32;  // 255 registers a thread, 72 with sums that stay
-constexpr int kLayerBuffers = 3;  // of a stage: the gradient, the input, and the source of a mask, then dx
+constexpr int kLayerWarps = 8, kLayerThreads = kLayerWarps * 32;  // 255 registers a thread, of which 72 hold sums
+constexpr int kLayerBuffers = 3;  // of a stage: the gradient, the input, and a saved tensor, which dx replaces
 
 template <class T>
 struct LayerBackward {
-  using Wgrad = WarpTile<T, 8, false, false, 2>;  // 32 rows of dweight[n, k] = dzᵀ · input by 64 columns
-  using Dgrad = WarpTile<T, 4, true, false, 2>;   // 32 rows of dz · weight by 32 columns
+  using Wgrad = WarpTile<T, 8, false, false, 2>;  // dweight[n, k] = dzᵀ · input: 32 rows by 64 columns
+  using Dgrad = WarpTile<T, 4, true, false, 2>;   // dz · weight: 32 rows by 32 columns
   static constexpr int kMostTiles = (kFusedMlpFeatures / Wgrad::kRows) * (kFusedMlpFeatures / Wgrad::kColumns);
   static_assert(kMostTiles == kLayerWarps, "every warp has a tile of the widest layer's dweight");
 
   DLK_HD static int tiles(int n, int k) { return ceil_div(n, Wgrad::kRows) * ceil_div(k, Wgrad::kColumns); }
-  // Warps that share a tile of dweight: each has some of a block's rows.
+  // Return how many warps share a tile of dweight. Each of them has a part of the rows of a block.
   DLK_HD static int sharers(int n, int k) { return kLayerWarps / tiles(n, k); }
-  // The pitch of rows in shared memory: the warp tiles read 32 columns of dz.
+  // Return the pitch of rows in shared memory. The warp tiles read 32 columns of dz at once.
   DLK_HD static int pitch(int features) { return pitch_of<T>(round_up(features, Wgrad::kRows)); }
 
   DLK_HD static int weight_elements(int n, int k) { return weight_rows<T>(n) * pitch_of<T>(k); }
-  // One sharer's sums of every tile, on their way to another: kSums of each lane.
+  // The memory through which one sharer passes the sums of every tile to another: kSums + kRowSums packs of each lane.
   static constexpr int kSums = sizeof(typename Wgrad::Sums) / 16, kRowSums = sizeof(typename Wgrad::RowSums) / 16;
   DLK_HD static int exchange_bytes(int n, int k) {
     return sharers(n, k) > 1 ? tiles(n, k) * (kSums + kRowSums) * 512 : 0;
@@ -38,7 +40,8 @@ struct LayerBackward {
   }
 };
 
-// The mask of rows i0 ... i0 + rows, of n features, to shared memory as it lies. i0 is a multiple of 16, so that it is aligned.
+// Load the activation mask of rows i0 ... i0 + rows, of n features each, to shared memory without changing its layout.
+// i0 is a multiple of 16, which aligns the source.
 DLK_DEVICE void load_mask_rows(void* to, const void* mask, int64_t i0, int rows, int n) {
   const auto* from = static_cast<const unsigned char*>(mask) + i0 * n / kMaskBits;
   const int bytes = rows * n / kMaskBits;
@@ -59,7 +62,8 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
   const int64_t blocks = ceil_div(p.rows, p.block_rows);
   const int64_t first = blockIdx.x * blocks / p.slices, last = (blockIdx.x + 1) * blocks / p.slices;
 
-  // What masks are taken from, where that is no other operand. Both, and z has to wait until `applies_act` has been read.
+  // Two saved tensors that are no other operand: one for act' of this layer, and z of the layer below. They share a
+  // buffer, so if both are needed, z is loaded after the first has been read.
   const bool applies_act = !p.incoming_is_dz && p.saved[l];
   const View z{p.saved_below_is_input(l) ? nullptr : p.saved_below(l), k, 1};
 
@@ -85,10 +89,10 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       else if (z.data)
         load_block(stage + 2 * buffer, z, block, k);
     }
-    cp_async_commit();  // also where there was nothing to load: groups are counted
+    cp_async_commit();  // also if there was nothing to load, because groups are counted
   };
 
-  // This warp's tile of dweight, and its share of the rows.
+  // The tile of dweight of this warp, and its part of the rows.
   const int tiles = Layer::tiles(n, k), across = ceil_div(k, Wgrad::kColumns), sharers = Layer::sharers(n, k);
   const int tile = threadIdx.x / 32 % tiles, sharer = threadIdx.x / 32 / tiles;
   const int i = tile / across * Wgrad::kRows, j = tile % across * Wgrad::kColumns;
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
       cp_async_wait<1>();
     else
       cp_async_wait<0>();
-    __syncthreads();  // these rows are there, and those before them, whose place is loaded next, have been read by all
+    __syncthreads();  // these rows are loaded, and the rows before them have been read: their buffers are next
     load_stage(block + p.stages - 1);
     if (applies_act) {
       if constexpr (kHasMask<T, kPack<T>>) {
@@ -123,19 +127,19 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
     }
     const int steps = ceil_div(min(share, rows - share_begin), Wgrad::kStep);
     if (sums && steps > 0) {
-      typename Wgrad::RowSums of_block = {};  // blocks are summed apart: fewer rounding errors in a row
+      typename Wgrad::RowSums block_sums = {};  // each block is summed separately: fewer rounding errors in sequence
       Wgrad::multiply(dz + share_begin * pitch + i, pitch, input + share_begin * pitch + j, pitch, steps, units,
-                      dweight, of_block);
+                      dweight, block_sums);
 #pragma unroll
       for (int strip = 0; strip < Layer::kRowSums; ++strip) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) dbias[strip][e] += of_block[strip][e];
+        for (int e = 0; e < 4; ++e) dbias[strip][e] += block_sums[strip][e];
       }
     }
     if (!p.outgoing) continue;
     if (applies_act && z.data) {
       cp_async_wait<0>();
-      __syncthreads();  // z is there
+      __syncthreads();  // z is loaded
     }
     const T* below_saved = p.saved_below_is_input(l) ? input : saved_or_dx;
     dgrad_rows<typename Layer::Dgrad>(
@@ -149,9 +153,9 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
         });
   }
 
-  cp_async_wait<0>();  // none is under way when the block ends, also where it had no rows
+  cp_async_wait<0>();  // no copy is under way when the block ends, also if it had no rows
 
-  // The sharers' sums, one after the other, to the first of them.
+  // Add the sums of the sharers, one after the other, to those of the first sharer.
   for (int from = 1; from < sharers; ++from) {
     auto* const exchange =
         reinterpret_cast<Pack<float, 4>*>(stages) + tile * (Layer::kSums + Layer::kRowSums) * 32 + threadIdx.x % 32;
@@ -161,13 +165,13 @@ __global__ void __launch_bounds__(kLayerThreads, 1) layer_backward_kernel(const 
 #pragma unroll
       for (int q = 0; q < Layer::kRowSums; ++q) f(dbias[q], exchange[(Layer::kSums + q) * 32]);
     };
-    __syncthreads();  // the place is free
+    __syncthreads();  // the exchange memory is free
     if (sums && sharer == from)
       each([](float (&sum)[4], Pack<float, 4>& to) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) to.at[e] = sum[e];
       });
-    __syncthreads();  // they are there
+    __syncthreads();  // the sums are in the exchange memory
     if (sums && sharer == 0)
       each([](float (&sum)[4], const Pack<float, 4>& more) {
 #pragma unroll

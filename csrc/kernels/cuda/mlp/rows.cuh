@@ -1,4 +1,5 @@
-// Rows of a matrix between global and shared memory, where they lie a pitch apart and zeros fill them up to whole tiles.
+// Rows of a matrix between global and shared memory. In shared memory they are a pitch apart and filled with zeros up
+// to whole tiles.
 #pragma once
 
 #include "kernels/cuda/gemm/epilogue.cuh"
@@ -7,17 +8,17 @@ namespace dlk::cuda {
 
 DLK_HD int round_up(int v, int to) { return (v + to - 1) / to * to; }
 
-// The columns that a warp multiplies at once: 16 columns by mma (16-bit types), 32 by FMAs.
+// The columns that a warp multiplies at once: 16 by mma (16-bit types), 32 by FMAs.
 template <class T>
 constexpr int kPadding = sizeof(T) == 2 ? 16 : 32;
-// Elements from row to row. The 16 bytes more put the 8 rows that ldmatrix reads, or 8 lanes that walk down a column in
-// 16-byte steps, in different banks whatever the width is; a swizzle would want powers of two.
+// Return the pitch of rows, in elements. With 16 more bytes, the 8 rows that ldmatrix reads, or 8 lanes that read down
+// a column in 16-byte steps, are in different banks for every width. A swizzle would need powers of two.
 template <class T>
 DLK_HD int pitch_of(int features) {
   return round_up(features, kPadding<T>) + 16 / static_cast<int>(sizeof(T));
 }
 
-// The threads that do something together: a warp or a block.
+// Threads that work together: a warp or a block.
 struct Group {
   int thread, threads;
 };
@@ -26,7 +27,8 @@ DLK_DEVICE Group this_block() { return {static_cast<int>(threadIdx.x), static_ca
 
 DLK_DEVICE bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// A thread's way through rows of `width` pieces, which its group takes in order: without a division at every step.
+// The pieces of rows that one thread handles, where its group takes all pieces in order and a row has `width` of them.
+// next() needs no division.
 struct RowWalk {
   int row, piece;
   int row_step, piece_step, width;
@@ -43,7 +45,7 @@ struct RowWalk {
   }
 };
 
-// Bytes of the pieces in which rows can be copied past the registers: 16, or 4; 0: not so.
+// Return the bytes of the pieces in which cp.async can copy rows of `from`: 16 or 4; 0: it cannot.
 template <class T>
 DLK_DEVICE int piece_of(const View& from) {
   auto lies_in = [&](int bytes) {
@@ -53,10 +55,10 @@ DLK_DEVICE int piece_of(const View& from) {
   return from.col_stride != 1 ? 0 : lies_in(16) ? 16 : lies_in(4) ? 4 : 0;
 }
 
-// Rows i0 ... i0 + rows of `from`, of `cols` columns, to rows of shared memory; zeros behind the last column and, up to
-// padded_rows, behind the last row. There when this thread's cp_async_wait and a barrier have said so; under way while it
-// goes on, except for 16-bit rows of an odd stride. i0 is a multiple of 16, so that rows which follow each other without a
-// gap are aligned at i0 if they are at 0.
+// Load rows i0 ... i0 + rows of `from`, which has `cols` columns, to shared memory, with zeros behind the last column
+// and, up to padded_rows, behind the last row. They are complete after this thread's cp_async_wait and a barrier. The
+// copy runs in the background, except for 16-bit rows with an odd stride. i0 is a multiple of 16, so that rows without
+// gaps are aligned at i0 if they are aligned at 0.
 template <class T>
 DLK_DEVICE void load_rows(Group group, T* to, int pitch, const View& from, int64_t i0, int rows, int cols,
                           int padded_rows) {
@@ -78,7 +80,7 @@ DLK_DEVICE void load_rows(Group group, T* to, int pitch, const View& from, int64
     return;
   }
   const bool gapless = from.col_stride == 1 && from.row_stride == cols && aligned16(from.data);
-  if (gapless) {  // 16-byte reads of the rows as one run
+  if (gapless) {  // the rows are read as one row, 16 bytes at a time
     const int count = rows * cols;
     for (int e = group.thread * kChunk; e < count; e += group.threads * kChunk) {
       int row = e / cols, col = e % cols;
@@ -104,7 +106,8 @@ DLK_DEVICE void load_rows(Group group, T* to, int pitch, const View& from, int64
   }
 }
 
-// Rows of shared memory to contiguous rows of `to` that are to_cols long, or to their first `cols` columns.
+// Store `cols` columns of rows in shared memory to the first columns of contiguous rows of `to`, which are to_cols
+// long.
 template <class T>
 DLK_DEVICE void store_rows(Group group, T* to, int to_cols, int rows, int cols, const T* from, int pitch) {
   constexpr int kChunk = kPack<T>;
@@ -119,7 +122,7 @@ DLK_DEVICE void store_rows(Group group, T* to, int to_cols, int rows, int cols, 
       to[walk.row * to_cols + walk.piece] = from[walk.row * pitch + walk.piece];
   }
 }
-// Whole rows, to rows i0 ... i0 + rows of `to`, [.., cols].
+// Store whole rows to rows i0 ... i0 + rows of `to`, [.., cols].
 template <class T>
 DLK_DEVICE void store_rows(Group group, void* to, int64_t i0, int rows, int cols, const T* from, int pitch) {
   store_rows(group, static_cast<T*>(to) + i0 * cols, cols, rows, cols, from, pitch);

@@ -1,4 +1,4 @@
-// Launches hopper_gemm.cuh: from dtype, layout and size to a kernel and its two tensor maps.
+// The launcher of hopper_gemm.cuh: the switch from dtype, layout and size to a kernel, and its two tensor maps.
 #include "kernels/cuda/gemm/hopper/hopper_gemm.cuh"
 
 #include <cuda.h>
@@ -7,18 +7,20 @@
 namespace dlk::cuda {
 namespace {
 
-constexpr int kWide = 256, kNarrow = 128;  // tiles of C: 128 rows by so many columns
+constexpr int kWide = 256, kNarrow = 128;  // columns of a tile of C; its rows are 128
 
-// Where 16-bit elements lie as TMA demands: [rows, cols], contiguous along cols, rows apart and aligned by 16 bytes.
+// Return whether TMA can read v, [rows, cols] of 16-bit elements: contiguous along cols, with the data and the distance
+// of rows aligned to 16 bytes.
 bool lies_along_cols(const View& v, int64_t rows, int64_t cols) {
   constexpr int64_t kMostStride = (int64_t{1} << 40) / 2;
-  // A box begins inside of the tensor or up to three boxes of 64 behind it, and coordinates are int32.
+  // Coordinates are int32, and a box begins inside the tensor or up to three boxes of 64 behind its end.
   constexpr int64_t kMostExtent = std::numeric_limits<int32_t>::max() - 256;
   return v.col_stride == 1 && v.row_stride >= cols && v.row_stride % 8 == 0 && v.row_stride < kMostStride &&
          rows <= kMostExtent && cols <= kMostExtent && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
 }
 
-enum class OperandLayout { forward, dgrad, wgrad, other };  // by how its operands lie
+// The layout of both operands: that of one of the products of contiguous tensors, or another.
+enum class OperandLayout { forward, dgrad, wgrad, other };
 
 OperandLayout layout_of(const Gemm& p) {
   const bool a_along_k = lies_along_cols(p.a, p.m, p.k), b_along_n = lies_along_cols(p.b, p.k, p.n);
@@ -28,7 +30,7 @@ OperandLayout layout_of(const Gemm& p) {
   return OperandLayout::other;
 }
 
-// The driver's encoder, without linking the driver; nullptr: a driver older than Hopper's.
+// Return the driver's encoder of tensor maps, without linking the driver; nullptr: the driver is too old for Hopper.
 PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   static const auto found = []() -> PFN_cuTensorMapEncodeTiled_v12000 {
     void* function = nullptr;
@@ -44,7 +46,8 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 constexpr CUtensorMapDataType map_type(Bf16) { return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16; }
 constexpr CUtensorMapDataType map_type(F16) { return CU_TENSOR_MAP_DATA_TYPE_FLOAT16; }
 
-// `view` is [extent, k]. Describes on the host the memory that TMA will read; touches no stream and no memory of the device.
+// Describe to TMA what it will read. `view` is [extent, k]. This runs on the host and touches no stream and no device
+// memory.
 template <class T, class Operand>
 cudaError_t encode(const View& view, int64_t extent, int64_t k, CUtensorMap* map) {
   const View rows = Operand::kAlongK ? view : view.transposed();
@@ -58,7 +61,8 @@ cudaError_t encode(const View& view, int64_t extent, int64_t k, CUtensorMap* map
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// True if the current device is a Hopper, and this library's kernels for it can be launched there.
+// Return cudaSuccess if the current device is a Hopper GPU on which the kernels of this library can be launched. Sets
+// the number of its SMs.
 cudaError_t available(int* processors) {
   int device = 0, major = 0, minor = 0;
   cudaFuncAttributes kernel{};
@@ -69,7 +73,7 @@ cudaError_t available(int* processors) {
         cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device),
         cudaFuncGetAttributes(&kernel, hopper_gemm_kernel<Any>)})
     if (status != cudaSuccess) return status;
-  const bool built = kernel.maxThreadsPerBlock >= Any::kThreads;  // 1 where the kernel is empty
+  const bool built = kernel.maxThreadsPerBlock >= Any::kThreads;  // an empty kernel has 1
   return major == 9 && minor == 0 && built && encoder() ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 
@@ -92,7 +96,7 @@ cudaError_t run(const Gemm& p, int processors, cudaStream_t stream) {
 template <class T, bool kAAlongK, bool kBAlongK>
 cudaError_t run_layout(const Gemm& p, int processors, cudaStream_t stream) {
   const int64_t wide = ceil_div(p.m, 128) * ceil_div(p.n, kWide) * p.splits;
-  const int tile = p.tile ? p.tile : wide >= processors ? kWide : kNarrow;  // not tuned: that needs a GPU
+  const int tile = p.tile ? p.tile : wide >= processors ? kWide : kNarrow;  // not tuned, which needs a GPU
   return tile == kWide ? run<HopperTraits<T, kAAlongK, kBAlongK, kWide>>(p, processors, stream)
                        : run<HopperTraits<T, kAAlongK, kBAlongK, kNarrow>>(p, processors, stream);
 }
@@ -116,8 +120,8 @@ bool hopper_available() {
 }
 
 bool hopper_takes(const Gemm& p) {
-  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.m > 0 && p.n > 0 && p.k > 0 && !p.saved.data &&
-         !p.row_sum && layout_of(p) != OperandLayout::other;
+  return is_half(p.dtype) && p.m > 0 && p.n > 0 && p.k > 0 && !p.saved.data && !p.row_sum &&
+         layout_of(p) != OperandLayout::other;
 }
 
 cudaError_t hopper_gemm(const Gemm& p, cudaStream_t stream) {

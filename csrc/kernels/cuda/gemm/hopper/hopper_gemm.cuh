@@ -1,10 +1,11 @@
 // C = epilogue(A · B) on Hopper's tensor cores (sm_90a), bf16 and fp16: the three products of a layer (params.h).
 //
-// Blocks are persistent. Of a block's three warpgroups one brings tiles of A and B by TMA into a ring of stages in
-// shared memory, far ahead; the other two multiply them by wgmma, 64 rows of the tile of C each, and run the epilogue
-// that the mma.sync kernel runs, while the ring fills for the next tile. Sums are f32, k is summed in one fixed order,
-// nothing is atomic. Written on the instructions and not on CUTLASS: measuring one against the other needs a GPU, and
-// this has run on none yet, only on the host model of these instructions in tests/emulation/hopper.
+// Blocks are persistent. A block has three warpgroups. One loads tiles of A and B by TMA into a ring of stages in
+// shared memory, far ahead. The other two multiply them by wgmma, each 64 rows of the tile of C, and run the same
+// epilogue as the mma.sync kernel while the ring fills for the next tile. Sums are f32, k is summed in one fixed order,
+// and nothing is atomic. The kernel is written in PTX instructions and not with CUTLASS. A comparison of the two needs
+// a GPU, and this kernel has not run on one yet, only on the host model of these instructions in
+// tests/emulation/hopper.
 #pragma once
 
 #include "kernels/cuda/gemm/tile.cuh"
@@ -16,8 +17,8 @@
 #include <ptx_hopper_on_host.h>
 #endif
 
-// The host's pass, and the device's for sm_90a. Elsewhere the kernels are empty, and may be launched with one thread only:
-// a launch fails instead of doing nothing.
+// True in the compiler's pass for the host and in its pass for sm_90a. For other devices the kernels are empty and may
+// be launched with only one thread, so that a launch fails and does not silently do nothing.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define DLK_HOPPER true
 #else
@@ -43,15 +44,16 @@ struct HopperTraits {
   static constexpr int kStripsAt = kStages * kStageBytes;
   static constexpr int kBarriersAt = kStripsAt + kGroups * 4 * Strip::kBytes;
   static constexpr int kSharedBytes = (kBarriersAt + 2 * kStages * 8 + 1023) / 1024 * 1024;
-  static_assert(kStages >= 4 && kSharedBytes <= 227 * 1024, "what a block of sm_90 may have");
+  static_assert(kStages >= 4 && kSharedBytes <= 227 * 1024, "the limit of a block on sm_90");
   static_assert(kStageBytes % 1024 == 0 && A::kBytes % 1024 == 0 && kBarriersAt % 8 == 0);
 
-  // A launch gives 65536 / kThreads = 170 registers a thread, in steps of 8. The loader hands most of its on.
+  // A launch gives a thread 65536 / kThreads = 170 registers, rounded down to a multiple of 8. The loader gives most of
+  // its registers to the warpgroups that multiply.
   static constexpr int kRegistersAtLaunch = 168, kLoaderRegisters = 40, kRegisters = 232;
   static_assert(kLoaderRegisters + kGroups * kRegisters <= (kGroups + 1) * kRegistersAtLaunch);
 };
 
-// The stages and their barriers, in shared memory.
+// The ring of stages and their barriers, in shared memory.
 template <class Traits>
 struct Ring {
   unsigned char* shared;
@@ -63,18 +65,18 @@ struct Ring {
   }
   DLK_DEVICE uint64_t* empty(int stage) const { return full(Traits::kStages) + stage; }
 
-  // By one thread, before any other uses the ring.
+  // Set up the barriers. One thread calls it, before any other uses the ring.
   DLK_DEVICE void init() const {
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      mbarrier_init(full(stage), 1);                     // the loader, and the bytes it announces
-      mbarrier_init(empty(stage), Traits::kGroups * 4);  // every warp that reads
+      mbarrier_init(full(stage), 1);                     // arrivals: the loader; also the bytes that it announces
+      mbarrier_init(empty(stage), Traits::kGroups * 4);  // arrivals: every warp that reads
     }
     fence_barrier_init();
   }
 };
 
-// The tiles of this block in turn: f(i0, j0, k0, steps) of the first row, column and k, and the tiles along k.
-// blockIdx.z is the slice of k, whose length is a function of the shape and of p.splits alone.
+// Call f(i0, j0, k0, steps) for every tile of this block: its first row, column and k, and the number of tiles along k.
+// blockIdx.z is the k-slice, whose length is a function of the shape and of p.splits alone.
 template <class Traits, class F>
 DLK_DEVICE void for_each_tile(const Gemm& p, F&& f) {
   const int64_t tiles_m = ceil_div(p.m, Traits::kTileM), tiles_n = ceil_div(p.n, Traits::kTileN);
@@ -86,7 +88,7 @@ DLK_DEVICE void for_each_tile(const Gemm& p, F&& f) {
   }
 }
 
-// Rows i ... of A or columns i ... of B, and kTileK steps from k on.
+// Load rows i ... of A or columns i ... of B, and kTileK steps from k on.
 template <class Operand>
 DLK_DEVICE void load_operand(unsigned char* tile, const CUtensorMap* map, int64_t i, int64_t k, uint64_t* full) {
   const auto row = static_cast<int32_t>(i), step = static_cast<int32_t>(k);
@@ -99,7 +101,7 @@ DLK_DEVICE void load_operand(unsigned char* tile, const CUtensorMap* map, int64_
   }
 }
 
-// By one thread.
+// The loader, which is one thread: fill the ring with all tiles of this block.
 template <class Traits>
 DLK_DEVICE void load_tiles(const Gemm& p, const Ring<Traits>& ring, const CUtensorMap* map_a,
                            const CUtensorMap* map_b) {
@@ -107,7 +109,7 @@ DLK_DEVICE void load_tiles(const Gemm& p, const Ring<Traits>& ring, const CUtens
   for_each_tile<Traits>(p, [&](int64_t i0, int64_t j0, int64_t k0, int64_t steps) {
     for (int64_t step = 0; step < steps; ++step) {
       const int stage = place.stage;
-      mbarrier_wait(ring.empty(stage), place.parity ^ 1);  // the time before; the first time round, at once
+      mbarrier_wait(ring.empty(stage), place.parity ^ 1);  // until it was emptied; the first time round, at once
       mbarrier_arrive_expect(ring.full(stage), Traits::kStageBytes);
       load_operand<typename Traits::A>(ring.a(stage), map_a, i0, k0 + step * Traits::kTileK, ring.full(stage));
       load_operand<typename Traits::B>(ring.b(stage), map_b, j0, k0 + step * Traits::kTileK, ring.full(stage));
@@ -116,8 +118,8 @@ DLK_DEVICE void load_tiles(const Gemm& p, const Ring<Traits>& ring, const CUtens
   });
 }
 
-// Adds up the values that the four warps of a group stored in 64 columns, to one row of partials per 64 rows of C. `strips` are
-// the group's.
+// Add up the column sums that the four warps of a group have of 64 columns, to one row of partials per 64 rows of C.
+// `strips` is the memory of the group's strips.
 template <class Traits>
 DLK_DEVICE void store_column_sums(const Gemm& p, int64_t i0, int64_t j0, int group, float* strips,
                                   float (&column_sum)[Traits::Strip::kWidth]) {
@@ -138,7 +140,7 @@ DLK_DEVICE void store_column_sums(const Gemm& p, int64_t i0, int64_t j0, int gro
   barrier_sync(1 + group, Traits::kGroupThreads);  // the strips are free again
 }
 
-// By the four warps of a group, on rows 64 * group ... of every tile.
+// Multiply and store all tiles of this block. The four warps of a group call it, for rows 64 * group ... of every tile.
 template <class Traits>
 DLK_DEVICE void multiply_tiles(const Gemm& p, const Ring<Traits>& ring, int group) {
   using T = typename Traits::T;
@@ -151,7 +153,7 @@ DLK_DEVICE void multiply_tiles(const Gemm& p, const Ring<Traits>& ring, int grou
 
   for_each_tile<Traits>(p, [&](int64_t i0, int64_t j0, int64_t, int64_t steps) {
     float acc[Traits::kParts][8][4] = {};
-    int read = 0;  // the stage before
+    int read = 0;  // the stage that was read before this one
     auto release = [&] {
       if (lane == 0) mbarrier_arrive(ring.empty(read));
     };
@@ -165,7 +167,7 @@ DLK_DEVICE void multiply_tiles(const Gemm& p, const Ring<Traits>& ring, int grou
         wgmma_mma<!Traits::kAAlongK, !Traits::kBAlongK>(acc, Traits::A::descriptor(a, 64 * group, s),
                                                         Traits::B::descriptor(b, 0, s), T{});
       wgmma_commit();
-      wgmma_wait<1>();  // tensor cores have the next group at hand while the stage before goes back
+      wgmma_wait<1>();  // the tensor cores have this stage to do while the one before it is released
       if (step > 0) release();
       read = place.stage;
       place.advance();
@@ -177,8 +179,8 @@ DLK_DEVICE void multiply_tiles(const Gemm& p, const Ring<Traits>& ring, int grou
 #pragma unroll 1
     for (int part = 0; part < Traits::kParts; ++part, j0 += 64) {
 #pragma unroll
-      for (int of = 0; of < Traits::kParts; ++of)  // registers have no index at run time
-        if (of == part) Strip::to_shared(strip, acc[of]);
+      for (int q = 0; q < Traits::kParts; ++q)  // registers cannot be indexed at run time
+        if (q == part) Strip::to_shared(strip, acc[q]);
       float column_sum[Strip::kWidth] = {};
       Strip::store(p, i0 + 16 * warp, j0, packs, strip, column_sum);
       if (p.column_sum) store_column_sums<Traits>(p, i0, j0, group, strips, column_sum);
@@ -186,7 +188,7 @@ DLK_DEVICE void multiply_tiles(const Gemm& p, const Ring<Traits>& ring, int grou
   });
 }
 
-// blockIdx.x is the first tile, gridDim.x tiles lie between two of a block, blockIdx.z is the slice of k.
+// blockIdx.x is the first tile of the block, gridDim.x is the step to its next tile, blockIdx.z is the k-slice.
 template <class Traits>
 __global__ void __launch_bounds__(DLK_HOPPER ? Traits::kThreads : 1, 1)
     hopper_gemm_kernel(const Gemm p, const __grid_constant__ CUtensorMap map_a,
@@ -195,7 +197,7 @@ __global__ void __launch_bounds__(DLK_HOPPER ? Traits::kThreads : 1, 1)
   const Ring<Traits> ring{dynamic_shared()};
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
-  // One value for the warp, and known as such to the compiler.
+  // With the shuffle the compiler knows that the value is the same in all lanes of the warp.
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / Traits::kGroupThreads, 0);
   if (group == Traits::kGroups) {
     release_registers<Traits::kLoaderRegisters>();

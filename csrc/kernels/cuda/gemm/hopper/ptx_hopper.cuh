@@ -1,5 +1,5 @@
-// The PTX instructions of Hopper (sm_90a) that kernels use, one function each, with the rules of the PTX ISA for them.
-// tests/emulation/hopper/ptx_hopper_on_host.h has their twins in C++.
+// The PTX instructions of Hopper (sm_90a) that kernels use, one function each; the comments follow the PTX ISA.
+// tests/emulation/hopper/ptx_hopper_on_host.h does the same in C++.
 #pragma once
 
 #include <cuda.h>
@@ -9,31 +9,32 @@
 namespace dlk::cuda {
 
 // ---- mbarrier: an 8-byte object in shared memory ------------------------------------------------------------------
-// A phase completes when `arrivals` threads have arrived and every byte that was announced has come; then the next one
+// A phase completes when `arrivals` threads have arrived and every announced byte has been written. Then the next phase
 // begins with the same count. Phases are numbered from 0.
 
 DLK_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes this thread's mbarrier_inits visible to the async proxy, which TMA signals from; a __syncthreads makes them
+// Make the mbarrier_inits of this thread visible to the async proxy, from which TMA signals. A __syncthreads makes them
 // visible to the block.
 DLK_DEVICE void fence_barrier_init() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// One arrival. This thread's earlier writes are visible to every thread that then sees the phase complete (release, acquire).
+// Arrive once. Whatever this thread did before is visible to a thread that sees the phase complete (release, acquire).
 DLK_DEVICE void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// One arrival, and this phase waits for `bytes` more.
+// Arrive once, and announce `bytes` more bytes that this phase waits for.
 DLK_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
 
-// Until the phase of this parity is complete: the current one, or the one before it, which is at once. On a fresh barrier
-// the phase "before" has parity 1. try_wait suspends the thread for a time that the hardware limits, hence the loop.
+// Wait until the phase of this parity is complete. It is the current phase, or the one before it, for which the wait
+// ends at once. On a new barrier the phase "before" has parity 1. try_wait suspends the thread for a limited time,
+// hence the loop.
 DLK_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t complete;
   do {
@@ -51,9 +52,9 @@ DLK_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 
 // ---- TMA ----------------------------------------------------------------------------------------------------------
 
-// Starts to copy the map's box whose first element is (column, row), column along the contiguous direction, to
-// shared memory (for 128-byte swizzling: to a multiple of 1024 bytes); by one thread. Elements outside of the tensor are
-// zero. All of the box's bytes, those too, are counted on `barrier` as they come.
+// Start to copy the box of the map whose first element is (column, row) to shared memory; one thread calls it. column
+// counts along the contiguous direction. With 128-byte swizzling the address is a multiple of 1024 bytes. Elements
+// outside the tensor are zero. `barrier` counts all bytes of the box as they are written, zeros too.
 DLK_DEVICE void tma_load(void* shared, const CUtensorMap* map, int32_t column, int32_t row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
@@ -62,13 +63,14 @@ DLK_DEVICE void tma_load(void* shared, const CUtensorMap* map, int32_t column, i
       : "memory");
 }
 
-// ---- wgmma: by the four warps of a warpgroup, aligned, together ------------------------------------------------------
+// ---- wgmma: by the four warps of a warpgroup, aligned, together ----------------------------------------------------
 
-// Before the first wgmma_mma, and wherever registers that one reads or writes were touched since the last.
+// Needed before the first wgmma_mma, and before one whose registers were accessed since the last one.
 DLK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DLK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most kPending of the latest groups are under way: the operands of the others may be overwritten. Their sums may be
-// touched after wgmma_wait<0>, which takes `d` so that the compiler moves no use of it ahead of the wait.
+// Wait until at most kPending of the latest groups are incomplete. The operands of the others may be overwritten then.
+// The sums may be used only after wgmma_wait_all, which takes `d` so that the compiler moves no use of it ahead of the
+// wait.
 template <int kPending>
 DLK_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -87,8 +89,8 @@ DLK_DEVICE void wgmma_wait_all(float (&d)[kParts][8][4]) {
 }
 
 // D[64, N] += A[64, 16] · B[16, N], 16-bit elements, sums in f32, both operands in shared memory (ring.h has the
-// descriptors). kAcrossA, kAcrossB: the operand lies along m, along n, not along k. Warp w of the group has rows 16w ...
-// 16w + 15; in them d[c][f] is columns 64c + 8f ... + 7 as d of mma (ptx.cuh).
+// descriptors). kAcrossA, kAcrossB: the operand is contiguous along m, along n, and not along k. Warp w of the group
+// has rows 16w ... 16w + 15. In these rows d[c][f] is columns 64c + 8f ... + 7, laid out as d of mma (ptx.cuh).
 #define DLK_TEN(tens)                                                                                               \
   "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens "6, %" #tens "7, %" #tens \
   "8, %" #tens "9, "
@@ -120,10 +122,10 @@ DLK_WGMMA(F16, "f16")
 #undef DLK_SUMS_4
 #undef DLK_TEN
 
-// ---- the rest -----------------------------------------------------------------------------------------------------
+// ---- setmaxnreg, bar -----------------------------------------------------------------------------------------------
 
-// The registers per thread of this warpgroup from here on, a multiple of 8 in 24 ... 256; executed by all its warps.
-// Fewer: the rest goes back to the block's pool; more: waits until the pool has them.
+// Set the registers per thread of this warpgroup from here on, a multiple of 8 in 24 ... 256; all its warps call it.
+// release: the others go back to the pool of the block. claim: wait until the pool has enough.
 template <int kRegisters>
 DLK_DEVICE void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -133,7 +135,7 @@ DLK_DEVICE void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// A barrier of `threads` threads, whole warps; number 0 is __syncthreads.
+// Wait at a barrier of `threads` threads, which are whole warps. Barrier 0 is the one of __syncthreads.
 DLK_DEVICE void barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }

@@ -1,4 +1,4 @@
-// Launches mma_gemm.cuh: from dtype, layout and size to a kernel.
+// The launcher of mma_gemm.cuh: the switch from dtype, layout and size to a kernel.
 #include "kernels/cuda/gemm/mma/mma_gemm.cuh"
 
 #include <algorithm>
@@ -7,7 +7,8 @@ namespace dlk::cuda {
 namespace {
 
 constexpr int kLarge = 128, kSmall = 64;
-// Blocks of the large tile below which the small one fills the device better: the SMs of an H100 or H200.
+// With fewer blocks of the large tile than this, small tiles fill the device better: the number of SMs of an H100 or
+// H200.
 constexpr int64_t kFull = 132;
 
 int tile_of(const Gemm& p) {
@@ -31,7 +32,8 @@ cudaError_t run(const Gemm& p, cudaStream_t stream) {
   return sum_slices<T>(static_cast<const float*>(p.partials) + p.splits * p.m * p.n, p.splits, p.m, p.row_sum, stream);
 }
 
-// Operands that lie otherwise than in a layer's three products are loaded element by element.
+// Choose the kernel by the layout of the operands. Layouts that no product of a layer has are loaded element by
+// element.
 template <class T, int kTile>
 cudaError_t run_tile(const Gemm& p, cudaStream_t stream) {
   constexpr int kWarp = kTile / 2;
@@ -74,8 +76,8 @@ int64_t partials_size(const Gemm& p) {
 }
 
 int gemm_splits(int64_t m, int64_t n, int64_t k) {
-  // About 512 blocks fill the largest devices a few times over; a slice keeps at least 1024 steps, which makes
-  // writing and summing its partial C cheap beside computing it.
+  // About 512 blocks fill the largest devices a few times. A slice keeps at least 1024 steps, so that storing and
+  // summing its partial C costs little beside computing it.
   const int64_t tiles = std::max<int64_t>(1, ceil_div(m, 64) * ceil_div(n, 64));
   return static_cast<int>(std::max<int64_t>(1, std::min(512 / tiles, k / 1024)));
 }

@@ -1,7 +1,8 @@
-// C = epilogue(A · B) on tensor cores (sm_80 and later): the three products of a layer, table in params.h.
+// C = epilogue(A · B) on tensor cores (sm_80 and later): the three products of a layer (table in params.h).
 //
-// A block makes a tile of C. Tiles of A and B of kTileK steps come through shared memory, kStages deep: while one is
-// multiplied the next ones are under way (cp.async). Sums are f32, k is summed in one fixed order, nothing is atomic.
+// A block makes a tile of C. Tiles of A and B of kTileK steps pass through shared memory in kStages stages: while one
+// stage is multiplied, the next ones are loaded (cp.async). Sums are f32, k is summed in one fixed order, and nothing
+// is atomic.
 #pragma once
 
 #include "kernels/cuda/gemm/operand.cuh"
@@ -29,7 +30,7 @@ struct MmaTraits {
   static constexpr int kBlocksPerSM = kWarpM * kWarpN > 32 * 32 ? 2 : 3;
 };
 
-// One stage's worth of multiplications for the tile of this warp.
+// Multiply one stage for the tile of this warp.
 template <class Traits>
 DLK_DEVICE void multiply(const unsigned char* a, const unsigned char* b, int warp_m, int warp_n,
                          float (&acc)[Traits::kWarpM / 16][Traits::kWarpN / 8][4]) {
@@ -47,25 +48,25 @@ DLK_DEVICE void multiply(const unsigned char* a, const unsigned char* b, int war
     for (int i = 0; i < Traits::kWarpM / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < Traits::kWarpN / 8; ++j) {
-        const uint32_t half[2] = {fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]};
-        mma(acc[i][j], fa[i], half, T{});
+        const uint32_t fragment[2] = {fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]};
+        mma(acc[i][j], fa[i], fragment, T{});
       }
     }
   }
 }
 
-// Sums of A's rows as they pass (A not along k): every thread has the same kPack rows of A in each stage, the block's
-// threads that share them add up at the end, in one order.
+// Store the row sums of A, which were added up while A was loaded (A not along k). A thread has the same kPack rows of
+// A in each stage. The threads that share these rows are added up here, in a fixed order.
 template <class Traits>
 DLK_DEVICE void store_row_sums(const Gemm& p, int64_t i0, unsigned char* shared,
-                               const float (&mine)[kPack<typename Traits::T>]) {
+                               const float (&thread_sum)[kPack<typename Traits::T>]) {
   using T = typename Traits::T;
   constexpr int kSharers = Traits::kThreads / Traits::A::kChunks;
   auto* sums = reinterpret_cast<float*>(shared);  // [kSharers][kTileM]
   static_assert(kSharers * Traits::kTileM * sizeof(float) <= Traits::kSharedBytes);
   const int thread = threadIdx.x, chunk = thread % Traits::A::kChunks, sharer = thread / Traits::A::kChunks;
 #pragma unroll
-  for (int e = 0; e < kPack<T>; ++e) sums[sharer * Traits::kTileM + chunk * kPack<T> + e] = mine[e];
+  for (int e = 0; e < kPack<T>; ++e) sums[sharer * Traits::kTileM + chunk * kPack<T> + e] = thread_sum[e];
   __syncthreads();
   for (int i = thread; i < Traits::kTileM && i0 + i < p.m; i += Traits::kThreads) {
     float sum = 0;
@@ -78,7 +79,7 @@ DLK_DEVICE void store_row_sums(const Gemm& p, int64_t i0, unsigned char* shared,
   __syncthreads();
 }
 
-// The tile of this warp, strip of 16 rows by strip.
+// Store the tile of this warp, one strip of 16 rows after the other.
 template <class Traits>
 DLK_DEVICE void store_tile(const Gemm& p, int64_t i0, int64_t j0, float* strip,
                            const float (&acc)[Traits::kWarpM / 16][Traits::kWarpN / 8][4]) {
@@ -102,7 +103,7 @@ DLK_DEVICE void store_tile(const Gemm& p, int64_t i0, int64_t j0, float* strip,
   }
 }
 
-// blockIdx.x is the tile of C, blockIdx.z the slice of k.
+// blockIdx.x is the tile of C, blockIdx.z the k-slice.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_gemm_kernel(const Gemm p) {
   using T = typename Traits::T;
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
       const int64_t k0 = k_begin + step * Traits::kTileK;
       if (a_async) {
         Traits::A::load_async(stage, a, i0, k0);
-      } else if constexpr (!Traits::kAAlongK) {  // wgrad: dz and dbias are made on the way
+      } else if constexpr (!Traits::kAAlongK) {  // wgrad: dz and dbias are made while A is loaded
         auto plain_or_masked = [&](auto act) {
           Traits::A::load_made(stage, a, i0, k0, [&](int64_t row, int64_t col, int e) {
             float v = widen(a.data[row * a.row_stride + col * a.col_stride]);
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
       else
         Traits::B::load_plain(stage + Traits::A::kBytes, b, j0, k0);
     }
-    cp_async_commit();  // also where there was nothing to load: groups are counted
+    cp_async_commit();  // also if there was nothing to load, because groups are counted
   };
 
   float acc[Traits::kWarpM / 16][Traits::kWarpN / 8][4] = {};
@@ -157,13 +158,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
 #pragma unroll 1
   for (int64_t step = 0; step < steps; ++step) {
     cp_async_wait<Traits::kStages - 2>();
-    __syncthreads();  // this stage is there, and the one before it, which is loaded next, has been read by all
+    __syncthreads();  // this stage is loaded, and all threads have read the one before it, which is loaded next
     load_stage(step + Traits::kStages - 1);
     const unsigned char* stage = shared + step % Traits::kStages * Traits::kStageBytes;
     multiply<Traits>(stage, stage + Traits::A::kBytes, warp_m, warp_n, acc);
   }
   cp_async_wait<0>();
-  __syncthreads();  // the stages are free: the code below reuses them
+  __syncthreads();  // the stages are free, and their memory is used again below
 
   if constexpr (!Traits::kAAlongK) {
     if (sums_rows) store_row_sums<Traits>(p, i0, shared, row_sum);

@@ -1,4 +1,4 @@
-// Launches simt_gemm.cuh: the switch from run-time dtype to a kernel, and the slices of k.
+// The launcher of simt_gemm.cuh: the switch from the dtype to a kernel, and the k-slices.
 #include "kernels/cuda/gemm/simt/simt_gemm.cuh"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
-// C = epilogue(A · B): the three products of a layer (table in params.h) as one tiled kernel on plain FMAs.
+// C = epilogue(A · B) on plain FMAs: one tiled kernel for the three products of a layer (table in params.h).
 //
-// Right for every shape, stride and dtype; fp32 is fp32 (no TF32). Offsets are 64-bit, k is summed in one fixed
-// order, nothing is atomic: the same inputs give the same bits.
+// It takes every shape, stride and dtype, and fp32 is fp32 (no TF32). Offsets are 64-bit. k is summed in one fixed
+// order and nothing is atomic, so the same inputs give the same bits.
 #pragma once
 
 #include "kernels/cuda/gemm/epilogue.cuh"
@@ -12,22 +12,22 @@ template <class T_>
 struct SimtTraits {
   using T = T_;
   static constexpr int kTileM = 64, kTileN = 64, kTileK = 16;
-  static constexpr int kLanesM = 16, kLanesN = 16;  // threads of a block, as a grid over the tile of C
+  static constexpr int kLanesM = 16, kLanesN = 16;  // the threads of a block, as a grid over the tile of C
   static constexpr int kThreads = kLanesM * kLanesN;
   static constexpr int kBlocksPerSM = 2;  // 65536 registers / (2 * 256 threads) = 128 each: room without spills
-  static constexpr int kPerM = kTileM / kLanesM, kPerN = kTileN / kLanesN;  // of C per thread
+  static constexpr int kPerM = kTileM / kLanesM, kPerN = kTileN / kLanesN;  // rows and columns of C per thread
   static_assert(kTileM % kLanesM == 0 && kTileN % kLanesN == 0);
   static_assert(kThreads >= kTileM, "one thread sums one row of A");
   static_assert((kTileM * kTileK) % kThreads == 0 && (kTileN * kTileK) % kThreads == 0);
 };
 
-// Steps of k per slice, in whole tiles.
+// Return the steps of k per slice: whole tiles.
 template <int kTileK>
 DLK_HD int64_t slice_length(const Gemm& p) {
   return ceil_div(ceil_div(p.k, kTileK), p.splits) * kTileK;
 }
 
-// A[i, s]. dz is made here, from g and the saved tensor.
+// Load A[i, s]. With `saved` it is dz, which is made here.
 template <class T>
 DLK_DEVICE Acc<T> load_a(const Gemm& p, int64_t i, int64_t s) {
   using O = Ops<Acc<T>>;
@@ -38,12 +38,13 @@ DLK_DEVICE Acc<T> load_a(const Gemm& p, int64_t i, int64_t s) {
                          [&](auto act) { return decltype(act)::template grad<O>(a, saved, O::lit(p.act.slope)); });
 }
 
+// Load B[s, j].
 template <class T>
 DLK_DEVICE Acc<T> load_b(const Gemm& p, int64_t s, int64_t j) {
   return widen(static_cast<const T*>(p.b.data)[s * p.b.row_stride + j * p.b.col_stride]);
 }
 
-// One slice of k, or all of it: partial sums, or the finished C[i, j].
+// Store the sum of one k-slice to partials, or run the epilogue of C[i, j] if there is only one slice.
 template <class T>
 DLK_DEVICE void store_c(const Gemm& p, int64_t i, int64_t j, Acc<T> acc) {
   if (p.splits > 1) {
@@ -63,7 +64,8 @@ DLK_DEVICE void store_row_sum(const Gemm& p, int64_t i, double sum) {
     narrow(acc, static_cast<T*>(p.row_sum) + i);
 }
 
-// The mask of a tile of C that lies in memory, where it can be read by the byte: no thread made 8 columns in a row.
+// Make the activation mask of a tile of C from memory. No thread computes 8 neighbouring columns, so none has a whole
+// byte of the mask before C is stored.
 template <class Traits>
 DLK_DEVICE void mask_tile(const Gemm& p, int64_t i0, int64_t j0) {
   using T = typename Traits::T;
@@ -81,14 +83,14 @@ DLK_DEVICE void mask_tile(const Gemm& p, int64_t i0, int64_t j0) {
   }
 }
 
-// blockIdx.x walks the tiles of C, blockIdx.z is the slice of k.
+// blockIdx.x is the first tile of C of the block, blockIdx.z is the k-slice.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_gemm_kernel(const Gemm p) {
   using T = typename Traits::T;
   using A = Acc<T>;
   constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN, kTileK = Traits::kTileK;
   constexpr int kLanesM = Traits::kLanesM, kLanesN = Traits::kLanesN;
-  // One column of padding: threads that walk k write down a column, each in another bank.
+  // With one column of padding, threads that write down a column use different banks.
   __shared__ A a_tile[kTileK][kTileM + 1];
   __shared__ A b_tile[kTileK][kTileN + 1];
 
@@ -99,13 +101,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
   const bool b_along_k = p.b.row_stride == 1;
   const int64_t k_begin = blockIdx.z * slice_length<kTileK>(p);
   const int64_t k_end = min(p.k, k_begin + slice_length<kTileK>(p));
-  const int64_t tiles_n = max(int64_t{1}, ceil_div(p.n, kTileN));  // with n = 0 row sums remain
+  const int64_t tiles_n = max(int64_t{1}, ceil_div(p.n, kTileN));  // with n = 0 there are still row sums
   const int64_t tiles = ceil_div(p.m, kTileM) * tiles_n;
 
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t i0 = tile / tiles_n * kTileM, j0 = tile % tiles_n * kTileN;
     const bool sums_rows = p.row_sum && j0 == 0 && thread < kTileM;
-    // Each tile of k is summed by itself: sqrt(16 · k) instead of k rounding errors, for 1 more add to 16.
+    // Each tile of k is summed separately: sqrt(16 · k) instead of k rounding errors, for 1 more addition per 16.
     A acc[Traits::kPerM][Traits::kPerN] = {};
     double row_sum = 0;
 
@@ -126,21 +128,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
         for (int s = 0; s < kTileK; ++s) sum += a_tile[s][thread];
         row_sum += sum;
       }
-      A of_tile[Traits::kPerM][Traits::kPerN] = {};
+      A tile_sum[Traits::kPerM][Traits::kPerN] = {};
 #pragma unroll
       for (int s = 0; s < kTileK; ++s) {
 #pragma unroll
         for (int i = 0; i < Traits::kPerM; ++i) {
 #pragma unroll
           for (int j = 0; j < Traits::kPerN; ++j)
-            of_tile[i][j] += a_tile[s][lane_m + i * kLanesM] * b_tile[s][lane_n + j * kLanesN];
+            tile_sum[i][j] += a_tile[s][lane_m + i * kLanesM] * b_tile[s][lane_n + j * kLanesN];
         }
       }
 #pragma unroll
       for (int i = 0; i < Traits::kPerM; ++i) {
 #pragma unroll
-        for (int j = 0; j < Traits::kPerN; ++j)  // the first as it is: 0 + -0 would be 0
-          acc[i][j] = k0 == k_begin ? of_tile[i][j] : acc[i][j] + of_tile[i][j];
+        for (int j = 0; j < Traits::kPerN; ++j)  // the first tile is not added to 0, because 0 + -0 is 0
+          acc[i][j] = k0 == k_begin ? tile_sum[i][j] : acc[i][j] + tile_sum[i][j];
       }
       __syncthreads();
     }
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
       }
     }
     if (p.mask && p.splits == 1) {
-      __syncthreads();  // the tile is in memory; of slices, splitk_reduce_kernel makes the mask
+      __syncthreads();  // the tile is in memory. With k-slices, splitk_reduce_kernel makes the mask.
       mask_tile<Traits>(p, i0, j0);
     }
   }

@@ -1,4 +1,4 @@
-// A stand-in for c10's header of this name.
+// Replaces c10's header of this name.
 #pragma once
 
 #include <c10/util/Exception.h>

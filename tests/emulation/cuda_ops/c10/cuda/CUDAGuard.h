@@ -1,4 +1,4 @@
-// A stand-in for c10's header of this name: there is one device.
+// Replaces c10's header of this name. There is one device.
 #pragma once
 
 #include <c10/core/Device.h>

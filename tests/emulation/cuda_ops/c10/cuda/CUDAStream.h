@@ -1,4 +1,4 @@
-// A stand-in for c10's header of this name: one stream, on which everything is done at once.
+// Replaces c10's header of this name. There is one stream, and everything on it is done at once.
 #pragma once
 
 #include <cuda_runtime.h>
