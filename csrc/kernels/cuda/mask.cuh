@@ -16,7 +16,7 @@ constexpr bool kHasMask = sizeof(T) == 2 && kWidth == kMaskBits;
 
 // Return whether rows of n elements fill whole bytes of a mask, and all of `memory` allows 16-byte accesses.
 inline bool fills_mask_bytes(DType dtype, int64_t n, std::initializer_list<const void*> memory) {
-  bool fills = is_half(dtype) && n % kMaskBits == 0;
+  bool fills = is_16_bit(dtype) && n % kMaskBits == 0;
   for (const void* p : memory) fills = fills && reinterpret_cast<uintptr_t>(p) % 16 == 0;
   return fills;
 }

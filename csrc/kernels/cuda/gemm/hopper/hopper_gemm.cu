@@ -120,7 +120,7 @@ bool hopper_available() {
 }
 
 bool hopper_takes(const Gemm& p) {
-  return is_half(p.dtype) && p.m > 0 && p.n > 0 && p.k > 0 && !p.saved.data && !p.row_sum &&
+  return is_16_bit(p.dtype) && p.m > 0 && p.n > 0 && p.k > 0 && !p.saved.data && !p.row_sum &&
          layout_of(p) != OperandLayout::other;
 }
 
