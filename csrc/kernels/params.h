@@ -59,7 +59,7 @@ struct Activation {
 constexpr int kMaskBits = 8;
 
 // How a sum is stored: rounded to the dtype of the call, unrounded as an accumulator (f32, f64 for f64), or added to
-// the accumulator that is there.
+// the accumulator in memory.
 enum class OutputMode : int32_t { cast, uncast, accumulate };
 
 // One product and its epilogue. The three products of a layer are one problem, C[m, n] = A[m, k] · B[k, n]:

@@ -76,19 +76,19 @@ DLK_DEVICE void apply_epilogue(const Gemm& p, int64_t i, int64_t j, Acc<T> (&acc
   using A = Acc<T>;
   using O = Ops<A>;
   const int64_t at = i * p.n + j;
-  A other[kWidth];
+  A operand[kWidth];
   if (p.bias) {
-    load<T>(p.bias, j, other);
+    load<T>(p.bias, j, operand);
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) acc[e] += other[e];
+    for (int e = 0; e < kWidth; ++e) acc[e] += operand[e];
   }
   if (p.z) store<T>(p.z, at, acc);
   if (p.below_saved) {
-    load_saved<T>(p.below_saved, p.below_is_mask, at, other);
+    load_saved<T>(p.below_saved, p.below_is_mask, at, operand);
     with_activation(p.below_act.kind, [&](auto act) {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e)
-        acc[e] = decltype(act)::template grad<O>(acc[e], other[e], O::lit(p.below_act.slope));
+        acc[e] = decltype(act)::template grad<O>(acc[e], operand[e], O::lit(p.below_act.slope));
     });
   } else if (!p.saved.data) {
     with_activation(p.act.kind, [&](auto act) {
