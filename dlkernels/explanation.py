@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ class Step:
     why: str
 
     def __str__(self) -> str:
-        parts = [f"{self.kind} -> {', '.join(self.makes)}", f"{self.path} ({self.kernel})"]
+        how = self.path if self.kernel == self.path else f"{self.path} ({self.kernel})"
+        parts = [f"{self.kind} -> {', '.join(self.makes)}", how]
         if self.fused:
             parts.append("fused: " + ", ".join(self.fused))
         if self.splits > 1:
@@ -102,7 +104,7 @@ class LayerPlan(tuple[Explanation, ...]):
 
     @property
     def scratch_bytes(self) -> int:
-        """The largest scratch that a step allocates, or dz and the scratch beside it."""
+        """The largest scratch of a step. dz, where it is in memory, counts for the step that makes it."""
         return max((step.scratch_bytes for step in (*self.forward, *self.backward)), default=0)
 
     def __str__(self) -> str:
@@ -193,16 +195,33 @@ def explain_mlp(
         )
     acts = [activation_named(name) for name in (*names, last_activation)]
     native_casts = autocast_active(x) and _mlp.has_native_kernel(x, weights, [None] * len(weights))
-    layers = [_explain(x, weights[0], acts[0], bias, native_casts)]
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_active(x) and x.dtype != torch.float64 else x.dtype
     m = math.prod(x.shape[:-1])
-    for (before, weight), (below, act) in zip(pairwise(weights), pairwise(acts), strict=True):
-        features = before.shape[0]
-        _explain(x.new_empty((0, features)), weight, act, bias, native_casts)  # raises as the op would
-        rows = torch.empty((m, features), device="meta")  # the layer before gives contiguous rows
-        layers.append(_plan(rows, 0, weight, dtype, act, bias, below.name != "none", native_casts, x.is_cuda))
+    _explain(x, weights[0], acts[0], bias, native_casts)  # raises as the op would, and so do the next
+    for before, weight in pairwise(weights):
+        _explain(x.new_empty((0, before.shape[0])), weight, acts[-1], bias, native_casts)
     shapes = [(m, *w.shape) for w in weights]
-    slices, kernel, scratch = _C.explain_fused_mlp(x.is_cuda, shapes, _name(dtype))
+    with _on_device_of(x):
+        slices, kernel, scratch = _C.explain_fused_mlp(x.is_cuda, shapes, _name(dtype))
+    layers: list[LayerPlan] = []
+    place = _Place()
+    for number in reversed(range(len(weights))):  # from the top, as backward runs
+        below = number > 0 and acts[number - 1].name != "none" and not native_casts
+        place = _Place(
+            below, below and bias, place.applies_below, place.sums_below, number + 1 < len(weights) and not slices
+        )
+        if number:
+            rows = torch.empty(
+                (m, weights[number - 1].shape[0]), device="meta"
+            )  # the layer before gives contiguous rows
+            layer = _plan(rows, 0, weights[number], dtype, acts[number], bias, native_casts, x.is_cuda, place=place)
+        else:
+            layer = _explain(x, weights[0], acts[0], bias, native_casts, place)
+        place = _Place(
+            applies_below=any(BELOW in step.fused for step in layer.backward),
+            sums_below=any("dbias_below" in step.makes for step in layer.backward),
+        )
+        layers.insert(0, layer)
     if not slices:
         return MlpPlan(layers)
     why = (
@@ -214,7 +233,7 @@ def explain_mlp(
         "backward",
         "fused_mlp",
         kernel,
-        ("dx", *("dweight", "dbias") * bool(weights)),
+        ("dx", "dweight", *["dbias"] * bias),
         ("dz and the gradients of every layer",),
         slices,
         scratch,
@@ -241,7 +260,27 @@ def _has_native_kernel(x: Tensor, weight: Tensor) -> bool:
     return autocast_active(x) and _autocast.has_native_kernel(x, weight, None)
 
 
-def _explain(x: Tensor, weight: Tensor, act: Activation, bias: bool, native_casts: bool) -> LayerPlan:
+BELOW = "activation gradient of the layer below"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The place of a layer in a chain. The defaults are those of a layer by itself."""
+
+    below: bool = False  # its dgrad may apply the activation gradient of the layer below
+    dbias_below: bool = False  # and may sum that layer's dbias
+    applies_below: bool = False  # the layer above has applied this layer's activation gradient
+    sums_below: bool = False  # and has summed its dbias
+    masks: bool = True  # forward may keep a mask
+
+
+def _on_device_of(t: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def _explain(
+    x: Tensor, weight: Tensor, act: Activation, bias: bool, native_casts: bool, place: _Place | None = None
+) -> LayerPlan:
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         got = f"{type(x).__name__} and {type(weight).__name__}"
         raise TypeError(f"explain: x and weight must be tensors; got {got}")
@@ -260,7 +299,7 @@ def _explain(x: Tensor, weight: Tensor, act: Activation, bias: bool, native_cast
     # torch allocates autocast's copies, which are aligned like address 0.
     address = x.data_ptr() if x.is_cuda and cast_x.dtype == x.dtype else 0
     casts = str(x.dtype).removeprefix("torch.") if native_casts else ""
-    return _plan(rows, address, weight, cast_weight.dtype, act, bias, False, native_casts, x.is_cuda, casts)
+    return _plan(rows, address, weight, cast_weight.dtype, act, bias, native_casts, x.is_cuda, casts, place)
 
 
 def _plan(
@@ -270,31 +309,34 @@ def _plan(
     dtype: torch.dtype,
     act: Activation,
     bias: bool,
-    below: bool,
     native_casts: bool,
     cuda: bool,
     casts: str = "bfloat16",
+    place: _Place | None = None,
 ) -> LayerPlan:
-    """``rows`` [M, K] lies on meta, at ``address`` on the device. ``below``: dgrad may apply the layer below's act'."""
+    """``rows`` [M, K] lies on meta, at ``address`` on the device."""
+    place = place or _Place()
     (n, k), m = weight.shape, rows.shape[0]
-    saved = _saved(act, dtype, n, cuda)
+    beside = _made_beside_y(act, dtype, n, cuda and place.masks)
     strides = weight.stride() if native_casts or dtype == weight.dtype else _meta_like(weight).to(dtype).stride()
-    with torch.cuda.device(weight.device) if cuda else nullcontext():
+    with _on_device_of(weight):
         plan = _C.explain(
-            cuda,
-            m,
-            n,
-            k,
-            _name(dtype),
-            act.code,
-            (address, *rows.stride()),
-            (weight.data_ptr() if cuda and dtype == weight.dtype else 0, *strides),
-            saved,
-            bias,
-            below,
-            casts if native_casts else "",
-            torch.get_num_threads(),
-            torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
+            cuda=cuda,
+            m=m,
+            n=n,
+            k=k,
+            dtype=_name(dtype),
+            act=act.code,
+            x=(address, *rows.stride()),
+            weight=(weight.data_ptr() if cuda and dtype == weight.dtype else 0, *strides),
+            beside=beside,
+            saved=act.name != "none" and not place.applies_below,
+            bias=bias and not place.sums_below,
+            below=place.below,
+            dbias_below=place.dbias_below,
+            casts=casts if native_casts else "",
+            threads=torch.get_num_threads(),
+            in_bf16=torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
         )
     threads = 0 if cuda else torch.get_num_threads()
     device = "cuda" if cuda else f"cpu, {threads} threads"
@@ -303,30 +345,29 @@ def _plan(
         f"x [{m}, {k}], weight [{n}, {k}], {act.name}, {_name(dtype)} on {device}",
         [_step(row, act, bias) for row in plan["forward"]],
         [_step(row, act, bias) for row in plan["backward"]],
-        ("x", "weight", *((saved or "y",) if act.name != "none" else ())),
+        ("x", "weight", *((beside or "y",) if act.name != "none" else ())),
     )
 
 
-def _saved(act: Activation, dtype: torch.dtype, out_features: int, cuda: bool) -> str:
+def _made_beside_y(act: Activation, dtype: torch.dtype, out_features: int, masks: bool) -> str:
     """The tensor beside y that forward makes for backward: "z", "mask", or "" for none."""
     if not act.saves_output:
         return "z"
     masked = act.needs_sign_only and dtype in (torch.bfloat16, torch.float16) and out_features % _masks.BITS == 0
-    return "mask" if cuda and masked else ""
+    return "mask" if masks and masked else ""
 
 
-def _step(row: dict, act: Activation, bias: bool) -> Step:
+def _step(row: dict[str, Any], act: Activation, bias: bool) -> Step:
     fused = []
-    if row["kind"] == "forward" and "y" in row["makes"]:
-        fused += ["bias"] * bias + [act.name] * (act.name != "none")
-    elif row["kind"] == "forward":
-        fused += ["bias"] * bias
+    if row["kind"] == "forward":
+        by_library = row["path"] in ("aten", "cublas")  # its activation is a pass of its own
+        fused += ["bias"] * bias + [act.name] * (act.name != "none" and not by_library)
     if row["dz_in_load"] and "dz" not in row["makes"]:
         fused.append("dz made while grad_y is loaded")
     if "dbias" in row["makes"] and row["kind"] == "wgrad":
         fused.append("dbias summed while dz is loaded")
     if row["below"]:
-        fused.append("activation gradient of the layer below")
+        fused.append(BELOW)
     fields = ("kind", "path", "kernel", "splits", "scratch_bytes", "why")
     return Step(makes=tuple(row["makes"]), fused=tuple(fused), **{field: row[field] for field in fields})
 

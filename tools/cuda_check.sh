@@ -46,6 +46,9 @@ if torch=$("$python" -c 'import os, torch; print(os.path.dirname(torch.__file__)
   find csrc/{ops,planning}/cuda -name '*.cpp' | sort | xargs -P "$(nproc)" -I {} "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Werror \
     -Wno-psabi -fopenmp -I csrc -I "$out/include" -isystem "$torch/include" \
     -isystem "$torch/include/torch/csrc/api/include" -isystem "$toolkit/include" {}
+  # The Python module has a part for CUDA too.
+  "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Werror -DDLKERNELS_CUDA='""' -I csrc -isystem "$torch/include" \
+    -isystem "$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')" -isystem "$toolkit/include" csrc/python/explain.cpp
   echo "$(find csrc/{ops,planning}/cuda -name '*.cpp' | wc -l) host files type-checked against $("$python" -c 'import torch; print("torch", torch.__version__)')"
 else
   echo "cuda-check: $python has no torch, so the host files were not type-checked"

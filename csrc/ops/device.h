@@ -36,7 +36,8 @@ struct Device {
   // A [M, K] with the same values in memory that a product of torch's may read without harm.
   at::Tensor (*library_operand)(const at::Tensor&);
 
-  // Forward can store a mask of y.
+  bool has_masks;  // some layers' forward can store a mask of y
+  // Forward of this layer can.
   bool (*takes_mask)(const Problem&);
 
   // Several narrow layers as one kernel: if it takes them, forward, and backward, which sets slices and scratch.

@@ -39,9 +39,10 @@ void library_dgrad(const Device& device, const Problem& c, const at::Tensor& dz,
   at::mm_out(out, device.library_operand(dz), weight);
 }
 
-void library_wgrad(const at::Tensor& dz, const at::Tensor& x, const at::Tensor& dweight) {
+void library_wgrad(const Device& device, const at::Tensor& dz, const at::Tensor& x, const at::Tensor& dweight) {
   at::Tensor out = dweight;
-  at::mm_out(out, dz.t(), x);
+  // The transpose of a contiguous dz lies column by column, which a library reads without harm.
+  at::mm_out(out, dz.is_contiguous() ? dz.t() : device.library_operand(dz.t()), x);
 }
 
 void library_forward(const Device& device, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
@@ -66,7 +67,8 @@ void layer_forward(const Device& device, const Problem& c, const at::Tensor& x, 
     } else if (is_library(step.path)) {
       library_forward(device, x2, weight, bias, (out.z.defined() ? out.z : out.y).view({c.shape.m, c.shape.n}));
     } else {
-      const at::Tensor epilogue_bias = bias.defined() && out.mask.defined() ? aligned(bias) : bias;
+      const bool aligns = bias.defined() && out.mask.defined() && step.path != Path::fused_mlp;
+      const at::Tensor epilogue_bias = aligns ? aligned(bias) : bias;
       Product p{product(Op::forward, c.shape, c.dtype, x_view, weight_view)};
       p.act = c.act;
       p.bias = const_data_or_null(epilogue_bias);
@@ -108,7 +110,7 @@ void layer_backward(const Device& device, const Problem& c, const OutputGrad& in
       device.backward(step, c, {g, saved}, x2, weight,
                       {wanted(step, kDx, dx), wanted(step, kDweight, dweight), step_dbias});
     } else if (is_library(step.path)) {
-      step.kind == StepKind::dgrad ? library_dgrad(device, c, dz, weight, dx) : library_wgrad(dz, x2, dweight);
+      step.kind == StepKind::dgrad ? library_dgrad(device, c, dz, weight, dx) : library_wgrad(device, dz, x2, dweight);
     } else {
       Product p = gradient_product(step, c, step.dz_in_load ? g_view : view_of(dz), saved, weight_view, x_view);
       p.c = (step.kind == StepKind::dgrad ? dx : dweight).data_ptr();

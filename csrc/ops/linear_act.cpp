@@ -32,6 +32,7 @@ Gradients backward(const Device& device, const Problem& c, const at::Tensor& gra
 }
 
 void check_mask(const Device& device, const Problem& c) {
+  TORCH_CHECK(device.has_masks, "linear_act: kernels of this device make no masks");
   TORCH_CHECK(device.takes_mask(c),
               "linear_act: a mask is of relu or leaky_relu, in bfloat16 or float16, with a multiple of ", kMaskBits,
               " out_features; got activation code ", static_cast<int>(c.act.kind), " and ", c.shape.n, " out_features");
@@ -64,7 +65,7 @@ Gradients linear_act_backward(const Device& device, const at::Tensor& grad_y, co
                               const OptionalTensor& weight, const at::Tensor& saved, int64_t act, double slope,
                               bool need_x, bool need_weight, bool need_bias) {
   // The checks expect a tensor of grad_y's shape; a mask has its own checks.
-  const bool masked = is_mask(saved);
+  const bool masked = device.has_masks && is_mask(saved);
   const Problem c = check_backward(grad_y, x, weight, masked ? grad_y : saved, act, slope, need_x, need_weight);
   if (masked) {
     check_mask(device, c);

@@ -16,7 +16,6 @@ namespace dlk {
 using LossOfLinear = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 struct ElementwiseLossCall {
-  const char* op;  // its name in messages
   DType dtype;
   at::Reduction::Reduction reduction;
   bool has_var;                           // Gaussian likelihood; otherwise squared error

@@ -62,7 +62,6 @@ LossAndGrads elementwise_loss(const Device& device, const char* op, const at::Te
                               const at::Tensor& var, double eps, double constant, int64_t reduction, bool need_input,
                               bool need_var) {
   ElementwiseLossCall call{};
-  call.op = op;
   call.reduction = check_reduction(reduction, op);
   call.dtype = check_elementwise_loss(input, target, var, op);
   call.has_var = var.defined();

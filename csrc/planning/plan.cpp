@@ -13,6 +13,7 @@ const char* name(Path path) {
     case Path::hopper: return "hopper";
     case Path::cublas: return "cublas";
     case Path::fused_mlp: return "fused_mlp";
+    case Path::elementwise: return "elementwise";
   }
   return "?";
 }

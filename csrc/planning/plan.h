@@ -8,8 +8,8 @@
 
 namespace dlk {
 
-// The kernel of a step. aten and cublas are torch's own products, on CPU and on CUDA.
-enum class Path : int32_t { packed, few_rows, few_columns, aten, simt, mma, hopper, cublas, fused_mlp };
+// The kernel of a step; elementwise is a pass. aten and cublas are torch's own products, on CPU and on CUDA.
+enum class Path : int32_t { packed, few_rows, few_columns, aten, simt, mma, hopper, cublas, fused_mlp, elementwise };
 
 constexpr bool is_library(Path path) { return path == Path::aten || path == Path::cublas; }
 const char* name(Path);
@@ -46,7 +46,7 @@ constexpr const char* kElementwise = "elementwise";  // the reason of a pass
 
 struct Step {
   StepKind kind;
-  Path path;         // of the passes: packed, which means ours
+  Path path;
   unsigned outputs;  // a sum of Output
   const char* why;   // of the path
   bool dz_in_load;   // makes dz while it loads grad_y and what forward saved; otherwise it reads dz
@@ -62,13 +62,6 @@ struct Plan {
   void add(const Step& step) { steps[count++] = step; }
   const Step* begin() const { return steps; }
   const Step* end() const { return steps + count; }
-
-  // Some step writes all of `outputs`.
-  bool makes(unsigned outputs) const {
-    for (const Step& step : *this)
-      if ((step.outputs & outputs) == outputs) return true;
-    return false;
-  }
 };
 
 }  // namespace dlk

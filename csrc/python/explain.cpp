@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -35,7 +36,8 @@ struct Layer {
   Problem problem;
   View x, weight;
   bool z, mask;  // forward makes them beside y
-  bool bias, below;
+  bool saved;    // backward applies the layer's own activation gradient
+  bool bias, below, dbias_below;
 };
 
 std::vector<std::string> outputs_of(unsigned outputs) {
@@ -86,15 +88,15 @@ py::dict plan_of(const Layer& l, const Plans& plans) {
   add("dgrad", Op::dgrad);
   add("wgrad", Op::wgrad);
 
-  const bool saved = l.problem.act.kind != Act::none;
   const View grad_y = contiguous_view(l.problem.shape.n);
   auto kernel = [&](const Step& step) { return std::string(plans.kernel_of(step)); };
   auto scratch = [&](const Step& step) { return plans.scratch(step); };
   py::dict out;
   out["routes"] = routes;
   out["forward"] = steps_of(plans.forward({l.problem, l.x, l.weight, l.z, l.mask}), kernel, scratch);
-  out["backward"] = steps_of(
-      plans.backward({l.problem, grad_y, saved, l.x, l.weight, true, true, l.bias, l.below, l.below}), kernel, scratch);
+  out["backward"] =
+      steps_of(plans.backward({l.problem, grad_y, l.saved, l.x, l.weight, true, true, l.bias, l.below, l.dbias_below}),
+               kernel, scratch);
   return out;
 }
 
@@ -148,26 +150,33 @@ struct CudaPlans {
   RouteRow route(Op op) const {
     const View dz = contiguous_view(l.problem.shape.n);
     const View left = op == Op::forward ? l.x : dz, right = op == Op::wgrad ? l.x : l.weight;
-    const RouteQuery query = cuda::kMachine.query(op, l.problem, left, right);
+    const cuda::RouteQuery query = cuda::kMachine.query(op, l.problem, left, right);
     const Route route = cuda::route(query);
     return {route.path, cuda::explained(route, query), cuda::kMachine.splits(route.path, op, l.problem)};
   }
 };
 #endif
 
+[[maybe_unused]] void refuse_cuda(bool cuda) {
+  if (cuda) throw std::runtime_error("explain: this build of dlkernels has no CUDA kernels");
+}
+
 Layer layer_of(int64_t m, int64_t n, int64_t k, const std::string& dtype, int act, const PyView& x,
-               const PyView& weight, const std::string& beside, bool bias, bool below, const std::string& casts) {
+               const PyView& weight, const std::string& beside, bool saved, bool bias, bool below, bool dbias_below,
+               const std::string& casts) {
   const Casts code = casts.empty() ? Casts::none : casts == "float32" ? Casts::f32_x : Casts::bf16_x;
   const Problem problem = {{m, n, k}, dtype_named(dtype), {static_cast<Act>(act), 0}, code};
-  return {problem, view_of(x), view_of(weight), beside == "z", beside == "mask", bias, below};
+  return {problem, view_of(x), view_of(weight), beside == "z", beside == "mask", saved, bias, below, dbias_below};
 }
 
 py::dict explain_layer(bool cuda, int64_t m, int64_t n, int64_t k, const std::string& dtype, int act, const PyView& x,
-                       const PyView& weight, const std::string& beside, bool bias, bool below, const std::string& casts,
-                       int threads, bool in_bf16) {
-  const Layer layer = layer_of(m, n, k, dtype, act, x, weight, beside, bias, below, casts);
+                       const PyView& weight, const std::string& beside, bool saved, bool bias, bool below,
+                       bool dbias_below, const std::string& casts, int threads, bool in_bf16) {
+  const Layer layer = layer_of(m, n, k, dtype, act, x, weight, beside, saved, bias, below, dbias_below, casts);
 #ifdef DLKERNELS_CUDA
   if (cuda) return plan_of(layer, CudaPlans{layer});
+#else
+  refuse_cuda(cuda);
 #endif
   return plan_of(layer, CpuPlans{layer, cpu::this_machine(threads, in_bf16)});
 }
@@ -182,7 +191,7 @@ py::tuple explain_fused_mlp(bool cuda, const std::vector<std::array<int64_t, 3>>
     shapes.push_back({m, n, k});
   }
   FusedMlp p{};
-  p.rows = layers.at(0)[0];
+  p.rows = layers.empty() ? 0 : layers[0][0];
   p.layers = static_cast<int>(layers.size());
   p.layer = described.data();
 #ifdef DLKERNELS_CUDA
@@ -190,6 +199,8 @@ py::tuple explain_fused_mlp(bool cuda, const std::vector<std::array<int64_t, 3>>
     const auto [slices, bytes] = cuda::fused_mlp_slices_and_scratch(p, type);
     return py::make_tuple(slices, "fused_mlp, weights in shared memory", bytes);
   }
+#else
+  refuse_cuda(cuda);
 #endif
   const cpu::Machine machine = cpu::this_machine(1, false);
   const int slices = cpu::fused_mlp_slices(shapes, type, machine);
@@ -203,8 +214,8 @@ void add_explain(py::module_& m) {
   m.def("explain", &explain_layer,
         "The plan of a layer with all gradients: routes of its products, steps of forward and backward.",
         py::arg("cuda"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("act"), py::arg("x"),
-        py::arg("weight"), py::arg("beside"), py::arg("bias"), py::arg("below"), py::arg("casts"), py::arg("threads"),
-        py::arg("in_bf16"));
+        py::arg("weight"), py::arg("beside"), py::arg("saved"), py::arg("bias"), py::arg("below"),
+        py::arg("dbias_below"), py::arg("casts"), py::arg("threads"), py::arg("in_bf16"));
   m.def("explain_fused_mlp", &explain_fused_mlp,
         "Slices, kernel and scratch in bytes of the fused MLP kernels for these layers; 0 slices: layer by layer.",
         py::arg("cuda"), py::arg("layers"), py::arg("dtype"));

@@ -274,3 +274,12 @@ print(_C.cpu_autocast(), torch.equal(y, casts), x.grad.dtype)
 def test_without_such_products_autocast_casts(cap):
     """Instruction sets without such kernels, and torch's GEMM, whose operands must have one dtype."""
     assert python("-c", _EITHER, **cap).strip() == "False True torch.float32"
+
+
+def test_the_op_refuses_where_no_kernel_converts():
+    code = "import torch, dlkernels; o = torch.ones; f = torch.ops.dlkernels._linear_act_autocast_forward\n"
+    code += "dlkernels.nn; f(o(3, 4), o(5, 4), None, 1, 0.0)"
+    for cap in ({"DLKERNELS_CPU_ISA": "portable"}, {"DLKERNELS_CPU_GEMM": "aten"}):
+        assert "no products of bfloat16 on this CPU; cast x, weight and bias first" in python(
+            "-c", code, check=False, **cap
+        )

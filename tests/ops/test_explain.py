@@ -146,9 +146,9 @@ def test_the_plan_of_a_layer():
 def test_the_plan_around_torch_s_gemm():
     code = "import torch; from dlkernels import explain; print(explain(torch.ones(500, 64), torch.ones(50, 64)))"
     text = python("-c", code, DLKERNELS_CPU_GEMM="aten")
-    assert "1. forward -> y; aten (torch's GEMM); fused: bias" in text
-    assert "2. activation_pass -> y" in text
-    assert "1. gradient_pass -> dz, dbias" in text
+    assert "1. forward -> y; aten (torch's GEMM); fused: bias\n" in text
+    assert "2. activation_pass -> y; elementwise\n" in text
+    assert "1. gradient_pass -> dz, dbias; elementwise" in text
 
 
 def test_a_plan_prints_its_steps_and_reasons():
@@ -165,10 +165,14 @@ def test_the_plan_of_several_layers():
     assert plan.fused is None
     assert "activation gradient of the layer below" in plan[1].backward[0].fused
     assert "activation gradient of the layer below" not in plan[0].backward[0].fused
+    assert "dz made while grad_y is loaded" not in plan[0].backward[0].fused, "dgrad of the layer above made dz"
     assert plan[0].forward[0].fused == ("bias", "relu") and plan[1].forward[0].fused == ("bias",)
     narrow = functional.explain_mlp(torch.randn(4096, 64), [torch.randn(32, 64), torch.randn(10, 32)])
     assert narrow.fused is not None and narrow.fused.splits > 1 and narrow.fused.scratch_bytes > 0
     assert "one kernel" in str(narrow)
+    assert narrow.fused.makes == ("dx", "dweight", "dbias")
+    without = functional.explain_mlp(torch.randn(4096, 64), [torch.randn(32, 64), torch.randn(10, 32)], bias=False)
+    assert without.fused is not None and without.fused.makes == ("dx", "dweight")
     with pytest.raises(ValueError, match="for 2 weights expected 1 activations"):
         functional.explain_mlp(x, weights, ["relu", "relu"])
 
@@ -178,3 +182,10 @@ def test_an_empty_layer_has_nothing_to_do():
     assert [step.makes for step in plan.backward] == [("dbias",)], "dx and dweight have no elements"
     assert functional.explain(torch.randn(0, 4), torch.randn(5, 4)).forward == ()
     assert "forward: nothing to do" in str(functional.explain(torch.randn(0, 4), torch.randn(5, 4)))
+
+
+@pytest.mark.skipif(_C.build_config()["cuda"] is not None, reason="this build has CUDA kernels")
+def test_a_build_for_cpu_explains_no_cuda():
+    with pytest.raises(RuntimeError, match="no CUDA kernels"):
+        _C.explain_fused_mlp(True, [(4, 3, 2)], "float32")
+    assert _C.explain_fused_mlp(False, [], "float32")[0] == 0

@@ -12,6 +12,7 @@ import torch
 from dlkernels import _C, functional
 from dlkernels.testing import EXACT, STOCK, Layer
 from tests.ops.test_forward_backward import DTYPES, make, ours
+from tests.support.subprocess_utils import python
 
 NAN, INF = math.nan, math.inf
 PIECEWISE = ["none", "relu", "leaky_relu", "relu2"]
@@ -158,3 +159,22 @@ def test_relu_keeps_nan_and_its_gradient(device):
     (g,) = torch.autograd.grad(y, x, torch.full_like(y, 3.0))
     assert y.isnan().item()
     assert g.item() == 3.0
+
+
+_COLUMNS = """
+import torch
+import dlkernels.nn
+for m in (33, 100, 200):
+    x, w = torch.ones(m, 40).bfloat16(), torch.ones(24, 40).bfloat16()
+    for layout in (lambda g: g, lambda g: g.t().contiguous().t()):
+        g = torch.ones(m, 24).bfloat16()
+        g[:, 5] = float("nan")
+        g = layout(g)
+        _, dw, _ = torch.ops.dlkernels._linear_act_backward(g, x, w, g, 0, 0.0, False, True, False)
+        print(*dw.isnan().any(1).nonzero().flatten().tolist())
+"""
+
+
+def test_nan_in_a_column_of_grad_y_stays_in_its_row_of_dweight():
+    """Around torch's GEMM too, which by AMX reads past the rows of its first operand."""
+    assert python("-c", _COLUMNS, DLKERNELS_CPU_GEMM="aten").split("\n")[:-1] == ["5"] * 6

@@ -75,10 +75,10 @@ def test_a_tall_batch_is_cut_in_slices(planning):
 
 def test_a_library_reads_dz_from_memory(planning):
     steps = cpu_backward(planning, BIG, forced=ATEN)
-    assert steps == ["gradient_pass packed dz+dbias load - 1", "dgrad aten dx - - 1", "wgrad aten dweight - - 1"]
+    assert steps == ["gradient_pass elementwise dz+dbias load - 1", "dgrad aten dx - - 1", "wgrad aten dweight - - 1"]
     # without an activation grad_y is dz, and only dbias needs a pass
     plain = cpu_backward(planning, BIG, forced=ATEN, flags=0)
-    assert plain == ["gradient_pass packed dbias load - 1", "dgrad aten dx - - 1", "wgrad aten dweight - - 1"]
+    assert plain == ["gradient_pass elementwise dbias load - 1", "dgrad aten dx - - 1", "wgrad aten dweight - - 1"]
 
 
 @pytest.mark.parametrize("shape", [BIG, FEW_ROWS, FEW_COLUMNS, (0, 3, 4), (3, 0, 4), (3, 4, 0)], ids=str)
@@ -127,7 +127,11 @@ def test_few_rows_need_contiguous_weight_but_not_for_wgrad(planning):
 
 def test_dbias_of_rounded_operands_has_a_pass_of_its_own(planning):
     steps = cpu_backward(planning, BIG, pairs=True, bf16_products=True)
-    assert steps == ["gradient_pass packed dbias load - 1", "dgrad packed dx load - 1", "wgrad packed dweight load - 1"]
+    assert steps == [
+        "gradient_pass elementwise dbias load - 1",
+        "dgrad packed dx load - 1",
+        "wgrad packed dweight load - 1",
+    ]
     casts = cpu_backward(planning, BIG, "bfloat16", pairs=True, casts=1)
     assert casts == ["dgrad packed dx load - 1", "wgrad packed dweight+dbias load - 1"]
 
@@ -148,7 +152,7 @@ def test_cuda_ways_to_dz(planning):
     lone = cuda_backward(planning, BIG, path="mma", wants=DWEIGHT | DBIAS)
     assert lone == ["wgrad mma dweight+dbias load - 1"]
     both = cuda_backward(planning, BIG, path="mma")
-    assert both == ["gradient_pass simt dz+dbias load - 1", "dgrad mma dx - - 1", "wgrad mma dweight - - 1"]
+    assert both == ["gradient_pass elementwise dz+dbias load - 1", "dgrad mma dx - - 1", "wgrad mma dweight - - 1"]
     narrow = cuda_backward(planning, (65536, 64, 64), narrow=True)
     assert narrow == ["backward fused_mlp dx+dweight+dbias load - 1"]
 
@@ -160,12 +164,12 @@ def test_forward_by_a_library_ends_in_a_pass(planning):
 
     assert cpu("relu", 0, NO) == ["forward packed y - - 1"]
     assert cpu("gelu", 1, NO) == ["forward packed y+z - - 1"]
-    assert cpu("relu", 0, ATEN) == ["forward aten y - - 1", "activation_pass packed y - - 1"]
-    assert cpu("gelu", 1, ATEN) == ["forward aten z - - 1", "activation_pass packed y - - 1"]
+    assert cpu("relu", 0, ATEN) == ["forward aten y - - 1", "activation_pass elementwise y - - 1"]
+    assert cpu("gelu", 1, ATEN) == ["forward aten z - - 1", "activation_pass elementwise y - - 1"]
     assert cpu("none", 0, ATEN) == ["forward aten y - - 1"]
     m, n, k = sizes(BIG)
     masked = planning.cuda_forward(b"cublas", 90, m, n, k, 2, act_code("relu"), 0, 1).decode().split("|")
-    assert masked == ["forward cublas y - - 1", "activation_pass simt y+mask - - 1"]
+    assert masked == ["forward cublas y - - 1", "activation_pass elementwise y+mask - - 1"]
     masked = planning.cuda_forward(b"mma", 90, m, n, k, 2, act_code("relu"), 0, 1).decode().split("|")
     assert masked == ["forward mma y+mask - - 1"]
 

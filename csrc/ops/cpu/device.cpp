@@ -101,6 +101,13 @@ void run_fused_mlp_backward(FusedMlp p, DType dtype, const at::Tensor& like) {
   machine.table(dtype).fused_mlp_backward(p, threads_for_mlp(p, machine));
 }
 
+Machine machine_that_runs(const Problem& p, bool asks_precision) {
+  const Machine machine = machine_for(p.dtype, asks_precision);
+  TORCH_CHECK_NOT_IMPLEMENTED(p.casts == Casts::none || machine.converts_parameters(),
+                              "linear_act: no products of bfloat16 on this CPU; cast x, weight and bias first");
+  return machine;
+}
+
 }  // namespace
 
 Machine machine_for(DType dtype, bool asks_precision) {
@@ -165,13 +172,14 @@ at::Tensor library_operand(const at::Tensor& a) {
 }  // namespace cpu
 
 const Device kCpu = {
-    [](const ForwardProblem& p) { return cpu::plan_forward(p, cpu::machine_for(p.dtype, false)); },
-    [](const BackwardProblem& p) { return cpu::plan_backward(p, cpu::machine_for(p.dtype)); },
+    [](const ForwardProblem& p) { return cpu::plan_forward(p, cpu::machine_that_runs(p, false)); },
+    [](const BackwardProblem& p) { return cpu::plan_backward(p, cpu::machine_that_runs(p, true)); },
     &cpu::run_product,
     &cpu::few_columns_backward,
     &cpu::run_activation_pass,
     &cpu::gradient_pass,
     &cpu::library_operand,
+    /*has_masks=*/false,
     /*takes_mask=*/[](const Problem&) { return false; },
     [](const FusedMlp& p, DType dtype) { return cpu::slices_of(p, dtype) > 0; },
     &cpu::run_fused_mlp_forward,

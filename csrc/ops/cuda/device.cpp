@@ -244,6 +244,7 @@ const Device kCuda = {
     &cuda::run_activation_pass,
     &cuda::run_gradient_pass,
     /*library_operand=*/[](const at::Tensor& a) { return a; },
+    /*has_masks=*/true,
     /*takes_mask=*/
     [](const Problem& c) { return needs_sign_only(c.act.kind) && is_16_bit(c.dtype) && c.shape.n % kMaskBits == 0; },
     &cuda::fused_mlp_takes,

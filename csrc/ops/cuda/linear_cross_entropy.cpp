@@ -19,7 +19,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <string>
 
 #include "kernels/cuda/kernels.h"
 #include "ops/cuda/device.h"

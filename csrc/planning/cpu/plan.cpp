@@ -16,7 +16,7 @@ Plan plan_forward(const ForwardProblem& p, const Machine& machine) {
   }
   plan.add({StepKind::forward, path, p.z ? kZ : kY, why, false, false, 1});
   if (p.z || p.act.kind != Act::none)
-    plan.add({StepKind::activation_pass, Path::packed, kY, kElementwise, false, false, 1});
+    plan.add({StepKind::activation_pass, Path::elementwise, kY, kElementwise, false, false, 1});
   return plan;
 }
 
@@ -36,7 +36,7 @@ Plan plan_backward(const BackwardProblem& p, const Machine& machine) {
   // A library's product reads dz from memory.
   const unsigned from_pass =
       ((library_dx || library_dweight) && p.saved ? kDz : 0u) | (p.dbias && !dbias_with_dweight ? kDbias : 0u);
-  if (from_pass) plan.add({StepKind::gradient_pass, Path::packed, from_pass, kElementwise, true, false, 1});
+  if (from_pass) plan.add({StepKind::gradient_pass, Path::elementwise, from_pass, kElementwise, true, false, 1});
   if (library_dx) plan.add({StepKind::dgrad, for_dx.path, kDx, for_dx.why, false, false, 1});
   if (library_dweight) plan.add({StepKind::wgrad, for_dweight.path, kDweight, for_dweight.why, false, false, 1});
 
@@ -66,6 +66,11 @@ int64_t scratch_bytes(const Step& step, const Problem& p, const Machine& machine
       return (step.outputs & kDz ? m * n * element : 0) + (step.outputs & kDbias ? slices(m) * n * accumulator : 0);
     case StepKind::backward: return step.splits > 1 ? step.splits * n * (k + 1) * accumulator : 0;
     default: break;
+  }
+  if (is_library(step.path) &&
+      step.kind != StepKind::wgrad) {  // library_operand of csrc/ops/cpu copies rows in 16 bits
+    const int64_t row = step.kind == StepKind::forward ? k : n;
+    return is_16_bit(p.dtype) && row % 32 ? m * (row / 32 + 1) * 32 * element : 0;
   }
   if (step.path != Path::packed) return 0;
   const Op op = step.kind == StepKind::forward ? Op::forward : step.kind == StepKind::dgrad ? Op::dgrad : Op::wgrad;

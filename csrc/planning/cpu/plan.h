@@ -10,7 +10,8 @@ namespace dlk::cpu {
 Plan plan_forward(const ForwardProblem&, const Machine&);
 Plan plan_backward(const BackwardProblem&, const Machine&);
 
-// Bytes that a step allocates besides its outputs. Buffers that threads keep between calls are not counted.
+// Bytes that a step allocates besides y, z and the gradients: dz, partial sums, packed panels, copies for a library. Buffers
+// that threads keep between calls are not counted.
 int64_t scratch_bytes(const Step&, const Problem&, const Machine&);
 
 }  // namespace dlk::cpu

@@ -12,7 +12,7 @@ Plan plan_forward(const ForwardProblem& p, const Machine& machine) {
   }
   plan.add({StepKind::forward, path, p.z ? kZ : kY, why, false, false, 1});
   if (p.z || p.act.kind != Act::none)
-    plan.add({StepKind::activation_pass, Path::simt, kY | (p.mask ? kMask : 0u), kElementwise, false, false, 1});
+    plan.add({StepKind::activation_pass, Path::elementwise, kY | (p.mask ? kMask : 0u), kElementwise, false, false, 1});
   return plan;
 }
 
@@ -47,7 +47,7 @@ Plan plan_backward(const BackwardProblem& p, const Machine& machine) {
   const bool stores_dz = (dx || dweight) && p.saved && !all_simt && !in_load;
   const bool dbias_with_dweight = in_load && dbias;
   const unsigned from_pass = (stores_dz ? kDz : 0u) | (dbias && !dbias_with_dweight ? kDbias : 0u);
-  if (from_pass) plan.add({StepKind::gradient_pass, Path::simt, from_pass, kElementwise, true, false, 1});
+  if (from_pass) plan.add({StepKind::gradient_pass, Path::elementwise, from_pass, kElementwise, true, false, 1});
   const bool dz_in_load = p.saved && !stores_dz;
   if (dx) {
     const bool below = p.below && !is_library(for_dx.path);
