@@ -1,4 +1,4 @@
-"""What to compile. Metadata is in pyproject.toml; CPU or CUDA, and for what, is decided in _build/plan.py.
+"""The sources and options of the build. Metadata is in pyproject.toml; _build/plan.py decides for CPU or CUDA.
 
 Environment: FORCE_CUDA, FORCE_CPU, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, and DLKERNELS_SANITIZE
 ("address,undefined" or "thread") for an instrumented build.

@@ -1,4 +1,4 @@
-"""What to build: CPU only or CUDA too, for which architectures, with how many jobs.
+"""The plan of a build: CPU only or CUDA too, for which architectures, with how many jobs.
 
 Pure decisions over plain values, so that the tests reach every gate without a compiler, a GPU or a second
 torch; setup.py supplies the values and carries the plan out. ``PlanError`` is one sentence naming the mend.

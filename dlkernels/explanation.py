@@ -197,30 +197,25 @@ def explain_mlp(
     native_casts = autocast_active(x) and _mlp.has_native_kernel(x, weights, [None] * len(weights))
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_active(x) and x.dtype != torch.float64 else x.dtype
     m = math.prod(x.shape[:-1])
-    _explain(x, weights[0], acts[0], bias, native_casts)  # raises as the op would, and so do the next
+    _checked(x, weights[0])
     for before, weight in pairwise(weights):
-        _explain(x.new_empty((0, before.shape[0])), weight, acts[-1], bias, native_casts)
+        _checked(x.new_empty((0, before.shape[0])), weight)
     shapes = [(m, *w.shape) for w in weights]
     with _on_device_of(x):
         slices, kernel, scratch = _C.explain_fused_mlp(x.is_cuda, shapes, _name(dtype))
     layers: list[LayerPlan] = []
-    place = _Place()
+    applied = summed = False  # by the layer above: the activation gradient of this layer, and its dbias
     for number in reversed(range(len(weights))):  # from the top, as backward runs
         below = number > 0 and acts[number - 1].name != "none" and not native_casts
-        place = _Place(
-            below, below and bias, place.applies_below, place.sums_below, number + 1 < len(weights) and not slices
-        )
+        masks = number + 1 < len(weights) and not slices
+        place = _Place(below, below and bias, applied, summed, masks)
         if number:
-            rows = torch.empty(
-                (m, weights[number - 1].shape[0]), device="meta"
-            )  # the layer before gives contiguous rows
-            layer = _plan(rows, 0, weights[number], dtype, acts[number], bias, native_casts, x.is_cuda, place=place)
+            before = torch.empty((m, weights[number - 1].shape[0]), device="meta")  # contiguous, as layers give it
+            layer = _plan(before, 0, weights[number], dtype, acts[number], bias, native_casts, x.is_cuda, place=place)
         else:
             layer = _explain(x, weights[0], acts[0], bias, native_casts, place)
-        place = _Place(
-            applies_below=any(BELOW in step.fused for step in layer.backward),
-            sums_below=any("dbias_below" in step.makes for step in layer.backward),
-        )
+        applied = any(BELOW in step.fused for step in layer.backward)
+        summed = any("dbias_below" in step.makes for step in layer.backward)
         layers.insert(0, layer)
     if not slices:
         return MlpPlan(layers)
@@ -269,18 +264,20 @@ class _Place:
 
     below: bool = False  # its dgrad may apply the activation gradient of the layer below
     dbias_below: bool = False  # and may sum that layer's dbias
-    applies_below: bool = False  # the layer above has applied this layer's activation gradient
-    sums_below: bool = False  # and has summed its dbias
+    applied: bool = False  # the layer above has applied this layer's activation gradient
+    summed: bool = False  # and has summed its dbias
     masks: bool = True  # forward may keep a mask
+
+
+ALONE = _Place()
 
 
 def _on_device_of(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
-def _explain(
-    x: Tensor, weight: Tensor, act: Activation, bias: bool, native_casts: bool, place: _Place | None = None
-) -> LayerPlan:
+def _checked(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Raise as the op would. Return both, without memory, as autocast casts them."""
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         got = f"{type(x).__name__} and {type(weight).__name__}"
         raise TypeError(f"explain: x and weight must be tensors; got {got}")
@@ -294,6 +291,13 @@ def _explain(
     _linear_act.check_shapes(cast_x, cast_weight)
     if x.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"explain() knows the paths on cpu and cuda, and x is on {x.device}")
+    return cast_x, cast_weight
+
+
+def _explain(
+    x: Tensor, weight: Tensor, act: Activation, bias: bool, native_casts: bool, place: _Place = ALONE
+) -> LayerPlan:
+    cast_x, cast_weight = _checked(x, weight)
     # The op views x as rows; where no such view exists it copies.
     rows = (_meta_like(x) if native_casts else cast_x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
     # torch allocates autocast's copies, which are aligned like address 0.
@@ -312,10 +316,9 @@ def _plan(
     native_casts: bool,
     cuda: bool,
     casts: str = "bfloat16",
-    place: _Place | None = None,
+    place: _Place = ALONE,
 ) -> LayerPlan:
     """``rows`` [M, K] lies on meta, at ``address`` on the device."""
-    place = place or _Place()
     (n, k), m = weight.shape, rows.shape[0]
     beside = _made_beside_y(act, dtype, n, cuda and place.masks)
     strides = weight.stride() if native_casts or dtype == weight.dtype else _meta_like(weight).to(dtype).stride()
@@ -330,8 +333,8 @@ def _plan(
             x=(address, *rows.stride()),
             weight=(weight.data_ptr() if cuda and dtype == weight.dtype else 0, *strides),
             beside=beside,
-            saved=act.name != "none" and not place.applies_below,
-            bias=bias and not place.sums_below,
+            saved=act.name != "none" and not place.applied,
+            bias=bias and not place.summed,
             below=place.below,
             dbias_below=place.dbias_below,
             casts=casts if native_casts else "",

@@ -74,7 +74,7 @@ def gpu():
 
 
 def fill_free_memory_with_nan():
-    """What torch's allocator hands out next is NaN in every floating dtype: an element nobody wrote shows.
+    """Fill torch's free memory with NaN of every floating dtype: an element that nobody wrote shows.
 
     Blocks of 1 MiB fill the pool it keeps for small tensors, a large one is split for all others; the old ones are
     given back first, since their contents may look like results.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What can be proved of the CUDA code without a GPU; needs nvcc, nothing of torch's CUDA build.
+# Checks of the CUDA code that need no GPU. They need nvcc, and nothing of torch's CUDA build.
 #
 #  1. Every kernel is compiled for every architecture we ship, and ptxas's report is judged: a register spill or a stack
 #     frame is an error. The table of all kernels: build/cuda-check/report.txt.

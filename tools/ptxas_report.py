@@ -1,4 +1,4 @@
-"""What ``ptxas -v`` said about every kernel: registers, shared memory, stack frame, spills.
+"""A table of ``ptxas -v``'s report on every kernel: registers, shared memory, stack frame, spills.
 
 ``python tools/ptxas_report.py REPORT LOG...``: each log is one source compiled for one architecture, its first line
 ``# SOURCE sm_ARCH``. Writes a table of all kernels to REPORT, prints the worst kernel of each log, and exits with 1

@@ -30,7 +30,7 @@ phase "build: compiling the kernels"
 pip install --quiet "setuptools>=77" ninja
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-# Of ninja's lines, its counter and the file; torch's and setuptools' own lines are in the log.
+# Show the counter and the file of ninja's lines. The lines of torch and setuptools are in the log.
 "$venv/bin/python" setup.py build_ext --inplace 2>&1 | tee "$log" |
   sed -nu -e 's/^dlkernels: /  &/p' -e 's/^\(\[[0-9]*\/[0-9]*\]\).* -c [^ ]*\/\(csrc\/[^ ]*\) .*/  \1 \2/p' ||
   { cat "$log" >&2 && exit 1; }

@@ -1,4 +1,4 @@
-"""What the checks of tools/ make of what they find: ptxas's report, and a machine without a GPU."""
+"""The checks of tools/ judge ptxas's report, and say what a machine without a GPU lacks."""
 
 import importlib.util
 import os

@@ -46,7 +46,7 @@ def plain_environment(monkeypatch):
 
 
 def run(*command, ok=True, cwd=None, **kwargs) -> str:
-    """What the command printed, both streams; it must succeed, or with ok=False fail."""
+    """Run the command and return both its streams. It must succeed; with ok=False it must fail."""
     done = subprocess.run(
         [str(part) for part in command],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-// What kernels need from CUDA: element types and their conversions, the scalar `Ops`, and PTX.
+// The parts of CUDA that kernels use: element types and their conversions, the scalar `Ops`, and PTX.
 //
 // tests/emulation/cuda/ has replacements for the CUDA headers that are included here, and for ptx.cuh. With them g++
 // compiles the kernels for the host, and tests run them without a GPU. A kernel that uses something new from CUDA needs
