@@ -55,7 +55,8 @@ class Chain:
         """The outputs of every layer by mlp's own kernels: near 0 another order of a sum changes a ReLU's sign."""
         codes = [ACTIVATIONS[act].code for act in self.acts]
         keep = [1] * (len(codes) - 1) + [0]
-        y, *hidden = torch.ops.dlkernels._mlp_forward(self.x, self.weights, self.biases, codes, 0.01, keep)
+        with torch.no_grad():  # as in the autograd Function: torch's products into given outputs refuse gradients
+            y, *hidden = torch.ops.dlkernels._mlp_forward(self.x, self.weights, self.biases, codes, 0.01, keep)
         return [*hidden, y]
 
     def gradients(self, y):
