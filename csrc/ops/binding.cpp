@@ -1,12 +1,52 @@
-// Op schemas and their implementations. The ops are private: dlkernels/_ops wraps them in autograd Functions.
+// Op schemas and their implementations. The ops are private: dlkernels/_ops calls them.
 #include <torch/library.h>
 
+#include "ops/autograd/linear_act.h"
+#include "ops/autograd/losses.h"
+#include "ops/autograd/mlp.h"
 #include "ops/linear_act.h"
 #include "ops/losses.h"
 #include "ops/mlp.h"
 #include "ops/on_device.h"
 
 TORCH_LIBRARY(dlkernels, m) {
+  // Ops that autograd records, from csrc/ops/autograd. The differentiable backwards are written in Python, in dlkernels/_ops.
+  m.def("_linear_act(Tensor x, Tensor weight, Tensor? bias, int act, float slope, bool mask) -> Tensor");
+  m.def("_linear_act_autocast(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
+  m.def(
+      "_linear_act_differentiable_backward(Tensor? grad_y, Tensor? grad_saved, Tensor? x, Tensor? weight, "
+      "Tensor? saved, Tensor? anchor, int act, float slope, bool need_x, bool need_weight, bool need_bias) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope) -> Tensor");
+  m.def(
+      "_mlp_differentiable_backward(Tensor? grad_y, Tensor?[] grads_kept, Tensor? x, Tensor?[] weights, Tensor? y, "
+      "Tensor[] kept, int[] keep, int[] acts, float slope, int[] needs) -> (Tensor[], int[])");
+  m.def("_mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
+  m.def(
+      "_mse_loss_differentiable_backward(Tensor grad_loss, Tensor input, Tensor target, int reduction, "
+      "bool need_input, bool need_target) -> (Tensor, Tensor)");
+  m.def(
+      "_gaussian_nll_loss(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction) -> Tensor");
+  m.def(
+      "_gaussian_nll_loss_differentiable_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor var, "
+      "bool full, float eps, int reduction, bool need_input, bool need_target, bool need_var) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "_cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing) -> Tensor");
+  m.def(
+      "_cross_entropy_differentiable_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor? weight, "
+      "int reduction, int ignore_index, float label_smoothing, bool need_input, bool need_target) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "_linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+      "int reduction, int ignore_index, float label_smoothing) -> Tensor");
+  m.def(
+      "_linear_cross_entropy_differentiable_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor target, Tensor? class_weight, int reduction, int ignore_index, float label_smoothing, bool need_x, "
+      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+
+  // The kernels.
   m.def("_linear_act_forward(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
   m.def("_linear_act_forward_z(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> (Tensor, Tensor)");
   m.def("_linear_act_forward_mask(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> (Tensor, Tensor)");
@@ -24,17 +64,27 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_mlp_backward(Tensor grad_y, Tensor? x, Tensor?[] weights, Tensor? y, Tensor[] kept, int[] keep, int[] acts, "
       "float slope, int[] needs) -> Tensor[]");
-  m.def("_mse_loss(Tensor input, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)");
+  m.def("_mse_loss_forward(Tensor input, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)");
   m.def(
-      "_gaussian_nll_loss(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction, "
+      "_gaussian_nll_loss_forward(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction, "
       "bool need_input, bool need_var) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "_cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "_cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
       "float label_smoothing, bool need_input, bool need_target) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "_linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+      "_linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
       "Tensor? grad_loss, int reduction, int ignore_index, float label_smoothing, bool need_x, bool need_weight, "
       "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(dlkernels, CompositeImplicitAutograd, m) {
+  m.impl("_linear_act", &dlk::linear_act);
+  m.impl("_linear_act_autocast", &dlk::linear_act_autocast);
+  m.impl("_mlp", &dlk::mlp);
+  m.impl("_mse_loss", &dlk::mse_loss);
+  m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss);
+  m.impl("_cross_entropy", &dlk::cross_entropy);
+  m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy);
 }
 
 #define DLK_IMPLEMENT(key, device)                                                           \
@@ -44,10 +94,10 @@ TORCH_LIBRARY(dlkernels, m) {
     m.impl("_linear_act_backward", &dlk::On<dlk::device, dlk::linear_act_backward>::call);   \
     m.impl("_mlp_forward", &dlk::On<dlk::device, dlk::mlp_forward>::call);                   \
     m.impl("_mlp_backward", &dlk::On<dlk::device, dlk::mlp_backward>::call);                 \
-    m.impl("_mse_loss", &dlk::On<dlk::device, dlk::mse_loss>::call);                         \
-    m.impl("_gaussian_nll_loss", &dlk::On<dlk::device, dlk::gaussian_nll_loss>::call);       \
-    m.impl("_cross_entropy", &dlk::On<dlk::device, dlk::cross_entropy>::call);               \
-    m.impl("_linear_cross_entropy", &dlk::On<dlk::device, dlk::linear_cross_entropy>::call); \
+    m.impl("_mse_loss_forward", &dlk::On<dlk::device, dlk::mse_loss_forward>::call);                         \
+    m.impl("_gaussian_nll_loss_forward", &dlk::On<dlk::device, dlk::gaussian_nll_loss_forward>::call);       \
+    m.impl("_cross_entropy_forward", &dlk::On<dlk::device, dlk::cross_entropy_forward>::call);               \
+    m.impl("_linear_cross_entropy_forward", &dlk::On<dlk::device, dlk::linear_cross_entropy_forward>::call); \
   }
 
 // On CPU only: a layer with the casts of autocast. Elsewhere dlkernels/_ops casts before it calls.

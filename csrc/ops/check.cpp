@@ -145,12 +145,15 @@ Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
   return {shape, dtype, check_activation(act, slope), casts_of(dtypes, x_dtype)};
 }
 
+void check_mlp_counts(size_t weights, size_t biases, size_t acts) {
+  TORCH_CHECK(weights > 0, "mlp: expected at least one layer, got no weights");
+  TORCH_CHECK(biases == weights && acts == weights, "mlp: expected one bias (or None) and one activation for each of ",
+              weights, " weights, got ", biases, " and ", acts);
+}
+
 std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
                                const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope) {
-  TORCH_CHECK(!weights.empty(), "mlp: expected at least one layer, got no weights");
-  TORCH_CHECK(biases.size() == weights.size() && acts.size() == weights.size(),
-              "mlp: expected one bias (or None) and one activation for each of ", weights.size(), " weights, got ",
-              biases.size(), " and ", acts.size());
+  check_mlp_counts(weights.size(), biases.size(), acts.size());
   std::vector<Problem> layers;
   layers.reserve(weights.size());
   check_layout(x, "x", "mlp");

@@ -25,6 +25,7 @@ Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
 // One per layer of a chain: x [..., K], weights[l] [N_l, K_l], biases[l] [N_l] or None, acts[l] an activation's code.
 std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
                                const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope);
+void check_mlp_counts(size_t weights, size_t biases, size_t acts);
 
 // The pieces of such checks, for the other ops; `op` begins the message.
 // x [..., in_features], weight [out_features, in_features], bias [out_features]: of one dtype and device.

@@ -87,14 +87,14 @@ LossAndGrads elementwise_loss(const Device& device, const char* op, const at::Te
 
 }  // namespace
 
-LossAndGrad mse_loss(const Device& device, const at::Tensor& input, const at::Tensor& target, int64_t reduction,
+LossAndGrad mse_loss_forward(const Device& device, const at::Tensor& input, const at::Tensor& target, int64_t reduction,
                      bool need_grad) {
   const auto [loss, grad, _] =
       elementwise_loss(device, "mse_loss", input, target, {}, 0, 0, reduction, need_grad, false);
   return {loss, grad};
 }
 
-LossAndGrads gaussian_nll_loss(const Device& device, const at::Tensor& input, const at::Tensor& target,
+LossAndGrads gaussian_nll_loss_forward(const Device& device, const at::Tensor& input, const at::Tensor& target,
                                const at::Tensor& var, bool full, double eps, int64_t reduction, bool need_input,
                                bool need_var) {
   const double constant = full ? 0.5 * std::log(2 * M_PI) : 0.0;
@@ -102,7 +102,7 @@ LossAndGrads gaussian_nll_loss(const Device& device, const at::Tensor& input, co
                           need_var);
 }
 
-LossAndGrads cross_entropy(const Device& device, const at::Tensor& input, const at::Tensor& target,
+LossAndGrads cross_entropy_forward(const Device& device, const at::Tensor& input, const at::Tensor& target,
                            const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                            double label_smoothing, bool need_input, bool need_target) {
   CrossEntropyCall call{};
@@ -147,7 +147,7 @@ LossAndGrads cross_entropy(const Device& device, const at::Tensor& input, const 
   return {device.cross_entropy(call), call.grad, call.grad_target};
 }
 
-LossOfLinear linear_cross_entropy(const Device& device, const at::Tensor& x, const at::Tensor& weight,
+LossOfLinear linear_cross_entropy_forward(const Device& device, const at::Tensor& x, const at::Tensor& weight,
                                   const OptionalTensor& bias, const at::Tensor& target,
                                   const OptionalTensor& class_weight, const OptionalTensor& grad_loss,
                                   int64_t reduction, int64_t ignore_index, double label_smoothing, bool need_x,

@@ -1,1 +1,1 @@
-"""The only package that touches ``torch.ops.dlkernels``: fakes and autograd Functions, a module per op family."""
+"""The only package that touches ``torch.ops.dlkernels``: fakes, derivatives of gradients, a module per op family."""

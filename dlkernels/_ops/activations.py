@@ -150,6 +150,7 @@ ACTIVATIONS: dict[str, Activation] = {
     name: Activation(name, code, saves_output, value, first, second, name in _SIGN_ONLY, name in _MASKS_GRADIENT)
     for code, (name, saves_output, value, first, second) in enumerate(_ALL)
 }
+BY_CODE = tuple(ACTIVATIONS.values())
 
 
 def activation_named(name: str) -> Activation:

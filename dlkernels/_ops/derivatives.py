@@ -4,6 +4,7 @@ Plain torch is for a backward that is itself differentiated. The formulas are in
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,20 +16,24 @@ from dlkernels._ops.modes import is_batched, under_transform
 
 backward_op = torch.ops.dlkernels._linear_act_backward.default
 
+_library = torch.library.Library("dlkernels", "IMPL")
+
+
+def differentiable_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the function as the op ``name``, which the backward of a C++ Function calls (``csrc/ops/autograd``).
+
+    Autograd records what the function does, and batches of gradients go through its operators.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatchedDecomposition"):
+            _library.impl(name, function, key)
+        return function
+
+    return register
+
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def save_for_backward(
-    ctx: Any, x: Tensor, weight: Tensor, saved: Tensor, act: Activation, slope: float, anchor: Tensor | None = None
-) -> None:
-    """Save the tensors that a layer's backward will read; ``saved`` is y, z, or a mask with its anchor (``masks``)."""
-    need_x, need_weight, _ = ctx.needs_input_grad[:3]
-    # Only the tensors that the needed gradients read (those of the identity read neither y nor z). The others cost no
-    # memory and may be changed in place before backward, as in stock torch.
-    saved_or_none = None if act.name == "none" else saved
-    ctx.save_for_backward(x if need_weight else None, weight if need_x else None, saved_or_none, anchor)
-    ctx.set_materialize_grads(False)
-    ctx.act, ctx.slope = act, slope
 
 
 def rows(t: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def _mlp_backward(*args: Any, out_shape: Sequence[Shape], **_: Any) -> int:
     return through + sum(_product(g, shape) for shape in made[1 : 1 + count] if shape is not None)
 
 
-@register_flop_formula(_ops._linear_cross_entropy)
+@register_flop_formula(_ops._linear_cross_entropy_forward)
 def _linear_cross_entropy(x: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
     need_x, need_weight = rest[-3:-1]
     return _product(x, weight) * (1 + bool(need_x) + bool(need_weight))

@@ -1,4 +1,4 @@
-"""y = act(x Wᵀ + b): fake kernels, autograd Functions, and the choice between them.
+"""y = act(x Wᵀ + b): fake kernels, second derivatives, Functions for transforms, and the choice between them.
 
 Shapes throughout: x [..., K], weight [N, K], bias [N] or None, y, z and gradients of y [..., N].
 
@@ -8,13 +8,13 @@ With d = act'(z), s the saved y or z, g the gradient of y and q = g·d (all elem
 * The double backward, for the incoming gradients (gx, gW, gb) of (dx, dW, db), with h = gx Wᵀ + x gWᵀ + gb, has
   the gradients h·d for g, q gW for x, qᵀ gx for W, and h·g·∂d/∂s for s.
 
-Two pairs of autograd Functions exist, each with one Function for the forward and one for the backward:
+The gradients come from two places:
 
-* The fast pair (``ctx`` in forward) serves eager, compile and export. s is an output of its first Function. The
-  double backward's gradient of s continues through that Function, so every order of derivative is right, and no
-  input is saved for it.
-* The pair with ``setup_context`` and ``vmap`` serves ``torch.func`` transforms. It recomputes z where a derivative
-  is itself differentiated.
+* The op ``_linear_act`` (``csrc/ops/autograd/linear_act.cpp``) serves eager, compile and export. It is a Function in
+  C++, and s is one of its outputs. Where its backward is itself differentiated, it calls the op in Python below, and
+  the gradient of s continues through the Function. So every order of derivative is right, and no input is saved for it.
+* A pair of Functions with ``setup_context`` and ``vmap`` serves ``torch.func`` transforms. It recomputes z where a
+  derivative is itself differentiated.
 
 Torch's own operators are used in forward-mode AD, for batched gradients in backward, and under ``torch.jit.trace``. A
 Function's ``jvp`` is no alternative: it does not see the tangents of an enclosing level, so forward over forward would
@@ -27,22 +27,22 @@ import torch
 from torch import Tensor
 
 from dlkernels._ops import autocast, masks, sharding
-from dlkernels._ops.activations import ACTIVATIONS, Activation
+from dlkernels._ops.activations import ACTIVATIONS, BY_CODE, Activation
 from dlkernels._ops.derivatives import (
     Gradients,
     backward_in_torch,
     backward_op,
+    differentiable_op,
     double_backward,
     gradients,
     rows,
-    save_for_backward,
     sum_present,
 )
 from dlkernels._ops.modes import autocast_active, autocast_operands, forward_mode, tracing, under_transform
 
+_recorded = torch.ops.dlkernels._linear_act.default
 _forward = torch.ops.dlkernels._linear_act_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_forward_z.default
-_forward_mask = torch.ops.dlkernels._linear_act_forward_mask.default
 
 # ---- fake kernels: shapes and dtypes for compile, export and the meta device ---------------------------------------
 
@@ -121,40 +121,22 @@ def check_shapes(x: Tensor, weight: Tensor) -> None:
     _forward(x.to("meta"), weight.to("meta"), None, 0, 0.0)
 
 
-# ---- the fast pair: eager, compile, export -------------------------------------------------------------------------
+# ---- the backward that is differentiated, batched or has tangents ---------------------------------------------------
 
 
-class _LinearAct(torch.autograd.Function):
-    """Returns y, or (y, z) where the gradient reads z.
-
-    z is an output so that a second derivative can return through it. If a mask is saved in y's place (``masks``), the
-    second output is the mask's anchor. Under a compiler there is no second output: the compiler does not differentiate
-    gradients, and would invent a gradient for it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        masked = masks.replaces_y(act, x, weight)
-        if act.saves_output and not masked:
-            y = _forward(x, weight, bias, act.code, slope)
-            save_for_backward(ctx, x, weight, y, act, slope)
-            return y
-        y, saved = (_forward_mask if masked else _forward_z)(x, weight, bias, act.code, slope)
-        compiling = torch.compiler.is_dynamo_compiling()
-        anchor = x.new_empty(0) if masked and not compiling else None
-        save_for_backward(ctx, x, weight, saved, act, slope, anchor)
-        return y if compiling else (y, saved if anchor is None else anchor)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None, gz: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, weight, saved, anchor = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if gz is None and g is not None and not torch.is_grad_enabled() and not under_transform():  # in training
-            grads = backward_op(g, x, weight, g if saved is None else saved, ctx.act.code, ctx.slope, *needs)
-            return *grads, None, None
-        return *gradients(g, gz, x, weight, saved, ctx.act, ctx.slope, needs, anchor), None, None
+@differentiable_op("_linear_act_differentiable_backward")
+def _(
+    g: Tensor | None,
+    grad_saved: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor | None,
+    anchor: Tensor | None,
+    act: int,
+    slope: float,
+    *needs: bool,
+) -> Gradients:
+    return gradients(g, grad_saved, x, weight, saved, BY_CODE[act], slope, needs, anchor)  # type: ignore[arg-type]
 
 
 # ---- the pair for torch.func transforms ----------------------------------------------------------------------------
@@ -279,6 +261,5 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, 
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        outputs = _LinearAct.apply(x, weight, bias, act, slope)
-        return outputs if isinstance(outputs, Tensor) else outputs[0]
+        return _recorded(x, weight, bias, act.code, slope, masks.replaces_y(act, x, weight))
     return _forward(x, weight, bias, act.code, slope)

@@ -1,22 +1,20 @@
-"""Cross entropy of a linear layer without its logits: fake kernel, autograd Function and torch's formula.
+"""Cross entropy of a linear layer without its logits: fake kernel and torch's formula.
 
 Shapes throughout: x [..., K], weight [classes, K], bias [classes] or None, target [...] of class indices,
 class_weight [classes] or None. The public function has torch's names for them: input, linear_weight, linear_bias,
 target, weight.
 
-Like the other losses, the op computes the gradients together with the loss, for a grad_output of 1, and backward
-multiplies them by grad_output. With reduction "none" every row has a grad_output of its own: backward calls the op
-again and passes grad_output to it. Derivatives of the backward, ``torch.func`` transforms and forward mode use torch's
-formula, which holds all logits.
+Its gradients are in ``csrc/ops/autograd/linear_cross_entropy.cpp``. Derivatives of the backward, ``torch.func``
+transforms and forward mode use torch's formula, which holds all logits.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dlkernels._ops.derivatives import differentiable_op
 from dlkernels._ops.losses import (
     NONE,
     REDUCTIONS,
@@ -26,14 +24,14 @@ from dlkernels._ops.losses import (
     grad_dtype,
     needs_grad,
     runs_stock,
-    times_grad_output,
 )
-from dlkernels._ops.modes import autocast, autocast_active, autocast_operands, under_transform
+from dlkernels._ops.modes import autocast, autocast_active, autocast_operands
 
-_linear_cross_entropy = torch.ops.dlkernels._linear_cross_entropy.default
+_recorded = torch.ops.dlkernels._linear_cross_entropy.default
+_forward = torch.ops.dlkernels._linear_cross_entropy_forward.default
 
 
-@torch.library.register_fake("dlkernels::_linear_cross_entropy")
+@torch.library.register_fake("dlkernels::_linear_cross_entropy_forward")
 def _(
     x: Tensor,
     weight: Tensor,
@@ -88,51 +86,27 @@ def stock_linear_cross_entropy(
     return loss.reshape(target.shape) if settings.reduction == NONE else loss
 
 
-def _savable(t: Tensor | None, stock_saves: bool) -> Tensor | None:
-    """``t``, or a copy: autograd cannot save an inference tensor. Where stock saves ``t`` too, both raise."""
-    if t is None or stock_saves or torch.compiler.is_compiling():  # the compiler does not trace is_inference()
-        return t
-    return t.clone() if t.is_inference() else t
+@differentiable_op("_linear_cross_entropy_differentiable_backward")
+def _(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    *needs: bool,
+) -> tuple[Tensor | None, ...]:
+    settings = Settings(reduction, ignore_index, label_smoothing)
 
+    def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return stock_linear_cross_entropy(x, weight, bias, target, class_weight, settings, grad_dtype(x))
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        settings: Settings,
-    ) -> Tensor:
-        need_x, need_weight, _ = needs = ctx.needs_input_grad[:3]
-        now = (need and settings.reduction != NONE for need in needs)
-        loss, *grads = _linear_cross_entropy(x, weight, bias, target, class_weight, None, *settings, *now)
-        operands = _savable(x, need_weight), _savable(weight, need_x), _savable(bias, False)
-        ctx.save_for_backward(*operands, target, class_weight, *grads)
-        ctx.settings = settings
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, target, class_weight, *grads = ctx.saved_tensors
-        needs, rest = ctx.needs_input_grad[:3], (None,) * 3
-        settings: Settings = ctx.settings
-        dtype = grad_dtype(x)  # of the loss
-        # No derivative and no transform can see into the op.
-        if torch.is_grad_enabled() or (settings.reduction == NONE and under_transform()):
-            inputs = (x, weight) if bias is None else (x, weight, bias)
-
-            def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-                return stock_linear_cross_entropy(x, weight, bias, target, class_weight, settings, dtype)
-
-            grads = differentiable_gradients(formula, inputs, needs[: len(inputs)], g)
-            return *grads, *(None,) * (3 - len(grads)), *rest
-        if settings.reduction == NONE:
-            _, *grads = _linear_cross_entropy(x, weight, bias, target, class_weight, g, *settings, *needs)
-            return *(d.to(x.dtype) if d is not None else None for d in grads), *rest
-        return *(times_grad_output(d, g, x.dtype) if d is not None else None for d in grads), *rest
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    grads = differentiable_gradients(formula, inputs, needs[: len(inputs)], g)
+    return *grads, *(None,) * (3 - len(grads))
 
 
 def linear_cross_entropy(
@@ -155,6 +129,6 @@ def linear_cross_entropy(
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if needs_grad(*inputs):
         # The cast is outside: torch 2.11's compiler loses the gradient of an output that a cast returned unchanged.
-        return _LinearCrossEntropy.apply(x, weight, bias, target, class_weight, settings).to(dtype)
+        return _recorded(x, weight, bias, target, class_weight, *settings).to(dtype)
     needs = False, False, False
-    return _linear_cross_entropy(x, weight, bias, target, class_weight, None, *settings, *needs)[0].to(dtype)
+    return _forward(x, weight, bias, target, class_weight, None, *settings, *needs)[0].to(dtype)

@@ -1,7 +1,8 @@
-"""Losses: fake kernels, autograd Functions, and the choice of torch's own formulas.
+"""Losses: fake kernels, and the choice of torch's own formulas.
 
-An op returns the loss and its gradients for a grad_output of 1. Both come from one pass over the data. The gradients
-are in float32 (float64 for float64); backward multiplies them by grad_output and rounds.
+A kernel's op returns the loss and its gradients for a grad_output of 1. Both come from one pass over the data. The
+gradients are in float32 (float64 for float64); backward (``csrc/ops/autograd/losses.cpp``) multiplies them by
+grad_output and rounds.
 
 Torch's formulas (:func:`stock_mse` and its neighbours) serve the cases that have no kernel: devices other than the CPU
 and, in a build for it, CUDA; ``torch.func`` transforms and forward-mode AD; and double backward, which differentiates
@@ -19,12 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dlkernels import _C
+from dlkernels._ops.derivatives import differentiable_op
 from dlkernels._ops.modes import under_transform
 from dlkernels._ops.sharding import is_dtensor
 
 _mse_loss = torch.ops.dlkernels._mse_loss.default
+_mse_loss_forward = torch.ops.dlkernels._mse_loss_forward.default
 _gaussian_nll_loss = torch.ops.dlkernels._gaussian_nll_loss.default
+_gaussian_nll_loss_forward = torch.ops.dlkernels._gaussian_nll_loss_forward.default
 _cross_entropy = torch.ops.dlkernels._cross_entropy.default
+_cross_entropy_forward = torch.ops.dlkernels._cross_entropy_forward.default
 
 # "meta" has the fake kernels below.
 DEVICES = ("cpu", "meta", *(["cuda"] if _C.build_config()["cuda"] else []))
@@ -72,12 +77,12 @@ def _fake_elementwise(
     return loss, *(torch.empty_like(like, dtype=grad_dtype(input)) if need else None for need in needs)
 
 
-@torch.library.register_fake("dlkernels::_mse_loss")
+@torch.library.register_fake("dlkernels::_mse_loss_forward")
 def _(input: Tensor, target: Tensor, reduction: int, need_grad: bool) -> Any:
     return _fake_elementwise("mse_loss", (input, target), reduction, (need_grad,))
 
 
-@torch.library.register_fake("dlkernels::_gaussian_nll_loss")
+@torch.library.register_fake("dlkernels::_gaussian_nll_loss_forward")
 def _(
     input: Tensor,
     target: Tensor,
@@ -91,7 +96,7 @@ def _(
     return _fake_elementwise("gaussian_nll_loss", (input, target, var), reduction, (need_input, need_var))
 
 
-@torch.library.register_fake("dlkernels::_cross_entropy")
+@torch.library.register_fake("dlkernels::_cross_entropy_forward")
 def _(
     input: Tensor,
     target: Tensor,
@@ -174,87 +179,36 @@ def differentiable_gradients(
     return [next(grads) if need else None for need in needs]
 
 
-# ---- autograd Functions ---------------------------------------------------------------------------------------------
+# ---- backwards that are recorded: csrc/ops/autograd/losses.cpp calls them -----------------------------------------
 
 
-def times_grad_output(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    return (grad * g).to(dtype)
+@differentiable_op("_mse_loss_differentiable_backward")
+def _(g: Tensor, input: Tensor, target: Tensor, reduction: int, *needs: bool) -> list[Tensor | None]:
+    return differentiable_gradients(lambda x, t: stock_mse(x, t, reduction), (input, target), needs, g)
 
 
-class _MSELoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: int) -> Tensor:
-        loss, grad = _mse_loss(input, target, reduction, True)
-        ctx.save_for_backward(input, target, grad)
-        ctx.reduction = reduction
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, grad = ctx.saved_tensors
-        need_input, need_target = needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():
-            reduction = ctx.reduction
-            formula = lambda x, t: stock_mse(x, t, reduction)  # noqa: E731
-            return *differentiable_gradients(formula, (input, target), needs, g), None
-        d = times_grad_output(grad, g, input.dtype)
-        return d if need_input else None, -d if need_target else None, None
+@differentiable_op("_gaussian_nll_loss_differentiable_backward")
+def _(
+    g: Tensor, input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int, *needs: bool
+) -> list[Tensor | None]:
+    formula = lambda x, t, v: stock_gaussian_nll(x, t, v, full, eps, reduction)  # noqa: E731
+    return differentiable_gradients(formula, (input, target, var), needs, g)
 
 
-class _GaussianNLLLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
-        need_input, need_target, need_var = ctx.needs_input_grad[:3]
-        loss, grad, grad_var = _gaussian_nll_loss(
-            input, target, var, full, eps, reduction, need_input or need_target, need_var
-        )
-        ctx.save_for_backward(input, target, var, grad, grad_var)
-        ctx.settings = full, eps, reduction
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, var, grad, grad_var = ctx.saved_tensors
-        need_input, need_target, need_var = needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            settings = ctx.settings
-            formula = lambda x, t, v: stock_gaussian_nll(x, t, v, *settings)  # noqa: E731
-            return *differentiable_gradients(formula, (input, target, var), needs, g), None, None, None
-        d = times_grad_output(grad, g, input.dtype) if need_input or need_target else None
-        return (
-            d if need_input else None,
-            -d if need_target and d is not None else None,
-            times_grad_output(grad_var, g, var.dtype) if need_var else None,
-            None,
-            None,
-            None,
-        )
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
-        loss, grad, grad_target = _cross_entropy(input, target, weight, *settings, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(input, target, weight, grad, grad_target)
-        ctx.settings = settings
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, grad, grad_target = ctx.saved_tensors
-        need_input, need_target = ctx.needs_input_grad[:2]
-        rest = None, None
-        if torch.is_grad_enabled():
-            settings = ctx.settings
-            formula = lambda x, t: stock_cross_entropy(x, t, weight, settings)  # noqa: E731
-            return *differentiable_gradients(formula, (input, target), (need_input, need_target), g), *rest
-        if input.dim() > 1 and g.dim() > 0:
-            g = g.unsqueeze(1)  # one value per row, the same for all classes
-        return (
-            times_grad_output(grad, g, input.dtype) if need_input else None,
-            times_grad_output(grad_target, g, target.dtype) if need_target else None,
-            *rest,
-        )
+@differentiable_op("_cross_entropy_differentiable_backward")
+def _(
+    g: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    *needs: bool,
+) -> list[Tensor | None]:
+    settings = Settings(reduction, ignore_index, label_smoothing)
+    formula = lambda x, t: stock_cross_entropy(x, t, weight, settings)  # noqa: E731
+    return differentiable_gradients(formula, (input, target), needs, g)
 
 
 # ---- the entries ----------------------------------------------------------------------------------------------------
@@ -278,8 +232,8 @@ def mse_loss(input: Tensor, target: Tensor, reduction: int) -> Tensor:
     if runs_stock(input):
         return stock_mse(input, target, reduction)
     if needs_grad(input, target):
-        return _MSELoss.apply(input, target, reduction)
-    return _mse_loss(input, target, reduction, False)[0]
+        return _mse_loss(input, target, reduction)
+    return _mse_loss_forward(input, target, reduction, False)[0]
 
 
 def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor, full: bool, eps: float, reduction: int) -> Tensor:
@@ -289,8 +243,8 @@ def gaussian_nll_loss(input: Tensor, target: Tensor, var: Tensor, full: bool, ep
             raise ValueError("var has negative entry/entries")
         return stock_gaussian_nll(input, target, var, full, eps, reduction)
     if needs_grad(input, target, var):
-        return _GaussianNLLLoss.apply(input, target, var, full, eps, reduction)
-    return _gaussian_nll_loss(input, target, var, full, eps, reduction, False, False)[0]
+        return _gaussian_nll_loss(input, target, var, full, eps, reduction)
+    return _gaussian_nll_loss_forward(input, target, var, full, eps, reduction, False, False)[0]
 
 
 def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
@@ -299,5 +253,5 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, settings
     if runs_stock(input) or (weight is not None and needs_grad(weight)):
         return stock_cross_entropy(input, target, weight, settings)
     if needs_grad(input, target):
-        return _CrossEntropy.apply(input, target, weight, settings)
-    return _cross_entropy(input, target, weight, *settings, False, False)[0]
+        return _cross_entropy(input, target, weight, *settings)
+    return _cross_entropy_forward(input, target, weight, *settings, False, False)[0]

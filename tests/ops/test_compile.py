@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim
 
 from dlkernels import functional
+from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.nn import MLP, LinearReLU
 from dlkernels.testing import STOCK
 
@@ -154,13 +155,16 @@ def test_export_with_dynamic_batch_save_and_load(strict, device):
     )
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     targets = [str(node.target) for graph in graphs for node in graph.nodes]
-    assert sum(t.startswith("dlkernels._linear_act_forward") for t in targets) == 2, "our operators, exported"
+    assert targets.count("dlkernels._linear_act.default") == 2, "our operators, exported"
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     for batch in (1, 6, 33):
         x = torch.randn(batch, 4, device=device)
         assert torch.equal(loaded(x), model(x))
+        x = torch.randn(batch, 4, device=device)
+        mine, theirs = (torch.autograd.grad(f(x).square().sum(), [*f.parameters()]) for f in (loaded, model))
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)), "an exported program trains"
     with pytest.raises(Exception, match="4"):
         loaded(torch.randn(6, 5, device=device))
 
@@ -171,7 +175,7 @@ def test_export_of_one_layer_has_its_parameters(device):
     assert sorted(program.state_dict) == ["bias", "weight"]
 
 
-# test_autograd_registration is left out: autograd is in Functions, outside the operators.
+# Left out for the kernels' operators: test_autograd_registration. The recorded operators have the gradients.
 SCHEMA_AND_FAKE = ("test_schema", "test_faketensor")
 
 
@@ -192,6 +196,29 @@ def test_opcheck_under_the_dispatcher_of_compile(device):
     x, w, b = (t.detach() for t in arguments(device))
     for op in (ops._linear_act_forward, ops._linear_act_forward_z):
         torch.library.opcheck(op.default, (x, w, b, 1, 0.01), test_utils="test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "gelu"])
+def test_opcheck_of_the_recorded_layer(act, device):
+    """Schema, fake kernel, registration of autograd, and the dispatcher of compile, forward and backward."""
+    x, w, b = arguments(device)
+    for bias in (b, None):
+        torch.library.opcheck(ops._linear_act.default, (x, w, bias, ACTIVATIONS[act].code, 0.01, False))
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_compiled_autograd(act, device):
+    """The backward as a compiler of the whole autograd graph sees it."""
+    from torch._dynamo import compiled_autograd
+
+    leaves = arguments(device)
+    y = functional.linear_act(*leaves, act)
+    expected = torch.autograd.grad(y.square().sum(), leaves)
+    y = functional.linear_act(*leaves, act)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        y.square().sum().backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad)
 
 
 def test_fake_kernels_know_strides(device):

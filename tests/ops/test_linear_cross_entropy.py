@@ -400,7 +400,7 @@ def test_every_subset_of_gradients(reduction):
 def test_only_the_gradients_asked_for_are_made(dtype, kept_in):
     x, weight, bias, target, _ = problem(9, 5, 4, dtype)
     for needs in ((False, False, False), (True, False, True), (False, True, False)):
-        _, *grads = ops._linear_cross_entropy(x, weight, bias, target, None, None, 1, -100, 0.0, *needs)
+        _, *grads = ops._linear_cross_entropy_forward(x, weight, bias, target, None, None, 1, -100, 0.0, *needs)
         assert [t is not None for t in grads] == list(needs)
         # float16 lacks the range for gradients that are not yet multiplied by grad_output: backward rounds them
         assert all(t.dtype == kept_in for t in grads if t is not None)
@@ -530,7 +530,7 @@ def test_opcheck(dtype):
             (x, weight, bias, target, class_weight, g, reduction, -100, 0.1, True, True, True),
             (x, weight.t().contiguous().t(), None, target, None, None, reduction, -100, 0.0, False, True, False),
         ):
-            torch.library.opcheck(ops._linear_cross_entropy.default, args)
+            torch.library.opcheck(ops._linear_cross_entropy_forward.default, args)
 
 
 def test_meta_device():
@@ -703,7 +703,7 @@ LCE = fused
 
 
 def raw(*tensors, code=1):
-    return ops._linear_cross_entropy(*tensors, code, -100, 0.0, True, True, True)
+    return ops._linear_cross_entropy_forward(*tensors, code, -100, 0.0, True, True, True)
 
 
 MALFORMED = {

@@ -125,9 +125,9 @@ MALFORMED = {
     "gauss reduction": (lambda: GAUSS(X, X, X, reduction="avg"), ValueError, "avg is not valid"),
     "gauss integers": (lambda: GAUSS(INDEX, INDEX, INDEX), TypeError, "got Long"),
     "gauss target": (lambda: GAUSS(X, torch.zeros(5), X), RuntimeError, "size of tensor|broadcast"),
-    "raw shapes": (lambda: ops._mse_loss(X, X[0], 1, False), ValueError, "target must have input's shape"),
-    "raw dtypes": (lambda: ops._mse_loss(X, X.double(), 1, False), RuntimeError, "dtype"),
-    "raw reduction": (lambda: ops._mse_loss(X, X, 7, False), ValueError, "reduction code.*got 7"),
+    "raw shapes": (lambda: ops._mse_loss_forward(X, X[0], 1, False), ValueError, "target must have input's shape"),
+    "raw dtypes": (lambda: ops._mse_loss_forward(X, X.double(), 1, False), RuntimeError, "dtype"),
+    "raw reduction": (lambda: ops._mse_loss_forward(X, X, 7, False), ValueError, "reduction code.*got 7"),
     "fake shapes": (lambda: CE(X.to("meta"), INDEX[:2].to("meta")), ValueError, "expected class indices"),
 }  # fmt: skip
 

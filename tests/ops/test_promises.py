@@ -120,7 +120,10 @@ def test_graph_is_freed_with_its_output(activation, device):
     try:
         y = functional.linear_act(x, w, b, activation)
         freed = []
-        weakref.finalize(torch.autograd.graph.get_gradient_edge(y).node, freed.append, True)
+        owned_by_the_graph = type("Owned", (), {})()
+        torch.autograd.graph.get_gradient_edge(y).node.metadata["owned"] = owned_by_the_graph
+        weakref.finalize(owned_by_the_graph, freed.append, True)
+        del owned_by_the_graph
         del y
         assert freed == [True]
     finally:

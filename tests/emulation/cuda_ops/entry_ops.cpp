@@ -17,10 +17,10 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("_linear_act_backward", &On<kCuda, dlk::linear_act_backward>::call);
   m.impl("_mlp_forward", &On<kCuda, dlk::mlp_forward>::call);
   m.impl("_mlp_backward", &On<kCuda, dlk::mlp_backward>::call);
-  m.impl("_mse_loss", &On<kCuda, dlk::mse_loss>::call);
-  m.impl("_gaussian_nll_loss", &On<kCuda, dlk::gaussian_nll_loss>::call);
-  m.impl("_cross_entropy", &On<kCuda, dlk::cross_entropy>::call);
-  m.impl("_linear_cross_entropy", &On<kCuda, dlk::linear_cross_entropy>::call);
+  m.impl("_mse_loss_forward", &On<kCuda, dlk::mse_loss_forward>::call);
+  m.impl("_gaussian_nll_loss_forward", &On<kCuda, dlk::gaussian_nll_loss_forward>::call);
+  m.impl("_cross_entropy_forward", &On<kCuda, dlk::cross_entropy_forward>::call);
+  m.impl("_linear_cross_entropy_forward", &On<kCuda, dlk::linear_cross_entropy_forward>::call);
 }
 
 // Return the number of kernels launched so far.

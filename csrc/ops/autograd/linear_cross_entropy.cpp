@@ -1,0 +1,95 @@
+// Forward computes the loss and its gradients for a grad_loss of 1 together, and backward multiplies them by grad_loss. Without
+// a reduction every row has a grad_loss of its own: backward calls the op again and passes grad_loss to it. A backward that is
+// recorded differentiates torch's formula (dlkernels/_ops/linear_cross_entropy.py), which holds all logits.
+#include <ATen/core/Reduction.h>
+#include <ATen/ops/mul.h>
+
+#include "ops/autograd/function.h"
+#include "ops/autograd/losses.h"
+
+namespace dlk {
+namespace {
+
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // loss, dx, dweight, dbias
+
+Results forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& target,
+                const OptionalTensor& class_weight, const OptionalTensor& grad_loss, int64_t reduction,
+                int64_t ignore_index, double label_smoothing, bool need_x, bool need_weight, bool need_bias) {
+  using F = Results(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                    const OptionalTensor&, const OptionalTensor&, int64_t, int64_t, double, bool, bool, bool);
+  static const auto op = dispatched<F>("dlkernels::_linear_cross_entropy_forward");
+  return op.call(x, weight, bias, target, class_weight, grad_loss, reduction, ignore_index, label_smoothing, need_x,
+                 need_weight, need_bias);
+}
+
+Gradients differentiable_backward(const at::Tensor& g, const at::Tensor& x, const at::Tensor& weight,
+                                  const OptionalTensor& bias, const at::Tensor& target,
+                                  const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                                  double label_smoothing, bool need_x, bool need_weight, bool need_bias) {
+  using F = Gradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                      const OptionalTensor&, int64_t, int64_t, double, bool, bool, bool);
+  static const auto op = dispatched<F>("dlkernels::_linear_cross_entropy_differentiable_backward");
+  return op.call(g, x, weight, bias, target, class_weight, reduction, ignore_index, label_smoothing, need_x,
+                 need_weight, need_bias);
+}
+
+// t, or a copy: autograd cannot save an inference tensor. Where torch's linear saves t too, both raise.
+at::Tensor savable(const at::Tensor& t, bool stock_saves) {
+  return t.defined() && !stock_saves && t.is_inference() ? t.clone() : t;
+}
+
+struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const OptionalTensor& bias, const at::Tensor& target, const OptionalTensor& class_weight,
+                            int64_t reduction, int64_t ignore_index, double label_smoothing) {
+    const at::Tensor none;
+    const bool now = reduction != at::Reduction::None;
+    const bool need_x = x.requires_grad(), need_weight = weight.requires_grad();
+    auto [loss, dx, dweight, dbias] =
+        dlk::forward(x, weight, bias, target, class_weight, std::nullopt, reduction, ignore_index, label_smoothing,
+                     now && need_x, now && need_weight, now && bias && bias->requires_grad());
+    ctx->save_for_backward({savable(x, need_weight), savable(weight, need_x), savable(bias.value_or(none), false),
+                            target, class_weight.value_or(none), dx, dweight, dbias});
+    ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list tensors = ctx->get_saved_variables();
+    const at::Tensor &x = tensors[0], &weight = tensors[1], &bias = tensors[2], &target = tensors[3],
+                     &class_weight = tensors[4], &g = grads[0];
+    const int64_t reduction = ctx->saved_data["reduction"].toInt();
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
+    const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
+    const bool need_bias = bias.defined() && ctx->needs_input_grad(2);
+    const bool each_row = reduction == at::Reduction::None;
+    if (c10::GradMode::is_enabled() || (each_row && !is_opaque_backward(g))) {
+      auto [dx, dweight, dbias] =
+          differentiable_backward(g, x, weight, present(bias), target, present(class_weight), reduction, ignore_index,
+                                  label_smoothing, need_x, need_weight, need_bias);
+      return {dx, dweight, dbias, {}, {}, {}, {}, {}};
+    }
+    variable_list out(tensors.begin() + 5, tensors.end());  // dx, dweight and dbias for a grad_loss of 1
+    if (each_row)
+      std::tie(std::ignore, out[0], out[1], out[2]) =
+          dlk::forward(x, weight, present(bias), target, present(class_weight), g, reduction, ignore_index,
+                       label_smoothing, need_x, need_weight, need_bias);
+    for (at::Tensor& d : out)
+      if (d.defined()) d = (each_row ? d : at::mul(d, g)).to(x.scalar_type());
+    out.resize(8);
+    return out;
+  }
+};
+
+}  // namespace
+
+at::Tensor linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                const at::Tensor& target, const OptionalTensor& class_weight, int64_t reduction,
+                                int64_t ignore_index, double label_smoothing) {
+  return LinearCrossEntropy::apply(x, weight, bias, target, class_weight, reduction, ignore_index, label_smoothing);
+}
+
+}  // namespace dlk

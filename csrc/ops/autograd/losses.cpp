@@ -1,0 +1,141 @@
+// Forward computes the loss and its gradients for a grad_loss of 1 together. Backward multiplies them by grad_loss. A backward
+// that is recorded differentiates torch's formulas (dlkernels/_ops/losses.py).
+#include "ops/autograd/losses.h"
+
+#include <ATen/ops/mul.h>
+#include <ATen/ops/neg.h>
+
+#include "ops/autograd/function.h"
+
+namespace dlk {
+namespace {
+
+using Pair = std::tuple<at::Tensor, at::Tensor>;
+using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// `grad` is in float32 or float64. The product is rounded to the dtype of `like`.
+at::Tensor times_grad_loss(const at::Tensor& grad, const at::Tensor& grad_loss, const at::Tensor& like) {
+  return at::mul(grad, grad_loss).to(like.scalar_type());
+}
+
+struct MseLoss : torch::autograd::Function<MseLoss> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                            int64_t reduction) {
+    static const auto op = dispatched<Pair(const at::Tensor&, const at::Tensor&, int64_t, bool)>(
+        "dlkernels::_mse_loss_forward");
+    auto [loss, grad] = op.call(input, target, reduction, true);
+    ctx->save_for_backward({input, target, grad});
+    ctx->saved_data["reduction"] = reduction;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list tensors = ctx->get_saved_variables();
+    const at::Tensor &input = tensors[0], &target = tensors[1], &g = grads[0];
+    const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
+    if (c10::GradMode::is_enabled()) {
+      using F = Pair(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, bool, bool);
+      static const auto op = dispatched<F>("dlkernels::_mse_loss_differentiable_backward");
+      auto [dinput, dtarget] =
+          op.call(g, input, target, ctx->saved_data["reduction"].toInt(), need_input, need_target);
+      return {dinput, dtarget, {}};
+    }
+    const at::Tensor d = times_grad_loss(tensors[2], g, input);
+    return {need_input ? d : at::Tensor(), need_target ? at::neg(d) : at::Tensor(), {}};
+  }
+};
+
+struct GaussianNllLoss : torch::autograd::Function<GaussianNllLoss> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                            const at::Tensor& var, bool full, double eps, int64_t reduction) {
+    using F = Triple(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool, double, int64_t, bool, bool);
+    static const auto op = dispatched<F>("dlkernels::_gaussian_nll_loss_forward");
+    auto [loss, grad, grad_var] = op.call(input, target, var, full, eps, reduction,
+                                          input.requires_grad() || target.requires_grad(), var.requires_grad());
+    ctx->save_for_backward({input, target, var, grad, grad_var});
+    ctx->saved_data["full"] = full;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["reduction"] = reduction;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list tensors = ctx->get_saved_variables();
+    const at::Tensor &input = tensors[0], &target = tensors[1], &var = tensors[2], &g = grads[0];
+    const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1),
+               need_var = ctx->needs_input_grad(2);
+    if (c10::GradMode::is_enabled()) {
+      using F = Triple(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool, double,
+                       int64_t, bool, bool, bool);
+      static const auto op = dispatched<F>("dlkernels::_gaussian_nll_loss_differentiable_backward");
+      auto [dinput, dtarget, dvar] =
+          op.call(g, input, target, var, ctx->saved_data["full"].toBool(), ctx->saved_data["eps"].toDouble(),
+                  ctx->saved_data["reduction"].toInt(), need_input, need_target, need_var);
+      return {dinput, dtarget, dvar, {}, {}, {}};
+    }
+    const at::Tensor d = need_input || need_target ? times_grad_loss(tensors[3], g, input) : at::Tensor();
+    return {need_input ? d : at::Tensor(),
+            need_target ? at::neg(d) : at::Tensor(),
+            need_var ? times_grad_loss(tensors[4], g, var) : at::Tensor(),
+            {},
+            {},
+            {}};
+  }
+};
+
+struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                            const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                            double label_smoothing) {
+    using F = Triple(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, bool, bool);
+    static const auto op = dispatched<F>("dlkernels::_cross_entropy_forward");
+    auto [loss, grad, grad_target] = op.call(input, target, weight, reduction, ignore_index, label_smoothing,
+                                             input.requires_grad(), target.requires_grad());
+    ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), grad, grad_target});
+    ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list tensors = ctx->get_saved_variables();
+    const at::Tensor &input = tensors[0], &target = tensors[1], &weight = tensors[2];
+    const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
+    at::Tensor g = grads[0], dinput, dtarget;
+    if (c10::GradMode::is_enabled()) {
+      using F = Pair(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t,
+                     double, bool, bool);
+      static const auto op = dispatched<F>("dlkernels::_cross_entropy_differentiable_backward");
+      std::tie(dinput, dtarget) = op.call(
+          g, input, target, present(weight), ctx->saved_data["reduction"].toInt(),
+          ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["label_smoothing"].toDouble(), need_input,
+          need_target);
+    } else {
+      if (input.dim() > 1 && g.dim() > 0) g = g.unsqueeze(1);  // one value per row, the same for all classes
+      if (need_input) dinput = times_grad_loss(tensors[3], g, input);
+      if (need_target) dtarget = times_grad_loss(tensors[4], g, target);
+    }
+    variable_list out = {dinput, dtarget};
+    out.resize(6);  // weight has no gradient
+    return out;
+  }
+};
+
+}  // namespace
+
+at::Tensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
+  return MseLoss::apply(input, target, reduction);
+}
+
+at::Tensor gaussian_nll_loss(const at::Tensor& input, const at::Tensor& target, const at::Tensor& var, bool full,
+                             double eps, int64_t reduction) {
+  return GaussianNllLoss::apply(input, target, var, full, eps, reduction);
+}
+
+at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                         int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  return CrossEntropy::apply(input, target, weight, reduction, ignore_index, label_smoothing);
+}
+
+}  // namespace dlk

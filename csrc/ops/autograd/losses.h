@@ -1,0 +1,20 @@
+// The losses with their gradients; see ops/losses.h.
+#pragma once
+
+#include "ops/tensors.h"
+
+namespace dlk {
+
+at::Tensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction);
+
+at::Tensor gaussian_nll_loss(const at::Tensor& input, const at::Tensor& target, const at::Tensor& var, bool full,
+                             double eps, int64_t reduction);
+
+at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                         int64_t reduction, int64_t ignore_index, double label_smoothing);
+
+at::Tensor linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                const at::Tensor& target, const OptionalTensor& class_weight, int64_t reduction,
+                                int64_t ignore_index, double label_smoothing);
+
+}  // namespace dlk

@@ -1,0 +1,158 @@
+#include "ops/autograd/mlp.h"
+
+#include <algorithm>
+
+#include "kernels/activation.h"
+#include "ops/autograd/function.h"
+#include "ops/check.h"
+
+namespace dlk {
+namespace {
+
+std::vector<at::Tensor> forward(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                                at::IntArrayRef acts, double slope, at::IntArrayRef keep) {
+  using F = std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef, double,
+                                    at::IntArrayRef);
+  static const auto op = dispatched<F>("dlkernels::_mlp_forward");
+  return op.call(x, weights, biases, acts, slope, keep);
+}
+
+std::vector<at::Tensor> backward(const at::Tensor& g, const OptionalTensor& x, const OptionalTensors& weights,
+                                 const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep,
+                                 at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
+  using F = std::vector<at::Tensor>(const at::Tensor&, const OptionalTensor&, const OptionalTensors&,
+                                    const OptionalTensor&, at::TensorList, at::IntArrayRef, at::IntArrayRef, double,
+                                    at::IntArrayRef);
+  static const auto op = dispatched<F>("dlkernels::_mlp_backward");
+  return op.call(g, x, weights, y, kept, keep, acts, slope, needs);
+}
+
+// The gradients that exist, and their places in `needs`.
+std::tuple<std::vector<at::Tensor>, std::vector<int64_t>> differentiable_backward(
+    const OptionalTensor& g, const OptionalTensors& grads_kept, const OptionalTensor& x, const OptionalTensors& weights,
+    const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
+    at::IntArrayRef needs) {
+  using F = std::tuple<std::vector<at::Tensor>, std::vector<int64_t>>(
+      const OptionalTensor&, const OptionalTensors&, const OptionalTensor&, const OptionalTensors&,
+      const OptionalTensor&, at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef);
+  static const auto op = dispatched<F>("dlkernels::_mlp_differentiable_backward");
+  return op.call(g, grads_kept, x, weights, y, kept, keep, acts, slope, needs);
+}
+
+// The tensors that backward reads. The others are not saved: they cost no memory and may be changed in place before
+// backward, as in stock torch.
+struct Saves {
+  bool x, y;
+  size_t first_weight = 0;    // only layers above the lowest one with a gradient need a dgrad
+  std::vector<int64_t> keep;  // per layer a sum of Keep
+  size_t values = 0;          // the number of h and z that forward keeps
+  size_t constants = 0;       // so many of them, the first ones, depend on nothing that requires a gradient
+};
+
+// `needs`: for x, each weight and each bias, nonzero if its gradient is needed.
+Saves saves_for(at::IntArrayRef acts, at::IntArrayRef needs) {
+  const size_t count = acts.size();
+  Saves s{needs[1] != 0, false};
+  s.keep.assign(count, 0);
+  bool reached = needs[0] != 0;  // the layer's input needs a gradient; below, its output does
+  for (size_t l = 0; l < count; ++l) {
+    if (!reached) ++s.first_weight;
+    reached = reached || needs[1 + l] || needs[1 + count + l];
+    const Act act = static_cast<Act>(acts[l]);
+    const bool is_last = l + 1 == count, reads_h = reached && saves_output(act) && act != Act::none;
+    const bool keeps_h = !is_last && (needs[2 + l] || reads_h), keeps_z = reached && !saves_output(act);
+    s.keep[l] = kKeepH * keeps_h + kKeepZ * keeps_z + kKeepMask * (!is_last && reached && needs_sign_only(act));
+    s.values += keeps_h + keeps_z;
+    s.constants += keeps_h && !reached;
+    if (is_last) s.y = reads_h;
+  }
+  return s;
+}
+
+// Its outputs are y and the h and z that forward keeps, for the same reason as z of one layer (autograd/linear_act.cpp).
+// `parameters` are the weights and then the biases that are there.
+struct Mlp : torch::autograd::Function<Mlp> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, at::TensorList parameters,
+                               const std::vector<int64_t>& has_bias, at::IntArrayRef acts, double slope) {
+    const size_t count = acts.size();
+    const at::TensorList weights = parameters.slice(0, count);
+    OptionalTensors biases;
+    std::vector<int64_t> needs = {x.requires_grad()};
+    for (const at::Tensor& weight : weights) needs.push_back(weight.requires_grad());
+    for (size_t l = 0, next = count; l < count; ++l) {
+      biases.push_back(has_bias[l] ? OptionalTensor(parameters[next]) : std::nullopt);
+      needs.push_back(has_bias[l] && parameters[next].requires_grad());
+      next += has_bias[l];
+    }
+    const Saves s = saves_for(acts, needs);
+    std::vector<at::Tensor> made = dlk::forward(x, weights, biases, acts, slope, s.keep);
+    variable_list saved = {s.x ? x : at::Tensor(), s.y ? made[0] : at::Tensor()};
+    saved.insert(saved.end(), weights.begin() + s.first_weight, weights.end());
+    saved.insert(saved.end(), made.begin() + 1, made.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["acts"] = acts;
+    ctx->saved_data["slope"] = slope;
+    ctx->saved_data["has_bias"] = has_bias;
+    ctx->saved_data["needs"] = needs;
+    variable_list outputs = {made[0]};
+    outputs.insert(outputs.end(), made.begin() + 1 + s.constants, made.begin() + 1 + s.values);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const std::vector<int64_t> acts = ctx->saved_data["acts"].toIntVector();
+    const std::vector<int64_t> has_bias = ctx->saved_data["has_bias"].toIntVector();
+    const double slope = ctx->saved_data["slope"].toDouble();
+    const size_t count = acts.size();
+    const Saves s = saves_for(acts, ctx->saved_data["needs"].toIntVector());
+    const variable_list tensors = ctx->get_saved_variables();
+    OptionalTensors weights, grads_kept;
+    size_t next = 2;
+    for (size_t l = 0; l < count; ++l)
+      weights.push_back(l < s.first_weight ? std::nullopt : OptionalTensor(tensors[next++]));
+    const at::TensorList kept = at::TensorList(tensors).slice(next);
+
+    std::vector<int64_t> needs;
+    for (size_t i = 0; i <= count; ++i) needs.push_back(ctx->needs_input_grad(i));
+    for (size_t l = 0, edge = 1 + count; l < count; ++l) needs.push_back(has_bias[l] && ctx->needs_input_grad(edge++));
+
+    const at::Tensor& g = grads[0];
+    const auto is_defined = [](const at::Tensor& t) { return t.defined(); };
+    std::vector<at::Tensor> found;
+    std::vector<int64_t> places;
+    if (is_opaque_backward(g) && std::none_of(grads.begin() + 1, grads.end(), is_defined)) {  // in training
+      found = dlk::backward(g, present(tensors[0]), weights, present(tensors[1]), kept, s.keep, acts, slope, needs);
+      for (size_t i = 0; i < needs.size(); ++i)
+        if (needs[i]) places.push_back(i);
+    } else {
+      for (size_t i = 0; i < s.constants; ++i) grads_kept.push_back(std::nullopt);
+      for (size_t i = 1; i < grads.size(); ++i) grads_kept.push_back(present(grads[i]));
+      std::tie(found, places) = differentiable_backward(present(g), grads_kept, present(tensors[0]), weights,
+                                                        present(tensors[1]), kept, s.keep, acts, slope, needs);
+    }
+    // One for each tensor that forward was given, and for the settings none.
+    variable_list out(needs.size());
+    for (size_t i = 0; i < found.size(); ++i) out[places[i]] = found[i];
+    for (size_t l = count; l-- > 0;)
+      if (!has_bias[l]) out.erase(out.begin() + 1 + count + l);
+    out.resize(out.size() + 3);
+    return out;
+  }
+};
+
+}  // namespace
+
+at::Tensor mlp(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
+               double slope) {
+  check_mlp_counts(weights.size(), biases.size(), acts.size());
+  std::vector<at::Tensor> parameters = weights.vec();
+  std::vector<int64_t> has_bias;
+  for (const OptionalTensor& bias : biases) {
+    has_bias.push_back(bias.has_value());
+    if (bias) parameters.push_back(*bias);
+  }
+  return Mlp::apply(x, at::TensorList(parameters), has_bias, acts, slope)[0];
+}
+
+}  // namespace dlk
