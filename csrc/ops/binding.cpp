@@ -25,8 +25,7 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_mse_loss_differentiable_backward(Tensor grad_loss, Tensor input, Tensor target, int reduction, "
       "bool need_input, bool need_target) -> (Tensor, Tensor)");
-  m.def(
-      "_gaussian_nll_loss(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction) -> Tensor");
+  m.def("_gaussian_nll_loss(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction) -> Tensor");
   m.def(
       "_gaussian_nll_loss_differentiable_backward(Tensor grad_loss, Tensor input, Tensor target, Tensor var, "
       "bool full, float eps, int reduction, bool need_input, bool need_target, bool need_var) -> "
@@ -87,13 +86,13 @@ TORCH_LIBRARY_IMPL(dlkernels, CompositeImplicitAutograd, m) {
   m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy);
 }
 
-#define DLK_IMPLEMENT(key, device)                                                           \
-  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                                    \
-    m.impl("_linear_act_forward", &dlk::On<dlk::device, dlk::linear_act_forward>::call);     \
-    m.impl("_linear_act_forward_z", &dlk::On<dlk::device, dlk::linear_act_forward_z>::call); \
-    m.impl("_linear_act_backward", &dlk::On<dlk::device, dlk::linear_act_backward>::call);   \
-    m.impl("_mlp_forward", &dlk::On<dlk::device, dlk::mlp_forward>::call);                   \
-    m.impl("_mlp_backward", &dlk::On<dlk::device, dlk::mlp_backward>::call);                 \
+#define DLK_IMPLEMENT(key, device)                                                                           \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                                                    \
+    m.impl("_linear_act_forward", &dlk::On<dlk::device, dlk::linear_act_forward>::call);                     \
+    m.impl("_linear_act_forward_z", &dlk::On<dlk::device, dlk::linear_act_forward_z>::call);                 \
+    m.impl("_linear_act_backward", &dlk::On<dlk::device, dlk::linear_act_backward>::call);                   \
+    m.impl("_mlp_forward", &dlk::On<dlk::device, dlk::mlp_forward>::call);                                   \
+    m.impl("_mlp_backward", &dlk::On<dlk::device, dlk::mlp_backward>::call);                                 \
     m.impl("_mse_loss_forward", &dlk::On<dlk::device, dlk::mse_loss_forward>::call);                         \
     m.impl("_gaussian_nll_loss_forward", &dlk::On<dlk::device, dlk::gaussian_nll_loss_forward>::call);       \
     m.impl("_cross_entropy_forward", &dlk::On<dlk::device, dlk::cross_entropy_forward>::call);               \

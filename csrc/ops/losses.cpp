@@ -88,23 +88,23 @@ LossAndGrads elementwise_loss(const Device& device, const char* op, const at::Te
 }  // namespace
 
 LossAndGrad mse_loss_forward(const Device& device, const at::Tensor& input, const at::Tensor& target, int64_t reduction,
-                     bool need_grad) {
+                             bool need_grad) {
   const auto [loss, grad, _] =
       elementwise_loss(device, "mse_loss", input, target, {}, 0, 0, reduction, need_grad, false);
   return {loss, grad};
 }
 
 LossAndGrads gaussian_nll_loss_forward(const Device& device, const at::Tensor& input, const at::Tensor& target,
-                               const at::Tensor& var, bool full, double eps, int64_t reduction, bool need_input,
-                               bool need_var) {
+                                       const at::Tensor& var, bool full, double eps, int64_t reduction, bool need_input,
+                                       bool need_var) {
   const double constant = full ? 0.5 * std::log(2 * M_PI) : 0.0;
   return elementwise_loss(device, "gaussian_nll_loss", input, target, var, eps, constant, reduction, need_input,
                           need_var);
 }
 
 LossAndGrads cross_entropy_forward(const Device& device, const at::Tensor& input, const at::Tensor& target,
-                           const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                           double label_smoothing, bool need_input, bool need_target) {
+                                   const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                   double label_smoothing, bool need_input, bool need_target) {
   CrossEntropyCall call{};
   call.reduction = check_reduction(reduction, "cross_entropy");
   const auto [outer, classes, inner, soft, smoothing, dtype] =
@@ -148,10 +148,10 @@ LossAndGrads cross_entropy_forward(const Device& device, const at::Tensor& input
 }
 
 LossOfLinear linear_cross_entropy_forward(const Device& device, const at::Tensor& x, const at::Tensor& weight,
-                                  const OptionalTensor& bias, const at::Tensor& target,
-                                  const OptionalTensor& class_weight, const OptionalTensor& grad_loss,
-                                  int64_t reduction, int64_t ignore_index, double label_smoothing, bool need_x,
-                                  bool need_weight, bool need_bias) {
+                                          const OptionalTensor& bias, const at::Tensor& target,
+                                          const OptionalTensor& class_weight, const OptionalTensor& grad_loss,
+                                          int64_t reduction, int64_t ignore_index, double label_smoothing, bool need_x,
+                                          bool need_weight, bool need_bias) {
   LinearCrossEntropyCall call{};
   call.reduction = check_reduction(reduction, "linear_cross_entropy");
   const LinearClassProblem problem =

@@ -86,11 +86,10 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
                         double, bool, bool, bool);
     static const auto op = dispatched<F>("dlkernels::_linear_act_backward");
     const Saved s(ctx, grads);
-    auto [dx, dweight, dbias] =
-        s.in_training() ? op.call(s.g, present(s.x), present(s.weight), s.saved_or_g(), s.act, s.slope, s.needs[0],
-                                  s.needs[1], s.needs[2])
-                        : differentiable_backward(s.g, s.grad_saved, s.x, s.weight, s.saved, s.anchor, s.act, s.slope,
-                                                  s.needs);
+    auto [dx, dweight, dbias] = s.in_training() ? op.call(s.g, present(s.x), present(s.weight), s.saved_or_g(), s.act,
+                                                          s.slope, s.needs[0], s.needs[1], s.needs[2])
+                                                : differentiable_backward(s.g, s.grad_saved, s.x, s.weight, s.saved,
+                                                                          s.anchor, s.act, s.slope, s.needs);
     return {dx, dweight, dbias, {}, {}, {}};
   }
 };
@@ -118,14 +117,14 @@ struct LinearActAutocast : torch::autograd::Function<LinearActAutocast> {
     const Saved s(ctx, grads);
     const at::ScalarType x_dtype = ctx->saved_data["x_dtype"].toScalarType();
     if (s.in_training()) {
-      auto [dx, dweight, dbias] = op.call(s.g, present(s.x), present(s.weight), s.saved_or_g(), x_dtype, s.act,
-                                          s.slope, s.needs[0], s.needs[1], s.needs[2]);
+      auto [dx, dweight, dbias] = op.call(s.g, present(s.x), present(s.weight), s.saved_or_g(), x_dtype, s.act, s.slope,
+                                          s.needs[0], s.needs[1], s.needs[2]);
       return {dx, dweight, dbias, {}, {}};
     }
     auto cast = [](const at::Tensor& t, at::ScalarType dtype) { return t.defined() ? t.to(dtype) : t; };
-    auto [dx, dweight, dbias] = differentiable_backward(s.g, s.grad_saved, cast(s.x, at::kBFloat16),
-                                                        cast(s.weight, at::kBFloat16), s.saved, {}, s.act, s.slope,
-                                                        s.needs);
+    auto [dx, dweight, dbias] =
+        differentiable_backward(s.g, s.grad_saved, cast(s.x, at::kBFloat16), cast(s.weight, at::kBFloat16), s.saved, {},
+                                s.act, s.slope, s.needs);
     return {cast(dx, x_dtype), cast(dweight, at::kFloat), cast(dbias, at::kFloat), {}, {}};
   }
 };

@@ -21,8 +21,8 @@ at::Tensor times_grad_loss(const at::Tensor& grad, const at::Tensor& grad_loss, 
 struct MseLoss : torch::autograd::Function<MseLoss> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             int64_t reduction) {
-    static const auto op = dispatched<Pair(const at::Tensor&, const at::Tensor&, int64_t, bool)>(
-        "dlkernels::_mse_loss_forward");
+    static const auto op =
+        dispatched<Pair(const at::Tensor&, const at::Tensor&, int64_t, bool)>("dlkernels::_mse_loss_forward");
     auto [loss, grad] = op.call(input, target, reduction, true);
     ctx->save_for_backward({input, target, grad});
     ctx->saved_data["reduction"] = reduction;
@@ -36,8 +36,7 @@ struct MseLoss : torch::autograd::Function<MseLoss> {
     if (c10::GradMode::is_enabled()) {
       using F = Pair(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, bool, bool);
       static const auto op = dispatched<F>("dlkernels::_mse_loss_differentiable_backward");
-      auto [dinput, dtarget] =
-          op.call(g, input, target, ctx->saved_data["reduction"].toInt(), need_input, need_target);
+      auto [dinput, dtarget] = op.call(g, input, target, ctx->saved_data["reduction"].toInt(), need_input, need_target);
       return {dinput, dtarget, {}};
     }
     const at::Tensor d = times_grad_loss(tensors[2], g, input);
@@ -107,10 +106,9 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       using F = Pair(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t,
                      double, bool, bool);
       static const auto op = dispatched<F>("dlkernels::_cross_entropy_differentiable_backward");
-      std::tie(dinput, dtarget) = op.call(
-          g, input, target, present(weight), ctx->saved_data["reduction"].toInt(),
-          ctx->saved_data["ignore_index"].toInt(), ctx->saved_data["label_smoothing"].toDouble(), need_input,
-          need_target);
+      std::tie(dinput, dtarget) = op.call(g, input, target, present(weight), ctx->saved_data["reduction"].toInt(),
+                                          ctx->saved_data["ignore_index"].toInt(),
+                                          ctx->saved_data["label_smoothing"].toDouble(), need_input, need_target);
     } else {
       if (input.dim() > 1 && g.dim() > 0) g = g.unsqueeze(1);  // one value per row, the same for all classes
       if (need_input) dinput = times_grad_loss(tensors[3], g, input);

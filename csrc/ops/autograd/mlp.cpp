@@ -20,9 +20,9 @@ std::vector<at::Tensor> forward(const at::Tensor& x, at::TensorList weights, con
 std::vector<at::Tensor> backward(const at::Tensor& g, const OptionalTensor& x, const OptionalTensors& weights,
                                  const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep,
                                  at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
-  using F = std::vector<at::Tensor>(const at::Tensor&, const OptionalTensor&, const OptionalTensors&,
-                                    const OptionalTensor&, at::TensorList, at::IntArrayRef, at::IntArrayRef, double,
-                                    at::IntArrayRef);
+  using F =
+      std::vector<at::Tensor>(const at::Tensor&, const OptionalTensor&, const OptionalTensors&, const OptionalTensor&,
+                              at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef);
   static const auto op = dispatched<F>("dlkernels::_mlp_backward");
   return op.call(g, x, weights, y, kept, keep, acts, slope, needs);
 }
