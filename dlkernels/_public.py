@@ -4,6 +4,7 @@ from dlkernels import _load  # noqa: F401  first: the rest needs the operators
 from dlkernels.functional import explain
 from dlkernels.fusion import fuse, register_fusion, report, unfuse
 from dlkernels.trainer import Trainer, set_printoptions
+from dlkernels.training import training_step
 
 __all__ = [
     "Trainer",
@@ -12,5 +13,6 @@ __all__ = [
     "register_fusion",
     "report",
     "set_printoptions",
+    "training_step",
     "unfuse",
 ]

@@ -4,6 +4,7 @@
 #include "ops/autograd/linear_act.h"
 #include "ops/autograd/losses.h"
 #include "ops/autograd/mlp.h"
+#include "ops/autograd/mlp_loss.h"
 #include "ops/linear_act.h"
 #include "ops/losses.h"
 #include "ops/mlp.h"
@@ -21,6 +22,10 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_mlp_differentiable_backward(Tensor? grad_y, Tensor?[] grads_kept, Tensor? x, Tensor?[] weights, Tensor? y, "
       "Tensor[] kept, int[] keep, int[] acts, float slope, int[] needs) -> (Tensor[], int[])");
+  m.def(
+      "_mlp_loss(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, Tensor target, int kind, "
+      "Tensor? class_weight, int reduction, int ignore_index, float label_smoothing, int[] needs) -> "
+      "(Tensor, Tensor[])");
   m.def("_mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
   m.def(
       "_mse_loss_differentiable_backward(Tensor grad_loss, Tensor input, Tensor target, int reduction, "
@@ -80,6 +85,7 @@ TORCH_LIBRARY_IMPL(dlkernels, CompositeImplicitAutograd, m) {
   m.impl("_linear_act", &dlk::linear_act);
   m.impl("_linear_act_autocast", &dlk::linear_act_autocast);
   m.impl("_mlp", &dlk::mlp);
+  m.impl("_mlp_loss", &dlk::mlp_loss);
   m.impl("_mse_loss", &dlk::mse_loss);
   m.impl("_gaussian_nll_loss", &dlk::gaussian_nll_loss);
   m.impl("_cross_entropy", &dlk::cross_entropy);

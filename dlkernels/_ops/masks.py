@@ -26,9 +26,9 @@ def replaces_y(act: Activation, x: Tensor, weight: Tensor) -> bool:
     """
     return (
         act.needs_sign_only
-        and not exporting()
-        and x.device.type in DEVICES
         and x.dtype in (torch.bfloat16, torch.float16)
+        and x.device.type in DEVICES
+        and not exporting()
         and are_plain(x, weight)  # a shard of a DTensor may end within a byte
         and weight.dim() == 2
         and weight.shape[0] % BITS == 0

@@ -32,8 +32,16 @@ def operands(device, dtype, m=M, n=N, k=K):
     return *(t.requires_grad_() for t in made[:3]), made[3]
 
 
-def keeps(y):
-    (mask,) = [t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.uint8]
+def saved_masks(call):
+    """Return what ``call()`` returns, and the masks among the tensors that it saves for backward."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = call()
+    return y, [t for t in saved if t.dtype == torch.uint8]
+
+
+def saved_mask(call):
+    _, (mask,) = saved_masks(call)
     return mask
 
 
@@ -102,7 +110,7 @@ def test_training_is_as_from_y(shape, act, dtype, masked, monkeypatch):
         y = functional.linear_act(x, w, b, act)
         return y, *torch.autograd.grad(y, (x, w, b), g)
 
-    assert keeps(functional.linear_act(x, w, b, act)).shape == (shape[0], shape[1] // 8)
+    assert saved_mask(lambda: functional.linear_act(x, w, b, act)).shape == (shape[0], shape[1] // 8)
     assert_same_bits(step(), from_y(monkeypatch, step))
     y, mask = ops._linear_act_forward_mask(*(t.detach() for t in (x, w, b)), ACTIVATIONS[act].code, SLOPE)
     assert torch.equal(mask, masks.pack(y, ACTIVATIONS[act]))
@@ -176,7 +184,7 @@ def test_y_may_change_before_backward(masked, monkeypatch):
 def test_no_mask_of_part_of_a_byte(n, masked):
     x, w, b, _ = operands(masked, torch.bfloat16, n=n)
     with pytest.raises(ValueError, match="not enough values"):
-        keeps(functional.linear_relu(x, w, b))
+        saved_mask(lambda: functional.linear_relu(x, w, b))
     with pytest.raises(RuntimeError, match="multiple of 8 out_features"):
         ops._linear_act_forward_mask(x, w, b, 1, 0.0)
 
@@ -185,7 +193,7 @@ def test_no_mask_of_part_of_a_byte(n, masked):
 def test_no_mask_of_wider_types(dtype, masked):
     x, w, b, _ = operands(masked, dtype)
     with pytest.raises(ValueError, match="not enough values"):
-        keeps(functional.linear_relu(x, w, b))
+        saved_mask(lambda: functional.linear_relu(x, w, b))
     with pytest.raises(RuntimeError, match="bfloat16 or float16"):
         ops._linear_act_forward_mask(x, w, b, 1, 0.0)
 
@@ -275,7 +283,9 @@ def test_an_exported_program_writes_none(strict, masked):
     x = torch.randn(3, 16, device=masked, dtype=torch.bfloat16)
     program = torch.export.export(Layer(), (x,), strict=strict)
     graphs = [module.graph for module in program.graph_module.modules() if hasattr(module, "graph")]
-    targets = {node.target for graph in graphs for node in graph.nodes}
+    calls = [node for graph in graphs for node in graph.nodes if node.target is ops._linear_act.default]
+    assert [node.args[-1] for node in calls] == [False], "one layer, without a mask"
+    targets = {node.target for node in program.run_decompositions({}).graph.nodes}
     assert ops._linear_act_forward.default in targets
     assert ops._linear_act_forward_mask.default not in targets
 
@@ -309,8 +319,7 @@ def test_chain(act, dtype, masked):
     weights = [(torch.randn(s, device=masked) / s[1] ** 0.5).to(dtype).requires_grad_() for s in layers]
     biases = [torch.randn(n, device=masked, dtype=dtype, requires_grad=True) for n, _ in layers]
     acts = [act] * (len(layers) - 1) + ["none"]
-    y = functional.mlp(x, weights, biases, act)
-    kept = [t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.uint8]
+    y, kept = saved_masks(lambda: functional.mlp(x, weights, biases, act))
     assert [t.shape[1] * 8 for t in kept] == list(sizes[1:-1])
     one_by_one = x
     for w, b, a in zip(weights, biases, acts, strict=True):

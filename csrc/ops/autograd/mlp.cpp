@@ -7,19 +7,18 @@
 #include "ops/check.h"
 
 namespace dlk {
-namespace {
 
-std::vector<at::Tensor> forward(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
-                                at::IntArrayRef acts, double slope, at::IntArrayRef keep) {
+std::vector<at::Tensor> call_mlp_forward(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                                         at::IntArrayRef acts, double slope, at::IntArrayRef keep) {
   using F = std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef, double,
                                     at::IntArrayRef);
   static const auto op = dispatched<F>("dlkernels::_mlp_forward");
   return op.call(x, weights, biases, acts, slope, keep);
 }
 
-std::vector<at::Tensor> backward(const at::Tensor& g, const OptionalTensor& x, const OptionalTensors& weights,
-                                 const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep,
-                                 at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
+std::vector<at::Tensor> call_mlp_backward(const at::Tensor& g, const OptionalTensor& x, const OptionalTensors& weights,
+                                          const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep,
+                                          at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
   using F =
       std::vector<at::Tensor>(const at::Tensor&, const OptionalTensor&, const OptionalTensors&, const OptionalTensor&,
                               at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef);
@@ -27,29 +26,6 @@ std::vector<at::Tensor> backward(const at::Tensor& g, const OptionalTensor& x, c
   return op.call(g, x, weights, y, kept, keep, acts, slope, needs);
 }
 
-// The gradients that exist, and their places in `needs`.
-std::tuple<std::vector<at::Tensor>, std::vector<int64_t>> differentiable_backward(
-    const OptionalTensor& g, const OptionalTensors& grads_kept, const OptionalTensor& x, const OptionalTensors& weights,
-    const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
-    at::IntArrayRef needs) {
-  using F = std::tuple<std::vector<at::Tensor>, std::vector<int64_t>>(
-      const OptionalTensor&, const OptionalTensors&, const OptionalTensor&, const OptionalTensors&,
-      const OptionalTensor&, at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef);
-  static const auto op = dispatched<F>("dlkernels::_mlp_differentiable_backward");
-  return op.call(g, grads_kept, x, weights, y, kept, keep, acts, slope, needs);
-}
-
-// The tensors that backward reads. The others are not saved: they cost no memory and may be changed in place before
-// backward, as in stock torch.
-struct Saves {
-  bool x, y;
-  size_t first_weight = 0;    // only layers above the lowest one with a gradient need a dgrad
-  std::vector<int64_t> keep;  // per layer a sum of Keep
-  size_t values = 0;          // the number of h and z that forward keeps
-  size_t constants = 0;       // so many of them, the first ones, depend on nothing that requires a gradient
-};
-
-// `needs`: for x, each weight and each bias, nonzero if its gradient is needed.
 Saves saves_for(at::IntArrayRef acts, at::IntArrayRef needs) {
   const size_t count = acts.size();
   Saves s{needs[1] != 0, false};
@@ -69,6 +45,20 @@ Saves saves_for(at::IntArrayRef acts, at::IntArrayRef needs) {
   return s;
 }
 
+namespace {
+
+// The gradients that exist, and their places in `needs`.
+std::tuple<std::vector<at::Tensor>, std::vector<int64_t>> differentiable_backward(
+    const OptionalTensor& g, const OptionalTensors& grads_kept, const OptionalTensor& x, const OptionalTensors& weights,
+    const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
+    at::IntArrayRef needs) {
+  using F = std::tuple<std::vector<at::Tensor>, std::vector<int64_t>>(
+      const OptionalTensor&, const OptionalTensors&, const OptionalTensor&, const OptionalTensors&,
+      const OptionalTensor&, at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef);
+  static const auto op = dispatched<F>("dlkernels::_mlp_differentiable_backward");
+  return op.call(g, grads_kept, x, weights, y, kept, keep, acts, slope, needs);
+}
+
 // Its outputs are y and the h and z that forward keeps, for the same reason as z of one layer (autograd/linear_act.cpp).
 // `parameters` are the weights and then the biases that are there.
 struct Mlp : torch::autograd::Function<Mlp> {
@@ -85,7 +75,7 @@ struct Mlp : torch::autograd::Function<Mlp> {
       next += has_bias[l];
     }
     const Saves s = saves_for(acts, needs);
-    std::vector<at::Tensor> made = dlk::forward(x, weights, biases, acts, slope, s.keep);
+    std::vector<at::Tensor> made = call_mlp_forward(x, weights, biases, acts, slope, s.keep);
     variable_list saved = {s.x ? x : at::Tensor(), s.y ? made[0] : at::Tensor()};
     saved.insert(saved.end(), weights.begin() + s.first_weight, weights.end());
     saved.insert(saved.end(), made.begin() + 1, made.end());
@@ -122,7 +112,7 @@ struct Mlp : torch::autograd::Function<Mlp> {
     std::vector<at::Tensor> found;
     std::vector<int64_t> places;
     if (is_opaque_backward(g) && std::none_of(grads.begin() + 1, grads.end(), is_defined)) {  // in training
-      found = dlk::backward(g, present(tensors[0]), weights, present(tensors[1]), kept, s.keep, acts, slope, needs);
+      found = call_mlp_backward(g, present(tensors[0]), weights, present(tensors[1]), kept, s.keep, acts, slope, needs);
       for (size_t i = 0; i < needs.size(); ++i)
         if (needs[i]) places.push_back(i);
     } else {

@@ -1,0 +1,64 @@
+#include "ops/autograd/mlp_loss.h"
+
+#include <ATen/core/Reduction.h>
+
+#include "ops/autograd/function.h"
+#include "ops/autograd/mlp.h"
+#include "ops/check.h"
+
+namespace dlk {
+namespace {
+
+// The loss and its gradient for y.
+std::tuple<at::Tensor, at::Tensor> loss_of(const at::Tensor& y, const at::Tensor& target, LossKind kind,
+                                           const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                                           double label_smoothing) {
+  using Pair = std::tuple<at::Tensor, at::Tensor>;
+  using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+  if (kind == LossKind::mse) {
+    static const auto op =
+        dispatched<Pair(const at::Tensor&, const at::Tensor&, int64_t, bool)>("dlkernels::_mse_loss_forward");
+    return op.call(y, target, reduction, true);
+  }
+  using F = Triple(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, bool, bool);
+  static const auto op = dispatched<F>("dlkernels::_cross_entropy_forward");
+  auto [loss, grad, grad_target] =
+      op.call(y, target, class_weight, reduction, ignore_index, label_smoothing, true, false);
+  return {loss, grad};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> mlp_loss(const at::Tensor& x, at::TensorList weights,
+                                                         const OptionalTensors& biases, at::IntArrayRef acts,
+                                                         double slope, const at::Tensor& target, int64_t kind,
+                                                         const OptionalTensor& class_weight, int64_t reduction,
+                                                         int64_t ignore_index, double label_smoothing,
+                                                         at::IntArrayRef needs) {
+  const size_t count = weights.size();
+  check_mlp_counts(count, biases.size(), acts.size());
+  TORCH_CHECK(needs.size() == 2 * count, "mlp_loss: expected two entries in needs for each of ", count,
+              " weights, got ", needs.size());
+  TORCH_CHECK_VALUE(kind == 0 || kind == 1, "mlp_loss: expected loss kind 0 (mse) or 1 (cross entropy), got ", kind);
+  TORCH_CHECK_VALUE(reduction == at::Reduction::Mean || reduction == at::Reduction::Sum,
+                    "mlp_loss: expected reduction 1 (mean) or 2 (sum), got ", reduction);
+  const c10::AutoGradMode no_grad(false);
+  std::vector<int64_t> all_needs = {0};  // x's
+  all_needs.insert(all_needs.end(), needs.begin(), needs.end());
+  const Saves saves = saves_for(acts, all_needs);
+  const std::vector<at::Tensor> outputs = call_mlp_forward(x, weights, biases, acts, slope, saves.keep);
+  const at::Tensor& y = outputs[0];
+  const auto [loss, grad] =
+      loss_of(y, target, static_cast<LossKind>(kind), class_weight, reduction, ignore_index, label_smoothing);
+  std::vector<at::Tensor> gradients;
+  if (std::any_of(needs.begin(), needs.end(), [](int64_t need) { return need != 0; })) {
+    OptionalTensors operands;
+    for (size_t l = 0; l < count; ++l)
+      operands.push_back(l < saves.first_weight ? std::nullopt : OptionalTensor(weights[l]));
+    gradients = call_mlp_backward(grad.to(y.scalar_type()), x, operands, y, at::TensorList(outputs).slice(1),
+                                  saves.keep, acts, slope, all_needs);
+  }
+  return {loss, gradients};
+}
+
+}  // namespace dlk

@@ -1,0 +1,413 @@
+"""One call per training step: forward, loss, backward and update of a chain of layers, with little Python in between.
+
+A step of a small network is mostly calls: of modules, of autograd, of the optimizer for each parameter. Here it is two:
+the op ``_mlp_loss`` (``csrc/ops/autograd/mlp_loss.cpp``) computes the loss and the gradients, and torch's fused
+optimizer kernel updates all parameters of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from dlkernels import losses
+from dlkernels._ops.activations import Activation, activation_named
+from dlkernels._ops.losses import DEVICES, REDUCTIONS
+from dlkernels._ops.modes import are_plain, autocast_active, under_transform
+from dlkernels.fusion.rules import activation_of, linear_rule
+from dlkernels.nn import LinearAct, LinearReLU, untouched
+
+__all__ = ["TrainingStep", "training_step"]
+
+_mlp_loss = torch.ops.dlkernels._mlp_loss.default
+
+_MSE, _CROSS_ENTROPY = 0, 1  # LossKind of csrc/ops/autograd/mlp_loss.h
+
+
+class _Ordinary(Exception):
+    """This step runs by separate calls; the message says why."""
+
+
+@dataclass
+class _Chain:
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    acts: list[int]
+    slope: float
+
+
+@dataclass(frozen=True)
+class _Loss:
+    kind: int
+    class_weight: Tensor | None
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+
+
+def training_step(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], optimizer: optim.Optimizer, *, keep_grads: bool = False
+) -> TrainingStep:
+    """Return ``step``; ``step(x, target)`` trains ``model`` on one batch and returns the loss.
+
+    It does what these calls do::
+
+        optimizer.zero_grad()
+        value = loss(model(x), target)
+        value.backward()
+        optimizer.step()
+
+    It takes two calls where the model is one chain of linear layers and activations, the loss is the mean or sum of
+    squared errors or a cross entropy, and the optimizer is torch's Adam, AdamW or SGD. Everything else runs by the
+    calls above, and ``step.why`` says why. The decision is made anew at each step, so hooks, schedules,
+    ``load_state_dict`` and ``model.eval()`` have the effect that they have on the calls. Parameters and the optimizer's
+    state are where torch keeps them: checkpoints are the same, and any step may be done by the calls instead.
+
+    The update is the one of ``optimizer`` with ``fused=True``, to the bit; without it torch rounds in another order.
+
+        >>> step = dlkernels.training_step(model, torch.nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters()))
+        >>> for x, target in batches:
+        ...     value = step(x, target)
+
+    Args:
+        model: an :class:`dlkernels.nn.MLP`, or an ``nn.Sequential`` (fused or not) of linear layers and activations
+            that have kernels; ``nn.Identity``, ``nn.Flatten`` before the first layer and inactive dropout may be among
+            them. It may be any module: see above.
+        loss: a module or function of (output, target): ``nn.MSELoss`` and ``nn.CrossEntropyLoss`` of torch or
+            dlkernels, or ``mse_loss`` and ``cross_entropy`` of ``torch.nn.functional`` or ``dlkernels.losses``. Or any
+            callable.
+        optimizer: of the parameters of ``model``.
+        keep_grads: leave each parameter's gradient in ``.grad``, as the calls do. Otherwise ``.grad`` is None after a
+            step, and the gradients take no memory between steps.
+
+    Returns:
+        A :class:`TrainingStep`. Its call returns the loss, detached.
+
+    Raises:
+        TypeError: ``model`` is no module, ``loss`` is not callable, or ``optimizer`` is no optimizer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"training_step: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not callable(loss):
+        raise TypeError(f"training_step: loss must be callable with (output, target), got {type(loss).__name__}")
+    if not isinstance(optimizer, optim.Optimizer):
+        raise TypeError(f"training_step: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return TrainingStep(model, loss, optimizer, keep_grads)
+
+
+class TrainingStep:
+    """See :func:`training_step`, which makes it.
+
+    ``why`` is the reason why the last step ran by separate calls; it is empty if it did not.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], optimizer: optim.Optimizer, keep_grads: bool
+    ) -> None:
+        self.model, self.loss, self.optimizer, self.keep_grads = model, loss, optimizer, keep_grads
+        self.why = ""
+
+    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
+        """Train on one batch: x [..., in_features], and the target that the loss takes. Return the loss, detached.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: what the model, the loss or the optimizer raise for these tensors. An
+                error before the update leaves the parameters as they were.
+        """
+        try:
+            x, chain, loss, updates = self._plan(x, target)
+        except _Ordinary as reason:
+            self.why = str(reason)
+            return self._by_calls(x, target)
+        self.why = ""
+        needs = [t is not None and t.requires_grad for t in (*chain.weights, *chain.biases)]
+        value, grads = _mlp_loss(
+            x,
+            chain.weights,
+            chain.biases,
+            chain.acts,
+            chain.slope,
+            target,
+            loss.kind,
+            loss.class_weight,
+            loss.reduction,
+            loss.ignore_index,
+            loss.label_smoothing,
+            needs,
+        )
+        trained = [t for t in (*chain.weights, *chain.biases) if t is not None and t.requires_grad]
+        grad_of = dict(zip(trained, grads, strict=True))
+        with torch.no_grad():
+            for update in updates:
+                update(grad_of)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = grad_of.get(parameter) if self.keep_grads else None
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a schedule asks if a step came before it
+        return value
+
+    def _by_calls(self, x: Tensor, target: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        value = self.loss(self.model(x), target)
+        value.backward()
+        self.optimizer.step()
+        if not self.keep_grads:
+            self.optimizer.zero_grad()
+        return value.detach()
+
+    def _plan(self, x: Tensor, target: Tensor) -> tuple[Tensor, _Chain, _Loss, list[_Update]]:
+        _check_context(x, target)
+        x, chain = _chain_of(self.model, x)
+        loss = _loss_of(self.loss, target)
+        parameters = [t for t in (*chain.weights, *chain.biases) if t is not None]
+        if x.dtype != parameters[0].dtype or x.device != parameters[0].device:
+            raise _Ordinary("input and parameters differ in dtype or device")
+        _check_parameters(parameters)
+        return x, chain, loss, _updates_of(self.optimizer, {p for p in parameters if p.requires_grad})
+
+
+# ---- the context -----------------------------------------------------------------------------------------------------
+
+
+def _check_context(x: Any, target: Any) -> None:
+    if torch.compiler.is_compiling() or under_transform():
+        raise _Ordinary("it is compiled or transformed")
+    if not torch.is_grad_enabled():
+        raise _Ordinary("gradients are disabled")
+    if not (isinstance(x, Tensor) and isinstance(target, Tensor) and are_plain(x, target)):
+        raise _Ordinary("input and target are not plain tensors")
+    if x.requires_grad or target.requires_grad:
+        raise _Ordinary("input or target requires a gradient")
+    if x.device.type not in DEVICES or x.device.type == "meta":
+        raise _Ordinary(f"there are no kernels for {x.device.type}")
+    if autocast_active(x):
+        raise _Ordinary("autocast is on")
+    if _has_any_global_hook() or torch._C._len_torch_function_stack() or torch.is_anomaly_enabled():
+        raise _Ordinary("there is a global module hook, a TorchFunctionMode, or anomaly detection")
+    if torch._C._autograd._top_saved_tensors_default_hooks(False):
+        raise _Ordinary("there are hooks for saved tensors")
+
+
+def _check_parameters(parameters: Sequence[Tensor]) -> None:
+    if len(set(parameters)) != len(parameters):
+        raise _Ordinary("a parameter is used twice")
+    if not are_plain(*parameters):
+        raise _Ordinary("a parameter is not a plain tensor")
+    for p in parameters:
+        if p._backward_hooks or p._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+            raise _Ordinary("a parameter has a hook")
+        if p.requires_grad and not p.is_leaf:
+            raise _Ordinary("a weight is computed from other tensors")
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
+    """Return the model's layers, and x as its first layer gets it."""
+    if not _is_sequential(model):
+        raise _Ordinary(f"the model is a {type(model).__name__}, not an nn.Sequential or MLP")
+    if not untouched(model):
+        raise _Ordinary("the model has a hook, or its forward was replaced or compiled")
+    chain = _Chain([], [], [], 0.0)
+    ready = False  # the last layer of the chain can take an activation
+    for module in model._modules.values():
+        assert module is not None  # nn.Sequential calls each
+        if not untouched(module):
+            raise _Ordinary(f"a {type(module).__name__} has a hook, or its forward was replaced or compiled")
+        kind = type(module)
+        if kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p)):
+            continue
+        if kind is nn.Flatten and not chain.weights and module.start_dim == 1 and module.end_dim == -1 and x.dim() > 1:
+            x = x.flatten(1)
+        elif kind is LinearAct or kind is LinearReLU:
+            _add(chain, module.weight, module.bias)
+            _set_activation(chain, module.activation, module.negative_slope)
+            ready = module.activation == "none"
+        elif (rule := linear_rule(kind)) is not None:
+            parameters = rule(module)
+            if parameters is None:
+                raise _Ordinary(f"the parameters of a {kind.__name__} are computed from other tensors")
+            _add(chain, *parameters)
+            ready = True
+        else:
+            known = activation_of(module)
+            if known is None or not ready:
+                raise _Ordinary(f"the model has a {kind.__name__} that is in no chain of layers")
+            _set_activation(chain, *known)
+            ready = False
+    if not chain.weights:
+        raise _Ordinary("the model has no linear layer")
+    return x, chain
+
+
+def _is_sequential(model: nn.Module) -> bool:
+    """Return True if the model's forward calls its modules one after the other."""
+    kind = type(model)
+    kind = kind.__dict__.get("_fused_from", kind)  # fuse gave it a subclass
+    return isinstance(model, nn.Sequential) and (
+        kind.forward is nn.Sequential.forward or (kind.__module__, kind.__qualname__) == ("dlkernels.nn", "MLP")
+    )
+
+
+def _add(chain: _Chain, weight: Tensor, bias: Tensor | None) -> None:
+    chain.weights.append(weight)
+    chain.biases.append(bias)
+    chain.acts.append(0)
+
+
+def _set_activation(chain: _Chain, name: str, slope: float) -> None:
+    act: Activation = activation_named(name)
+    if name == "leaky_relu":
+        if chain.slope not in (0.0, slope):
+            raise _Ordinary("the slopes of leaky_relu differ")
+        chain.slope = slope
+    chain.acts[-1] = act.code
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+_MODULES = {
+    nn.MSELoss: _MSE,
+    losses.MSELoss: _MSE,
+    nn.CrossEntropyLoss: _CROSS_ENTROPY,
+    losses.CrossEntropyLoss: _CROSS_ENTROPY,
+}
+_FUNCTIONS: dict[Any, _Loss] = {
+    **dict.fromkeys((F.mse_loss, losses.mse_loss), _Loss(_MSE, None, 1, -100, 0.0)),
+    **dict.fromkeys((F.cross_entropy, losses.cross_entropy), _Loss(_CROSS_ENTROPY, None, 1, -100, 0.0)),
+}
+
+
+def _loss_of(loss: Any, target: Tensor) -> _Loss:
+    kind = _MODULES.get(type(loss))
+    if kind is None:
+        found = _FUNCTIONS.get(loss) if type(loss) is type(_loss_of) else None
+        if found is None:
+            raise _Ordinary(f"the loss is {getattr(loss, '__name__', type(loss).__name__)}")
+        return found
+    if not untouched(loss):
+        raise _Ordinary("the loss has a hook, or its forward was replaced or compiled")
+    if loss.reduction not in ("mean", "sum"):
+        raise _Ordinary(f"the loss has the reduction {loss.reduction!r}")
+    reduction = REDUCTIONS.index(loss.reduction)
+    if kind == _MSE:
+        return _Loss(kind, None, reduction, -100, 0.0)
+    weight = loss.weight
+    if weight is not None and (weight.requires_grad or not are_plain(weight)):
+        raise _Ordinary("the weight of the loss requires a gradient")
+    return _Loss(kind, weight, reduction, loss.ignore_index, loss.label_smoothing)
+
+
+# ---- the update ------------------------------------------------------------------------------------------------------
+
+_Update = Callable[[dict[Tensor, Tensor]], None]
+
+
+def _updates_of(optimizer: optim.Optimizer, trained: set[Tensor]) -> list[_Update]:
+    """Return a function for each group of parameters; it takes the gradients."""
+    kind = type(optimizer)
+    if kind not in _KINDS:
+        raise _Ordinary(f"the optimizer is a {kind.__name__}")
+    if (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    ):
+        raise _Ordinary("the optimizer has a hook")
+    step = optimizer.__dict__.get("step")
+    if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
+        raise _Ordinary("the optimizer's step was replaced")
+    if hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf"):
+        raise _Ordinary("the gradients are scaled")
+    updates, covered = [], 0
+    for group in optimizer.param_groups:
+        mine = [p for p in group["params"] if p in trained]
+        covered += len(mine)
+        if mine:
+            updates.append(_KINDS[kind](optimizer, group, mine))
+    if covered != len(trained):
+        raise _Ordinary("the optimizer does not have all parameters of the model")
+    return updates
+
+
+def _number(group: dict[str, Any], *names: str) -> list[float]:
+    values = [group[name] for name in names]
+    if any(isinstance(value, Tensor) for value in values):
+        raise _Ordinary("a setting of the optimizer is a tensor")
+    return values
+
+
+def _states(optimizer: optim.Optimizer, parameters: Sequence[Tensor], *names: str) -> list[list[Tensor]]:
+    """Return a list of states per name. torch makes them in the first step."""
+    states = [optimizer.state.get(p) for p in parameters]
+    if not all(state and all(state.get(name) is not None for name in names) for state in states):
+        raise _Ordinary("the optimizer makes its state in its first step")
+    return [[state[name] for state in states if state is not None] for name in names]
+
+
+def _adam(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]) -> _Update:
+    lr, weight_decay, eps = _number(group, "lr", "weight_decay", "eps")
+    beta1, beta2 = group["betas"]
+    if group.get("capturable") or group.get("differentiable") or isinstance(beta1, Tensor):
+        raise _Ordinary("the optimizer is capturable or differentiable")
+    means, squares, steps = _states(optimizer, parameters, "exp_avg", "exp_avg_sq", "step")
+    if any(step.device != p.device for step, p in zip(steps, parameters, strict=True)):
+        raise _Ordinary("on this device the optimizer needs fused=True")
+    maxima = _states(optimizer, parameters, "max_exp_avg_sq")[0] if group["amsgrad"] else []
+    decoupled = group.get("decoupled_weight_decay", type(optimizer) is optim.AdamW)
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+
+    def update(grads: dict[Tensor, Tensor]) -> None:
+        torch._foreach_add_(steps, 1)
+        kernel(
+            parameters,
+            [grads[p] for p in parameters],
+            means,
+            squares,
+            maxima,
+            steps,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )
+
+    return update
+
+
+def _sgd(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]) -> _Update:
+    lr, momentum, dampening, weight_decay = _number(group, "lr", "momentum", "dampening", "weight_decay")
+    if group.get("differentiable"):
+        raise _Ordinary("the optimizer is capturable or differentiable")
+    buffers = _states(optimizer, parameters, "momentum_buffer")[0] if momentum else []
+
+    def update(grads: dict[Tensor, Tensor]) -> None:
+        torch._fused_sgd_(
+            parameters,
+            [grads[p] for p in parameters],
+            buffers,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=lr,
+            dampening=dampening,
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            is_first_step=False,
+        )
+
+    return update
+
+
+_KINDS = {optim.Adam: _adam, optim.AdamW: _adam, optim.SGD: _sgd}

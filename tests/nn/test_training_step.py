@@ -1,0 +1,374 @@
+"""dlkernels.training_step: the same numbers as the separate calls; separate calls where it cannot take a step."""
+
+import copy
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.nn import functional as F
+
+import dlkernels
+from dlkernels import losses
+from dlkernels.nn import MLP, LinearAct
+from dlkernels.testing import STOCK
+from dlkernels.training import training_step
+
+OPTIMIZERS = {
+    "sgd": partial(optim.SGD, lr=0.05),
+    "momentum": partial(optim.SGD, lr=0.02, momentum=0.9, weight_decay=0.01),
+    "nesterov": partial(optim.SGD, lr=0.02, momentum=0.9, nesterov=True),
+    "sgd maximize": partial(optim.SGD, lr=0.0001, maximize=True),
+    "dampening": partial(optim.SGD, lr=0.02, momentum=0.8, dampening=0.3),
+    "adam": partial(optim.Adam, lr=0.01, weight_decay=0.01),
+    "amsgrad": partial(optim.Adam, lr=0.01, betas=(0.8, 0.9), amsgrad=True),
+    "adamw": partial(optim.AdamW, lr=0.01, weight_decay=0.1),
+    "adamw maximize": partial(optim.AdamW, lr=0.001, maximize=True),
+}
+LOSSES = {
+    "mse": losses.MSELoss(),
+    "mse sum": losses.MSELoss(reduction="sum"),
+    "cross entropy": losses.CrossEntropyLoss(label_smoothing=0.1),
+    "weighted": losses.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0]), ignore_index=1, reduction="sum"),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def batches(loss, count, dtype=torch.float32):
+    for _ in range(count):
+        x = torch.randn(7, 5, dtype=dtype)
+        mse = isinstance(loss, nn.MSELoss)
+        yield x, torch.randn(7, 3, dtype=dtype) / 10 if mse else torch.randint(3, (7,))
+
+
+def by_calls(model, loss, optimizer, x, target):
+    optimizer.zero_grad()
+    value = loss(model(x), target)
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def assert_same(model, other):
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def trained_both_ways(model, loss, make, steps, dtype=torch.float32):
+    """Train copies by the op and by separate calls, with torch's fused optimizer; all values must be the same bits."""
+    other = copy.deepcopy(model)
+    optimizer, its = make(model.parameters(), fused=True), make(other.parameters(), fused=True)
+    step = training_step(model, loss, optimizer)
+    for number, (x, target) in enumerate(batches(loss, steps, dtype)):
+        assert torch.equal(step(x, target), by_calls(other, loss, its, x, target))
+        assert not step.why or (number == 0 and "first step" in step.why)
+        assert all(p.grad is None for p in model.parameters())
+    assert not step.why
+    assert_same(model, other)
+    return optimizer, its
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_thousand_steps(optimizer, loss):
+    steps = 50 if "maximize" in optimizer else 1000  # the weights grow
+    trained_both_ways(MLP([5, 6, 3], "tanh"), LOSSES[loss], OPTIMIZERS[optimizer], steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", STOCK)
+def test_activations_and_dtypes(activation, dtype):
+    model = MLP([5, 6, 4, 3], activation, dtype=dtype)
+    trained_both_ways(model, losses.MSELoss(), OPTIMIZERS["adam"], 30, dtype)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_stock_model_and_optimizer(optimizer):
+    """torch's layers, losses and unfused optimizers round in another order: in float64 the difference is tiny."""
+    layers = nn.Linear(5, 6), nn.GELU(), nn.Dropout(0.0), nn.Linear(6, 3, bias=False)
+    model = nn.Sequential(nn.Flatten(), *layers).double()
+    other = copy.deepcopy(model)
+    make = OPTIMIZERS[optimizer]
+    mine, its = make(model.parameters()), make(other.parameters())
+    step = training_step(model, F.mse_loss, mine)
+    for x, target in batches(nn.MSELoss(), 50, torch.float64):
+        value = step(x, target)
+        torch.testing.assert_close(value, by_calls(other, F.mse_loss, its, x, target), rtol=1e-11, atol=1e-12)
+    assert not step.why
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_checkpoint_and_other_way():
+    """The state is torch's: a step by calls may follow one by the op, and the other way round, also after loading."""
+    loss, make = LOSSES["cross entropy"], partial(optim.AdamW, lr=0.01, fused=True)
+    model = MLP([5, 6, 3])
+    other = copy.deepcopy(model)
+    optimizer, its = make(model.parameters()), make(other.parameters())
+    step = training_step(model, loss, optimizer)
+    for number, (x, target) in enumerate(batches(loss, 12)):
+        if number % 4 == 3:
+            by_calls(model, loss, optimizer, x, target)
+        else:
+            step(x, target)
+        by_calls(other, loss, its, x, target)
+        if number == 5:
+            state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            model = MLP([5, 6, 3])
+            optimizer = make(model.parameters())
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+            step = training_step(model, loss, optimizer)
+    assert not step.why
+    assert_same(model, other)
+    for a, b in zip(optimizer.state.values(), its.state.values(), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_schedule_groups_and_frozen_layers():
+    def prepared():
+        torch.manual_seed(1)
+        model = MLP([5, 6, 4, 3])
+        model[0].weight.requires_grad_(False)
+        weights = [p for p in model.parameters() if p.dim() == 2]
+        biases = [p for p in model.parameters() if p.dim() == 1]
+        groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 0.003}]
+        optimizer = optim.AdamW(groups, lr=0.01, fused=True)
+        return model, optimizer, optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    (model, optimizer, schedule), (other, its, other_schedule) = prepared(), prepared()
+    step = training_step(model, losses.cross_entropy, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a schedule warns if no step came before it
+        for x, target in batches(None, 10):
+            step(x, target)
+            schedule.step()
+            by_calls(other, losses.cross_entropy, its, x, target)
+            other_schedule.step()
+    assert not step.why
+    assert_same(model, other)
+
+
+def test_keep_grads():
+    model = MLP([5, 6, 3])
+    step = training_step(model, losses.MSELoss(), optim.SGD(model.parameters(), lr=0.0), keep_grads=True)
+    x, target = next(batches(nn.MSELoss(), 1))
+    for _ in range(2):
+        step(x, target)
+    assert not step.why
+    for p, grad in zip(
+        model.parameters(), torch.autograd.grad(losses.mse_loss(model(x), target), [*model.parameters()]), strict=True
+    ):
+        assert torch.equal(p.grad, grad)
+
+
+def test_another_parameter_of_the_optimizer():
+    """zero_grad takes the gradient of every parameter that the optimizer has."""
+    model, other = MLP([5, 6, 3]), nn.Parameter(torch.ones(1))
+    step = training_step(model, losses.MSELoss(), optim.SGD([*model.parameters(), other], lr=0.1))
+    other.grad = torch.ones(1)
+    step(*next(batches(nn.MSELoss(), 1)))
+    assert not step.why
+    assert other.grad is None and other.item() == 1
+
+
+def test_fused_model():
+    model = dlkernels.fuse(nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 3), nn.Sigmoid()))
+    trained_both_ways(model, losses.MSELoss(), OPTIMIZERS["momentum"], 5)
+
+
+# ---- steps that it leaves to the separate calls ----------------------------------------------------------------------
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x[:, :3] + super().forward(x)
+
+
+def hooked(model, optimizer, loss):
+    model[0].register_forward_hook(lambda *_: None)
+
+
+def replaced(model, optimizer, loss):
+    model.forward = lambda x: nn.Sequential.forward(model, x)
+
+
+def parametrized(model, optimizer, loss):
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    optimizer.add_param_group({"params": [p for n, p in model.named_parameters() if "original" in n]})
+
+
+def with_gradient_hook(model, optimizer, loss):
+    model[0].bias.register_hook(lambda g: g * 2)
+
+
+def with_accumulation_hook(model, optimizer, loss):
+    model[0].bias.register_post_accumulate_grad_hook(lambda p: None)
+
+
+def with_step_hook(model, optimizer, loss):
+    optimizer.register_step_post_hook(lambda *_: None)
+
+
+def missing_parameter(model, optimizer, loss):
+    del optimizer.param_groups[0]["params"][-1]
+
+
+def tied(model, optimizer, loss):
+    model[2].bias = model[0].bias = nn.Parameter(torch.zeros(3))
+    model[0] = nn.Linear(5, 3, bias=False)
+    model[0].bias = model[2].bias
+    model[0].weight, model[2].weight = nn.Parameter(torch.ones(3, 5) / 9), nn.Parameter(torch.ones(3, 3) / 9)
+    optimizer.param_groups[0]["params"] = [*model.parameters()]
+
+
+def loss_hook(model, optimizer, loss):
+    loss.register_forward_hook(lambda *_: None)
+
+
+REASONS = {
+    hooked: "hook",
+    replaced: "forward was replaced",
+    parametrized: "",
+    with_gradient_hook: "a parameter has a hook",
+    with_accumulation_hook: "a parameter has a hook",
+    with_step_hook: "optimizer has a hook",
+    missing_parameter: "all parameters",
+    loss_hook: "hook",
+    tied: "used twice",
+}
+
+
+@pytest.mark.parametrize("change", REASONS, ids=lambda change: change.__name__)
+def test_changes_that_need_the_calls(change):
+    def prepared():
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+        return model, optim.SGD(model.parameters(), lr=0.1), nn.MSELoss()
+
+    (model, optimizer, loss), (other, its, its_loss) = prepared(), prepared()
+    step = training_step(model, loss, optimizer)
+    data = [*batches(loss, 3)]
+    step(*data[0])
+    assert not step.why
+    by_calls(other, its_loss, its, *data[0])
+    change(model, optimizer, loss)
+    change(other, its, its_loss)
+    for x, target in data[1:]:
+        step(x, target)
+        by_calls(other, its_loss, its, x, target)
+    assert step.why and REASONS[change] in step.why
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "make", "why"),
+    [
+        (Residual(nn.Linear(5, 3)), nn.MSELoss(), optim.SGD, "a Residual"),
+        (nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)), nn.MSELoss(), optim.SGD, "a Dropout"),
+        (nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), nn.MSELoss(), optim.SGD, "a LayerNorm"),
+        (nn.Sequential(nn.ReLU(), nn.Linear(5, 3)), nn.MSELoss(), optim.SGD, "a ReLU"),
+        (nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Tanh()), nn.MSELoss(), optim.SGD, "a Tanh"),
+        (nn.Sequential(nn.Linear(5, 3)), nn.L1Loss(), optim.SGD, "L1Loss"),
+        (nn.Sequential(nn.Linear(5, 3)), lambda y, t: F.mse_loss(y, t), optim.SGD, "lambda"),
+        (nn.Sequential(nn.Linear(5, 3)), nn.MSELoss(), optim.RMSprop, "a RMSprop"),
+        (
+            nn.Sequential(LinearAct(5, 4, activation="leaky_relu"), nn.Linear(4, 3), nn.LeakyReLU(0.3)),
+            nn.MSELoss(),
+            optim.SGD,
+            "slopes",
+        ),
+    ],
+    ids=str,
+)
+def test_what_it_leaves_to_the_calls(model, loss, make, why):
+    other = copy.deepcopy(model)
+    optimizer, its = make(model.parameters(), lr=0.01), make(other.parameters(), lr=0.01)
+    step = training_step(model, loss, optimizer)
+    for seed, (x, target) in enumerate(batches(nn.MSELoss(), 3)):
+        torch.manual_seed(seed)
+        value = step(x, target)
+        torch.manual_seed(seed)
+        assert torch.equal(value, by_calls(other, loss, its, x, target))
+    assert why in step.why and step.why
+    assert_same(model, other)
+
+
+def test_contexts_that_need_the_calls():
+    model = MLP([5, 6, 3])
+    step = training_step(model, losses.MSELoss(), optim.SGD(model.parameters(), lr=0.1))
+    x, target = next(batches(nn.MSELoss(), 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step(x, target)
+    assert "autocast" in step.why
+    step(x.requires_grad_(), target)
+    assert "requires a gradient" in step.why
+    assert x.grad is not None
+    x = x.detach()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
+        step(x, target)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        step(x, target)
+    assert "saved tensors" in step.why
+    with torch.autograd.detect_anomaly(check_nan=False):
+        step(x, target)
+    assert "anomaly" in step.why
+    step(x, target)
+    assert not step.why
+
+
+@pytest.mark.parametrize(
+    ("x", "target", "error"),
+    [
+        (torch.randn(7, 4), torch.zeros(7, dtype=torch.int64), RuntimeError),
+        (torch.randn(7, 5), torch.zeros(6, dtype=torch.int64), ValueError),
+        (torch.randn(7, 5), torch.full((7,), 9), IndexError),
+        (torch.randn(7, 5).double(), torch.zeros(7, dtype=torch.int64), RuntimeError),
+    ],
+    ids=["features", "rows", "class", "dtype"],
+)
+def test_an_error_changes_nothing(x, target, error):
+    model = MLP([5, 6, 3])
+    optimizer = optim.Adam(model.parameters())
+    step = training_step(model, losses.CrossEntropyLoss(), optimizer)
+    for good in batches(None, 2):
+        step(*good)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    with pytest.raises(error):
+        step(x, target)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[0][name])
+    for key, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[name], before[1][key][name]) for name in state)
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_malformed(wrong):
+    model = MLP([5, 6, 3])
+    args = [model, losses.MSELoss(), optim.SGD(model.parameters(), lr=0.1)]
+    args[wrong] = 3
+    with pytest.raises(TypeError, match=r"training_step: (model|loss|optimizer) must be"):
+        training_step(*args)
+
+
+def test_raw_op_checks():
+    op = torch.ops.dlkernels._mlp_loss
+    x, w, t = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
+    rest = (None, 1, -100, 0.0)
+    for args, message in (
+        ((x, [], [], [], 0.0, t, 0, *rest, []), "at least one layer"),
+        ((x, [w], [None], [0], 0.0, t, 0, *rest, [1]), "two entries in needs"),
+        ((x, [w], [None], [0], 0.0, t, 2, *rest, [1, 0]), "loss kind"),
+        ((x, [w], [None], [0], 0.0, t, 0, None, 0, -100, 0.0, [1, 0]), "reduction"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            op(*args)
+    loss, grads = op(x, [w], [None], [0], 0.0, t, 0, *rest, [0, 0])
+    assert loss.item() == 4.0 and grads == []
