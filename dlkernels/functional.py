@@ -175,9 +175,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)``, for large numbers of classes.
 
-    The logits are never in memory as a whole. The signature equals ``torch.nn.functional.linear_cross_entropy``'s
-    (torch 2.13). The result equals ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight)``,
-    with gradients for input, linear_weight and linear_bias.
+    It works by blocks of rows. In normal training only the logits of one block are in memory; the exceptions are below.
+    The signature equals ``torch.nn.functional.linear_cross_entropy``'s (torch 2.13). The result equals
+    ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, weight)``, with gradients for input,
+    linear_weight and linear_bias.
 
     The logits and their gradient exist for a block of rows at a time. On CPU a block has 4 million logits (16 MiB in
     float32), but at least 256 rows (512 in 16-bit dtypes). On CUDA it has 64 million logits (128 MiB in 16-bit

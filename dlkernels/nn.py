@@ -139,7 +139,10 @@ class LinearReLU(LinearAct):
 
 
 class LinearCrossEntropyLoss(_WeightedLoss):
-    """A classifier's last layer and its loss: ``cross_entropy(linear(input), target)``, never holding all logits.
+    """A classifier's last layer and its loss: ``cross_entropy(linear(input), target)``, by blocks of rows.
+
+    In normal training only the logits of one block are in memory; :func:`dlkernels.functional.linear_cross_entropy`
+    has the exceptions.
 
     The constructor, the attributes and the ``state_dict`` ("linear.weight", "linear.bias", "weight") are those of
     ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13): either loads the other's checkpoints. ``loss.linear(input)`` gives

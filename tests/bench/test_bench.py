@@ -392,11 +392,22 @@ def test_readme_is_rewritten_between_its_markers_only(tmp_path):
         assert text.endswith(f"\n{END}\n\nafter\n")
         assert "old table" not in text
         assert "| fast | 2, 3→5 | 3.00x |\n| slow | 2, 3→5 | 0.50x (slower) |\n" in text
-        assert "| **geometric mean** | | **1.22x** |" in text
+        assert "| **geometric mean** | 2 layers | **1.22x** |\n" in text
+        assert "| geometric mean against the fastest other | | 1.00x |\n" in text
         assert "slower in 1 of 2 cells. Some CPU, 2 threads" in text
         assert "commit aaaaaaaaaa; 2026-01-02" in text
         assert "[r.json](results/r.json)" in text
         assert text.count(BEGIN) == text.count(END) == 1
+
+
+@pytest.mark.parametrize(("ours", "cell"), [(3.012, "1.00x"), (3.016, "0.99x (slower)")])
+def test_readme_calls_slower_what_prints_below_one(ours, cell):
+    result = made()
+    for measurement in result.layers[0].measurements:
+        measurement.times["dlkernels"] = Timing(ours, ours, ours, 10)
+    table = markdown(result, "r.json")
+    assert f"| fast | 2, 3→5 | {cell} |\n" in table
+    assert f"slower in {1 + ('slower' in cell)} of 2 cells" in table
 
 
 def test_readme_shows_several_machines_side_by_side(tmp_path):

@@ -28,23 +28,17 @@ from dlkernels.data.vision import import_torchvision
 
 with contextlib.suppress(ImportError):  # torchmetrics imports torchvision, which needs help beside a CPU build of torch
     import_torchvision()
-import torchmetrics
 from dlkernels.nn import MLP
 
 digits = load("digits")
 x, y = digits.train_x[:256], digits.train_y[:256]
-model, loss = MLP([digits.features, 16, digits.classes]), torch.nn.CrossEntropyLoss()
-optimizer = torch.optim.Adam(model.parameters())
+loss = torch.nn.CrossEntropyLoss()
 train_batches = TensorLoader(x, y, batch_size=16, shuffle=True)
 val_batches = TensorLoader(digits.test_x, digits.test_y)
 
 
-def make_trainer(fold):
-    from dlkernels.trainer import Trainer
-
-    fresh = MLP([digits.features, 16, digits.classes])
-    batches = [TensorLoader(x[rows], y[rows], batch_size=16) for rows in (fold.train, fold.validation)]
-    return Trainer(fresh, loss, torch.optim.Adam(fresh.parameters()), *batches, progress="silent")
+def make_model():
+    return MLP([digits.features, 16, digits.classes])
 """,
 }
 
@@ -78,12 +72,16 @@ def test_python_blocks_run_as_written(page, tmp_path):
         if find_spec(library) is None:
             pytest.skip(f"{library} is not installed")
     given = [["given", 1, GIVEN[named(page)]]] if named(page) in GIVEN else []
-    if page.name == "training.md":  # it goes on with a run: one that stopped after an epoch
-        begins = re.sub(r"^trainer\.load.*", "", PYTHON[page][0].text, flags=re.MULTILINE)
-        given.append(["the run before", 1, begins.replace("epochs=50", "epochs=1")])
+    written = [[named(page), block.line, block.text] for block in PYTHON[page]]
+    if page.name == "training.md":  # as written for one epoch, then with the line that resumes that run
+        first = PYTHON[page][0].text
+        given.append(["the run before", 1, first.replace("epochs=50", "epochs=1")])
+        resumed, found = re.subn(r"^# (?=trainer\.load)", "", first, flags=re.MULTILINE)
+        assert found == 1, "the example of training.md shows how to resume in one commented line"
+        written[0][2] = resumed
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],
-        input=json.dumps(given + [[named(page), block.line, block.text] for block in PYTHON[page]]),
+        input=json.dumps(given + written),
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
