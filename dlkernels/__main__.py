@@ -11,7 +11,9 @@ from dlkernels.cli.command import STATUSES, process_setup, program, reject_unkno
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=program(), description="Fused layers for PyTorch.", epilog=STATUSES)
+    parser = argparse.ArgumentParser(
+        prog=program(), description="Fused layers for PyTorch.", epilog=STATUSES, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"dlkernels {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (info, train, find_lr, cross_validate, report, compare, predict, export, fuse):

@@ -76,7 +76,9 @@ def add_command(
                     return _print_error(parser, error, status)
             raise
 
-    parser: argparse.ArgumentParser = subparsers.add_parser(name, help=help, description=description)
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=help, description=description, allow_abbrev=False
+    )
     parser.set_defaults(execute=run, command=parser)
     return parser
 

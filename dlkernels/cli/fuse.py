@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dlkernels._errors import first_line
 from dlkernels.cli.command import SettingError, add_command
 from dlkernels.cli.prepare import require_device
 from dlkernels.extras import how_to_get
@@ -116,8 +117,7 @@ def make(spec: str, settings: dict[str, Any], batch_size: int, size: int | None)
         if not settings:
             raise
         asked = " ".join(f"{key}={value}" for key, value in settings.items())
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SettingError(f"{spec} cannot be made with --set {asked}: {reason}") from error
+        raise SettingError(f"{spec} cannot be made with --set {asked}: {first_line(error)}") from error
 
 
 def _torchvision(name: str, settings: dict[str, Any], batch_size: int, size: int | None) -> Made:
@@ -145,7 +145,7 @@ def _transformers(name: str, settings: dict[str, Any], batch_size: int, size: in
         config = transformers.AutoConfig.for_model(name, **settings)
         model = transformers.AutoModel.from_config(config)
     except ValueError as error:
-        raise SettingError(f"transformers:{name}: {str(error).splitlines()[0]}") from error
+        raise SettingError(f"transformers:{name}: {first_line(error)}") from error
     if foreign := [key for key in settings if key not in known]:  # transformers stores it, but ignores it
         near = difflib.get_close_matches(foreign[0], known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

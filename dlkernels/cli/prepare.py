@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from dlkernels._errors import first_line
 from dlkernels.cli.command import SettingError, accept_any_arguments, add_command
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ def require_device(device: str) -> None:
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
-        reason = str(error).strip().splitlines()[0]
-        raise SettingError(f"expected a --device that works here; got {device}: {reason}") from error
+        raise SettingError(f"expected a --device that works here; got {device}: {first_line(error)}") from error
 
 
 def require_libraries(*names: str) -> None:

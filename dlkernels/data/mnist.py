@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dlkernels._errors import first_line
 from dlkernels.atomic import atomic_write
 from dlkernels.data.splits import DataError, Splits
 
@@ -79,7 +80,7 @@ def load_mnist(folder: str | os.PathLike[str] | None = None) -> Splits:
             with tempfile.TemporaryDirectory(prefix="dlkernels-mnist-") as temporary:
                 files = fetch(Path(temporary))
         except Exception as error:  # after any failure the next source is tried
-            failures.append(f"{name}: {_sentence(error)}")
+            failures.append(f"{name}: {first_line(error)}")
             log.info("MNIST: %s", failures[-1])
             continue
         return _splits(files, f"{name}, {_store(files, cache)}")
@@ -127,7 +128,7 @@ def _fetch_torchvision(temporary: Path) -> dict[str, bytes]:
         # Imported only here: with a CPU build of torch, the index's default torchvision fails at import.
         datasets = importlib.import_module("torchvision.datasets")
     except Exception as error:
-        raise DataError(f"cannot be imported ({_sentence(error)})") from error
+        raise DataError(f"cannot be imported ({first_line(error)})") from error
     with _socket_timeout(CONNECT_SECONDS):
         datasets.MNIST(root=str(temporary), download=True)
     return _read_folder(temporary)
@@ -208,9 +209,3 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of an error message; the rest is usually a traceback or a page of hints."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

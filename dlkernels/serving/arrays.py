@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlkernels._errors import first_line
 from dlkernels.data.info import DatasetInfo
 from dlkernels.serving.images import InputError
 
@@ -43,8 +44,7 @@ def read_array(path: Path, info: DatasetInfo) -> Tensor:
     except InputError:
         raise
     except Exception as error:  # NumPy, zipfile, pickle and torch raise many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read as an array: {reason}") from None
+        raise InputError(f"{path} cannot be read as an array: {first_line(error)}") from None
 
 
 def is_idx(path: Path) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlkernels._errors import first_line
 from dlkernels.data.info import DatasetInfo
 from dlkernels.extras import how_to_get
 
@@ -52,7 +53,7 @@ def read_image(path: Path, info: DatasetInfo, invert: bool | None = None, crop: 
         with Image.open(path) as image:
             grey = _grey(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG: SyntaxError
-        raise InputError(f"{path} cannot be read as an image: {_one_line(error)}") from None
+        raise InputError(f"{path} cannot be read as an image: {first_line(error)}") from None
     inverted = _light_border(grey) if invert is None else invert
     grey = 255 - grey if inverted else grey
     # If the data set has no margin, an image of the right size is taken as one of its own.
@@ -140,7 +141,3 @@ def _border(grey: Any) -> Any:
 
 def _light_border(grey: Any) -> bool:
     return bool(_border(grey).mean() > 127.5)
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
