@@ -27,8 +27,6 @@ def add_parser(subparsers: Any) -> None:
         _predict,
         help="classify images or arrays with a trained run",
         description="Classify images, folders of images and arrays (.npy, .npz, .pt, idx) with a trained run.",
-        failures=["dlkernels.serving.readers:InputError", "builtins:OSError"],
-        mistakes=["dlkernels.runs.folder:RunError"],
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run")

@@ -32,15 +32,12 @@ def add_training(
     without: Collection[str] = (),
 ) -> None:
     """Add a command that trains, with ``--config``, its own flags, and a flag per setting except those ``without``."""
-    trainer = ("CheckpointError", "NonFiniteLoss")
     parser = add_command(
         subparsers,
         name,
         action,
         help=help,
         description=description,
-        failures=["dlkernels.data:DataError", "builtins:OSError", *(f"dlkernels.trainer:{error}" for error in trainer)],
-        mistakes=["dlkernels.runs.config:ConfigError"],
     )
     try:
         from dlkernels.cli.settings import add_settings

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from dlkernels._errors import UsageError
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
 from dlkernels.choices import Activation, Progress, Schedule
@@ -45,7 +46,7 @@ CHANGEABLE_ON_RESUME = {
 CHANGEABLE_ON_RESUME |= {"threads", "compile", "cuda_graph", "parallel", "metrics", "progress", "precision"}
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError, ValueError):
     """A setting or its file is not allowed; the message names it, its value and what is allowed."""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlkernels._errors import first_line
+from dlkernels._errors import UsageError, first_line
 from dlkernels.data.info import INFO, DatasetInfo
 from dlkernels.nn import MLP
 from dlkernels.runs.config import ConfigError, RunConfig, load_config
@@ -25,7 +25,7 @@ from dlkernels.runs.config import ConfigError, RunConfig, load_config
 END_SETTINGS = ("epochs", "patience")  # settings that decide when a run is finished
 
 
-class RunError(RuntimeError):
+class RunError(UsageError, RuntimeError):
     """A folder is not a run, or a file of the run is missing or damaged."""
 
 

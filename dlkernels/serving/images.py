@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlkernels._errors import first_line
+from dlkernels._errors import ExpectedError, first_line
 from dlkernels.data.info import DatasetInfo
 from dlkernels.extras import how_to_get
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm")
 
 
-class InputError(RuntimeError):
+class InputError(ExpectedError, RuntimeError):
     """An input cannot be read, or does not fit the data set of the model."""
 
 

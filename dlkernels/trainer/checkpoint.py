@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkernels._errors import first_line
+from dlkernels._errors import ExpectedError, first_line
 from dlkernels.atomic import atomic_write
 from dlkernels.trainer.plain import numpy_numbers, plain
 
@@ -25,7 +25,7 @@ FORMAT = "dlkernels.checkpoint"
 VERSION = 2
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ExpectedError, RuntimeError):
     """A checkpoint cannot be read, is not one, or belongs to another run."""
 
 
