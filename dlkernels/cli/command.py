@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dlkernels._errors import UsageError, ExpectedError
+from dlkernels._errors import ExpectedError, UsageError
 from dlkernels.extras import how_to_get
 
 STATUSES = """exit status: 0 done; 1 it failed, or what was to hold does not; 2 the command line or a setting cannot be;
@@ -55,8 +55,8 @@ def add_command(
 def run_command(args: argparse.Namespace) -> int:
     """Call the action of the parsed command, and return the exit status.
 
-    An expected error (``ExpectedError``, ``OSError``, a missing library) is printed as one sentence. Ctrl-C gives status 130.
-    Any other exception is a bug, and keeps its traceback.
+    An expected error (``ExpectedError``, ``OSError``, a missing library) is printed as one sentence. Ctrl-C gives
+    status 130. Any other exception is a bug, and keeps its traceback.
     """
     try:
         try:
