@@ -15,8 +15,7 @@ from pydantic.fields import FieldInfo
 from dlkernels._errors import UsageError
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
-from dlkernels.choices import Activation, Progress, Schedule
-from dlkernels.data.info import INFO
+from dlkernels.choices import INFO, Activation, Dataset, Progress, Schedule
 from dlkernels.runs.error_messages import error_message
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ else:
     import tomli as tomllib
 
 HIDDEN = 256
-Dataset = Literal["mnist", "digits"]
 Metric = Literal["f1", "precision", "recall"]
 COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # columns that every history has
 # Settings that do not affect the numbers of a training, so that a resume may change them.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dlkernels._errors import UsageError, first_line
-from dlkernels.data.info import INFO, DatasetInfo
+from dlkernels.choices import INFO, DatasetInfo
 from dlkernels.nn import MLP
 from dlkernels.runs.config import ConfigError, RunConfig, load_config
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlkernels.choices import INFO
 from dlkernels.data import Splits, TensorLoader
-from dlkernels.data.info import INFO
 from dlkernels.data.vision import import_torchvision
 from dlkernels.losses import CrossEntropyLoss
 from dlkernels.runs.config import RunConfig
