@@ -30,17 +30,8 @@ HIDDEN = 256
 Metric = Literal["f1", "precision", "recall"]
 COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # columns that every history has
 # Settings that do not affect the numbers of a training, so that a resume may change them.
-CHANGEABLE_ON_RESUME = {
-    "data",
-    "out",
-    "epochs",
-    "patience",
-    "keep_last",
-    "monitor",
-    "checkpoint_seconds",
-    "tensorboard",
-    "device",
-}
+CHANGEABLE_ON_RESUME = {"data", "out", "epochs", "patience", "keep_last", "monitor", "checkpoint_seconds"}
+CHANGEABLE_ON_RESUME |= {"tensorboard", "device"}
 CHANGEABLE_ON_RESUME |= {"threads", "compile", "cuda_graph", "parallel", "metrics", "progress", "precision"}
 
 
@@ -181,9 +172,8 @@ class RunConfig(BaseModel):
         """
         import tomli_w
 
-        values = self.model_dump(
-            exclude={"out"}, exclude_none=True
-        )  # TOML has no null; fields that allow None default to it
+        # TOML has no null; fields that allow None default to it.
+        values = self.model_dump(exclude={"out"}, exclude_none=True)
         head = f"# dlkernels {__version__}: python -m dlkernels train --config THIS_FILE --out ANOTHER_FOLDER\n"
         with atomic_write(path) as file:
             file.write((head + tomli_w.dumps(values)).encode())
