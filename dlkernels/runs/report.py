@@ -13,10 +13,9 @@ from dlkernels.runs.folder import RunFolder
 from dlkernels.runs.page import duration, image, metric, show, write_page
 from dlkernels.runs.svg import chart
 from dlkernels.trainer.monitor import Monitor
-from dlkernels.trainer.plots import by_epoch
+from dlkernels.trainer.plots import by_epoch, training_and_validation
 
 LAST = ["lr", "seconds", "samples_per_second"]  # the last columns of the history table
-PAIRED = ("loss", "accuracy")  # training and validation share a chart
 
 # The text of a result, and the function that finds the best of several runs.
 RESULTS: dict[str, tuple[Callable[[Any], str], Callable[[Sequence[float]], float] | None]] = {
@@ -100,11 +99,8 @@ def best_epoch(history: Sequence[Mapping[str, Any]], monitor: Monitor) -> int | 
 
 
 def _panels(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    panels = [
-        chart(name, {"training": by_epoch(history, name), "validation": by_epoch(history, f"val_{name}")})
-        for name in PAIRED
-        if by_epoch(history, name)[0] or by_epoch(history, f"val_{name}")[0]
-    ]
+    curves = {name: training_and_validation(history, name) for name in ("loss", "accuracy")}
+    panels = [chart(name, both) for name, both in curves.items() if any(epochs for epochs, _ in both.values())]
     rates = by_epoch(history, "lr")
     if len(set(rates[1])) > 1:
         panels.append(chart("learning rate", {"learning rate": rates}))

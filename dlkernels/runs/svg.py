@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from dlkernels.trainer.plots import draw_curves, new_figure
+from dlkernels.trainer.plots import Curves, draw_curves, new_figure
 
 INK = "#010203"  # a placeholder, replaced by the page's text colour
 STYLE: dict[Any, Any] = dict.fromkeys(
@@ -18,7 +17,7 @@ STYLE |= {"svg.fonttype": "none", "text.parse_math": False, "font.size": 11.0, "
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
-def chart(name: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> dict[str, Any]:
+def chart(name: str, curves: Curves) -> dict[str, Any]:
     """The values of a chart in ``templates/macros.html``: its name, and lines over epochs as an ``<svg>`` element."""
     import matplotlib
     from markupsafe import Markup

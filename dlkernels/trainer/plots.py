@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 History = Sequence[Mapping[str, Any]]
+Curves = Mapping[str, tuple[list[int], list[float]]]  # epochs and values by label
 COLOURS = ("#3f7fd0", "#e07b39", "#2f9e7d", "#c44e72", "#8a68cf", "#a08a2c")  # visible on white and on black
 
 
@@ -28,8 +29,7 @@ def plot_history(history: History, path: Path, title: str) -> None:
     metrics = [name for name in ("loss", "accuracy") if name in history[0]]
     figure, panels = new_figure(len(metrics), title)
     for panel, name in zip(panels, metrics, strict=True):
-        curves = {"training": by_epoch(history, name), "validation": by_epoch(history, f"val_{name}")}
-        draw_curves(panel, curves, name)
+        draw_curves(panel, training_and_validation(history, name), name)
     save_png(figure, path)
 
 
@@ -87,7 +87,12 @@ def by_epoch(history: History, key: str) -> tuple[list[int], list[float]]:
     return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
-def draw_curves(panel: Axes, curves: Mapping[str, tuple[list[int], list[float]]], name: str) -> None:
+def training_and_validation(history: History, name: str) -> Curves:
+    """The curves of a metric."""
+    return {"training": by_epoch(history, name), "validation": by_epoch(history, f"val_{name}")}
+
+
+def draw_curves(panel: Axes, curves: Curves, name: str) -> None:
     """Draw a line over the epochs for each curve that has points."""
     for (label, (epochs, values)), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
         if epochs:
