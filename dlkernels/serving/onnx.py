@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -60,13 +61,15 @@ def load(content: bytes) -> tuple[str, Run]:
     onnx, onnx_ir = importlib.import_module("onnx"), importlib.import_module("onnx_ir")
     loaded = torch.onnx.ONNXProgram(onnx_ir.from_proto(onnx.load_model_from_string(content)), None)
     if find_spec("onnxruntime") is not None:
+        runtime = importlib.import_module("onnxruntime")
+        session = partial(runtime.InferenceSession, providers=["CPUExecutionProvider"])  # torch's own may be on a GPU
         try:
-            loaded.initialize_inference_session()
+            loaded.initialize_inference_session(session)
         except Exception as error:  # onnxruntime's exception classes are in a private module
             if "NOT_IMPLEMENTED" not in str(error):
                 raise ExportError(f"onnxruntime does not take the file: {error}") from error
         else:
-            return f"onnxruntime {importlib.import_module('onnxruntime').__version__}", _run(loaded)
+            return f"onnxruntime {runtime.__version__}", _run(loaded)
     return f"ONNX's reference evaluator {onnx.__version__}", _run(loaded.call_reference)
 
 
