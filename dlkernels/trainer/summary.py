@@ -29,7 +29,7 @@ def summarize(trainer: Trainer, precision: int | None) -> str:
         f"{dtypes}{mixed}, on {trainer.device}",
         "loss": getattr(trainer.loss, "__name__", None) or type(trainer.loss).__name__,
         "optimizer": ", ".join([type(trainer.optimizer).__name__, *settings]),
-        "train": _describe(trainer.train_data),
+        "train": _describe(trainer._batches.data),
         "validate": _describe(trainer.val_data),
         "done": done + (f" and {number(trainer.batch)} batches" if trainer.batch else ""),
     }
