@@ -1,4 +1,16 @@
-"""The text of an error for a one-line message."""
+"""Errors as one sentence."""
+
+
+class ExpectedError(Exception):
+    """An error that a user can mend. The command line prints its message, and exits with ``exit_status``."""
+
+    exit_status = 1
+
+
+class UsageError(ExpectedError):
+    """What the user typed is not allowed."""
+
+    exit_status = 2
 
 
 def first_line(error: BaseException) -> str:

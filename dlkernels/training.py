@@ -225,9 +225,9 @@ def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
         kind = type(module)
         if kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p)):
             continue
-        if kind is nn.Flatten and not chain.weights and module.start_dim == 1 and module.end_dim == -1 and x.dim() > 1:
+        if isinstance(module, nn.Flatten) and kind is nn.Flatten and not chain.weights and module.start_dim == 1 and module.end_dim == -1 and x.dim() > 1:
             x = x.flatten(1)
-        elif kind is LinearAct or kind is LinearReLU:
+        elif isinstance(module, LinearAct) and kind in (LinearAct, LinearReLU):
             _add(chain, module.weight, module.bias)
             _set_activation(chain, module.activation, module.negative_slope)
             ready = module.activation == "none"

@@ -8,7 +8,6 @@ import difflib
 import importlib
 import io
 import logging
-import pkgutil
 import signal
 import sys
 import threading
@@ -17,14 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dlkernels._errors import ExpectedError, UsageError
 from dlkernels.extras import how_to_get
 
 STATUSES = """exit status: 0 done; 1 it failed, or what was to hold does not; 2 the command line or a setting cannot be;
 130 Ctrl-C; 143 SIGTERM"""
-FAILED, MISTAKEN = 1, 2  # argparse exits with 2 for an unknown flag
 
 
-class SettingError(ValueError):
+class SettingError(UsageError):
     """A setting on the command line is not allowed; the message says what is."""
 
 
@@ -41,51 +40,47 @@ def add_command(
     *,
     help: str,
     description: str | None = None,
-    failures: Sequence[str] = (),
-    mistakes: Sequence[str] = (),
 ) -> argparse.ArgumentParser:
     """Add ``python -m dlkernels NAME``, which calls ``action`` with the parsed arguments; return its parser.
 
-    ``action`` returns the exit status. An expected exception is printed as one sentence: a ``SettingError`` or one of
-    ``mistakes`` with status 2, one of ``failures`` or a missing library with status 1. Ctrl-C gives status 130. Any
-    other exception is a bug, and keeps its traceback.
-
-    Args:
-        failures, mistakes: names of exception classes, such as ``dlkernels.data:DataError``. They are imported only
-            when an exception is raised, since importing them imports torch.
+    ``action`` returns the exit status.
     """
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=help, description=description, allow_abbrev=False
+    )
+    parser.set_defaults(action=action, command=parser)
+    return parser
 
-    def run(args: argparse.Namespace) -> int:
+
+def run_command(args: argparse.Namespace) -> int:
+    """Call the action of the parsed command, and return the exit status.
+
+    An expected error (``ExpectedError``, ``OSError``, a missing library) is printed as one sentence. Ctrl-C gives
+    status 130. Any other exception is a bug, and keeps its traceback.
+    """
+    try:
         try:
             importlib.import_module("dlkernels._public")  # imports torch and the compiled module; --help needs neither
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
         except ImportError as error:  # no torch; or dlkernels is not compiled, or compiled for another torch
-            return _print_error(parser, _missing_library(error), FAILED)
-        try:
-            return action(args)
-        except SettingError as error:
-            return _print_error(parser, error, MISTAKEN)
-        except ModuleNotFoundError as error:
-            return _print_error(parser, _missing_library(error), FAILED)
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
-        except Exception as error:
-            for names, status in ((mistakes, MISTAKEN), (failures, FAILED)):
-                if isinstance(error, tuple(map(pkgutil.resolve_name, names))):
-                    return _print_error(parser, error, status)
-            raise
-
-    parser: argparse.ArgumentParser = subparsers.add_parser(name, help=help, description=description)
-    parser.set_defaults(execute=run, command=parser)
-    return parser
+            return _print_error(args, _missing_library(error), ExpectedError.exit_status)
+        return int(args.action(args))
+    except (ExpectedError, OSError) as error:
+        return _print_error(args, error, getattr(error, "exit_status", ExpectedError.exit_status))
+    except ModuleNotFoundError as error:
+        return _print_error(args, _missing_library(error), ExpectedError.exit_status)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def accept_any_arguments(parser: argparse.ArgumentParser, error: ModuleNotFoundError) -> None:
     """Make a command report a missing library for any arguments: without the library its flags cannot be listed."""
+
+    def fail(args: argparse.Namespace) -> int:
+        raise error
+
     parser.prefix_chars = "\0"  # makes flags positional arguments
     parser.add_argument("anything", nargs="*")
-    parser.set_defaults(execute=lambda args: _print_error(parser, _missing_library(error), FAILED))
+    parser.set_defaults(action=fail)
 
 
 def reject_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
@@ -129,8 +124,8 @@ def _exit(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _print_error(parser: argparse.ArgumentParser, error: object, status: int) -> int:
-    print(f"{parser.prog}: {error}", file=sys.stderr)
+def _print_error(args: argparse.Namespace, error: object, status: int) -> int:
+    print(f"{args.command.prog}: {error}", file=sys.stderr)
     return status
 
 

@@ -18,8 +18,6 @@ def add_parser(subparsers: Any) -> None:
         _compare,
         help="compare runs: settings, results, curves",
         description="Print the settings that differ and the results, side by side; draw the curves with --out.",
-        failures=["builtins:OSError"],
-        mistakes=["dlkernels.runs.folder:RunError"],
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of two or more runs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write an HTML page with the curves of all")

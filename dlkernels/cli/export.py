@@ -20,8 +20,6 @@ def add_parser(subparsers: Any) -> None:
         _export,
         help="write a trained run as a torch.export program or ONNX",
         description="Write a trained run as a file that runs where dlkernels is not installed, checked against it.",
-        failures=["dlkernels.serving.check:ExportError", "builtins:OSError"],
-        mistakes=["dlkernels.runs.folder:RunError"],
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run")

@@ -28,14 +28,14 @@ def collect() -> Facts:
         "dlkernels": {"version": __version__, "build": BUILT_FOR["plan"]},
         "built for": {
             "torch": built["torch"],
-            "CUDA": _or_none(built["cuda"]),
-            "architectures": _or_none(built["cuda_archs"]),
+            "CUDA": built["cuda"] or "none",
+            "architectures": built["cuda_archs"] or "none",
             "compiler": f"{built['compiler']}, C++{built['cxx_standard']}",
-            "sanitizers": _or_none(built["sanitize"]),
+            "sanitizers": built["sanitize"] or "none",
         },
         "you have": {
             "torch": torch.__version__,
-            "CUDA": _or_none(torch.version.cuda),
+            "CUDA": torch.version.cuda or "none",
             "Python": platform.python_version(),
             "platform": platform.platform(),
         },
@@ -76,18 +76,11 @@ def _cuda(archs: str | None) -> dict[str, Any]:
 
     if archs is None:
         return {"kernels": "not built"}
-    count = torch.cuda.device_count()
-    if count == 0:
-        return {"kernels": "built", "devices": "none visible"}
-    facts: dict[str, Any] = {"kernels": "built"}
-    for i in range(count):
+    devices = {}
+    for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        facts[f"device {i}"] = f"{torch.cuda.get_device_name(i)}, architecture {major}.{minor}"
-    return facts
-
-
-def _or_none(value: Any) -> Any:
-    return "none" if value is None else value
+        devices[f"device {i}"] = f"{torch.cuda.get_device_name(i)}, architecture {major}.{minor}"
+    return {"kernels": "built", **(devices or {"devices": "none visible"})}
 
 
 def render(facts: Facts) -> str:

@@ -27,8 +27,6 @@ def add_parser(subparsers: Any) -> None:
         _predict,
         help="classify images or arrays with a trained run",
         description="Classify images, folders of images and arrays (.npy, .npz, .pt, idx) with a trained run.",
-        failures=["dlkernels.serving.readers:InputError", "builtins:OSError"],
-        mistakes=["dlkernels.runs.folder:RunError"],
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run")
@@ -59,13 +57,13 @@ def _predict(args: argparse.Namespace) -> int:
     folder, model = load_trained(args.run, args.device)
     places, samples = read(args.inputs, folder.dataset, args.invert, args.crop)
     found = predict(model, samples, args.batch_size)
+    rows = _rows(places, found, args.top)
     if args.json is not None:
-        rows = _rows(places, found, args.top)
         if args.json == "-":
             print(json.dumps(rows, indent=2))
             return 0
         write_json(Path(args.json), rows)
-    print(_table(places, found, args.top))
+    print(_table(places, rows))
     if args.invert is None and (count := sum(place.inverted for place in places)):
         are = "image has a light border and was" if count == 1 else "images have a light border and were"
         print(f"\n{count} {are} inverted (--no-invert keeps them)")
@@ -87,15 +85,11 @@ def _rows(places: list[Place], found: Predictions, k: int) -> list[dict[str, Any
     ]
 
 
-def _table(places: list[Place], found: Predictions, k: int) -> str:
+def _table(places: list[Place], rows: list[dict[str, Any]]) -> str:
     from dlkernels.trainer.display import table
 
-    probabilities, classes = (t.tolist() for t in found.top(k))
-    pairs = [
-        [(str(c), f"{p:.3f}") for c, p in zip(best, shares, strict=True)]
-        for best, shares in zip(classes, probabilities, strict=True)
-    ]
-    side_by_side = len(classes[0])
+    pairs = [[(str(best["class"]), f"{best['probability']:.3f}") for best in row["top"]] for row in rows]
+    side_by_side = len(pairs[0])
     if 20 * (1 + side_by_side) > shutil.get_terminal_size((10_000, 24)).columns:  # then one below the other
         pairs = [[("\n".join(c for c, _ in row), "\n".join(p for _, p in row))] for row in pairs]
         side_by_side = 1

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from dlkernels._errors import first_line
 from dlkernels.cli.command import SettingError, accept_any_arguments, add_command
 
 if TYPE_CHECKING:
@@ -31,15 +32,12 @@ def add_training(
     without: Collection[str] = (),
 ) -> None:
     """Add a command that trains, with ``--config``, its own flags, and a flag per setting except those ``without``."""
-    trainer = ("CheckpointError", "NonFiniteLoss")
     parser = add_command(
         subparsers,
         name,
         action,
         help=help,
         description=description,
-        failures=["dlkernels.data:DataError", "builtins:OSError", *(f"dlkernels.trainer:{error}" for error in trainer)],
-        mistakes=["dlkernels.runs.config:ConfigError"],
     )
     try:
         from dlkernels.cli.settings import add_settings
@@ -72,8 +70,7 @@ def require_device(device: str) -> None:
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
-        reason = str(error).strip().splitlines()[0]
-        raise SettingError(f"expected a --device that works here; got {device}: {reason}") from error
+        raise SettingError(f"expected a --device that works here; got {device}: {first_line(error)}") from error
 
 
 def require_libraries(*names: str) -> None:

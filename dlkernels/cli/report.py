@@ -17,8 +17,6 @@ def add_parser(subparsers: Any) -> None:
         _report,
         help="write the HTML report of a run",
         description="Write report.html anew from what is in the folder of a run, finished or not.",
-        failures=["builtins:OSError"],
-        mistakes=["dlkernels.runs.folder:RunError"],
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run, such as runs/mnist")
     parser.add_argument("--open", action="store_true", help="show it in a browser")

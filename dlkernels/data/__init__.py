@@ -4,37 +4,20 @@
     batches = TensorLoader(splits.train_x, splits.train_y, batch_size=256, shuffle=True, seed=0)
 
 This package does not depend on the rest of dlkernels. ``torch.utils.data.DataLoader`` works wherever a ``TensorLoader``
-does. Names are imported on first use, so that the command line can read ``info`` without torch.
+does.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from dlkernels.data.digits import load_digits
-    from dlkernels.data.loader import TensorLoader
-    from dlkernels.data.mnist import load_mnist
-    from dlkernels.data.splits import DataError, Splits
+from dlkernels.choices import INFO
+from dlkernels.data.digits import load_digits
+from dlkernels.data.loader import TensorLoader
+from dlkernels.data.mnist import load_mnist
+from dlkernels.data.splits import DataError, Splits
 
 __all__ = ["DATASETS", "DataError", "Splits", "TensorLoader", "load", "load_digits", "load_mnist"]
 
-DATASETS = ("mnist", "digits")
-_HOMES = {
-    "DataError": "splits",
-    "Splits": "splits",
-    "TensorLoader": "loader",
-    "load_digits": "digits",
-    "load_mnist": "mnist",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dlkernels.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dlkernels.data.{_HOMES[name]}"), name)
+DATASETS = tuple(INFO)
 
 
 def load(name: str, folder: str | None = None) -> Splits:
@@ -44,11 +27,10 @@ def load(name: str, folder: str | None = None) -> Splits:
         ValueError: the name is unknown, or ``folder`` is given for a data set without files.
         DataError: no source has it; the message names every source tried.
     """
-    data: Any = sys.modules[__name__]  # attributes come from __getattr__
     if name == "mnist":
-        return data.load_mnist(folder)
+        return load_mnist(folder)
     if name == "digits":
         if folder:
             raise ValueError(f"expected no data folder for digits, which ship with scikit-learn; got {folder}")
-        return data.load_digits()
+        return load_digits()
     raise ValueError(f"expected a data set out of {', '.join(DATASETS)}; got {name!r}")

@@ -18,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dlkernels._errors import first_line
 from dlkernels.atomic import atomic_write
 from dlkernels.data.splits import DataError, Splits
 
@@ -79,7 +79,7 @@ def load_mnist(folder: str | os.PathLike[str] | None = None) -> Splits:
             with tempfile.TemporaryDirectory(prefix="dlkernels-mnist-") as temporary:
                 files = fetch(Path(temporary))
         except Exception as error:  # after any failure the next source is tried
-            failures.append(f"{name}: {_sentence(error)}")
+            failures.append(f"{name}: {first_line(error)}")
             log.info("MNIST: %s", failures[-1])
             continue
         return _splits(files, f"{name}, {_store(files, cache)}")
@@ -108,17 +108,15 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
     homes = [folder, folder / "raw", folder / "MNIST" / "raw"]
     files = {}
     for name in FILES:
-        plain = next((home / name for home in homes if (home / name).is_file()), None)
-        packed = next((home / f"{name}.gz" for home in homes if (home / f"{name}.gz").is_file()), None)
+        places = [home / file for file in (name, f"{name}.gz") for home in homes]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise DataError(f"{folder} has no {name} (nor {name}.gz)")
         try:
-            if plain:
-                files[name] = plain.read_bytes()
-            elif packed:
-                files[name] = gzip.decompress(packed.read_bytes())
-            else:
-                raise DataError(f"{folder} has no {name} (nor {name}.gz)")
+            content = found.read_bytes()
+            files[name] = gzip.decompress(content) if found.suffix == ".gz" else content
         except (OSError, EOFError) as error:  # gzip raises EOFError for a truncated file
-            raise DataError(f"{plain or packed} cannot be read: {error}") from error
+            raise DataError(f"{found} cannot be read: {error}") from error
     return _verified(files, folder)
 
 
@@ -127,8 +125,10 @@ def _fetch_torchvision(temporary: Path) -> dict[str, bytes]:
         # Imported only here: with a CPU build of torch, the index's default torchvision fails at import.
         datasets = importlib.import_module("torchvision.datasets")
     except Exception as error:
-        raise DataError(f"cannot be imported ({_sentence(error)})") from error
-    with _socket_timeout(CONNECT_SECONDS):
+        raise DataError(f"cannot be imported ({first_line(error)})") from error
+    with ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(CONNECT_SECONDS)
         datasets.MNIST(root=str(temporary), download=True)
     return _read_folder(temporary)
 
@@ -198,19 +198,3 @@ def _tensor(content: bytes) -> Tensor:
     dimensions = content[3]
     body = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
     return body.view(-1, 784).float().div_(255) if dimensions == 3 else body.long()
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of an error message; the rest is usually a traceback or a page of hints."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dlkernels._errors import ExpectedError
 
-class DataError(RuntimeError):
+
+class DataError(ExpectedError, RuntimeError):
     """A data set cannot be loaded, or its files have the wrong content."""
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from dlkernels._errors import first_line
+
 
 def import_torchvision() -> Any:
     """Import torchvision. With a CPU build of torch, the index's wheel fails at operators that its C++ part defines.
@@ -28,4 +30,4 @@ def import_torchvision() -> Any:
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
-        raise ImportError(str(error).splitlines()[0]) from error
+        raise ImportError(first_line(error)) from error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dlkernels._errors import ExpectedError
 from dlkernels.fusion import call
 from dlkernels.fusion.rules import activation_of
 from dlkernels.fusion.swap import walk
@@ -39,7 +40,7 @@ class Seen:
     events: Events
 
 
-class Disagreement(RuntimeError):
+class Disagreement(ExpectedError, RuntimeError):
     """The outputs of a fused model differ from stock's by more than rounding."""
 
 

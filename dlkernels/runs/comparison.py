@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
 from dlkernels.runs.config import RunConfig
 from dlkernels.runs.folder import RunError, RunFolder
-from dlkernels.runs.page import chart, duration, metric, show, write_page
+from dlkernels.runs.page import show, write_page
+from dlkernels.runs.report import RESULTS, results
+from dlkernels.runs.svg import chart
 from dlkernels.trainer.display import table
 from dlkernels.trainer.plots import COLOURS, by_epoch
 
@@ -54,33 +54,20 @@ class RunComparison:
         return rows
 
     def results(self) -> list[Row]:
-        """The results and the speed of each run."""
-        last = [record["history"][-1] for record in self.records]
-        accuracies = [
-            record.get("accuracy_after", row.get("val_accuracy"))
-            for record, row in zip(self.records, last, strict=True)
-        ]
-        rows = [self._row("test accuracy", accuracies, max, lambda value: f"{value:.4f}")]
-        rows += [
-            self._row(CHARTS[name], [row.get(name) for row in last], min, lambda value: metric("loss", value))
-            for name in ("val_loss", "loss")
-        ]
-        epochs = [len(record["history"]) for record in self.records]
-        seconds = [sum(row.get("seconds", 0.0) for row in record["history"]) for record in self.records]
-        rows.append(self._row("training time", seconds, min, duration))
-        rates = [
-            statistics.median([row.get("samples_per_second", 0.0) for row in record["history"]])
-            for record in self.records
-        ]
-        rows.append(self._row("samples per second", rates, max, lambda value: f"{value:,.0f}"))
-        asked = [
-            "" if "accuracy_after" in record else f" of {config.epochs}, not finished"
+        """The results of each run."""
+        rows = []
+        found = [results(record) for record in self.records]
+        for name, (text, better) in RESULTS.items():
+            values = [one[name] for one in found]
+            known = [value for value in values if value is not None]
+            best = better(known) if better is not None and len(set(known)) > 1 else None
+            cells = ["–" if value is None else text(value) for value in values]
+            rows.append(Row(name, cells, [i for i, value in enumerate(values) if best is not None and value == best]))
+        epochs = [
+            str(len(record["history"])) + ("" if "accuracy_after" in record else f" of {config.epochs}, not finished")
             for record, config in zip(self.records, self.configs, strict=True)
         ]
-        done = [f"{count}{of}" for count, of in zip(epochs, asked, strict=True)]
-        rows.append(self._row("epochs", done, None, str))
-        rows.append(self._row("parameters", [record.get("parameters") for record in self.records], None, "{:,}".format))
-        return rows
+        return [*rows, Row("epochs", epochs, [])]
 
     def text(self) -> str:
         """Both tables as plain text."""
@@ -109,9 +96,3 @@ class RunComparison:
             settings=self.settings(),
             panels=panels,
         )
-
-    def _row(self, name: str, values: list[Any], better: Any, text: Any) -> Row:
-        known = [value for value in values if value is not None]
-        best = better(known) if better is not None and len(set(known)) > 1 else None
-        cells = ["–" if value is None else text(value) for value in values]
-        return Row(name, cells, [i for i, value in enumerate(values) if best is not None and value == best])

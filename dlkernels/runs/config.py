@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from dlkernels._errors import UsageError
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
-from dlkernels.choices import Activation, Progress, Schedule
-from dlkernels.data.info import INFO
+from dlkernels.choices import INFO, Activation, Dataset, Progress, Schedule
 from dlkernels.runs.error_messages import error_message
 
 if TYPE_CHECKING:
@@ -27,25 +27,15 @@ else:
     import tomli as tomllib
 
 HIDDEN = 256
-Dataset = Literal["mnist", "digits"]
 Metric = Literal["f1", "precision", "recall"]
 COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")  # columns that every history has
 # Settings that do not affect the numbers of a training, so that a resume may change them.
-CHANGEABLE_ON_RESUME = {
-    "data",
-    "out",
-    "epochs",
-    "patience",
-    "keep_last",
-    "monitor",
-    "checkpoint_seconds",
-    "tensorboard",
-    "device",
-}
+CHANGEABLE_ON_RESUME = {"data", "out", "epochs", "patience", "keep_last", "monitor", "checkpoint_seconds"}
+CHANGEABLE_ON_RESUME |= {"tensorboard", "device"}
 CHANGEABLE_ON_RESUME |= {"threads", "compile", "cuda_graph", "parallel", "metrics", "progress", "precision"}
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError, ValueError):
     """A setting or its file is not allowed; the message names it, its value and what is allowed."""
 
 
@@ -182,9 +172,8 @@ class RunConfig(BaseModel):
         """
         import tomli_w
 
-        values = self.model_dump(
-            exclude={"out"}, exclude_none=True
-        )  # TOML has no null; fields that allow None default to it
+        # TOML has no null; fields that allow None default to it.
+        values = self.model_dump(exclude={"out"}, exclude_none=True)
         head = f"# dlkernels {__version__}: python -m dlkernels train --config THIS_FILE --out ANOTHER_FOLDER\n"
         with atomic_write(path) as file:
             file.write((head + tomli_w.dumps(values)).encode())

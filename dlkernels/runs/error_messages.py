@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -47,16 +46,8 @@ def plain_type(annotation: Any) -> Any:
 
 def limits_of(field: FieldInfo) -> str:
     """The limits of a field in words, such as ``of at least 1``, ``from 0 to 17`` or ``above 0 and below 1``."""
-    at_least = next((limit.ge for limit in field.metadata if isinstance(limit, Ge)), None)
-    at_most = next((limit.le for limit in field.metadata if isinstance(limit, Le)), None)
-    above = next((limit.gt for limit in field.metadata if isinstance(limit, Gt)), None)
-    below = next((limit.lt for limit in field.metadata if isinstance(limit, Lt)), None)
-    if at_least is not None and at_most is not None:
-        return f"from {at_least} to {at_most}"
-    words = [
-        f"of at least {at_least}" if at_least is not None else "",
-        f"above {above}" if above is not None else "",
-        f"of at most {at_most}" if at_most is not None else "",
-        f"below {below}" if below is not None else "",
-    ]
-    return " and ".join(word for word in words if word)
+    words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+    found = {name: getattr(limit, name) for name in words for limit in field.metadata if hasattr(limit, name)}
+    if found.keys() >= {"ge", "le"}:
+        return f"from {found['ge']} to {found['le']}"
+    return " and ".join(f"{words[name]} {limit}" for name, limit in found.items())

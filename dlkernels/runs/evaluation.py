@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlkernels.data.info import DatasetInfo
+from dlkernels.choices import DatasetInfo
 from dlkernels.trainer.mode import eval_mode
 
 BATCH = 1000

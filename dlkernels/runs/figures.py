@@ -15,23 +15,17 @@ ROWS, COLUMNS = 4, 5  # of misclassified images
 
 
 def plot_confusion(evaluation: Evaluation, path: Path, title: str) -> None:
-    """Plot the confusion matrix with counts in the cells. The colour scale leaves out the diagonal."""
+    """Plot the confusion matrix with counts in the cells."""
     from sklearn.metrics import ConfusionMatrixDisplay
 
     figure, (panel,) = new_figure(1, title, width=6.0, height=5.6)
     counts = evaluation.confusion
-    display = ConfusionMatrixDisplay(counts).plot(ax=panel, cmap="Blues", colorbar=False)
-    wrong = counts.astype(float)
-    wrong[range(len(wrong)), range(len(wrong))] = 0.0
-    display.im_.set_data(wrong)  # with the diagonal in the scale, all other cells would look empty
-    display.im_.set_clim(0, max(wrong.max(), 1.0))
-    for row in range(len(counts)):
-        for column in range(len(counts)):
-            text = display.text_[row, column]
-            text.set_color("white" if wrong[row, column] > 0.6 * wrong.max() else "black")
-            text.set_alpha(1.0 if counts[row, column] else 0.25)
-    panel.set_xlabel("predicted")
-    panel.set_ylabel("true")
+    wrong = counts.copy()
+    wrong[range(len(wrong)), range(len(wrong))] = 0
+    # The colours end at twice the most frequent mistake: with the diagonal in the scale, all mistakes would look alike.
+    scale = {"vmin": 0, "vmax": max(2 * wrong.max(), 1)}
+    ConfusionMatrixDisplay(counts).plot(ax=panel, cmap="Blues", colorbar=False, im_kw=scale)
+    panel.set(xlabel="predicted", ylabel="true")
     save_png(figure, path)
 
 

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlkernels.data.info import INFO, DatasetInfo
+from dlkernels._errors import UsageError, first_line
+from dlkernels.choices import INFO, DatasetInfo
 from dlkernels.nn import MLP
 from dlkernels.runs.config import ConfigError, RunConfig, load_config
 
 END_SETTINGS = ("epochs", "patience")  # settings that decide when a run is finished
 
 
-class RunError(RuntimeError):
+class RunError(UsageError, RuntimeError):
     """A folder is not a run, or a file of the run is missing or damaged."""
 
 
@@ -226,6 +227,5 @@ def load_model(run: str | PathLike[str] | RunFolder, device: str | torch.device 
         state = torch.load(folder.weights, map_location="cpu", weights_only=True)
         model.load_state_dict(state)
     except Exception as error:  # zipfile, pickle and torch raise many types for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"{folder.weights} cannot be read as the weights of this run: {reason}") from error
+        raise RunError(f"{folder.weights} cannot be read as the weights of this run: {first_line(error)}") from error
     return model.to(device).eval()

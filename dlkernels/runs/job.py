@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlkernels.choices import INFO
 from dlkernels.data import Splits, TensorLoader
-from dlkernels.data.info import INFO
 from dlkernels.data.vision import import_torchvision
 from dlkernels.losses import CrossEntropyLoss
 from dlkernels.runs.config import RunConfig
@@ -67,9 +67,6 @@ class Job:
             callbacks.append(CsvLog(folder.history_csv))
         return self._trainer(
             "fused",
-            self._network(),
-            CrossEntropyLoss(),
-            self.autocast,
             checkpoint=checkpoints,
             callbacks=callbacks,
             resume_with=f"to go on: {folder.resume_command}",
@@ -80,13 +77,7 @@ class Job:
         x, y = self.train_samples
         train, validation = ((x[index], y[index]) for index in (fold.train, fold.validation))
         return self._trainer(
-            f"fold {fold.number + 1}/{folds}",
-            self._network(),
-            CrossEntropyLoss(),
-            self.autocast,
-            train=train,
-            validation=validation,
-            callbacks=self._stopping(),
+            f"fold {fold.number + 1}/{folds}", train=train, validation=validation, callbacks=self._stopping()
         )
 
     def find_lr(self, first: float, last: float, batches: int) -> LearningRates:
@@ -127,8 +118,8 @@ class Job:
             copy_parameters(fused.model, network)
         return compare(
             fused,
-            self._trainer("stock", stock, F.cross_entropy, self.autocast),
-            self._trainer("float64", InAnotherOrder(exact), F.cross_entropy),
+            self._trainer("stock", stock, F.cross_entropy),
+            self._trainer("float64", InAnotherOrder(exact), F.cross_entropy, autocast=None),
             self.config.epochs,
             eps=torch.finfo(self.dtype).eps,
             validation_samples=len(self.splits.test_y),
@@ -152,25 +143,24 @@ class Job:
     def _trainer(
         self,
         name: str,
-        network: nn.Module,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        autocast: torch.dtype | None = None,
+        network: nn.Module | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         train: Samples | None = None,
         validation: Samples | None = None,
         **options: Any,
     ) -> Trainer:
-        """Make a trainer; by default it trains on the training samples and validates on the test samples."""
+        """Make a trainer, by default of fused layers and loss, with the training samples and the test samples."""
         config = self.config
+        network = self._network() if network is None else network
         data = self._batches(train or self.train_samples)
         optimizer = self._optimizer(network)
         return Trainer(
             network,
-            loss,
+            loss or CrossEntropyLoss(),
             optimizer,
             data,
             TensorLoader(*(validation or self.test_samples), batch_size=EVALUATION_BATCH),
-            autocast=autocast,
             accumulate=config.accumulate,
             clip_norm=config.clip_norm,
             scheduler=self._schedule(optimizer, len(data)),
@@ -182,7 +172,7 @@ class Job:
             config=config.resume_settings(),
             ranks=self.ranks,
             name=name,
-            **options,
+            **{"autocast": self.autocast} | options,
         )
 
     def _to_device(self, x: Tensor, y: Tensor) -> Samples:

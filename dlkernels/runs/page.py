@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
-from dlkernels.runs.svg import curves_svg
 from dlkernels.trainer.display import number
 
 
@@ -33,13 +33,6 @@ def write_page(path: str | PathLike[str], template: str, **values: Any) -> None:
     text = environment.get_template(template).render(version=__version__, **values)
     with atomic_write(path) as file:
         file.write(text.encode())
-
-
-def chart(name: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> dict[str, Any]:
-    """The values of a chart in ``templates/macros.html``."""
-    from markupsafe import Markup
-
-    return {"name": name, "svg": Markup(curves_svg(curves, name))}
 
 
 def image(path: Path) -> str | None:
@@ -74,8 +67,5 @@ def metric(name: str, value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as text, such as ``8.1 s``, ``2 min 05 s`` or ``1 h 02 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    """Return a time as text, such as ``8.1 s``, or ``1:02:05`` in hours, minutes and seconds."""
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import struct
 from collections.abc import Mapping
+from gzip import GzipFile
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlkernels.data.info import DatasetInfo
+from dlkernels._errors import first_line
+from dlkernels.choices import DatasetInfo
 from dlkernels.serving.images import InputError
 
 KEYS = ("x", "images")  # names of the samples in a file with several arrays
@@ -43,20 +46,24 @@ def read_array(path: Path, info: DatasetInfo) -> Tensor:
     except InputError:
         raise
     except Exception as error:  # NumPy, zipfile, pickle and torch raise many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read as an array: {reason}") from None
+        raise InputError(f"{path} cannot be read as an array: {first_line(error)}") from None
 
 
 def is_idx(path: Path) -> bool:
     """Return True if the file begins like an idx file, plain or compressed by gzip."""
     try:
-        with path.open("rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if packed else path.open("rb") as content:
-            head = content.read(4)
+        with _open(path) as file:
+            head = file.read(4)
     except (OSError, EOFError):
         return False
     return len(head) == 4 and head[:3] == b"\x00\x00\x08"
+
+
+def _open(path: Path) -> GzipFile | BufferedReader:
+    """Open a file to read, through gzip if it is compressed."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else path.open("rb")
 
 
 def _tensor(array: Any) -> Tensor:
@@ -78,9 +85,8 @@ def _pick(path: Path, found: Any) -> Any:
 
 
 def _idx(path: Path) -> Any:
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
+    with _open(path) as file:
+        content = file.read()
     dimensions = content[3]
     shape = struct.unpack_from(f">{dimensions}I", content, 4)
     body = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)

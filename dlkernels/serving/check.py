@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dlkernels._errors import ExpectedError
 from dlkernels.testing.agreement import Agreement, judge, outputs
 
 # Rounding errors that are always granted to the model: runtimes sum products in other orders than the kernels here,
@@ -20,7 +21,7 @@ LEAST, LEAST_16_BITS = 16.0, 2.0
 SEED = 0  # fixed inputs, so that an export that passes once passes again
 
 
-class ExportError(RuntimeError):
+class ExportError(ExpectedError, RuntimeError):
     """A model cannot be exported, or the exported file disagrees with the model. No file is left."""
 
 

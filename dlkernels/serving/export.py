@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
+from dlkernels._errors import first_line
 from dlkernels.atomic import atomic_write
 from dlkernels.serving import onnx
 from dlkernels.serving.check import Exported, ExportError, batch_size, check, has_batch_dim, resize_batch
@@ -89,8 +90,7 @@ def _traced(model: nn.Module, example: Any, dynamic_batch: bool) -> tuple[Export
         program = decompose(torch.export.export(model, args, kwargs, dynamic_shapes=shapes))
     except Exception as error:  # Dynamo, symbolic shapes and the model itself may raise anything
         hint = ". If its code fixes the batch size, give dynamic_batch=False" if dynamic_batch else ""
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"torch.export cannot trace {type(model).__name__}: {first}{hint}") from error
+        raise ExportError(f"torch.export cannot trace {type(model).__name__}: {first_line(error)}{hint}") from error
     return program, [1, size + 1] if dynamic_batch and size else [size]
 
 

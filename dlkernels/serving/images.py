@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlkernels.data.info import DatasetInfo
+from dlkernels._errors import ExpectedError, first_line
+from dlkernels.choices import DatasetInfo
 from dlkernels.extras import how_to_get
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm")
 
 
-class InputError(RuntimeError):
+class InputError(ExpectedError, RuntimeError):
     """An input cannot be read, or does not fit the data set of the model."""
 
 
@@ -52,7 +56,7 @@ def read_image(path: Path, info: DatasetInfo, invert: bool | None = None, crop: 
         with Image.open(path) as image:
             grey = _grey(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG: SyntaxError
-        raise InputError(f"{path} cannot be read as an image: {_one_line(error)}") from None
+        raise InputError(f"{path} cannot be read as an image: {first_line(error)}") from None
     inverted = _light_border(grey) if invert is None else invert
     grey = 255 - grey if inverted else grey
     # If the data set has no margin, an image of the right size is taken as one of its own.
@@ -60,60 +64,49 @@ def read_image(path: Path, info: DatasetInfo, invert: bool | None = None, crop: 
     drawn = _drawn(grey) if crop and not own else None
     if drawn is None:
         size, method = (info.width, info.height), Image.Resampling.LANCZOS
-        fitted = np.asarray(ImageOps.pad(Image.fromarray(grey), size, method=method, color=0))
+        fitted = ImageOps.pad(Image.fromarray(grey), size, method=method, color=0)
     else:
         fitted = _placed(grey, drawn, info)
-    return torch.tensor(fitted, dtype=torch.float32).flatten() / 255, inverted
+    return torch.tensor(np.asarray(fitted), dtype=torch.float32).flatten() / 255, inverted
 
 
-def _drawn(grey: Any) -> tuple[slice, slice] | None:
-    """The rows and columns of the drawing, light on dark; None in an empty image."""
-    background, brightest = float(np.median(_border(grey))), float(grey.max())
-    ink = grey > background + INK * (brightest - background)
-    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
-    if not len(rows):
-        return None
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-
-
-def _placed(grey: Any, drawn: tuple[slice, slice], info: DatasetInfo) -> Any:
-    """Return [height, width] uint8 with the region ``drawn``, scaled and placed as in the data set."""
+def _drawn(grey: Any) -> tuple[int, int, int, int] | None:
+    """The box of the drawing, light on dark: left, top, right and bottom; None in an empty image."""
     from PIL import Image
 
-    longer = max(side.stop - side.start for side in drawn)
-    margin = longer  # keeps the faint edges of the drawing, without the rest of a large picture
-    kept = tuple(
-        slice(max(0, side.start - margin), min(size, side.stop + margin))
-        for side, size in zip(drawn, grey.shape, strict=True)
-    )
-    background = int(np.median(_border(grey)))
-    grey = grey[kept]
+    background = _background(grey)
+    return Image.fromarray(grey > background + INK * (float(grey.max()) - background)).getbbox()
+
+
+def _placed(grey: Any, drawn: tuple[int, int, int, int], info: DatasetInfo) -> Image.Image:
+    """Return the drawing in the box ``drawn``, scaled and placed as in the data set."""
+    from PIL import Image
+
+    left, top, right, bottom = drawn
+    longer = max(right - left, bottom - top)
+    # A margin keeps the faint edges of the drawing, without the rest of a large picture.
+    rows, columns = slice(max(0, top - longer), bottom + longer), slice(max(0, left - longer), right + longer)
+    kept = Image.fromarray(grey[rows, columns])
     if longer != info.box:
-        height, width = (max(1, round(size * info.box / longer)) for size in grey.shape)
-        grey = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.LANCZOS))
-    placed = np.full((info.height, info.width), background, np.uint8)
-    shifts = [_shift(grey, axis, background, info) for axis in (0, 1)]
-    to, of = zip(*map(_overlap, shifts, grey.shape, placed.shape), strict=True)
-    placed[to] = grey[of]
+        width, height = (max(1, round(size * info.box / longer)) for size in kept.size)
+        kept = kept.resize((width, height), Image.Resampling.LANCZOS)
+    background = int(_background(grey))
+    placed = Image.new("L", (info.width, info.height), background)
+    placed.paste(kept, _corner(np.asarray(kept), background, info))
     return placed
 
 
-def _overlap(shift: int, length: int, size: int) -> tuple[slice, slice]:
-    """Move ``length`` pixels by ``shift``; return their range within ``size`` pixels, and the range of those inside."""
-    first, last = max(0, shift), min(size, shift + length)
-    return slice(first, last), slice(first - shift, last - shift)
-
-
-def _shift(grey: Any, axis: int, background: int, info: DatasetInfo) -> int:
-    """The number of pixels by which to move ``grey`` along ``axis``, to place it as in the data set."""
-    size = (info.height, info.width)[axis]
-    weight = (grey.astype(np.float64) - background).clip(0).sum(1 - axis)
+def _corner(grey: Any, background: int, info: DatasetInfo) -> tuple[int, int]:
+    """Where the upper left corner of ``grey`` goes, x and y, so that the drawing lies as in the data set."""
     if info.by_mass:
-        centre = float((weight * np.arange(len(weight))).sum() / weight.sum())
-        return math.ceil((size - 1) / 2 - centre)  # the centres of MNIST's digits are in [13.5, 14.5)
-    where = _drawn(grey)
-    assert where is not None
-    return round((size - where[axis].start - where[axis].stop) / 2)
+        weight = (grey.astype(np.float64) - background).clip(0)
+        y, x = (float((weight * place).sum() / weight.sum()) for place in np.indices(grey.shape))
+        # The centres of MNIST's digits are in [13.5, 14.5).
+        return math.ceil((info.width - 1) / 2 - x), math.ceil((info.height - 1) / 2 - y)
+    box = _drawn(grey)
+    assert box is not None
+    left, top, right, bottom = box
+    return round((info.width - left - right) / 2), round((info.height - top - bottom) / 2)
 
 
 def _grey(image: Any) -> Any:
@@ -138,9 +131,9 @@ def _border(grey: Any) -> Any:
     return np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]])
 
 
+def _background(grey: Any) -> float:
+    return float(np.median(_border(grey)))
+
+
 def _light_border(grey: Any) -> bool:
     return bool(_border(grey).mean() > 127.5)
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

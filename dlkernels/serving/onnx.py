@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves
 
 from dlkernels.extras import how_to_get
 from dlkernels.serving.check import ExportError
 from dlkernels.testing.agreement import arguments
 
 STANDARD = ("", "ai.onnx")
-Run = Callable[[Any], list[Tensor]]
+Run = Callable[[Any], Sequence[Tensor]]
 
 
 def require() -> None:
@@ -58,40 +58,24 @@ def load(content: bytes) -> tuple[str, Run]:
     Raises:
         ExportError: onnxruntime rejects the file.
     """
-    onnx = importlib.import_module("onnx")
+    onnx, onnx_ir = importlib.import_module("onnx"), importlib.import_module("onnx_ir")
+    loaded = torch.onnx.ONNXProgram(onnx_ir.from_proto(onnx.load_model_from_string(content)), None)
     if find_spec("onnxruntime") is not None:
         runtime = importlib.import_module("onnxruntime")
+        session = partial(runtime.InferenceSession, providers=["CPUExecutionProvider"])  # torch's own may be on a GPU
         try:
-            session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+            loaded.initialize_inference_session(session)
         except Exception as error:  # onnxruntime's exception classes are in a private module
             if "NOT_IMPLEMENTED" not in str(error):
                 raise ExportError(f"onnxruntime does not take the file: {error}") from error
         else:
-            names = [put.name for put in session.get_inputs()]
-            return f"onnxruntime {runtime.__version__}", _run(names, lambda feed: session.run(None, feed))
-    evaluator = importlib.import_module("onnx.reference").ReferenceEvaluator(onnx.load_model_from_string(content))
-    return f"ONNX's reference evaluator {onnx.__version__}", _run(
-        evaluator.input_names, lambda feed: evaluator.run(None, feed)
-    )
+            return f"onnxruntime {runtime.__version__}", _run(loaded)
+    return f"ONNX's reference evaluator {onnx.__version__}", _run(loaded.call_reference)
 
 
-def _run(names: list[str], run: Callable[[dict[str, Any]], Any]) -> Run:
-    def call(inputs: Any) -> list[Tensor]:
-        tensors = [t for t in tree_leaves(arguments(inputs)) if isinstance(t, Tensor)]
-        feed = {name: _to_numpy(t) for name, t in zip(names, tensors, strict=True)}
-        return [_from_numpy(a) for a in run(feed)]
+def _run(call: Callable[..., Sequence[Tensor]]) -> Run:
+    def run(inputs: Any) -> Sequence[Tensor]:
+        args, kwargs = arguments(inputs)
+        return call(*args, **kwargs)
 
-    return call
-
-
-def _to_numpy(t: Tensor) -> Any:
-    t = t.detach().cpu().contiguous()
-    if t.dtype != torch.bfloat16:
-        return t.numpy()
-    return t.view(torch.int16).numpy().view(importlib.import_module("ml_dtypes").bfloat16)
-
-
-def _from_numpy(a: Any) -> Tensor:
-    if a.dtype.name == "bfloat16":
-        return torch.from_numpy(a.view("int16").copy()).view(torch.bfloat16)
-    return torch.as_tensor(a)
+    return run

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dlkernels.data.info import DatasetInfo
+from dlkernels.choices import DatasetInfo
 from dlkernels.serving.arrays import is_idx, read_array
 from dlkernels.serving.images import SUFFIXES, InputError, read_image
 

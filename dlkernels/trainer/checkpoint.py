@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkernels._errors import ExpectedError, first_line
 from dlkernels.atomic import atomic_write
 from dlkernels.trainer.plain import numpy_numbers, plain
 
@@ -24,7 +25,7 @@ FORMAT = "dlkernels.checkpoint"
 VERSION = 2
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ExpectedError, RuntimeError):
     """A checkpoint cannot be read, is not one, or belongs to another run."""
 
 
@@ -90,21 +91,17 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     return DamagedCheckpoint(
-        f"{path} cannot be read as a checkpoint (truncated or another kind of file?): {_first_line(error)}"
+        f"{path} cannot be read as a checkpoint (truncated or another kind of file?): {first_line(error)}"
     )
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that may be intact: another version, or a later try, may read it."""
     unsupported = re.search(r"Unsupported (?:global|class|operand).*", str(error))  # one line of torch's long message
-    reason = unsupported[0].partition(" was not ")[0] if unsupported else _first_line(error)
+    reason = unsupported[0].partition(" was not ")[0] if unsupported else first_line(error)
     return CheckpointError(
         f"{path} cannot be read as a checkpoint here, though it does not look damaged, and stays as it is: {reason}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_model(path: object, model_state: Mapping[str, Any], model: torch.nn.Module) -> None:

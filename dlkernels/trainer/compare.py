@@ -30,6 +30,7 @@ from dlkernels.trainer.loop import Trainer
 BATCHES = 50  # batches of rule 1
 FACTOR = 2.0  # allowed error over stock's error
 DEVIATIONS = 3.0  # allowed standard deviations of the accuracies' difference
+ERRORS = ("candidate_error", "stock_error", "allowed_error", "allowed_accuracy_difference", "max_difference")
 
 
 @dataclass
@@ -103,25 +104,12 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as JSON-able values."""
-        return {
-            "agrees": self.agrees,
-            "candidate_error": self.candidate_error,
-            "stock_error": self.stock_error,
-            "allowed_error": self.allowed_error,
-            "accuracies": {"candidate": self.accuracies[0], "stock": self.accuracies[1]},
-            "allowed_accuracy_difference": self.allowed_accuracy_difference,
-            "max_difference": self.max_difference,
-            "median_seconds": {
-                "candidate": statistics.median(self.candidate.seconds),
-                "stock": statistics.median(self.stock.seconds),
-            },
-            "ratio": self.ratio,
-            "history": {"candidate": self.candidate.history, "stock": self.stock.history},
-            "batch_losses": {
-                "candidate": self.candidate.losses,
-                "stock": self.stock.losses,
-                "reference": self.reference.losses,
-            },
+        curves = {"candidate": self.candidate, "stock": self.stock}
+        return {name: getattr(self, name) for name in ("agrees", "ratio", *ERRORS)} | {
+            "accuracies": dict(zip(curves, self.accuracies, strict=True)),
+            "median_seconds": {name: statistics.median(curve.seconds) for name, curve in curves.items()},
+            "history": {name: curve.history for name, curve in curves.items()},
+            "batch_losses": {name: curve.losses for name, curve in (curves | {"reference": self.reference}).items()},
         }
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from dlkernels._errors import ExpectedError
 from dlkernels.trainer.mode import preserve_buffers
 from dlkernels.trainer.randomness import rng_state, set_rng_state
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLoss(ExpectedError, ArithmeticError):
     """The loss became NaN or infinite: at ``epoch``, ``batch`` (from 1) and ``update``, because of ``cause``."""
 
     def __init__(self, what: str, cause: str, *, epoch: int, batch: int, update: int, checkpoint: object) -> None:

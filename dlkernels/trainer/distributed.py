@@ -43,10 +43,15 @@ class LocalBatch(NamedTuple):
 
 
 class Ranks:
-    """A single process: rank 0 of 1. Its methods communicate nothing."""
+    """The processes that train together. Without a ``group``: one process, rank 0 of 1, which communicates nothing."""
 
     rank = 0
     world_size = 1
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        if group is not None:
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     @property
     def is_main_process(self) -> bool:
@@ -59,7 +64,12 @@ class Ranks:
         Raises:
             ValueError: the parameters of ``model`` are split in another way than by FSDP2 over all ranks.
         """
-        return model
+        if self._group is None or isinstance(model, DistributedDataParallel):
+            return model
+        if is_sharded(model):
+            check_split_by_rows(model, self.world_size)
+            return model
+        return DistributedDataParallel(model) if any(p.requires_grad for p in model.parameters()) else model
 
     def local_batch(self, item: Any, data: Any, device: torch.device) -> LocalBatch:
         """This rank's part of the batch ``item`` from the loader ``data``, on ``device``.
@@ -68,54 +78,9 @@ class Ranks:
             ValueError: ``item`` is not a pair.
         """
         x, y = as_pair(item)
-        return LocalBatch(move_to(x, device), move_to(y, device), count_samples(x, y), 1.0)
-
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over the ranks; in float64 if there are several ranks."""
-        return values
-
-    def all_reduce_max(self, *values: int) -> Sequence[int]:
-        """The maximum of each value over the ranks."""
-        return values
-
-    def broadcast_from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
-        """Call ``function`` in the main rank only. It returns the result; the other ranks return ``others(result)``.
-
-        An exception of ``function`` is raised in all ranks.
-        """
-        return function()
-
-    def first_message(self, text: str | None) -> str | None:
-        """The text of the lowest rank whose text is not None; None if all are."""
-        return text
-
-    def barrier(self) -> None:
-        """Wait until all ranks have called this."""
-
-    @contextlib.contextmanager
-    def main_process_first(self) -> Iterator[None]:
-        """Run the body in the main rank first, then in the others: the main rank may download data into a cache."""
-        yield
-
-
-class Group(Ranks):
-    """The processes of the default group of ``torch.distributed``."""
-
-    def __init__(self) -> None:
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-    def wrap_model(self, model: nn.Module) -> nn.Module:
-        if is_sharded(model):
-            check_split_by_rows(model, self.world_size)
-            return model
-        if isinstance(model, DistributedDataParallel):
-            return model
-        return DistributedDataParallel(model) if any(p.requires_grad for p in model.parameters()) else model
-
-    def local_batch(self, item: Any, data: Any, device: torch.device) -> LocalBatch:
-        x, y = as_pair(item)
         samples = count_samples(x, y)
+        if self._group is None:
+            return LocalBatch(move_to(x, device), move_to(y, device), samples, 1.0)
         if isinstance(getattr(data, "sampler", None), DistributedSampler):  # item is this rank's part already
             total = int(self.all_reduce_sum(torch.tensor(samples)))
             return LocalBatch(move_to(x, device), move_to(y, device), total, samples / total)
@@ -130,16 +95,28 @@ class Group(Ranks):
         return LocalBatch(move_to(tree_map(take, x), device), move_to(tree_map(take, y), device), samples, share)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over the ranks; in float64 if there are several ranks."""
+        if self._group is None:
+            return values
         values = values.detach().to("cpu", torch.float64)
         dist.all_reduce(values, group=self._group)
         return values
 
     def all_reduce_max(self, *values: int) -> Sequence[int]:
+        """The maximum of each value over the ranks."""
+        if self._group is None:
+            return values
         numbers = torch.tensor(values)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
         return numbers.tolist()
 
     def broadcast_from_main(self, function: Callable[[], T], others: Callable[[T], T] = lambda given: given) -> T:
+        """Call ``function`` in the main rank only. It returns the result; the other ranks return ``others(result)``.
+
+        An exception of ``function`` is raised in all ranks.
+        """
+        if self._group is None:
+            return function()
         outcome: list[Any] = [None, None]
         if self.is_main_process:
             try:
@@ -153,15 +130,21 @@ class Group(Ranks):
         return result if self.is_main_process else outcome[0]
 
     def first_message(self, text: str | None) -> str | None:
+        """The text of the lowest rank whose text is not None; None if all are."""
+        if self._group is None:
+            return text
         texts: list[Any] = [None] * self.world_size
         dist.all_gather_object(texts, text, group=self._group)
         return next((found for found in texts if found is not None), None)
 
     def barrier(self) -> None:
-        dist.barrier(group=self._group)
+        """Wait until all ranks have called this."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
+        """Run the body in the main rank first, then in the others: the main rank may download data into a cache."""
         if not self.is_main_process:
             self.barrier()
         try:
@@ -173,8 +156,9 @@ class Group(Ranks):
 
 def current_ranks() -> Ranks:
     """The ranks of ``torch.distributed`` if it is initialised with several processes, else a single process."""
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return Group() if several else Ranks()
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return Ranks()
+    return Ranks(dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
 
 
 def row_range(samples: int, rank: int, world: int) -> tuple[int, int]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import nn
-
-from dlkernels.trainer.distributed import Ranks
 from dlkernels.trainer.metrics import Meter, ignored_class
 from dlkernels.trainer.mode import eval_mode
 from dlkernels.trainer.randomness import rng_state, set_rng_state
-from dlkernels.trainer.step import Loss, forward
+from dlkernels.trainer.step import forward
+
+if TYPE_CHECKING:
+    from dlkernels.trainer.loop import Trainer
 
 
 class Metric(Protocol):
@@ -27,35 +26,21 @@ class Metric(Protocol):
 Metrics = Mapping[str, Metric]
 
 
-def check_names(metrics: Metrics) -> Metrics:
-    """Return ``metrics``. Raises ValueError if one is named ``loss``: schedules and best epochs use the loss."""
-    if "loss" in metrics:
-        raise ValueError("expected metrics of other names than 'loss', which is the trainer's own; rename that one")
-    return metrics
-
-
 def evaluate(
-    model: nn.Module,
-    loss: Loss,
-    data: Iterable[Any],
-    *,
-    device: torch.device,
-    autocast: torch.dtype | None = None,
-    metrics: Metrics | None = None,
-    ranks: Ranks | None = None,
-    between_batches: Callable[[], None] = lambda: None,
+    trainer: Trainer, data: Iterable[Any], between_batches: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Mean ``loss``, ``accuracy`` for classification, and each metric's value, as plain numbers and lists.
 
-    The model runs in eval mode. Its modes and the random state are restored afterwards. With several ``ranks`` each
-    rank evaluates its part of every batch, and all ranks return the values over all samples; ``torchmetrics`` metrics
-    combine the ranks themselves.
+    ``trainer.eval_model`` runs in eval mode. Its modes and the random state are restored afterwards. With several ranks
+    each evaluates its part of every batch, and all return the values over all samples; ``torchmetrics`` metrics combine
+    the ranks themselves.
 
     Raises:
-        ValueError: there is no batch, or one is not a pair; or a metric is named ``loss``.
+        ValueError: there is no batch, or one is not a pair.
     """
-    ranks = ranks or Ranks()
-    meter, metrics = Meter(ranks.all_reduce_sum, ignored_class(loss)), check_names(metrics or {})
+    model, loss, device = trainer.eval_model, trainer.loss, trainer.device
+    ranks, metrics = trainer.ranks, trainer.metrics
+    meter = Meter(ranks.all_reduce_sum, ignored_class(loss))
     random_state = rng_state()
     for metric in metrics.values():
         metric.to(device)
@@ -64,7 +49,7 @@ def evaluate(
         with eval_mode(model):
             for item in data.batches(0) if hasattr(data, "batches") else data:
                 batch = ranks.local_batch(item, data, device)
-                output, value = forward(model, loss, batch.x, batch.y, device, autocast)
+                output, value = forward(model, loss, batch.x, batch.y, device, trainer.autocast)
                 meter.add(value, output, batch.y, batch.samples, batch.share)
                 for metric in metrics.values() if batch.share else ():
                     metric.update(output, batch.y)

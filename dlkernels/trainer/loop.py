@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,23 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from dlkernels.trainer import checkpoint as checkpoint_file
 from dlkernels.trainer import distributed, sharded
 from dlkernels.trainer.batches import ResumableBatches
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.checkpoints import CheckpointFile
 from dlkernels.trainer.diagnose import NonFiniteLoss, find_non_finite
 from dlkernels.trainer.distributed import LocalBatch, Ranks
-from dlkernels.trainer.evaluation import Metrics, check_names, evaluate
+from dlkernels.trainer.evaluation import Metrics, evaluate
 from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
+from dlkernels.trainer.metrics import Meter, ignored_class
 from dlkernels.trainer.mode import TrainMode
 from dlkernels.trainer.plain import plain_scalar
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
-from dlkernels.trainer.state import TrainingState
+from dlkernels.trainer.state import check_plain, parts, read_checkpoint, restore
 from dlkernels.trainer.step import Every, Loss, Step, forward
 from dlkernels.trainer.summary import summarize
-
-
-def _delegate(name: str) -> Any:
-    """A property that reads and writes the attribute ``name`` of the trainer's ``TrainingState``."""
-    return property(lambda self: getattr(self._state, name), lambda self, value: setattr(self._state, name, value))
 
 
 class Trainer:
@@ -107,12 +104,6 @@ class Trainer:
     ``ranks.is_main_process`` tells which rank this is.
     """
 
-    epoch: int = _delegate("epoch")
-    batch: int = _delegate("batch")
-    history: list[dict[str, Any]] = _delegate("history")
-    batch_losses: list[float] = _delegate("batch_losses")
-    stopped: str | None = _delegate("stopped")
-
     def __init__(
         self,
         model: nn.Module,
@@ -144,6 +135,8 @@ class Trainer:
         model = distributed.unwrap_model(self._run)
         if ema is not None and sharded.is_sharded(model):
             raise ValueError("expected no moving average (ema) for a model split by FSDP2: the average is not split")
+        if metrics is not None and "loss" in metrics:
+            raise ValueError("expected metrics of other names than 'loss', which is the trainer's own; rename that one")
         if cuda_graph and ranks.world_size > 1:
             raise ValueError("expected no cuda_graph with several processes: they average gradients within the step")
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -170,21 +163,16 @@ class Trainer:
         self.config = dict(config or {})
         self.ranks = ranks
         self.autocast = autocast
-        self.metrics = dict(check_names(metrics or {}))
+        self.metrics = dict(metrics or {})
         self.name = name
         self.resume_with = resume_with
         self._batches = ResumableBatches(train_data)
-        self._state = TrainingState(
-            model,
-            loss,
-            optimizer,
-            self._step,
-            self._batches,
-            self.checkpoint,
-            callbacks=self.callbacks,
-            config=self.config,
-            ranks=ranks,
-        )
+        self.epoch = 0
+        self.batch = 0
+        self.history: list[dict[str, Any]] = []
+        self.batch_losses: list[float] = []
+        self.stopped: str | None = None
+        self._begin_epoch()
         if compile:
             self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
         self._graph = GraphedStep(model, self._run, loss, self._step, autocast) if cuda_graph else None
@@ -200,7 +188,7 @@ class Trainer:
     @property
     def running_losses(self) -> list[float]:
         """The losses of the epoch in progress, batch by batch. Reading them waits for the device."""
-        return self._state.meter.losses
+        return self._meter.losses
 
     @property
     def eval_model(self) -> nn.Module:
@@ -236,7 +224,7 @@ class Trainer:
         with InterruptGuard() as guard:
             try:
                 self._call("on_fit_start")
-                self._state.check_plain()
+                check_plain(self)
                 self._fitting = True
                 while self.epoch < last and self.stopped is None:
                     progress.begin(f"{self.name} epoch {self.epoch + 1}/{epochs}", self._batches.length())
@@ -270,16 +258,15 @@ class Trainer:
         """Run the rest of the epoch's batches. Returns False if a stop ended it early."""
         if self._mode.on_epoch_start() and self._graph is not None:
             self._graph.reset()  # the captured graph contains the old modes
-        state = self._state
         started = time.perf_counter()
         refresh = started + REFRESH_SECONDS
         length = self._batches.length()
         try:
-            for item in self._batches.remaining(state.epoch, state.batch):
+            for item in self._batches.remaining(self.epoch, self.batch):
                 batch = self._local_batch(item)
                 self._in_step = True
-                self._train_batch(batch, last=state.batch + 1 == length)
-                state.batch += 1
+                self._train_batch(batch, last=self.batch + 1 == length)
+                self.batch += 1
                 self._in_step = self._step.gradients_pending
                 self._call("on_batch_end")
                 if self._in_step:
@@ -298,8 +285,8 @@ class Trainer:
                     return False
                 if show:
                     self._check_finite()
-                    row = self._row(state.seconds + time.perf_counter() - started)
-                    progress.update(state.batch, row)
+                    row = self._row(self._seconds + time.perf_counter() - started)
+                    progress.update(self.batch, row)
                     refresh = time.perf_counter() + REFRESH_SECONDS
             if self._step.gradients_pending:  # a loader without a length did not announce its last batch
                 self._step.finish_accumulation()
@@ -307,8 +294,8 @@ class Trainer:
             self._check_finite()
             self._check_weights()
         finally:
-            state.seconds += time.perf_counter() - started
-        if not state.meter.samples:
+            self._seconds += time.perf_counter() - started
+        if not self._meter.samples:
             raise ValueError(f"expected train_data to give at least one batch; {self.train_data!r} gave none")
         return True
 
@@ -328,7 +315,7 @@ class Trainer:
                 if self.ranks.all_reduce_max(wrong is not None)[0]:
                     raise self._non_finite(wrong, self.batch, batch)
             self._step.backward(loss, batch.samples, last, batch.share * self.ranks.world_size)
-        self._state.meter.add(loss.detach(), output, batch.y, batch.samples, batch.share)
+        self._meter.add(loss.detach(), output, batch.y, batch.samples, batch.share)
 
     def _check_stop(self, guard: InterruptGuard) -> None:
         """Obey a signal or a stop that any rank has met."""
@@ -339,25 +326,28 @@ class Trainer:
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
         """Validate, write the history row, move to the next epoch, save."""
-        state = self._state
-        row = self._row(state.seconds)
+        row = self._row(self._seconds)
         if self.val_data is not None:
-            values = self._evaluate(self.val_data, lambda: self._check_stop(guard))
+            values = evaluate(self, self.val_data, lambda: self._check_stop(guard))
             row.update({f"val_{key}": value for key, value in values.items()})
         self._step.on_epoch_end(row.get("val_loss", row["loss"]))
         for callback in self.callbacks:
             callback.on_epoch_end(self, row)
             row.update({key: plain_scalar(value) for key, value in row.items()})  # np.mean returns a NumPy scalar
-        state.history.append(row)
-        state.batch_losses = state.meter.losses
-        state.epoch += 1
-        state.batch = 0
-        state.begin_epoch()
+        self.history.append(row)
+        self.batch_losses = self._meter.losses
+        self.epoch += 1
+        self.batch = 0
+        self._begin_epoch()
         if self.checkpoint is not None:
             self._write_checkpoint(row)
 
+    def _begin_epoch(self) -> None:
+        self._meter = Meter(self.ranks.all_reduce_sum, ignored_class(self.loss))
+        self._seconds = 0.0  # training time of the epoch in progress
+
     def _row(self, seconds: float) -> dict[str, Any]:
-        meter = self._state.meter
+        meter = self._meter
         row: dict[str, Any] = {"epoch": self.epoch + 1, "loss": meter.loss}
         if meter.accuracy is not None:
             row["accuracy"] = meter.accuracy
@@ -371,10 +361,10 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Check the losses that were not checked batch by batch."""
-        index = self._state.meter.first_non_finite()
+        index = self._meter.first_non_finite()
         if index is not None:
             batch = self._local_batch(next(self._batches.remaining(self.epoch, index)))
-            raise self._non_finite(f"the loss became {self._state.meter.losses[index]}", index, batch)
+            raise self._non_finite(f"the loss became {self._meter.losses[index]}", index, batch)
 
     def _check_weights(self) -> None:
         """Check the weights before they are saved: a bad update may show in no later loss of the epoch."""
@@ -421,19 +411,7 @@ class Trainer:
         data = self.val_data if data is None else data
         if data is None:
             raise ValueError("expected data to evaluate, here or as the trainer's val_data; got neither")
-        return self._evaluate(data)
-
-    def _evaluate(self, data: Iterable[Any], between_batches: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        return evaluate(
-            self.eval_model,
-            self.loss,
-            data,
-            device=self.device,
-            autocast=self.autocast,
-            metrics=self.metrics,
-            ranks=self.ranks,
-            between_batches=between_batches,
-        )
+        return evaluate(self, data)
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
@@ -450,7 +428,8 @@ class Trainer:
                 "expected to save after an update; gradients that are accumulated are in no checkpoint: save where "
                 "trainer.updates has grown, or give Checkpoints(folder, every_batches=...)"
             )
-        self._state.save(path)
+        state = self.state_dict()  # all ranks take part
+        self.ranks.broadcast_from_main(lambda: checkpoint_file.save(path, state))
 
     def load(self, path: str | os.PathLike[str], *, fallback: bool = False) -> Path:
         """Load a checkpoint: the next ``fit`` continues where it was written.
@@ -468,7 +447,7 @@ class Trainer:
             RuntimeError: ``fit`` is running.
         """
         self._check_idle("load")
-        file, state = self._state.read(path, fallback)
+        file, state = read_checkpoint(self, path, fallback)
         self.load_state_dict(state)
         return file
 
@@ -478,11 +457,11 @@ class Trainer:
         All ranks must call it. Tensors that FSDP2 has split are full in rank 0, and meta tensors (shape and dtype)
         in the others.
         """
-        return self._state.state_dict()
+        return {name: get() for name, get in parts(self).items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the result of ``state_dict``, including the random state; all ranks must call it."""
-        self._state.load_state_dict(state)
+        restore(self, state)
         if self._graph is not None:
             self._graph.reset()
 
@@ -524,7 +503,7 @@ class Trainer:
 
         The default precision is set by ``display.set_printoptions``: 3 unless changed.
         """
-        return summarize(self._state, self.val_data, self.device, self.autocast, precision)
+        return summarize(self, precision)
 
     def __repr__(self) -> str:
         done = f"{self.epoch} epochs" + (f" and {self.batch} batches" if self.batch else "")

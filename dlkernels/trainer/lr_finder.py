@@ -18,7 +18,7 @@ from dlkernels.choices import HIGHEST_RATE, LOWEST_RATE, RATES
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.diagnose import NonFiniteLoss
 from dlkernels.trainer.loop import Trainer
-from dlkernels.trainer.mode import preserve_buffers, preserve_gradients, preserve_modes, preserve_values
+from dlkernels.trainer.mode import preserve_attribute, preserve_buffers, preserve_values
 from dlkernels.trainer.optimizers import set_lr
 from dlkernels.trainer.step import Loss
 
@@ -127,20 +127,20 @@ def find_lr(
         progress="silent",
     )
     before = copy.deepcopy(trainer.state_dict())
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    own = {id(parameter): parameter for parameter in model.parameters()}
-    others = {id(parameter): parameter for parameter in trained if id(parameter) not in own}  # parameters of the loss
+    own = set(model.parameters())
+    others = {parameter for group in optimizer.param_groups for parameter in group["params"]} - own  # those of the loss
     with (
-        preserve_modes(model),
+        preserve_attribute(model.modules(), "training"),
+        preserve_attribute(own | others, "grad"),
         preserve_buffers(model),
         preserve_buffers(loss) if isinstance(loss, nn.Module) else contextlib.nullcontext(),
-        preserve_values(others.values()),
-        preserve_gradients((own | others).values()),
+        preserve_values(others),
+        contextlib.suppress(NonFiniteLoss),  # the search ends there
     ):
+        for parameter in own | others:
+            parameter.grad = None  # new gradients would be added to it
         try:
             trainer.fit(2 * batches)  # epochs: each makes an update, unless the scaler skips it
-        except NonFiniteLoss:
-            pass  # the search ends here
         finally:
             trainer.load_state_dict(before)
     if len(sweep.losses) < 3:

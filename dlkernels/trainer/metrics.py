@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CLASS_NUMBERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
-SCORES = 1 << 17  # scores buffered for one count: half a megabyte in float32
+SCORES = 1 << 17  # scores kept for one count: half a megabyte in float32
 
 
 def is_classification(output: Any, target: Any) -> bool:
@@ -45,33 +45,27 @@ class AccuracyCounter:
     equal to its ``ignore_index`` (-100 by default), and accepts no other value that is not a class.
 
     Between the large kernels of a step a small kernel takes 10 to 20 µs, nearly all of it launch time: argmax,
-    comparison and sum are 3 % of a step of 784-256-10 with 256 rows. So scores and class numbers are copied to a
-    buffer, and counted when it holds ``SCORES`` scores. They must be copied, since the loader, a CUDA graph or
-    ``torch.compile`` may write the next batch to the same memory. Large batches, and batches of another size than the
-    first, are counted at once.
+    comparison and sum are 3 % of a step of 784-256-10 with 256 rows. So copies of scores and class numbers are kept,
+    and counted when they are ``SCORES`` scores. They must be copied, since the loader, a CUDA graph or
+    ``torch.compile`` may write the next batch to the same memory. Large batches are counted at once.
     """
 
     def __init__(self, ignored: int | None = None) -> None:
         self._ignored = ignored
         self._counts: list[Tensor] = []
-        self._kind: tuple[Any, ...] | None = None  # shape and dtypes of the buffered batches
-        self._filled = 0  # batches in the buffer
+        self._kept: list[tuple[Tensor, Tensor]] = []  # scores and class numbers of one kind
+        self._kind: tuple[Any, ...] | None = None  # their sizes behind the batch dimension, and dtypes
 
     def add(self, output: Tensor, target: Tensor) -> None:
         """Add scores and class numbers for which ``is_classification`` is true."""
-        kind = output.shape, output.dtype, target.dtype
-        if self._kind is None and 0 < output.numel() <= SCORES // 2:
-            self._kind = kind
-            self._make_slots(output, target)
-        if kind != self._kind:
+        if output.numel() > SCORES // 2:
             self._counts.append(self._right(output, target))
             return
-        scores, labels = self._slots[self._filled]
-        scores.copy_(output.detach())
-        labels.copy_(target)
-        self._filled += 1
-        if self._filled == len(self._slots):
+        kind = output.shape[1:], output.dtype, target.dtype
+        if kind != self._kind or len(self._kept) * output.numel() >= SCORES:
             self._count()
+            self._kind = kind
+        self._kept.append((output.detach().clone(), target.clone()))
 
     def pop_counts(self) -> Tensor:
         """Return the correct predictions and the counted targets since the last call: int64 [2]."""
@@ -80,17 +74,11 @@ class AccuracyCounter:
         self._counts = []
         return taken
 
-    def _make_slots(self, output: Tensor, target: Tensor) -> None:
-        count, rows = SCORES // output.numel(), len(output)
-        self._scores = output.new_empty(count * rows, *output.shape[1:])
-        self._labels = target.new_empty(count * rows, *target.shape[1:])
-        self._slots = list(zip(self._scores.split(rows), self._labels.split(rows), strict=True))
-
     def _count(self) -> None:
-        if self._filled:
-            rows = self._filled * len(self._slots[0][1])
-            self._counts.append(self._right(self._scores[:rows], self._labels[:rows]))
-            self._filled = 0
+        if self._kept:
+            outputs, targets = zip(*self._kept, strict=True)
+            self._counts.append(self._right(torch.cat(outputs), torch.cat(targets)))
+            self._kept = []
 
     def _right(self, output: Tensor, target: Tensor) -> Tensor:
         target = target.long()  # uint8 cannot be compared with -100

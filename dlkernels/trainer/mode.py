@@ -1,10 +1,11 @@
-"""Train and eval mode, and context managers that restore modes, gradients, values and buffers."""
+"""Train and eval mode, and context managers that restore attributes, values and buffers."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, with gradients off; restore each module's mode afterwards."""
-    with preserve_modes(model), torch.no_grad():
+    with preserve_attribute(model.modules(), "training"), torch.no_grad():
         model.eval()
         yield
 
@@ -52,27 +53,14 @@ class TrainMode:
 
 
 @contextlib.contextmanager
-def preserve_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the train or eval mode of every module afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+def preserve_attribute(objects: Iterable[Any], name: str) -> Iterator[None]:
+    """Restore the attribute ``name`` of every object afterwards, such as the mode of modules."""
+    saved = [(one, getattr(one, name)) for one in objects]
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def preserve_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Start without gradients on ``parameters``; restore their gradients afterwards."""
-    saved = [(parameter, parameter.grad) for parameter in parameters]
-    for parameter, _ in saved:
-        parameter.grad = None  # new gradients would be added to it
-    try:
-        yield
-    finally:
-        for parameter, gradient in saved:
-            parameter.grad = gradient
+        for one, value in saved:
+            setattr(one, name, value)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ MAX_INT_BITS = 8 * 255 - 1  # the largest int in pickle's LONG1 form, which weig
 
 
 def plain(value: Any, place: str = "") -> Any:
-    """Return ``value`` as a checkpoint can hold it: itself if it is plain, else a copy with plain numbers and strings.
+    """Return ``value`` as a checkpoint can hold it: copied containers of plain numbers, strings, and the same tensors.
 
     The exact type counts: ``np.float64`` is a subclass of ``float``, but cannot be read back. NumPy's numbers, members
     of an IntEnum and the like become the number or the string that they equal.
@@ -25,15 +25,17 @@ def plain(value: Any, place: str = "") -> Any:
         TypeError: something could not be read back; the message names its path from ``place`` on.
     """
     kind = type(value)
-    if kind in ATOMS and not (kind is int and value.bit_length() > MAX_INT_BITS):
-        return value
     if kind in (dict, OrderedDict):
-        return _plain_mapping(value, place)
+        copied = copy.copy(value)  # keeps the metadata of a module's state_dict
+        copied.clear()
+        for key, item in value.items():
+            copied[plain(key, f"{place} (a key)")] = plain(item, f"{place}.{key}" if place else str(key))
+        return copied
     if kind in (list, tuple, set):
         # A long list of losses is the common case; floats skip the call.
-        items = [item if type(item) is float else plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
-        return value if all(map(_same, items, value)) else kind(items)
-    if type(number := plain_scalar(value)) in ATOMS and number is not value:
+        return kind(item if type(item) is float else plain(item, f"{place}[{i}]") for i, item in enumerate(value))
+    number = plain_scalar(value)
+    if type(number) in ATOMS and not (type(number) is int and number.bit_length() > MAX_INT_BITS):
         return number
     if not _can_be_read_back(value):
         raise TypeError(
@@ -64,22 +66,6 @@ def numpy_numbers() -> list[Any]:
         return []
     kinds = {type(numpy.dtype(code)) for code in "?bhilqBHILQefd"}
     return [numpy.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *kinds]
-
-
-def _plain_mapping(value: Any, place: str) -> Any:
-    items = {}
-    for key, item in value.items():
-        items[plain(key, f"{place} (a key)")] = plain(item, f"{place}.{key}" if place else str(key))
-    if all(map(_same, items, value)) and all(map(_same, items.values(), value.values())):
-        return value
-    changed = copy.copy(value)  # keeps the metadata of a module's state_dict
-    changed.clear()
-    changed.update(items)
-    return changed
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b
 
 
 def _can_be_read_back(value: Any) -> bool:

@@ -1,4 +1,8 @@
-"""Curves as PNG files, with matplotlib's file backend: it needs no display and changes no global setting."""
+"""Curves as PNG files, with matplotlib's file backend: it needs no display and changes no global setting.
+
+The functions that write a file raise ImportError if matplotlib is not installed, and OSError if the file cannot be
+written.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +20,21 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 History = Sequence[Mapping[str, Any]]
+Curves = Mapping[str, tuple[list[int], list[float]]]  # epochs and values by label
 COLOURS = ("#3f7fd0", "#e07b39", "#2f9e7d", "#c44e72", "#8a68cf", "#a08a2c")  # visible on white and on black
 
 
 def plot_history(history: History, path: Path, title: str) -> None:
-    """Plot loss, and accuracy if there is one, per epoch, for training and validation.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: ``path`` cannot be written.
-    """
+    """Plot loss, and accuracy if there is one, per epoch, for training and validation."""
     metrics = [name for name in ("loss", "accuracy") if name in history[0]]
     figure, panels = new_figure(len(metrics), title)
     for panel, name in zip(panels, metrics, strict=True):
-        curves = {"training": by_epoch(history, name), "validation": by_epoch(history, f"val_{name}")}
-        draw_curves(panel, curves, name)
+        draw_curves(panel, training_and_validation(history, name), name)
     save_png(figure, path)
 
 
 def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
-    """Plot losses, accuracies, distances to the float64 run, and times per epoch, of fused and stock.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: ``path`` cannot be written.
-    """
+    """Plot losses, accuracies, distances to the float64 run, and times per epoch, of fused and stock."""
     figure, (loss, accuracy, distance, seconds) = new_figure(4, title, columns=2, height=7.6)
     exact = comparison.reference.losses
     pairs = (("fused", comparison.candidate, "-", 3.5), ("stock", comparison.stock, "--", 1.5))
@@ -64,12 +58,7 @@ def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
 
 
 def plot_rates(rates: Sequence[float], losses: Sequence[float], suggestion: float, path: Path) -> None:
-    """Plot loss over learning rate, and mark the suggested rate.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: ``path`` cannot be written.
-    """
+    """Plot loss over learning rate, and mark the suggested rate."""
     figure, (panel,) = new_figure(1, "learning rate finder")
     panel.plot(rates, losses, label="loss, smoothed")
     panel.axvline(suggestion, color="black", linewidth=1, linestyle="--", label=f"falls fastest at {suggestion:.1e}")
@@ -98,13 +87,16 @@ def by_epoch(history: History, key: str) -> tuple[list[int], list[float]]:
     return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
-def draw_curves(panel: Axes, curves: Mapping[str, tuple[list[int], list[float]]], name: str) -> None:
+def training_and_validation(history: History, name: str) -> Curves:
+    """The curves of a metric."""
+    return {"training": by_epoch(history, name), "validation": by_epoch(history, f"val_{name}")}
+
+
+def draw_curves(panel: Axes, curves: Curves, name: str) -> None:
     """Draw a line over the epochs for each curve that has points."""
     for (label, (epochs, values)), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
         if epochs:
-            shown = (
-                label if not label.startswith("_") else f"\u200b{label}"
-            )  # matplotlib hides labels that begin with _
+            shown = f"\u200b{label}" if label.startswith("_") else label  # matplotlib hides labels that begin with _
             panel.plot(epochs, values, marker="o", markersize=3, label=shown, color=colour)
     finish(panel, "epoch", name)
 

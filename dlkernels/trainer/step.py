@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,7 @@ def forward(
     return output, value
 
 
+@dataclass(eq=False)
 class Step:
     """Accumulates gradients and updates the weights: loss scaling, clipping, optimizer, schedule, moving average.
 
@@ -48,43 +50,36 @@ class Step:
     gradient was not finite, does not count, and schedule and average do not advance.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        accumulate: int = 1,
-        clip_norm: float | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-        scheduler: LRScheduler | None = None,
-        schedule_every: Every = "update",
-        ema: float | None = None,
-    ) -> None:
-        if accumulate < 1:
-            raise ValueError(f"expected to accumulate at least 1 batch; got {accumulate}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"expected a clip_norm above 0, or None; got {clip_norm}")
-        if schedule_every not in ("update", "epoch"):
-            raise ValueError(f"expected schedule_every 'update' or 'epoch'; got {schedule_every!r}")
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    _: KW_ONLY
+    accumulate: int = 1
+    clip_norm: float | None = None
+    scaler: torch.amp.GradScaler | None = None
+    scheduler: LRScheduler | None = None
+    schedule_every: Every = "update"
+    ema: InitVar[float | None] = None
+
+    def __post_init__(self, ema: float | None) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"expected to accumulate at least 1 batch; got {self.accumulate}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"expected a clip_norm above 0, or None; got {self.clip_norm}")
+        if self.schedule_every not in ("update", "epoch"):
+            raise ValueError(f"expected schedule_every 'update' or 'epoch'; got {self.schedule_every!r}")
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"expected an ema decay between 0 and 1, or None; got {ema}")
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ValueError(
-                f"expected an optimizer that steps by the gradients it finds; {type(optimizer).__name__} asks for the "
-                "loss again and again (a closure): write that loop yourself"
+                f"expected an optimizer that steps by the gradients it finds; {type(self.optimizer).__name__} asks for "
+                "the loss again and again (a closure): write that loop yourself"
             )
-        if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != "min":
-            raise ValueError(f"expected a ReduceLROnPlateau of losses, mode 'min'; got mode {scheduler.mode!r}")
-        self.model = model
-        self.optimizer = optimizer
-        self.accumulate = accumulate
-        self.clip_norm = clip_norm
-        self.scaler = scaler
-        self.scheduler = scheduler
-        # A plateau scheduler reads validation losses, and there is one per epoch.
-        self.schedule_every = "epoch" if isinstance(scheduler, ReduceLROnPlateau) else schedule_every
-        self.averaged = None if ema is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            if (mode := self.scheduler.mode) != "min":
+                raise ValueError(f"expected a ReduceLROnPlateau of losses, mode 'min'; got mode {mode!r}")
+            self.schedule_every = "epoch"  # it reads validation losses, and there is one per epoch
+        self.averaged = None if ema is None else AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.updates = 0
         self._accumulated = 0  # batches since the last update
         self._first_samples = 0  # samples of the first of these batches

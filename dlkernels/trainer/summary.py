@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from dlkernels.trainer.display import number, table
-from dlkernels.trainer.state import TrainingState
+
+if TYPE_CHECKING:
+    from dlkernels.trainer.loop import Trainer
 
 
-def summarize(
-    state: TrainingState, val_data: Any, device: torch.device, autocast: torch.dtype | None, precision: int | None
-) -> str:
+def summarize(trainer: Trainer, precision: int | None) -> str:
     """Return the text of ``Trainer.summary``: a few lines of facts, and a table of the parameters."""
-    parameters = dict(state.model.named_parameters())
+    parameters = dict(trainer.model.named_parameters())
     trainable = sum(value.numel() for value in parameters.values() if value.requires_grad)
     dtypes = ", ".join(sorted({_name(value.dtype) for value in parameters.values()}))
-    mixed = f" with {_name(autocast)} autocast" if autocast is not None else ""
-    defaults = state.optimizer.defaults
-    lr = state.optimizer.param_groups[0].get(
-        "initial_lr", defaults.get("lr")
-    )  # a schedule changes a tensor lr in place
+    mixed = f" with {_name(trainer.autocast)} autocast" if trainer.autocast is not None else ""
+    defaults = trainer.optimizer.defaults
+    # A schedule changes a tensor lr in place.
+    lr = trainer.optimizer.param_groups[0].get("initial_lr", defaults.get("lr"))
     named = {"lr": lr, "weight_decay": defaults.get("weight_decay")}
     settings = [f"{key} {float(value):g}" for key, value in named.items() if isinstance(value, (float, Tensor))]
-    done = f"{number(state.epoch)} epochs"
+    done = f"{number(trainer.epoch)} epochs"
     facts = {
-        "model": f"{type(state.model).__name__}, {number(trainable)} trainable parameters, "
-        f"{dtypes}{mixed}, on {device}",
-        "loss": getattr(state.loss, "__name__", None) or type(state.loss).__name__,
-        "optimizer": ", ".join([type(state.optimizer).__name__, *settings]),
-        "train": _describe(state.batches.data),
-        "validate": _describe(val_data),
-        "done": done + (f" and {number(state.batch)} batches" if state.batch else ""),
+        "model": f"{type(trainer.model).__name__}, {number(trainable)} trainable parameters, "
+        f"{dtypes}{mixed}, on {trainer.device}",
+        "loss": getattr(trainer.loss, "__name__", None) or type(trainer.loss).__name__,
+        "optimizer": ", ".join([type(trainer.optimizer).__name__, *settings]),
+        "train": _describe(trainer._batches.data),
+        "validate": _describe(trainer.val_data),
+        "done": done + (f" and {number(trainer.batch)} batches" if trainer.batch else ""),
     }
-    if state.history:
-        metrics = {key: value for key, value in state.history[-1].items() if key != "epoch"}
+    if trainer.history:
+        metrics = {key: value for key, value in trainer.history[-1].items() if key != "epoch"}
         facts["last epoch"] = ", ".join(f"{key} {number(value, precision)}" for key, value in metrics.items())
     rows = []
     for name, value in parameters.items():

@@ -79,6 +79,7 @@ def test_in_the_command_s_own_process_too(tmp_path):
     ("arguments", "suggestion"),
     [
         (["train", "--datset", "digits"], "did you mean --dataset instead of --datset?"),
+        (["train", "--epoch", "3"], "did you mean --epochs instead of --epoch?"),  # a prefix is no flag
         (["train", "--learning-rte=1"], "unrecognized arguments: --learning-rte=1"),
         (["predict", "runs/a", "x.png", "--tpo", "3"], "did you mean --top instead of --tpo?"),
     ],

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dlkernels.__main__ import main
+from dlkernels.choices import INFO
 from dlkernels.cli.settings import add_settings, given_settings
 from dlkernels.data import DATASETS, load_digits
-from dlkernels.data.info import INFO
 from dlkernels.runs.config import ConfigError, RunConfig, load_config
 from dlkernels.runs.folder import RunFolder
 from dlkernels.runs.job import Job

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dlkernels.__main__ import main
+from dlkernels.choices import INFO
 from dlkernels.data import load_digits
-from dlkernels.data.info import INFO
 from dlkernels.runs.comparison import RunComparison
 from dlkernels.runs.evaluation import Evaluation
 from dlkernels.runs.folder import RunError, RunFolder, load_model

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dlkernels.__main__ import main
-from dlkernels.data.info import INFO
+from dlkernels.choices import INFO
 from dlkernels.nn import MLP
 from dlkernels.serving import predict
 from dlkernels.serving.readers import InputError, read

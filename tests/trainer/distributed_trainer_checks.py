@@ -210,7 +210,7 @@ def trainer_over_data_loaders():
         torch.testing.assert_close(a, b)
     sampler = sampled.train_data.sampler
     assert sampler.epoch == 1
-    assert sampled._state.meter.samples == 0 and len(sampled.batch_losses) == len(sampled.train_data)
+    assert sampled._meter.samples == 0 and len(sampled.batch_losses) == len(sampled.train_data)
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, list(sampler))
     assert {index for part in gathered for index in part} == set(range(93))
