@@ -201,7 +201,7 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
     if not are_plain(*parameters):
         raise _Ordinary("a parameter is not a plain tensor")
     for p in parameters:
-        if p._backward_hooks or p._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
             raise _Ordinary("a parameter has a hook")
         if p.requires_grad and not p.is_leaf:
             raise _Ordinary("a weight is computed from other tensors")
@@ -225,7 +225,7 @@ def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
         kind = type(module)
         if kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p)):
             continue
-        if isinstance(module, nn.Flatten) and kind is nn.Flatten and not chain.weights and module.start_dim == 1 and module.end_dim == -1 and x.dim() > 1:
+        if isinstance(module, nn.Flatten) and not chain.weights and _is_flatten_of_samples(module, x):
             x = x.flatten(1)
         elif isinstance(module, LinearAct) and kind in (LinearAct, LinearReLU):
             _add(chain, module.weight, module.bias)
@@ -246,6 +246,10 @@ def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
     if not chain.weights:
         raise _Ordinary("the model has no linear layer")
     return x, chain
+
+
+def _is_flatten_of_samples(module: nn.Flatten, x: Tensor) -> bool:
+    return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1) and x.dim() > 1
 
 
 def _is_sequential(model: nn.Module) -> bool:
