@@ -20,13 +20,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from dlkernels import losses
 from dlkernels._ops.activations import Activation, activation_named
 from dlkernels._ops.losses import DEVICES, REDUCTIONS
+from dlkernels._ops.mlp import mlp_loss
 from dlkernels._ops.modes import are_plain, autocast_active, under_transform
 from dlkernels.fusion.rules import activation_of, linear_rule
 from dlkernels.nn import LinearAct, LinearReLU, untouched
 
 __all__ = ["TrainingStep", "training_step"]
-
-_mlp_loss = torch.ops.dlkernels._mlp_loss.default
 
 _MSE, _CROSS_ENTROPY = 0, 1  # LossKind of csrc/ops/autograd/mlp_loss.h
 
@@ -128,7 +127,7 @@ class TrainingStep:
             return self._by_calls(x, target)
         self.why = ""
         needs = [t is not None and t.requires_grad for t in (*chain.weights, *chain.biases)]
-        value, grads = _mlp_loss(
+        value, grads = mlp_loss(
             x,
             chain.weights,
             chain.biases,

@@ -80,7 +80,7 @@ LAYERS = {
     "dlkernels.nn": 4,
     "dlkernels.fusion": 5, "dlkernels.stock": 5, "dlkernels.data": 5, "dlkernels.trainer": 5,
     "dlkernels.parallel": 5,
-    "dlkernels.runs": 6, "dlkernels.serving": 6,
+    "dlkernels.training": 6, "dlkernels.runs": 6, "dlkernels.serving": 6,
     "dlkernels.cli": 7,
     "dlkernels._public": 8, "dlkernels.__main__": 8,
     "dlkernels": 9,  # the public face: imports whatever it shows
