@@ -236,9 +236,11 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
         return replace(
             row, status="undecided", why="only the call shows if this layer is used here: give example_inputs"
         )
-    if pair.method in state(pair.owner):
+    if pair.method.name in state(pair.owner):
         return replace(
-            row, status="undecided", why=f"its {pair.method} was replaced: only the call shows what the new one does"
+            row,
+            status="undecided",
+            why=f"its {pair.method.name} was replaced: only the call shows what the new one does",
         )
     return replace(row, status="fused")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dlkernels.fusion import call
-from dlkernels.fusion.rules import activation_of
+from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.swap import walk
 from dlkernels.testing.agreement import Agreement, arguments, judge, outputs
 
