@@ -44,8 +44,10 @@ def fuse(
     It finds these forms:
 
     * ``F.relu(self.fc(x))``, ``self.act(self.fc(x))`` and ``self.fc(x).relu()``
-    * ``h = self.fc(x)`` with ``h = self.act(h)`` later
+    * ``h = self.fc(x)`` with ``h = self.act(h)`` later, also under a condition: ``if i < n - 1: h = F.relu(h)``
     * neighbours in ``nn.Sequential``, and ``for layer in self.layers: x = layer(x)``
+
+    An activation may be a class, a method or a function of one's own whose body is one call of a known one.
 
     All other statements run unchanged. Modules, parameters, ``state_dict``, hooks and optimizers do not change. The
     class of a module becomes a subclass of the one it had. Every call checks again that the place has a plain layer and

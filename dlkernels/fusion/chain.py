@@ -5,6 +5,7 @@ A layer and its activation may have an ``nn.Identity`` between them, or lie at t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from types import GeneratorType
 from typing import Any
@@ -70,7 +71,8 @@ def _nested(self: Any, modules: Any, flat: list[Leaf], x: Any) -> Any:
                 following = [leaf[0] for leaf in (next(rest, None) for _ in range(i, k)) if leaf is not None]
                 expected = [module for module, _ in flat[i + 1 : k + 1]]
                 i = k
-                if len(following) == len(expected) and all(a is b for a, b in zip(following, expected, strict=True)):
+                same = len(following) == len(expected) and all(map(operator.is_, following, expected))
+                if same and all(map(_is_transparent, following[:-1])):
                     x = call._run(x, decision)
                     continue
                 x = layer(x)  # a module that ran has changed the list
@@ -117,7 +119,9 @@ def _is_inner(module: Any) -> bool:
     """Return True if calling this module runs its modules one after the other and nothing else."""
     if not isinstance(module, nn.Sequential):
         return False
-    cls = getattr(type(module), "_fused_from", type(module))
+    cls = type(module)
+    if "_fused_from" in cls.__dict__:
+        cls = cls._fused_from  # type: ignore[attr-defined]
     return (
         cls.forward is nn.Sequential.forward
         and cls.__iter__ is nn.Sequential.__iter__

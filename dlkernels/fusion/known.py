@@ -20,7 +20,10 @@ def are_known(exact: Any, tensors: Any, sized: Any, functions: Any) -> bool:
         if type(value) not in EXACT:
             return False
     for value in sized:
-        if type(value) not in _SIZED and not are_plain(value):
+        cls = type(value)
+        if "_fused_from" in cls.__dict__:
+            cls = cls._fused_from
+        if cls not in _SIZED and not are_plain(value):
             return False
     for function in functions:
         if not any(function is builtin for builtin in _BUILTINS):

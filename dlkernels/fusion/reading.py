@@ -39,8 +39,9 @@ _bodies: dict[Any, tuple[FunctionType, Body] | None] = {}
 def activation_of(act: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Activation | None:
     """Return the activation that ``act(z, *args, **kwargs)`` computes; None if there is no kernel for it."""
     for _ in range(_MOST_CALLS):
-        if rules.may_be_activation(act):
-            return rules.activation_of(act, args, kwargs)
+        rule = rules.rule_of(act)
+        if rule is not None:
+            return rules.applied(rule, act, args, kwargs)
         call = _call_of(act, args, kwargs or {})
         if call is None:
             return None
@@ -53,7 +54,7 @@ def activation_of(act: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] |
 def may_be_activation(act: Any) -> bool:
     """Return True if there is a rule for this, with some arguments, or for what its body calls."""
     for _ in range(_MOST_CALLS):
-        if rules.may_be_activation(act):
+        if rules.rule_of(act) is not None:
             return True
         if type(act) is functools.partial:
             act = act.func

@@ -905,6 +905,19 @@ class Nosy(nn.Module):
         return x
 
 
+class Hooking(nn.Module):
+    """It puts a hook on a module that the loop has not reached."""
+
+    def __init__(self, module, change):
+        super().__init__()
+        self.module, self.change = [module], change
+
+    def forward(self, x):
+        if not self.module[0]._forward_hooks:
+            self.module[0].register_forward_hook(lambda m, i, o: o * self.change)
+        return x
+
+
 CHANGES = {
     "hook on the Identity": (lambda m: m[1].register_forward_hook(lambda *a: a[2] * 2), 1),
     "hook on the inner container": (lambda m: m[2].register_forward_hook(lambda *a: a[2] * 2), 0),
@@ -917,6 +930,8 @@ CHANGES = {
     "a subclass of Sequential": (lambda m: m.__setitem__(2, Half(*m[2])), 0),
     "a module that changes the model": (lambda m: m.__setitem__(1, Nosy(m)), 1),
     "one module more": (lambda m: m[2].insert(0, nn.Softplus()), 1),
+    "a module that hooks the next": (lambda m: m.insert(0, Hooking(m[1], 2)), 1),
+    "a module that hooks the inner container": (lambda m: m.insert(0, Hooking(m[2], 2)), 0),
     "an empty container": (lambda m: m[2].insert(0, nn.Sequential()), 2),
     "a container of one's own activation": (lambda m: m[2].__setitem__(0, nn.Sequential(GELU())), 2),
 }
