@@ -101,7 +101,14 @@ def _body(act: Any) -> Body | None:
             _bodies.clear()
         owner = key if isinstance(act, nn.Module) else key[0] if type(act) is MethodType else None
         found = _bodies[key] = _read(function, owner)
-    return found[1] if found is not None and found[0] is function else None
+    if found is None or found[0] is not function or not (torch.compiler.is_compiling() or _is_as_read(*found)):
+        return None
+    return found[1]
+
+
+def _is_as_read(function: FunctionType, body: Any) -> bool:
+    """Return False if somebody gave the function another code or other defaults. The compiler guards them itself."""
+    return function.__code__ is body.code_read and function.__defaults__ is body.__defaults__
 
 
 # The methods that run when a module is called, besides forward.
@@ -124,7 +131,9 @@ def _read(function: FunctionType, owner: type | None) -> tuple[FunctionType, Bod
         name = self_name(source.node) if owner is not None else ""
         if not all(_is_plain(read, name, owner, names) for read in reads):
             return None
-        return function, source.rebuilt(node, {_METHODS: METHODS, _ARE_KNOWN: are_known})
+        body = source.rebuilt(node, {_METHODS: METHODS, _ARE_KNOWN: are_known})
+        body.code_read = function.__code__  # type: ignore[attr-defined]
+        return function, body
     except NoSource:
         return None
 

@@ -228,12 +228,6 @@ class ByTraining(nn.Module):
 later(act_of(ByTraining), "eval", lambda m: m.eval(), after=True)
 
 
-class Rebound:
-    """A global that is another function later."""
-
-    current = staticmethod(F.relu)
-
-
 def of_a_global(x):
     return CURRENT(x)
 
@@ -275,6 +269,25 @@ class OfAClosure(Base):
 
 
 later(OfAClosure, "cell set", lambda m: m.set_slope(0.6), after=True)
+
+
+def with_a_default(slope):
+    def act(x, slope=slope):
+        return F.leaky_relu(x, slope)
+
+    return act
+
+
+def another_default(model):
+    model.act.__defaults__ = (0.9,)
+
+
+def another_code(model):
+    model.act.__code__ = scaled.__code__
+
+
+later(act_of(lambda: with_a_default(0.1)), "another default", another_default)
+later(act_of(lambda: with_a_default(0.1)), "another code", another_code)
 
 
 class MethodThatCounts(Logged):
