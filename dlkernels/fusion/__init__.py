@@ -3,13 +3,15 @@
 Reading order:
 
 1. ``rules``: the tables of linear layers and activations.
-2. ``source``: from a method to its syntax tree and back.
-3. ``patterns``: the places in a syntax tree where a call's output goes to another call.
+2. ``source``: from a method to its syntax tree and back; ``syntax``: questions about nodes of the tree.
+3. ``patterns``: the places in a syntax tree where a call's output goes to another call. ``between`` judges what stands
+   between the two, ``conditions`` the numbers and conditions there; ``unfollowed`` finds reasons for the report.
 4. ``values``: the objects that the names at such a place may mean.
-5. ``analysis``: all of this for a model.
-6. ``swap``: the class with the rewritten methods.
-7. ``call``: the functions that the rewritten methods call.
-8. ``apply``: ``fuse``, ``unfuse``, ``report``.
+5. ``reading``: the activation behind a class or a function whose body is one call.
+6. ``analysis``: all of this for a model.
+7. ``rewrite``: the rewritten methods; ``swap``: the class that has them.
+8. ``call``, ``chain``, ``known``: the functions that the rewritten methods call.
+9. ``apply``: ``fuse``, ``unfuse``, ``report``.
 
 Besides these, ``observe`` runs example inputs, ``sites`` holds the report, and ``backend`` fuses in ``torch.compile``.
 """

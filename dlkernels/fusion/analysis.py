@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -13,10 +12,15 @@ import torch
 from torch import nn
 
 from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
-from dlkernels.fusion.patterns import Pattern, called, multiple_uses, patterns, untracked_uses, why_not_rewritable
-from dlkernels.fusion.rules import METHODS, activation_of, is_linear, may_be_activation
+from dlkernels.fusion.chain import leaves, neighbours
+from dlkernels.fusion.known import EXACT, are_known
+from dlkernels.fusion.patterns import Pattern, patterns, why_not_rewritable
+from dlkernels.fusion.reading import activation_of, may_be_activation
+from dlkernels.fusion.rules import METHODS, is_linear
 from dlkernels.fusion.source import NoSource, Source, check
-from dlkernels.fusion.swap import method_source, original_class, plan_of, walk
+from dlkernels.fusion.swap import Method, definitions, method_source, original_class, plan_of, walk
+from dlkernels.fusion.syntax import called, overridden_by
+from dlkernels.fusion.unfollowed import multiple_uses, untracked_uses
 from dlkernels.fusion.values import LocalFunction, Namespace, state
 
 
@@ -29,7 +33,7 @@ class Pair:
 
     owner: nn.Module
     owner_path: str
-    method: str
+    method: Method
     pattern: Pattern
     linear: nn.Module | None
     act: Any
@@ -82,26 +86,30 @@ def _own_pairs(
         for child in direct:
             reasons.setdefault(id(child), f"forward of this {cls.__name__} was replaced")
     hidden: set[str] = set()  # names in methods of a parent class that a method of the same name overrides
-    for name in _methods(cls):
-        if name in state(module) and plan_of(module) is None:
+    waiting = [Method(name) for name in _methods(cls)]
+    while waiting:
+        method = waiting.pop(0)
+        if method.name in state(module) and plan_of(module) is None:
             continue
         try:
-            source = method_source(cls, name)
+            source = method_source(cls, method)
             names = _names(source.function.__code__)
             if "super" in names:
-                hidden |= _overridden(cls, name)
-            if not (names & mine or isinstance(module, nn.Sequential | nn.ModuleList)):
+                hidden |= _overridden(cls, method)
+                if _calls_overridden(module, method, source):
+                    waiting.insert(0, Method(method.name, method.depth + 1))
+            if not (names & mine or "getattr" in names or isinstance(module, nn.Sequential | nn.ModuleList)):
                 continue
             found = []
             for pattern in patterns(source.node):
-                for pair in _pairs(module, path, name, source, pattern, linears):
+                for pair in _pairs(module, path, method, source, pattern, linears):
                     check(source)
                     found.append(pair)
             yield from found
             _record_unmatched(module, source, linears, reasons, seen)
             seen.update(id(pair.linear) for pair in found)
         except NoSource as missing:
-            if name == "forward":
+            if method == Method("forward"):
                 for child in direct:
                     reasons.setdefault(id(child), str(missing))
     for child in (m for name in hidden & mine for m in below[name]):
@@ -119,9 +127,30 @@ def _methods(cls: type) -> list[str]:
     return [n for n, value in names.items() if n == "forward" or (isinstance(value, FunctionType) and n != "__init__")]
 
 
-def _overridden(cls: type, name: str) -> set[str]:
-    found = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
-    return set().union(*(_names(f.__code__) for f in found[1:] if type(f) is FunctionType))
+def _overridden(cls: type, method: Method) -> set[str]:
+    found = [value for _, value in definitions(cls, method.name)]
+    return set().union(*(_names(f.__code__) for f in found[method.depth + 1 :] if type(f) is FunctionType))
+
+
+def _calls_overridden(module: nn.Module, method: Method, source: Source) -> bool:
+    """Return True if a method surely calls the one that it overrides: ``super().name()``, or with its own class."""
+    cls = original_class(module)
+    found = definitions(cls, method.name)
+    if len(found) <= method.depth + 1 or why_not_rewritable(source.node):
+        return False
+    names = Namespace(source, module)
+    for node in ast.walk(source.node):
+        over = overridden_by(node) if isinstance(node, ast.Call) else None
+        if over is None or over.attr != method.name or not _is_one(names.of(ast.Name("super", ast.Load())), super):
+            continue
+        given = over.value.args  # type: ignore[attr-defined]
+        if not given or (len(given) == 2 and _is_one(names.of(given[0]), found[method.depth][0])):
+            return True
+    return False
+
+
+def _is_one(values: Any, what: Any) -> bool:
+    return values is not None and len(values) == 1 and values[0] is what
 
 
 def _names(code: CodeType) -> set[str]:
@@ -130,11 +159,12 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _pairs(
-    module: nn.Module, path: str, method: str, source: Source, pattern: Pattern, linears: dict[int, Any]
+    module: nn.Module, path: str, method: Method, source: Source, pattern: Pattern, linears: dict[int, Any]
 ) -> list[Pair]:
     names = Namespace(source, module)
     line = pattern.first[0]
-    where = f"{original_class(module).__name__}.{method}:{line}"
+    cls = definitions(original_class(module), method.name)[method.depth][0] if method.depth else original_class(module)
+    where = f"{cls.__name__}.{method.name}:{line}"
     found: dict[tuple[int, int, str], Pair] = {}
 
     def add(linear: Any, act: Any, activation: str, why: str, sure: bool = True) -> None:
@@ -144,15 +174,21 @@ def _pairs(
 
     if pattern.kind == "chain":
         for modules in names.chains(pattern.linear) or ():
-            for linear, act in pairwise(modules):
-                if id(linear) in linears:
+            flat = list(leaves(modules, (module,)))
+            for i, _, owner, act in neighbours(flat):
+                linear = flat[i][0]
+                if id(linear) in linears and owner is module:  # an inner container has its own pairs
                     add(linear, act, *_kernel_for(linear, act, (), {}))
         return list(found.values())
     why = pattern.why or _why_not_there(names, pattern)
     for sure in names.iterations(pattern.around):
+        holds, false = names.hold(pattern.guards)
+        sure = sure and holds
+        not_now = f"{false} now, so its activation is not called (fuse again if that changes)" if false else ""
         for linear, act, activation, reason in _candidates(names, pattern, linears):
-            add(linear, act, activation, reason or why, sure)
-    if len({id(pair.linear) for pair in found.values()}) > 1:
+            if not false or (act is not None and not names.iteration):
+                add(linear, act, activation, reason or why or not_now, sure)
+    if pattern.guards or len({id(pair.linear) for pair in found.values()}) > 1:
         return list(found.values())
     return [replace(pair, sure=True) for pair in found.values()]
 
@@ -162,6 +198,14 @@ def _why_not_there(names: Namespace, pattern: Pattern) -> str:
     for read in pattern.reads:
         if not names.is_plain(read):
             return f"looking up {ast.unparse(read)} may run code of the model"
+    for part in pattern.checks.exact:
+        several = names.of(part)
+        if several is None or not all(type(v) in EXACT for v in several):
+            return f"an operator on {ast.unparse(part)}, between it and the activation, may have a side effect"
+    for part in (*pattern.checks.functions, *pattern.conditions.functions):
+        several = names.of(part)
+        if several is None or not are_known((), (), (), several):
+            return f"{ast.unparse(part)}, called between it and the activation, may have a side effect"
     for node, _ in pattern.between:
         several = names.of(node.func)
         if several is None or not all(is_linear(v) or activation_of(v) for v in several):

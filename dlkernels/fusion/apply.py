@@ -44,8 +44,10 @@ def fuse(
     It finds these forms:
 
     * ``F.relu(self.fc(x))``, ``self.act(self.fc(x))`` and ``self.fc(x).relu()``
-    * ``h = self.fc(x)`` with ``h = self.act(h)`` later
+    * ``h = self.fc(x)`` with ``h = self.act(h)`` later, also under a condition: ``if i < n - 1: h = F.relu(h)``
     * neighbours in ``nn.Sequential``, and ``for layer in self.layers: x = layer(x)``
+
+    An activation may be a class, a method or a function of one's own whose body is one call of a known one.
 
     All other statements run unchanged. Modules, parameters, ``state_dict``, hooks and optimizers do not change. The
     class of a module becomes a subclass of the one it had. Every call checks again that the place has a plain layer and
@@ -236,9 +238,11 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
         return replace(
             row, status="undecided", why="only the call shows if this layer is used here: give example_inputs"
         )
-    if pair.method in state(pair.owner):
+    if pair.method.name in state(pair.owner):
         return replace(
-            row, status="undecided", why=f"its {pair.method} was replaced: only the call shows what the new one does"
+            row,
+            status="undecided",
+            why=f"its {pair.method.name} was replaced: only the call shows what the new one does",
         )
     return replace(row, status="fused")
 

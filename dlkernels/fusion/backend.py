@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from dlkernels import functional
 from dlkernels.fusion.call import DEVICES, DTYPES, why_not_shapes
-from dlkernels.fusion.rules import METHODS, Activation, activation_of
+from dlkernels.fusion.reading import activation_of
+from dlkernels.fusion.rules import METHODS, Activation
 
 _LINEAR = (F.linear, torch._C._nn.linear)
 

@@ -7,8 +7,8 @@ runs the two calls of the source. Dynamo traces these functions and guards what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.modes import are_plain
-from dlkernels.fusion.rules import activation_of, identity, linear_rule, may_be_activation
+from dlkernels.fusion.reading import activation_of, may_be_activation
+from dlkernels.fusion.rules import identity, linear_rule
 from dlkernels.nn import untouched
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -200,7 +201,7 @@ def call_with_deferred_arguments(
 
 
 def linear_or_fused(
-    self: Any, act: Any, linear: Any, x: Any, /, args: Any = (), kwargs: Any = _NO_KEYWORDS, between: Any = ()
+    self: Any, linear: Any, x: Any, act: Any, /, args: Any = (), kwargs: Any = _NO_KEYWORDS, between: Any = ()
 ) -> tuple[Any, bool]:
     """Return ``(act(linear(x)), True)``, fused, or ``(linear(x), False)``.
 
@@ -212,6 +213,18 @@ def linear_or_fused(
     if watcher is not None:
         watcher(self, linear, act, x, decision, args, kwargs)
     return (linear(x), False) if isinstance(decision, str) else (_run(x, decision), True)
+
+
+def linear_or_fused_if(self: Any, linear: Any, x: Any, early: Callable[[], Any], /) -> tuple[Any, bool]:
+    """The same, where ``early()`` returns what comes after x, or something false if act will not be called.
+
+    It looks names up and compares numbers. An error of it is raised where the source does the same.
+    """
+    try:
+        meant = early()
+    except (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):
+        meant = None
+    return linear_or_fused(self, linear, x, *meant) if type(meant) is tuple else (linear(x), False)
 
 
 def _is_harmless(called: Any, index: Any, x: Any) -> bool:
@@ -237,39 +250,9 @@ def linear_forward(self: Any, input: Any) -> Any:
     return nn.Linear.forward(self, input) if isinstance(decision, str) else _run(input, decision)
 
 
-def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
-    """``for module in modules: x = module(x)``"""
-    if isinstance(modules, GeneratorType) and modules.gi_code is _CHILDREN:
-        modules = list(modules)
-    # The next module can be looked up before the loop reaches it. The look-up runs no code of the model.
-    seen: list[Any] = list(modules) if _is_container(modules) else []
-    rest = iter(modules)
-    i = 0
-    for layer in rest:
-        i += 1
-        if i < len(seen) and linear_rule(type(layer)) is not None:
-            act = seen[i]
-            decision = decide(self, act, layer, x, (), {})
-            if watcher is not None:
-                watcher(self, layer, act, x, decision, (), {})
-            if not isinstance(decision, str):
-                i += 1
-                following = next(rest, None)
-                if following is act:
-                    x = _run(x, decision)
-                else:  # a module that ran has changed the list
-                    x = layer(x)
-                    x = x if following is None else following(x)
-                continue
-        x = layer(x)
-    return x
-
-
-_ITERATED = (nn.Sequential.__iter__, nn.ModuleList.__iter__)
-_CHILDREN = nn.Module.children.__code__
-
-
-def _is_container(modules: Any) -> bool:
-    if isinstance(modules, nn.Sequential | nn.ModuleList):
-        return type(modules).__iter__ in _ITERATED
-    return type(modules) in (list, tuple, type({}.values()))
+def overridden(self: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """``method(*args, **kwargs)``, where ``method`` is ``super().name``: its rewritten form, if it has one."""
+    for old, new in getattr(type(self), "_fused_overridden", ()):
+        if type(method) is MethodType and method.__func__ is old and method.__self__ is self:
+            return new(self, *args, **kwargs)
+    return method(*args, **kwargs)

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dlkernels._errors import ExpectedError
 from dlkernels.fusion import call
-from dlkernels.fusion.rules import activation_of
+from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.swap import walk
 from dlkernels.testing.agreement import Agreement, arguments, judge, outputs
 

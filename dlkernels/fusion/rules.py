@@ -148,24 +148,22 @@ def register_fusion(
     (_modules if is_module else _functions)[what] = rule
 
 
-def activation_of(act: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Activation | None:
-    """Return the activation that ``act(z, *args, **kwargs)`` computes; None if there is no kernel for it."""
+def rule_of(act: Any) -> Rule | None:
+    """Return the rule of a module's class or of a function; None if there is none."""
+    return _found(_modules, type(act)) if isinstance(act, nn.Module) else _function_rule(act)
+
+
+def applied(rule: Rule, act: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Activation | None:
+    """Return the activation that ``act(z, *args, **kwargs)`` computes by its rule; None if no kernel has it."""
     if isinstance(act, nn.Module):
-        rule = _found(_modules, type(act))
-        if rule is None or args or kwargs:
+        known = None if args or kwargs else rule(act)
+    elif args or kwargs:
+        try:
+            known = rule(*args, **(kwargs or {}))
+        except TypeError:  # the rule does not know these arguments: the function itself accepts or refuses them
             return None
-        known = rule(act)
     else:
-        rule = _function_rule(act)
-        if rule is None:
-            return None
-        if args or kwargs:
-            try:
-                known = rule(*args, **(kwargs or {}))
-            except TypeError:  # the rule does not know these arguments: the function itself accepts or refuses them
-                return None
-        else:
-            known = rule()
+        known = rule()
     return (known, 0.0) if isinstance(known, str) else known
 
 
@@ -177,13 +175,6 @@ def _function_rule(act: Any) -> Rule | None:
     if type(act) in _FUNCTIONS:
         return _functions.get(act)
     return next((rule for function, rule in _functions.items() if function is act), None)
-
-
-def may_be_activation(act: Any) -> bool:
-    """Return True if there is a rule for this, with some arguments."""
-    if isinstance(act, nn.Module):
-        return _found(_modules, type(act)) is not None
-    return _function_rule(act) is not None
 
 
 def linear_rule(cls: type) -> Callable[[Any], Parameters | None] | None:

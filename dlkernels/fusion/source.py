@@ -41,7 +41,7 @@ class Source:
         works after its class was replaced.
         """
         old = self.function
-        code = _compiled(self, _enclosed(node, list(given)))
+        code = _compiled(self, _enclosed(node, list(given), node.name in old.__code__.co_freevars))
         if hasattr(code, "co_qualname"):  # since Python 3.11
             code = code.replace(co_qualname=old.__code__.co_qualname)  # type: ignore[attr-defined,call-arg]
         cells = dict(zip(old.__code__.co_freevars, old.__closure__ or (), strict=True))
@@ -152,15 +152,19 @@ def _imports(tree: ast.Module) -> list[ast.stmt]:
     return found
 
 
-def _enclosed(node: FunctionNode, names: list[str]) -> FunctionNode:
-    """Return a function around ``node`` whose arguments are ``names``: so they are free variables of ``node``."""
+def _enclosed(node: FunctionNode, names: list[str], recursive: bool) -> FunctionNode:
+    """Return a function around ``node`` whose arguments are ``names``: so they are free variables of ``node``.
+
+    The name of ``node`` itself keeps its meaning in it: a method ``f`` may call a function ``f``.
+    """
     arguments = ast.arguments(
         posonlyargs=[], args=[ast.arg(name) for name in names], kwonlyargs=[], kw_defaults=[], defaults=[]
     )
-    outer = ast.FunctionDef("__fused__", arguments, [node], [])
+    own = (ast.Nonlocal if recursive else ast.Global)([node.name])
+    outer = ast.FunctionDef("__fused__", arguments, [own, node], [])
     if _TYPE_PARAMS:
         outer.type_params = []  # type: ignore[attr-defined]
-    for made in (outer, *arguments.args):
+    for made in (outer, own, *arguments.args):
         ast.copy_location(made, node)
     return outer
 

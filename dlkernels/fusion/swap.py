@@ -10,15 +10,25 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dlkernels.fusion import call
-from dlkernels.fusion.patterns import HELPERS, Position, helper_name, patterns, rewritten
+from dlkernels.fusion import call, chain
+from dlkernels.fusion.known import are_known
+from dlkernels.fusion.patterns import patterns
+from dlkernels.fusion.rewrite import HELPERS, helper_name, rewritten
 from dlkernels.fusion.rules import METHODS
 from dlkernels.fusion.source import NoSource, Source, check, rewrap, source_of, undecorated
+from dlkernels.fusion.syntax import Position
 from dlkernels.fusion.values import state
+
+
+class Method(NamedTuple):
+    """A method of a class: its name, and the number of methods that override it."""
+
+    name: str
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Plan:
         linear_forward: True if the module is a linear layer without activation, whose forward is our kernel.
     """
 
-    places: frozenset[tuple[str, Position]]
+    places: frozenset[tuple[Method, Position]]
     activations: tuple[str, ...]
     without: tuple[str, ...] = ()
     linear_forward: bool = False
@@ -64,12 +74,18 @@ def _again(original: type[nn.Module], plan: Plan, made: Callable[..., Any], args
     return module
 
 
-def method_source(cls: type, name: str) -> Source:
-    """Return the source of the method ``name`` of ``cls``, or raise :class:`NoSource`."""
-    for base in cls.__mro__:
-        if name in vars(base):
-            return source_of(undecorated(vars(base)[name]))
-    raise NoSource(f"{cls.__name__} has no method {name}")
+def definitions(cls: type, name: str) -> list[tuple[type, Any]]:
+    """Return the bases of ``cls`` that define ``name``, the first in effect, and what they define."""
+    bases = (base for base in cls.__mro__ if base is not nn.Module and base is not object)
+    return [(base, vars(base)[name]) for base in bases if name in vars(base)]
+
+
+def method_source(cls: type, method: Method) -> Source:
+    """Return the source of a method of ``cls``, or raise :class:`NoSource`."""
+    found = definitions(cls, method.name)
+    if len(found) <= method.depth:
+        raise NoSource(f"{cls.__name__} has no method {method.name}")
+    return source_of(undecorated(found[method.depth][1]))
 
 
 def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
@@ -85,12 +101,22 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
         "_fused_plan": plan,
         "_fused_from": cls,
     }
-    for name in sorted({name for name, _ in plan.places}):
-        source = method_source(cls, name)
-        check(source)
-        chosen = [p for p in patterns(source.node) if (name, p.at) in plan.places]
-        new = source.rebuilt(rewritten(source.node, chosen), _helpers())
-        body[name] = rewrap(getattr(cls, name), source.function, new)
+    deepest: dict[str, int] = {}
+    for (name, depth), _ in plan.places:
+        deepest[name] = max(depth, deepest.get(name, 0))
+    overridden: list[tuple[Any, Any]] = []
+    for name, most in sorted(deepest.items()):
+        for method in (Method(name, depth) for depth in range(most + 1)):
+            source = method_source(cls, method)
+            check(source)
+            chosen = [p for p in patterns(source.node) if (method, p.at) in plan.places]
+            new = source.rebuilt(rewritten(source.node, chosen, method.depth < most), _helpers())
+            old = definitions(cls, name)[method.depth][1]
+            if method.depth:
+                overridden.append((old, rewrap(old, source.function, new)))
+            else:
+                body[name] = rewrap(old, source.function, new)
+    body["_fused_overridden"] = tuple(overridden)
     if plan.linear_forward:
         body["forward"] = call.linear_forward
     # The original class is the first base, so that it decides the layout of instances (its own first base may have
@@ -104,7 +130,8 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 
 @functools.lru_cache(maxsize=1)
 def _helpers() -> dict[str, Any]:
-    values = {"methods": METHODS} | {name: getattr(call, name) for name in HELPERS if name != "methods"}
+    values = {"methods": METHODS, "are_known": are_known}
+    values |= {name: getattr(chain if name == "chain" else call, name) for name in HELPERS if name not in values}
     return {helper_name(name): value for name, value in values.items()}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -40,7 +40,7 @@ class LocalFunction:
 class Namespace:
     """The names of one method, for one module."""
 
-    def __init__(self, source: Source, module: nn.Module) -> None:
+    def __init__(self, source: Source, module: nn.Module | None) -> None:
         self.source = source
         function = source.function
         self.scope: dict[str, Any] = dict(vars(builtins)) | function.__globals__
@@ -81,18 +81,51 @@ class Namespace:
             return _applied(type(node.op), self.of(node.left), self.of(node.right))
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             return _applied(type(node.ops[0]), self.of(node.left), self.of(node.comparators[0]))
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 1):
+        if isinstance(node, ast.BoolOp):
+            return self._bool_op(node)
+        if isinstance(node, ast.JoinedStr):
+            return self._text(node)
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.keywords:
+            return None
+        if len(node.args) == 2 and _is_one(self._name(node.func.id), getattr):
+            names = self.of(node.args[1])
+            if names is None or not all(type(n) is str for n in names):
+                return None
+            holders = self.of(node.args[0])
+            return _all_known([_each(holders, lambda v, n=n: _attribute(v, n)) for n in names])
+        if len(node.args) != 1:
             return None
         several = self.of(node.args[0]) if _is_one(self._name(node.func.id), len) else None
         elements = _elements(several[0]) if several is not None and len(several) == 1 else None
         return None if elements is None else [len(elements)]
+
+    def _bool_op(self, node: ast.BoolOp) -> Values:
+        """Return the value of ``and`` or ``or`` of known numbers, with those operands alone that Python evaluates."""
+        for part in node.values:
+            values = self.of(part)
+            if values is None or len(values) != 1 or type(values[0]) not in _EXACT:
+                return None
+            if bool(values[0]) is isinstance(node.op, ast.Or):
+                break
+        return values
+
+    def _text(self, node: ast.JoinedStr) -> Values:
+        """Return an f-string of known numbers and strings."""
+        text = ""
+        for part in node.values:
+            plain = isinstance(part, ast.FormattedValue) and part.format_spec is None and part.conversion == -1
+            values = self.of(part.value if plain else part)  # type: ignore[attr-defined]
+            if values is None or len(values) != 1 or type(values[0]) not in (int, str):
+                return None
+            text += str(values[0])
+        return [text]
 
     def is_plain(self, node: ast.expr) -> bool:
         """Return True if evaluating this name or attribute runs no code, whatever object it is at that time."""
         if not isinstance(node, ast.Attribute):
             return isinstance(node, ast.Name | ast.Constant | ast.UnaryOp)
         if isinstance(node.value, ast.Name) and node.value.id == self.self_name:
-            return _is_plain_attribute(type(self.module), node.attr)
+            return is_plain_attribute(type(self.module), node.attr)
         holder = self._python_module(node.value)
         return holder is not None and node.attr in state(holder)
 
@@ -150,6 +183,17 @@ class Namespace:
                 yield from self.iterations(inside, sure)
         else:
             yield from self.iterations(inside, sure)
+
+    def hold(self, guards: Iterable[tuple[ast.expr, bool]]) -> tuple[bool, str]:
+        """Return True if all conditions are known to have the given values, and the first that has another value."""
+        sure = True
+        for test, wanted in guards:
+            values = self.of(test)
+            if values is None or len(values) != 1 or type(values[0]) not in _EXACT:
+                sure = False
+            elif bool(values[0]) is not wanted:
+                return False, f"{ast.unparse(test)} is {bool(values[0])}"
+        return sure, ""
 
     def _passes(self, statements: list[ast.stmt], sure: bool) -> tuple[bool | None, bool]:
         """Return what an iteration of a loop does after the statements, and whether that is sure.
@@ -353,7 +397,7 @@ def _in_class(cls: type, name: str) -> Any:
     return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _MISSING)
 
 
-def _is_plain_attribute(cls: type, name: str) -> bool:
+def is_plain_attribute(cls: type, name: str) -> bool:
     """Return True if looking up this attribute runs no code of the class."""
     found = _in_class(cls, name)
     return _is_looked_up_plainly(cls) and (
@@ -373,7 +417,7 @@ def _is_looked_up_plainly(cls: type) -> bool:
 def _attribute(value: Any, name: str) -> Values:
     if issubclass(type(value), ModuleType):
         return [state(value)[name]] if name in state(value) else None
-    if not issubclass(type(value), nn.Module) or not _is_plain_attribute(type(value), name):
+    if not issubclass(type(value), nn.Module) or not is_plain_attribute(type(value), name):
         return None
     own, found = state(value), _in_class(type(value), name)
     if name in own:

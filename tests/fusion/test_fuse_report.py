@@ -101,8 +101,8 @@ def keyword(self, x):
 
 
 def several(self, x):
-    a, b = self.fc(x), self.fc2(x)
-    return F.relu(a) + F.relu(b)
+    a, self.kept = self.fc(x), self.fc2(x)
+    return F.relu(a) + F.relu(self.kept)
 
 
 def tried(self, x):
@@ -128,8 +128,8 @@ def activation_before(self, x):
     return self.act(x)
 
 
-def by_name(self, x):
-    return F.relu(getattr(self, "fc" + "")(x))
+def by_name(self, x, name="fc"):
+    return F.relu(getattr(self, name)(x))
 
 
 class Parent(Net):
@@ -138,7 +138,8 @@ class Parent(Net):
 
 
 def inherited(self, x):
-    return super(inherited_class, self).forward(x)
+    parent = super(inherited_class, self)
+    return parent.forward(x)
 
 
 inherited_class = type("inherited", (Parent,), {"forward": inherited})
@@ -166,11 +167,11 @@ def test_an_activation_that_is_there_is_not_denied(model, why):
 
 class GELU(nn.Module):
     def forward(self, x):
-        return F.gelu(x)
+        return x * torch.sigmoid(1.702 * x)
 
 
 def own_gelu(x):
-    return F.gelu(x)
+    return F.gelu(x) * 1.0
 
 
 def of_a_function(self, x):
@@ -222,3 +223,44 @@ def test_gain_counts_the_whole_call(monkeypatch):
     monkeypatch.setattr(call, "decide", slow)
     gain = report(fuse(model, example_inputs=X)).fused[0].gain
     assert gain < 0.5 and re.search(r"0\.\d\dx", str(report(model)))
+
+
+def guarded(self, x, flag=True):
+    h = self.fc(x)
+    if flag:
+        h = self.act(h)
+    n = self.fc2(h)
+    if self.n > 5:
+        n = F.relu(n)
+    return n
+
+
+def test_a_guard_that_only_the_call_knows_and_one_that_does_not_hold():
+    model = fuse(net(guarded))
+    rows = {s.path: s for s in report(model)}
+    assert rows["fc"].status == "undecided" and rows["fc2"].status == "skipped"
+    assert "self.n > 5 is False now" in rows["fc2"].why
+    fuse(model, example_inputs=X)
+    assert {s.path for s in report(model).fused} == {"fc"}
+    model.n = 6
+    torch.testing.assert_close(model(X), F.relu(model.fc2(F.relu(model.fc(X)))), rtol=1e-12, atol=1e-12)
+    assert {s.path for s in report(fuse(model)).fused} == {"fc2"}
+
+
+def activate(x):
+    return F.relu(x)
+
+
+class SameName(Net):
+    def activate(self, x):
+        return activate(x)
+
+    def forward(self, x):
+        return self.activate(self.fc(x))
+
+
+def test_a_method_that_calls_a_function_of_its_own_name():
+    model = SameName().double()
+    expected = model(X)
+    assert [s.path for s in report(fuse(model)).fused] == ["fc"], str(report(model))
+    torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)

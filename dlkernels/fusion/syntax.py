@@ -1,0 +1,128 @@
+"""Questions about nodes of a method's syntax tree, whatever its names mean."""
+
+from __future__ import annotations
+
+import ast
+
+from dlkernels.fusion.rules import METHODS
+from dlkernels.fusion.source import FunctionNode
+
+Position = tuple[int, int, int, int]
+Scope = (
+    ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+)
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+def position(node: ast.AST) -> Position:
+    return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset  # type: ignore[attr-defined]
+
+
+def self_name(function: FunctionNode) -> str:
+    return (function.args.posonlyargs + function.args.args)[0].arg
+
+
+def ancestors(function: FunctionNode) -> dict[ast.AST, tuple[ast.AST, ...]]:
+    """Return the nodes around each node, from the function inwards."""
+    found: dict[ast.AST, tuple[ast.AST, ...]] = {function: ()}
+    for node in ast.walk(function):
+        for child in ast.iter_child_nodes(node):
+            found[child] = (*found[node], node)
+    return found
+
+
+def called(function: FunctionNode) -> list[ast.expr]:
+    """Return all callees in a function."""
+    return [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+
+
+def overridden_by(call: ast.Call) -> ast.Attribute | None:
+    """Return ``super().name`` if that is what a call calls."""
+    func = call.func
+    held = func.value if isinstance(func, ast.Attribute) else None
+    found = isinstance(held, ast.Call) and isinstance(held.func, ast.Name) and held.func.id == "super"
+    return func if found and isinstance(func, ast.Attribute) else None
+
+
+def arguments(function: Function) -> list[ast.arg]:
+    return [node for node in ast.walk(function.args) if isinstance(node, ast.arg)]
+
+
+def stored(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+
+
+def loads(node: ast.AST, name: str) -> int:
+    count = 0
+    for n in ast.walk(node):
+        read = n.target if isinstance(n, ast.AugAssign) else n  # `h += 1` reads h, though its node has a Store context
+        count += isinstance(read, ast.Name) and read.id == name and (read is not n or isinstance(n.ctx, ast.Load))
+    return count
+
+
+def one_argument(call: ast.Call) -> bool:
+    return len(call.args) == 1 and not call.keywords and not isinstance(call.args[0], ast.Starred)
+
+
+def is_stable(node: ast.expr) -> bool:
+    """Return True if this expression may be evaluated earlier or later: a constant, a name, or attributes of one."""
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.operand, ast.Constant)
+    return isinstance(node, ast.Constant | ast.Name) or (isinstance(node, ast.Attribute) and is_stable(node.value))
+
+
+def activation_call(call: ast.Call) -> tuple[ast.expr | str, ast.expr] | None:
+    """Return the callee and the tensor argument if ``call`` may be a call of an activation."""
+    rest = [*call.args, *(k.value for k in call.keywords)]
+    if isinstance(call.func, ast.Attribute) and call.func.attr in METHODS and not rest:
+        return call.func.attr, call.func.value
+    if not call.args or isinstance(call.args[0], ast.Starred) or any(k.arg is None for k in call.keywords):
+        return None
+    return (call.func, call.args[0]) if all(map(is_stable, rest[1:])) else None
+
+
+def further(call: ast.Call, act: ast.expr | str) -> tuple[tuple[ast.expr, ...], tuple[tuple[str, ast.expr], ...]]:
+    args = call.args if isinstance(act, str) else call.args[1:]
+    return tuple(args), tuple((k.arg, k.value) for k in call.keywords if k.arg)
+
+
+def variable_arguments(given: tuple[tuple[ast.expr, ...], tuple[tuple[str, ast.expr], ...]]) -> tuple[ast.expr, ...]:
+    """Return the further arguments of an activation that are no constants."""
+    return tuple(a for a in (*given[0], *(value for _, value in given[1])) if isinstance(a, ast.Name | ast.Attribute))
+
+
+def targets(statement: ast.stmt) -> list[str]:
+    """Return the names that an assignment gives values to; none if it has another target than names."""
+    if isinstance(statement, ast.AnnAssign):
+        several: list[ast.expr] = [statement.target] if statement.value else []
+    elif isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target = statement.targets[0]
+        several = target.elts if isinstance(target, ast.Tuple | ast.List) else [target]
+    else:
+        return []
+    names = [t.id for t in several if isinstance(t, ast.Name)]
+    return names if len(names) == len(several) else []
+
+
+def target_of(statement: ast.stmt) -> str | None:
+    """Return the name that a statement assigns to, if it is its only target."""
+    names = targets(statement)
+    several = isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple | ast.List)
+    return names[0] if len(names) == 1 and not several else None
+
+
+def in_scope(function: FunctionNode, name: str) -> bool:
+    """Return True if an inner function or comprehension uses the name, or if it is global or nonlocal."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Global | ast.Nonlocal) and name in node.names:
+            return True
+        inside = ast.walk(node) if node is not function and isinstance(node, Scope) else ()
+        if any(isinstance(n, ast.Name) and n.id == name for n in inside):
+            return True
+    return False
+
+
+def applied_to(node: ast.AST, name: str) -> ast.expr | str | None:
+    """Return the callee if the node may be a call of an activation with ``name``."""
+    parts = activation_call(node) if isinstance(node, ast.Call) else None
+    return parts[0] if parts and isinstance(parts[1], ast.Name) and parts[1].id == name else None
