@@ -22,7 +22,8 @@ from dlkernels._ops.activations import Activation, activation_named
 from dlkernels._ops.losses import DEVICES, REDUCTIONS
 from dlkernels._ops.mlp import mlp_loss
 from dlkernels._ops.modes import are_plain, autocast_active, under_transform
-from dlkernels.fusion.rules import activation_of, linear_rule
+from dlkernels.fusion.reading import activation_of
+from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn import LinearAct, LinearReLU, untouched
 
 __all__ = ["TrainingStep", "training_step"]

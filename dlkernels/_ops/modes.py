@@ -10,7 +10,10 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 def are_plain(*tensors: Any) -> bool:
     """Return True if none is of a subclass that must see the operators: DTensor, quantized, fake, traced."""
-    return {type(t) for t in tensors} <= _PLAIN
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return False
+    return True
 
 
 def forward_mode() -> bool:

@@ -21,7 +21,7 @@ from torch.utils._device import DeviceContext
 from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops.activations import ACTIVATIONS
-from dlkernels._ops.modes import are_plain
+from dlkernels._ops.modes import are_plain, tracing
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import identity, linear_rule
 from dlkernels.nn import untouched
@@ -124,7 +124,7 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
     """
     if _has_any_global_hook():
         return "there is a global module hook"
-    if torch.jit.is_tracing():
+    if tracing():
         return "torch.jit.trace records stock operators only"
     if F.linear is not _STOCK[0] or nn.Linear.forward is not _STOCK[1]:
         return "F.linear or nn.Linear.forward was replaced"
@@ -150,7 +150,8 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
     if not are_plain(x) or x.is_nested or x.layout is not torch.strided:
         return f"the kernels do not take its input, a {type(x).__name__}"
     # A wrong call goes to stock, which raises its own error. Under autocast the dtypes may differ.
-    if not x.dim() or x.size(-1) != weight.size(1) or x.device != weight.device:
+    on_cpu = x.is_cpu and weight.is_cpu  # to compare devices takes longer
+    if not x.dim() or x.size(-1) != weight.size(1) or not (on_cpu or x.device == weight.device):
         return "input and weight do not fit together"
     dtype = weight.dtype
     alike = x.dtype == dtype and (bias is None or bias.dtype == dtype)

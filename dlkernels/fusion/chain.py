@@ -112,7 +112,10 @@ def neighbours(flat: Sequence[Leaf]) -> Iterator[tuple[int, int, Any, Any]]:
 
 
 def _has_inner(modules: Any) -> bool:
-    return any(_is_inner(module) or _is_transparent(module) for module in modules)
+    for module in modules:
+        if isinstance(module, nn.Sequential | nn.Identity) and (_is_inner(module) or _is_transparent(module)):
+            return True
+    return False
 
 
 def _is_inner(module: Any) -> bool:
