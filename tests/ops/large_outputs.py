@@ -81,12 +81,12 @@ def results(large: bool) -> Iterator[tuple[str, list[Tensor]]]:
         yield f"mlp {name} backward", gradients
 
     x, target = normal(rows, wide), normal(rows, wide)
-    yield "mse_loss", [OPS._mse_loss(x, target, 0, True)[1]]
-    yield "gaussian_nll_loss", list(OPS._gaussian_nll_loss(x, target, target.exp(), True, 1e-6, 0, True, True))
-    yield "cross_entropy", list(OPS._cross_entropy(x, target.softmax(1), None, 1, -100, 0.0, True, True))[1:]
+    yield "mse_loss", [OPS._mse_loss_forward(x, target, 0, True)[1]]
+    yield "gaussian_nll_loss", list(OPS._gaussian_nll_loss_forward(x, target, target.exp(), True, 1e-6, 0, True, True))
+    yield "cross_entropy", list(OPS._cross_entropy_forward(x, target.softmax(1), None, 1, -100, 0.0, True, True))[1:]
     x, w = normal(rows, wide), normal(2 * wide, wide)
     classes = torch.arange(rows) % wide
-    gradients = OPS._linear_cross_entropy(x, w, None, classes, None, None, 1, -100, 0.0, True, True, False)
+    gradients = OPS._linear_cross_entropy_forward(x, w, None, classes, None, None, 1, -100, 0.0, True, True, False)
     yield "linear_cross_entropy", list(gradients)[1:3]
 
 
