@@ -104,7 +104,7 @@ void layer_backward(const Device& device, const Problem& c, const OutputGrad& in
   for (const Step& step : device.plan_backward(problem)) {
     const at::Tensor step_dbias = wanted(step, kDbias, dbias);
     if (step.kind == StepKind::gradient_pass) {
-      if (step.outputs & kDz) dz = at::empty({c.shape.m, c.shape.n}, g.options());
+      if (step.outputs & kDz) dz = new_empty({c.shape.m, c.shape.n}, g.options());
       device.gradient_pass(c, {g, saved}, wanted(step, kDz, dz), step_dbias);
     } else if (step.kind == StepKind::backward) {
       device.backward(step, c, {g, saved}, x2, weight,
@@ -122,7 +122,7 @@ void layer_backward(const Device& device, const Problem& c, const OutputGrad& in
         below->applied = true;
       }
       if (step.outputs & kDbiasBelow) {
-        below->dbias = at::empty({c.shape.k}, g.options());
+        below->dbias = new_empty({c.shape.k}, g.options());
         p.column_sum = below->dbias.data_ptr();
       }
       device.product(step, c, p, g);

@@ -15,9 +15,9 @@ Outputs forward(const Device& device, const at::Tensor& x, const at::Tensor& wei
                 const Problem& c, Beside beside) {
   const c10::OptionalDeviceGuard guard(guarded_device(x));
   const at::TensorOptions options = c.casts == Casts::none ? x.options() : x.options().dtype(at::kBFloat16);
-  Outputs out{at::empty(resized_last(x, c.shape.n), options), {}, {}};
-  if (beside == Beside::z) out.z = at::empty(out.y.sizes(), options);
-  if (beside == Beside::mask) out.mask = at::empty(resized_last(x, c.shape.n / kMaskBits), options.dtype(at::kByte));
+  Outputs out{new_empty(resized_last(x, c.shape.n), options), {}, {}};
+  if (beside == Beside::z) out.z = new_empty(out.y.sizes(), options);
+  if (beside == Beside::mask) out.mask = new_empty(resized_last(x, c.shape.n / kMaskBits), options.dtype(at::kByte));
   layer_forward(device, c, x, weight, contiguous_or_none(bias), out);
   return out;
 }

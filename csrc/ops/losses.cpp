@@ -47,7 +47,7 @@ struct ElementOrder {
   }
   at::Tensor result(bool wanted, const at::Tensor& like, const at::TensorOptions& options) const {
     if (!wanted) return {};
-    return strides.empty() ? at::empty(like.sizes(), options) : at::empty_strided(like.sizes(), strides, options);
+    return strides.empty() ? new_empty(like.sizes(), options) : at::empty_strided(like.sizes(), strides, options);
   }
 };
 
@@ -119,9 +119,9 @@ LossAndGrads cross_entropy_forward(const Device& device, const at::Tensor& input
 
   std::vector<int64_t> row_sizes = input.sizes().vec();
   row_sizes.erase(row_sizes.begin() + (input.dim() > 1));
-  if (call.reduction == at::Reduction::None) call.each = at::empty(row_sizes, input.options());
-  if (need_input) call.grad = at::empty(input.sizes(), grad_options(input));
-  if (need_target && soft) call.grad_target = at::empty(input.sizes(), grad_options(input));
+  if (call.reduction == at::Reduction::None) call.each = new_empty(row_sizes, input.options());
+  if (need_input) call.grad = new_empty(input.sizes(), grad_options(input));
+  if (need_target && soft) call.grad_target = new_empty(input.sizes(), grad_options(input));
 
   CrossEntropy& p = call.p;
   const bool flat = inner == 1;

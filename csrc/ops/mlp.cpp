@@ -57,12 +57,12 @@ std::vector<at::Tensor> mlp_forward(const Device& device, const at::Tensor& x, a
   std::vector<at::Tensor> bias(count);
   for (size_t l = 0; l < count; ++l) {
     const int64_t n = layers[l].shape.n;
-    auto make = [&] { return at::empty(resized_last(x, n), x.options()); };
+    auto make = [&] { return new_empty(resized_last(x, n), x.options()); };
     if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
     if (keeps(l, kKeepH) || !as_fused_mlp || l + 1 == count) a.h[l] = make();
     if (keeps(l, kKeepZ)) a.z[l] = make();
     if (keeps(l, kKeepMask) && !as_fused_mlp && device.takes_mask(layers[l]))
-      a.mask[l] = at::empty(resized_last(x, n / kMaskBits), x.options().dtype(at::kByte));
+      a.mask[l] = new_empty(resized_last(x, n / kMaskBits), x.options().dtype(at::kByte));
   }
 
   if (as_fused_mlp) {
@@ -166,7 +166,7 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
   std::vector<at::Tensor> grads(needs.size());
   if (device.takes_fused_mlp(p, dtype)) {
     const at::TensorOptions options = grad_y.options();
-    auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = at::empty(sizes, options)).data_ptr(); };
+    auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = new_empty(sizes, options)).data_ptr(); };
     for (size_t l = deepest; l < count; ++l) {
       FusedMlpLayer& layer = chain[l - deepest];
       if (need_weight(l)) layer.dweight = make(1 + l, {layer.n, layer.k});

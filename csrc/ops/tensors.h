@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/cpu/huge_pages.h"
 #include "kernels/params.h"
 
 namespace dlk {
@@ -16,12 +17,19 @@ namespace dlk {
 using OptionalTensor = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias; undefined where not wanted
 
+// An output or scratch that nothing has been written to yet. On CPU large ones ask for huge pages.
+inline at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor t = at::empty(sizes, options);
+  if (t.is_cpu()) cpu::ask_for_huge_pages(t.const_data_ptr(), t.nbytes());
+  return t;
+}
+
 // f32, or f64 for f64.
 inline at::ScalarType accumulator_type(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 inline at::Tensor accumulators(int64_t count, const at::Tensor& like) {
-  return at::empty({count}, like.options().dtype(accumulator_type(like)));
+  return new_empty({count}, like.options().dtype(accumulator_type(like)));
 }
 
 // t's device as the current one. The CPU needs none, and a guard costs a tenth of a small layer's call.
@@ -50,7 +58,7 @@ inline Gradients new_gradients(const Shape& s, const at::Tensor& g, at::ScalarTy
                                bool need_x, bool need_weight, bool need_bias) {
   auto make = [&](at::IntArrayRef sizes, at::ScalarType dtype) {
     const at::TensorOptions options = g.options().dtype(dtype);
-    return s.m == 0 || s.n == 0 ? at::zeros(sizes, options) : at::empty(sizes, options);
+    return s.m == 0 || s.n == 0 ? at::zeros(sizes, options) : new_empty(sizes, options);
   };
   Gradients made;
   if (need_x) std::get<0>(made) = make(resized_last(g, s.k), x);

@@ -36,7 +36,13 @@ def library(tmp_path_factory):
         *HERE.glob("*.cpp"),
         *(
             ROOT / "csrc" / f"{name}.cpp"
-            for name in ("planning/plan", "planning/cpu/machine", "planning/cpu/route", "kernels/cpu/sizes")
+            for name in (
+                "planning/plan",
+                "planning/cpu/machine",
+                "planning/cpu/route",
+                "kernels/cpu/sizes",
+                "kernels/cpu/huge_pages",
+            )
         ),
         *(ROOT / "csrc/kernels/cpu/isa" / f"{name}.cpp" for name in ("amx_check", "isa", "ukernel_amx")),
     ]

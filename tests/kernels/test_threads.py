@@ -14,7 +14,7 @@ def build(folder, *flags):
     driver = folder / "driver"
     sources = [
         ROOT / "tests/kernels/threads/driver.cpp",
-        *(ROOT / "csrc/kernels/cpu" / f"{n}.cpp" for n in ("sizes", "isa/isa", "isa/amx_check")),
+        *(ROOT / "csrc/kernels/cpu" / f"{n}.cpp" for n in ("sizes", "huge_pages", "isa/isa", "isa/amx_check")),
     ]
     subprocess.run(
         [

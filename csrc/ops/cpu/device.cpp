@@ -15,7 +15,7 @@ namespace cpu {
 namespace {
 
 at::Tensor accumulators_of(int64_t count, DType dtype) {
-  return at::empty({count}, at::TensorOptions().dtype(dtype == DType::f64 ? at::kDouble : at::kFloat));
+  return new_empty({count}, at::TensorOptions().dtype(dtype == DType::f64 ? at::kDouble : at::kFloat));
 }
 
 int64_t multiplications(const Problem& c) { return c.shape.m * c.shape.n * c.shape.k; }
@@ -137,7 +137,7 @@ void packed_gemm(const PackedProduct& product, Gemm p, const Machine& machine) {
     p.partials = partials.data_ptr();
   }
   if (const int64_t bytes = product.panels_size(p, threads.threads)) {
-    panels = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+    panels = new_empty({bytes}, at::TensorOptions().dtype(at::kByte));
     p.panels = panels.data_ptr();
   }
   product.gemm(p, threads);

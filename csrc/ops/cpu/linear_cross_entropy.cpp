@@ -99,14 +99,14 @@ LossOfLinear linear_cross_entropy(const LinearCrossEntropyCall& call) {
   const Machine machine = machine_for(dtype);
   const BlockPlan plan = plan_linear_cross_entropy(call.shape, dtype, machine);
   const bool one_block = plan.blocks == 1;
-  const at::Tensor logits = at::empty({plan.rows, classes}, plan.library ? x.options() : options);
+  const at::Tensor logits = new_empty({plan.rows, classes}, plan.library ? x.options() : options);
   // A row of dlogits begins where its logits do; rounded, it takes half of their place. dbias sums the unrounded values.
   const bool round_later = rounds && !plan.library && need_bias;
   at::Tensor dlogits = logits;
   if (rounds && !plan.library && !round_later) dlogits = logits.view(x.scalar_type()).narrow(1, 0, classes);
-  if (need_x) dx = at::empty(call.x_sizes, grad_options);
-  if (need_weight) dweight = at::empty(weight.sizes(), one_block ? grad_options : options);
-  if (need_weight && plan.blocks > plan.blocks_per_sum) later_sum = at::empty(weight.sizes(), options);
+  if (need_x) dx = new_empty(call.x_sizes, grad_options);
+  if (need_weight) dweight = new_empty(weight.sizes(), one_block ? grad_options : options);
+  if (need_weight && plan.blocks > plan.blocks_per_sum) later_sum = new_empty(weight.sizes(), options);
   if (need_bias) dbias = at::zeros({classes}, options.dtype(at::kDouble));
 
   CrossEntropy p{call.p};

@@ -26,7 +26,7 @@ at::Tensor cross_entropy(const CrossEntropyCall& call) {
   CrossEntropy p{call.p, call.dtype == DType::f64 ? DType::f64 : DType::f32};
   const at::TensorOptions options = call.x.options();
   at::Tensor each = call.each;
-  if (each.defined()) each = at::empty(each.sizes(), options.dtype(accumulator_type(each)));
+  if (each.defined()) each = new_empty(each.sizes(), options.dtype(accumulator_type(each)));
   p.loss = data_or_null(each);
   double denominator = call.rows;
   if (p.target)

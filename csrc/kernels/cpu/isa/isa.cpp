@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/cpu/huge_pages.h"
 #include "kernels/cpu/isa/amx_check.h"
 
 #if defined(__x86_64__)
@@ -144,7 +145,7 @@ void* scratch(size_t bytes) {
   if (size < bytes) {
     memory.reset();
     size = 0;
-    memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    memory.reset(allocate_scratch(bytes));
     if (!memory) throw std::bad_alloc();
     size = bytes;
   }
