@@ -10,10 +10,7 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 def are_plain(*tensors: Any) -> bool:
     """Return True if none is of a subclass that must see the operators: DTensor, quantized, fake, traced."""
-    for t in tensors:
-        if type(t) not in _PLAIN:
-            return False
-    return True
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def forward_mode() -> bool:
