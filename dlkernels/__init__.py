@@ -19,6 +19,7 @@ if TYPE_CHECKING or not _entry.is_command_line():
         register_fusion,
         report,
         set_printoptions,
+        tune,
         unfuse,
     )
     from dlkernels import functional, losses, nn  # isort: skip  after the operators
@@ -35,6 +36,7 @@ __all__ = [
     "register_fusion",
     "report",
     "set_printoptions",
+    "tune",
     "unfuse",
 ]
 
