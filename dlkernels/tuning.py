@@ -37,6 +37,8 @@ from dlkernels.testing.agreement import arguments
 __all__ = ["GRID", "MeasuredLayer", "Size", "TuneError", "tune"]
 
 CLEARLY = 0.97  # a path that takes at least this share of another one's time is not clearly faster
+STEADY = 1.25  # a clock is steady if stock's median is below this multiple of its lower quartile
+ATTEMPTS = 3  # to find it steady
 SECONDS = 0.3  # of the timing of one product
 LEAST_TURNS = 5
 TURN = 5e-3  # seconds of calls in one turn ...
@@ -48,6 +50,10 @@ Key = TypeVar("Key", str, tuple[str, str])
 
 class TuneError(RuntimeError):
     """Nothing can be measured here, or in this way; the message says why."""
+
+
+class Unsteady(Exception):
+    """Equal calls took too different times."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +102,18 @@ class MeasuredLayer:
         size: the layer.
         rows: its rows of the table. A product has none if no path of it was right.
         refused: by path, why it was not timed: its results were wrong.
+        busy: other work made the times too different to say anything, so there are no rows.
     """
 
     size: Size
     rows: tuple[Row, ...]
     refused: dict[str, str]
+    busy: bool = False
 
     def __str__(self) -> str:
         taken = (f"{row.op} {row.path} {row.us[row.path] / row.us[STOCK]:.2f}" for row in self.rows)
-        lines = [f"{self.size}: {', '.join(taken) or 'no row'}"]
+        none = "no row, the machine is busy: equal calls took too different times" if self.busy else "no row"
+        lines = [f"{self.size}: {', '.join(taken) or none}"]
         return "\n".join(lines + [f"  {path} is left out: {why}" for path, why in self.refused.items()])
 
 
@@ -122,7 +131,9 @@ def tune(
     """Measure layers on this machine and write its route table, which this process then takes its routes from.
 
     Rows of earlier measurements stay in the table, unless the same product was measured again with the same number of
-    threads. All layers of the process take the routes that are tried meanwhile; so run nothing else beside it.
+    threads. The table is written after every layer, so an interruption loses none of those before. A layer whose calls
+    took too different times, because the machine did other work too, gets no rows. All layers of the process take the
+    routes that are tried meanwhile; so run nothing else beside it.
 
         >>> table = dlkernels.tune(model, torch.randn(64, 784))
 
@@ -163,12 +174,15 @@ def tune(
         before = routing.read(file, "")
         if not routing.why_not_here(before) and before.any_threads == any_threads:
             table = replace(table, rows=before.rows)
-    for size in sizes:
-        layer = measure(size, seconds)
-        told(layer)
-        table = with_rows(table, layer.rows)
-    write(table, file)
-    routing.install()
+    try:
+        for size in sizes:
+            layer = measure(size, seconds)
+            told(layer)
+            if layer.rows:
+                table = with_rows(table, layer.rows)
+                write(table, file)  # now, so that an interruption loses nothing
+    finally:
+        routing.install()
     return replace(table, name=file.name, source="tuned")
 
 
@@ -232,18 +246,23 @@ def measure(size: Size, seconds: float = SECONDS) -> MeasuredLayer:
         (dgrad, wgrad): {"dgrad": dgrad, "wgrad": wgrad}
         for dgrad, wgrad in itertools.product(able["dgrad"], able["wgrad"])
     }
-    rows = []
+    rows: list[Row] = []
     date, commit = datetime.date.today().isoformat(), _commit()
 
     def add(op: str, path: str, times: Mapping[str, float], stock: float) -> None:
         us = {name: float(f"{time * 1e6:.4g}") for name, time in {STOCK: stock, **times}.items()}
         rows.append(Row(op, size.dtype, size.m, size.n, size.k, torch.get_num_threads(), path, us, date, commit))
 
-    if forward:
-        times, stock = time_forward(layer, forward, seconds)
+    try:
+        forward_times = time_forward(layer, forward, seconds) if forward else None
+        backward_times = time_backward(layer, backward, seconds) if backward else None
+    except Unsteady:
+        return MeasuredLayer(size, (), refused, busy=True)
+    if forward_times:
+        times, stock = forward_times
         add("forward", choose(times, stock, usual["forward"], LIBRARY["cpu"]), times, stock)
-    if backward:
-        pairs, stock = time_backward(layer, backward, seconds)
+    if backward_times:
+        pairs, stock = backward_times
         chosen = choose(pairs, stock, (usual["dgrad"], usual["wgrad"]), (LIBRARY["cpu"],) * 2)
         for place, op in enumerate(("dgrad", "wgrad")):
             best: dict[str, float] = {}
@@ -361,14 +380,24 @@ def _beside_stock(
     steps += [(_table_of(paths, size), ours) for paths in contenders.values()]
     before = _C.use_routes(-1)
     try:
-        reference, *times = take_turns(steps, seconds)
+        for _ in range(ATTEMPTS):
+            reference, *times = take_turns(steps, seconds)
+            if statistics.median(reference) < STEADY * quartile(reference):
+                break
+        else:
+            raise Unsteady
     finally:
         _C.use_routes(before)
-    return dict(zip(contenders, times, strict=True)), reference
+    return dict(zip(contenders, map(quartile, times), strict=True)), quartile(reference)
 
 
-def take_turns(steps: Sequence[tuple[int, Callable[[], Any]]], seconds: float) -> list[float]:
-    """Return the median seconds of each step, a route table and a function that is called under it.
+def quartile(times: Sequence[float]) -> float:
+    """Return the lower quartile: other work on the machine only adds time, and to some calls only."""
+    return sorted(times)[len(times) // 4]
+
+
+def take_turns(steps: Sequence[tuple[int, Callable[[], Any]]], seconds: float) -> list[list[float]]:
+    """Return the seconds of all calls of each step, a route table and a function that is called under it.
 
     The steps run in turns, and each turn begins with another one, so that a change of the machine's speed affects all
     of them. Before its timed calls a step is called once, which brings its operands back into the cache.
@@ -388,7 +417,7 @@ def take_turns(steps: Sequence[tuple[int, Callable[[], Any]]], seconds: float) -
             step()
             samples[at] += [_timed(step) for _ in range(calls[at])]
         turns += 1
-    return [statistics.median(times) for times in samples]
+    return samples
 
 
 def _timed(step: Callable[[], Any]) -> float:

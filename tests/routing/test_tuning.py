@@ -92,7 +92,8 @@ def test_a_wrong_path_is_not_timed(times, monkeypatch):
     assert "packed is left out: y: error" in str(told[0])
 
 
-def test_every_path_is_measured_on_the_real_clock(cache):
+def test_every_path_is_measured_on_the_real_clock(cache, monkeypatch):
+    monkeypatch.setattr(tuning, "STEADY", 1e9)  # other tests may run beside this one
     table = dlkernels.tune(shapes=[SMALL, (4, 128, 30)], dtypes=["float32"], seconds=0.02)
     assert [(row.m, row.op) for row in table.rows] == [(m, op) for m in (4, 40) for op in routing.OPS]
     for row in table.rows:
@@ -132,6 +133,34 @@ def test_rows_for_another_number_of_threads_stay(times):
         assert paths(*SMALL)["forward"] == "aten"
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_layer_that_a_busy_machine_measured_gets_no_row(monkeypatch, cache):
+    def busy(steps, seconds):
+        attempts.append(len(steps))
+        return [[1.0, 1.0, 2.0, 2.0, 2.0]] * len(steps)
+
+    attempts, told = [], []
+    monkeypatch.setattr(tuning, "take_turns", busy)
+    assert dlkernels.tune(shapes=[SMALL], dtypes=["float32"], told=told.append).rows == ()
+    assert attempts == [3] * tuning.ATTEMPTS, "stock and two paths"
+    assert "no row, the machine is busy" in str(told[0])
+    assert not cache.exists()
+    monkeypatch.setattr(tuning, "take_turns", lambda steps, seconds: [[1.0, 1.0, 1.0, 1.0, 9.0]] * len(steps))
+    assert len(dlkernels.tune(shapes=[SMALL], dtypes=["float32"]).rows) == 3
+
+
+def test_an_interruption_loses_nothing(times, cache):
+    def stop(layer):
+        told.append(layer)
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    told = []
+    with pytest.raises(KeyboardInterrupt):
+        dlkernels.tune(shapes=[SMALL, (50, 600, 30)], dtypes=["float32"], told=stop)
+    assert {row.m for row in routing.read(cache / routing.file_name(), "").rows} == {40}
+    assert paths(*SMALL)["forward"] == "aten", "and the routes are taken"
 
 
 def test_a_table_is_whole_or_absent(times, cache, monkeypatch):
