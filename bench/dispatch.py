@@ -29,12 +29,11 @@ from bench.grid import DTYPES, GPU_SHAPES, Shape
 from dlkernels import _C, functional, routing
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
-from dlkernels.routing import Row, Table
+from dlkernels.routing import CLEARLY, Row, Table
 from dlkernels.testing import Layer, LayerJudge
 
 VARIABLE = "DLKERNELS_CUDA_GEMM"
 PRODUCTS = ("forward", "dgrad", "wgrad")
-CLEARLY = 0.97  # a clearly faster path takes less than this share of the present path's time
 NO_CHOICE = 77
 JUDGED_ROWS = 1024  # rows at most for the check against float64, which is slow on many GPUs
 PATIENCE = 300  # seconds for a path: one that hangs must not stop the others

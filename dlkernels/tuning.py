@@ -1,8 +1,8 @@
 """Measures on this machine which path is fastest for which layer, and writes the route table of :mod:`routing`.
 
 For each layer every path that the kernels have for its products is judged by the float64 oracle. The right ones are
-timed beside stock torch in one process, in turns. A path is taken only if it was right and ahead of stock; where none
-was, the product goes to torch's GEMM, with our passes around it.
+timed beside stock torch in one process, in turns. A path is taken only if it was right and not slower than stock by
+more than noise; where none is left, the product goes to torch's GEMM, with our passes around it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ from dlkernels.atomic import atomic_write
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.fusion.swap import walk
 from dlkernels.nn import LinearAct
-from dlkernels.routing import LIBRARY, OPS, PATHS, STOCK, Row, Table
+from dlkernels.routing import CLEARLY, LIBRARY, OPS, PATHS, STOCK, Row, Table
 from dlkernels.testing import Layer, LayerJudge
 from dlkernels.testing.agreement import arguments
 
 __all__ = ["GRID", "MeasuredLayer", "Size", "TuneError", "tune"]
 
-CLEARLY = 0.97  # a path that takes at least this share of another one's time is not clearly faster
 STEADY = 1.25  # a clock is steady if stock's median is below this multiple of its lower quartile
 ATTEMPTS = 3  # to find it steady
 SECONDS = 0.3  # of the timing of one product
@@ -260,30 +259,31 @@ def measure(size: Size, seconds: float = SECONDS) -> MeasuredLayer:
         return MeasuredLayer(size, (), refused, busy=True)
     if forward_times:
         times, stock = forward_times
-        add("forward", choose(times, stock, usual["forward"], LIBRARY["cpu"]), times, stock)
+        if path := choose(times, stock, usual["forward"], LIBRARY["cpu"]):
+            add("forward", path, times, stock)
     if backward_times:
         pairs, stock = backward_times
-        chosen = choose(pairs, stock, (usual["dgrad"], usual["wgrad"]), (LIBRARY["cpu"],) * 2)
-        for place, op in enumerate(("dgrad", "wgrad")):
-            best: dict[str, float] = {}
-            for pair, took in pairs.items():
-                best[pair[place]] = min(took, best.get(pair[place], took))
-            add(op, chosen[place], best, stock)
+        if chosen := choose(pairs, stock, (usual["dgrad"], usual["wgrad"]), (LIBRARY["cpu"],) * 2):
+            for place, op in enumerate(("dgrad", "wgrad")):
+                best: dict[str, float] = {}
+                for pair, took in pairs.items():
+                    best[pair[place]] = min(took, best.get(pair[place], took))
+                add(op, chosen[place], best, stock)
     return MeasuredLayer(size, tuple(rows), refused)
 
 
-def choose(times: Mapping[Key, float], stock: float, usual: Key, library: Key) -> Key:
+def choose(times: Mapping[Key, float], stock: float, usual: Key, library: Key) -> Key | None:
     """Return the path to take, of those in ``times``.
 
-    It is the fastest that is ahead of stock. The ``usual`` one, which the built-in rules take, stays if it is ahead of
-    stock and no other is clearly faster. If none is ahead of stock, it is the library's, or the fastest if that was
-    not measured.
+    It is the fastest that is not clearly slower than stock. The ``usual`` one, which the built-in rules take, stays if
+    it is not clearly slower than stock either, and no other is clearly faster. If all are clearly slower than stock, it
+    is the library's; None if that was wrong.
     """
-    ahead = [path for path, took in times.items() if took < stock]
-    if not ahead:
-        return library if library in times else min(times, key=lambda path: times[path])
-    best = min(ahead, key=lambda path: times[path])
-    return usual if usual in ahead and times[best] >= CLEARLY * times[usual] else best
+    good = [path for path, took in times.items() if took <= stock / CLEARLY]
+    if not good:
+        return library if library in times else None
+    best = min(good, key=lambda path: times[path])
+    return usual if usual in good and times[best] >= CLEARLY * times[usual] else best
 
 
 def draw(size: Size) -> Layer:

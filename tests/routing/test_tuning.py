@@ -50,15 +50,16 @@ def test_choices():
     assert choose({"packed": 0.5, "aten": 0.9}, 1.0, "packed", "aten") == "packed"
     assert choose({"packed": 0.9, "aten": 0.5}, 1.0, "packed", "aten") == "aten"
     assert choose({"packed": 0.90, "aten": 0.89}, 1.0, "packed", "aten") == "packed", "noise changes nothing"
-    assert choose({"packed": 1.01, "aten": 0.999}, 1.0, "packed", "aten") == "aten", "behind stock"
-    assert choose({"packed": 1.01, "aten": 1.02}, 1.0, "packed", "aten") == "aten", "no path is ahead"
-    assert choose({"packed": 1.0, "aten": 1.0}, 1.0, "packed", "aten") == "aten"
-    assert choose({"packed": 1.2, "few_rows": 1.1}, 1.0, "packed", "aten") == "few_rows", "torch's was wrong"
+    assert choose({"packed": 1.04, "aten": 1.02}, 1.0, "packed", "aten") == "aten", "behind stock"
+    assert choose({"packed": 1.05, "aten": 1.2}, 1.0, "packed", "aten") == "aten", "all are behind stock"
+    assert choose({"packed": 1.02, "aten": 1.2}, 1.0, "packed", "aten") == "packed", "within noise of stock"
+    assert choose({"packed": 1.02, "aten": 1.01}, 1.0, "packed", "aten") == "packed", "nor does it here"
+    assert choose({"packed": 1.2, "few_rows": 1.1}, 1.0, "packed", "aten") is None, "torch's was wrong"
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_routes_never_take_a_path_that_the_table_ranks_behind_stock(times, seed):
-    """Whatever the clock says, what is written is taken, and is ahead of stock or torch's own GEMM."""
+    """Whatever the clock says, what is written is taken: it is not behind stock by more than noise, or torch's GEMM."""
     draw = random.Random(seed)
     shape = draw.choice([(4, 100, 30), (40, 70, 30), (300, 64, 8), (300, 65, 200)])
     dtype = draw.choice(["float32", "bfloat16"])
@@ -69,9 +70,9 @@ def test_routes_never_take_a_path_that_the_table_ranks_behind_stock(times, seed)
     told = paths(*shape, getattr(torch, dtype))
     for row in table.rows:
         assert told[row.op] == row.path
-        assert row.path == "aten" or row.us[row.path] < row.us["stock"]
+        assert row.path == "aten" or row.us[row.path] < 1.031 * row.us["stock"]
     pair = tuple(row.path for row in table.rows[1:])
-    assert pair == ("aten", "aten") or times[pair] < 1, "together, too"
+    assert pair == ("aten", "aten") or times[pair] < 1.031, "together, too"
 
 
 def test_a_wrong_path_is_not_timed(times, monkeypatch):
@@ -167,7 +168,7 @@ def test_a_table_is_whole_or_absent(times, cache, monkeypatch):
     dlkernels.tune(shapes=[SMALL], dtypes=["float32"])
     before = (cache / routing.file_name()).read_text()
     monkeypatch.setattr(tuning, "choose", lambda times, stock, usual, library: usual)  # behind stock
-    with pytest.raises(routing.RouteError, match="not slower than stock"):
+    with pytest.raises(routing.RouteError, match="not clearly slower than stock"):
         dlkernels.tune(shapes=[SMALL], dtypes=["float32"])
     assert (cache / routing.file_name()).read_text() == before
     assert [file.name for file in cache.iterdir()] == [routing.file_name()]
