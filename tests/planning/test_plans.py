@@ -283,6 +283,12 @@ def test_an_instruction_set_without_measurements_has_torch_s_products(planning):
         assert forward_path(planning, shape, isa="portable") == "aten"
     assert forward_path(planning, BIG, isa="portable", forced=OWN) == "packed"
 
+    def slices(isa, forced=NO, capped=0):
+        return planning.cpu_mlp_slices(isa.encode(), forced, capped, ctypes.c_int64(4096), ctypes.c_int64(64))
+
+    assert slices("portable") == 0, "nor fused MLPs"
+    assert slices("avx2") == slices("portable", OWN) == slices("portable", capped=1) == 4
+
 
 def test_rows_for_a_gpu(planning, table):
     table((DGRAD, "bfloat16", (4096, 512, 512), 90, "cublas"), (WGRAD, "bfloat16", (4096, 512, 512), 90, "hopper"))

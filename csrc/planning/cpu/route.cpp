@@ -46,6 +46,11 @@ Route autocast_route(Op op, const Shape& shape, bool contiguous) {
   return {Path::packed, "our packed GEMM, which rounds float32 to bfloat16 while it packs"};
 }
 
+// Nobody has measured this kernel set beside torch, and nobody asked for it.
+bool is_unmeasured(const Machine& machine) {
+  return machine.forced == Forced::no && !machine.isa_capped && !std::strcmp(machine.kernels->isa, "portable");
+}
+
 // The kernels can compute this product by this path, fast or not.
 bool takes(Path path, Op op, const Shape& shape, DType dtype, bool contiguous, const Machine& machine) {
   const FewForward& tiles = machine.table(dtype).tiles_forward;
@@ -83,7 +88,7 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
   if (unforced && dtype == DType::f16 && machine.amx_fp16)
     return {Path::aten,
             "this CPU has AMX-FP16 and dlkernels has no micro-kernel for it: torch's GEMM, our passes around it"};
-  if (unforced && !std::strcmp(machine.kernels->isa, "portable"))
+  if (!empty && is_unmeasured(machine))
     return {Path::aten,
             "no measurement says that our portable kernels are faster here: torch's GEMM, our passes around it"};
   // Measured on AVX-512 BF16 with 128 rows and weights of 17 and 38 million elements: ours 0.76 to 0.95 of torch's speed.
@@ -109,7 +114,8 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
 
 int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machine& machine) {
   const KernelTable& table = machine.table(dtype);
-  if (machine.forced == Forced::aten || layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
+  if (machine.forced == Forced::aten || is_unmeasured(machine)) return 0;
+  if (layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
   int64_t parameters = 0;
   for (const Shape& layer : layers) {
     const int64_t widest = layer.n > layer.k ? layer.n : layer.k;
