@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def times(monkeypatch):
-    """Seconds that a clock in place of the real one gives: by path for forward and for pairs of paths, and "stock"."""
+    """Microseconds by a clock in place of the real one: by path for forward, by pair of paths, and "stock"."""
     given = {"stock": 1.0}
 
     def clock(layer, contenders, seconds):
