@@ -6,10 +6,10 @@ Reading order:
 
 1. ``grid``: the shapes, dtypes, modes and columns.
 2. ``contenders``: the functions that are compared.
-3. ``judge``: refuses a contender with wrong results before it is timed.
-4. ``harness``, ``memory`` and ``peak``: how time, memory and the machine's peaks are measured.
-5. ``run``: measures everything and stores it in a ``record``.
-6. ``figures``: ratios and shares; ``table``, ``plot`` and ``readme_table`` show them.
+3. ``harness``, ``memory`` and ``peak``: how time, memory and the machine's peaks are measured.
+4. ``run``: refuses contenders with wrong results (``dlkernels.testing``), measures the others and stores it all in a
+   ``record``.
+5. ``figures``: ratios and shares; ``table``, ``plot`` and ``readme_table`` show them.
 
 ``overhead``, ``networks``, ``dispatch`` and ``trainer_loop`` are separate programs.
 """

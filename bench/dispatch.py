@@ -1,8 +1,7 @@
-"""Measures which CUDA path is fastest: ``python -m bench.dispatch`` rewrites csrc/planning/cuda/dispatch_table.inc.
+"""Measures which CUDA path is fastest: ``python -m bench.dispatch`` writes dlkernels/routes/cuda-GPU.json.
 
-A row is a class of layers (architecture, dtype, the powers of two at or below M, N and K), a product, and its path.
-Every path of this build is timed on every class, in a separate process: DLKERNELS_CUDA_GEMM, which chooses the path,
-may be read only once. Rows of other architectures, and of classes that are not measured, stay. A path is replaced only
+Every path of this build is timed on every layer, in a separate process: DLKERNELS_CUDA_GEMM, which chooses the path,
+may be read only once. Rows of other architectures, and of layers that are not measured, stay. A path is replaced only
 by one that is clearly faster, so that noise changes no row. A path that is wrong, fails or hangs is left out. The exit
 status is 77 if the build has only one path.
 """
@@ -10,10 +9,10 @@ status is 77 if the build has only one path.
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -27,25 +26,23 @@ import torch
 from bench import harness, machine
 from bench.clock import CudaClock, Graph
 from bench.grid import DTYPES, GPU_SHAPES, Shape
-from bench.judge import Judge
-from dlkernels import _C, functional
+from dlkernels import _C, functional, routing
+from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
-from dlkernels.testing import Layer
+from dlkernels.routing import CLEARLY, Row, Table
+from dlkernels.testing import Layer, LayerJudge
 
-TABLE = machine.ROOT / "csrc" / "planning" / "cuda" / "dispatch_table.inc"
-BEGIN, END = "// dispatch:begin", "// dispatch:end"
 VARIABLE = "DLKERNELS_CUDA_GEMM"
 PRODUCTS = ("forward", "dgrad", "wgrad")
-CLEARLY = 0.97  # a clearly faster path takes less than this share of the present path's time
 NO_CHOICE = 77
 JUDGED_ROWS = 1024  # rows at most for the check against float64, which is slow on many GPUs
 PATIENCE = 300  # seconds for a path: one that hangs must not stop the others
 
 
-class Class(NamedTuple):
-    """Layers that share a row.
+class Product(NamedTuple):
+    """What a row is for: a product of a layer.
 
-    arch is 90 for 9.0; for every product m, n and k are floor(log2) of the layer's sizes.
+    arch is 90 for 9.0; for every product m, n and k are the layer's sizes.
     """
 
     arch: int
@@ -56,8 +53,8 @@ class Class(NamedTuple):
     product: str
 
 
-Rows = dict[Class, str]
-Times = dict[Class, float]
+Rows = dict[Product, str]
+Times = dict[Product, float]
 
 
 def paths() -> tuple[str, ...]:
@@ -67,38 +64,45 @@ def paths() -> tuple[str, ...]:
 
 # ---- the file --------------------------------------------------------------------------------------------------------
 
-_ROW = re.compile(r"\{(\d+), DType::(\w+), (\d+), (\d+), (\d+), Op::(\w+), Path::(\w+)\},")
-_NAMES = {"fp64": "f64", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # DType in csrc/kernels/params.h
+_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def table_of(gpu: str) -> Path:
+    """Return the file of the shipped table for this GPU."""
+    return routing.SHIPPED / f"cuda-{machine.slug(gpu)}.json"
+
+
+def product_of(row: Row) -> Product:
+    dtype = next(name for name, there in _NAMES.items() if there == row.dtype)
+    return Product(row.where, dtype, row.m, row.n, row.k, row.op)
 
 
 def parse(text: str) -> Rows:
-    """Return the rows; ValueError unless each marker is there once, in order, with only rows and comments between."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one line {BEGIN} and after it one line {END}; put them in")
-    dtypes = {there: here for here, there in _NAMES.items()}
-    rows = {}
-    for line in text.split(BEGIN)[1].split(END)[0].splitlines():
-        if found := _ROW.match(line):
-            arch, dtype, m, n, k, product, path = found.groups()
-            rows[Class(int(arch), dtypes[dtype], int(m), int(n), int(k), product)] = path
-        elif line.strip() and not line.startswith("//"):
-            raise ValueError(f"expected rows and comments between the markers, got {line!r}")
-    return rows
+    """Return the path of each product; raises :class:`routing.RouteError`, a ValueError, for a damaged table."""
+    table = routing.parse(text)
+    if table.device != "cuda":
+        raise routing.RouteError(f"expected a table for CUDA, got one for {table.device}")
+    return {product_of(row): row.path for row in table.rows}
 
 
-def render(text: str, rows: Rows, comment: str) -> str:
-    """Return ``text`` with these rows, sorted, between its markers."""
-    lines = [f"// {comment}"] if comment else []
-    for c in sorted(rows):
-        lines.append(f"{{{c.arch}, DType::{_NAMES[c.dtype]}, {c.m}, {c.n}, {c.k}, Op::{c.product}, Path::{rows[c]}}},")
-    return "\n".join([text.split(BEGIN)[0] + BEGIN, *lines, END + text.split(END)[1]])
+def with_rows(table: Table, rows: Rows, times: Mapping[str, Times], date: str, commit: str) -> Table:
+    """Return the table with a row for each of ``rows``, sorted. Those that were not measured stay as they were."""
+    old = {product_of(row): row for row in table.rows}
+
+    def row_of(p: Product) -> Row:
+        us = {path: float(f"{measured[p] * 1e6:.4g}") for path, measured in times.items() if p in measured}
+        if not us:
+            return old[p]
+        return Row(p.product, _NAMES[p.dtype], p.m, p.n, p.k, p.arch, rows[p], us, date, commit)
+
+    return replace(table, rows=tuple(row_of(p) for p in sorted(rows)))
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
 
 def choose(old: Rows, times: Mapping[str, Times]) -> Rows:
-    """Return ``old`` with the fastest path of every measured class, or the old path if it is not clearly slower."""
+    """Return ``old`` with the fastest path of every measured product, or the old path if it is not clearly slower."""
     rows = dict(old)
     for c in {c for measured in times.values() for c in measured}:
         taken = {path: measured[c] for path, measured in times.items() if c in measured}
@@ -110,22 +114,26 @@ def choose(old: Rows, times: Mapping[str, Times]) -> Rows:
 
 
 def shapes() -> list[Shape]:
-    """Return the grid's shapes and a lattice of shapes, one for each class."""
+    """Return the grid's shapes and a lattice of shapes, one for each class: floor(log2) of M, N and K."""
     lattice = itertools.product((16, 256, 4096, 65536), (64, 512, 4096), (64, 512, 4096))
     every = [*GPU_SHAPES.values(), *(Shape(f"{m}x{k}x{n}", m, k, n) for m, n, k in lattice)]
-    return list({classes(0, "", shape)[0]: shape for shape in reversed(every)}.values())
+    return list({class_of(shape): shape for shape in reversed(every)}.values())
 
 
-def classes(arch: int, dtype: str, shape: Shape) -> list[Class]:
-    """Return the classes of a layer's three products."""
-    m, n, k = (size.bit_length() - 1 for size in (shape.m, shape.n, shape.k))
-    return [Class(arch, dtype, m, n, k, product) for product in PRODUCTS]
+def class_of(shape: Shape) -> tuple[int, int, int]:
+    """Return floor(log2) of M, N and K: layers of one class share a row (csrc/planning/routes.h)."""
+    return shape.m.bit_length() - 1, shape.n.bit_length() - 1, shape.k.bit_length() - 1
+
+
+def products(arch: int, dtype: str, shape: Shape) -> list[Product]:
+    """Return the three products of a layer."""
+    return [Product(arch, dtype, shape.m, shape.n, shape.k, product) for product in PRODUCTS]
 
 
 # ---- the clock -------------------------------------------------------------------------------------------------------
 
 
-def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
+def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Product, float]]:
     """Yield the seconds of each product on the environment's path, by graphs over buffers larger than the L2 cache.
 
     The time of a backward with both dgrad and wgrad is divided in proportion to the time of each alone: so a path that
@@ -142,8 +150,8 @@ def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
             continue
         refuse_wrong(shape, dtype)
         sets = harness.rotation(inputs, DTYPES[dtype], cache)[:64]
-        took = shares(lambda products, sets=sets: _median(products, sets))  # type: ignore[misc]
-        for c in classes(10 * major + minor, dtype, shape):
+        took = shares(lambda wanted, sets=sets: _median(wanted, sets))  # type: ignore[misc]
+        for c in products(10 * major + minor, dtype, shape):
             if c.product in taken:
                 yield c, took[c.product]
 
@@ -151,7 +159,7 @@ def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Class, float]]:
 def refuse_wrong(shape: Shape, dtype: str, device: str = "cuda") -> None:
     """Raise RuntimeError if a layer of this class breaks the tests' tolerance rule."""
     i = harness.draw(replace(shape, m=min(shape.m, JUDGED_ROWS)), dtype, 0, device)
-    wrong = Judge(Layer(i.x, i.weight, i.bias, i.g, "relu")).objection(functional.linear_relu)
+    wrong = LayerJudge(Layer(i.x, i.weight, i.bias, i.g, "relu")).objection(functional.linear_relu)
     if wrong:
         raise RuntimeError(f"wrong at {shape} in {dtype}: {wrong}")
 
@@ -200,13 +208,22 @@ def time_path(path: str, dtypes: Sequence[str]) -> Times:
         raise RuntimeError(f"{VARIABLE}={path}: still running after {PATIENCE} s") from None
     if run.returncode:
         raise RuntimeError(f"{VARIABLE}={path}: exit status {run.returncode}; its message is above")
-    return {Class(*row): seconds for row, seconds in map(json.loads, run.stdout.splitlines())}
+    return {Product(*row): seconds for row, seconds in map(json.loads, run.stdout.splitlines())}
 
 
 def update(
-    table: Path, names: Sequence[str], measure: Callable[[str], Times], comment: str, rounds: int = 2
+    file: Path,
+    head: Table,
+    names: Sequence[str],
+    measure: Callable[[str], Times],
+    date: str,
+    commit: str,
+    rounds: int = 2,
 ) -> tuple[Rows, int]:
-    """Time every path ``rounds`` times, in turns, and write the table. Return the rows and how many changed."""
+    """Time every path ``rounds`` times, in turns, and write the table. Return the rows and how many changed.
+
+    ``head`` is the table without rows; those of the present file stay where they are not measured again.
+    """
     times: dict[str, Times] = {name: {} for name in names}
     for _, name in itertools.product(range(rounds), names):
         if name in times:
@@ -218,18 +235,19 @@ def update(
                 continue
             for c, seconds in found.items():
                 times[name][c] = min(seconds, times[name].get(c, float("inf")))
-    text = table.read_text()
+    text = file.read_text() if file.exists() else head.text()
     old = parse(text)
     rows = choose(old, times)
-    with atomic_write(table) as file:
-        file.write(render(text, rows, comment).encode())
+    table = with_rows(replace(head, rows=routing.parse(text).rows), rows, times, date, commit)
+    with atomic_write(file) as opened:
+        opened.write(table.text().encode())
     return rows, sum(rows[c] != old.get(c) for c in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.dispatch", description=__doc__.split("\n")[0])
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
-    parser.add_argument("--table", type=Path, default=TABLE, help="(default: csrc/planning/cuda/dispatch_table.inc)")
+    parser.add_argument("--table", type=Path, help="(default: dlkernels/routes/cuda-GPU.json)")
     parser.add_argument("--time-here", action="store_true", help="time the path that the environment chose, print JSON")
     args = parser.parse_args(argv)
     if why := machine.no_gpu():
@@ -242,10 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(names) < 2:
         print("bench.dispatch: this build has one path per product, so there is nothing to choose from.")
         return NO_CHOICE
-    where, commit = machine.facts("cuda"), machine.commit()["hash"] or "unknown"
-    comment = f"{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}, commit {commit[:10]}"
-    rows, changed = update(args.table, names, lambda path: time_path(path, args.dtypes), comment)
-    print(f"{args.table}: {len(rows)} rows, {changed} of them changed")
+    gpu, commit = machine.facts("cuda")["gpu"], machine.commit()["hash"] or ""
+    file = args.table or table_of(gpu)
+    head = Table("cuda", gpu, "", torch.__version__, __version__, False, ())
+    today = datetime.date.today().isoformat()
+    rows, changed = update(file, head, names, lambda path: time_path(path, args.dtypes), today, commit)
+    print(f"{file}: {len(rows)} rows, {changed} of them changed")
     return 0
 
 

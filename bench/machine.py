@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import isa
-from dlkernels import _C
+from dlkernels import _C, routing
 from dlkernels._version import __version__
 from tools import gpu
 
@@ -63,6 +63,7 @@ def facts(device: str = "cpu") -> dict[str, Any]:
         "kernels": _C.cpu_kernels(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "routes": routing.identity(),
         "environment": isa.in_force(),
     }
 

@@ -13,9 +13,8 @@ import torch
 from bench import contenders, harness
 from bench.contenders import OURS, REFERENCE
 from bench.grid import MODES, shape_named
-from bench.judge import Judge
 from dlkernels.atomic import write_json
-from dlkernels.testing import STOCK, Layer
+from dlkernels.testing import STOCK, Layer, LayerJudge
 
 
 def measure(seconds: float = 2.0, activation: str = "relu") -> dict[str, dict[str, float]]:
@@ -26,7 +25,7 @@ def measure(seconds: float = 2.0, activation: str = "relu") -> dict[str, dict[st
     """
     inputs = harness.draw(shape_named("1x8x8"), "fp32", seed=0)
     ops = contenders.make((REFERENCE, OURS), activation)
-    judge = Judge(Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
+    judge = LayerJudge(Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
     if wrong := judge.objection(ops[OURS]):
         raise AssertionError(wrong)
     found = {}

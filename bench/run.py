@@ -16,9 +16,8 @@ import torch
 from bench import contenders, figures, harness, machine, memory, peak, record
 from bench.contenders import Op
 from bench.grid import COLUMNS, DTYPES, GPU_SHAPES, MODES, SHAPES, Shape, shape_named
-from bench.judge import Judge
 from dlkernels import functional
-from dlkernels.testing import STOCK, Layer
+from dlkernels.testing import STOCK, Layer, LayerJudge
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def measure_layer(
 ) -> record.Layer:
     """Judge every contender, then measure the right ones in every mode and column."""
     inputs = harness.draw(shape, dtype, seed, settings.device)
-    judge = Judge(Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
+    judge = LayerJudge(Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
     objections = {name: judge.objection(op, name not in contenders.FORWARD_ONLY) for name, op in ops.items()}
     del judge  # its float64 tensors are several times the size of the inputs
     right = {name: op for name, op in ops.items() if objections[name] is None}

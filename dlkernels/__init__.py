@@ -20,6 +20,7 @@ if TYPE_CHECKING or not _entry.is_command_line():
         report,
         set_printoptions,
         training_step,
+        tune,
         unfuse,
     )
     from dlkernels import functional, losses, nn  # isort: skip  after the operators
@@ -37,6 +38,7 @@ __all__ = [
     "report",
     "set_printoptions",
     "training_step",
+    "tune",
     "unfuse",
 ]
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from dlkernels._version import __version__
-from dlkernels.cli import compare, cross_validate, export, find_lr, fuse, info, predict, report, train
+from dlkernels.cli import compare, cross_validate, export, find_lr, fuse, info, predict, report, train, tune
 from dlkernels.cli.command import STATUSES, process_setup, program, reject_unknown, run_command
 
 
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"dlkernels {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (info, train, find_lr, cross_validate, report, compare, predict, export, fuse):
+    for command in (info, train, find_lr, cross_validate, report, compare, predict, export, fuse, tune):
         command.add_parser(subparsers)
     args, unknown = parser.parse_known_args(argv)
     reject_unknown(args.command, unknown)

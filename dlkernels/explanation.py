@@ -33,8 +33,8 @@ class Explanation:
       "fused_mlp" (up to 128 features: the weight stays in shared memory, dgrad and wgrad are one kernel);
     * of several layers, on both, "fused_mlp": a block of rows goes through all of them, see :func:`functional.mlp`.
 
-    ``kernel`` names dtype, tile and instruction set. ``splits`` is the number of slices that the sum is cut in.
-    ``threads`` are the CPU's; 0 on CUDA.
+    ``why`` names the row of the route table that decides, if one does. ``kernel`` names dtype, tile and instruction
+    set. ``splits`` is the number of slices that the sum is cut in. ``threads`` are the CPU's; 0 on CUDA.
     """
 
     op: str

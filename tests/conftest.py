@@ -8,11 +8,16 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from dlkernels import _C
+from dlkernels import _C, routing
 from dlkernels.trainer import graph
 
 HAS_GPU = torch.cuda.is_available() and _C.build_config()["cuda"] is not None
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_GPU else [])]
+
+# The tests of paths and rules are about the built-in ones: a table of this machine, shipped or tuned, would make them
+# depend on it. Tests of tables choose their own.
+os.environ["DLKERNELS_ROUTES"] = "default"
+routing.use(())
 
 # Machines with a GPU may have no registry to install from: what else is there is still tested.
 NEEDS = {

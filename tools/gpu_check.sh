@@ -9,7 +9,7 @@
 #   bench     every layer of the GPU's grid: bench/results/GPU.json and its table
 #   networks  whole networks, their graphs and the floor of chains: bench/results/GPU-networks.json
 #   autotune  a few layers beside torch.compile's max-autotune, which tunes for minutes: GPU-max-autotune.json
-#   dispatch  times every path of the CUDA dispatcher and writes csrc/planning/cuda/dispatch_table.inc; build and bench follow
+#   dispatch  times every path of the CUDA dispatcher and writes dlkernels/routes/cuda-GPU.json; bench follows
 #
 # Without a stage all of them run, in this order. Each is meant to take less than 10 minutes on 16 cores, and is stopped
 # where a kernel hangs; a benchmark stops after STAGE_SECONDS (590).
@@ -161,10 +161,12 @@ stage_dispatch() {
   "$python" -m bench.dispatch
   local status=$?
   case $status in
-    0) say "csrc/planning/cuda/dispatch_table.inc; now build and bench again" ;;
+    0)
+      say "dlkernels/routes/cuda-GPU.json; now bench again"
+      cp dlkernels/routes/cuda-*.json "$out"
+      ;;
     "$SKIPPED") say "this build has one path per product: nothing to choose from" ;;
   esac
-  cp csrc/planning/cuda/dispatch_table.inc "$out"
   return $status
 }
 

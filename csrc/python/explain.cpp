@@ -10,6 +10,7 @@
 #include "kernels/cpu/kernels.h"
 #include "planning/cpu/plan.h"
 #include "planning/cpu/route.h"
+#include "python/names.h"
 #ifdef DLKERNELS_CUDA
 #include "ops/cuda/machine.h"
 #endif
@@ -23,13 +24,6 @@ namespace py = pybind11;
 using PyView = std::array<int64_t, 3>;
 
 View view_of(const PyView& v) { return {reinterpret_cast<const void*>(v[0]), v[1], v[2]}; }
-
-DType dtype_named(const std::string& dtype) {
-  const char* const dtypes[] = {"float64", "float32", "bfloat16", "float16"};
-  for (int index = 0; index < 4; ++index)
-    if (dtype == dtypes[index]) return static_cast<DType>(index);
-  throw py::type_error("expected float64, float32, bfloat16 or float16, got " + dtype);
-}
 
 // The layer that Python describes.
 struct Layer {

@@ -10,6 +10,7 @@
 #include "kernels/cpu/isa/isa.h"
 #include "planning/cpu/machine.h"
 #include "python/explain.h"
+#include "python/routes.h"
 
 namespace py = pybind11;
 
@@ -89,4 +90,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_autocast", &cpu_autocast,
         "True where layers under bfloat16 autocast convert float32 parameters themselves.");
   dlk::python::add_explain(m);
+  dlk::python::add_routes(m);
 }

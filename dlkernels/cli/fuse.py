@@ -68,7 +68,7 @@ def _fuse(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    stock, inputs = make(args.model, _settings(args.set), args.batch_size, args.size)
+    stock, inputs = make(args.model, read_settings(args.set), args.batch_size, args.size)
     stock = stock.to(args.device, dtype).eval()
     inputs = tree_map_only(
         Tensor, lambda t: t.to(args.device, dtype) if t.is_floating_point() else t.to(args.device), inputs
@@ -81,7 +81,8 @@ def _fuse(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
+def read_settings(pairs: list[str]) -> dict[str, Any]:
+    """Read the values of ``--set``: Python literals, or texts; raises :class:`SettingError`."""
     found = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

@@ -17,10 +17,10 @@ Facts = dict[str, dict[str, Any]]
 
 
 def collect() -> Facts:
-    """Return printable facts by section: "dlkernels", "built for", "you have", "CPU", "CUDA"."""
+    """Return printable facts by section: "dlkernels", "built for", "you have", "CPU", "CUDA", "routes"."""
     import torch
 
-    from dlkernels import _C
+    from dlkernels import _C, routing
     from dlkernels._load import BUILT_FOR
 
     built = _C.build_config()
@@ -41,6 +41,7 @@ def collect() -> Facts:
         },
         "CPU": _cpu(),
         "CUDA": _cuda(built["cuda_archs"]),
+        "routes": routing.facts(),
     }
 
 
@@ -52,7 +53,7 @@ def provenance(config: RunConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(),
         "versions": {"dlkernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {section: facts[section] for section in ("you have", "CPU", "CUDA")},
+        "machine": {section: facts[section] for section in ("you have", "CPU", "CUDA", "routes")},
         "threads": torch.get_num_threads(),
     }
 
@@ -102,7 +103,7 @@ def one_line(facts: Facts) -> str:
         f"Python {have['Python']}",
         have["platform"],
         built["compiler"],
-        f"{cpu['in use']}, threads {cpu['threads']}",
+        f"{cpu['in use']}, threads {cpu['threads']}, routes {facts['routes']['hash']}",
     ]
     return "; ".join(parts)
 

@@ -21,7 +21,8 @@ of the dtype. Our tests and our benchmark use these functions, and your tests ca
         assert_models_agree(fused, stock, torch.randn(64, 30))
 
 * Layers: :class:`Layer`, :func:`oracle`, :func:`error`, :func:`stock_errors`, :func:`assert_no_worse`,
-  :func:`assert_layer_no_worse`, and the tables of activations ``STOCK``, ``EXACT`` and ``REWRITTEN``.
+  :func:`assert_layer_no_worse`, :class:`LayerJudge`, and the tables of activations ``STOCK``, ``EXACT`` and
+  ``REWRITTEN``.
 * Losses: :func:`mse_oracle`, :func:`cross_entropy_oracle`, :func:`gaussian_nll_oracle` and :class:`LossJudge`.
 * Models: :class:`Agreement`, :func:`judge`, :func:`assert_models_agree`.
 """
@@ -33,6 +34,7 @@ from dlkernels.testing.oracle import (
     REWRITTEN,
     STOCK,
     Layer,
+    LayerJudge,
     assert_layer_no_worse,
     assert_no_worse,
     error,
@@ -46,6 +48,7 @@ __all__ = [
     "STOCK",
     "Agreement",
     "Layer",
+    "LayerJudge",
     "LossJudge",
     "assert_layer_no_worse",
     "assert_models_agree",

@@ -233,6 +233,53 @@ def assert_layer_no_worse(layer: Layer, op: Op, granted: float = 1.0) -> None:
         assert_no_worse(t, *exact[name], max(granted, allowed[name]), name)
 
 
+class LayerJudge:
+    """Judges several ops at one layer: it holds the float64 results and stock torch's error against them.
+
+    The oracle is expensive: six products in float64. It is computed once, and again only for a contender whose ReLU
+    gates differ from stock's (the oracle reads them from the output under test).
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        if not __debug__:
+            raise RuntimeError(
+                "expected Python with assertions, which check the results; got python -O. Run it without"
+            )
+        self.layer = layer
+        stock = layer.stock()
+        self._gates = stock["y"] > 0
+        self._exact = self._oracle(stock["y"])
+        self._stock_error = stock_errors(layer, stock, self._exact)
+
+    def _oracle(self, y: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        # It runs on the layer's device: for a GPU's grid a CPU would take minutes.
+        return oracle(self.layer, y, self.layer.x.device)
+
+    def objection(self, op: Op, backward: bool = True) -> str | None:
+        """Return how the results of ``op(x, weight, bias)`` break the rule, or its error; None if all is well.
+
+        It runs once, forward and, with ``backward``, backward.
+        """
+        one = self.layer
+        try:
+            results = one.run(op) if backward else {"y": op(one.x, one.weight, one.bias)}
+        except Exception as failure:  # the failure of a contender must not stop the others
+            lines = (str(failure).strip() or type(failure).__name__).splitlines()
+            return f"{type(failure).__name__}: {lines[0]}"
+        for name, t in results.items():
+            expected = self._exact[name][0].shape
+            if t.shape != expected or t.dtype != self.layer.x.dtype:
+                return f"{name}: expected {self.layer.x.dtype} {tuple(expected)}, got {t.dtype} {tuple(t.shape)}"
+        same = torch.equal(results["y"] > 0, self._gates)
+        exact = self._exact if same else self._oracle(results["y"])
+        try:
+            for name, t in results.items():
+                assert_no_worse(t, *exact[name], self._stock_error[name], name)
+        except AssertionError as wrong:
+            return str(wrong)
+        return None
+
+
 def reordered_stock(layer: Layer) -> dict[str, Tensor]:
     """Return stock's results with every sum in another random order, and activations by ``REWRITTEN``."""
     k, n = layer.x.shape[-1], layer.g.shape[-1]

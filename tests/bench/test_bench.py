@@ -18,12 +18,11 @@ from bench import run as runs
 from bench.__main__ import main, parser
 from bench.grid import DTYPES, MODES, SHAPES, Shape, shape_named
 from bench.harness import Timing
-from bench.judge import Judge
 from bench.peak import Peak
 from bench.readme_table import BEGIN, END, markdown, rewrite
 from bench.readme_table import main as write_readme
 from bench.table import show
-from dlkernels.testing import STOCK, Layer
+from dlkernels.testing import STOCK, Layer, LayerJudge
 from tests.support.paths import ROOT
 
 SMALL = Shape("small", 24, 48, 16)
@@ -77,13 +76,13 @@ def test_the_judge_refuses_what_is_wrong(why):
     one = layer()
     if "15" in why:
         one.run = lambda op: {"y": op(one.x, one.weight, one.bias)}
-    assert Judge(one).objection(WRONG[why]).startswith(why)
+    assert LayerJudge(one).objection(WRONG[why]).startswith(why)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", STOCK)
 def test_the_judge_accepts_every_contender(dtype, activation):
-    judge = Judge(layer(dtype, activation=activation))
+    judge = LayerJudge(layer(dtype, activation=activation))
     ops = contenders.make(contenders.DEFAULT, activation)
     assert {contenders.OURS, contenders.REFERENCE} <= ops.keys()
     assert {name: judge.objection(op) for name, op in ops.items()} == dict.fromkeys(ops)
@@ -102,12 +101,12 @@ def test_the_judge_accepts_either_side_of_the_kink():
 
     assert one.stock()["y"][0, 0] > 0
     assert one.run(shifted)["y"][0, 0] == 0
-    assert Judge(one).objection(shifted) is None
+    assert LayerJudge(one).objection(shifted) is None
 
 
 @pytest.mark.slow
 def test_the_judge_accepts_the_compiled_contenders():
-    judge = Judge(layer())
+    judge = LayerJudge(layer())
     for name, op in contenders.make(contenders.COMPILED, "relu").items():
         assert judge.objection(op) is None, name
 

@@ -14,14 +14,15 @@ from bench import command, contenders, dispatch, figures, floors, harness, machi
 from bench import record as records
 from bench.__main__ import main, parser
 from bench.clock import CudaClock
-from bench.dispatch import BEGIN, END, Class
+from bench.dispatch import Product
 from bench.floors import Rates
 from bench.grid import COLUMNS, DTYPES, GPU_SHAPES, MODES, SHAPES, Shape, shape_named
 from bench.harness import Timing
-from bench.judge import Judge
 from bench.peak import Peak
 from bench.table import show
-from dlkernels.testing import Layer
+from dlkernels import routing
+from dlkernels.routing import Row, Table
+from dlkernels.testing import Layer, LayerJudge
 from tests.conftest import HAS_GPU
 
 H200 = Rates(790e12, 4.3e12)  # operations and bytes per second
@@ -226,7 +227,7 @@ def test_only_peers_that_are_installed_run(monkeypatch):
 
 def test_forward_only_contenders_are_judged_by_their_forward():
     drawn = harness.draw(Shape("small", 24, 48, 16), "fp32", seed=1)
-    judge = Judge(Layer(drawn.x, drawn.weight, drawn.bias, drawn.g, "relu"))
+    judge = LayerJudge(Layer(drawn.x, drawn.weight, drawn.bias, drawn.g, "relu"))
     op = contenders.make(["addmm_activation"], "relu")["addmm_activation"]
     assert judge.objection(op, backward=False) is None
     assert judge.objection(lambda x, w, b: op(x, w, b) * 1.01, backward=False).startswith("y: error")
@@ -334,36 +335,41 @@ def refuses_capture(activation):
 
 # ---- the dispatch table ----------------------------------------------------------------------------------------------
 
-EMPTY = f"// head\n{BEGIN}\n{END}\n"
-ONE, TWO = Class(90, "bf16", 8, 8, 9, "forward"), Class(90, "bf16", 8, 8, 9, "wgrad")
-OTHER = Class(80, "fp32", 3, 4, 5, "dgrad")
+HEAD = Table("cuda", "a GPU", "", "2.13.0", "0.1.0", False, ())
+EMPTY = HEAD.text()
+ONE, TWO = Product(90, "bf16", 256, 256, 784, "forward"), Product(90, "bf16", 256, 256, 784, "wgrad")
+OTHER = Product(80, "fp32", 8, 16, 32, "dgrad")
 
 
 def test_rows_are_sorted_and_read_back():
     rows = {TWO: "simt", ONE: "mma", OTHER: "cublas"}
-    text = dispatch.render(EMPTY, rows, "a GPU")
-    assert text.splitlines() == [
-        "// head",
-        BEGIN,
-        "// a GPU",
-        "{80, DType::f32, 3, 4, 5, Op::dgrad, Path::cublas},",
-        "{90, DType::bf16, 8, 8, 9, Op::forward, Path::mma},",
-        "{90, DType::bf16, 8, 8, 9, Op::wgrad, Path::simt},",
-        END,
-    ]
+    times = {"simt": {TWO: 2e-6}, "mma": {ONE: 1e-6, TWO: 3e-6}, "cublas": {OTHER: 1e-5}}
+    table = dispatch.with_rows(HEAD, rows, times, "2026-11-28", "abc")
+    assert table.rows == (
+        Row("dgrad", "float32", 8, 16, 32, 80, "cublas", {"cublas": 10.0}, "2026-11-28", "abc"),
+        Row("forward", "bfloat16", 256, 256, 784, 90, "mma", {"mma": 1.0}, "2026-11-28", "abc"),
+        Row("wgrad", "bfloat16", 256, 256, 784, 90, "simt", {"simt": 2.0, "mma": 3.0}, "2026-11-28", "abc"),
+    )
+    text = table.text()
     assert dispatch.parse(text) == rows
-    assert dispatch.render(text, rows, "a GPU") == text
-    assert dispatch.render(text, {}, "") == EMPTY
+    assert dispatch.with_rows(table, rows, {}, "later", "other").text() == text, "nothing was measured again"
+    assert dispatch.with_rows(HEAD, {}, {}, "", "").text() == EMPTY
 
 
-@pytest.mark.parametrize("text", ["", BEGIN, END + BEGIN, EMPTY + EMPTY, f"{BEGIN}\nint x;\n{END}"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", EMPTY[:-4], EMPTY + EMPTY, EMPTY.replace("cuda", "cpu"), EMPTY.replace('"rows": [', '"rows": [1')],
+    ids=["empty", "list", "cut", "twice", "cpu", "row"],
+)
 def test_a_damaged_table_is_refused(text):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=r"expected|JSON"):
         dispatch.parse(text)
 
 
-def test_the_committed_table_is_sound():
-    dispatch.parse(dispatch.TABLE.read_text())
+def test_the_committed_tables_are_sound():
+    for file in routing.SHIPPED.glob("cuda-*.json"):
+        dispatch.parse(file.read_text())
+    assert dispatch.table_of("NVIDIA H200").name == "cuda-nvidia-h200.json"
 
 
 def test_the_fastest_path_is_chosen_and_noise_changes_nothing():
@@ -375,21 +381,26 @@ def test_the_fastest_path_is_chosen_and_noise_changes_nothing():
 
 
 def test_update_takes_the_better_of_two_rounds(tmp_path):
-    table, asked = tmp_path / "t.inc", []
-    table.write_text(EMPTY)
+    table, asked = tmp_path / "t.json", []
     rounds = {"simt": iter([{ONE: 9.0}, {ONE: 1.0}]), "mma": iter([{ONE: 2.0}, {ONE: 2.0}])}
 
     def measure(path):
         asked.append(path)
         return next(rounds[path])
 
-    assert dispatch.update(table, ("simt", "mma"), measure, "here") == ({ONE: "simt"}, 1)
+    assert dispatch.update(table, HEAD, ("simt", "mma"), measure, "today", "abc") == ({ONE: "simt"}, 1)
     assert asked == ["simt", "mma", "simt", "mma"]
     assert dispatch.parse(table.read_text()) == {ONE: "simt"}
+    (row,) = routing.parse(table.read_text()).rows
+    assert (row.us, row.date, row.commit) == ({"simt": 1e6, "mma": 2e6}, "today", "abc")
+    assert dispatch.update(table, HEAD, ("mma",), lambda path: {TWO: 1.0}, "later", "def") == (
+        {ONE: "simt", TWO: "mma"},
+        1,
+    ), "the other row stays"
 
 
 def test_a_path_that_fails_is_left_out(tmp_path, capsys):
-    table = tmp_path / "t.inc"
+    table = tmp_path / "t.json"
     table.write_text(EMPTY)
 
     def measure(path):
@@ -397,15 +408,15 @@ def test_a_path_that_fails_is_left_out(tmp_path, capsys):
             raise RuntimeError("no such kernel")
         return {ONE: 2.0}
 
-    assert dispatch.update(table, ("hopper", "mma"), measure, "") == ({ONE: "mma"}, 1)
+    assert dispatch.update(table, HEAD, ("hopper", "mma"), measure, "", "") == ({ONE: "mma"}, 1)
     assert "bench.dispatch: hopper is left out: no such kernel" in capsys.readouterr().err
 
 
 def test_every_class_is_timed_once():
-    found = [dispatch.classes(90, "bf16", shape) for shape in dispatch.shapes()]
-    assert len({c for one in found for c in one}) == 3 * len(found)
-    grid = {dispatch.classes(90, "bf16", shape)[0] for shape in GPU_SHAPES.values()}
-    assert grid <= {one[0] for one in found}
+    found = [dispatch.class_of(shape) for shape in dispatch.shapes()]
+    assert len(set(found)) == len(found)
+    assert {dispatch.class_of(shape) for shape in GPU_SHAPES.values()} <= set(found)
+    assert [dispatch.products(90, "bf16", Shape("any", 256, 784, 256))[at] for at in (0, 2)] == [ONE, TWO]
     assert set(dispatch._NAMES) == set(DTYPES)
 
 
@@ -423,7 +434,7 @@ def test_a_path_is_timed_in_a_process_of_its_own(monkeypatch):
     def run(line, env, **options):
         assert env[dispatch.VARIABLE] == "mma"
         assert line[-3:] == ["--time-here", "--dtypes", "bf16"]
-        return subprocess.CompletedProcess(line, 0, stdout='[[90, "bf16", 8, 8, 9, "forward"], 0.5]\n')
+        return subprocess.CompletedProcess(line, 0, stdout='[[90, "bf16", 256, 256, 784, "forward"], 0.5]\n')
 
     monkeypatch.setattr(dispatch.subprocess, "run", run)
     assert dispatch.time_path("mma", ["bf16"]) == {ONE: 0.5}

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dlkernels import routing, tuning
 from dlkernels.__main__ import main
 from dlkernels.data import TensorLoader, load_digits, load_mnist
 from dlkernels.nn import MLP
@@ -281,6 +283,25 @@ def test_resume_is_bitwise(tmp_path, capsys):
     assert all(torch.equal(whole[key], third[key]) for key in whole)
     assert [row["epoch"] for row in history(tmp_path / "parts")["history"]] == [1, 2, 3, 4]
     assert "done        2 epochs" in capsys.readouterr().out
+
+
+def test_a_resume_under_other_routes_says_so(tmp_path, capsys):
+    """The record and the checkpoints hold the hash of the tables."""
+    table = replace(tuning.empty_table(any_threads=True), name="mine.json", source="file")
+    assert train(tmp_path, "--epochs", 1) == 0
+    assert history(tmp_path)["machine"]["routes"]["hash"] == "none"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert train(tmp_path, "--epochs", 2, "--resume") == 0
+    try:
+        routing.use((table,))
+        with pytest.warns(RuntimeWarning, match=f"the run had the route tables none, and here they are {table.hash}"):
+            assert train(tmp_path, "--epochs", 3, "--resume") == 0
+    finally:
+        routing.use(())
+    routes = history(tmp_path)["machine"]["routes"]
+    assert routes == {"hash": table.hash, "table 1": f"mine.json (file, 0 rows, hash {table.hash})"}
+    assert table.hash in (tmp_path / "report.html").read_text()
 
 
 def test_ctrl_c_then_resume(tmp_path):

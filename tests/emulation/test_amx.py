@@ -23,6 +23,7 @@ from tests.support.subprocess_utils import python
 HERE = ROOT / "tests" / "emulation" / "amx"
 DTYPES = ["float64", torch.float32, torch.bfloat16, torch.float16]  # the order of DType in csrc/kernels/params.h
 SLOPE = 0.01
+PLANNING = ("planning/plan", "planning/routes", "planning/cpu/machine", "planning/cpu/route")
 
 pytestmark = pytest.mark.skipif(
     not _C.cpu_features()["avx512_bf16"], reason="the AMX kernels round and add up with AVX-512 BF16, which is not here"
@@ -34,16 +35,7 @@ def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("amx") / "kernels.so"
     sources = [
         *HERE.glob("*.cpp"),
-        *(
-            ROOT / "csrc" / f"{name}.cpp"
-            for name in (
-                "planning/plan",
-                "planning/cpu/machine",
-                "planning/cpu/route",
-                "kernels/cpu/sizes",
-                "kernels/cpu/huge_pages",
-            )
-        ),
+        *(ROOT / "csrc" / f"{name}.cpp" for name in (*PLANNING, "kernels/cpu/sizes", "kernels/cpu/huge_pages")),
         *(ROOT / "csrc/kernels/cpu/isa" / f"{name}.cpp" for name in ("amx_check", "isa", "ukernel_amx")),
     ]
     subprocess.run(

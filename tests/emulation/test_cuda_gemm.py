@@ -10,11 +10,9 @@ from torch.nn import functional as F
 from tests.emulation.cuda.library import (
     DTYPES,
     ILLEGAL_ADDRESS,
-    PLANNING,
     Call,
     accumulator,
     assert_within,
-    compile_kernels,
     tensor,
 )
 from tests.emulation.cuda.library import kernels as compiled_kernels
@@ -325,14 +323,20 @@ def test_hopper_off_is_said(kernels):
         assert ("hopper_gemm is off" in why) == off, why
 
 
-def test_route_follows_the_measured_table():
-    row = "// dispatch:begin\n{90, DType::bf16, 8, 8, 9, Op::forward, Path::cublas},"
-    kernels = compile_kernels({"dispatch_table.inc": ("// dispatch:begin", row)}, files=[*PLANNING, "entry_route.cpp"])
-    sizes = {(256, 256, 784): "cublas", (511, 300, 512): "cublas", (512, 256, 784): "mma", (256, 256, 1024): "mma"}
-    for shape, path in sizes.items():
-        assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 1, 90, 0, 0).decode() == path
-    assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 90, 0, 0) == b"mma"
-    assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 80, 0, 0) == b"mma"
+def test_route_follows_the_measured_table(kernels):
+    """A row for 256, 784→256 in bf16 on architecture 90."""
+    kernels.use_row(0, 2, *map(ctypes.c_int64, (256, 256, 784)), 90, b"cublas")
+    try:
+        sizes = {(256, 256, 784): "cublas", (511, 300, 512): "cublas", (512, 256, 784): "mma", (256, 256, 1024): "mma"}
+        for shape, path in sizes.items():
+            assert kernels.route(0, *map(ctypes.c_int64, shape), 2, 0, 1, 1, 90, 0, 0).decode() == path
+        assert kernels.route(1, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 90, 0, 0) == b"mma"
+        assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 2, 0, 1, 1, 80, 0, 0) == b"mma"
+        kernels.use_row(0, 1, *map(ctypes.c_int64, (256, 256, 784)), 90, b"simt")
+        for tf32, path in ((0, b"simt"), (1, b"mma")):  # no row was measured with TF32
+            assert kernels.route(0, *map(ctypes.c_int64, (256, 256, 784)), 1, tf32, 1, 1, 90, 0, 0) == path
+    finally:
+        kernels.use_row(0, 0, *map(ctypes.c_int64, (1, 1, 1)), 0, b"")
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.file)

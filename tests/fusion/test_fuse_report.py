@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dlkernels import fuse, report
-from dlkernels.fusion import call
+from dlkernels import fuse, report, unfuse
+from dlkernels.fusion import call, observe
 from tests.fusion.fusable import Nested, X, made
 
 
@@ -264,3 +264,28 @@ def test_a_method_that_calls_a_function_of_its_own_name():
     expected = model(X)
     assert [s.path for s in report(fuse(model)).fused] == ["fc"], str(report(model))
     torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_gain_too_little_stay_stock(monkeypatch):
+    """Of the three layers with an activation one gains, one loses, and one is told not to be fused."""
+    gains = {8: 0.9, 9: 1.2, 7: 2.0}
+    monkeypatch.setattr(observe, "_gain", lambda owner, linear, *rest: gains[linear.out_features])
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU()).double()
+    expected = model(X)
+    fuse(model, example_inputs=X, min_gain=0.97, exclude="4")
+    sites = {site.path: site for site in report(model).sites}
+    assert {path: site.status for path, site in sites.items()} == {"0": "skipped", "2": "fused", "4": "skipped"}
+    assert sites["0"].why == "fused was slower on the example inputs: 0.90 times stock's speed"
+    assert (sites["2"].gain, sites["4"].why) == (1.2, "not selected")
+    torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
+    fuse(model, example_inputs=X)
+    assert len(report(model).fused) == 3, "by default speed leaves nothing out"
+    fuse(model, example_inputs=X, min_gain=0.5)
+    assert len(report(model).fused) == 3
+    unfuse(model)
+    assert not report(model).fused and not any("slower" in site.why for site in report(model).sites)
+
+
+def test_a_gain_is_measured_on_example_inputs():
+    with pytest.raises(ValueError, match="expected example_inputs with min_gain"):
+        fuse(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), min_gain=0.97)

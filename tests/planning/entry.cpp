@@ -12,6 +12,7 @@ using namespace dlk;
 
 namespace {
 
+void no_product(const Gemm&, const cpu::Parallel&) {}
 int64_t no_panels(const Gemm&, int) { return 0; }
 
 cpu::Kernels kernels_of(const char* isa, bool pairs) {
@@ -21,6 +22,8 @@ cpu::Kernels kernels_of(const char* isa, bool pairs) {
     table.packed = {nullptr, &no_panels, true};
     table.fused_mlp_features = 256;
   }
+  set.table[static_cast<int>(DType::bf16)].tiles_forward.most_rows = 256;  // only of amx; run says whether it is there
+  if (!std::strcmp(isa, "amx")) set.table[static_cast<int>(DType::bf16)].tiles_forward.run = &no_product;
   if (pairs) {
     set.f32_in_bf16 = {"f32 rounded to bf16", {nullptr, &no_panels, false}};
     set.autocast.ukernel = "f32 rounded to bf16";
@@ -48,14 +51,25 @@ const char* text_of(const Plan& plan) {
   return text.c_str();
 }
 
+std::vector<RouteRow> next_rows;
+
 cuda::RouteQuery asked(Op op, const Problem& p, const View& left, const View& right);
 int given_arch, given_narrow;
 Path given_path;
 bool is_forced;
 
 cuda::RouteQuery asked(Op op, const Problem& p, const View&, const View&) {
-  return {
-      op, p.shape, p.dtype, false, true, true, given_arch, true, given_narrow != 0, is_forced ? &given_path : nullptr};
+  return {op,
+          p.shape,
+          p.dtype,
+          false,
+          true,
+          true,
+          given_arch,
+          true,
+          given_narrow != 0,
+          is_forced ? &given_path : nullptr,
+          cuda_routes()};
 }
 int one_split(Path, Op, const Problem&) { return 1; }
 int64_t no_scratch(const Step&, const Problem&) { return 0; }
@@ -65,12 +79,26 @@ constexpr cuda::Machine kDevice = {&asked, &one_split, &no_scratch};
 
 extern "C" {
 
+// The table of all plans from now on: one row after the other by add_route, then use_routes. Tables are never freed.
+void add_route(int op, int dtype, int64_t m, int64_t n, int64_t k, int where, const char* path, const char* why) {
+  for (int p = 0; p <= static_cast<int>(Path::fused_mlp); ++p)
+    if (!std::strcmp(name(static_cast<Path>(p)), path))
+      next_rows.push_back(
+          {static_cast<Op>(op), static_cast<DType>(dtype), {m, n, k}, where, static_cast<Path>(p), why});
+}
+void use_routes() {
+  use_cpu_routes(next_rows.empty() ? nullptr : new RouteTable(next_rows));
+  use_cuda_routes(cpu_routes());
+  next_rows.clear();
+}
+
 // forced: 0 no, 1 own, 2 aten. wants: bits of Output. flags: 1 saved, 2 below, 4 dbias_below.
 const char* cpu_backward(const char* isa, int pairs, int forced, int bf16_products, int64_t m, int64_t n, int64_t k,
                          int dtype, int act, int casts, unsigned wants, unsigned flags, int64_t x_col,
                          int64_t weight_col) {
   const cpu::Kernels set = kernels_of(isa, pairs != 0);
-  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, bf16_products != 0, 4};
+  const cpu::Machine machine = {
+      &set, static_cast<cpu::Forced>(forced), false, false, false, bf16_products != 0, 4, cpu_routes()};
   const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}, static_cast<Casts>(casts)};
   return text_of(cpu::plan_backward({p,
                                      {nullptr, n, 1},
@@ -88,9 +116,15 @@ const char* cpu_backward(const char* isa, int pairs, int forced, int bf16_produc
 const char* cpu_forward(const char* isa, int pairs, int forced, int64_t m, int64_t n, int64_t k, int dtype, int act,
                         int z) {
   const cpu::Kernels set = kernels_of(isa, pairs != 0);
-  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4};
+  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4, cpu_routes()};
   const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}};
   return text_of(cpu::plan_forward({p, {nullptr, k, 1}, {nullptr, k, 1}, z != 0, false}, machine));
+}
+
+int cpu_mlp_slices(const char* isa, int forced, int capped, int64_t m, int64_t features) {
+  const cpu::Kernels set = kernels_of(isa, false);
+  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), capped != 0, false, false, false, 4};
+  return cpu::fused_mlp_slices({{m, features, features}, {m, features, features}}, DType::f32, machine);
 }
 
 // path: the one that is forced, or an empty text.

@@ -186,3 +186,115 @@ def test_blocks_of_a_loss_cover_every_row_once(planning, m, given):
         assert (blocks.value - 1) * rows.value < m <= blocks.value * rows.value
         assert rows.value <= (given or 2048)
         assert bool(one.value) == (blocks.value == 1 and dtype == 2)
+
+
+# ---- route tables ----------------------------------------------------------------------------------------------------
+
+FORWARD, DGRAD, WGRAD = range(3)  # the order of Op in csrc/kernels/params.h
+
+
+@pytest.fixture
+def table(planning):
+    """A function that lets all plans take the routes of rows (op, dtype, shape, where, path)."""
+
+    def use(*rows):
+        for op, dtype, shape, where, path in rows:
+            m, n, k = sizes(shape)
+            planning.add_route(op, DTYPES.index(dtype), m, n, k, where, path.encode(), b"a row")
+        planning.use_routes()
+
+    yield use
+    use()
+
+
+def forward_path(planning, shape, dtype="float32", *, isa="avx512", forced=NO):
+    m, n, k = sizes(shape)
+    text = planning.cpu_forward(isa.encode(), 0, forced, m, n, k, DTYPES.index(dtype), act_code("none"), 0)
+    return text.decode().split()[1]
+
+
+def test_a_row_is_for_its_sizes_and_those_of_its_class(planning, table):
+    table((FORWARD, "float32", (1000, 300, 200), 4, "aten"), (WGRAD, "float32", (1000, 300, 200), 0, "aten"))
+    assert forward_path(planning, (1000, 300, 200)) == "aten"
+    for shape in ((512, 256, 128), (1023, 511, 255)):
+        assert forward_path(planning, shape) == "aten"
+    for shape in ((511, 300, 200), (1024, 300, 200), (1000, 255, 200), (1000, 300, 256)):
+        assert forward_path(planning, shape) == "packed"
+    assert forward_path(planning, (1000, 300, 200), "float64") == "packed", "a row is for one dtype"
+    backward = [step.split()[:2] for step in cpu_backward(planning, (1000, 300, 200))]
+    assert backward == [["gradient_pass", "elementwise"], ["wgrad", "aten"], ["dgrad", "packed"]], "and for one product"
+
+
+def test_a_row_is_for_its_number_of_threads(planning, table):
+    """The machines of these tests have 4."""
+    table((FORWARD, "float32", BIG, 2, "aten"))
+    assert forward_path(planning, BIG) == "packed"
+    table((FORWARD, "float32", BIG, 0, "aten"))
+    assert forward_path(planning, BIG) == "aten"
+    table((FORWARD, "float32", BIG, 0, "aten"), (FORWARD, "float32", BIG, 4, "packed"))
+    assert forward_path(planning, BIG) == "packed", "the row for this number comes first"
+
+
+def test_rows_of_one_class_that_differ(planning, table):
+    shapes = [(4, 512, 512), (5, 600, 600)]
+    table(*((FORWARD, "float32", shape, 4, path) for shape, path in zip(shapes, ("packed", "aten"), strict=True)))
+    assert [forward_path(planning, shape) for shape in shapes] == ["packed", "aten"]
+    assert forward_path(planning, (6, 700, 700)) == "aten", "the library's, where one row takes it"
+    table(*((FORWARD, "float32", shape, 4, path) for shape, path in zip(shapes, ("packed", "few_rows"), strict=True)))
+    assert forward_path(planning, (6, 700, 700)) == "few_rows", "the rules decide"
+    table((FORWARD, "float32", shapes[0], 4, "packed"))
+    assert forward_path(planning, (6, 700, 700)) == "packed"
+
+
+def test_a_path_that_the_kernels_do_not_have_is_not_taken(planning, table):
+    """The rows are of sizes that have the path, and the layers are others of their class."""
+    table((FORWARD, "float32", (32, 512, 512), 4, "few_rows"), (DGRAD, "float32", (8, 64, 512), 4, "few_rows"))
+    assert forward_path(planning, (32, 512, 512)) == "few_rows"
+    assert forward_path(planning, (33, 512, 512)) == "packed"
+    assert cpu_backward(planning, (8, 64, 512))[0].split()[1] == "few_rows"
+    assert cpu_backward(planning, (9, 64, 512))[0].split()[1] == "packed"
+    assert cpu_backward(planning, (8, 64, 512), weight_stride=64)[0].split()[1] == "packed"
+    table((DGRAD, "float32", (5000, 16, 64), 4, "few_columns"), (DGRAD, "float32", (5000, 4, 64), 4, "simt"))
+    assert cpu_backward(planning, (5000, 17, 64))[0].split()[1] == "packed"
+    steps = cpu_backward(planning, (5000, 16, 64), weight_stride=64)
+    assert [step.split()[:2] for step in steps] == [["backward", "few_columns"], ["dgrad", "packed"]]
+    assert cpu_backward(planning, FEW_COLUMNS)[0].split()[1] == "few_columns", "a path of CUDA"
+    table((FORWARD, "bfloat16", (256, 512, 16384), 4, "few_rows"), (FORWARD, "bfloat16", (256, 64, 64), 4, "few_rows"))
+    assert forward_path(planning, (256, 64, 64), "bfloat16", isa="amx") == "few_rows"
+    assert forward_path(planning, (257, 64, 64), "bfloat16", isa="amx") == "packed"
+    assert forward_path(planning, (257, 512, 16384), "bfloat16", isa="amx") == "aten", "the rules' choice"
+    assert forward_path(planning, (256, 64, 64), "bfloat16") == "packed", "tiles are AMX's"
+
+
+def test_a_table_does_not_overrule_an_order(planning, table):
+    table((FORWARD, "float32", BIG, 4, "aten"), (DGRAD, "float32", BIG, 4, "aten"), (DGRAD, "bfloat16", BIG, 4, "aten"))
+    assert forward_path(planning, BIG, forced=OWN) == "packed"
+    table((FORWARD, "float32", BIG, 4, "packed"), (DGRAD, "float32", BIG, 4, "aten"))
+    assert forward_path(planning, BIG, forced=ATEN) == "aten"
+    in_bf16 = cpu_backward(planning, BIG, pairs=True, bf16_products=True)
+    assert in_bf16[1].split()[:2] == ["dgrad", "packed"], "no row was measured with float32 products in bfloat16"
+    autocast = cpu_backward(planning, BIG, "bfloat16", pairs=True, casts=1)
+    assert autocast[0].split()[:2] == ["dgrad", "packed"], "nor under autocast"
+    assert cpu_backward(planning, (0, 3, 4)) == []
+
+
+def test_an_instruction_set_without_measurements_has_torch_s_products(planning):
+    for shape in (BIG, FEW_ROWS, FEW_COLUMNS):
+        assert forward_path(planning, shape, isa="portable") == "aten"
+    assert forward_path(planning, BIG, isa="portable", forced=OWN) == "packed"
+
+    def slices(isa, forced=NO, capped=0):
+        return planning.cpu_mlp_slices(isa.encode(), forced, capped, ctypes.c_int64(4096), ctypes.c_int64(64))
+
+    assert slices("portable") == 0, "nor fused MLPs"
+    assert slices("avx2") == slices("portable", OWN) == slices("portable", capped=1) == 4
+
+
+def test_rows_for_a_gpu(planning, table):
+    table((DGRAD, "bfloat16", (4096, 512, 512), 90, "cublas"), (WGRAD, "bfloat16", (4096, 512, 512), 90, "hopper"))
+    steps = [step.split()[:2] for step in cuda_backward(planning, (4096, 512, 512))]
+    assert steps == [["gradient_pass", "elementwise"], ["dgrad", "cublas"], ["wgrad", "hopper"]]
+    assert cuda_backward(planning, (4096, 512, 512), arch=80)[1].split()[:2] == ["dgrad", "mma"]
+    assert cuda_backward(planning, (4096, 512, 512), path="simt")[0].split()[:2] == ["dgrad", "simt"]
+    table((DGRAD, "bfloat16", (4096, 512, 512), 90, "fused_mlp"))
+    assert cuda_backward(planning, (4096, 512, 512))[1].split()[:2] == ["dgrad", "mma"], "only where it takes the layer"

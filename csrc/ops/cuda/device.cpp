@@ -83,7 +83,8 @@ RouteQuery query(Op op, const Problem& c, const View& left, const View& right) {
           arch,
           hopper_here(arch) && hopper_takes(p),
           fused_mlp_takes(FusedMlpOfOne(c.shape).mlp, c.dtype),
-          forced_path()};
+          forced_path(),
+          cuda_routes()};
 }
 
 int splits_of(Path path, Op op, const Problem& c) {

@@ -25,6 +25,7 @@ Machine this_machine(int threads, bool bf16_products) {
   Machine now = machine;
   now.bf16_products = bf16_products;
   now.threads = threads;
+  now.routes = cpu_routes();
   return now;
 }
 

@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/kernels.h"
 #include "planning/problem.h"
+#include "planning/routes.h"
 
 namespace dlk::cpu {
 
@@ -13,11 +14,12 @@ enum class Forced { no, own, aten };
 struct Machine {
   const Kernels* kernels;  // the kernel set in use
   Forced forced;
-  bool isa_capped;     // by DLKERNELS_CPU_ISA
-  bool amx_fp16;       // the processor has it
-  bool amx_refused;    // our AMX products failed their self-check here
-  bool bf16_products;  // torch lets f32 products run in bf16
-  int threads;         // torch's
+  bool isa_capped;                     // by DLKERNELS_CPU_ISA
+  bool amx_fp16;                       // the processor has it
+  bool amx_refused;                    // our AMX products failed their self-check here
+  bool bf16_products;                  // torch lets f32 products run in bf16
+  int threads;                         // torch's
+  const RouteTable* routes = nullptr;  // the table in use; nullptr: none
 
   // Waking threads costs some microseconds, which is 100 thousand multiplications.
   int threads_for(int64_t operations) const { return operations < 100000 ? 1 : threads; }

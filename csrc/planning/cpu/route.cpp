@@ -19,6 +19,10 @@ int64_t few_rows_forward(const Shape& shape, DType dtype) {
   if (is_16_bit(dtype)) return kFewRowsForward;
   return shape.k < 256 ? shape.k / 16 : 16;
 }
+// For tiles every thread packs all of x: at most 8 MiB.
+bool fits_tiles(Op op, const Shape& shape, const FewForward& tiles) {
+  return !tiles.run || op != Op::forward || shape.m * shape.k <= (int64_t{1} << 22);
+}
 constexpr Route kFewRowsRoute = {Path::few_rows, "few rows: packing weight would cost more than it saves"};
 
 // Forward's dot products cost n · (k + 48) per row: to add up the lanes of one costs as much as 48 elements of k. Packed, a row
@@ -42,6 +46,32 @@ Route autocast_route(Op op, const Shape& shape, bool contiguous) {
   return {Path::packed, "our packed GEMM, which rounds float32 to bfloat16 while it packs"};
 }
 
+// Nobody has measured this kernel set beside torch, and nobody asked for it.
+bool is_unmeasured(const Machine& machine) {
+  return machine.forced == Forced::no && !machine.isa_capped && !std::strcmp(machine.kernels->isa, "portable");
+}
+
+// The kernels can compute this product by this path, fast or not.
+bool takes(Path path, Op op, const Shape& shape, DType dtype, bool contiguous, const Machine& machine) {
+  const FewForward& tiles = machine.table(dtype).tiles_forward;
+  switch (path) {
+    case Path::packed:
+    case Path::aten: return true;
+    case Path::few_columns: return contiguous && shape.n <= kFewColumns;
+    case Path::few_rows:
+      return fits_tiles(op, shape, tiles) &&
+             takes_few_rows(op, shape, contiguous, tiles.run ? tiles.most_rows : kFewRowsForward);
+    default: return false;
+  }
+}
+
+// The row that decides: not where f32 is multiplied in bf16, which no row was measured for.
+const RouteRow* measured(Op op, const Shape& shape, DType dtype, bool contiguous, const Machine& machine) {
+  if (!machine.routes || (dtype == DType::f32 && machine.bf16_products)) return nullptr;
+  const RouteRow* row = machine.routes->find(op, dtype, shape, machine.threads);
+  return row && takes(row->path, op, shape, dtype, contiguous, machine) ? row : nullptr;
+}
+
 }  // namespace
 
 Route route(Op op, const Problem& problem, bool contiguous, const Machine& machine) {
@@ -50,13 +80,17 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
   const bool empty = shape.m == 0 || shape.n == 0 || shape.k == 0;
   const bool free = machine.forced == Forced::no;
   if (machine.forced == Forced::aten && !empty) return {Path::aten, "DLKERNELS_CPU_GEMM=aten"};
-  if (free && !empty && !machine.isa_capped) {
-    if (dtype == DType::f16 && machine.amx_fp16)
-      return {Path::aten,
-              "this CPU has AMX-FP16 and dlkernels has no micro-kernel for it: torch's GEMM, our passes around it"};
-    if (dtype == DType::bf16 && machine.amx_refused)
-      return {Path::aten, "our AMX micro-kernel failed its self-check on this CPU: torch's GEMM, our passes around it"};
-  }
+  const bool unforced = free && !empty && !machine.isa_capped;
+  if (unforced && dtype == DType::bf16 && machine.amx_refused)
+    return {Path::aten, "our AMX micro-kernel failed its self-check on this CPU: torch's GEMM, our passes around it"};
+  if (free && !empty)
+    if (const RouteRow* row = measured(op, shape, dtype, contiguous, machine)) return {row->path, row->why.c_str()};
+  if (unforced && dtype == DType::f16 && machine.amx_fp16)
+    return {Path::aten,
+            "this CPU has AMX-FP16 and dlkernels has no micro-kernel for it: torch's GEMM, our passes around it"};
+  if (!empty && is_unmeasured(machine))
+    return {Path::aten,
+            "no measurement says that our portable kernels are faster here: torch's GEMM, our passes around it"};
   // Measured on AVX-512 BF16 with 128 rows and weights of 17 and 38 million elements: ours 0.76 to 0.95 of torch's speed.
   const bool large_weight = shape.m <= 256 && shape.n * shape.k >= (int64_t{1} << 23);
   if (free && dtype == DType::bf16 && large_weight && shape.m > kFewRowsForward &&
@@ -73,15 +107,15 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
     return {Path::few_columns, "few columns: x is read where it lies, packing it would cost more than it saves"};
   const KernelTable& table = machine.table(dtype);
   const int64_t most_rows = table.tiles_forward.run ? table.tiles_forward.most_rows : few_rows_forward(shape, dtype);
-  // For tiles every thread packs all of x: at most 8 MiB.
-  const bool x_is_small = !table.tiles_forward.run || op != Op::forward || shape.m * shape.k <= (int64_t{1} << 22);
-  if (x_is_small && takes_few_rows(op, shape, contiguous, most_rows)) return kFewRowsRoute;
+  if (fits_tiles(op, shape, table.tiles_forward) && takes_few_rows(op, shape, contiguous, most_rows))
+    return kFewRowsRoute;
   return {Path::packed, "our packed GEMM with the fused epilogue"};
 }
 
 int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machine& machine) {
   const KernelTable& table = machine.table(dtype);
-  if (machine.forced == Forced::aten || layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
+  if (machine.forced == Forced::aten || is_unmeasured(machine)) return 0;
+  if (layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
   int64_t parameters = 0;
   for (const Shape& layer : layers) {
     const int64_t widest = layer.n > layer.k ? layer.n : layer.k;

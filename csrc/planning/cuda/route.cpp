@@ -18,37 +18,10 @@ bool takes(Path path, const RouteQuery& a) {
   }
 }
 
-// A row of the table: the path that was measured fastest. A size class is floor(log2) of each of the layer's M, N and K.
-struct Measured {
-  int arch;
-  DType dtype;
-  int log2_m, log2_n, log2_k;
-  Op op;
-  Path path;
-};
-constexpr Measured kMeasured[] = {
-#include "planning/cuda/dispatch_table.inc"
-    {0, DType::f64, 0, 0, 0, Op::forward, Path::simt},  // matches nothing: an array cannot be empty
-};
-
-int floor_log2(int64_t v) {
-  int log = 0;
-  while (v >>= 1) ++log;
-  return log;
-}
-
-const Measured* measured(const RouteQuery& a) {
-  if (a.dtype == DType::f32 && a.tf32) return nullptr;  // f32 is measured as it is by default, without TF32
-  const int m = floor_log2(a.shape.m), n = floor_log2(a.shape.n), k = floor_log2(a.shape.k);
-  for (const Measured& row : kMeasured)
-    if (row.arch == a.arch && row.dtype == a.dtype && row.op == a.op && row.log2_m == m && row.log2_n == n &&
-        row.log2_k == k)
-      return &row;
-  return nullptr;
-}
-
-const Measured* measured_route(const RouteQuery& a) {
-  const Measured* row = measured(a);
+const RouteRow* measured_route(const RouteQuery& a) {
+  if (!a.routes || (a.dtype == DType::f32 && a.tf32))
+    return nullptr;  // f32 is measured as it is by default, without TF32
+  const RouteRow* row = a.routes->find(a.op, a.dtype, a.shape, a.arch);
   return row && takes(row->path, a) ? row : nullptr;
 }
 
@@ -93,8 +66,7 @@ Route route(const RouteQuery& a) {
   const auto [m, n, k] = a.shape;
   if (m == 0 || n == 0 || k == 0) return {Path::simt, "nothing to multiply"};
   if (a.forced && takes(*a.forced, a)) return {*a.forced, "DLKERNELS_CUDA_GEMM"};
-  if (const Measured* row = measured_route(a))
-    return {row->path, "measured fastest on this architecture for shapes of this size"};
+  if (const RouteRow* row = measured_route(a)) return {row->path, row->why.c_str()};
   return unmeasured(a);
 }
 

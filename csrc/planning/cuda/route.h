@@ -4,7 +4,7 @@
 #include <string>
 
 #include "kernels/params.h"
-#include "planning/plan.h"
+#include "planning/routes.h"
 
 namespace dlk::cuda {
 
@@ -12,13 +12,14 @@ struct RouteQuery {
   Op op;
   Shape shape;
   DType dtype;
-  bool tf32;                     // torch lets f32 products round their operands to TF32
-  bool aligned;                  // both operands can be read 16 bytes at a time (mma_takes_fast)
-  bool in_rows;                  // x, or dz, can be read row by row in more than elements (fused_mlp_takes_fast)
-  int arch;                      // compute capability, 90 for 9.0
-  bool hopper;                   // hopper_available() there, and hopper_takes() it
-  bool narrow;                   // fused_mlp_takes() the layer there
-  const Path* forced = nullptr;  // the path to take wherever it can be; null: the table decides
+  bool tf32;                           // torch lets f32 products round their operands to TF32
+  bool aligned;                        // both operands can be read 16 bytes at a time (mma_takes_fast)
+  bool in_rows;                        // x, or dz, can be read row by row in more than elements (fused_mlp_takes_fast)
+  int arch;                            // compute capability, 90 for 9.0
+  bool hopper;                         // hopper_available() there, and hopper_takes() it
+  bool narrow;                         // fused_mlp_takes() the layer there
+  const Path* forced = nullptr;        // the path to take wherever it can be; null: the table decides
+  const RouteTable* routes = nullptr;  // the table in use; null: none
 };
 
 // The path that DLKERNELS_CUDA_GEMM names, for tests and to measure; null where it is not set. Throws std::runtime_error

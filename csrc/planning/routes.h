@@ -1,0 +1,61 @@
+// A route table: for products of measured sizes, the path that was measured fastest. Python reads the file, checks it, and
+// hands the rows over (csrc/python/routes.cpp); the routes of each device ask it first.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "planning/plan.h"
+
+namespace dlk {
+
+struct RouteRow {
+  Op op;
+  DType dtype;
+  Shape shape;      // of the layer that was measured
+  int where;        // CPU: the number of threads, 0 for any; CUDA: the architecture, 90 for 9.0
+  Path path;        // measured fastest
+  std::string why;  // as explain() prints it: table, row, measurement
+};
+
+// Immutable, so any number of threads may ask it. A row stands for its own sizes, and for all sizes of the same class: the
+// same floor(log2) of each of M, N and K. Where the rows of a class differ, its other sizes take the library's path if a
+// row names it, and no path of the table if none does.
+class RouteTable {
+ public:
+  explicit RouteTable(std::vector<RouteRow> rows);
+  RouteTable(const RouteTable&) = delete;
+  RouteTable& operator=(const RouteTable&) = delete;
+
+  // The row for `where`, or else for any; sizes are at least 1. nullptr: nothing was measured for sizes like these. The
+  // row lives as long as the table.
+  const RouteRow* find(Op, DType, const Shape&, int where) const;
+
+ private:
+  struct Key {
+    uint64_t m, n, k, rest;
+  };
+  struct Slot {
+    Key key;
+    const RouteRow* row;  // nullptr: the rows of the class differ
+    bool used;
+  };
+  static Key key_of(bool of_class, Op, DType, const Shape&, int where);
+  const RouteRow* at(Op, DType, const Shape&, int where) const;
+  Slot& slot(const Key&);
+  const Slot* found(const Key&) const;
+
+  std::vector<RouteRow> rows_;
+  std::vector<Slot> slots_;                  // open addressing; at least half of them are unused
+  bool for_some_ = false, for_any_ = false;  // rows with a `where`, and without
+};
+
+// The tables of this process, nullptr for none. A table that is in use must stay in memory to the end of the process,
+// because plans of other threads may still read it.
+const RouteTable* cpu_routes();
+const RouteTable* cuda_routes();
+void use_cpu_routes(const RouteTable*);
+void use_cuda_routes(const RouteTable*);
+
+}  // namespace dlk

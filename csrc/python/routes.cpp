@@ -1,0 +1,77 @@
+#include "python/routes.h"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "planning/routes.h"
+#include "python/names.h"
+
+namespace dlk::python {
+namespace {
+
+namespace py = pybind11;
+
+using Row = std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int, std::string, std::string>;
+
+Op op_named(const std::string& op) {
+  if (op == "forward") return Op::forward;
+  if (op == "dgrad") return Op::dgrad;
+  if (op == "wgrad") return Op::wgrad;
+  throw std::invalid_argument("expected forward, dgrad or wgrad, got " + op);
+}
+
+Path path_named(const std::string& path) {
+  for (int index = 0; index <= static_cast<int>(Path::fused_mlp); ++index)
+    if (path == name(static_cast<Path>(index))) return static_cast<Path>(index);
+  throw std::invalid_argument("expected the name of a path, got " + path);
+}
+
+// Tables are few and small, and plans of other threads may still read one that is no longer in use: none is freed.
+std::vector<std::unique_ptr<const RouteTable>>& tables() {
+  static std::vector<std::unique_ptr<const RouteTable>> kept;
+  return kept;
+}
+
+int make_routes(const std::vector<Row>& rows) {
+  std::vector<RouteRow> read;
+  for (const auto& [op, dtype, m, n, k, where, path, why] : rows) {
+    if (m < 1 || n < 1 || k < 1 || where < 0) throw std::invalid_argument("expected sizes of at least 1");
+    read.push_back({op_named(op), dtype_named(dtype), {m, n, k}, where, path_named(path), why});
+  }
+  tables().push_back(std::make_unique<const RouteTable>(std::move(read)));
+  return static_cast<int>(tables().size()) - 1;
+}
+
+int in_use[2] = {-1, -1};
+
+// Returns the table that was in use.
+int use_routes(int table, bool cuda) {
+  const auto& kept = tables();
+  if (table < -1 || table >= static_cast<int>(kept.size()))
+    throw std::invalid_argument("expected a table of make_routes, or -1 for none; got " + std::to_string(table));
+  const RouteTable* chosen = table < 0 ? nullptr : kept[table].get();
+  cuda ? use_cuda_routes(chosen) : use_cpu_routes(chosen);
+  return std::exchange(in_use[cuda], table);
+}
+
+}  // namespace
+
+void add_routes(py::module_& m) {
+  m.def(
+      "make_routes", &make_routes,
+      "Make a route table of rows (op, dtype, m, n, k, where, path, why) and return its number. `where` is the number "
+      "of threads, 0 for any; on CUDA the architecture.",
+      py::arg("rows"));
+  m.def("use_routes", &use_routes,
+        "Let all layers of the process take the routes of a table from now on (-1: of none). Returns the number of the "
+        "table before.",
+        py::arg("table"), py::arg("cuda") = false);
+}
+
+}  // namespace dlk::python

@@ -1,0 +1,89 @@
+"""``python -m dlkernels tune``: measures on this machine which path is fastest, and writes its route table."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from dlkernels.cli.command import SettingError, add_command
+
+DTYPES = ("float32", "bfloat16", "float64", "float16")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``tune`` to the command's subparsers."""
+    parser = add_command(
+        subparsers,
+        "tune",
+        _tune,
+        help="measure which path is fastest on this machine, and keep it",
+        description="Measure layers on this CPU by every path that the kernels have. Each path is judged against "
+        "float64, then timed beside stock torch in turns; one that is wrong or slower is not taken. The route table "
+        "goes to your cache folder, and every later process on this machine takes its routes from it. Leave the "
+        "machine alone meanwhile.",
+        failures=["builtins:OSError", "dlkernels.tuning:TuneError"],
+    )
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="MxKxN",
+        help="layers by rows, in_features and out_features, such as 256x784x10 (default: the grid of the benchmark)",
+    )
+    which.add_argument(
+        "--model", metavar="SPEC", help="the layers that a model runs; SPEC as in `python -m dlkernels fuse`"
+    )
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model or its configuration")
+    add("--batch-size", type=int, default=8, metavar="N", help="of the model (default: 8)")
+    add("--size", type=int, metavar="N", help="pixels or tokens of the model")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    add("--threads", type=int, metavar="N", help="CPU threads; the rows are for this number (default: torch's)")
+    add("--seconds", type=float, default=0.3, metavar="S", help="for one direction of one layer (default: 0.3)")
+    add("--out", metavar="FILE", help="write the table there, not to the cache folder; DLKERNELS_ROUTES=FILE takes it")
+    add("--any-threads", action="store_true", help="the table is for any number of threads, as shipped ones are")
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from dlkernels import routing
+    from dlkernels.cli.fuse import make, read_settings
+    from dlkernels.tuning import tune
+
+    for name in ("batch_size", "size", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise SettingError(f"expected --{name.replace('_', '-')} of at least 1; got {value}")
+    if not args.seconds > 0:
+        raise SettingError(f"expected --seconds above 0; got {args.seconds}")
+    shapes = [_shape(text) for text in args.shapes or ()]
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    options: dict[str, Any] = {"seconds": args.seconds, "out": args.out, "any_threads": args.any_threads}
+    options["told"] = lambda layer: print(layer, flush=True)
+    if args.model is None:
+        table = tune(shapes=shapes, dtypes=args.dtypes, **options)
+    else:
+        torch.manual_seed(0)
+        for dtype in args.dtypes:
+            model, inputs = make(args.model, read_settings(args.set), args.batch_size, args.size)
+            table = tune(*_cast(model, inputs, getattr(torch, dtype)), **options)
+    where = args.out or routing.cache_folder() / routing.file_name()
+    print(f"{where}: {len(table.rows)} rows, hash {table.hash}")
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if sizes is None:
+        raise SettingError(f"expected --shapes MxKxN, such as 256x784x10; got {text!r}")
+    m, k, n = map(int, sizes.groups())
+    return m, k, n
+
+
+def _cast(model: Any, inputs: Any, dtype: Any) -> tuple[Any, Any]:
+    from torch import Tensor
+    from torch.utils._pytree import tree_map_only
+
+    return model.to(dtype), tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)

@@ -1,0 +1,292 @@
+"""Route tables as files: which are taken, which are ignored and why, and that ``explain`` and ``info`` name them."""
+
+import dataclasses
+import json
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlkernels import _C, functional, routing, tuning
+from dlkernels.__main__ import main
+from dlkernels._version import __version__
+from dlkernels.routing import LIBRARY, OPS, STOCK, RouteError, Row, Table
+from tests.support.subprocess_utils import python
+
+SIZES = {"m": 300, "n": 200, "k": 100}
+
+
+def row(op="forward", path="aten", where=None, us=None, **sizes):
+    us = {STOCK: 2.0, "packed": 3.0, "aten": 1.5} if us is None else us
+    sizes = SIZES | sizes
+    threads = torch.get_num_threads() if where is None else where
+    return Row(op, "float32", *sizes.values(), threads, path, us, "2026-11-28", "0123456789abcdef")
+
+
+def table(*rows, **head):
+    return dataclasses.replace(tuning.empty_table(any_threads=False), rows=rows or (row(),), **head)
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """The folders (shipped, tuned) of a process that has neither table, nor a wish."""
+    monkeypatch.delenv(routing.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(routing, "SHIPPED", tmp_path / "shipped")
+    for folder in (routing.SHIPPED, routing.cache_folder()):
+        folder.mkdir(parents=True)
+    yield routing.SHIPPED, routing.cache_folder()
+    routing.use(())
+
+
+def put(folder, table_or_text):
+    text = table_or_text if isinstance(table_or_text, str) else table_or_text.text()
+    (folder / routing.file_name()).write_text(text)
+
+
+def forward_path(m=300, n=200, k=100):
+    return functional.explain(torch.empty(m, k), torch.empty(n, k))[0].path
+
+
+def test_a_table_is_read_back_as_it_was():
+    one = table(row(), row("dgrad"), any_threads=True)
+    assert routing.parse(one.text()) == one
+    assert table().hash != table(row(path="packed", us={})).hash
+    assert routing.parse(tuning.empty_table(False).text()).rows == ()
+
+
+def changed(**changes):
+    """The text of a table whose only row has other values; ``None`` takes a key away."""
+    content = json.loads(table().text())
+    content["rows"][0].update(changes)
+    content["rows"][0] = {key: value for key, value in content["rows"][0].items() if value is not None}
+    return json.dumps(content)
+
+
+def other_head(**changes):
+    return json.dumps(json.loads(table().text()) | changes)
+
+
+DAMAGED = {
+    "empty": ("", "no JSON"),
+    "cut": (table().text()[:-40], "no JSON"),
+    "bytes": ("\x00" * 100, "no JSON"),
+    "list": ("[]", "an object with format 1, got 'list'"),
+    "format": (other_head(format=2), "an object with format 1, got 2"),
+    "device": (other_head(device="tpu"), "device: expected cpu or cuda, got 'tpu'"),
+    "torch": (other_head(torch=2), "torch: expected text, got 2"),
+    "rows": (other_head(rows={}), "a list of rows"),
+    "threads of all": (other_head(any_threads=1), "any_threads"),
+    "row": (other_head(rows=[3]), "row 1: expected an object"),
+    "op": (changed(op="backward"), "row 1: expected op to be one of forward"),
+    "dtype": (changed(dtype="float8"), "dtype to be one of"),
+    "path": (changed(path="mma"), "path to be one of packed"),
+    "size": (changed(m=0), "m to be a whole number"),
+    "size as text": (changed(k="64"), "k to be a whole number"),
+    "size as truth": (changed(n=True), "n to be a whole number"),
+    "no threads": (changed(threads=None), "threads to be a whole number"),
+    "times": (changed(us=[1]), "us to be microseconds"),
+    "negative time": (changed(us={"stock": 1, "aten": -1}), "us to be positive"),
+    "unknown time": (changed(us={"stock": 1, "blas": 1}), "us to name paths"),
+    "behind stock": (changed(path="packed"), "not clearly slower than stock, or aten"),
+    "not measured": (changed(path="few_rows"), "a path that was measured"),
+    "date": (changed(date=20261128), "date to be text"),
+    "twice": (table(row(), row()).text(), "two rows are of the same product"),
+}
+
+
+@pytest.mark.parametrize(("text", "why"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_table_is_ignored_and_said_so(places, text, why):
+    shipped, tuned = places
+    put(shipped, table(row(path="aten"), any_threads=True))
+    put(tuned, text)
+    with pytest.raises(RouteError, match=why):
+        routing.parse(text)
+    with pytest.warns(RuntimeWarning, match=f"{routing.file_name()} is ignored: it is damaged: .*tune` measures again"):
+        routing.install()
+    assert [one.source for one in routing.in_use()] == ["shipped"], "the other one counts"
+    assert forward_path() == "aten"
+
+
+FOREIGN = {
+    "processor": ({"processor": "authenticamd-25-17"}, "was measured on authenticamd-25-17 with .*, and this is"),
+    "instruction set": ({"isa": "sve"}, "was measured on .* with sve, and this is"),
+    "torch": ({"torch": "2.0.0"}, f"measured with torch 2.0.0, and this is torch {torch.__version__}"),
+    "dlkernels": ({"dlkernels": "0.0.1"}, f"with dlkernels 0.0.1, and this is dlkernels {__version__}"),
+}
+
+
+@pytest.mark.parametrize(("head", "why"), FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_or_stale_table_is_ignored_and_said_so(places, head, why):
+    put(places[1], table(**head))
+    with pytest.warns(RuntimeWarning, match="is ignored: it was .*" + why.removeprefix("was ").replace("+", r"\+")):
+        routing.install()
+    assert routing.in_use() == () and routing.identity() == "none"
+    assert forward_path() == "packed"
+
+
+@pytest.mark.skipif(_C.build_config()["cuda"] is not None, reason="this build has CUDA kernels")
+def test_a_table_for_cuda_is_foreign_to_a_build_for_cpu(places, tmp_path, monkeypatch):
+    rows = (Row("forward", "bfloat16", 300, 200, 100, 90, "mma", {"mma": 1.0, "cublas": 2.0}, "2026-11-28", ""),)
+    gpu = Table("cuda", "NVIDIA H100", "", torch.__version__, __version__, False, rows)
+    assert routing.parse(gpu.text()) == gpu
+    file = tmp_path / "cuda-nvidia-h100.json"
+    file.write_text(gpu.text())
+    monkeypatch.setenv(routing.VARIABLE, str(file))
+    with pytest.warns(RuntimeWarning, match="it is for CUDA, and this build has no CUDA kernels"):
+        routing.install()
+
+
+def test_a_shipped_table_is_for_every_torch_and_every_number_of_threads(places):
+    put(places[0], table(row(where=7), torch="2.0.0", any_threads=True))
+    routing.install()
+    assert forward_path() == "aten"
+    put(places[0], table(row(where=torch.get_num_threads() + 1), any_threads=False))
+    routing.install()
+    assert forward_path() == "packed"
+
+
+def test_the_tuned_table_comes_first(places):
+    shipped, tuned = places
+    put(shipped, table(row(), row(m=30), any_threads=True))
+    put(tuned, table(row(path="packed", us={STOCK: 2.0, "packed": 1.0})))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        routing.install()
+    assert [one.source for one in routing.in_use()] == ["tuned", "shipped"]
+    assert (forward_path(), forward_path(m=30)) == ("packed", "aten")
+    alone = routing.identity()
+    routing.use(routing.in_use()[1:])
+    assert routing.identity() != alone and (forward_path(), forward_path(m=30)) == ("aten", "aten")
+
+
+def test_the_variable_chooses(places, tmp_path, monkeypatch):
+    shipped, tuned = places
+    put(shipped, table(row(), any_threads=True))
+    put(tuned, table(row("dgrad")))
+    file = tmp_path / "mine.json"
+    file.write_text(table(row("wgrad")).text())
+    sources = {"shipped": ["shipped"], "default": [], str(file): ["file"], "": ["tuned", "shipped"]}
+    for choice, expected in sources.items():
+        monkeypatch.setenv(routing.VARIABLE, choice)
+        routing.install()
+        assert [one.source for one in routing.in_use()] == expected
+
+
+def test_a_choice_that_is_none_stops_the_import():
+    for code in (["-c", "import dlkernels"], ["-m", "dlkernels", "info"]):
+        said = python(*code, check=False, DLKERNELS_ROUTES="no/such/file")
+        assert "DLKERNELS_ROUTES must be shipped, default or the file of a route table; got 'no/such/file'" in said
+    assert "Traceback" not in said
+
+
+def test_an_import_takes_the_routes_of_a_file(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(table(any_threads=True).text())
+    code = "import torch; from dlkernels import explain; print(explain(torch.ones(300, 100), torch.ones(200, 100))[0])"
+    assert "path='aten'" in python("-c", code, DLKERNELS_ROUTES=str(file))
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(file.read_text()[:-40])
+    said = python("-c", code, check=False, DLKERNELS_ROUTES=str(damaged))
+    assert "path='packed'" in said and "RuntimeWarning: the route table" in said and "it is damaged" in said
+
+
+def test_explain_and_info_name_table_and_row(places, capsys):
+    put(places[1], table(row("dgrad"), row()))
+    routing.install()
+    plan = functional.explain(torch.empty(300, 100), torch.empty(200, 100))
+    told = "measured at 300, 100→200: 0.75 of stock's time (row 2 of {}, 2026-11-28, commit 0123456789)"
+    assert plan[0].why == plan.forward[0].why == told.format(routing.file_name())
+    assert "backward in 0.75" in plan[1].why and "row 1 of" in plan[1].why
+    assert "measured at" not in plan[2].why
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{routing.file_name()} (tuned, 2 rows, hash {routing.identity()})" in printed
+    routing.use(())
+    assert main(["info"]) == 0
+    assert "none: the built-in rules" in capsys.readouterr().out
+
+
+def test_the_same_table_gives_the_same_bits():
+    x, weight, bias = torch.randn(300, 100), torch.randn(200, 100), torch.randn(200)
+
+    def results():
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = functional.linear_relu(*leaves)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    one = table(row(), row("dgrad"), row("wgrad", path="packed", us={}), any_threads=True)
+    try:
+        routing.use((one,))
+        first = results()
+        routing.use(())
+        results()
+        routing.use((dataclasses.replace(one, name="the same, read again"),))
+        assert all(map(torch.equal, first, results()))
+    finally:
+        routing.use(())
+
+
+def test_tables_change_while_layers_run():
+    """A plan is made under the old table or under the new one, and both are right."""
+    x, weight = torch.randn(300, 100), torch.randn(200, 100)
+    exact = torch.relu(x.double() @ weight.double().t())
+    stop, errors = threading.Event(), []
+
+    def run():
+        while not stop.is_set():
+            errors.append(float((functional.linear_relu(x, weight).double() - exact).abs().max()))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    tables = [_C.make_routes([("forward", "float32", 300, 200, 100, 0, path, "")]) for path in ("aten", "packed")]
+    try:
+        for thread in threads:
+            thread.start()
+        for turn in range(300):
+            _C.use_routes(tables[turn % 2] if turn % 3 else -1)
+            stop.wait(0.001)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        routing.use(())
+    assert len(errors) > 100 and max(errors) < 1e-4
+
+
+def test_what_is_no_table_is_refused():
+    with pytest.raises(ValueError, match="expected a table of make_routes, or -1 for none; got 100000"):
+        _C.use_routes(100000)
+    good = ("forward", "float32", 1, 1, 1, 0, "packed", "")
+    for place, wrong in ((0, "backward"), (2, 0), (5, -1), (6, "fast")):
+        with pytest.raises(ValueError, match="expected"):
+            _C.make_routes([(*good[:place], wrong, *good[place + 1 :])])
+
+
+SHIPPED = sorted((Path(routing.__file__).parent / "routes").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_a_shipped_table_is_sound(file):
+    """Its name is that of its processor, it is for any number of threads, and each row says when and with what it was
+    measured. Where it is used, no product takes a path that the table ranks behind
+    stock by more than noise."""
+    one = routing.read(file, "shipped")
+    assert one.rows and all(r.date and r.commit and r.us for r in one.rows)
+    if one.device == "cuda":
+        return
+    assert file.name == f"{one.processor}-{one.isa}.json" and one.any_threads
+    if one.isa != _C.cpu_kernels()["isa"]:
+        return  # the kernels of these rows are not here
+    try:
+        routing.use((one,))
+        for r in one.rows:
+            dtype = getattr(torch, r.dtype)
+            plan = functional.explain(torch.empty(r.m, r.k, dtype=dtype), torch.empty(r.n, r.k, dtype=dtype))
+            (product,) = (each for each in plan if each.op == r.op)
+            assert product.path == r.path and "measured at" in product.why
+            assert r.path == LIBRARY["cpu"] or r.us[r.path] <= 1.031 * r.us[STOCK], r
+        assert {r.op for r in one.rows} == set(OPS)
+    finally:
+        routing.use(())
