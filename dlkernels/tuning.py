@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlkernels import _C, functional, routing
+from dlkernels._errors import ExpectedError
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
 from dlkernels.fusion.rules import linear_rule
@@ -47,7 +48,7 @@ JUDGED = 1 << 31  # multiplications of a product that the oracle judges; layers 
 Key = TypeVar("Key", str, tuple[str, str])
 
 
-class TuneError(RuntimeError):
+class TuneError(ExpectedError, RuntimeError):
     """Nothing can be measured here, or in this way; the message says why."""
 
 

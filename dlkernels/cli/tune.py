@@ -22,7 +22,6 @@ def add_parser(subparsers: Any) -> None:
         "float64, then timed beside stock torch in turns; one that is wrong or slower is not taken. The route table "
         "goes to your cache folder, and every later process on this machine takes its routes from it. Leave the "
         "machine alone meanwhile.",
-        failures=["builtins:OSError", "dlkernels.tuning:TuneError"],
     )
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
