@@ -2,7 +2,8 @@
 
 * chains: multi-layer perceptrons, forward, and forward with the gradients of every parameter. The same for an
   ``nn.Sequential`` of our layers, and for the products alone, into existing buffers.
-* training: whole steps (zero_grad, forward, cross entropy, backward, fused Adam) over tensors in memory.
+* training: whole steps (zero_grad, forward, loss, backward, fused Adam) over tensors in memory. The loss is the cross
+  entropy of ten classes, else the mean squared error. On CPU also the step in one call, ``dlkernels.training_step``.
 * heads: ``cross_entropy(linear(x, weight), target)`` and its gradients for many classes. From torch 2.13 on
   ``F.linear_cross_entropy`` too, by its reference path (all logits at once) and by its chunked path (with ``options``).
 * With ``--device cuda`` each is also timed as a CUDA graph, with the share of a chain's floor (``bench/floors.py``).
@@ -14,6 +15,7 @@ stock's.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -30,11 +32,16 @@ from torch.nn import functional as F
 from bench import floors, grid, harness, machine, peak
 from bench.clock import Graph, clock_of
 from bench.harness import DTYPES
-from dlkernels import functional, losses
+from dlkernels import functional, losses, training_step
 from dlkernels.atomic import write_json
 from dlkernels.nn import MLP
 
 CHAINS = {
+    "8-64-64-4, batch 1": (1, [8, 64, 64, 4]),
+    "8-64-64-4, batch 32": (32, [8, 64, 64, 4]),
+    "8-64-64-4, batch 256": (256, [8, 64, 64, 4]),
+    "50-128-64-1, batch 256": (256, [50, 128, 64, 1]),
+    "100-256-256-1, batch 1024": (1024, [100, 256, 256, 1]),
     "5 x 64": (65536, [64] * 6),
     "5 x 128": (65536, [128] * 6),
     "mnist": (256, [784, 256, 10]),
@@ -44,6 +51,7 @@ CHAINS = {
 GPU_CHAINS = {"16384 x 1024-4096": (16384, [1024, 4096, 1024, 4096])}
 HEADS = {"32k classes": (1024, 256, 32768), "128k classes": (256, 256, 131072)}
 OURS, STOCK, FLOOR = "dlkernels", "stock", "products alone"
+ONE_CALL = "training_step"
 # torch's one function for the loss head, from torch 2.13 on: without options it computes all logits, as stock does.
 TORCH_REFERENCE, TORCH_CHUNKED = "F.linear_cross_entropy", "F.linear_cross_entropy, chunked"
 GRAPH = ", graph"
@@ -116,18 +124,30 @@ class Network:
         return run
 
     def training(self) -> Calls:
+        classes = self.sizes[-1] == 10
+        target = self.labels if classes else self.g
+        ours, stocks = (losses.cross_entropy, F.cross_entropy) if classes else (losses.mse_loss, F.mse_loss)
+
+        def adam(model: nn.Module) -> torch.optim.Optimizer:
+            return torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=self.x.is_cuda)
+
         def steps(name: str, model: nn.Module) -> Callable[[], Any]:
-            loss = losses.cross_entropy if name in (OURS, "our layers") else F.cross_entropy
-            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=self.x.is_cuda)
+            loss = ours if name in (OURS, "our layers") else stocks
+            optimizer = adam(model)
 
             def run() -> None:
                 optimizer.zero_grad()
-                loss(model(self.x), self.labels).backward()
+                loss(model(self.x), target).backward()
                 optimizer.step()
 
             return run
 
-        return {name: steps(name, model) for name, model in self.models.items()}
+        calls: Calls = {name: steps(name, model) for name, model in self.models.items()}
+        if not self.x.is_cuda:
+            model = copy.deepcopy(self.models[OURS])
+            step = training_step(model, ours, adam(model))
+            calls[ONE_CALL] = lambda: step(self.x, target)
+        return calls
 
 
 def distance(actual: Tensor, exact: Tensor) -> float:
@@ -186,7 +206,7 @@ def cases(dtypes: Sequence[str], device: str) -> Iterator[tuple[str, str, str, C
             network.refuse_wrong()
             yield name, dtype, "forward", network.forward()
             yield name, dtype, "forward+backward", network.forward_backward()
-            if sizes[-1] == 10:
+            if sizes[-1] <= 10:
                 yield name, dtype, "training step", network.training()
         for name, (rows, features, classes) in HEADS.items():
             yield name, dtype, "loss head", head(rows, features, classes, DTYPES[dtype], device)
@@ -222,9 +242,9 @@ def with_graphs(calls: Calls) -> tuple[Calls, dict[str, str]]:
     return calls | graphs, refused
 
 
-def ratio(row: Mapping[str, Any], of: str) -> str:
+def ratio(row: Mapping[str, Any], of: str, to: str = OURS) -> str:
     times = row["times"]
-    return f"{times[of]['median'] / times[OURS]['median']:.2f}x" if of in times else ""
+    return f"{times[of]['median'] / times[to]['median']:.2f}x" if of in times and to in times else ""
 
 
 def share(row: Mapping[str, Any]) -> str:
@@ -245,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     others = [STOCK, "in-place", "our layers", TORCH_REFERENCE, TORCH_CHUNKED, FLOOR]
     graphs = [OURS + GRAPH, STOCK + GRAPH] if args.device == "cuda" else []
     heads = [f"{name} / ours" for name in others + graphs] + ["floor (b) / our graph"] * bool(graphs)
+    one_call = [STOCK, "in-place", OURS]
+    heads += [f"{name} / {ONE_CALL}" for name in one_call]
     table = Table("network", "dtype", "timed", "ours ms", *heads)
     rows = []
     for row in measure(args.dtypes, args.budget, args.device):
@@ -253,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells = [f"{ours * 1e3:.3g}", *(ratio(row, o) for o in others + graphs)]
         if graphs:
             cells.append(share(row))
+        cells += [ratio(row, o, ONE_CALL) for o in one_call]
         table.add_row(row["network"], row["dtype"], row["timed"], *cells)
     Console(width=200).print(table)
     for row in rows:
