@@ -1,5 +1,5 @@
 """The CUDA kernels of the losses, executed without a GPU (tests/emulation/cuda). They pass the tests of the CPU losses
-(test_losses_*.py): the ops beneath dlkernels.losses are replaced. Tests of what only CUDA does follow."""
+(test_losses_*.py): they replace the kernels of the ops beneath dlkernels.losses. Tests of what only CUDA does follow."""
 
 import ctypes
 
@@ -28,7 +28,7 @@ from tests.ops.test_losses_regression import (  # noqa: F401
 )
 from tests.support.losses_problems import DTYPES, INF, NAN, assert_like, class_problem, layouts
 
-OPS = {f"_{name}": getattr(on_host, name) for name in ("mse_loss", "gaussian_nll_loss", "cross_entropy")}
+OPS = {f"_{name}_forward": getattr(on_host, name) for name in ("mse_loss", "gaussian_nll_loss", "cross_entropy")}
 OF_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # Sizes around every switch of losses.cu: how many threads share a row and how many classes they hold; a row too long
@@ -47,10 +47,13 @@ def on_device():
 
 @pytest.fixture(autouse=True)
 def _cuda_kernels(monkeypatch):
-    for name, op in OPS.items():
-        monkeypatch.setattr(ops, name, op)
     for module in (test_losses_regression, test_losses_gaussian_nll):
         monkeypatch.setattr(module, "SHAPES", SHAPES)
+    library = torch.library.Library("dlkernels", "IMPL")
+    for name, op in OPS.items():
+        library.impl(name, op, "CPU", allow_override=True)
+    yield
+    library._destroy()
 
 
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])

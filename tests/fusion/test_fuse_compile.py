@@ -15,7 +15,7 @@ from dlkernels.fusion import backend
 from tests.fusion.zoo import MODELS
 from tests.support.paths import ROOT
 
-OURS = (functional.linear_act, torch.ops.higher_order.autograd_function_apply)
+OURS = (functional.linear_act, torch.ops.dlkernels._linear_act.default)
 
 
 @pytest.fixture(autouse=True)
