@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from dlkernels._ops.activations import Activation, activation_named
 from dlkernels._ops.losses import DEVICES, REDUCTIONS
 from dlkernels._ops.mlp import mlp_loss
 from dlkernels._ops.modes import are_plain, autocast_active, under_transform
-from dlkernels.fusion.reading import activation_of
+from dlkernels.fusion.call import _STOCK
+from dlkernels.fusion.reading import CALLED, activation_of
 from dlkernels.fusion.rules import linear_rule
-from dlkernels.nn import LinearAct, LinearReLU, untouched
+from dlkernels.nn import MLP, LinearAct, LinearReLU, untouched
 
 __all__ = ["TrainingStep", "training_step"]
 
@@ -40,7 +42,7 @@ class _Chain:
     weights: list[Tensor]
     biases: list[Tensor | None]
     acts: list[int]
-    slope: float
+    slope: float | None  # of leaky_relu; None: there is none
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def training_step(
     calls above, and ``step.why`` says why. The decision is made anew at each step, so hooks, schedules,
     ``load_state_dict`` and ``model.eval()`` have the effect that they have on the calls. Parameters and the optimizer's
     state are where torch keeps them: checkpoints are the same, and any step may be done by the calls instead.
+
+    It cannot see hooks that other code put on autograd's accumulation nodes, as DistributedDataParallel does.
 
     The update is the one of ``optimizer`` with ``fused=True``, to the bit; without it torch rounds in another order.
 
@@ -133,7 +137,7 @@ class TrainingStep:
             chain.weights,
             chain.biases,
             chain.acts,
-            chain.slope,
+            chain.slope or 0.0,
             target,
             loss.kind,
             loss.class_weight,
@@ -147,6 +151,7 @@ class TrainingStep:
         with torch.no_grad():
             for update in updates:
                 update(grad_of)
+        torch.autograd.graph.increment_version(trained)  # torch's fused kernels do not
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = grad_of.get(parameter) if self.keep_grads else None
@@ -165,11 +170,11 @@ class TrainingStep:
     def _plan(self, x: Tensor, target: Tensor) -> tuple[Tensor, _Chain, _Loss, list[_Update]]:
         _check_context(x, target)
         x, chain = _chain_of(self.model, x)
-        loss = _loss_of(self.loss, target)
         parameters = [t for t in (*chain.weights, *chain.biases) if t is not None]
         if x.dtype != parameters[0].dtype or x.device != parameters[0].device:
             raise _Ordinary("input and parameters differ in dtype or device")
         _check_parameters(parameters)
+        loss = _loss_of(self.loss, x, target, chain.weights[-1].shape[0])
         return x, chain, loss, _updates_of(self.optimizer, {p for p in parameters if p.requires_grad})
 
 
@@ -177,12 +182,19 @@ class TrainingStep:
 
 
 def _check_context(x: Any, target: Any) -> None:
-    if torch.compiler.is_compiling() or under_transform():
-        raise _Ordinary("it is compiled or transformed")
+    # After a graph break Dynamo runs these lines as they are, and compiles what they call.
+    if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+        raise _Ordinary("it is compiled")
+    if F.linear is not _STOCK[0] or nn.Linear.forward is not _STOCK[1]:
+        raise _Ordinary("F.linear or nn.Linear.forward was replaced")
+    if under_transform():
+        raise _Ordinary("it is transformed")
     if not torch.is_grad_enabled():
         raise _Ordinary("gradients are disabled")
     if not (isinstance(x, Tensor) and isinstance(target, Tensor) and are_plain(x, target)):
         raise _Ordinary("input and target are not plain tensors")
+    if any(t.layout is not torch.strided or t.is_nested or t.is_inference() for t in (x, target)):
+        raise _Ordinary("input or target is sparse, nested, or an inference tensor")
     if x.requires_grad or target.requires_grad:
         raise _Ordinary("input or target requires a gradient")
     if x.device.type not in DEVICES or x.device.type == "meta":
@@ -205,6 +217,12 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             raise _Ordinary("a parameter has a hook")
         if p.requires_grad and not p.is_leaf:
             raise _Ordinary("a weight is computed from other tensors")
+        if not p.is_contiguous():  # torch's fused kernels read memory in order
+            raise _Ordinary("a parameter is not contiguous")
+    if parameters[0].dim() != 2:
+        raise _Ordinary("a weight is no matrix")
+    if not any(p.requires_grad for p in parameters):
+        raise _Ordinary("no parameter requires a gradient")
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -216,7 +234,7 @@ def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
         raise _Ordinary(f"the model is a {type(model).__name__}, not an nn.Sequential or MLP")
     if not untouched(model):
         raise _Ordinary("the model has a hook, or its forward was replaced or compiled")
-    chain = _Chain([], [], [], 0.0)
+    chain = _Chain([], [], [], None)
     ready = False  # the last layer of the chain can take an activation
     for module in model._modules.values():
         assert module is not None  # nn.Sequential calls each
@@ -256,8 +274,11 @@ def _is_sequential(model: nn.Module) -> bool:
     """Return True if the model's forward calls its modules one after the other."""
     kind = type(model)
     kind = kind.__dict__.get("_fused_from", kind)  # fuse gave it a subclass
-    return isinstance(model, nn.Sequential) and (
-        kind.forward is nn.Sequential.forward or (kind.__module__, kind.__qualname__) == ("dlkernels.nn", "MLP")
+    return (
+        isinstance(model, nn.Sequential)
+        and kind.forward in (nn.Sequential.forward, MLP.forward)
+        and kind.__iter__ is nn.Sequential.__iter__
+        and all(getattr(kind, name) is getattr(nn.Module, name) for name in CALLED)
     )
 
 
@@ -270,7 +291,7 @@ def _add(chain: _Chain, weight: Tensor, bias: Tensor | None) -> None:
 def _set_activation(chain: _Chain, name: str, slope: float) -> None:
     act: Activation = activation_named(name)
     if name == "leaky_relu":
-        if chain.slope not in (0.0, slope):
+        if chain.slope not in (None, slope):
             raise _Ordinary("the slopes of leaky_relu differ")
         chain.slope = slope
     chain.acts[-1] = act.code
@@ -290,10 +311,25 @@ _FUNCTIONS: dict[Any, _Loss] = {
 }
 
 
-def _loss_of(loss: Any, target: Tensor) -> _Loss:
+def _loss_of(loss: Any, x: Tensor, target: Tensor, out_features: int) -> _Loss:
+    """Return the loss. Targets that torch would broadcast or convert are left to the calls."""
+    found = _settings_of(loss)
+    output = (*x.shape[:-1], out_features)
+    is_like_output = target.shape == output and target.dtype == x.dtype
+    if (target.is_floating_point() or found.kind == _MSE) and not is_like_output:
+        raise _Ordinary("output and target differ in shape or dtype")
+    if found.kind == _CROSS_ENTROPY and x.dim() < 2:
+        raise _Ordinary("the output has no batch")
+    weight = found.class_weight
+    if weight is not None and (weight.requires_grad or not are_plain(weight) or weight.dtype != x.dtype):
+        raise _Ordinary("the weight of the loss requires a gradient or has another dtype")
+    return found
+
+
+def _settings_of(loss: Any) -> _Loss:
     kind = _MODULES.get(type(loss))
     if kind is None:
-        found = _FUNCTIONS.get(loss) if type(loss) is type(_loss_of) else None
+        found = _FUNCTIONS.get(loss) if type(loss) is FunctionType else None
         if found is None:
             raise _Ordinary(f"the loss is {getattr(loss, '__name__', type(loss).__name__)}")
         return found
@@ -304,10 +340,7 @@ def _loss_of(loss: Any, target: Tensor) -> _Loss:
     reduction = REDUCTIONS.index(loss.reduction)
     if kind == _MSE:
         return _Loss(kind, None, reduction, -100, 0.0)
-    weight = loss.weight
-    if weight is not None and (weight.requires_grad or not are_plain(weight)):
-        raise _Ordinary("the weight of the loss requires a gradient")
-    return _Loss(kind, weight, reduction, loss.ignore_index, loss.label_smoothing)
+    return _Loss(kind, loss.weight, reduction, loss.ignore_index, loss.label_smoothing)
 
 
 # ---- the update ------------------------------------------------------------------------------------------------------
@@ -327,18 +360,19 @@ def _updates_of(optimizer: optim.Optimizer, trained: set[Tensor]) -> list[_Updat
         or _global_optimizer_post_hooks
     ):
         raise _Ordinary("the optimizer has a hook")
-    step = optimizer.__dict__.get("step")
-    if step is not None and not getattr(step, "_wrapped_by_lr_sched", False):
-        raise _Ordinary("the optimizer's step was replaced")
+    step = optimizer.__dict__.get("step")  # a schedule wraps it
+    if "zero_grad" in optimizer.__dict__ or (step is not None and getattr(step, "__wrapped__", None) is not kind.step):
+        raise _Ordinary("the optimizer's step or zero_grad was replaced")
     if hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf"):
         raise _Ordinary("the gradients are scaled")
-    updates, covered = [], 0
+    updates: list[_Update] = []
+    covered: list[Tensor] = []
     for group in optimizer.param_groups:
         mine = [p for p in group["params"] if p in trained]
-        covered += len(mine)
+        covered += mine
         if mine:
             updates.append(_KINDS[kind](optimizer, group, mine))
-    if covered != len(trained):
+    if len(covered) != len(trained) or set(covered) != trained:
         raise _Ordinary("the optimizer does not have all parameters of the model")
     return updates
 
@@ -355,7 +389,15 @@ def _states(optimizer: optim.Optimizer, parameters: Sequence[Tensor], *names: st
     states = [optimizer.state.get(p) for p in parameters]
     if not all(state and all(state.get(name) is not None for name in names) for state in states):
         raise _Ordinary("the optimizer makes its state in its first step")
-    return [[state[name] for state in states if state is not None] for name in names]
+    found = [[state[name] for state in states if state is not None] for name in names]
+    for name, tensors in zip(names, found, strict=True):
+        for t, p in zip(tensors, parameters, strict=True):
+            if name == "step":
+                if t.device != p.device:
+                    raise _Ordinary("on this device the optimizer needs fused=True")
+            elif t.shape != p.shape or t.dtype != p.dtype or t.device != p.device or not t.is_contiguous():
+                raise _Ordinary("a state of the optimizer is not like its parameter")
+    return found
 
 
 def _adam(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]) -> _Update:
@@ -364,8 +406,6 @@ def _adam(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Te
     if group.get("capturable") or group.get("differentiable") or isinstance(beta1, Tensor):
         raise _Ordinary("the optimizer is capturable or differentiable")
     means, squares, steps = _states(optimizer, parameters, "exp_avg", "exp_avg_sq", "step")
-    if any(step.device != p.device for step, p in zip(steps, parameters, strict=True)):
-        raise _Ordinary("on this device the optimizer needs fused=True")
     maxima = _states(optimizer, parameters, "max_exp_avg_sq")[0] if group["amsgrad"] else []
     decoupled = group.get("decoupled_weight_decay", type(optimizer) is optim.AdamW)
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_

@@ -150,7 +150,14 @@ ACTIVATIONS: dict[str, Activation] = {
     name: Activation(name, code, saves_output, value, first, second, name in _SIGN_ONLY, name in _MASKS_GRADIENT)
     for code, (name, saves_output, value, first, second) in enumerate(_ALL)
 }
-BY_CODE = tuple(ACTIVATIONS.values())
+_BY_CODE = tuple(ACTIVATIONS.values())
+
+
+def activation_of_code(code: int) -> Activation:
+    """Return the activation of this code in the op schemas, or raise ValueError."""
+    if not 0 <= code < len(_BY_CODE):
+        raise ValueError(f"expected an activation code in [0, {len(_BY_CODE)}), got {code}")
+    return _BY_CODE[code]
 
 
 def activation_named(name: str) -> Activation:

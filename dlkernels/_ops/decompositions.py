@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dlkernels._ops import masks
-from dlkernels._ops.activations import BY_CODE
+from dlkernels._ops.activations import activation_of_code
 from dlkernels._ops.linear_cross_entropy import stock_linear_cross_entropy
 from dlkernels._ops.losses import Settings, grad_dtype, stock_cross_entropy, stock_gaussian_nll, stock_mse
 
 
 def _forward_z(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
     z = F.linear(x, weight, bias)
-    return BY_CODE[act].value(z, slope), z
+    return activation_of_code(act).value(z, slope), z
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> Tensor:
@@ -29,7 +29,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: fl
 
 def _forward_mask(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
     y = _forward(x, weight, bias, act, slope)
-    return y, masks.pack(y, BY_CODE[act])
+    return y, masks.pack(y, activation_of_code(act))
 
 
 def _recorded_layer(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float, mask: bool) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dlkernels._ops import autocast, masks, sharding
-from dlkernels._ops.activations import ACTIVATIONS, BY_CODE, Activation
+from dlkernels._ops.activations import ACTIVATIONS, Activation, activation_of_code
 from dlkernels._ops.derivatives import (
     Gradients,
     backward_in_torch,
@@ -136,7 +136,7 @@ def _(
     slope: float,
     *needs: bool,
 ) -> Gradients:
-    return gradients(g, grad_saved, x, weight, saved, BY_CODE[act], slope, needs, anchor)  # type: ignore[arg-type]
+    return gradients(g, grad_saved, x, weight, saved, activation_of_code(act), slope, needs, anchor)  # type: ignore[arg-type]
 
 
 # ---- the pair for torch.func transforms ----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dlkernels import _C
 from dlkernels._ops import autocast
-from dlkernels._ops.activations import BY_CODE, Activation
+from dlkernels._ops.activations import Activation, activation_of_code
 from dlkernels._ops.derivatives import differentiable_op, gradients, sum_present
 from dlkernels._ops.linear_act import linear_act
 from dlkernels._ops.modes import are_plain, autocast_active, autocast_operands, under_transform
@@ -64,7 +64,7 @@ def _(
     grad_z = dict(zip(kept_z, grads_kept[len(hidden) :], strict=False))
     found: list[Tensor | None] = [None] * len(needs)
     for i in reversed(range(count)):
-        act = BY_CODE[codes[i]]
+        act = activation_of_code(codes[i])
         saved = None if act.name == "none" else h.get(i) if act.saves_output else z.get(i)
         through = bool(needs[0]) or any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i])
         wanted = through, bool(needs[1 + i]), bool(needs[1 + count + i])

@@ -1,5 +1,5 @@
 """The CUDA kernels of the losses, executed without a GPU (tests/emulation/cuda). They pass the tests of the CPU losses
-(test_losses_*.py): they replace the kernels of the ops beneath dlkernels.losses. Tests of what only CUDA does follow."""
+(test_losses_*.py): they replace the kernels of the CPU's ops. Tests of what only CUDA does follow."""
 
 import ctypes
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dlkernels import losses
-from dlkernels._ops import losses as ops
 from dlkernels.testing import LossJudge
 from tests.emulation.cuda import losses as on_host
 from tests.ops import test_losses_gaussian_nll, test_losses_regression

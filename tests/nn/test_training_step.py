@@ -268,9 +268,129 @@ def test_changes_that_need_the_calls(change):
         torch.testing.assert_close(a, b)
 
 
+class Doubled(nn.Sequential):
+    def __call__(self, x):
+        return super().__call__(x * 2)
+
+
+class First(nn.Sequential):
+    def __iter__(self):
+        return iter([*self._modules.values()][:1])
+
+
+def transposed():
+    model = nn.Sequential(nn.Linear(5, 3))
+    model[0].weight = nn.Parameter(torch.randn(5, 3).t())
+    return model
+
+
+def test_nothing_to_train():
+    model = nn.Sequential(nn.Linear(5, 3)).requires_grad_(False)
+    step = training_step(model, nn.MSELoss(), optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        step(*next(batches(nn.MSELoss(), 1)))
+    assert "no parameter" in step.why
+
+
+def test_replaced_methods_of_the_optimizer():
+    """Also where a schedule has wrapped the replaced step."""
+    model = MLP([5, 6, 3])
+    x, target = next(batches(nn.MSELoss(), 1))
+    optimizer, called = optim.SGD(model.parameters(), lr=0.1), []
+    step = training_step(model, losses.MSELoss(), optimizer)
+    optimizer.zero_grad = lambda: called.append("zero_grad")
+    step(x, target)
+    assert "replaced" in step.why and "zero_grad" in called
+    del optimizer.zero_grad
+    optimizer.step = (lambda self, closure=None: called.append("step")).__get__(optimizer)
+    optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    step(x, target)
+    assert "replaced" in step.why and called.count("step") == 1
+
+
+def test_state_of_another_dtype_or_layout():
+    """The error, or the update, is the one of the calls."""
+    model = MLP([5, 6, 3])
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = training_step(model, losses.MSELoss(), optimizer)
+    data = [*batches(nn.MSELoss(), 2)]
+    step(*data[0])
+    buffer = optimizer.state[model[0].weight]
+    buffer["momentum_buffer"] = buffer["momentum_buffer"].t().contiguous().t()
+    other = copy.deepcopy(model)
+    its = optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    its.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(*data[1])
+    by_calls(other, losses.MSELoss(), its, *data[1])
+    assert "not like its parameter" in step.why
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [
+        (nn.MSELoss(), torch.randn(1, 3)),
+        (nn.MSELoss(), torch.randn(7, 3).double()),
+        (nn.MSELoss(), torch.randint(3, (7, 3))),
+        (nn.CrossEntropyLoss(), torch.rand(7, 3).double()),
+        (nn.CrossEntropyLoss(weight=torch.ones(3).double()), torch.rand(7, 3)),
+    ],
+    ids=["shape", "float64", "integers", "probabilities", "weight"],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_need_the_calls(loss, target):
+    model = nn.Sequential(nn.Linear(5, 3))
+    other = copy.deepcopy(model)
+    step = training_step(model, loss, optim.SGD(model.parameters(), lr=0.1))
+    its, x = optim.SGD(other.parameters(), lr=0.1), torch.randn(7, 5)
+    try:
+        by_calls(other, loss, its, x, target)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            step(x, target)
+    else:
+        step(x, target)
+    assert step.why
+    assert_same(model, other)
+
+
+def test_version_of_the_weights():
+    """A graph from before the step has no gradient any more, as after the calls."""
+    model = MLP([5, 6, 3])
+    step = training_step(model, losses.MSELoss(), optim.SGD(model.parameters(), lr=0.1))
+    x, target = next(batches(nn.MSELoss(), 1))
+    y = model(x)
+    step(x, target)
+    assert not step.why
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_under_the_compiler():
+    model = MLP([5, 6, 3])
+    other = copy.deepcopy(model)
+    make = OPTIMIZERS["adam"]
+    step, its = training_step(model, losses.MSELoss(), make(model.parameters())), make(other.parameters())
+    compiled = torch.compile(lambda x, target: step(x, target), backend="aot_eager")
+    for x, target in batches(nn.MSELoss(), 4):
+        compiled(x, target)
+        by_calls(other, losses.MSELoss(), its, x, target)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     ("model", "loss", "make", "why"),
     [
+        (Doubled(nn.Linear(5, 3)), nn.MSELoss(), optim.SGD, "a Doubled"),
+        (First(nn.Linear(5, 3), nn.ReLU()), nn.MSELoss(), optim.SGD, "a First"),
+        (transposed(), nn.MSELoss(), optim.SGD, "not contiguous"),
+        (
+            nn.Sequential(nn.Linear(5, 4), nn.LeakyReLU(0.0), nn.Linear(4, 3), nn.LeakyReLU(0.3)),
+            nn.MSELoss(),
+            optim.SGD,
+            "slopes",
+        ),
         (Residual(nn.Linear(5, 3)), nn.MSELoss(), optim.SGD, "a Residual"),
         (nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)), nn.MSELoss(), optim.SGD, "a Dropout"),
         (nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), nn.MSELoss(), optim.SGD, "a LayerNorm"),

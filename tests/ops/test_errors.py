@@ -207,3 +207,13 @@ for call in (functional.linear_relu, functional.explain):
 """
     messages = python("-c", script, **{variable: value})
     assert len(re.findall(f"{variable} {says}", messages)) == 4, messages
+
+
+@pytest.mark.parametrize("code", [-1, 9])
+def test_codes_of_the_backward_in_python(code):
+    ops, g = torch.ops.dlkernels, torch.ones(2, 4)
+    x, w = torch.ones(2, 3), torch.ones(4, 3)
+    with pytest.raises(ValueError, match=rf"activation code in \[0, 9\), got {code}"):
+        ops._linear_act_differentiable_backward(g, None, x, w, g, None, code, 0.0, True, True, True)
+    with pytest.raises(ValueError, match=rf"activation code in \[0, 9\), got {code}"):
+        ops._mlp_differentiable_backward(g, [], x, [w], g, [], [0], [code], 0.0, [1, 1, 1])
