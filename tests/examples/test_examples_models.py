@@ -99,7 +99,7 @@ def test_alexnet():
 
 
 def test_resnet():
-    _, accuracies = run("resnet", fused=26)
+    _, accuracies = run("resnet", fused=38)  # without "x +" the second layer of a block ends in a ReLU too
     for side in accuracies:
         assert side.residual >= 0.93
         assert side.plain < 0.5  # too deep to learn without the way around
