@@ -174,6 +174,8 @@ class TrainingStep:
         if x.dtype != parameters[0].dtype or x.device != parameters[0].device:
             raise _Ordinary("input and parameters differ in dtype or device")
         _check_parameters(parameters)
+        if any(weight.dim() != 2 for weight in chain.weights):
+            raise _Ordinary("a weight is no matrix")
         loss = _loss_of(self.loss, x, target, chain.weights[-1].shape[0])
         return x, chain, loss, _updates_of(self.optimizer, {p for p in parameters if p.requires_grad})
 
@@ -219,8 +221,6 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             raise _Ordinary("a weight is computed from other tensors")
         if not p.is_contiguous():  # torch's fused kernels read memory in order
             raise _Ordinary("a parameter is not contiguous")
-    if parameters[0].dim() != 2:
-        raise _Ordinary("a weight is no matrix")
     if not any(p.requires_grad for p in parameters):
         raise _Ordinary("no parameter requires a gradient")
 
@@ -237,7 +237,8 @@ def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
     chain = _Chain([], [], [], None)
     ready = False  # the last layer of the chain can take an activation
     for module in model._modules.values():
-        assert module is not None  # nn.Sequential calls each
+        if module is None:
+            raise _Ordinary("the model has a None among its modules")
         if not untouched(module):
             raise _Ordinary(f"a {type(module).__name__} has a hook, or its forward was replaced or compiled")
         kind = type(module)
