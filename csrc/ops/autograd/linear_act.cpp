@@ -36,7 +36,7 @@ void save(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, c
   ctx->saved_data["bias"] = bias.has_value();
 }
 
-// What `save` put aside, and the gradients that reach backward.
+// The values that `save` stored, and the gradients that backward receives.
 struct Saved {
   variable_list tensors;
   at::Tensor x, weight, saved, anchor, g, grad_saved;

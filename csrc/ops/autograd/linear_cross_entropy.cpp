@@ -4,7 +4,7 @@
 #include <ATen/core/Reduction.h>
 #include <ATen/ops/mul.h>
 
-#include "ops/autograd/function.h"
+#include "ops/autograd/cross_entropy_settings.h"
 #include "ops/autograd/losses.h"
 
 namespace dlk {
@@ -50,9 +50,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
                      now && need_x, now && need_weight, now && bias && bias->requires_grad());
     ctx->save_for_backward({savable(x, need_weight), savable(weight, need_x), savable(bias.value_or(none), false),
                             target, class_weight.value_or(none), dx, dweight, dbias});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
+    CrossEntropySettings{reduction, ignore_index, label_smoothing}.save(ctx);
     return loss;
   }
 
@@ -60,9 +58,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     const variable_list tensors = ctx->get_saved_variables();
     const at::Tensor &x = tensors[0], &weight = tensors[1], &bias = tensors[2], &target = tensors[3],
                      &class_weight = tensors[4], &g = grads[0];
-    const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-    const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
+    const auto [reduction, ignore_index, label_smoothing] = CrossEntropySettings::saved_in(ctx);
     const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
     const bool need_bias = bias.defined() && ctx->needs_input_grad(2);
     const bool each_row = reduction == at::Reduction::None;

@@ -5,9 +5,26 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/neg.h>
 
-#include "ops/autograd/function.h"
+#include "ops/autograd/cross_entropy_settings.h"
 
 namespace dlk {
+
+std::tuple<at::Tensor, at::Tensor> call_mse_loss_forward(const at::Tensor& input, const at::Tensor& target,
+                                                         int64_t reduction) {
+  using F = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, int64_t, bool);
+  static const auto op = dispatched<F>("dlkernels::_mse_loss_forward");
+  return op.call(input, target, reduction, true);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> call_cross_entropy_forward(
+    const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, bool need_input, bool need_target) {
+  using F = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                                           int64_t, int64_t, double, bool, bool);
+  static const auto op = dispatched<F>("dlkernels::_cross_entropy_forward");
+  return op.call(input, target, weight, reduction, ignore_index, label_smoothing, need_input, need_target);
+}
+
 namespace {
 
 using Pair = std::tuple<at::Tensor, at::Tensor>;
@@ -21,9 +38,7 @@ at::Tensor times_grad_loss(const at::Tensor& grad, const at::Tensor& grad_loss, 
 struct MseLoss : torch::autograd::Function<MseLoss> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             int64_t reduction) {
-    static const auto op =
-        dispatched<Pair(const at::Tensor&, const at::Tensor&, int64_t, bool)>("dlkernels::_mse_loss_forward");
-    auto [loss, grad] = op.call(input, target, reduction, true);
+    auto [loss, grad] = call_mse_loss_forward(input, target, reduction);
     ctx->save_for_backward({input, target, grad});
     ctx->saved_data["reduction"] = reduction;
     return loss;
@@ -86,14 +101,10 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                             double label_smoothing) {
-    using F = Triple(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, bool, bool);
-    static const auto op = dispatched<F>("dlkernels::_cross_entropy_forward");
-    auto [loss, grad, grad_target] = op.call(input, target, weight, reduction, ignore_index, label_smoothing,
-                                             input.requires_grad(), target.requires_grad());
+    auto [loss, grad, grad_target] = call_cross_entropy_forward(
+        input, target, weight, reduction, ignore_index, label_smoothing, input.requires_grad(), target.requires_grad());
     ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), grad, grad_target});
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
+    CrossEntropySettings{reduction, ignore_index, label_smoothing}.save(ctx);
     return loss;
   }
 
@@ -106,9 +117,9 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       using F = Pair(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t,
                      double, bool, bool);
       static const auto op = dispatched<F>("dlkernels::_cross_entropy_differentiable_backward");
-      std::tie(dinput, dtarget) = op.call(g, input, target, present(weight), ctx->saved_data["reduction"].toInt(),
-                                          ctx->saved_data["ignore_index"].toInt(),
-                                          ctx->saved_data["label_smoothing"].toDouble(), need_input, need_target);
+      const auto [reduction, ignore_index, label_smoothing] = CrossEntropySettings::saved_in(ctx);
+      std::tie(dinput, dtarget) =
+          op.call(g, input, target, present(weight), reduction, ignore_index, label_smoothing, need_input, need_target);
     } else {
       if (input.dim() > 1 && g.dim() > 0) g = g.unsqueeze(1);  // one value per row, the same for all classes
       if (need_input) dinput = times_grad_loss(tensors[3], g, input);

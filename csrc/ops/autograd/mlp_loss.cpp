@@ -1,8 +1,11 @@
 #include "ops/autograd/mlp_loss.h"
 
 #include <ATen/core/Reduction.h>
+#include <c10/core/GradMode.h>
 
-#include "ops/autograd/function.h"
+#include <algorithm>
+
+#include "ops/autograd/losses.h"
 #include "ops/autograd/mlp.h"
 #include "ops/check.h"
 
@@ -13,17 +16,9 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> loss_of(const at::Tensor& y, const at::Tensor& target, LossKind kind,
                                            const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
                                            double label_smoothing) {
-  using Pair = std::tuple<at::Tensor, at::Tensor>;
-  using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-  if (kind == LossKind::mse) {
-    static const auto op =
-        dispatched<Pair(const at::Tensor&, const at::Tensor&, int64_t, bool)>("dlkernels::_mse_loss_forward");
-    return op.call(y, target, reduction, true);
-  }
-  using F = Triple(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, bool, bool);
-  static const auto op = dispatched<F>("dlkernels::_cross_entropy_forward");
+  if (kind == LossKind::mse) return call_mse_loss_forward(y, target, reduction);
   auto [loss, grad, grad_target] =
-      op.call(y, target, class_weight, reduction, ignore_index, label_smoothing, true, false);
+      call_cross_entropy_forward(y, target, class_weight, reduction, ignore_index, label_smoothing, true, false);
   return {loss, grad};
 }
 
