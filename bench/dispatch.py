@@ -40,7 +40,7 @@ PATIENCE = 300  # seconds for a path: one that hangs must not stop the others
 
 
 class Product(NamedTuple):
-    """What a row is for: a product of a layer.
+    """A product of a layer. A table has one row for it.
 
     arch is 90 for 9.0; for every product m, n and k are the layer's sizes.
     """

@@ -8,7 +8,7 @@ class ExpectedError(Exception):
 
 
 class UsageError(ExpectedError):
-    """What the user typed is not allowed."""
+    """A command line or a setting is not allowed."""
 
     exit_status = 2
 

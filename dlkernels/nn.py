@@ -259,6 +259,11 @@ def untouched(module: nn.Module) -> bool:
     )
 
 
+def does_nothing(module: nn.Module | None) -> bool:
+    """Return True if this module returns its input: an Identity, or a Dropout that is not active."""
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and not (module.training and module.p))
+
+
 class MLP(nn.Sequential):
     """A multi-layer perceptron: fused hidden layers, and a last layer without activation.
 
@@ -346,7 +351,7 @@ class MLP(nn.Sequential):
             kind = type(module)
             if kind is LinearAct or kind is LinearReLU:
                 layers.append(cast(LinearAct, module))
-            elif not (kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p))):
+            elif not does_nothing(module):
                 return None
             if not untouched(module):
                 return None

@@ -23,10 +23,11 @@ from dlkernels._ops.activations import Activation, activation_named
 from dlkernels._ops.losses import DEVICES, REDUCTIONS
 from dlkernels._ops.mlp import mlp_loss
 from dlkernels._ops.modes import are_plain, autocast_active, under_transform
-from dlkernels.fusion.call import _STOCK
-from dlkernels.fusion.reading import CALLED, activation_of
+from dlkernels.fusion.call import STOCK_LINEAR
+from dlkernels.fusion.chain import calls_in_order
+from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import linear_rule
-from dlkernels.nn import MLP, LinearAct, LinearReLU, untouched
+from dlkernels.nn import MLP, LinearAct, LinearReLU, does_nothing, untouched
 
 __all__ = ["TrainingStep", "training_step"]
 
@@ -187,7 +188,7 @@ def _check_context(x: Any, target: Any) -> None:
     # After a graph break Dynamo runs these lines as they are, and compiles what they call.
     if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
         raise _Ordinary("it is compiled")
-    if F.linear is not _STOCK[0] or nn.Linear.forward is not _STOCK[1]:
+    if (F.linear, nn.Linear.forward) != STOCK_LINEAR:
         raise _Ordinary("F.linear or nn.Linear.forward was replaced")
     if under_transform():
         raise _Ordinary("it is transformed")
@@ -230,8 +231,9 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
 
 def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
     """Return the model's layers, and x as its first layer gets it."""
-    if not _is_sequential(model):
-        raise _Ordinary(f"the model is a {type(model).__name__}, not an nn.Sequential or MLP")
+    kind = type(model)
+    if not (isinstance(model, nn.Sequential) and (calls_in_order(kind) or calls_in_order(kind, MLP.forward))):
+        raise _Ordinary(f"the model is a {kind.__name__}, not an nn.Sequential or MLP")
     if not untouched(model):
         raise _Ordinary("the model has a hook, or its forward was replaced or compiled")
     chain = _Chain([], [], [], None)
@@ -242,7 +244,7 @@ def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
         if not untouched(module):
             raise _Ordinary(f"a {type(module).__name__} has a hook, or its forward was replaced or compiled")
         kind = type(module)
-        if kind is nn.Identity or (kind is nn.Dropout and not (module.training and module.p)):
+        if does_nothing(module):
             continue
         if isinstance(module, nn.Flatten) and not chain.weights and _is_flatten_of_samples(module, x):
             x = x.flatten(1)
@@ -269,18 +271,6 @@ def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
 
 def _is_flatten_of_samples(module: nn.Flatten, x: Tensor) -> bool:
     return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1) and x.dim() > 1
-
-
-def _is_sequential(model: nn.Module) -> bool:
-    """Return True if the model's forward calls its modules one after the other."""
-    kind = type(model)
-    kind = kind.__dict__.get("_fused_from", kind)  # fuse gave it a subclass
-    return (
-        isinstance(model, nn.Sequential)
-        and kind.forward in (nn.Sequential.forward, MLP.forward)
-        and kind.__iter__ is nn.Sequential.__iter__
-        and all(getattr(kind, name) is getattr(nn.Module, name) for name in CALLED)
-    )
 
 
 def _add(chain: _Chain, weight: Tensor, bias: Tensor | None) -> None:

@@ -96,7 +96,7 @@ GRID = (
 
 @dataclass(frozen=True)
 class MeasuredLayer:
-    """What was found for one layer.
+    """The result of the measurement of one layer.
 
     Attributes:
         size: the layer.

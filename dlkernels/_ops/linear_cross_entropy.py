@@ -9,6 +9,7 @@ transforms and forward mode use torch's formula, which holds all logits.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,12 +95,9 @@ def _(
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    *needs: bool,
+    *settings_and_needs: Any,
 ) -> tuple[Tensor | None, ...]:
-    settings = Settings(reduction, ignore_index, label_smoothing)
+    settings, needs = Settings(*settings_and_needs[:3]), settings_and_needs[3:]
 
     def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return stock_linear_cross_entropy(x, weight, bias, target, class_weight, settings, grad_dtype(x))

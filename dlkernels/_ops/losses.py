@@ -201,12 +201,9 @@ def _(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    *needs: bool,
+    *settings_and_needs: Any,
 ) -> list[Tensor | None]:
-    settings = Settings(reduction, ignore_index, label_smoothing)
+    settings, needs = Settings(*settings_and_needs[:3]), settings_and_needs[3:]
     formula = lambda x, t: stock_cross_entropy(x, t, weight, settings)  # noqa: E731
     return differentiable_gradients(formula, (input, target), needs, g)
 

@@ -29,7 +29,7 @@ from dlkernels.nn import untouched
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "meta") if _C.build_config()["cuda"] is None else ("cpu", "meta", "cuda")
 
-_STOCK = F.linear, nn.Linear.forward  # some tools replace these
+STOCK_LINEAR = F.linear, nn.Linear.forward  # some tools replace these
 
 _NO_KEYWORDS: dict[str, Any] = {}
 
@@ -126,7 +126,7 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
         return "there is a global module hook"
     if tracing():
         return "torch.jit.trace records stock operators only"
-    if F.linear is not _STOCK[0] or nn.Linear.forward is not _STOCK[1]:
+    if F.linear is not STOCK_LINEAR[0] or nn.Linear.forward is not STOCK_LINEAR[1]:
         return "F.linear or nn.Linear.forward was replaced"
     if (modes := torch._C._len_torch_function_stack()) and not _only_device_modes(modes):
         return "a TorchFunctionMode sees stock functions only"

@@ -120,16 +120,17 @@ def _has_inner(modules: Any) -> bool:
 
 def _is_inner(module: Any) -> bool:
     """Return True if calling this module runs its modules one after the other and nothing else."""
-    if not isinstance(module, nn.Sequential):
-        return False
-    cls = type(module)
+    return isinstance(module, nn.Sequential) and calls_in_order(type(module)) and untouched(module)
+
+
+def calls_in_order(cls: Any, forward: Any = nn.Sequential.forward) -> bool:
+    """Return True if calling a module of ``cls``, a Sequential, runs ``forward`` over its modules and nothing else."""
     if "_fused_from" in cls.__dict__:
-        cls = cls._fused_from  # type: ignore[attr-defined]
+        cls = cls._fused_from
     return (
-        cls.forward is nn.Sequential.forward
+        cls.forward is forward
         and cls.__iter__ is nn.Sequential.__iter__
         and all(getattr(cls, name) is getattr(nn.Module, name) for name in CALLED)
-        and untouched(module)
     )
 
 

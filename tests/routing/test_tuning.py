@@ -59,7 +59,7 @@ def test_choices():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_routes_never_take_a_path_that_the_table_ranks_behind_stock(times, seed):
-    """Whatever the clock says, what is written is taken: it is not behind stock by more than noise, or torch's GEMM."""
+    """For any times, a written path is not behind stock by more than noise, or it is torch's GEMM."""
     draw = random.Random(seed)
     shape = draw.choice([(4, 100, 30), (40, 70, 30), (300, 64, 8), (300, 65, 200)])
     dtype = draw.choice(["float32", "bfloat16"])
