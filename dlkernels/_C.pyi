@@ -23,6 +23,21 @@ def explain(
     threads: int,
     in_bf16: bool,
 ) -> dict[str, list[dict[str, Any]]]: ...
+def explain_glu(
+    cuda: bool,
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    act: int,
+    x: tuple[int, ...],
+    weight_gate: tuple[int, ...],
+    weight_up: tuple[int, ...],
+    one_memory: bool,
+    bias: bool,
+    threads: int,
+    in_bf16: bool,
+) -> dict[str, Any]: ...
 def make_routes(rows: list[tuple[str, str, int, int, int, int, str, str]]) -> int: ...
 def use_routes(table: int, cuda: bool = False) -> int: ...
 def explain_fused_mlp(cuda: bool, layers: list[tuple[int, ...]], dtype: str) -> tuple[int, str, int]: ...

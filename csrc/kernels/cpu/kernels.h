@@ -85,6 +85,8 @@ struct KernelTable {
   void (*few_columns_forward)(const Gemm&, const Parallel&);
   void (*few_columns_backward)(const ColumnsBackward&, const Parallel&);
   void (*grad_pass)(const GradPass&, const Parallel&);
+  void (*glu_pass)(const GluPass&, const Parallel&);
+  void (*glu_grad_pass)(const GluGradPass&, const Parallel&);
   int64_t fused_mlp_features;  // the most in_features and out_features of a layer of a fused MLP
   void (*fused_mlp_forward)(const FusedMlp&, const Parallel&);
   void (*fused_mlp_backward)(const FusedMlp&, const Parallel&);

@@ -99,6 +99,12 @@ int main() {
   product("wgrad and dbias", wgrad, true, 1, table.packed.gemm);
   product("wgrad and dbias in slices", wgrad, true, 3, table.packed.gemm);
 
+  std::vector<float> z(m * n), z_up(m * n);
+  Gemm gated = forward;
+  gated.gated = true, gated.b_up = {y.data(), 1, k};
+  gated.bias_up = g.data(), gated.act = {Act::silu, 0}, gated.z = z.data(), gated.z_up = z_up.data();
+  product("gated forward", gated, false, 1, table.packed.gemm);
+
   forward.m = 20, dgrad.m = 8, wgrad.k = 8;
   dgrad.below_saved = nullptr;
   product("few rows, forward", forward, false, 1, table.few_forward.run);
@@ -137,6 +143,28 @@ int main() {
   good &= same_on_any_number_of_threads("activation", {m * k}, [&](Results& r, const Parallel& parallel) {
     table.act_pass({m * k, x.data(), {Act::gelu, 0}, r[0].data()}, parallel);
   });
+
+  good &= same_on_any_number_of_threads("gate and up", {m * n}, [&](Results& r, const Parallel& parallel) {
+    table.glu_pass({m * n, g.data(), y.data(), {Act::gelu, 0}, r[0].data()}, parallel);
+  });
+  good &= same_on_any_number_of_threads("both dz and dbias of a gated layer", {m * n, m * n, n, n},
+                                        [&](Results& r, const Parallel& parallel) {
+                                          std::vector<float> partials(2 * slices(m) * n);
+                                          table.glu_grad_pass({DType::f32,
+                                                               m,
+                                                               n,
+                                                               {g.data(), n, 1},
+                                                               {y.data(), n, 1},
+                                                               {x.data(), n, 1},
+                                                               {Act::silu, 0},
+                                                               r[0].data(),
+                                                               r[1].data(),
+                                                               n,
+                                                               r[2].data(),
+                                                               r[3].data(),
+                                                               partials.data()},
+                                                              parallel);
+                                        });
 
   const auto weights = normal(3 * 64 * 64, 6);
   const auto input = normal(m * 64, 7), grad = normal(m * 64, 8);

@@ -12,6 +12,9 @@
 //
 // Every element of C is accumulated over k in the same order for every tiling, so the result does not depend on the
 // number of threads.
+//
+// A gated layer's forward has two B (Gemm::b_up). A task multiplies its packed A block by a block of each. The sums of
+// both products stay in its accumulators, and the epilogue takes them together.
 namespace dlk::cpu::DLK_ISA {
 
 DLK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -46,10 +49,11 @@ struct Tiling {
   bool one_block;       // a slice is one k block, and tiles below each other share their B block
   int64_t per_total;    // k blocks per addition to the total
   int64_t per_sum;      // k cells per running sum
+  int64_t products;     // 1; or 2, which share A and the epilogue
   DLK_HD bool has_totals() const { return k_blocks() > per_total; }
   DLK_HD int64_t tasks() const { return mt * nt * kt; }
 
-  // B blocks are numbered by slice, k block, tile, block of the tile.
+  // B blocks are numbered by slice, k block, tile, block of the tile. Those of a second B come behind them.
   DLK_HD int64_t k_blocks() const { return max(1, ceil_div(k_slice, kb)); }
   DLK_HD int64_t blocks_per_tile() const { return ceil_div(nc, nb); }
   DLK_HD int64_t b_blocks() const { return kt * k_blocks() * nt * blocks_per_tile(); }
@@ -63,6 +67,7 @@ template <class E>
 Tiling tile(const Gemm& p, int threads) {
   constexpr int64_t nr = kNV * E::kVL;
   constexpr int64_t kblock = kKC<E> * E::kStep;
+  const int64_t products = p.gated ? 2 : 1, most_nc = kNC / products;
   const int64_t kt = max(1, p.splits);
   const int64_t k_slice = round_up(ceil_div(p.k, kt), 64 * E::kStep);
   const int64_t kb = round_up(ceil_div(k_slice, max(1, ceil_div(k_slice, kblock))), 16 * E::kStep);
@@ -70,7 +75,7 @@ Tiling tile(const Gemm& p, int threads) {
   const int64_t per_total = max(1, kTotalCells<E> * E::kStep / max(kb, 1));
   // tiles that share a B block need all of it at once; a B block of few cells may be wider
   const int64_t widest =
-      one_block ? min(kNC, max(kNB, kKC<E> * kNB / ceil_div(max(k_slice, 1), E::kStep) / nr * nr)) : kNC;
+      one_block ? min(most_nc, max(kNB, kKC<E> * kNB / ceil_div(max(k_slice, 1), E::kStep) / nr * nr)) : most_nc;
   Tiling best{};
   int64_t best_cost = -1;
   for (int64_t mt = ceil_div(p.m, kMC), mtries = 0; mtries < 4; ++mt, ++mtries) {
@@ -80,7 +85,7 @@ Tiling tile(const Gemm& p, int threads) {
       const int64_t tasks = ceil_div(p.m, mc) * ceil_div(p.n, nc) * kt;
       const int64_t rounds = ceil_div(tasks, threads);
       // per step of k: mc·nc/lanes FMAs, and about one cycle per packed register of either operand
-      const int64_t cost = rounds * (mc * round_up(nc, E::kVL) + 16 * (mc + nc));
+      const int64_t cost = rounds * (products * mc * round_up(nc, E::kVL) + 16 * (mc + products * nc));
       if (best_cost < 0 || cost < best_cost) {
         best_cost = cost;
         best = {mc,
@@ -93,7 +98,8 @@ Tiling tile(const Gemm& p, int threads) {
                 max(kb, 1),
                 one_block,
                 per_total,
-                p.m == 1 || p.n == 1 ? kVectorSum<E> : kKC<E>};
+                p.m == 1 || p.n == 1 ? kVectorSum<E> : kKC<E>,
+                products};
       }
     }
   }
@@ -111,12 +117,16 @@ DLK_INLINE int64_t panel_at(int64_t first, int64_t per_panel, int64_t cells) {
   return first * cells + first / per_panel * kPanelGap<E>;
 }
 
+// The place of the second product's accumulators, behind those of the first.
+constexpr int64_t kUpAt = kMC * (kNC / 2);
+
 // The scratch of one thread, in one allocation.
 template <class E>
 struct Buffers {
   using Cell = typename E::Cell;
   Cell* a;                         // micro-panels of A
   Cell* b;                         // micro-panels of B
+  Cell* b_up;                      // micro-panels of the second B
   typename E::Acc* acc;            // the tile between k blocks, micro-tile by micro-tile
   ColumnSum<E> row_sum;            // [kMC], the sums of the rows of A
   typename E::Packed* row_buffer;  // rows on their way into a panel
@@ -128,10 +138,11 @@ struct Buffers {
   static constexpr int64_t kB = kKC<E> * (kNB + kNV * E::kVL) + kNC / E::kVL * kPanelGap<E>;
   static constexpr int64_t kAcc = kMC * (kNC + kNV * E::kVL);
 
-  static Buffers get(bool has_totals) {
+  static Buffers get(bool has_totals, bool two_products) {
     constexpr int64_t bytes = sizeof(Cell) * (kA + kB) + sizeof(typename E::Acc) * kAcc +
                               sizeof(Cell) * 3 * kRowBuffer + (sizeof(double) + sizeof(typename E::Acc)) * kRowBuffer;
-    char* at = (char*)scratch(bytes + (has_totals ? sizeof(double) * kAcc : 0));
+    const int64_t totals = has_totals ? sizeof(double) * kAcc : 0;
+    char* at = (char*)scratch(bytes + totals + (two_products ? sizeof(Cell) * kB : 0));
     Buffers s;
     s.a = (Cell*)at;
     s.b = s.a + kA;
@@ -140,6 +151,7 @@ struct Buffers {
     s.row_sum.total = (double*)((Cell*)s.row_buffer + 3 * kRowBuffer);
     s.row_sum.block = (typename E::Acc*)(s.row_sum.total + kRowBuffer);
     s.total = (double*)(at + bytes);
+    s.b_up = (Cell*)(at + bytes + totals);
     return s;
   }
 };
@@ -278,6 +290,7 @@ struct GemmCall {
   RowSource<E> a;
   AOrder order;
   EpilogueFn<typename E::ElemC> epilogue;
+  GluEpilogueFn<typename E::ElemC> glu;  // of two products; nullptr: there is one
 };
 
 // Where the packed block of a thread comes from. Neighbouring tasks that share a block pack it once.
@@ -299,6 +312,7 @@ struct Block {
   bool first, last;          // this k block is the first, the last of its sum
   double* total;             // the total of the tile's sums, laid out like acc; nullptr: there is only one sum
   bool first_sum, last_sum;  // its sum is the first, the last of the tile
+  bool waits;                // its sums wait for those of the second product
 };
 
 // Add a finished sum to the total. After the last sum, c receives the total.
@@ -324,7 +338,8 @@ void multiply_block(const GemmCall<E>& call, const Block& at, const typename E::
   const Gemm& p = *call.p;
   const int64_t padded = round_up(at.cols, E::kVL);
   const bool row_major = call.order == kRowMajor || E::kDepth > 1;
-  const bool one_block = at.first && at.last;  // then all micro-tiles use the same accumulators, which stay in L1
+  // With one k block all micro-tiles use the same accumulators, which stay in L1.
+  const bool one_block = at.first && at.last && !call.glu;
   for (int64_t i = 0; i < at.rows; i += kMR) {
     const int64_t r = min(kMR, at.rows - i);
     const auto* panel_a = block_a + (row_major ? i * kAStride<E> : panel_at<E>(i, kMR, at.cells));
@@ -341,9 +356,11 @@ void multiply_block(const GemmCall<E>& call, const Block& at, const typename E::
            !at.first || q > 0);
       if (!at.last) continue;
       if (at.total) add_to_total(c, nr, at.total + micro_tile, nr, r, width, at.first_sum, at.last_sum);
-      if (!at.last_sum) continue;
+      if (!at.last_sum || at.waits) continue;
       const int64_t n = min(width, at.cols - j);
-      if (call.t.kt == 1) {
+      if (call.glu) {
+        call.glu(p, c - kUpAt, c, nr, at.i0 + i, at.j0 + j, r, n);
+      } else if (call.t.kt == 1) {
         call.epilogue(p, c, nr, at.i0 + i, at.j0 + j, r, n);
       } else {
         A* part = (A*)p.partials + (at.tk * p.m + at.i0 + i) * p.n + at.j0 + j;
@@ -364,19 +381,22 @@ template <class E>
 void pack_shared_block(const GemmCall<E>& call, int64_t block, Buffers<E>& s) {
   const Tiling& t = call.t;
   const Gemm& p = *call.p;
+  auto* const to = shared_block(call, block);
+  const bool is_up = block >= t.b_blocks();
+  block -= is_up ? t.b_blocks() : 0;
   const int64_t jb = block % t.blocks_per_tile(), tj = block / t.blocks_per_tile() % t.nt;
   const int64_t k_block = block / t.blocks_per_tile() / t.nt % t.k_blocks();
   const int64_t tk = block / t.blocks_per_tile() / t.nt / t.k_blocks();
   const int64_t p0 = tk * t.k_slice + k_block * t.kb, j0 = tj * t.nc + jb * t.nb;
   const int64_t ks = min(min(t.kb, (tk + 1) * t.k_slice - p0), p.k - p0);
   const int64_t cols = min(min(t.nb, (tj + 1) * t.nc - j0), p.n - j0);
-  if (ks > 0 && cols > 0) pack_b<E>(p.b, shared_block(call, block), p0, ks, j0, cols, s.row_buffer);
+  if (ks > 0 && cols > 0) pack_b<E>(is_up ? p.b_up : p.b, to, p0, ks, j0, cols, s.row_buffer);
 }
 
 // Run one task: a tile of C over one k-slice.
 template <class E>
 void run_tile(const GemmCall<E>& call, int64_t ti, int64_t tj, int64_t tk, Buffers<E>& s, PackedBlockKey& a,
-              PackedBlockKey& b) {
+              PackedBlockKey (&b)[2]) {
   using A = typename E::Acc;
   const Gemm& p = *call.p;
   const Tiling& t = call.t;
@@ -396,23 +416,29 @@ void run_tile(const GemmCall<E>& call, int64_t ti, int64_t tj, int64_t tk, Buffe
       pack_a_cols<E>(call.a, s.a, i0, rows, p0, ks, s.row_buffer, sum_rows ? &s.row_sum : nullptr);
     for (int64_t jb = 0; jb < cols; jb += t.nb) {
       const int64_t width = min(t.nb, cols - jb);
-      const auto* block_b = s.b;
-      if (p.panels)
-        block_b = shared_block(call, t.b_block(tk, k_block, tj, jb / t.nb));
-      else if (b.move_to(j0 + jb, p0))
-        pack_b<E>(p.b, s.b, p0, ks, j0 + jb, width, s.row_buffer);
-      const Block at = {i0,
-                        j0 + jb,
-                        tk,
-                        rows,
-                        width,
-                        cells_of<E>(ks),
-                        in_sum == 0,
-                        last || in_sum + 1 == t.per_total,
-                        t.has_totals() ? s.total + jb * kMR : nullptr,
-                        k_block < t.per_total,
-                        last};
-      multiply_block<E>(call, at, s.a, block_b, s.acc + jb * kMR, round_up(cols, kNV * E::kVL));
+      for (int64_t product = 0; product < t.products; ++product) {
+        const bool is_up = product == 1;
+        auto* const own_b = is_up ? s.b_up : s.b;
+        const auto* block_b = own_b;
+        if (p.panels)
+          block_b = shared_block(call, product * t.b_blocks() + t.b_block(tk, k_block, tj, jb / t.nb));
+        else if (b[product].move_to(j0 + jb, p0))
+          pack_b<E>(is_up ? p.b_up : p.b, own_b, p0, ks, j0 + jb, width, s.row_buffer);
+        const int64_t sums = product * kUpAt + jb * kMR;
+        const Block at = {i0,
+                          j0 + jb,
+                          tk,
+                          rows,
+                          width,
+                          cells_of<E>(ks),
+                          in_sum == 0,
+                          last || in_sum + 1 == t.per_total,
+                          t.has_totals() ? s.total + sums : nullptr,
+                          k_block < t.per_total,
+                          last,
+                          product + 1 < t.products};
+        multiply_block<E>(call, at, s.a, block_b, s.acc + sums, round_up(cols, kNV * E::kVL));
+      }
     }
   }
   if (sum_rows) {
@@ -449,7 +475,7 @@ int64_t b_block_cells(const Tiling& t) {
 template <class E>
 int64_t panels_size(const Gemm& p, int threads) {
   const Tiling t = tile<E>(p, threads);
-  return t.mt < kSharedTiles ? 0 : t.b_blocks() * b_block_cells<E>(t) * sizeof(typename E::Cell);
+  return t.mt < kSharedTiles ? 0 : t.products * t.b_blocks() * b_block_cells<E>(t) * sizeof(typename E::Cell);
 }
 
 template <class E>
@@ -459,20 +485,25 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
   const bool k_major = p.a.row_stride == 1 && p.a.col_stride != 1;
   const AOrder order = k_major || p.row_sum ? kKMajor : kRowMajor;
   const Tiling t = tile<E>(p, parallel.threads);
-  const GemmCall<E> call = {
-      &p, t, b_block_cells<E>(t), RowSource<E>::of(p.a, p.saved, p.act), order, epilogue_of<C, typename E::ElemB>(p)};
+  const GemmCall<E> call = {&p,
+                            t,
+                            b_block_cells<E>(t),
+                            RowSource<E>::of(p.a, p.saved, p.act),
+                            order,
+                            epilogue_of<C, typename E::ElemB>(p),
+                            glu_epilogue_of<C, typename E::ElemB>(p)};
   if (p.panels)
-    parallel.run(t.b_blocks(), &call, [](const void* context, int64_t begin, int64_t end) {
-      auto buffers = Buffers<E>::get(false);
+    parallel.run(t.products * t.b_blocks(), &call, [](const void* context, int64_t begin, int64_t end) {
+      auto buffers = Buffers<E>::get(false, false);
       for (int64_t block = begin; block < end; ++block)
         pack_shared_block<E>(*(const GemmCall<E>*)context, block, buffers);
     });
   parallel.run(call.t.tasks(), &call, [](const void* context, int64_t begin, int64_t end) {
     const auto& call = *(const GemmCall<E>*)context;
     const Tiling& t = call.t;
-    auto buffers = Buffers<E>::get(t.has_totals());
+    auto buffers = Buffers<E>::get(t.has_totals(), t.products == 2);
     [[maybe_unused]] const typename E::Scope scope;
-    PackedBlockKey a, b;
+    PackedBlockKey a, b[2];
     // With one k block the next task is the tile below, which shares the B block. With several it is the tile to the
     // right, which shares A in L3.
     const bool down = t.one_block;

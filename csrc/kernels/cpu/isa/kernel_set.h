@@ -14,6 +14,7 @@
 #include "kernels/cpu/gemm/few_columns.h"
 #include "kernels/cpu/mlp/fused_mlp.h"
 #include "kernels/cpu/elementwise/passes.h"
+#include "kernels/cpu/elementwise/glu_passes.h"
 #include "kernels/cpu/losses/losses.h"
 
 namespace dlk::cpu::DLK_ISA {
@@ -30,6 +31,8 @@ constexpr KernelTable make_kernel_table(const char* ukernel) {
           &few_columns_forward_with<E>,
           &few_columns_backward_with<typename E::Elem>,
           &grad_pass_with<typename E::Elem>,
+          &glu_pass_with<typename E::Elem>,
+          &glu_grad_pass_with<typename E::Elem>,
           kFusedMlpFeatures<E>,
           &fused_mlp_forward_with<E>,
           &fused_mlp_backward_with<E>,
