@@ -11,7 +11,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := pyproject.toml setup.py $(wildcard _build/*.py tools/*.sh) $(shell find csrc -type f)
 
-.PHONY: demo docs test test-isa lint bench bench-full sanitize cuda-check gpu-check mutations clean
+.PHONY: demo docs test test-isa lint bench bench-full sanitize cuda-check gpu-check gpu-wheel gpu-lease mutations clean
 
 demo: .venv/.demo  ## train 784-256-10 on MNIST, fused beside stock
 	@echo "== data: MNIST, from the cache or fetched"
@@ -44,8 +44,14 @@ sanitize: .venv/.dev  ## kernel tests under AddressSanitizer and UBSan
 cuda-check:  ## compile every CUDA kernel for every architecture we ship; needs nvcc, no GPU
 	tools/cuda_check.sh
 
-gpu-check:  ## on a machine with a GPU: build, tests, sanitizers, benchmark; PYTHON's torch, no network
-	tools/gpu_check.sh
+gpu-check:  ## on a machine with a GPU: build, tests, sanitizers, benchmark; PYTHON's torch, no network; STAGES chooses
+	$(PYTHON) -m tools.lease check $(STAGES)
+
+gpu-wheel:  ## without a GPU: build what a lent one needs, so that nothing is compiled there
+	python3 tools/gpu_wheel.py
+
+gpu-lease:  ## on a lent GPU, with what gpu-wheel built: evidence in 560 s; `make gpu-lease RUN=again` runs what failed
+	$(PYTHON) -m tools.lease $(or $(RUN),run)
 
 mutations: .venv/.dev  ## break the CUDA kernels in one place at a time: the host tests must fail
 	$(BIN)/python -m tests.emulation.cuda.mutations

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import sys
 from glob import glob
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from typing import Any
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _build.kernels import compile_kernels
 from _build.plan import Plan, PlanError, Torch, check_compiler, free_memory_gib, job_count, make_plan, usable_cores
 
 
@@ -45,20 +47,20 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
         cxx += ["-O3", "-g0"]
 
     sources = sorted(p for p in glob("csrc/**/*.cpp", recursive=True) if "/cuda/" not in p)
-    flags = {"cxx": cxx}
+    kernels: list[str] = []
     make_extension = cpp_extension.CppExtension
     if plan.toolkit:
-        sources += sorted(p for kind in ("cpp", "cu") for p in glob(f"csrc/*/cuda/**/*.{kind}", recursive=True))
+        sources += sorted(glob("csrc/*/cuda/**/*.cpp", recursive=True))
+        kernels = sorted(glob("csrc/*/cuda/**/*.cu", recursive=True))
         macros.append(("DLKERNELS_CUDA", f'"{plan.toolkit.version}"'))
         macros.append(("DLKERNELS_CUDA_ARCHS", f'"{plan.archs}"'))
-        flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden"]
         make_extension = cpp_extension.CUDAExtension
     module = make_extension(
         "dlkernels._C",
         sources,
         include_dirs=[str(Path("csrc").absolute())],
         define_macros=macros,
-        extra_compile_args=flags,
+        extra_compile_args={"cxx": cxx},
         extra_link_args=link,
     )
 
@@ -76,7 +78,16 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
                 check_compiler(os.environ)
             except PlanError as e:
                 sys.exit(f"dlkernels: {e}")
-            say(f"dlkernels: building {plan}; {len(sources)} files, {os.environ['MAX_JOBS']} at a time. {plan.advice}")
+            files, jobs = len(sources) + len(kernels), int(os.environ["MAX_JOBS"])
+            say(f"dlkernels: building {plan}; {files} files, {jobs} at a time. {plan.advice}")
+            if plan.toolkit:
+                try:
+                    arch_flags = cpp_extension._get_cuda_arch_flags()
+                    module.extra_objects += compile_kernels(kernels, plan.toolkit, arch_flags, jobs)
+                except PlanError as e:
+                    sys.exit(f"dlkernels: {e}")
+                except subprocess.CalledProcessError:
+                    sys.exit("dlkernels: a CUDA kernel does not compile; the compiler's message is above")
             super().run()
             # Read before the module is loaded (dlkernels/_load.py), hence a file of its own beside it.
             built = {"torch": torch.version, "cuda": plan.archs or None, "plan": str(plan)}

@@ -1,9 +1,11 @@
 """Measures which CUDA path is fastest: ``python -m bench.dispatch`` writes dlkernels/routes/cuda-GPU.json.
 
-Every path of this build is timed on every layer, in a separate process: DLKERNELS_CUDA_GEMM, which chooses the path,
-may be read only once. Rows of other architectures, and of layers that are not measured, stay. A path is replaced only
-by one that is clearly faster, so that noise changes no row. A path that is wrong, fails or hangs is left out. The exit
-status is 77 if the build has only one path.
+Every path of this build is timed on every layer, in a separate process, because an illegal access ends a process:
+DLKERNELS_CUDA_GEMM chooses the path. Rows of other architectures, and of layers that are not measured, stay. A path is
+replaced only by one that is clearly faster, so that noise changes no row. A path that is wrong or fails is left out; of
+one that runs out of time the layers count that it finished. cuBLAS comes first. Where arithmetic alone makes a path
+three times slower than that, it is not timed. The table is written after every path, so that an interruption loses one
+path. The exit status is 77 if the build has only one path.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +28,7 @@ import torch
 
 from bench import harness, machine
 from bench.clock import CudaClock, Graph
-from bench.grid import DTYPES, GPU_SHAPES, Shape
+from bench.grid import DTYPES, GPU_SHAPES, Shape, shape_named
 from dlkernels import _C, functional, routing
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
@@ -37,6 +40,16 @@ PRODUCTS = ("forward", "dgrad", "wgrad")
 NO_CHOICE = 77
 JUDGED_ROWS = 1024  # rows at most for the check against float64, which is slow on many GPUs
 PATIENCE = 300  # seconds for a path: one that hangs must not stop the others
+HOPELESS = 3.0  # times the measured time of cuBLAS
+# Multiplications a second that a path can reach at most on the largest GPUs: simt half of the plain FMAs' rate, since
+# shared memory feeds no more, in float32 also for 16 bits; mma the rate of mma.sync. (From data sheets, not measured.)
+MOST = {
+    ("simt", "fp32"): 17e12,
+    ("simt", "bf16"): 17e12,
+    ("simt", "fp16"): 17e12,
+    ("mma", "bf16"): 250e12,
+    ("mma", "fp16"): 250e12,
+}
 
 
 class Product(NamedTuple):
@@ -113,6 +126,17 @@ def choose(old: Rows, times: Mapping[str, Times]) -> Rows:
     return rows
 
 
+def ordered(names: Sequence[str]) -> list[str]:
+    """Return the paths with cuBLAS first: its times tell where another one is hopeless."""
+    return sorted(names, key=lambda name: name != "cublas")
+
+
+def hopeless(path: str, c: Product, cublas: Times) -> bool:
+    """Return True if the path cannot come within ``HOPELESS`` times the measured time of cuBLAS."""
+    most = MOST.get((path, c.dtype))
+    return most is not None and c in cublas and c.m * c.n * c.k / most > HOPELESS * cublas[c]
+
+
 def shapes() -> list[Shape]:
     """Return the grid's shapes and a lattice of shapes, one for each class: floor(log2) of M, N and K."""
     lattice = itertools.product((16, 256, 4096, 65536), (64, 512, 4096), (64, 512, 4096))
@@ -133,7 +157,10 @@ def products(arch: int, dtype: str, shape: Shape) -> list[Product]:
 # ---- the clock -------------------------------------------------------------------------------------------------------
 
 
-def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Product, float]]:
+Layers = Sequence[tuple[str, Shape]]  # dtype and shape
+
+
+def time_here(layers: Layers, cublas: Times) -> Iterator[tuple[Product, float]]:
     """Yield the seconds of each product on the environment's path, by graphs over buffers larger than the L2 cache.
 
     The time of a backward with both dgrad and wgrad is divided in proportion to the time of each alone: so a path that
@@ -143,7 +170,10 @@ def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Product, float]]:
     path = os.environ[VARIABLE]
     major, minor = torch.cuda.get_device_capability()
     cache = machine.last_level_cache("cuda")
-    for dtype, shape in itertools.product(dtypes, shapes()):
+    for dtype, shape in layers:
+        every = products(10 * major + minor, dtype, shape)
+        if all(hopeless(path, c, cublas) for c in every):
+            continue
         inputs = harness.draw(shape, dtype, 0, "cuda")
         taken = {row.op for row in functional.explain(inputs.x, inputs.weight) if row.path == path}
         if not taken:
@@ -151,7 +181,7 @@ def time_here(dtypes: Sequence[str]) -> Iterator[tuple[Product, float]]:
         refuse_wrong(shape, dtype)
         sets = harness.rotation(inputs, DTYPES[dtype], cache)[:64]
         took = shares(lambda wanted, sets=sets: _median(wanted, sets))  # type: ignore[misc]
-        for c in products(10 * major + minor, dtype, shape):
+        for c in every:
             if c.product in taken:
                 yield c, took[c.product]
 
@@ -193,29 +223,49 @@ def _median(products: Collection[str], sets: Sequence[harness.Inputs]) -> float:
     return statistics.median(clock.sample(lambda _: graph.replay(), lambda: None, 9))
 
 
-def time_path(path: str, dtypes: Sequence[str]) -> Times:
-    """Return the results of :func:`time_here` in a process with this ``path``."""
-    try:
-        run = subprocess.run(
-            [sys.executable, "-m", "bench.dispatch", "--time-here", "--dtypes", *dtypes],
-            env={**os.environ, VARIABLE: path},
-            cwd=machine.ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=PATIENCE,
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{VARIABLE}={path}: still running after {PATIENCE} s") from None
-    if run.returncode:
-        raise RuntimeError(f"{VARIABLE}={path}: exit status {run.returncode}; its message is above")
-    return {Product(*row): seconds for row, seconds in map(json.loads, run.stdout.splitlines())}
+def time_path(path: str, layers: Layers, cublas: Times, patience: float = PATIENCE) -> Times:
+    """Return the results of :func:`time_here` in a process with this ``path``: all, or those within ``patience``
+    seconds.
+
+    RuntimeError is raised if it fails, or has nothing by then.
+    """
+    asked = {"layers": [(dtype, *astuple(shape)) for dtype, shape in layers], "cublas": list(cublas.items())}
+    with tempfile.TemporaryFile("w+") as output, tempfile.NamedTemporaryFile("w", suffix=".json") as given:
+        json.dump(asked, given)
+        given.flush()
+        try:
+            run = subprocess.run(
+                [sys.executable, "-m", "bench.dispatch", "--time-here", given.name],
+                env={**os.environ, VARIABLE: path},
+                cwd=machine.ROOT,
+                stdout=output,
+                timeout=patience,
+            )
+            failed = f"exit status {run.returncode}; its message is above" if run.returncode else ""
+        except subprocess.TimeoutExpired:
+            failed = ""
+        output.seek(0)
+        lines = [line for line in output.read().splitlines(keepends=True) if line.endswith("\n")]
+    found = {Product(*row): seconds for row, seconds in map(json.loads, lines)}
+    if not failed and not found and layers:
+        failed = f"no layer within {patience:g} s"
+    if failed:
+        raise RuntimeError(f"{VARIABLE}={path}: {failed}")
+    return found
+
+
+def read_asked(file: Path) -> tuple[Layers, Times]:
+    """Return what :func:`time_path` asks a process for."""
+    asked = json.loads(file.read_text())
+    layers = [(dtype, Shape(*shape)) for dtype, *shape in asked["layers"]]
+    return layers, {Product(*row): seconds for row, seconds in asked["cublas"]}
 
 
 def update(
     file: Path,
     head: Table,
     names: Sequence[str],
-    measure: Callable[[str], Times],
+    measure: Callable[[str, Times], Times],
     date: str,
     commit: str,
     rounds: int = 2,
@@ -223,24 +273,30 @@ def update(
     """Time every path ``rounds`` times, in turns, and write the table. Return the rows and how many changed.
 
     ``head`` is the table without rows; those of the present file stay where they are not measured again.
+    ``measure(path, times of cublas)`` times one path.
     """
-    times: dict[str, Times] = {name: {} for name in names}
-    for _, name in itertools.product(range(rounds), names):
+    times: dict[str, Times] = {name: {} for name in ordered(names)}
+    text = file.read_text() if file.exists() else head.text()
+    before, old = replace(head, rows=routing.parse(text).rows), parse(text)
+    rows = old
+
+    def keep() -> Rows:
+        chosen = choose(old, times)
+        with atomic_write(file) as opened:
+            opened.write(with_rows(before, chosen, times, date, commit).text().encode())
+        return chosen
+
+    for _, name in itertools.product(range(rounds), ordered(names)):
         if name in times:
             try:
-                found = measure(name)
+                found = measure(name, times.get("cublas", {}))
             except RuntimeError as failure:  # the failure of a path must not stop the others
                 print(f"bench.dispatch: {name} is left out: {failure}", file=sys.stderr)
                 del times[name]
-                continue
-            for c, seconds in found.items():
-                times[name][c] = min(seconds, times[name].get(c, float("inf")))
-    text = file.read_text() if file.exists() else head.text()
-    old = parse(text)
-    rows = choose(old, times)
-    table = with_rows(replace(head, rows=routing.parse(text).rows), rows, times, date, commit)
-    with atomic_write(file) as opened:
-        opened.write(table.text().encode())
+            else:
+                for c, seconds in found.items():
+                    times[name][c] = min(seconds, times[name].get(c, float("inf")))
+            rows = keep()
     return rows, sum(rows[c] != old.get(c) for c in rows)
 
 
@@ -248,14 +304,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.dispatch", description=__doc__.split("\n")[0])
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
     parser.add_argument("--table", type=Path, help="(default: dlkernels/routes/cuda-GPU.json)")
-    parser.add_argument("--time-here", action="store_true", help="time the path that the environment chose, print JSON")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each path is timed (default: 2)")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds for a path (default: %(default)s)")
+    for dtype in ("bf16", "fp32"):
+        parser.add_argument(f"--{dtype}", nargs="+", metavar="SHAPE", help=f"only these layers, in {dtype}")
+    parser.add_argument("--time-here", type=Path, metavar="FILE", help="time the path that the environment chose")
     args = parser.parse_args(argv)
     if why := machine.no_gpu():
         parser.exit(1, f"bench.dispatch: {why}\n")
     if args.time_here:
-        for row in time_here(args.dtypes):
+        for row in time_here(*read_asked(args.time_here)):
             print(json.dumps(row), flush=True)
         return 0
+    try:
+        named = [(dtype, shape_named(name)) for dtype in ("bf16", "fp32") for name in getattr(args, dtype) or ()]
+    except ValueError as wrong:
+        parser.error(str(wrong))
+    layers = named or list(itertools.product(args.dtypes, shapes()))
     names = paths()
     if len(names) < 2:
         print("bench.dispatch: this build has one path per product, so there is nothing to choose from.")
@@ -264,7 +329,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     file = args.table or table_of(gpu)
     head = Table("cuda", gpu, "", torch.__version__, __version__, False, ())
     today = datetime.date.today().isoformat()
-    rows, changed = update(file, head, names, lambda path: time_path(path, args.dtypes), today, commit)
+
+    def measure(path: str, cublas: Times) -> Times:
+        return time_path(path, layers, cublas, args.patience)
+
+    rows, changed = update(file, head, names, measure, today, commit, args.rounds)
     print(f"{file}: {len(rows)} rows, {changed} of them changed")
     return 0
 

@@ -73,7 +73,7 @@ def no_gpu() -> str | None:
     if why := gpu.absence():
         return why
     if _C.build_config()["cuda"] is None:
-        return "dlkernels was built here without CUDA kernels: `tools/gpu_check.sh build` builds them."
+        return "dlkernels was built here without CUDA kernels: `make gpu-check STAGES=build` builds them."
     return None
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -234,8 +235,10 @@ def cache_folder() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "dlkernels" / "routes"
 
 
-def file_name() -> str:
-    """Return the name of this processor's table, shipped or tuned."""
+def file_name(device: str = "cpu") -> str:
+    """Return the name of this processor's table, shipped or tuned; for "cuda" of the current GPU's."""
+    if device == "cuda":
+        return f"cuda-{re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-')}.json"
     return f"{processor()}-{_C.cpu_kernels()['isa']}.json"
 
 
@@ -252,13 +255,15 @@ def chosen() -> list[Table]:
         if not Path(choice).is_file():
             raise ImportError(f"{VARIABLE} must be shipped, default or the file of a route table; got {choice!r}")
         return _usable([(Path(choice), "file")])
-    names = [file_name()]
-    if _C.build_config()["cuda"] is not None:
-        names += sorted(path.name for path in SHIPPED.glob("cuda-*.json"))
-    files = [(SHIPPED / name, "shipped") for name in names]
+    folders = [(SHIPPED, "shipped")]
     if choice == "":
         with contextlib.suppress(RuntimeError):  # a user without a home folder has no tables
-            files.insert(0, (cache_folder() / file_name(), "tuned"))
+            folders.insert(0, (cache_folder(), "tuned"))
+    files = []
+    for folder, source in folders:
+        files.append((folder / file_name(), source))
+        if _C.build_config()["cuda"] is not None:  # which GPU is here is not asked: that would initialise CUDA
+            files += [(path, source) for path in sorted(folder.glob("cuda-*.json"))]
     return _usable([(path, source) for path, source in files if path.is_file()])
 
 

@@ -3,6 +3,9 @@
 For each layer every path that the kernels have for its products is judged by the float64 oracle. The right ones are
 timed beside stock torch in one process, in turns. A path is taken only if it was right and not slower than stock by
 more than noise; where none is left, the product goes to torch's GEMM, with our passes around it.
+
+On a GPU every contender is captured as a CUDA graph first, so that the host's time does not count. CUDA events around
+its replays are the clock.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from dlkernels.nn import LinearAct
 from dlkernels.routing import CLEARLY, LIBRARY, OPS, PATHS, STOCK, Row, Table
 from dlkernels.testing import Layer, LayerJudge
 from dlkernels.testing.agreement import arguments
+from dlkernels.trainer import graph
 
 __all__ = ["GRID", "MeasuredLayer", "Size", "TuneError", "tune"]
 
@@ -43,6 +47,7 @@ SECONDS = 0.3  # of the timing of one product
 LEAST_TURNS = 5
 TURN = 5e-3  # seconds of calls in one turn ...
 TURN_CALLS = 50  # ... and at most so many
+REPLAYED = 4  # steps in a CUDA graph, so that the launch of a graph counts little
 JUDGED = 1 << 31  # multiplications of a product that the oracle judges; layers with more are judged on fewer rows
 
 Key = TypeVar("Key", str, tuple[str, str])
@@ -58,15 +63,22 @@ class Unsteady(Exception):
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a layer, y [m, n] = act(x [m, k] · weight [n, k]ᵀ + bias [n]), and its dtype, such as "float32"."""
+    """The size of a layer, y [m, n] = act(x [m, k] · weight [n, k]ᵀ + bias [n]), its dtype, such as "float32", and the
+    device, "cpu" or "cuda"."""
 
     m: int
     k: int
     n: int
     dtype: str
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"{self.m}, {self.k}→{self.n} {self.dtype}"
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor) -> Size:
+        (m, k), n = x.shape, weight.shape[0]
+        return cls(m, k, n, str(x.dtype).removeprefix("torch."), x.device.type)
 
 
 GRID = (
@@ -126,6 +138,7 @@ def tune(
     seconds: float = SECONDS,
     out: str | os.PathLike[str] | None = None,
     any_threads: bool = False,
+    device: str | torch.device | None = None,
     told: Callable[[MeasuredLayer], None] = lambda layer: None,
 ) -> Table:
     """Measure layers on this machine and write its route table, which this process then takes its routes from.
@@ -145,8 +158,10 @@ def tune(
         dtypes: the dtypes in which ``shapes`` are measured: "float64", "float32", "bfloat16", "float16". A model's
             layers are measured in the dtype in which they ran.
         seconds: the time for the products of one direction of one layer, all paths together.
-        out: the file of the table; by default that of this processor in the user's cache folder.
-        any_threads: the rows hold for any number of threads, as in the tables that ship with the package.
+        out: the file of the table; by default that of this processor or GPU in the user's cache folder.
+        any_threads: the rows hold for any number of threads, as in the tables that ship with the package. Rows of a GPU
+            always do.
+        device: "cpu" or "cuda"; by default that of the model's first parameter, and without a model the CPU.
         told: called with the result of each layer.
 
     Returns:
@@ -154,25 +169,27 @@ def tune(
 
     Raises:
         ValueError: a size or dtype that cannot be, or inputs without a model.
-        TuneError: an environment variable takes the choice of the path away, no layer of the model ran, the model is
-            on another device than the CPU, or Python runs without assertions (``-O``), which judge the results. It is a
-            RuntimeError.
+        TuneError: an environment variable takes the choice of the path away, no layer of the model ran, a layer of it
+            is on another device, there is no GPU or the build has no CUDA kernels, or Python runs without assertions
+            (``-O``), which judge the results. It is a RuntimeError.
         OSError: the table cannot be written.
     """
     if model is None and example_inputs is not None:
         raise ValueError("tune: expected a model for the example inputs, or neither")
     if not seconds > 0:
         raise ValueError(f"tune: expected seconds above 0, got {seconds}")
-    if os.environ.get("DLKERNELS_CPU_GEMM"):
-        raise TuneError("tune: DLKERNELS_CPU_GEMM takes the choice between paths away; unset it")
+    where = kind_of(model, device)
+    if os.environ.get(FORCED[where]):
+        raise TuneError(f"tune: {FORCED[where]} takes the choice between paths away; unset it")
     if not __debug__:
         raise TuneError("tune: expected Python with assertions, which judge the results; got python -O")
-    sizes = sizes_of(model, example_inputs) if model is not None else sizes_named(shapes, dtypes)
-    file = routing.cache_folder() / routing.file_name() if out is None else Path(out)
-    table = empty_table(any_threads)
+    sizes = sizes_of(model, example_inputs, where) if model is not None else sizes_named(shapes, dtypes, where)
+    file = routing.cache_folder() / routing.file_name(where) if out is None else Path(out)
+    table = empty_table(any_threads, where)
     with contextlib.suppress(OSError, routing.RouteError):
         before = routing.read(file, "")
-        if not routing.why_not_here(before) and before.any_threads == any_threads:
+        same = (before.device, before.processor, before.any_threads) == (where, table.processor, table.any_threads)
+        if same and not routing.why_not_here(before):
             table = replace(table, rows=before.rows)
     try:
         for size in sizes:
@@ -186,10 +203,32 @@ def tune(
     return replace(table, name=file.name, source="tuned")
 
 
-# ---- which layers ----------------------------------------------------------------------------------------------------
+# ---- which device, which layers --------------------------------------------------------------------------------------
+
+FORCED = {"cpu": "DLKERNELS_CPU_GEMM", "cuda": "DLKERNELS_CUDA_GEMM"}
 
 
-def sizes_named(shapes: Iterable[tuple[int, int, int]], dtypes: Sequence[str]) -> list[Size]:
+def kind_of(model: nn.Module | None, device: str | torch.device | None) -> str:
+    """Return "cpu" or "cuda"; see :func:`tune`, also for what it raises."""
+    if device is None:
+        first = next(model.parameters(), None) if model is not None else None
+        device = first.device if first is not None else "cpu"
+    kind = torch.device(device).type
+    if kind not in LIBRARY:
+        raise TuneError(f"tune measures on {' and '.join(LIBRARY)}, and the device is {device}")
+    if kind == "cuda" and (why := no_gpu()):
+        raise TuneError(f"tune: {why}")
+    return kind
+
+
+def no_gpu() -> str:
+    """Return why nothing can be measured on a GPU here; empty if it can."""
+    if _C.build_config()["cuda"] is None:
+        return "this build has no CUDA kernels; build it where nvcc and a CUDA build of torch are"
+    return "" if torch.cuda.is_available() else "torch sees no GPU here"
+
+
+def sizes_named(shapes: Iterable[tuple[int, int, int]], dtypes: Sequence[str], device: str = "cpu") -> list[Size]:
     """Return the layers of these shapes, or of ``GRID``, in these dtypes; raises ValueError."""
     if unknown := [dtype for dtype in dtypes if dtype not in routing.DTYPES]:
         raise ValueError(f"tune: expected dtypes from {', '.join(routing.DTYPES)}; got {', '.join(unknown)}")
@@ -197,10 +236,10 @@ def sizes_named(shapes: Iterable[tuple[int, int, int]], dtypes: Sequence[str]) -
     for shape in named:
         if len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
             raise ValueError(f"tune: expected (rows, in_features, out_features) of at least 1, got {shape}")
-    return [Size(*shape, dtype) for dtype, shape in itertools.product(dtypes, named)]
+    return [Size(*shape, dtype, device) for dtype, shape in itertools.product(dtypes, named)]
 
 
-def sizes_of(model: nn.Module, example_inputs: Any) -> list[Size]:
+def sizes_of(model: nn.Module, example_inputs: Any, device: str = "cpu") -> list[Size]:
     """Return the linear layers that a copy of ``model`` runs in eval mode; see :func:`tune` for what it raises."""
     again = copy.deepcopy(model).eval()
     found: dict[Size, None] = {}
@@ -211,12 +250,12 @@ def sizes_of(model: nn.Module, example_inputs: Any) -> list[Size]:
         if not given or parameters is None or not isinstance(given[0], Tensor) or parameters[0] is None:
             return
         x, weight = given[0], parameters[0]
-        if x.device.type != "cpu":
-            raise TuneError(f"tune measures on the CPU, and a layer of the model is on {x.device}")
+        if x.device.type != device:
+            raise TuneError(f"tune measures on {device}, and a layer of the model is on {x.device}")
         name = str(x.dtype).removeprefix("torch.")
         if name in routing.DTYPES and weight.dtype == x.dtype and min(x.numel(), weight.numel()) > 0:
             n, k = weight.shape
-            found[Size(x.numel() // k, k, n, name)] = None
+            found[Size(x.numel() // k, k, n, name, device)] = None
 
     for _, module in walk(again):
         if isinstance(module, LinearAct) or linear_rule(type(module)) is not None:
@@ -236,9 +275,10 @@ def measure(size: Size, seconds: float = SECONDS) -> MeasuredLayer:
     """Judge and time the paths of one layer with ReLU; nothing is written."""
     layer = draw(size)
     judged = draw(replace(size, m=min(size.m, max(1, JUDGED // (size.n * size.k)))))
-    with only_routes({}):
+    library, where = LIBRARY[size.device], where_of(size.device)
+    with only_routes({}, device=size.device):
         usual = {row.op: row.path for row in functional.explain(layer.x, layer.weight)}
-    takes = {path: taken(size, layer, path) for path in PATHS["cpu"]}
+    takes = {path: taken(size, layer, path) for path in PATHS[size.device]}
     refused = objections(judged, {path: taken(size, judged, path) for path in takes})
     able = {op: [path for path, ops in takes.items() if op in ops and path not in refused] for op in OPS}
     forward = {path: {"forward": path} for path in able["forward"]}
@@ -251,7 +291,7 @@ def measure(size: Size, seconds: float = SECONDS) -> MeasuredLayer:
 
     def add(op: str, path: str, times: Mapping[str, float], stock: float) -> None:
         us = {STOCK: stock, **times}
-        rows.append(Row(op, size.dtype, size.m, size.n, size.k, torch.get_num_threads(), path, us, date, commit))
+        rows.append(Row(op, size.dtype, size.m, size.n, size.k, where, path, us, date, commit))
 
     try:
         forward_times = time_forward(layer, forward, seconds) if forward else None
@@ -260,11 +300,11 @@ def measure(size: Size, seconds: float = SECONDS) -> MeasuredLayer:
         return MeasuredLayer(size, (), refused, busy=True)
     if forward_times:
         times, stock = forward_times
-        if path := choose(times, stock, usual["forward"], LIBRARY["cpu"]):
+        if path := choose(times, stock, usual["forward"], library):
             add("forward", path, times, stock)
     if backward_times:
         pairs, stock = backward_times
-        if chosen := choose(pairs, stock, (usual["dgrad"], usual["wgrad"]), (LIBRARY["cpu"],) * 2):
+        if chosen := choose(pairs, stock, (usual["dgrad"], usual["wgrad"]), (library,) * 2):
             for place, op in enumerate(("dgrad", "wgrad")):
                 best: dict[str, float] = {}
                 for pair, took in pairs.items():
@@ -287,6 +327,14 @@ def choose(times: Mapping[Key, float], stock: float, usual: Key, library: Key) -
     return usual if usual in good and times[best] >= CLEARLY * times[usual] else best
 
 
+def where_of(device: str) -> int:
+    """Return the ``where`` of a row that is measured now: the number of threads, or the architecture."""
+    if device == "cpu":
+        return torch.get_num_threads()
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def draw(size: Size) -> Layer:
     """Draw a layer: x and the gradient of y are normal, weight and bias uniform in ±1/√k, as in ``nn.Linear``."""
     generator = torch.Generator().manual_seed(0)
@@ -295,17 +343,18 @@ def draw(size: Size) -> Layer:
     bias = torch.empty(size.n).uniform_(-bound, bound, generator=generator)
     x = torch.randn(size.m, size.k, generator=generator)
     g = torch.randn(size.m, size.n, generator=generator)
-    return Layer(x.to(dtype), weight.to(dtype), bias.to(dtype), g.to(dtype), "relu")
+    return Layer(x.to(dtype), weight.to(dtype), bias.to(dtype), g.to(dtype), "relu").to(size.device)
 
 
 @contextlib.contextmanager
-def only_routes(paths: Mapping[str, str], size: Size | None = None) -> Iterator[None]:
-    """Let products of ``size`` take ``paths``, by op, and all others the built-in rules."""
-    before = _C.use_routes(_table_of(paths, size) if size is not None else -1)
+def only_routes(paths: Mapping[str, str], size: Size | None = None, device: str = "cpu") -> Iterator[None]:
+    """Let products of ``size`` take ``paths``, by op, and all others on its device the built-in rules."""
+    table, cuda = (-1, device == "cuda") if size is None else (_table_of(paths, size), size.device == "cuda")
+    before = _C.use_routes(table, cuda)
     try:
         yield
     finally:
-        _C.use_routes(before)
+        _C.use_routes(before, cuda)
 
 
 def _table_of(paths: Mapping[str, str], size: Size) -> int:
@@ -322,9 +371,7 @@ def taken(size: Size, layer: Layer, path: str) -> set[str]:
 
 def objections(layer: Layer, takes: Mapping[str, set[str]]) -> dict[str, str]:
     """Return the paths whose results break the tolerance rule, and how. ``takes``: the products of each path."""
-    (m, k), n = layer.x.shape, layer.weight.shape[0]
-    size = Size(m, k, n, str(layer.x.dtype).removeprefix("torch."))
-    judge = LayerJudge(layer)
+    size, judge = Size.of(layer.x, layer.weight), LayerJudge(layer)
     found = {}
     for path, ops in takes.items():
         if ops:
@@ -375,10 +422,15 @@ def _beside_stock(
     stock: Callable[[], Any],
     seconds: float,
 ) -> tuple[dict[Key, float], float]:
-    (m, k), n = layer.x.shape, layer.weight.shape[0]
-    size = Size(m, k, n, str(layer.x.dtype).removeprefix("torch."))
+    size = Size.of(layer.x, layer.weight)
     steps: list[tuple[int, Callable[[], Any]]] = [(-1, stock)]
-    steps += [(_table_of(paths, size), ours) for paths in contenders.values()]
+    if size.device == "cuda":  # a graph keeps the paths that it was captured with
+        steps = [(-1, _graph(stock))]
+        for paths in contenders.values():
+            with only_routes(paths, size):
+                steps.append((-1, _graph(ours)))
+    else:
+        steps += [(_table_of(paths, size), ours) for paths in contenders.values()]
     before = _C.use_routes(-1)
     try:
         for _ in range(ATTEMPTS):
@@ -408,12 +460,13 @@ def take_turns(steps: Sequence[tuple[int, Callable[[], Any]]], seconds: float) -
     The steps run in turns, and each turn begins with another one, so that a change of the machine's speed affects all
     of them. Before its timed calls a step is called once, which brings its operands back into the cache.
     """
+    timed = _timed_on_gpu if any(isinstance(step, _Replay) for _, step in steps) else _timed
     samples: list[list[float]] = [[] for _ in steps]
     calls = []
     for table, step in steps:
         _C.use_routes(table)
-        _timed(step)
-        calls.append(max(1, min(TURN_CALLS, int(TURN / _timed(step)))))
+        timed(step)
+        calls.append(max(1, min(TURN_CALLS, int(TURN / timed(step)))))
     end, turns = time.perf_counter() + seconds, 0
     while turns < LEAST_TURNS or time.perf_counter() < end:
         for place in range(len(steps)):
@@ -421,7 +474,7 @@ def take_turns(steps: Sequence[tuple[int, Callable[[], Any]]], seconds: float) -
             table, step = steps[at]
             _C.use_routes(table)
             step()
-            samples[at] += [_timed(step) for _ in range(calls[at])]
+            samples[at] += [timed(step) for _ in range(calls[at])]
         turns += 1
     return samples
 
@@ -432,11 +485,44 @@ def _timed(step: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def _timed_on_gpu(step: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3 / REPLAYED
+
+
+class _Replay:
+    """Replays a CUDA graph of ``REPLAYED`` steps."""
+
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self._replay = replay
+
+    def __call__(self) -> None:
+        self._replay()
+
+
+def _graph(step: Callable[[], Any]) -> _Replay:
+    """Capture the kernels that ``step`` launches. It runs before, so that libraries and kernels are loaded."""
+
+    def steps() -> None:
+        for _ in range(REPLAYED):
+            step()
+
+    with graph.on_another_stream():
+        steps()
+    return _Replay(graph.capture(steps))
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def empty_table(any_threads: bool) -> Table:
+def empty_table(any_threads: bool, device: str = "cpu") -> Table:
     """Return a table of this machine and these versions without rows."""
+    if device == "cuda":
+        return Table("cuda", torch.cuda.get_device_name(), "", torch.__version__, __version__, False, ())
     isa = _C.cpu_kernels()["isa"]
     return Table("cpu", routing.processor(), isa, torch.__version__, __version__, any_threads, ())
 

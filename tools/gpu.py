@@ -1,6 +1,6 @@
 """Is there a GPU to build for and run on? ``python tools/gpu.py PACKAGE...`` says what is here, or what is missing.
 
-For gpu_check.sh, and for the benchmark, which both stop with this one sentence. Nothing of dlkernels is imported.
+For `make gpu-check`, and for the benchmark, which both stop with this one sentence. Nothing of dlkernels is imported.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ def add_parser(subparsers: Any) -> None:
         "tune",
         _tune,
         help="measure which path is fastest on this machine, and keep it",
-        description="Measure layers on this CPU by every path that the kernels have. Each path is judged against "
-        "float64, then timed beside stock torch in turns; one that is wrong or slower is not taken. The route table "
-        "goes to your cache folder, and every later process on this machine takes its routes from it. Leave the "
+        description="Measure layers on this CPU or GPU by every path that the kernels have. Each path is judged "
+        "against float64, then timed beside stock torch in turns; one that is wrong or slower is not taken. The route "
+        "table goes to your cache folder, and every later process on this machine takes its routes from it. Leave the "
         "machine alone meanwhile.",
     )
     add = parser.add_argument
@@ -38,6 +38,7 @@ def add_parser(subparsers: Any) -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="of the model (default: 8)")
     add("--size", type=int, metavar="N", help="pixels or tokens of the model")
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--threads", type=int, metavar="N", help="CPU threads; the rows are for this number (default: torch's)")
     add("--seconds", type=float, default=0.3, metavar="S", help="for one direction of one layer (default: 0.3)")
     add("--out", metavar="FILE", help="write the table there, not to the cache folder; DLKERNELS_ROUTES=FILE takes it")
@@ -49,7 +50,7 @@ def _tune(args: argparse.Namespace) -> int:
 
     from dlkernels import routing
     from dlkernels.cli.fuse import make, read_settings
-    from dlkernels.tuning import tune
+    from dlkernels.tuning import kind_of, tune
 
     for name in ("batch_size", "size", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -57,9 +58,11 @@ def _tune(args: argparse.Namespace) -> int:
     if not args.seconds > 0:
         raise SettingError(f"expected --seconds above 0; got {args.seconds}")
     shapes = [_shape(text) for text in args.shapes or ()]
+    kind_of(None, args.device)  # a model cannot be moved to a GPU that is not there
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     options: dict[str, Any] = {"seconds": args.seconds, "out": args.out, "any_threads": args.any_threads}
+    options["device"] = args.device
     options["told"] = lambda layer: print(layer, flush=True)
     if args.model is None:
         table = tune(shapes=shapes, dtypes=args.dtypes, **options)
@@ -67,8 +70,8 @@ def _tune(args: argparse.Namespace) -> int:
         torch.manual_seed(0)
         for dtype in args.dtypes:
             model, inputs = make(args.model, read_settings(args.set), args.batch_size, args.size)
-            table = tune(*_cast(model, inputs, getattr(torch, dtype)), **options)
-    where = args.out or routing.cache_folder() / routing.file_name()
+            table = tune(*_cast(model, inputs, getattr(torch, dtype), args.device), **options)
+    where = args.out or routing.cache_folder() / routing.file_name(args.device)
     print(f"{where}: {len(table.rows)} rows, hash {table.hash}")
     return 0
 
@@ -81,8 +84,11 @@ def _shape(text: str) -> tuple[int, int, int]:
     return m, k, n
 
 
-def _cast(model: Any, inputs: Any, dtype: Any) -> tuple[Any, Any]:
+def _cast(model: Any, inputs: Any, dtype: Any, device: str) -> tuple[Any, Any]:
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
 
-    return model.to(dtype), tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    def cast(t: Any) -> Any:
+        return t.to(device, dtype) if t.is_floating_point() else t.to(device)
+
+    return model.to(device, dtype), tree_map_only(Tensor, cast, inputs)

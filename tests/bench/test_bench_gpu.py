@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -384,7 +385,7 @@ def test_update_takes_the_better_of_two_rounds(tmp_path):
     table, asked = tmp_path / "t.json", []
     rounds = {"simt": iter([{ONE: 9.0}, {ONE: 1.0}]), "mma": iter([{ONE: 2.0}, {ONE: 2.0}])}
 
-    def measure(path):
+    def measure(path, cublas):
         asked.append(path)
         return next(rounds[path])
 
@@ -393,7 +394,7 @@ def test_update_takes_the_better_of_two_rounds(tmp_path):
     assert dispatch.parse(table.read_text()) == {ONE: "simt"}
     (row,) = routing.parse(table.read_text()).rows
     assert (row.us, row.date, row.commit) == ({"simt": 1e6, "mma": 2e6}, "today", "abc")
-    assert dispatch.update(table, HEAD, ("mma",), lambda path: {TWO: 1.0}, "later", "def") == (
+    assert dispatch.update(table, HEAD, ("mma",), lambda path, cublas: {TWO: 1.0}, "later", "def") == (
         {ONE: "simt", TWO: "mma"},
         1,
     ), "the other row stays"
@@ -403,7 +404,7 @@ def test_a_path_that_fails_is_left_out(tmp_path, capsys):
     table = tmp_path / "t.json"
     table.write_text(EMPTY)
 
-    def measure(path):
+    def measure(path, cublas):
         if path == "hopper":
             raise RuntimeError("no such kernel")
         return {ONE: 2.0}
@@ -430,24 +431,62 @@ def test_gradients_share_the_time_of_the_backward_that_makes_both():
     assert dispatch.shares(lambda products: sum(taken[p] for p in products)) == taken
 
 
+def test_cublas_is_timed_first_and_the_table_is_written_after_every_path(tmp_path):
+    table, asked = tmp_path / "t.json", []
+
+    def measure(path, cublas):
+        asked.append((path, dict(cublas), dispatch.parse(table.read_text()) if table.exists() else None))
+        return {"simt": {ONE: 3.0}, "mma": {ONE: 1.0}, "cublas": {ONE: 2.0}}[path]
+
+    dispatch.update(table, HEAD, ("simt", "mma", "cublas"), measure, "", "", rounds=1)
+    assert asked == [
+        ("cublas", {}, None),
+        ("simt", {ONE: 2.0}, {ONE: "cublas"}),
+        ("mma", {ONE: 2.0}, {ONE: "cublas"}),
+    ]
+    assert dispatch.parse(table.read_text()) == {ONE: "mma"}
+
+
+def test_what_cannot_come_near_cublas_is_not_timed():
+    large = Product(90, "bf16", 8192, 4096, 4096, "forward")  # 137 G multiplications: 8 ms on plain FMAs
+    assert dispatch.hopeless("simt", large, {large: 0.4e-3})
+    assert not dispatch.hopeless("simt", large, {large: 4e-3})
+    assert not dispatch.hopeless("mma", large, {large: 0.4e-3})
+    assert not dispatch.hopeless("simt", large, {}), "cuBLAS was not timed"
+    assert not dispatch.hopeless("hopper", large, {large: 1e-9}), "nothing is known about it"
+
+
+SHAPES_ASKED = [("bf16", Shape("any", 256, 784, 256)), ("fp32", Shape("other", 8, 16, 32))]
+
+
 def test_a_path_is_timed_in_a_process_of_its_own(monkeypatch):
-    def run(line, env, **options):
+    def run(line, env, stdout, **options):
         assert env[dispatch.VARIABLE] == "mma"
-        assert line[-3:] == ["--time-here", "--dtypes", "bf16"]
-        return subprocess.CompletedProcess(line, 0, stdout='[[90, "bf16", 256, 256, 784, "forward"], 0.5]\n')
+        assert dispatch.read_asked(Path(line[-1])) == (SHAPES_ASKED, {TWO: 2.0})
+        stdout.write('[[90, "bf16", 256, 256, 784, "forward"], 0.5]\n')
+        return subprocess.CompletedProcess(line, 0)
 
     monkeypatch.setattr(dispatch.subprocess, "run", run)
-    assert dispatch.time_path("mma", ["bf16"]) == {ONE: 0.5}
-    monkeypatch.setattr(dispatch.subprocess, "run", lambda line, **o: subprocess.CompletedProcess(line, 3, stdout=""))
+    assert dispatch.time_path("mma", SHAPES_ASKED, {TWO: 2.0}) == {ONE: 0.5}
+    monkeypatch.setattr(dispatch.subprocess, "run", lambda line, **o: subprocess.CompletedProcess(line, 3))
     with pytest.raises(RuntimeError, match="DLKERNELS_CUDA_GEMM=mma: exit status 3"):
-        dispatch.time_path("mma", ["bf16"])
+        dispatch.time_path("mma", SHAPES_ASKED, {})
 
     def hang(line, timeout, **options):
         raise subprocess.TimeoutExpired(line, timeout)
 
     monkeypatch.setattr(dispatch.subprocess, "run", hang)
-    with pytest.raises(RuntimeError, match="DLKERNELS_CUDA_GEMM=mma: still running after 300 s"):
-        dispatch.time_path("mma", ["bf16"])
+    with pytest.raises(RuntimeError, match="DLKERNELS_CUDA_GEMM=mma: no layer within 300 s"):
+        dispatch.time_path("mma", SHAPES_ASKED, {})
+
+
+def test_what_was_timed_before_the_time_ran_out_counts(monkeypatch):
+    def slow(line, stdout, timeout, **options):
+        stdout.write('[[90, "bf16", 256, 256, 784, "forward"], 0.5]\n[[90, "bf16", 256')
+        raise subprocess.TimeoutExpired(line, timeout)
+
+    monkeypatch.setattr(dispatch.subprocess, "run", slow)
+    assert dispatch.time_path("mma", SHAPES_ASKED, {}, patience=1) == {ONE: 0.5}
 
 
 def test_a_wrong_path_is_never_timed(monkeypatch):

@@ -102,8 +102,9 @@ def test_missing_packages_are_named():
 @pytest.mark.parametrize(("stage", "status", "says"), [("test", 1, "gpu-check: torch "), ("tset", 2, "got tset")])
 def test_gpu_check_stops_with_one_sentence(stage, status, says, tmp_path):
     run = subprocess.run(
-        ["bash", ROOT / "tools" / "gpu_check.sh", stage],
-        env={**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out")},
+        [sys.executable, "-m", "tools.lease", "check", stage],
+        cwd=ROOT,
+        env={**os.environ, "OUT": str(tmp_path / "out")},
         capture_output=True,
         text=True,
     )

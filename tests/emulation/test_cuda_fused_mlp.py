@@ -75,6 +75,10 @@ def kernels():
 
 
 def pretend(kernels, shared, sms):
+    if kernels.on_device():
+        if shared != H100:
+            pytest.skip("about another device than the GPU that is here")
+        return
     kernels.pretend_device(ctypes.c_size_t(shared), sms)
 
 

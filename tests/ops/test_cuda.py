@@ -13,7 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench.clock import Graph
 from dlkernels import functional, losses
 from dlkernels.nn import MLP
+from dlkernels.routing import OPS
 from dlkernels.testing import STOCK, Layer, assert_layer_no_worse
+from dlkernels.tuning import Size, only_routes
 from tests.conftest import fill_free_memory_with_nan
 from tests.ops.test_forward_backward import DTYPES, SHAPES, make, ours
 
@@ -29,7 +31,7 @@ SMALL = [
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_small_shapes(shape, activation, dtype):
-    """The test that compute-sanitizer runs (tools/gpu_check.sh sanitize)."""
+    """The test that compute-sanitizer runs (tools/lease: the stage sanitize)."""
     for bias in (True, False):
         assert_layer_no_worse(make(*shape, dtype, activation, bias, "cuda"), ours(activation))
 
@@ -139,12 +141,13 @@ def launches(step):
     return [e.name for e in run.events() if e.device_type == torch.autograd.DeviceType.CUDA]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_at_most_four_launches_per_layer_and_step(dtype):
+@pytest.mark.parametrize(("dtype", "path"), [(torch.float32, "simt"), (torch.bfloat16, "mma")], ids=str)
+def test_at_most_four_launches_per_layer_and_step(dtype, path):
     """256, 784→256 is launch-bound: eager torch needs 6 (forward, ReLU; mask, dbias, dgrad, wgrad)."""
     layer = make(256, 784, 256, dtype, "relu", device="cuda")
     inputs = [t.requires_grad_() for t in (layer.x, layer.weight, layer.bias)]
-    names = launches(lambda: torch.autograd.grad(functional.linear_relu(*inputs), inputs, layer.g))
+    with only_routes(dict.fromkeys(OPS, path), Size.of(layer.x, layer.weight)):
+        names = launches(lambda: torch.autograd.grad(functional.linear_relu(*inputs), inputs, layer.g))
     assert 1 <= len(names) <= 4, names
 
 

@@ -291,13 +291,15 @@ def test_an_instruction_set_without_measurements_has_torch_s_products(planning):
 
 
 def test_rows_for_a_gpu(planning, table):
-    table((DGRAD, "bfloat16", (4096, 512, 512), 90, "cublas"), (WGRAD, "bfloat16", (4096, 512, 512), 90, "hopper"))
+    table((DGRAD, "bfloat16", (4096, 512, 512), 90, "mma"), (WGRAD, "bfloat16", (4096, 512, 512), 90, "hopper"))
     steps = [step.split()[:2] for step in cuda_backward(planning, (4096, 512, 512))]
-    assert steps == [["gradient_pass", "elementwise"], ["dgrad", "cublas"], ["wgrad", "hopper"]]
-    assert cuda_backward(planning, (4096, 512, 512), arch=80)[1].split()[:2] == ["dgrad", "mma"]
+    assert steps == [["gradient_pass", "elementwise"], ["dgrad", "mma"], ["wgrad", "hopper"]]
+    assert cuda_backward(planning, (4096, 512, 512), arch=80)[1].split()[:2] == ["dgrad", "cublas"]
     assert cuda_backward(planning, (4096, 512, 512), path="simt")[0].split()[:2] == ["dgrad", "simt"]
     table((DGRAD, "bfloat16", (4096, 512, 512), 90, "fused_mlp"))
-    assert cuda_backward(planning, (4096, 512, 512))[1].split()[:2] == ["dgrad", "mma"], "only where it takes the layer"
+    assert cuda_backward(planning, (4096, 512, 512))[1].split()[:2] == ["dgrad", "cublas"], (
+        "only where it takes the layer"
+    )
 
 
 # ---- gated layers ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 #include "planning/cuda/route.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -25,26 +26,37 @@ const RouteRow* measured_route(const RouteQuery& a) {
   return row && takes(row->path, a) ? row : nullptr;
 }
 
-// Memory bounds a narrow layer, and the chain kernels move the least: backward is one read of g, y and x where products read
-// g and y twice. Of the others, products large enough to hide a few launches go where kernels are tuned.
+// Where nothing was measured the careful choice is cuBLAS, which is tuned everywhere, with our fused passes around it: the
+// pass behind a backward moves fewer bytes than stock's. Our own products are taken where memory or launches bound a layer,
+// which fusion reduces, and not where arithmetic does. (By arithmetic, for every architecture: no figure behind it.)
+constexpr double kLarge = 1e8;         // multiplications that hide a launch or two on any GPU
+constexpr int64_t kLongestSum = 1024;  // a longer one occupies few multiprocessors for long, or moves little beside it
+constexpr double kTiny = 1 << 20;
+constexpr int64_t kTinySum = 128;
+
 Route unmeasured(const RouteQuery& a) {
   const auto [m, n, k] = a.shape;
   const double multiplications = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
-  if (takes(Path::fused_mlp, a) && is_16_bit(a.dtype) && (a.in_rows || multiplications < 1 << 27))
+  // The chain kernels move the least: backward is one read of g, y and x where products read g and y twice.
+  if (takes(Path::fused_mlp, a) && is_16_bit(a.dtype) && (a.in_rows || multiplications < kLarge))
     return {Path::fused_mlp,
             "narrow: the weight rests in shared memory, backward is one launch and its sum (not measured here)"};
-  if (!takes(Path::mma, a)) {
-    if (multiplications < 1 << 27) return {Path::simt, "small: one launch, epilogue included (not measured here)"};
+  if (multiplications >= kLarge)
     return {Path::cublas,
-            "plain FMAs: cuBLAS's kernels are tuned, ours are not; our passes around it (not measured here)"};
+            "large: cuBLAS's products are tuned on every architecture; our passes around it (not measured here)"};
+  // wgrad cuts its sum, over rows, in slices.
+  const int64_t sum = a.op == Op::forward ? k : a.op == Op::dgrad ? n : std::min(m, kLongestSum / 8);
+  if (is_16_bit(a.dtype)) {
+    if (!a.aligned && multiplications >= kTiny)
+      return {Path::cublas, "operands not 16-byte aligned: cuBLAS, our passes around it (not measured here)"};
+    if (sum > kLongestSum)
+      return {Path::cublas, "a long sum for few tiles: cuBLAS cuts it; our passes around it (not measured here)"};
+    return {Path::mma, "small: tensor cores, epilogue in registers, one launch (not measured here)"};
   }
-  if (!a.aligned && multiplications >= 1 << 27)
-    return {Path::cublas, "operands not 16-byte aligned: cuBLAS, our passes around it (not measured here)"};
-  if (a.arch >= 90 && multiplications >= 1e10)
-    return {Path::cublas,
-            "bound by arithmetic: mma.sync reaches part of this architecture's rate, cuBLAS more; our passes around it "
-            "(not measured here)"};
-  return {Path::mma, "tensor cores, epilogue in registers (not measured here)"};
+  if (multiplications < kTiny && sum <= kTinySum)
+    return {Path::simt, "tiny: one launch, epilogue included (not measured here)"};
+  return {Path::cublas,
+          "plain FMAs: cuBLAS's kernels are tuned, ours are not; our passes around it (not measured here)"};
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The CUDA products with C signatures, for ctypes.
 #include "kernels/cuda/kernels.h"
+#include "run.h"
 
 extern "C" {
 
@@ -20,7 +21,7 @@ int gemm(int path, int dtype, int64_t m, int64_t n, int64_t k, const void* a, in
   p.splits = splits, p.partials = partials;
   p.mask = mask, p.saved_is_mask = saved_is_mask, p.below_is_mask = below_is_mask;
   p.tile = path;
-  return path == 0 ? dlk::cuda::simt_gemm(p, nullptr) : dlk::cuda::mma_gemm(p, nullptr);
+  return run([&] { return path == 0 ? dlk::cuda::simt_gemm(p, nullptr) : dlk::cuda::mma_gemm(p, nullptr); });
 }
 
 int gemm_splits(int64_t m, int64_t n, int64_t k) { return dlk::cuda::gemm_splits(m, n, k); }
@@ -28,7 +29,7 @@ int gemm_splits(int64_t m, int64_t n, int64_t k) { return dlk::cuda::gemm_splits
 int act_pass(int dtype, int64_t count, const void* z, int act, double slope, void* y, void* mask) {
   dlk::cuda::ActPass p{};
   p.count = count, p.z = z, p.act = {static_cast<dlk::Act>(act), slope}, p.y = y, p.mask = mask;
-  return dlk::cuda::act_pass(static_cast<dlk::DType>(dtype), p, nullptr);
+  return run([&] { return dlk::cuda::act_pass(static_cast<dlk::DType>(dtype), p, nullptr); });
 }
 
 }  // extern "C"

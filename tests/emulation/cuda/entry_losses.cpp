@@ -1,5 +1,6 @@
 // The gradient pass and the losses with C signatures, for ctypes.
 #include "kernels/cuda/kernels.h"
+#include "run.h"
 
 namespace {
 
@@ -24,9 +25,9 @@ extern "C" {
 int grad_pass(int dtype, int64_t m, int64_t n, const void* g, int64_t g_row, int64_t g_col, const void* saved,
               int64_t saved_row, int64_t saved_col, int act, double slope, void* dz, void* dbias, void* partials,
               int saved_is_mask) {
-  return dlk::cuda::grad_pass(described(dtype, m, n, g, g_row, g_col, saved, saved_row, saved_col, act, slope, dz,
-                                        dbias, partials, saved_is_mask),
-                              nullptr);
+  const auto p = described(dtype, m, n, g, g_row, g_col, saved, saved_row, saved_col, act, slope, dz, dbias, partials,
+                           saved_is_mask);
+  return run([&] { return dlk::cuda::grad_pass(p, nullptr); });
 }
 
 // The partials of a call with dbias.
@@ -82,7 +83,7 @@ int elementwise_loss(int dtype, int64_t rows, int64_t cols, const void* x, int64
   p.input = {x, x_row, x_col}, p.target = {t, t_row, t_col}, p.var = {var, var_row, var_col};
   p.eps = eps, p.constant = constant, p.divisor = divisor;
   p.loss = loss, p.grad_input = grad_input, p.grad_var = grad_var, p.sums = sums, p.reduced = reduced;
-  return var ? dlk::cuda::gaussian_nll(p, nullptr) : dlk::cuda::squared_error(p, nullptr);
+  return run([&] { return var ? dlk::cuda::gaussian_nll(p, nullptr) : dlk::cuda::squared_error(p, nullptr); });
 }
 
 int cross_entropy(int dtype, int64_t outer, int64_t classes, int64_t inner, const void* x, int64_t x_outer,
@@ -99,7 +100,7 @@ int cross_entropy(int dtype, int64_t outer, int64_t classes, int64_t inner, cons
   p.weight = weight, p.smoothing = smoothing, p.mean = mean, p.scale = scale;
   p.loss = loss, p.grad = grad, p.grad_soft = grad_soft, p.grad_strides = {grad_outer, grad_cls, grad_inner};
   p.sums = sums, p.reduced = reduced;
-  return dlk::cuda::cross_entropy(p, nullptr);
+  return run([&] { return dlk::cuda::cross_entropy(p, nullptr); });
 }
 
 }  // extern "C"

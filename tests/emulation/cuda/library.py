@@ -30,7 +30,12 @@ COMPILER = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -
 ILLEGAL_ADDRESS = 700
 # Every kernel but Hopper's, as patterns in csrc.
 KERNELS = tuple(f"kernels/cuda/{room}/*.cu" for room in ("gemm/simt", "gemm/mma", "mlp", "losses", "elementwise"))
+<<<<<<< HEAD
 PLANNING = ("planning/plan.cpp", "planning/routes.cpp", "planning/linear_glu.cpp", "planning/cuda/*.cpp")
+=======
+PLANNING = ("planning/plan.cpp", "planning/routes.cpp", "planning/cuda/*.cpp")
+ON_DEVICE = "DLKERNELS_TEST_ON_DEVICE"  # a library of the kernels that nvcc compiled (tools/first_light.py): for a GPU
+>>>>>>> lease
 MUTATION = "DLKERNELS_TEST_MUTATION"  # JSON: file, text, its replacement, what to compile; see mutations.py
 
 
@@ -79,12 +84,16 @@ def _compiled(path: Path, includes: tuple[Path, ...], options: str = "") -> Path
 
 
 def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None, **options: Any) -> ctypes.CDLL:
-    """:func:`build`, loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = ctypes.CDLL(str(build(Path(folder), changes, **options)))
+    """:func:`build`, loaded; with ``ON_DEVICE`` in the environment the library that it names, for a GPU."""
+    if ON_DEVICE in os.environ:
+        loaded = ctypes.CDLL(os.environ[ON_DEVICE])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = ctypes.CDLL(str(build(Path(folder), changes, **options)))
     for name, result in (
         ("guarded_new", ctypes.c_void_p),
         ("guarded_data", ctypes.c_void_p),
+        ("guarded_host", ctypes.c_void_p),
         ("route", ctypes.c_char_p),
         ("route_why", ctypes.c_char_p),
     ):
@@ -137,7 +146,7 @@ class Guarded:
         self.pointer = ctypes.c_void_p(library.guarded_data(self._memory))
         self.strides = t.stride()
         if span:
-            buffer = (ctypes.c_char * bytes_).from_address(self.pointer.value)
+            buffer = (ctypes.c_char * bytes_).from_address(library.guarded_host(self._memory))
             self.tensor = torch.frombuffer(buffer, dtype=t.dtype).as_strided(t.shape, t.stride())
             flat = torch.as_strided(t, (span,), (1,), t.storage_offset())
             torch.frombuffer(buffer, dtype=t.dtype).copy_(flat)

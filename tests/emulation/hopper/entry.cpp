@@ -1,10 +1,13 @@
-// The Hopper kernel and its arithmetic with C signatures, for ctypes; and the driver that encodes tensor maps.
+// The Hopper kernel and its arithmetic with C signatures, for ctypes; and, on the host, the driver that encodes tensor
+// maps.
 #include <cudaTypedefs.h>
 
 #include "kernels/cuda/gemm/hopper/ring.h"
 #include "kernels/cuda/kernels.h"
 #include "kernels/cuda/gemm/tile.cuh"
+#include "../cuda/run.h"
 
+#ifndef __CUDACC__
 namespace {
 
 // Check the requirements of cuTensorMapEncodeTiled (cuda.h) for a map of 16-bit elements in two dimensions, without
@@ -36,6 +39,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
   *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
+#endif
 
 extern "C" {
 
@@ -56,12 +60,15 @@ int hopper_gemm(int tile, int dtype, int64_t m, int64_t n, int64_t k, const void
   p.splits = splits, p.partials = partials;
   p.mask = mask, p.below_is_mask = below_is_mask;
   p.tile = tile;
+#ifndef __CUDACC__
   // With 3 SMs a block has several tiles in turn, and blocks have different numbers of tiles.
   cuda_emulation::device.processors = 3;
+#endif
   *takes = dlk::cuda::hopper_takes(p);
-  return dlk::cuda::hopper_gemm(p, nullptr);
+  return run([&] { return dlk::cuda::hopper_gemm(p, nullptr); });
 }
 
+#ifndef __CUDACC__
 int hopper_available(int major, int minor, int most_threads) {
   auto& device = cuda_emulation::device;
   const auto before = device;
@@ -70,6 +77,7 @@ int hopper_available(int major, int minor, int most_threads) {
   device = before;
   return available;
 }
+#endif
 
 uint64_t shared_descriptor(uint32_t address, uint32_t leading_bytes, uint32_t stride_bytes) {
   return dlk::cuda::shared_descriptor(address, leading_bytes, stride_bytes);
