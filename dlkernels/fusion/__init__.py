@@ -11,9 +11,11 @@ Reading order:
 6. ``analysis``: all of this for a model.
 7. ``rewrite``: the rewritten methods; ``swap``: the class that has them.
 8. ``call``, ``chain``, ``known``: the functions that the rewritten methods call.
-9. ``apply``: ``fuse``, ``unfuse``, ``report``.
+9. ``gated``: gated layers, from their place in the syntax tree to the functions that the rewritten methods call.
+10. ``apply``: ``fuse``, ``unfuse``, ``report``.
 
-Besides these, ``observe`` runs example inputs, ``sites`` holds the report, and ``backend`` fuses in ``torch.compile``.
+Besides these, ``gated_graph`` finds gated layers for the backend, ``observe`` runs example inputs, ``sites`` holds the
+report, and ``backend`` fuses in ``torch.compile``.
 """
 
 from dlkernels.fusion.apply import fuse, report, unfuse

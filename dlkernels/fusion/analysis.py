@@ -13,8 +13,9 @@ from torch import nn
 
 from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
 from dlkernels.fusion.chain import leaves, neighbours
+from dlkernels.fusion.gated import gates
 from dlkernels.fusion.known import EXACT, are_known
-from dlkernels.fusion.patterns import Pattern, patterns, why_not_rewritable
+from dlkernels.fusion.patterns import Pattern, blocks, patterns, why_not_rewritable
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import METHODS, is_linear
 from dlkernels.fusion.source import NoSource, Source, check
@@ -41,6 +42,8 @@ class Pair:
     why: str  # the reason why it cannot be fused; empty if it can
     where: str
     sure: bool = True  # False: several layers share this place, and it is not known which of them are called there
+    gates: bool = False  # the place is a gated layer, or its half
+    up: nn.Module | None = None  # the layer of the other half
 
     @property
     def known(self) -> bool:
@@ -104,7 +107,7 @@ def _own_pairs(
             for pattern in patterns(source.node):
                 for pair in _pairs(module, path, method, source, pattern, linears):
                     check(source)
-                    found.append(pair)
+                    found.append(_with_gate(pair, source, linears))
             yield from found
             _record_unmatched(module, source, linears, reasons, seen)
             seen.update(id(pair.linear) for pair in found)
@@ -115,6 +118,25 @@ def _own_pairs(
     for child in (m for name in hidden & mine for m in below[name]):
         if id(child) not in seen:
             reasons.setdefault(id(child), "it is called by super(), whose method fuse does not rewrite")
+
+
+def _with_gate(pair: Pair, source: Source, linears: dict[int, Any]) -> Pair:
+    """Return the pair with its other half, if it is half of a gated layer that is known before the call."""
+    gate = next((g for g in gates(source.node, blocks) if g.at == pair.pattern.at), None)
+    if gate is None or pair.linear is None:
+        return pair
+    if gate.up is None:
+        return replace(pair, gates=True)
+    names = Namespace(source, pair.owner)
+    act = pair.pattern.activation
+    looked_up = [gate.up.func, gate.linear.func, *([] if isinstance(act, str) else [act])]
+    several = names.of(gate.up.func)
+    if several is None or len(several) != 1 or not all(map(names.is_plain, looked_up)):
+        return pair
+    (up,) = several
+    if id(up) not in linears or why_not_linear(up) or up.weight.shape != pair.linear.weight.shape:
+        return pair
+    return replace(pair, gates=True, up=up)
 
 
 def _methods(cls: type) -> list[str]:

@@ -114,6 +114,7 @@ def _fuse(model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any,
     stock = copy.deepcopy(model) if example_inputs is not None else None
     for module, pairs in _by_owner(analysis):
         without = {_relative(pair, analysis) for pair in pairs if _path(pair, analysis) in skipped}
+        without |= {_below(pair, path) for pair in pairs if (path := _up_path(pair, analysis)) in skipped}
         _asked[module] = chosen, without
         if plan := _plan(pairs, chosen, without, analysis):
             try:
@@ -174,12 +175,17 @@ def report(model: nn.Module) -> Report:
     seen = shown.events if shown is not None else None
     rows: dict[int, list[Site]] = {key: [] for key in analysis.linears}
     loose: list[tuple[Pair, Site]] = []
+    halves: set[int] = set()  # layers that run in the site of the other half
     for pair in analysis.pairs:
         site = _site(pair, analysis)
         if pair.linear is None:
             loose.append((pair, site))
         else:
-            rows[id(pair.linear)].append(_with_seen(site, pair, seen))
+            shown_site = _with_seen(site, pair, seen)
+            if shown_site.status == "fused" and pair.up is not None and _is_gated(pair, analysis):
+                halves.add(id(pair.up))
+                shown_site = replace(shown_site, up=_up_path(pair, analysis))
+            rows[id(pair.linear)].append(shown_site)
     for key, (path, layer) in analysis.linears.items():
         for event in seen.get(layer, ()) if seen is not None and not rows[key] else ():
             where = next((site.where for pair, site in loose if pair.activation == event.activation), "")
@@ -187,7 +193,7 @@ def report(model: nn.Module) -> Report:
             rows[key].append(Site(path, event.activation, where, status, event.why, True, event.gain))
         if plan_of(layer) and not any(site.status == "fused" for site in rows[key]):
             rows[key] = [Site(path, "none", f"{type(layer).__name__}.forward", "fused")]
-        if not rows[key]:
+        if not rows[key] and key not in halves:
             why = analysis.reasons.get(key) or "no activation takes its output"
             rows[key].append(Site(path, "", "", "skipped", why))
     unknown = () if seen is not None else (site for _, site in loose)
@@ -230,13 +236,22 @@ def _plan(pairs: Sequence[Pair], activations: tuple[str, ...], without: set[str]
         for p in places
         if p.pattern.kind == "chain" or (p.method, p.pattern.first) not in taken
     )
-    return Plan(chosen, activations, tuple(sorted(without))) if chosen else None
+    gates = frozenset((p.method, p.pattern.at) for p in places if p.gates)
+    return Plan(chosen, activations, tuple(sorted(without)), gates=gates & chosen) if chosen else None
 
 
 def _relative(pair: Pair, analysis: Analysis) -> str:
     """The layer's path below the module whose method calls it."""
-    path = _path(pair, analysis)
+    return _below(pair, _path(pair, analysis))
+
+
+def _below(pair: Pair, path: str) -> str:
     return path.removeprefix(f"{pair.owner_path}.") if pair.owner_path else path
+
+
+def _up_path(pair: Pair, analysis: Analysis) -> str:
+    """The path of the other half of a gated layer; empty if the pair is no half."""
+    return analysis.linears[id(pair.up)][0] if pair.up is not None else ""
 
 
 def _path(pair: Pair, analysis: Analysis) -> str:
@@ -274,6 +289,15 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
             why=f"its {pair.method.name} was replaced: only the call shows what the new one does",
         )
     return replace(row, status="fused")
+
+
+def _is_gated(pair: Pair, analysis: Analysis) -> bool:
+    plan = plan_of(pair.owner)
+    return (
+        plan is not None
+        and (pair.method, pair.pattern.at) in plan.gates
+        and _below(pair, _up_path(pair, analysis)) not in plan.without
+    )
 
 
 def _with_seen(site: Site, pair: Pair, seen: Any) -> Site:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dlkernels._errors import ExpectedError
-from dlkernels.fusion import call
+from dlkernels.fusion import call, gated
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.swap import walk
 from dlkernels.testing.agreement import Agreement, arguments, judge, outputs
@@ -66,16 +66,25 @@ def observe(model: nn.Module, example_inputs: Any) -> Events:
     seen = Events()
     timed: dict[Any, float] = {}
 
-    def watch(owner: Any, linear: Any, act: Any, x: Any, decision: str | call.Ready, args: Any, kwargs: Any) -> None:
+    def watch(
+        owner: Any,
+        linear: Any,
+        act: Any,
+        x: Any,
+        decision: str | call.Ready,
+        args: Any,
+        kwargs: Any,
+        ways: gated.Ways | None = None,
+    ) -> None:
         if id(linear) not in originals:
             return
         known = activation_of(act, args, kwargs)
         gain = None
         if not isinstance(decision, str):
             weight, _, name, _ = decision
-            shape = (tuple(x.shape), tuple(weight.shape), x.dtype, x.device, name, type(linear))
+            shape = (tuple(x.shape), tuple(weight.shape), x.dtype, x.device, name, type(linear), ways is None)
             if shape not in timed:
-                timed[shape] = _gain(owner, linear, act, x, args, kwargs)
+                timed[shape] = _gain(owner, linear, act, x, args, kwargs, ways)
             gain = timed[shape]
         event = Event(known[0] if known else call.describe(act), decision if isinstance(decision, str) else "", gain)
         events = seen.setdefault(originals[id(linear)], [])
@@ -97,31 +106,33 @@ def _watching(watch: Callable[..., None]) -> Iterator[None]:
         call.watcher = None
 
 
-def _gain(owner: Any, linear: nn.Module, act: Any, x: Tensor, args: Any, kwargs: Any) -> float:
+def _gain(
+    owner: Any, linear: nn.Module, act: Any, x: Tensor, args: Any, kwargs: Any, ways: gated.Ways | None = None
+) -> float:
     """Return stock's time over the fused call's time: the best of each, measured in turns.
 
-    A step is the forward and, if a parameter requires a gradient, the backward.
+    A step is the forward and, if a parameter requires a gradient, the backward. ``ways`` are those of a gated layer.
     """
-    learns = any(p.requires_grad for p in linear.parameters())
+    stock, fused, layers = ways or (
+        lambda t: act(linear(t), *args, **kwargs),
+        lambda t: call.call(owner, act, linear, t, *args, **kwargs),
+        (linear,),
+    )
+    parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    learns = bool(parameters)
     leaf = x.detach().requires_grad_(learns)
 
-    def step(forward: Callable[[], Tensor]) -> float:
+    def step(forward: Callable[[Tensor], Tensor]) -> float:
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         begin = time.perf_counter()
         with torch.set_grad_enabled(learns):
-            y = forward()
+            y = forward(leaf)
         if learns:
-            torch.autograd.grad(y, [leaf, *(p for p in linear.parameters() if p.requires_grad)], torch.ones_like(y))
+            torch.autograd.grad(y, [leaf, *parameters], torch.ones_like(y))
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         return time.perf_counter() - begin
-
-    def stock() -> Tensor:
-        return act(linear(leaf), *args, **kwargs)
-
-    def fused() -> Tensor:
-        return call.call(owner, act, linear, leaf, *args, **kwargs)
 
     best = [float("inf"), float("inf")]
     watcher, call.watcher = call.watcher, None

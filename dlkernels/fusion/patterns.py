@@ -4,6 +4,8 @@
 * named: ``h = self.fc(x)`` and, later in the same block or in a branch of it, ``h = self.act(h)`` or another only use
 * chain: ``for layer in self.layers: x = layer(x)``, which is also the forward of ``nn.Sequential``
 
+A fourth, packed, is a gated layer whose halves are cut from the output of one layer (module ``gated``).
+
 This module does not know if the callees are a layer and an activation: ``values`` finds that before the call, and
 ``call`` checks it at each call.
 
@@ -22,6 +24,7 @@ from typing import Literal
 
 from dlkernels.fusion.between import Between, Guard, branches
 from dlkernels.fusion.conditions import Checks, facts
+from dlkernels.fusion.gated import gates
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.syntax import (
     Function,
@@ -66,7 +69,7 @@ class Pattern:
         why: the reason why the place cannot be fused, whatever the names mean; empty if there is none.
     """
 
-    kind: Literal["nested", "named", "chain"]
+    kind: Literal["nested", "named", "chain", "packed"]
     linear: ast.expr
     activation: ast.expr | str
     at: Position
@@ -101,6 +104,15 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
             found.append(Pattern("chain", node.iter, node.iter, position(node), position(node)))
     for block in blocks(function):
         found += _named(block, function, around)
+    for gate in gates(function, blocks):
+        if gate.kind == "packed":
+            parts = activation_call(gate.act)
+            assert parts is not None
+            reads = () if isinstance(parts[0], str) else (parts[0],)
+            where = position(gate.product), position(gate.linear)
+            given = further(gate.act, parts[0])
+            inside = (*around[gate.statements[0]], gate.statements[0])
+            found.append(Pattern("packed", gate.linear.func, parts[0], *where, *given, reads, (), inside))
     return tuple(found)
 
 

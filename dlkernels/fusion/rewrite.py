@@ -19,6 +19,9 @@ HELPERS = (
     "overridden",
     "are_known",
     "chain",
+    "gated",
+    "up_and_gate",
+    "packed",
     "methods",
 )
 

@@ -25,6 +25,7 @@ class Site:
         why: the reason for "skipped" or "undecided"; empty for "fused".
         reached: True if the example inputs reached this place; None without example inputs.
         gain: stock's time over the fused time, measured with the example inputs; None without them.
+        up: of a gated layer ``act(layer(x)) * up(x)``, the path of the other layer, which has no row of its own.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Site:
     why: str = ""
     reached: bool | None = None
     gain: float | None = None
+    up: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Report:
     def __str__(self) -> str:
         groups: dict[Site, list[Site]] = {}
         for site in self.sites:
-            key = replace(site, path=re.sub(r"(?<![^.])\d+(?=\.)", "*", site.path), gain=None)
+            path, up = (re.sub(r"(?<![^.])\d+(?=\.)", "*", name) for name in (site.path, site.up))
+            key = replace(site, path=path, up=up, gain=None)
             groups.setdefault(key, []).append(site)
         header = ("layer", "", "activation", "status", "gain", "why", "where")
         rows = [header, *(_row(key, sites) for key, sites in groups.items())]
@@ -90,4 +93,6 @@ def _row(key: Site, sites: list[Site]) -> tuple[str, ...]:
     path = key.path if len(sites) > 1 else sites[0].path
     gain = f"{min(gains):.2f}-{max(gains):.2f}x" if len(gains) > 1 else f"{gains[0]:.2f}x" if gains else ""
     why = key.why or ("not reached by the example inputs" if key.reached is False else "")
+    if key.up:
+        path += f" * {key.up.rpartition('.')[2]}"
     return path, f"×{len(sites)}" if len(sites) > 1 else "", key.activation, key.status, gain, why, key.where

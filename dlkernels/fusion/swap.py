@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dlkernels.fusion import call, chain
+from dlkernels.fusion import call, chain, gated
 from dlkernels.fusion.known import are_known
-from dlkernels.fusion.patterns import patterns
+from dlkernels.fusion.patterns import blocks, patterns
 from dlkernels.fusion.rewrite import HELPERS, helper_name, rewritten
 from dlkernels.fusion.rules import METHODS
 from dlkernels.fusion.source import NoSource, Source, check, rewrap, source_of, undecorated
@@ -40,12 +40,14 @@ class Plan:
         activations: the selected activations.
         without: the paths of excluded layers below the module.
         linear_forward: True if the module is a linear layer without activation, whose forward is our kernel.
+        gates: those of the places that are halves of gated layers, or whole ones.
     """
 
     places: frozenset[tuple[Method, Position]]
     activations: tuple[str, ...]
     without: tuple[str, ...] = ()
     linear_forward: bool = False
+    gates: frozenset[tuple[Method, Position]] = frozenset()
 
 
 class Fused(nn.Module):
@@ -110,7 +112,9 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
             source = method_source(cls, method)
             check(source)
             chosen = [p for p in patterns(source.node) if (method, p.at) in plan.places]
-            new = source.rebuilt(rewritten(source.node, chosen, method.depth < most), _helpers())
+            gates = {at for where, at in plan.gates if where == method}
+            node = gated.with_gates(source.node, gated.gates(source.node, blocks), gates, helper_name)
+            new = source.rebuilt(rewritten(node, chosen, method.depth < most), _helpers())
             old = definitions(cls, name)[method.depth][1]
             if method.depth:
                 overridden.append((old, rewrap(old, source.function, new)))
@@ -131,7 +135,8 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 @functools.lru_cache(maxsize=1)
 def _helpers() -> dict[str, Any]:
     values = {"methods": METHODS, "are_known": are_known}
-    values |= {name: getattr(chain if name == "chain" else call, name) for name in HELPERS if name not in values}
+    places = {"chain": chain, "gated": gated, "up_and_gate": gated, "packed": gated}
+    values |= {name: getattr(places.get(name, call), name) for name in HELPERS if name not in values}
     return {helper_name(name): value for name, value in values.items()}
 
 

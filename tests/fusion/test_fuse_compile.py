@@ -15,7 +15,12 @@ from dlkernels.fusion import backend
 from tests.fusion.zoo import MODELS
 from tests.support.paths import ROOT
 
-OURS = (functional.linear_act, torch.ops.dlkernels._linear_act.default)
+OURS = (
+    functional.linear_act,
+    functional.linear_glu,
+    torch.ops.dlkernels._linear_act.default,
+    torch.ops.dlkernels._linear_glu.default,
+)
 
 
 @pytest.fixture(autouse=True)
