@@ -159,7 +159,7 @@ def explain(
     Raises:
         ValueError: unknown activation.
         TypeError: no tensors, or a dtype or layout the kernels do not have.
-        RuntimeError: shapes that do not fit together.
+        RuntimeError: shapes, dtypes or devices that do not fit together.
         NotImplementedError: a device other than CPU and CUDA.
     """
     del negative_slope
@@ -185,7 +185,7 @@ def explain_mlp(
 
     Raises:
         ValueError: unknown activation, or not as many as layers.
-        RuntimeError: no layers, or shapes that do not fit together.
+        RuntimeError: no layers, or shapes, dtypes or devices that do not fit together.
     """
     _mlp.check_some(weights)
     names = (activation,) * (len(weights) - 1) if isinstance(activation, str) else tuple(activation)
@@ -300,12 +300,12 @@ def explain_glu(
     Raises:
         ValueError: unknown activation.
         TypeError: no tensors, or a dtype or layout the kernels do not have.
-        RuntimeError: shapes that do not fit together.
+        RuntimeError: shapes, dtypes or devices that do not fit together.
         NotImplementedError: a device other than CPU and CUDA.
     """
     act = activation_named(activation)
-    cast_x, cast_gate = _checked(x, weight_gate)
-    _, cast_up = _checked(x, weight_up)
+    cast_x, cast_gate = _checked(x, weight_gate, "weight_gate")
+    _, cast_up = _checked(x, weight_up, "weight_up")
     _linear_glu.check_shapes(cast_x, cast_gate, cast_up)
     m, (n, k), dtype = math.prod(x.shape[:-1]), weight_gate.shape, cast_x.dtype
     rows = cast_x.reshape(m, x.shape[-1])
@@ -376,14 +376,16 @@ def _on_device_of(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
-def _checked(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(x: Tensor, weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Raise as the op would. Return both, without memory, as autocast casts them."""
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         got = f"{type(x).__name__} and {type(weight).__name__}"
-        raise TypeError(f"explain: x and weight must be tensors; got {got}")
-    for name, t in (("x", x), ("weight", weight)):
+        raise TypeError(f"explain: x and {name} must be tensors; got {got}")
+    for which, t in (("x", x), (name, weight)):
         if t.layout is not torch.strided or t.is_quantized:
-            raise TypeError(f"explain: {name} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
+            raise TypeError(f"explain: {which} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
+    if weight.device != x.device:
+        raise RuntimeError(f"explain: {name} is on {weight.device}, but x is on {x.device}; move one of them")
     cast_x, cast_weight = _meta_like(x), _meta_like(weight)
     if autocast_active(x):
         dtype = torch.get_autocast_dtype(x.device.type)

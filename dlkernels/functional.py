@@ -66,7 +66,7 @@ def linear_act(
 
     Raises:
         ValueError: unknown activation, or a negative ``negative_slope``.
-        TypeError: a dtype the kernels do not have, no tensor, or a ``negative_slope`` that is no number.
+        TypeError: a dtype the kernels do not have, no tensor, a nested one, or a ``negative_slope`` that is no number.
         RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
     """
     _check_tensors(x, weight, bias)
@@ -75,10 +75,10 @@ def linear_act(
 
 
 def _check_tensors(x: Any, weight: Any, bias: Any = None, op: str = "linear_act") -> None:
-    if isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
-        return
-    got = ", ".join(type(t).__name__ for t in (x, weight, bias))
-    raise TypeError(f"{op}: x and weight must be tensors, bias a tensor or None; got {got}")
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        got = ", ".join(type(t).__name__ for t in (x, weight, bias))
+        raise TypeError(f"{op}: x and weight must be tensors, bias a tensor or None; got {got}")
+    _check_is_not_nested(op, "x", x)
 
 
 def _check_slope(op: str, negative_slope: Any) -> None:
@@ -99,6 +99,14 @@ def _check_are_tensors(op: str, optional: bool = False, **arguments: Any) -> Non
     for name, t in arguments.items():
         if not isinstance(t, Tensor) and not (optional and t is None):
             raise TypeError(f"{op}: {name} must be a tensor{' or None' * optional}, got {type(t).__name__}")
+        if t is not None:
+            _check_is_not_nested(op, name, t)
+
+
+def _check_is_not_nested(op: str, name: str, t: Tensor) -> None:
+    # torch's dispatcher would name a missing backend.
+    if t.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a nested one; call {op} for each of its parts")
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -149,7 +157,7 @@ def linear_glu(
 
     Raises:
         ValueError: unknown activation, or a negative ``negative_slope``.
-        TypeError: a dtype the kernels do not have, no tensor, or a ``negative_slope`` that is no number.
+        TypeError: a dtype the kernels do not have, no tensor, a nested one, or a ``negative_slope`` that is no number.
         RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
     """
     _check_are_tensors("linear_glu", x=x, weight_gate=weight_gate, weight_up=weight_up)

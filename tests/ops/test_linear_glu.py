@@ -492,6 +492,13 @@ MISTAKES = {
         RuntimeError,
         lambda x, w: functional.linear_glu(x, w, w.double()),
     ),
+    "linear_glu: x must be a dense tensor, got a nested one": (
+        TypeError,
+        lambda x, w: functional.linear_glu(torch.nested.as_nested_tensor([x], layout=torch.jagged), w, w),
+    ),
+    "x and weight_up must be tensors": (TypeError, lambda x, w: functional.explain_glu(x, w, None)),
+    "weight_up must be a dense tensor": (TypeError, lambda x, w: functional.explain_glu(x, w, w.to_sparse())),
+    "weight_up is on meta, but x is on": (RuntimeError, lambda x, w: functional.explain_glu(x, w, w.to("meta"))),
 }
 
 
