@@ -21,7 +21,7 @@ Problem check_glu_forward(const at::Tensor& x, const at::Tensor& weight_gate, co
   TORCH_CHECK(weight_gate.sizes() == weight_up.sizes(),
               "linear_glu: weight_gate and weight_up must have the same shape, got ", weight_gate.sizes(), " and ",
               weight_up.sizes());
-  return {shape, dtype, check_activation(act, slope)};
+  return {shape, dtype, check_activation(act, slope, kOp)};
 }
 
 // `t` is like grad_y and of its shape, or it is not read.

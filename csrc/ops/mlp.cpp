@@ -149,7 +149,7 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
       if (!need_input(l) && input[l].defined() && input[l].dim() > 0) shape.k = input[l].size(-1);
       check_rows(input[l], l, "the input", shape.k);
     }
-    layers[l] = {shape, dtype, check_activation(acts[l], slope)};
+    layers[l] = {shape, dtype, check_activation(acts[l], slope, "mlp")};
     if ((keep[l] & kKeepMask) && last_mask > values && device.takes_mask(layers[l]))
       a.mask[l] = kept[--last_mask].contiguous();
   }
