@@ -490,5 +490,5 @@ def test_raw_op_checks():
     ):
         with pytest.raises((RuntimeError, ValueError), match=message):
             op(*args)
-    loss, grads = op(x, [w], [None], [0], 0.0, t, 0, *rest, [0, 0])
-    assert loss.item() == 4.0 and grads == []
+    loss, y, grads = op(x, [w], [None], [0], 0.0, t, 0, *rest, [0, 0])
+    assert loss.item() == 4.0 and torch.equal(y, torch.full((2, 4), 3.0)) and grads == []

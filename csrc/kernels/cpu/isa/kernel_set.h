@@ -14,6 +14,7 @@
 #include "kernels/cpu/gemm/few_columns.h"
 #include "kernels/cpu/mlp/fused_mlp.h"
 #include "kernels/cpu/elementwise/passes.h"
+#include "kernels/cpu/elementwise/update.h"
 #include "kernels/cpu/losses/losses.h"
 
 namespace dlk::cpu::DLK_ISA {
@@ -33,7 +34,8 @@ constexpr KernelTable make_kernel_table(const char* ukernel) {
           kFusedMlpFeatures<E>,
           &fused_mlp_forward_with<E>,
           &fused_mlp_backward_with<E>,
-          losses<typename E::Elem>()};
+          losses<typename E::Elem>(),
+          update_of<typename E::Elem>()};
 }
 
 }  // namespace dlk::cpu::DLK_ISA
