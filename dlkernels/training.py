@@ -1,8 +1,10 @@
 """One call per training step: forward, loss, backward and update of a chain of layers, with little Python in between.
 
-A step of a small network is mostly calls: of modules, of autograd, of the optimizer for each parameter. Here it is two:
-the op ``_mlp_loss`` (``csrc/ops/autograd/mlp_loss.cpp``) computes the loss and the gradients, and torch's fused
-optimizer kernel updates all parameters of a group.
+A step of a small network is mostly calls: of modules, of autograd, of the optimizer for each parameter. Here it is one.
+This module decides if a step can be done so, from all that the calls would read. It describes the step to a
+``_C.StepPlan`` (``csrc/python/training.cpp``), and tells it which dicts, lists, classes and tensors must stay as they
+are. The plan runs the next steps for as long as they do: the op ``_mlp_loss`` (``csrc/ops/autograd/mlp_loss.cpp``)
+computes the loss and the gradients, and ``csrc/ops/update.cpp`` updates the parameters.
 """
 
 from __future__ import annotations
@@ -61,7 +63,12 @@ class _Loss:
 
 
 def training_step(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], optimizer: optim.Optimizer, *, keep_grads: bool = False
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: optim.Optimizer,
+    *,
+    keep_grads: bool = False,
+    exact: bool = False,
 ) -> TrainingStep:
     """Return ``step``; ``step(x, target)`` trains ``model`` on one batch and returns the loss.
 
@@ -72,15 +79,18 @@ def training_step(
         value.backward()
         optimizer.step()
 
-    It takes two calls where the model is one chain of linear layers and activations, the loss is the mean or sum of
+    It takes one call where the model is one chain of linear layers and activations, the loss is the mean or sum of
     squared errors or a cross entropy, and the optimizer is torch's Adam, AdamW or SGD. Everything else runs by the
-    calls above, and ``step.why`` says why. The decision is made anew at each step, so hooks, schedules,
-    ``load_state_dict`` and ``model.eval()`` have the effect that they have on the calls. Parameters and the optimizer's
-    state are where torch keeps them: checkpoints are the same, and any step may be done by the calls instead.
+    calls above, and ``step.why`` says why. The decision is kept while nothing that it was read from has changed, so
+    hooks, schedules, ``load_state_dict`` and ``model.eval()`` have the effect that they have on the calls. Parameters
+    and the optimizer's state are where torch keeps them: checkpoints are the same, and any step may be done by the
+    calls instead.
 
     It cannot see hooks that other code put on autograd's accumulation nodes, as DistributedDataParallel does.
 
-    The update is the one of ``optimizer`` with ``fused=True``, to the bit; without it torch rounds in another order.
+    The update is the one of ``optimizer`` with ``fused=True``, to the bit; without it torch rounds in another order. In
+    float32 and float64 on CPU a kernel of ours makes it. It is compared with torch's once per process; where the bits
+    differ, and in 16-bit dtypes and on CUDA, torch's kernel makes it.
 
         >>> step = dlkernels.training_step(model, torch.nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters()))
         >>> for x, target in batches:
@@ -96,6 +106,8 @@ def training_step(
         optimizer: of the parameters of ``model``.
         keep_grads: leave each parameter's gradient in ``.grad``, as the calls do. Otherwise ``.grad`` is None after a
             step, and the gradients take no memory between steps.
+        exact: take a step only where all its results have the bits of the calls: for an ``MLP``, a loss of
+            ``dlkernels.losses`` and an optimizer with ``fused=True``. torch's layers and losses round in another order.
 
     Returns:
         A :class:`TrainingStep`. Its call returns the loss, detached.
@@ -109,7 +121,7 @@ def training_step(
         raise TypeError(f"training_step: loss must be callable with (output, target), got {type(loss).__name__}")
     if not isinstance(optimizer, optim.Optimizer):
         raise TypeError(f"training_step: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return TrainingStep(model, loss, optimizer, keep_grads)
+    return TrainingStep(model, loss, optimizer, keep_grads, exact)
 
 
 class TrainingStep:
@@ -119,9 +131,14 @@ class TrainingStep:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], optimizer: optim.Optimizer, keep_grads: bool
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        optimizer: optim.Optimizer,
+        keep_grads: bool,
+        exact: bool,
     ) -> None:
-        self.model, self.loss, self.optimizer, self.keep_grads = model, loss, optimizer, keep_grads
+        self.model, self.loss, self.optimizer, self.keep_grads, self.exact = model, loss, optimizer, keep_grads, exact
         self.why = ""
         self._plan: _C.StepPlan | None = None  # of the last step; why is empty then
 
@@ -155,6 +172,8 @@ class TrainingStep:
         if why:
             return None
         try:
+            if self.exact:
+                _check_exact(model, loss, optimizer)
             made = _plan(model, loss, optimizer, x, target)
             values = made.plan.run(model, loss, optimizer, x, target, self.keep_grads, only_finite)
             if values is None:
@@ -217,6 +236,15 @@ class _Made:
         for state in self.states:
             plan.expect_dict(state, ())
         return True
+
+
+def _check_exact(model: nn.Module, loss: Any, optimizer: optim.Optimizer) -> None:
+    if type(model) is not MLP or model._chain() is None:
+        raise _Ordinary("the model does not run as one chain of our layers")
+    if type(loss) not in (losses.MSELoss, losses.CrossEntropyLoss) and loss not in _OUR_LOSSES:
+        raise _Ordinary("the loss is none of ours")
+    if not all(group.get("fused") is True for group in optimizer.param_groups):
+        raise _Ordinary("the optimizer is not fused")
 
 
 def _plan(model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor, target: Tensor) -> _Made:
@@ -369,6 +397,7 @@ _MODULES = {
     nn.CrossEntropyLoss: _CROSS_ENTROPY,
     losses.CrossEntropyLoss: _CROSS_ENTROPY,
 }
+_OUR_LOSSES = (losses.mse_loss, losses.cross_entropy)
 _FUNCTIONS: dict[Any, _Loss] = {
     **dict.fromkeys((F.mse_loss, losses.mse_loss), _Loss(_MSE, None, 1, -100, 0.0)),
     **dict.fromkeys((F.cross_entropy, losses.cross_entropy), _Loss(_CROSS_ENTROPY, None, 1, -100, 0.0)),
