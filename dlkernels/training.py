@@ -29,6 +29,7 @@ from dlkernels.fusion.chain import calls_in_order
 from dlkernels.fusion.reading import CALLED, activation_of
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn import MLP, LinearAct, LinearReLU, does_nothing, untouched
+from dlkernels.trainer.step import use_one_call
 
 __all__ = ["TrainingStep", "training_step"]
 
@@ -489,11 +490,13 @@ def _states(optimizer: optim.Optimizer, parameters: Sequence[Tensor], *names: st
             if name == "step":
                 if not (are_plain(t) and t.device == p.device and t.numel() == 1 and t.dtype in _STEP_DTYPES):
                     raise _Ordinary("on this device the optimizer needs fused=True")
-            elif not are_plain(t) or t.shape != p.shape or t.dtype != p.dtype or t.device != p.device:
-                raise _Ordinary("a state of the optimizer is not like its parameter")
-            elif not t.is_contiguous():
+            elif not (are_plain(t) and t.is_contiguous() and _is_like(t, p)):
                 raise _Ordinary("a state of the optimizer is not like its parameter")
     return found
+
+
+def _is_like(t: Tensor, p: Tensor) -> bool:
+    return t.shape == p.shape and t.dtype == p.dtype and t.device == p.device
 
 
 _STEP_DTYPES = (torch.float32, torch.float64)
@@ -520,3 +523,5 @@ def _sgd(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Ten
 
 
 _KINDS = {optim.Adam: _adam, optim.AdamW: _adam, optim.SGD: _sgd}
+
+use_one_call(lambda model, loss, optimizer: TrainingStep(model, loss, optimizer, keep_grads=True, exact=True))

@@ -14,12 +14,12 @@ struct OptimizerGroup {
   cpu::UpdateRule rule;
   bool amsgrad, maximize, nesterov;
   double lr, weight_decay, beta2, eps, dampening;
-  double beta1;                           // of sgd the factor of the momentum
-  std::vector<at::Tensor> parameters;     //
-  std::vector<at::Tensor> means;          // exp_avg; of sgd the momenta, none if beta1 is 0
-  std::vector<at::Tensor> squares;        // exp_avg_sq; adam and adamw
-  std::vector<at::Tensor> max_squares;    // max_exp_avg_sq; amsgrad
-  std::vector<at::Tensor> steps;          // of 0 dimensions, float32 or float64; adam and adamw
+  double beta1;  // of sgd the factor of the momentum
+  std::vector<at::Tensor> parameters;
+  std::vector<at::Tensor> means;        // exp_avg; of sgd the momenta, none if beta1 is 0
+  std::vector<at::Tensor> squares;      // exp_avg_sq; adam and adamw
+  std::vector<at::Tensor> max_squares;  // max_exp_avg_sq; amsgrad
+  std::vector<at::Tensor> steps;        // of 0 dimensions, float32 or float64; adam and adamw
 };
 
 // The same by torch's kernels alone, for steps that are counted already.

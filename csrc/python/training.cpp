@@ -117,18 +117,22 @@ struct TensorFacts {
 
 bool is_empty(PyObject* hooks) { return !hooks || hooks == Py_None || PyObject_Size(hooks) == 0; }
 
-// A parameter, or a tensor of an optimizer's state: contiguous, and a leaf without hooks.
+// A parameter, or a tensor of a state or of the loss: a leaf without hooks.
 struct Kept {
   py::object object;
   TensorFacts facts;
+  bool contiguous;
 
-  explicit Kept(py::handle t) : object(py::reinterpret_borrow<py::object>(t)), facts(THPVariable_Unpack(t.ptr())) {}
+  explicit Kept(py::handle t)
+      : object(py::reinterpret_borrow<py::object>(t)),
+        facts(THPVariable_Unpack(t.ptr())),
+        contiguous(THPVariable_Unpack(t.ptr()).is_contiguous()) {}
 
   bool same() const {
     const auto* variable = reinterpret_cast<const THPVariable*>(object.ptr());
     const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-    return facts.same(tensor) && tensor.is_contiguous() && !tensor.grad_fn() && is_empty(variable->backward_hooks) &&
-           is_empty(variable->post_accumulate_grad_hooks);
+    return facts.same(tensor) && tensor.is_contiguous() == contiguous && !tensor.grad_fn() &&
+           is_empty(variable->backward_hooks) && is_empty(variable->post_accumulate_grad_hooks);
   }
 };
 
@@ -158,9 +162,10 @@ struct Group {
   bool has_momentum;
 
   bool read() {
-    static PyObject* const names[] = {PyUnicode_InternFromString("lr"), PyUnicode_InternFromString("weight_decay"),
-                                      PyUnicode_InternFromString("eps"), PyUnicode_InternFromString("betas"),
-                                      PyUnicode_InternFromString("momentum"), PyUnicode_InternFromString("dampening")};
+    static PyObject* const names[] = {
+        PyUnicode_InternFromString("lr"),       PyUnicode_InternFromString("weight_decay"),
+        PyUnicode_InternFromString("eps"),      PyUnicode_InternFromString("betas"),
+        PyUnicode_InternFromString("momentum"), PyUnicode_InternFromString("dampening")};
     auto number = [&](int name, double& value) {
       return read_number(PyDict_GetItem(settings.ptr(), names[name]), value);
     };
@@ -186,8 +191,8 @@ class StepPlan {
  public:
   // See StepPlan in dlkernels/_C.pyi.
   StepPlan(py::tuple owners, py::object x, py::object target, bool flattens, const py::list& weights,
-           const py::list& biases, std::vector<int64_t> acts, double slope, int64_t kind, const py::object& class_weight,
-           int64_t reduction, int64_t ignore_index, double label_smoothing)
+           const py::list& biases, std::vector<int64_t> acts, double slope, int64_t kind,
+           const py::object& class_weight, int64_t reduction, int64_t ignore_index, double label_smoothing)
       : owners_(std::move(owners)),
         x_type_(Py_TYPE(x.ptr())),
         target_type_(Py_TYPE(target.ptr())),
@@ -244,26 +249,26 @@ class StepPlan {
 
   // Return the loss and the output; or None, with nothing done, if anything has changed. With `only_finite` nothing is updated
   // if the loss, on the CPU, is NaN or infinite.
-  PyObject* run(py::handle model, py::handle loss, py::handle optimizer, py::handle x, py::handle target, bool keep_grads,
-                bool only_finite) {
+  PyObject* run(py::handle model, py::handle loss, py::handle optimizer, py::handle x, py::handle target,
+                bool keep_grads, bool only_finite) {
     HANDLE_TH_ERRORS
-    const bool same_owners =
-        model.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 0))) &&
-        loss.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 1))) &&
-        optimizer.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 2)));
+    const bool same_owners = model.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 0))) &&
+                             loss.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 1))) &&
+                             optimizer.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 2)));
     if (!same_owners || Py_TYPE(x.ptr()) != x_type_ || Py_TYPE(target.ptr()) != target_type_ ||
         !same_data(unpack(x), unpack(target)) || !holds())
       Py_RETURN_NONE;
     const at::Tensor x_tensor = unpack(x), target_tensor = unpack(target);
     at::Tensor value, output;
     Tensors gradients;
+    bool updates = true;
     {
       const py::gil_scoped_release released;
       const c10::AutoGradMode no_grad(false);
       std::tie(value, output, gradients) =
-          call_mlp_loss(flattens_ ? x_tensor.flatten(1) : x_tensor, weights_, biases_, acts_, slope_, target_tensor, kind_,
-                        class_weight_, reduction_, ignore_index_, label_smoothing_, needs_);
-      const bool updates = !only_finite || !value.is_cpu() || std::isfinite(value.item<double>());
+          call_mlp_loss(flattens_ ? x_tensor.flatten(1) : x_tensor, weights_, biases_, acts_, slope_, target_tensor,
+                        kind_, class_weight_, reduction_, ignore_index_, label_smoothing_, needs_);
+      updates = !only_finite || !value.is_cpu() || std::isfinite(value.item<double>());
       Tensors mine;
       for (const Group& group : groups_) {
         if (!updates) break;
@@ -274,7 +279,7 @@ class StepPlan {
     }
     for (const at::Tensor& parameter : cleared_)
       if (parameter.grad().defined()) parameter.mutable_grad().reset();
-    if (keep_grads)
+    if (keep_grads && updates)
       for (const Group& group : groups_)
         for (size_t i = 0; i < group.gradients.size(); ++i)
           group.update.parameters[i].mutable_grad() = gradients[group.gradients[i]];
@@ -312,7 +317,8 @@ class StepPlan {
   // Batches may have another number of rows.
   bool same_data(const at::Tensor& x, const at::Tensor& target) const {
     if (!x_.same_but_for_sizes(x) || !target_.same_but_for_sizes(target)) return false;
-    const at::IntArrayRef x_sizes = x.sizes(), target_sizes = target.sizes(), x_was(x_.sizes), target_was(target_.sizes);
+    const at::IntArrayRef x_sizes = x.sizes(), target_sizes = target.sizes(), x_was(x_.sizes),
+                          target_was(target_.sizes);
     if (x_sizes.size() < 2 || target_sizes.empty()) return x_sizes == x_was && target_sizes == target_was;
     return x_sizes.size() == x_was.size() && target_sizes.size() == target_was.size() &&
            x_sizes.slice(1) == x_was.slice(1) && target_sizes.slice(1) == target_was.slice(1) &&
@@ -324,8 +330,7 @@ class StepPlan {
     return std::all_of(classes_.begin(), classes_.end(),
                        [](const ObjectClass& c) { return Py_TYPE(c.object.ptr()) == c.type; }) &&
            std::all_of(dicts_.begin(), dicts_.end(), same) && std::all_of(lists_.begin(), lists_.end(), same) &&
-           std::all_of(attributes_.begin(), attributes_.end(), same) &&
-           std::all_of(kept_.begin(), kept_.end(), same) &&
+           std::all_of(attributes_.begin(), attributes_.end(), same) && std::all_of(kept_.begin(), kept_.end(), same) &&
            std::all_of(groups_.begin(), groups_.end(), [](Group& group) { return group.read(); });
   }
 
@@ -374,8 +379,8 @@ void add_training(py::module_& m) {
     return cpu::updates_like_torch(types[static_cast<int>(dtype_named(dtype))], static_cast<cpu::UpdateRule>(rule));
   });
   py::class_<StepPlan>(m, "StepPlan", py::custom_type_setup(&collect))
-      .def(py::init<py::tuple, py::object, py::object, bool, const py::list&, const py::list&, std::vector<int64_t>, double,
-                    int64_t, const py::object&, int64_t, int64_t, double>())
+      .def(py::init<py::tuple, py::object, py::object, bool, const py::list&, const py::list&, std::vector<int64_t>,
+                    double, int64_t, const py::object&, int64_t, int64_t, double>())
       .def("add_group", &StepPlan::add_group)
       .def("expect_dict", &StepPlan::expect_dict)
       .def("expect_list", &StepPlan::expect_list)

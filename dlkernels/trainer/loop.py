@@ -30,9 +30,8 @@ from dlkernels.trainer.mode import TrainMode
 from dlkernels.trainer.plain import plain_scalar
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
 from dlkernels.trainer.state import check_plain, parts, read_checkpoint, restore
-from dlkernels.trainer.step import Every, Loss, Step, forward
+from dlkernels.trainer.step import Every, Loss, Step, forward, one_call_of
 from dlkernels.trainer.summary import summarize
-from dlkernels.training import TrainingStep
 
 
 class Trainer:
@@ -177,7 +176,7 @@ class Trainer:
         if compile:
             self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
         self._graph = GraphedStep(model, self._run, loss, self._step, autocast) if cuda_graph else None
-        self._one_call = TrainingStep(model, loss, optimizer, keep_grads=True, exact=True)
+        self._one_call = one_call_of(model, loss, optimizer)
         self._mode = TrainMode(model)
         self._fitting = False  # between on_fit_start and on_fit_end
         self._in_step = False
@@ -325,7 +324,8 @@ class Trainer:
         """Train on the batch in one call, where that has the bits of the calls; else do nothing and return None."""
         step, one_call = self._step, self._one_call
         if (
-            self._run is not self.model
+            one_call is None
+            or self._run is not self.model
             or self.autocast is not None
             or self.ranks.world_size > 1
             or step.scaler is not None

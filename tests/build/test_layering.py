@@ -78,14 +78,12 @@ LAYERS = {
     "dlkernels.explanation": 2,
     "dlkernels.functional": 3,
     "dlkernels.nn": 4,
-    "dlkernels.fusion": 5, "dlkernels.stock": 5, "dlkernels.data": 5,
+    "dlkernels.fusion": 5, "dlkernels.stock": 5, "dlkernels.data": 5, "dlkernels.trainer": 5,
     "dlkernels.parallel": 5,
-    "dlkernels.training": 6, "dlkernels.tuning": 6,
-    "dlkernels.trainer": 7,
-    "dlkernels.runs": 8, "dlkernels.serving": 8,
-    "dlkernels.cli": 9,
-    "dlkernels._public": 10, "dlkernels.__main__": 10,
-    "dlkernels": 11,  # the public face: imports whatever it shows
+    "dlkernels.training": 6, "dlkernels.tuning": 6, "dlkernels.runs": 6, "dlkernels.serving": 6,
+    "dlkernels.cli": 7,
+    "dlkernels._public": 8, "dlkernels.__main__": 8,
+    "dlkernels": 9,  # the public face: imports whatever it shows
 }  # fmt: skip
 
 

@@ -118,3 +118,4 @@ def test_nan_changes_nothing(taken):
     assert taken == [False, True, True]
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, before[name])
+    assert all(p.grad is None for p in one.model.parameters())

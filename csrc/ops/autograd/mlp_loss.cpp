@@ -25,12 +25,9 @@ std::tuple<at::Tensor, at::Tensor> loss_of(const at::Tensor& y, const at::Tensor
 
 }  // namespace
 
-LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights,
-                                                         const OptionalTensors& biases, at::IntArrayRef acts,
-                                                         double slope, const at::Tensor& target, int64_t kind,
-                                                         const OptionalTensor& class_weight, int64_t reduction,
-                                                         int64_t ignore_index, double label_smoothing,
-                                                         at::IntArrayRef needs) {
+LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
+                   double slope, const at::Tensor& target, int64_t kind, const OptionalTensor& class_weight,
+                   int64_t reduction, int64_t ignore_index, double label_smoothing, at::IntArrayRef needs) {
   const size_t count = weights.size();
   check_mlp_counts(count, biases.size(), acts.size());
   TORCH_CHECK(needs.size() == 2 * count, "mlp_loss: expected two entries in needs for each of ", count,
@@ -58,15 +55,12 @@ LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights,
   return {loss, y, gradients};
 }
 
-LossOfMlp call_mlp_loss(const at::Tensor& x, at::TensorList weights,
-                                                              const OptionalTensors& biases, at::IntArrayRef acts,
-                                                              double slope, const at::Tensor& target, int64_t kind,
-                                                              const OptionalTensor& class_weight, int64_t reduction,
-                                                              int64_t ignore_index, double label_smoothing,
-                                                              at::IntArrayRef needs) {
-  using F = LossOfMlp(
-      const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef, double, const at::Tensor&, int64_t,
-      const OptionalTensor&, int64_t, int64_t, double, at::IntArrayRef);
+LossOfMlp call_mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                        at::IntArrayRef acts, double slope, const at::Tensor& target, int64_t kind,
+                        const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                        double label_smoothing, at::IntArrayRef needs) {
+  using F = LossOfMlp(const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef, double,
+                      const at::Tensor&, int64_t, const OptionalTensor&, int64_t, int64_t, double, at::IntArrayRef);
   static const auto op = dispatched<F>("dlkernels::_mlp_loss");
   return op.call(x, weights, biases, acts, slope, target, kind, class_weight, reduction, ignore_index, label_smoothing,
                  needs);

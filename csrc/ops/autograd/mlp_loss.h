@@ -13,19 +13,14 @@ using LossOfMlp = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 // The loss and the output of mlp(x, weights, biases) and the gradients among [dweight_0 ..., dbias_0 ...] that `needs`, in the same order,
 // asks for: those of the loss itself, which is a mean or a sum. class_weight, ignore_index and label_smoothing are of
 // cross_entropy. Nothing is recorded.
-LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights,
-                                                         const OptionalTensors& biases, at::IntArrayRef acts,
-                                                         double slope, const at::Tensor& target, int64_t kind,
-                                                         const OptionalTensor& class_weight, int64_t reduction,
-                                                         int64_t ignore_index, double label_smoothing,
-                                                         at::IntArrayRef needs);
+LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
+                   double slope, const at::Tensor& target, int64_t kind, const OptionalTensor& class_weight,
+                   int64_t reduction, int64_t ignore_index, double label_smoothing, at::IntArrayRef needs);
 
 // The same through the dispatcher: profilers see it.
-LossOfMlp call_mlp_loss(const at::Tensor& x, at::TensorList weights,
-                                                              const OptionalTensors& biases, at::IntArrayRef acts,
-                                                              double slope, const at::Tensor& target, int64_t kind,
-                                                              const OptionalTensor& class_weight, int64_t reduction,
-                                                              int64_t ignore_index, double label_smoothing,
-                                                              at::IntArrayRef needs);
+LossOfMlp call_mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                        at::IntArrayRef acts, double slope, const at::Tensor& target, int64_t kind,
+                        const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                        double label_smoothing, at::IntArrayRef needs);
 
 }  // namespace dlk

@@ -89,8 +89,8 @@ bool update_by_kernel(const OptimizerGroup& g, at::TensorList grads) {
   int64_t elements = 0;
   for (size_t i = 0; i < g.parameters.size(); ++i) {
     const at::Tensor& p = g.parameters[i];
-    UpdatedTensor t = {p.numel(),          p.data_ptr(), grads[i].const_data_ptr(), data_at(g.means, i),
-                       data_at(g.squares, i), data_at(g.max_squares, i)};
+    UpdatedTensor t = {p.numel(),           p.data_ptr(),          grads[i].const_data_ptr(),
+                       data_at(g.means, i), data_at(g.squares, i), data_at(g.max_squares, i)};
     if (g.rule != UpdateRule::sgd) {
       const double step = step_of(g.steps[i]);
       t.step_size = g.lr / (1 - std::pow(g.beta1, step));

@@ -73,7 +73,7 @@ struct SgdUpdate {
 
   DLK_INLINE SgdUpdate of(const Update& u, const UpdatedTensor&) {
     using O = Ops<T>;
-    return {O::lit(u.weight_decay), O::lit(u.beta1),     O::lit(1 - u.dampening), O::lit(-u.lr), u.maximize,
+    return {O::lit(u.weight_decay), O::lit(u.beta1), O::lit(1 - u.dampening), O::lit(-u.lr), u.maximize,
             u.weight_decay != 0,    u.nesterov};
   }
 
