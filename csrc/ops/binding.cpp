@@ -35,7 +35,7 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_mlp_loss(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, Tensor target, int kind, "
       "Tensor? class_weight, int reduction, int ignore_index, float label_smoothing, int[] needs) -> "
-      "(Tensor, Tensor[])");
+      "(Tensor, Tensor, Tensor[])");
   m.def("_mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
   m.def(
       "_mse_loss_differentiable_backward(Tensor grad_loss, Tensor input, Tensor target, int reduction, "

@@ -11,6 +11,7 @@
 #include "planning/cpu/machine.h"
 #include "python/explain.h"
 #include "python/routes.h"
+#include "python/training.h"
 
 namespace py = pybind11;
 
@@ -91,4 +92,5 @@ PYBIND11_MODULE(_C, m) {
         "True where layers under bfloat16 autocast convert float32 parameters themselves.");
   dlk::python::add_explain(m);
   dlk::python::add_routes(m);
+  dlk::python::add_training(m);
 }

@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 
 FILES = (
     "forward_backward few_columns special_values conversions accuracy long_sums mlp autocast precision losses"
-    " losses_cross_entropy losses_gaussian_nll losses_regression linear_cross_entropy linear_glu"
+    " losses_cross_entropy losses_gaussian_nll losses_regression linear_cross_entropy linear_glu update"
 )
 # Where torch's GEMM multiplies, its rounding and what it does to special values and subnormals are its own.
 LIBRARY = "forward_backward mlp losses linear_cross_entropy linear_glu"

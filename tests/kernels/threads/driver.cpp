@@ -1,5 +1,6 @@
 // Runs every threaded path of the portable kernels on std::threads, for ThreadSanitizer. torch uses OpenMP, whose
 // runtime is not instrumented and would be reported. Exits with 1 if several threads give other bits than one.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -140,6 +141,18 @@ int main() {
                      partials.data()},
                     parallel);
   });
+  good &= same_on_any_number_of_threads(
+      "update", {m * k, m * k, m * k, n, n, n}, [&](Results& r, const Parallel& parallel) {
+        for (int i = 0; i < 3; ++i) {
+          std::copy(x.begin(), x.end(), r[i].begin());
+          std::copy(b.begin(), b.end(), r[3 + i].begin());
+        }
+        for (int i : {2, 5})
+          for (float& square : r[i]) square *= square;
+        const UpdatedTensor tensors[] = {{m * k, r[0].data(), x.data(), r[1].data(), r[2].data(), nullptr, 0.1, 0.5},
+                                         {n, r[3].data(), b.data(), r[4].data(), r[5].data(), nullptr, 0.1, 0.5}};
+        table.update({UpdateRule::adam, false, false, 0.1, 0.01, 0.99, 1e-8, 0, 0.9, tensors, 2}, parallel);
+      });
   good &= same_on_any_number_of_threads("activation", {m * k}, [&](Results& r, const Parallel& parallel) {
     table.act_pass({m * k, x.data(), {Act::gelu, 0}, r[0].data()}, parallel);
   });

@@ -15,6 +15,7 @@
 #include "kernels/cpu/mlp/fused_mlp.h"
 #include "kernels/cpu/elementwise/passes.h"
 #include "kernels/cpu/elementwise/glu_passes.h"
+#include "kernels/cpu/elementwise/update.h"
 #include "kernels/cpu/losses/losses.h"
 
 namespace dlk::cpu::DLK_ISA {
@@ -36,7 +37,8 @@ constexpr KernelTable make_kernel_table(const char* ukernel) {
           kFusedMlpFeatures<E>,
           &fused_mlp_forward_with<E>,
           &fused_mlp_backward_with<E>,
-          losses<typename E::Elem>()};
+          losses<typename E::Elem>(),
+          update_of<typename E::Elem>()};
 }
 
 }  // namespace dlk::cpu::DLK_ISA
