@@ -1,8 +1,5 @@
 #include "ops/layer.h"
 
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
-
 #include "ops/check.h"
 #include "planning/product.h"
 
@@ -36,22 +33,22 @@ Product gradient_product(const Step& step, const Problem& c, const View& left, c
 void library_dgrad(const Device& device, const Problem& c, const at::Tensor& dz, const at::Tensor& weight,
                    const at::Tensor& dx) {
   at::Tensor out = dx.view({c.shape.m, c.shape.k});
-  at::mm_out(out, device.library_operand(dz), weight);
+  aten::mm_out(out, device.library_operand(dz), weight);
 }
 
 void library_wgrad(const Device& device, const at::Tensor& dz, const at::Tensor& x, const at::Tensor& dweight) {
   at::Tensor out = dweight;
   // The transpose of a contiguous dz lies column by column, which a library reads without harm.
-  at::mm_out(out, dz.is_contiguous() ? dz.t() : device.library_operand(dz.t()), x);
+  aten::mm_out(out, dz.is_contiguous() ? dz.t() : device.library_operand(dz.t()), x);
 }
 
 void library_forward(const Device& device, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                      at::Tensor out) {
   const at::Tensor operand = device.library_operand(x);
   if (bias.defined())
-    at::addmm_out(out, bias, operand, weight.t());
+    aten::addmm_out(out, bias, operand, weight.t());
   else
-    at::mm_out(out, operand, weight.t());
+    aten::mm_out(out, operand, weight.t());
 }
 
 }  // namespace

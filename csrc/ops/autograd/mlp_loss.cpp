@@ -1,5 +1,6 @@
 #include "ops/autograd/mlp_loss.h"
 
+#include <ATen/core/List.h>
 #include <ATen/core/Reduction.h>
 #include <c10/core/GradMode.h>
 
