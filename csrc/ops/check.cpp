@@ -1,5 +1,6 @@
 #include "ops/check.h"
 
+#include <ATen/core/List.h>
 #include <c10/util/Exception.h>
 
 #include <string>

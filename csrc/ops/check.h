@@ -1,7 +1,6 @@
 // The only checks on shapes, dtypes and devices: they validate once and return the problem.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>

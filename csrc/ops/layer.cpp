@@ -1,8 +1,5 @@
 #include "ops/layer.h"
 
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
-
 #include "ops/check.h"
 #include "planning/product.h"
 
@@ -38,24 +35,24 @@ void library_dgrad(const Device& device, const Problem& c, const at::Tensor& dz,
   at::Tensor out = dx.view({c.shape.m, c.shape.k});
   const at::Tensor operand = device.library_operand(dz);
   if (mode == OutputMode::accumulate)
-    at::addmm_out(out, out, operand, weight);
+    aten::addmm_out(out, out, operand, weight);
   else
-    at::mm_out(out, operand, weight);
+    aten::mm_out(out, operand, weight);
 }
 
 void library_wgrad(const Device& device, const at::Tensor& dz, const at::Tensor& x, const at::Tensor& dweight) {
   at::Tensor out = dweight;
   // The transpose of a contiguous dz lies column by column, which a library reads without harm.
-  at::mm_out(out, dz.is_contiguous() ? dz.t() : device.library_operand(dz.t()), x);
+  aten::mm_out(out, dz.is_contiguous() ? dz.t() : device.library_operand(dz.t()), x);
 }
 
 void library_forward(const Device& device, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                      at::Tensor out) {
   const at::Tensor operand = device.library_operand(x);
   if (bias.defined())
-    at::addmm_out(out, bias, operand, weight.t());
+    aten::addmm_out(out, bias, operand, weight.t());
   else
-    at::mm_out(out, operand, weight.t());
+    aten::mm_out(out, operand, weight.t());
 }
 
 }  // namespace

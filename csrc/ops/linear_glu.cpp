@@ -1,7 +1,6 @@
 // The ops of a gated layer: check, allocate, plan and run.
 #include "ops/linear_glu.h"
 
-#include <ATen/ops/as_strided.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "kernels/activation.h"
@@ -192,7 +191,7 @@ GluGradients linear_glu_backward(const Device& device, const at::Tensor& grad_y,
   backward.run_halves(dz_gate, dz_up, half_gate.weight, half_up.weight, dx_of_halves, dweight_gate, dweight_up);
   if (side_by_side) {
     const at::Tensor& first = plan.halves == Halves::gate_first ? half_gate.weight : half_up.weight;
-    backward.run(plan.dgrad, dz, at::as_strided(first, {2 * n, k}, first.strides()), dx, none, OutputMode::cast);
+    backward.run(plan.dgrad, dz, first.as_strided({2 * n, k}, first.strides()), dx, none, OutputMode::cast);
   }
   return made;
 }

@@ -1,5 +1,6 @@
 #include "ops/mlp.h"
 
+#include <ATen/core/List.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>

@@ -42,6 +42,7 @@ class Site:
 class Report:
     """All sites of a model. ``str()`` gives a table; rows whose paths differ only in numbers are joined.
 
+    The first line says so if fusing gains nothing: no layer is fused, or no measured one is faster than stock.
     ``agreement`` is the comparison with stock by example inputs; None without them.
     """
 
@@ -69,6 +70,17 @@ class Report:
     def undecided(self) -> tuple[Site, ...]:
         return self._with("undecided")
 
+    def _nothing_to_gain(self) -> str:
+        """The beginning of the first line, where fusing gains nothing; else empty."""
+        if self.undecided:
+            return ""
+        gains = [site.gain for site in self.sites if site.gain is not None]
+        if gains and len(gains) >= len(self.fused) and (max(gains) <= 1 or not self.fused):
+            return "Nothing to gain on this machine: no fused layer is clearly faster than stock. "
+        if not self.fused:
+            return "Nothing to gain: no linear layer of this model can be fused with an activation. "
+        return ""
+
     def __str__(self) -> str:
         groups: dict[Site, list[Site]] = {}
         for site in self.sites:
@@ -80,8 +92,10 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         shown = [i for i, width in enumerate(widths) if width and (i == 1 or any(row[i] for row in rows[1:]))]
         lines = ["  ".join(row[i].ljust(widths[i]) for i in shown).rstrip() for row in rows]
-        counts = f"{len(self.fused)} fused, {len(self.skipped)} skipped" + (
-            f", {len(self.undecided)} undecided" if self.undecided else ""
+        counts = (
+            self._nothing_to_gain()
+            + f"{len(self.fused)} fused, {len(self.skipped)} skipped"
+            + (f", {len(self.undecided)} undecided" if self.undecided else "")
         )
         return "\n".join(
             [counts, *(lines if self.sites else []), *([f"fused and stock {self.agreement}"] if self.agreement else [])]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlkernels import fuse, report, unfuse
-from dlkernels.fusion import call, observe
+from dlkernels.fusion import Report, Site, call, observe
 from tests.fusion.fusable import Nested, X, made
 
 
@@ -289,3 +289,32 @@ def test_layers_that_gain_too_little_stay_stock(monkeypatch):
 def test_a_gain_is_measured_on_example_inputs():
     with pytest.raises(ValueError, match="expected example_inputs with min_gain"):
         fuse(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), min_gain=0.97)
+
+
+def site(status="fused", gain=None):
+    return Site("0", "relu", "Sequential", status, gain=gain)
+
+
+@pytest.mark.parametrize(
+    ("sites", "first_line"),
+    [
+        ((), "Nothing to gain: no linear layer of this model can be fused with an activation. 0 fused, 0 skipped"),
+        (
+            (site(gain=0.9), site(gain=1.0)),
+            "Nothing to gain on this machine: no fused layer is clearly faster than stock. 2 fused, 0 skipped",
+        ),
+        (
+            (site("skipped", gain=0.9),),
+            "Nothing to gain on this machine: no fused layer is clearly faster than stock. 0 fused, 1 skipped",
+        ),
+        ((site(gain=0.9), site(gain=1.1)), "2 fused, 0 skipped"),
+        ((site(), site(gain=0.9)), "2 fused, 0 skipped"),  # one was not measured
+        ((site("undecided"),), "0 fused, 0 skipped, 1 undecided"),
+    ],
+)
+def test_a_model_with_nothing_to_gain_is_told_so_in_the_first_line(sites, first_line):
+    assert str(Report(sites)).splitlines()[0] == first_line
+
+
+def test_a_model_without_activations_has_nothing_to_gain():
+    assert str(report(fuse(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))))).startswith("Nothing to gain: ")

@@ -1,6 +1,7 @@
 #include "ops/autograd/mlp_loss.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Reduction.h>
 
 #include <algorithm>

@@ -3,8 +3,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include "ops/check.h"
 #include "planning/cpu/linear_glu.h"
@@ -181,7 +179,7 @@ at::Tensor library_operand(const at::Tensor& a) {
   constexpr int64_t piece = 32;
   const int64_t m = a.size(0), k = a.size(1);
   if (a.element_size() != 2 || k % piece == 0) return a;
-  at::Tensor copy = at::zeros({m, (k / piece + 1) * piece}, a.options()).narrow(1, 0, k);
+  at::Tensor copy = aten::zeros({m, (k / piece + 1) * piece}, a.options()).narrow(1, 0, k);
   return copy.copy_(a);
 }
 

@@ -92,7 +92,8 @@ Ukernel<E> ukernel_for(int64_t rows, int64_t registers) {
     if constexpr (R < kMR) {
       if (rows > R) return ukernel_for<E, order, R + 1>(rows, registers);
     }
-    return registers == 1 ? &ukernel<E, order, R, 1> : &ukernel<E, order, R, int(kNV)>;
+    using P = typename E::Panels;
+    return registers == 1 ? &ukernel<P, order, R, 1> : &ukernel<P, order, R, int(kNV)>;
   }
 }
 
