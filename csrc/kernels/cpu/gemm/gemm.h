@@ -284,6 +284,7 @@ struct GemmCall {
   Tiling t;
   int64_t b_cells;  // of a B block in p->panels
   bool b_in_place;  // whole panels of B are read where they lie
+  bool c_in_place;  // the sums are C: there is no epilogue to run
   RowSource<E> a;
   AOrder order;
   EpilogueFn<typename E::ElemC> epilogue;
@@ -335,6 +336,14 @@ bool reads_b_in_place(const Gemm& p) {
          (p.m <= few || p.b.row_stride % bad_pitch != 0);
 }
 
+// Return whether sums are stored to C as they are. The tiles of AMX have rows that C does not have.
+template <class E>
+bool stores_sums(const Gemm& p) {
+  const bool no_activation = p.saved.data || p.act.kind == Act::none;
+  return kIsSame<typename E::Acc, typename E::ElemC> && E::kDepth == 1 && p.splits == 1 && no_activation && !p.bias &&
+         !p.z && !p.below_saved && p.output_mode != OutputMode::accumulate;
+}
+
 // Multiply the packed A block and the B block into acc. After the last k block of a sum, add it to the total;
 // after the last sum, run the epilogue or store partial sums.
 template <class E>
@@ -356,19 +365,22 @@ void multiply_block(const GemmCall<E>& call, const Block<E>& at, const typename 
       const auto* panel_b = in_place ? at.b_there + j : block_b + panel_at<E>(j, nr, at.cells);
       const int64_t ldb = in_place ? p.b.row_stride : width;
       const int64_t micro_tile = i * ld + j * kMR;
+      const int64_t n = min(width, at.cols - j);
+      const bool c_in_place = call.c_in_place && one_block && !at.total && n == width;
       A* c = one_block ? acc : acc + micro_tile;
+      int64_t ldc = nr;
+      if (c_in_place) c = (A*)p.c + (at.i0 + i) * p.n + at.j0 + j, ldc = p.n;
       using M = typename E::Multiply;
       const auto uk = row_major ? ukernel_for<M, kRowMajor>(r, width / E::kVL, next)
                                 : ukernel_for<M, kKMajor>(r, width / E::kVL, next);
       for (int64_t q = 0; q == 0 || q < at.cells; q += call.t.per_sum) {
         const int64_t cells = min(call.t.per_sum, at.cells - q);
-        uk(cells, panel_a + q * (row_major ? 1 : kMR), panel_b + q * ldb, ldb, c, nr, !at.first || q > 0, next);
+        uk(cells, panel_a + q * (row_major ? 1 : kMR), panel_b + q * ldb, ldb, c, ldc, !at.first || q > 0, next);
         if (next && (next += ceil_div(cells, kStepsPerLine) * 64) >= at.next_end) next = nullptr;
       }
-      if (!at.last) continue;
+      if (!at.last || c_in_place) continue;
       if (at.total) add_to_total(c, nr, at.total + micro_tile, nr, r, width, at.first_sum, at.last_sum);
       if (!at.last_sum) continue;
-      const int64_t n = min(width, at.cols - j);
       if (call.t.kt == 1) {
         call.epilogue(p, c, nr, at.i0 + i, at.j0 + j, r, n);
       } else {
@@ -502,6 +514,7 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
                             t,
                             b_block_cells<E>(t),
                             reads_b_in_place<E>(p),
+                            stores_sums<E>(p),
                             RowSource<E>::of(p.a, p.saved, p.act),
                             order,
                             epilogue_of<C, typename E::ElemB>(p)};
