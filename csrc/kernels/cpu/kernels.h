@@ -118,6 +118,8 @@ struct KernelTable {
   void (*fused_mlp_backward)(const FusedMlp&, const Parallel&);
   Losses losses;
   void (*update)(const Update&, const Parallel&);  // nullptr: of 16-bit types
+  // Multiply-adds on registers alone: `steps` steps on this thread. Returns their operations, for the benchmark.
+  int64_t (*peak_loop)(int64_t steps);
 };
 
 // The product of f32 tensors that rounds them to bf16 while it packs them, for callers that torch's settings allow it.

@@ -9,6 +9,7 @@
 #include "kernels/cpu/gemm/strided_rows.h"
 #include "kernels/cpu/gemm/epilogue.h"
 #include "kernels/cpu/gemm/ukernel.h"
+#include "kernels/cpu/isa/peak_loop.h"
 #include "kernels/cpu/gemm/gemm.h"
 #include "kernels/cpu/gemm/few_rows.h"
 #include "kernels/cpu/gemm/few_columns.h"
@@ -38,7 +39,8 @@ constexpr KernelTable make_kernel_table(const char* ukernel) {
           &fused_mlp_forward_with<E>,
           &fused_mlp_backward_with<E>,
           losses<typename E::Elem>(),
-          update_of<typename E::Elem>()};
+          update_of<typename E::Elem>(),
+          &peak_loop<E>};
 }
 
 }  // namespace dlk::cpu::DLK_ISA
