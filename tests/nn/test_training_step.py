@@ -182,6 +182,12 @@ def test_another_parameter_of_the_optimizer():
     step(*next(batches(nn.MSELoss(), 1)))
     assert not step.why
     assert other.grad is None and other.item() == 1
+    later = nn.Parameter(torch.ones(1))
+    step.optimizer.add_param_group({"params": [later]})
+    later.grad = torch.ones(1)
+    step(*next(batches(nn.MSELoss(), 1)))
+    assert not step.why
+    assert later.grad is None and later.item() == 1
 
 
 def test_fused_model():

@@ -1,4 +1,7 @@
-"""The update of a training step: the error against float64 is at most twice that of torch's optimizer."""
+"""The update of a training step: the error against float64 is at most twice that of torch's optimizer.
+
+That is the optimizer with ``fused=True``, whose order of operations the update follows.
+"""
 
 import copy
 from functools import partial
@@ -25,12 +28,13 @@ SIZES = ([1, 3], [7, 13, 5], [8, 32, 16], [33, 47, 9], [101, 130, 3])
 
 
 def updated(make, parameters, grads, state, dtype):
-    """Return these parameters and their states after torch's update in ``dtype``."""
+    """Return these parameters and their states after torch's update in ``dtype``, fused in float32."""
+    fused = dtype == torch.float32
     parameters = [torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in parameters]
-    optimizer = make(parameters, foreach=False)
+    optimizer = make(parameters, fused=fused)
     optimizer.load_state_dict(copy.deepcopy(state))
     for group in optimizer.param_groups:
-        group.update(fused=False, foreach=False)
+        group.update(fused=fused, foreach=False)
     for p, grad in zip(parameters, grads, strict=True):
         p.grad = grad.to(dtype)
     optimizer.step()
