@@ -17,7 +17,7 @@ from tests.ops.test_special_values import PIECEWISE, kind
 # M, K, N against the tiles (14 × 32), the k blocks (256), the rows and columns of the small paths, and tall batches.
 SHAPES = [
     (1, 1, 1), (1, 64, 17), (2, 3, 5), (3, 100, 33), (8, 65, 31), (9, 128, 49), (14, 32, 32), (33, 64, 65),
-    (64, 300, 10), (129, 513, 40), (70, 700, 600), (337, 129, 270), (700, 40, 530), (4099, 7, 3),
+    (64, 300, 10), (129, 513, 40), (70, 700, 600), (337, 129, 270), (700, 40, 530), (160, 512, 1056), (4099, 7, 3),
 ]  # fmt: skip
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SUBSETS = [needs for needs in product([False, True], repeat=5) if any(needs)]

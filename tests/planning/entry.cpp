@@ -179,7 +179,7 @@ const char* cuda_forward(const char* path, int arch, int64_t m, int64_t n, int64
 // A gated layer of f32 or bf16. On CPU with the kernel set `isa`; on CUDA where it is empty.
 const char* glu_forward(const char* isa, int forced, int64_t m, int64_t n, int64_t k, int dtype, int z) {
   const cpu::Kernels set = kernels_of(isa, false);
-  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4};
+  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4, cpu_routes()};
   is_forced = false, given_arch = 90, given_narrow = 0;
   const GluForwardProblem p = {{{m, n, k}, static_cast<DType>(dtype), {Act::silu, 0}},
                                {nullptr, k, 1},

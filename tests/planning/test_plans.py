@@ -342,6 +342,25 @@ def test_a_gated_backward_makes_both_dz_in_one_pass(planning):
     assert glu_backward(planning, FEW_ROWS)[2] == "apart"  # its kernels add to nothing
 
 
+def test_large_gated_layers_on_a_cpu_with_amx_are_left_to_torchs_products(planning):
+    large, small = (1024, 1376, 512), (1024, 320, 512)
+    by_halves = (False, ["forward aten y - - 1", "forward aten y - - 1", "y"])
+    for dtype in ("float32", "bfloat16"):
+        assert glu_forward(planning, large, dtype, isa="amx") == by_halves
+        (gate, up, _), _, _ = glu_backward(planning, large, dtype, isa="amx")
+        assert gate == ["dgrad aten dx - - 1", "wgrad aten dweight - - 1"] == up
+        for shape, isa, forced in ((small, "amx", NO), (large, "avx512_bf16", NO), (large, "amx", OWN)):
+            assert glu_forward(planning, shape, dtype, isa=isa, forced=forced)[0]
+    assert glu_forward(planning, large, "bfloat16", isa="amx", z=False)[0]  # forward alone is faster as one step
+    assert not glu_forward(planning, large, isa="amx", z=False)[0]
+    planning.add_route(FORWARD, DTYPES.index("float32"), *sizes(large), 0, b"packed", b"a row of a table")
+    planning.use_routes()
+    try:
+        assert glu_forward(planning, large, isa="amx")[0]
+    finally:
+        planning.use_routes()
+
+
 @pytest.mark.parametrize("isa", ["avx512", ""])
 def test_dx_of_halves_of_one_weight_is_one_product(planning, isa):
     for weights in (HALVES, HALVES[::-1]):
