@@ -9,6 +9,7 @@
 #include <mutex>
 #include <utility>
 
+#include "ops/aten.h"
 #include "ops/check.h"
 #include "ops/cpu/device.h"
 
@@ -26,7 +27,7 @@ void* data_at(const std::vector<at::Tensor>& tensors, size_t i) {
 
 // Values that fill a mantissa, some below 0. torch's random numbers are not drawn: their sequence is the user's.
 at::Tensor sample(int64_t n, at::ScalarType dtype, int which, bool positive) {
-  const at::Tensor values = at::empty({n}, at::TensorOptions().dtype(at::kDouble));
+  const at::Tensor values = aten::empty({n}, at::TensorOptions().dtype(at::kDouble));
   double* data = values.mutable_data_ptr<double>();
   for (int64_t i = 0; i < n; ++i) data[i] = std::sin(1.0 + 12.9898 * i + 78.233 * which);
   return positive ? values.abs().to(dtype) : values.to(dtype);
