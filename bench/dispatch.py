@@ -34,6 +34,7 @@ from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
 from dlkernels.routing import CLEARLY, Row, Table
 from dlkernels.testing import Layer, LayerJudge
+from tools.lease import log
 
 VARIABLE = "DLKERNELS_CUDA_GEMM"
 PRODUCTS = ("forward", "dgrad", "wgrad")
@@ -313,8 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why := machine.no_gpu():
         parser.exit(1, f"bench.dispatch: {why}\n")
     if args.time_here:
-        for row in time_here(*read_asked(args.time_here)):
-            print(json.dumps(row), flush=True)
+        for product, seconds in time_here(*read_asked(args.time_here)):
+            print(json.dumps((product, seconds)), flush=True)
+            log.case(" ".join(map(str, product)), path=os.environ[VARIABLE], us=round(seconds * 1e6, 2))
         return 0
     try:
         named = [(dtype, shape_named(name)) for dtype in ("bf16", "fp32") for name in getattr(args, dtype) or ()]

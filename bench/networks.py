@@ -37,6 +37,7 @@ from bench.harness import DTYPES
 from dlkernels import functional, losses, training_step
 from dlkernels.atomic import write_json
 from dlkernels.nn import MLP, GatedMLP
+from tools.lease import log
 
 CHAINS = {
     "8-64-64-4, batch 1": (1, [8, 64, 64, 4]),
@@ -327,6 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for row in measure(args.dtypes, args.budget, args.device):
         rows.append(row)
+        us = {name: round(t["median"] * 1e6, 2) for name, t in row["times"].items()}
+        log.case(f"{row['network']} {row['dtype']} {row['timed']}", us=us)
         ours = row["times"][OURS]["median"]
         cells = [f"{ours * 1e3:.3g}", *(ratio(row, o) for o in others + graphs)]
         if graphs:

@@ -18,6 +18,7 @@ from bench.contenders import Op
 from bench.grid import COLUMNS, DTYPES, GPU_SHAPES, MODES, SHAPES, Shape, shape_named
 from dlkernels import functional
 from dlkernels.testing import STOCK, Layer, LayerJudge
+from tools.lease import log
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ def run(
         for i, (shape, dtype, activation) in enumerate(layers):
             told(f"{shape.name} {dtype} {activation}", sum(work[:i]) / sum(work))
             ops = contenders.make(settings.contenders, activation)
-            result.layers.append(measure_layer(settings, shape, dtype, activation, ops, seed + i))
+            layer = measure_layer(settings, shape, dtype, activation, ops, seed + i)
+            result.layers.append(layer)
+            _line(layer)
             _save(result, partial)
     except KeyboardInterrupt:
         return result, partial
@@ -122,6 +125,15 @@ def run(
     _save(result, out)
     partial.unlink(missing_ok=True)
     return result, out
+
+
+def _line(layer: record.Layer) -> None:
+    """Append the layer to the results of a run on a lent GPU (tools/lease), which may be cut off at any moment."""
+    us = {
+        f"{m.mode}, {m.column}": {name: round(t.median * 1e6, 2) for name, t in m.times.items()}
+        for m in layer.measurements
+    }
+    log.case(f"{layer.shape} {layer.dtype}", us=us, refused=layer.refused)
 
 
 def _save(result: record.Record, path: Path) -> None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks of the CUDA code that need no GPU. They need nvcc, and nothing of torch's CUDA build.
 #
-#  1. Every kernel is compiled for every architecture we ship, and ptxas's report is judged: a register spill or a stack
-#     frame is an error. The table of all kernels: build/cuda-check/report.txt.
+#  1. Every kernel is compiled for every architecture we ship, and ptxas's report is judged: a register spill, a stack
+#     frame, an ignored setmaxnreg or a serialised wgmma is an error, and so is a Hopper kernel without HGMMA. The table of all kernels: build/cuda-check/report.txt.
 #  2. The host side (csrc/{ops,planning}/cuda) is type-checked against the headers of PYTHON's torch. A CPU build of torch
 #     ships the CUDA ones but for a file of one define, which is made here.
 #  3. Where there is a CUDA build of torch, PYTHON's or that of TORCH_CUDA_PYTHON, the whole extension is compiled,
@@ -35,6 +35,16 @@ find csrc/kernels/cuda -name '*.cu' | sort | while read -r source; do
   for arch in 80 90a 100a; do echo "$source" "$arch"; done
 done | xargs -P "$(nproc)" -L 1 bash -c 'compile "$@"' compile
 "$python" tools/ptxas_report.py "$out/report.txt" "$out"/*.log
+
+# triton, which a CUDA build of torch brings along, has one
+beside=$("${TORCH_CUDA_PYTHON:-$python}" -c 'import importlib.util as u, os
+found = u.find_spec("triton"); print(os.path.join(os.path.dirname(found.origin), "backends/nvidia/bin") if found else "")' || true)
+PATH=$PATH:$beside
+if command -v cuobjdump >/dev/null; then
+  "$python" tools/ptxas_report.py --hgmma "$out"/csrc-kernels-cuda-gemm-hopper-hopper_gemm.sm_90a.o
+else
+  echo "cuda-check: no cuobjdump on PATH, so wgmma instructions were not counted"
+fi
 
 # ---- 2. host code
 # shellcheck disable=SC2016

@@ -2,7 +2,11 @@
 
 ``python tools/ptxas_report.py REPORT LOG...``: each log is one source compiled for one architecture, its first line
 ``# SOURCE sm_ARCH``. Writes a table of all kernels to REPORT, prints the worst kernel of each log, and exits with 1
-where a kernel spills or has a stack frame: both are local memory, which is device memory.
+where a kernel spills or has a stack frame: both are local memory, which is device memory. So it does where ptxas says
+that it ignores setmaxnreg or serialises wgmma, which costs most of a kernel's speed and stops no compiler.
+
+``python tools/ptxas_report.py --hgmma OBJECT``: exits with 1 unless every kernel of Hopper's in the object multiplies
+by wgmma (HGMMA in its machine code). It needs cuobjdump.
 """
 
 from __future__ import annotations
@@ -40,6 +44,8 @@ _ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+# C7508: setmaxnreg is ignored. C7510 to C7515: wgmma instructions are serialised, each number for another reason.
+_SLOW = re.compile(r"^.*\bC75(?:08|1[0-5])\b.*$", re.MULTILINE)
 
 
 def parse(log: str) -> list[Kernel]:
@@ -88,8 +94,33 @@ def demangled(kernels: Sequence[Kernel]) -> list[str]:
     return names
 
 
+def slow(log: str) -> list[str]:
+    """Return ptxas's messages that it ignores setmaxnreg or serialises wgmma."""
+    return [line.strip() for line in _SLOW.findall(log)]
+
+
+def hgmma(sass: str) -> dict[str, int]:
+    """Return the number of wgmma instructions of each Hopper kernel in a listing of cuobjdump -sass."""
+    kernels = re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]
+    return {text.split()[0]: text.count("HGMMA") for text in kernels if "hopper_gemm" in text.split()[0]}
+
+
+def check_hgmma(path: str) -> int:
+    sass = subprocess.run(["cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
+    counts = hgmma(sass)
+    without = [name for name, count in counts.items() if count == 0]
+    fewest, most = min(counts.values(), default=0), max(counts.values(), default=0)
+    print(f"{len(counts)} kernels of Hopper's, {fewest} to {most} HGMMA")
+    for name in without:
+        print(f"no HGMMA in {name}")
+    return 1 if without or not counts else 0
+
+
 def main(report: str, *logs: str) -> int:
+    if report == "--hgmma":
+        return check_hgmma(*logs)
     groups = [parse(Path(log).read_text()) for log in logs]
+    slowed = [(log, line) for log in logs for line in slow(Path(log).read_text())]
     kernels = [kernel for group in groups for kernel in group]
     names = demangled(kernels)
     Path(report).write_text(table(kernels, names))
@@ -104,7 +135,9 @@ def main(report: str, *logs: str) -> int:
         )
     unsound = [k for k in kernels if not k.sound]
     print(f"{len(kernels)} kernels, {len(unsound)} with spills or a stack frame; all of them: {report}")
-    return 1 if unsound else 0
+    for log, line in slowed:
+        print(f"{Path(log).name}: {line}")
+    return 1 if unsound or slowed else 0
 
 
 if __name__ == "__main__":

@@ -74,6 +74,41 @@ def test_spills_fail_the_check_and_are_named(tmp_path, capsys):
     assert lines[3].split()[2:7] == ["96", "8320", "8", "4", "12"], "the worst of a source comes first"
 
 
+def test_serialised_wgmma_and_ignored_setmaxnreg_fail_the_check(tmp_path, capsys):
+    report, log = tmp_path / "report.txt", tmp_path / "one.log"
+    for number in ("C7508", "C7510", "C7514", "C7515"):
+        said = f"ptxas info    : ({number}) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+        log.write_text(f"{LOG}{said}\n")
+        assert ptxas_report.main(str(report), str(log)) == 1
+        assert f"one.log: {said}" in capsys.readouterr().out
+    log.write_text(f"{LOG}ptxas info    : (C7519) something else\nptxas info    : (C7509) and this\n")
+    assert ptxas_report.main(str(report), str(log)) == 0
+
+
+SASS = """
+\t\tFunction : _ZN3dlk4cuda18hopper_gemm_kernelINS0_A
+        /*0100*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0200*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+\t\tFunction : _ZN3dlk4cuda13splitk_reduceE
+        /*0100*/  FADD R1, R1, R2 ;
+"""
+
+
+def test_a_hopper_kernel_without_wgmma_fails_the_check(tmp_path, monkeypatch, capsys):
+    def listing(text):
+        done = subprocess.CompletedProcess([], 0, stdout=text)
+        monkeypatch.setattr(ptxas_report.subprocess, "run", lambda command, **options: done)
+
+    listing(SASS)
+    assert ptxas_report.main("--hgmma", "a.o") == 0
+    assert "1 kernels of Hopper's, 2 to 2 HGMMA" in capsys.readouterr().out
+    listing(SASS.replace("HGMMA.", "HMMA."))
+    assert ptxas_report.main("--hgmma", "a.o") == 1
+    assert "no HGMMA in _ZN3dlk4cuda18hopper_gemm_kernelINS0_A" in capsys.readouterr().out
+    listing(SASS.replace("hopper", "other"))
+    assert ptxas_report.main("--hgmma", "a.o") == 1, "nothing was counted"
+
+
 def torch_with(cuda, available):
     return SimpleNamespace(
         __version__="2.99.0",

@@ -3,6 +3,7 @@ is cut off. What is on disk then is whole."""
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -159,6 +160,16 @@ def test_tests_report_case_by_case_and_again_runs_those_that_failed(where, tmp_p
     assert summary["stages"][0]["jobs"] == {"some": FAILED}, "nothing ran: nothing is shown"
 
 
+def test_what_the_benchmark_had_when_it_was_stopped_is_brought(where):
+    where.work.mkdir()
+    whole, part = where.work / "whole.json", where.work / "part.json"
+    write = "from pathlib import Path; Path({!r}).write_text('[1]')".format
+    jobs = [job("whole", write(str(whole)), keeps=whole), job("none", PASS, keeps=where.work / "none.json")]
+    stopped = job("part", f"{write(str(part.with_suffix('.partial.json')))}; {HANGS}", limit=2.0, keeps=part)
+    run(where, stage("grid", *jobs, stopped))
+    assert sorted(file.name for file in where.out.glob("*.json")) == ["part.json", "summary.json", "whole.json"]
+
+
 def test_output_that_is_too_long_to_come_back_is_cut(where, monkeypatch):
     monkeypatch.setattr(lease, "MOST_OUTPUT", 1000)
     run(where, stage("one", *(job(f"j{i}", "print('x' * 900)") for i in range(3))))
@@ -186,11 +197,17 @@ def test_the_lease_fits_in_its_time(where):
 
 
 def test_expected_seconds_of_a_start_are_those_of_this_machine():
-    """The parts that a host can measure: a process with torch and the package in it, on one core."""
-    began = time.monotonic()
+    """The part that a host can measure: a process with torch and the package in it. Its time on a core is compared, which
+    other work beside it changes little."""
+
+    def on_a_core():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = on_a_core()
     command = [sys.executable, "-c", "import torch, dlkernels"]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert time.monotonic() - began < 4 * stages.EXPECTS["start"], "other work may run beside it"
+    assert on_a_core() - before < 2 * stages.EXPECTS["start"]
 
 
 @pytest.mark.parametrize("table", [LEASE, tuple(CHECK.values())], ids=["lease", "check"])
@@ -212,7 +229,8 @@ def test_the_stages_name_what_there_is(where, table):
                 or (ROOT / module.replace(".", "/")).exists()
                 or (ROOT / f"{module.replace('.', '/')}.py").exists()
             )
-    files = {Path(word).name for one in every for word in one.command if word.startswith(str(where.out))}
+    files = {Path(word).name for one in every for word in one.command if word.startswith(str(where.out) + os.sep)}
+    files |= {one.keeps.name for one in every if one.keeps}
     assert len(files | {log.RESULTS, log.SUMMARY, log.OUTPUT}) <= 6 or table is not LEASE
 
 

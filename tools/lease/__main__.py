@@ -16,7 +16,7 @@ from typing import Any
 from tools.lease import log
 from tools.lease.jobs import FAILED, FAULT, HANG, PASSED, SKIPPED, Job, Outcome
 from tools.lease.jobs import run as run_jobs
-from tools.lease.pytest_lines import FILE, JOB
+from tools.lease.log import FILE, JOB
 from tools.lease.stages import AGAIN, CHECK, LEASE, PREBUILT, ROOT, Stage, Where
 
 MOST_OUTPUT = 12 << 20  # bytes of log.txt, which must come back from a lent machine
@@ -70,6 +70,8 @@ class Run:
             said = {} if outcome.word == PASSED else {"said": outcome.said}
             line = {"stage": stage.name, "job": outcome.job.name, "ended": outcome.word}
             log.append(self.results, {**line, "seconds": round(outcome.seconds, 2), **said})
+            if outcome.job.keeps is not None:
+                self.bring(outcome.job.keeps)
             self.keep(f"==== {stage.name}: {outcome.job.name}: {outcome.word}, {outcome.seconds:.1f} s\n", output)
             print(f"{stage.name:<9} {outcome.job.name:<28} {outcome.word:<7} {outcome.seconds:6.1f} s", flush=True)
             if outcome.word in (FAILED, FAULT):
@@ -81,6 +83,13 @@ class Run:
         run_jobs(stage.jobs(self.where), stage.at_once, until, self.where.work, env, ended)
         entry["seconds"] = round(time.monotonic() - began, 1)
         return outcomes
+
+    def bring(self, file: Path) -> None:
+        """Copy what a job of the benchmark wrote to the results: all of it, or what there was when it was stopped."""
+        for there in (file, file.with_suffix(f".partial{file.suffix}")):
+            if there.exists():
+                shutil.copy2(there, self.where.out / file.name)
+                return
 
     def keep(self, head: str, output: bytes) -> None:
         file = self.where.out / log.OUTPUT

@@ -24,6 +24,7 @@ class Job:
     Attributes:
         limit: seconds; the process and its children are killed then.
         expects: the seconds that it should take, from measured parts; for the sum of a stage.
+        keeps: a file that it writes, which belongs to the results.
         select: arguments of pytest that choose tests. `again` replaces them by the tests that failed.
     """
 
@@ -33,6 +34,7 @@ class Job:
     expects: float
     select: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    keeps: Path | None = None
 
     def only(self, cases: Sequence[str]) -> Job:
         """Return the job for these tests alone."""

@@ -6,12 +6,10 @@ A run in which every test was skipped proves nothing, so it fails (status 5, as 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-from tools.lease.log import append
+from tools.lease.log import case
 
-FILE, JOB = "DLKERNELS_LEASE_RESULTS", "DLKERNELS_LEASE_JOB"
 NOTHING_RAN = 5
 _ran: list[str] = []
 
@@ -20,17 +18,10 @@ def pytest_runtest_logreport(report: Any) -> None:
     """With pytest-xdist only the process that collects the reports has ``FILE``'s job; workers report to it."""
     if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.outcome == "passed"):
         return
-    line = {
-        "job": os.environ[JOB],
-        "case": report.nodeid,
-        "outcome": report.outcome,
-        "seconds": round(report.duration, 3),
-    }
-    if report.outcome == "failed":
-        line["message"] = str(report.longrepr)[-1500:]
+    said = {"message": str(report.longrepr)[-1500:]} if report.outcome == "failed" else {}
+    case(report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), **said)
     if report.outcome != "skipped":
         _ran.append(report.nodeid)
-    append(Path(os.environ[FILE]), line)
 
 
 def pytest_sessionfinish(session: Any, exitstatus: int) -> None:

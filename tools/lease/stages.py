@@ -152,34 +152,25 @@ def routes(where: Where) -> list[Job]:
 
 
 def grid(where: Where) -> list[Job]:
-    def bench(name: str, limit: float, expects: float, *words: str) -> Job:
+    def bench(name: str, file: str, expects: float, *words: str) -> Job:
         command = where.module("bench", "--device", "cuda", "--columns", "graph", "--budget", "0.03", *words)
         env = {"DLKERNELS_ROUTES": str(where.table)} if where.table.exists() else {}
-        return Job(name, command, limit, expects, env=env)
+        out = where.work / file  # the benchmark writes more than one file there
+        return Job(name, (*command, "--out", str(out)), 50, expects, env=env, keeps=out)
 
     own, layer = EXPECTS["start"] + EXPECTS["context"] + 5, EXPECTS["layer"]
-    few = ("--contenders", "stock", "in-place", "dlkernels", "--out", str(where.out / "bench.json"))
-    compiled = ("--contenders", "stock", "compile", "dlkernels", "--out", str(where.work / "compiled.json"))
+    few = ("--contenders", "stock", "in-place", "dlkernels", "--dtypes", "bf16", "fp32")
+    compiled = ("--contenders", "stock", "compile", "dlkernels", "--dtypes", "bf16", "--shapes", *COMPILED_SHAPES)
     return [
-        bench("grid", 50, own + 44 * layer, *few, "--dtypes", "bf16", "fp32"),
-        bench(
-            "grid with compile",
-            50,
-            own + 4 * len(COMPILED_SHAPES),
-            *compiled,
-            "--dtypes",
-            "bf16",
-            "--shapes",
-            *COMPILED_SHAPES,
-        ),
+        bench("grid", "bench.json", own + 44 * layer, *few),
+        bench("grid with compile", "bench-compile.json", own + 4 * len(COMPILED_SHAPES), *compiled),
     ]
 
 
 def networks(where: Where) -> list[Job]:
     command = where.module("bench.networks", "--device", "cuda", "--dtypes", "bf16", "--budget", "0.1")
     env = {"DLKERNELS_ROUTES": str(where.table)} if where.table.exists() else {}
-    out = ("--out", str(where.out / "networks.json"))
-    return [Job("networks and heads", (*command, *out), 50, EXPECTS["start"] + EXPECTS["context"] + 25, env=env)]
+    return [Job("networks and heads", command, 50, EXPECTS["start"] + EXPECTS["context"] + 25, env=env)]
 
 
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
