@@ -19,6 +19,8 @@ extern const FewForward k_amx_few_forward;
 const FewForward k_amx_few_forward{};
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 const PackedLayer k_amx_autocast_f32_x{}, k_amx_autocast_bf16_x{};
+extern int64_t (*const k_amx_peak_loop)(int64_t);
+int64_t (*const k_amx_peak_loop)(int64_t) = nullptr;
 
 }  // namespace dlk::cpu
 
