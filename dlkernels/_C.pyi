@@ -29,3 +29,10 @@ def explain_fused_mlp(cuda: bool, layers: list[tuple[int, ...]], dtype: str) -> 
 
 # In builds with CUDA.
 cuda_paths: tuple[str, ...]
+
+class Decided:
+    """A decided chain of layers (fusion/memory.py)."""
+
+    def __init__(self, read: dict[str, Any], /) -> None: ...
+    def run(self, owner: Any, x: Any, /) -> Any: ...
+    def activations(self) -> tuple[int, ...]: ...

@@ -9,6 +9,7 @@
 
 #include "kernels/cpu/isa/isa.h"
 #include "planning/cpu/machine.h"
+#include "python/decided.h"
 #include "python/explain.h"
 #include "python/routes.h"
 
@@ -89,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_kernels", &cpu_kernels, "The CPU kernel set in use: its instruction set and its micro-kernel per dtype.");
   m.def("cpu_autocast", &cpu_autocast,
         "True where layers under bfloat16 autocast convert float32 parameters themselves.");
+  dlk::python::add_decided(m);
   dlk::python::add_explain(m);
   dlk::python::add_routes(m);
 }
