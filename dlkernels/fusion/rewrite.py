@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dlkernels.fusion.patterns import Pattern
+from dlkernels.fusion.series import Path, Series, callee, paths, tensor
 from dlkernels.fusion.source import FunctionNode
-from dlkernels.fusion.syntax import Position, activation_call, overridden_by, position, self_name, targets
+from dlkernels.fusion.syntax import Position, activation_call, further, overridden_by, position, self_name, targets
 
 # Free variables of a rewritten function, under helper_name.
 HELPERS = (
@@ -19,26 +22,56 @@ HELPERS = (
     "overridden",
     "are_known",
     "chain",
+    "written",
+    "written_there",
     "methods",
 )
+
+_slots = itertools.count()  # numbers of places, under which their decisions are kept
 
 
 def helper_name(name: str) -> str:
     return f"__fused_{name}__"
 
 
-def rewritten(function: FunctionNode, chosen: list[Pattern], calls_overridden: bool = False) -> FunctionNode:
-    """Return a copy of ``function`` whose chosen places call the functions of module ``call``, by ``helper_name``.
+def rewritten(
+    function: FunctionNode, chosen: list[Pattern], chains: list[Series], calls_overridden: bool = False
+) -> FunctionNode:
+    """Return a copy of ``function`` whose chosen places and chains call our functions, by ``helper_name``.
 
     With ``calls_overridden``, ``super().name(...)`` runs the rewritten form of the method that it overrides.
     """
     name = function.name if calls_overridden else None
-    return _Rewrite(self_name(function), chosen, name).visit(copy.deepcopy(function))
+    groups = [
+        _Group(i, number, several, paths([c for group in several[number:] for c in group], function))
+        for i, part in enumerate(chains)
+        for several in [part.groups()]
+        for number in range(len(several))
+    ]
+    return _Rewrite(self_name(function), chosen, groups, name).visit(copy.deepcopy(function))
+
+
+class _Group(NamedTuple):
+    """The calls of a chain in one statement: the group ``number`` of the chain ``chain``."""
+
+    chain: int
+    number: int
+    several: list[list[ast.Call]]
+    paths: tuple[Path, ...] | None  # of its look-ups and those of the groups behind it
+
+    @property
+    def calls(self) -> list[ast.Call]:
+        return self.several[self.number]
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == len(self.several) - 1
 
 
 class _Rewrite(ast.NodeTransformer):
-    def __init__(self, self_name: str, chosen: list[Pattern], overridden: str | None) -> None:
+    def __init__(self, self_name: str, chosen: list[Pattern], groups: list[_Group], overridden: str | None) -> None:
         self.self_name, self.overridden = self_name, overridden
+        self.groups = {position(group.calls[-1]): group for group in groups}
         self.nested = {p.at: p for p in chosen if p.kind == "nested"}
         self.chains = {p.at: p for p in chosen if p.kind == "chain"}
         self.linear_or_fused = {p.first: p for p in chosen if p.kind == "named"}
@@ -46,6 +79,11 @@ class _Rewrite(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         where = position(node)
+        if group := self.groups.get(where):
+            value: ast.expr = ast.Subscript(self._group(group, node), ast.Constant(0), ast.Load())
+            if group.number:
+                value = self._unless_it_ran(group, copy.deepcopy(tensor(group.calls[0])), value)
+            return _placed(value, node)
         parts = activation_call(node)
         if where in self.activation_or_skip:
             assert parts is not None
@@ -66,11 +104,48 @@ class _Rewrite(ast.NodeTransformer):
         if not self.nested[where].reads:
             return self._helper("call", node, [*called, *rest], node.keywords)
         # The layer's call may change these arguments. If it is not fused, they are evaluated again after it.
-        nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-        later = ast.Lambda(nothing, ast.Tuple([_tuple(rest), _dict(node.keywords)], ast.Load()))
+        later = _lambda(ast.Tuple([_tuple(rest), _dict(node.keywords)], ast.Load()))
         return self._helper("call_with_deferred_arguments", node, [*called, later], [])
 
+    def _group(self, group: _Group, like: ast.Call) -> ast.expr:
+        """Return the call that runs a group, and with it the groups behind it if it can."""
+        innermost = copy.deepcopy(tensor(group.calls[0]))
+        own = _tuple([self._described(call) for call in reversed(group.calls)])
+        x = self.visit(innermost)
+        at = ast.Constant(group.number)
+        behind = [_tuple([self._described(call) for call in calls]) for calls in group.several[group.number + 1 :]]
+        later = [_lambda(_tuple(behind))] if behind else []
+        if group.paths is None or not isinstance(innermost, ast.Name):
+            return self._helper("written_there", like, [at, own, x, *later], [])
+        known = [ast.Constant(next(_slots)), ast.Constant(group.paths), at]  # type: ignore[arg-type]
+        return self._helper("written", like, [*known, x, _lambda(own), *later], [])
+
+    def _described(self, call: ast.Call) -> ast.expr:
+        """Return a callee, and a function that returns its arguments behind the tensor; None if there are none."""
+        act = callee(call)
+        args, kwargs = further(call, act)
+        given = _lambda(_tuple([_tuple(args), _dict([ast.keyword(k, v) for k, v in kwargs])]))
+        called = self.visit(copy.deepcopy(self._activation(act)))
+        return _tuple([called, copy.deepcopy(given) if args or kwargs else ast.Constant(None)])
+
+    def _unless_it_ran(self, group: _Group, ran: ast.expr, otherwise: ast.expr) -> ast.expr:
+        flag = ast.Name(f"__fused_chain_{group.chain}__", ast.Load())
+        return ast.IfExp(ast.Compare(flag, [ast.GtE()], [ast.Constant(group.number)]), ran, otherwise)
+
+    def _named_group(self, statement: ast.Assign | ast.AnnAssign, target: ast.expr, group: _Group) -> ast.AST:
+        """Return the statement that names the value of a group, and beside it the number of the last that ran."""
+        assert isinstance(statement.value, ast.Call)
+        flag = f"__fused_chain_{group.chain}__"
+        value = self._group(group, statement.value)
+        if group.number:
+            ran = _tuple([copy.deepcopy(tensor(group.calls[0])), ast.Name(flag, ast.Load())])
+            value = self._unless_it_ran(group, ran, value)
+        both = ast.Tuple([target, ast.Name(flag, ast.Store())], ast.Store())
+        return _placed(ast.Assign([both], value), statement)
+
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        if (group := self.groups.get(position(node.value))) and not group.is_last:
+            return self._named_group(node, node.targets[0], group)
         if pattern := self.linear_or_fused.get(position(node.value)):
             return self._linear_or_fused(node, node.targets[0], pattern)
         self.generic_visit(node)
@@ -83,6 +158,8 @@ class _Rewrite(ast.NodeTransformer):
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if node.value and (group := self.groups.get(position(node.value))) and not group.is_last:
+            return self._named_group(node, node.target, group)
         if node.value and (pattern := self.linear_or_fused.get(position(node.value))):
             return self._linear_or_fused(node, node.target, pattern)
         return self.generic_visit(node)
@@ -113,8 +190,7 @@ class _Rewrite(ast.NodeTransformer):
             act += [_tuple(pattern.args), _dict(keywords), _tuple([_part(*part) for part in pattern.between])]
         known = _known(pattern)
         if known:
-            nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-            act = [ast.Lambda(nothing, ast.BoolOp(ast.And(), [*known, _tuple(act)]))]
+            act = [_lambda(ast.BoolOp(ast.And(), [*known, _tuple(act)]))]
         name = "linear_or_fused_if" if known else "linear_or_fused"
         return self._helper(name, linear, copy.deepcopy([linear.func, linear.args[0], *act]), [])
 
@@ -145,6 +221,11 @@ def _part(call: ast.Call, there: bool) -> ast.expr:
     """Return a call in between as a tuple: callee or its container, index or None, argument or None."""
     callee, index = (call.func.value, call.func.slice) if isinstance(call.func, ast.Subscript) else (call.func, None)
     return _tuple([callee, index or ast.Constant(None), call.args[0] if there else ast.Constant(None)])
+
+
+def _lambda(value: ast.expr) -> ast.Lambda:
+    nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+    return ast.Lambda(nothing, value)
 
 
 def _tuple(parts: Sequence[ast.expr]) -> ast.expr:
