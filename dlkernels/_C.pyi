@@ -94,3 +94,10 @@ class StepPlan:
 
 # In builds with CUDA.
 cuda_paths: tuple[str, ...]
+
+class Decided:
+    """A decided chain of layers (fusion/memory.py)."""
+
+    def __init__(self, read: dict[str, Any], /) -> None: ...
+    def run(self, owner: Any, x: Any, /) -> Any: ...
+    def activations(self) -> tuple[int, ...]: ...

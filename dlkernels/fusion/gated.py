@@ -37,11 +37,14 @@ from dlkernels.fusion.syntax import (
     in_scope,
     loads,
     one_argument,
+    placed,
     position,
     self_name,
     stored,
     target_of,
     targets,
+    thunk,
+    tuple_of,
     variable_arguments,
 )
 
@@ -240,7 +243,7 @@ class _Rewrite(ast.NodeTransformer):
         if gate.kind == "nested":
             return self._first(gate, node)
         ran = ast.Name(self._name(number), ast.Load())
-        return _placed(ast.IfExp(_is_not_none(ran), copy.deepcopy(ran), node), node)
+        return placed(ast.IfExp(_is_not_none(ran), copy.deepcopy(ran), node), node)
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         if (found := self.statements.get(position(node))) is None:
@@ -249,22 +252,22 @@ class _Rewrite(ast.NodeTransformer):
         ran = self._name(number)
         if n == 0 and len(gate.statements) == 1:  # the halves themselves: they are cut from the output if it is there
             both = ast.Tuple([ast.Name(name, ast.Store()) for name in ("__fused_halves__", ran)], ast.Store())
-            first = _placed(ast.Assign([both], self._first(gate, node)), node)
+            first = placed(ast.Assign([both], self._first(gate, node)), node)
             cut = copy.deepcopy(node.value)
             cut.func.value = ast.Name("__fused_halves__", ast.Load())  # type: ignore[attr-defined]
             return [first, self._unless(ran, node, cut)]  # type: ignore[return-value]
         if n == 0:
             both = ast.Tuple([node.targets[0], ast.Name(ran, ast.Store())], ast.Store())
-            return _placed(ast.Assign([both], self._first(gate, node)), node)
+            return placed(ast.Assign([both], self._first(gate, node)), node)
         return self._unless(ran, node, node.value)
 
     def _unless(self, ran: str, node: ast.Assign, value: ast.expr) -> ast.AST:
         """Return the assignment of ``value``, or of nothing if the gated layer ran."""
         nothing: ast.expr = ast.Constant(None)
         if isinstance(node.targets[0], ast.Tuple | ast.List):
-            nothing = _tuple([ast.Constant(None), ast.Constant(None)])
+            nothing = tuple_of([ast.Constant(None), ast.Constant(None)])
         there = _is_not_none(ast.Name(ran, ast.Load()))
-        return _placed(ast.Assign(node.targets, ast.IfExp(there, nothing, value)), node)
+        return placed(ast.Assign(node.targets, ast.IfExp(there, nothing, value)), node)
 
     def _first(self, gate: Gate, like: ast.AST) -> ast.expr:
         """Return the call in place of the first layer's. Callees that come later are looked up by functions."""
@@ -276,43 +279,27 @@ class _Rewrite(ast.NodeTransformer):
             else parts[0]
         )
         args, kwargs = further(gate.act, parts[0])
-        given = [_tuple(args), ast.Dict([ast.Constant(k) for k, _ in kwargs], [v for _, v in kwargs])]
+        given = [tuple_of(args), ast.Dict([ast.Constant(k) for k, _ in kwargs], [v for _, v in kwargs])]
         linear, x = self.visit(copy.deepcopy(gate.linear.func)), self.visit(copy.deepcopy(gate.linear.args[0]))
         named = ast.Constant(gate.kind == "named")
         if gate.up is None:
             return self._helper(
-                "packed", like, [linear, x, _lambda(_tuple([act, *given])), ast.Constant(gate.gate_first)]
+                "packed", like, [linear, x, thunk(tuple_of([act, *given])), ast.Constant(gate.gate_first)]
             )
         if gate.gate_first:
-            return self._helper("gated", like, [act, linear, x, _lambda(gate.up.func), *given, named])
-        return self._helper("up_and_gate", like, [gate.up.func, x, _lambda(_tuple([act, linear, *given])), named])
+            return self._helper("gated", like, [act, linear, x, thunk(gate.up.func), *given, named])
+        return self._helper("up_and_gate", like, [gate.up.func, x, thunk(tuple_of([act, linear, *given])), named])
 
     def _name(self, number: int) -> str:
         return f"__fused_gate_{number}__"
 
     def _helper(self, name: str, like: ast.AST, args: list[ast.expr]) -> ast.expr:
         owner = ast.Name(self.owner, ast.Load())
-        return _placed(ast.Call(ast.Name(self.helper_name(name), ast.Load()), copy.deepcopy([owner, *args]), []), like)
-
-
-def _lambda(value: ast.expr) -> ast.Lambda:
-    return ast.Lambda(ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[]), value)
-
-
-def _tuple(parts: Sequence[ast.expr]) -> ast.Tuple:
-    return ast.Tuple(list(parts), ast.Load())
+        return placed(ast.Call(ast.Name(self.helper_name(name), ast.Load()), copy.deepcopy([owner, *args]), []), like)
 
 
 def _is_not_none(value: ast.expr) -> ast.expr:
     return ast.Compare(value, [ast.IsNot()], [ast.Constant(None)])
-
-
-def _placed(node: Any, like: ast.AST) -> Any:
-    """Return ``node`` with the lines of ``like``: tracebacks show the original source."""
-    for inner in ast.walk(node):
-        if not hasattr(inner, "lineno") and isinstance(inner, ast.expr | ast.stmt | ast.keyword | ast.arg):
-            ast.copy_location(inner, like)
-    return node
 
 
 # ---- what it calls ---------------------------------------------------------------------------------------------------
@@ -329,7 +316,7 @@ def _decide(self: Any, ready: call.Ready, up: Any, x: Any) -> str | Both:
         return found
     weight, bias = found
     plan = getattr(type(self), "_fused_plan", None)
-    if plan is None or any(call._is_at(self, path, up) for path in plan.without):
+    if plan is None or any(call.is_at(self, path, up) for path in plan.without):
         return "not selected"
     if weight.shape != ready[0].shape or weight.device != ready[0].device:
         return "the two layers of the gated form have different shapes"

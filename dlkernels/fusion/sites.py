@@ -14,10 +14,10 @@ Status = Literal["fused", "skipped", "undecided"]
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer, and the activation that its output goes to.
+    """A linear layer, and the activation that its output goes to; or a chain of such layers that runs as one call.
 
     Attributes:
-        path: of the layer in the model, as in ``named_modules``.
+        path: of the layer in the model, as in ``named_modules``; of a chain the first layer's.
         activation: the kernel's name of it, or the name of the callee in its place; empty if there is none.
         where: class, method and line of the call.
         status: "fused", "skipped", or "undecided". A site is undecided if the meaning of names in the source is known
@@ -26,6 +26,7 @@ class Site:
         reached: True if the example inputs reached this place; None without example inputs.
         gain: stock's time over the fused time, measured with the example inputs; None without them.
         up: of a gated layer ``act(layer(x)) * up(x)``, the path of the other layer, which has no row of its own.
+        then: of a chain, path and activation of each layer behind the first; "none" if a layer has no activation.
     """
 
     path: str
@@ -36,6 +37,12 @@ class Site:
     reached: bool | None = None
     gain: float | None = None
     up: str = ""
+    then: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def layers(self) -> tuple[tuple[str, str], ...]:
+        """Path and activation of every layer; of a gated layer, those of its gate."""
+        return ((self.path, self.activation), *self.then)
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,8 @@ class Report:
     def __str__(self) -> str:
         groups: dict[Site, list[Site]] = {}
         for site in self.sites:
-            path, up = (re.sub(r"(?<![^.])\d+(?=\.)", "*", name) for name in (site.path, site.up))
-            key = replace(site, path=path, up=up, gain=None)
+            then = tuple((_joinable(path), activation) for path, activation in site.then)
+            key = replace(site, path=_joinable(site.path), up=_joinable(site.up), then=then, gain=None)
             groups.setdefault(key, []).append(site)
         header = ("layer", "", "activation", "status", "gain", "why", "where")
         rows = [header, *(_row(key, sites) for key, sites in groups.items())]
@@ -102,11 +109,16 @@ class Report:
         )
 
 
+def _joinable(path: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?=\.)", "*", path)
+
+
 def _row(key: Site, sites: list[Site]) -> tuple[str, ...]:
     gains = [site.gain for site in sites if site.gain is not None]
-    path = key.path if len(sites) > 1 else sites[0].path
+    layers = (key if len(sites) > 1 else sites[0]).layers
+    path, activation = (" → ".join(names) for names in zip(*layers, strict=True))
     gain = f"{min(gains):.2f}-{max(gains):.2f}x" if len(gains) > 1 else f"{gains[0]:.2f}x" if gains else ""
     why = key.why or ("not reached by the example inputs" if key.reached is False else "")
     if key.up:
         path += f" * {key.up.rpartition('.')[2]}"
-    return path, f"×{len(sites)}" if len(sites) > 1 else "", key.activation, key.status, gain, why, key.where
+    return path, f"×{len(sites)}" if len(sites) > 1 else "", activation, key.status, gain, why, key.where

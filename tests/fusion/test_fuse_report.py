@@ -270,13 +270,16 @@ def test_layers_that_gain_too_little_stay_stock(monkeypatch):
     """Of the three layers with an activation one gains, one loses, and one is told not to be fused."""
     gains = {8: 0.9, 9: 1.2, 7: 2.0}
     monkeypatch.setattr(observe, "_gain", lambda owner, linear, *rest: gains[linear.out_features])
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU()).double()
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 9), nn.ReLU(), nn.LayerNorm(9), nn.Linear(9, 7),
+        nn.ReLU(),
+    ).double()  # fmt: skip
     expected = model(X)
-    fuse(model, example_inputs=X, min_gain=0.97, exclude="4")
+    fuse(model, example_inputs=X, min_gain=0.97, exclude="6")
     sites = {site.path: site for site in report(model).sites}
-    assert {path: site.status for path, site in sites.items()} == {"0": "skipped", "2": "fused", "4": "skipped"}
+    assert {path: site.status for path, site in sites.items()} == {"0": "skipped", "3": "fused", "6": "skipped"}
     assert sites["0"].why == "fused was slower on the example inputs: 0.90 times stock's speed"
-    assert (sites["2"].gain, sites["4"].why) == (1.2, "not selected")
+    assert (sites["3"].gain, sites["6"].why) == (1.2, "not selected")
     torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
     fuse(model, example_inputs=X)
     assert len(report(model).fused) == 3, "by default speed leaves nothing out"
@@ -284,6 +287,20 @@ def test_layers_that_gain_too_little_stay_stock(monkeypatch):
     assert len(report(model).fused) == 3
     unfuse(model)
     assert not report(model).fused and not any("slower" in site.why for site in report(model).sites)
+
+
+def test_a_chain_that_gains_too_little_stays_stock(monkeypatch):
+    monkeypatch.setattr(observe, "_gain_of_chain", lambda *args: 0.8)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7)).double()
+    expected = model(X)
+    fuse(model, example_inputs=X)
+    (site,) = report(model).sites
+    assert (site.layers, site.gain) == ((("0", "relu"), ("2", "relu"), ("4", "none")), 0.8)
+    assert "0 → 2 → 4  relu → relu → none  fused   0.80x" in str(report(model))
+    fuse(model, example_inputs=X, min_gain=0.97)
+    assert [site.status for site in report(model)] == ["skipped"] * 3 and type(model) is nn.Sequential
+    assert "0.80 times stock's speed" in report(model).sites[0].why
+    assert torch.equal(model(X), expected)
 
 
 def test_a_gain_is_measured_on_example_inputs():
