@@ -220,7 +220,8 @@ def test_sigterm_leaves_no_temporary_file(tmp_path):
 def test_an_output_in_ascii(tmp_path):
     (tmp_path / "two.py").write_text(
         "import torch\nfrom torch import nn\ndef make():\n"
-        "    return nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)]), torch.rand(2, 4)\n"
+        "    blocks = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm(4)) for _ in range(2)]\n"
+        "    return nn.Sequential(*blocks), torch.rand(2, 4)\n"
     )
     done = run("fuse", "--model", "two:make", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "?2" in done.stdout, done.stderr  # ×2
