@@ -156,6 +156,18 @@ def test_dropout_ends_a_chain_while_it_is_active(cls):
     assert ops(fused) == (1, 2)
 
 
+@pytest.mark.parametrize("cls", [Sequence, Blocks, Loop, Nested], ids=lambda c: c.__name__)
+def test_an_inactive_dropout_with_a_wrong_p_raises_as_in_stock(cls):
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    same(fused, stock)
+    for model in (stock, fused):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 1.5
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            model(X)
+
+
 def first(model):
     return next(m for m in model.modules() if isinstance(m, nn.Linear))
 
