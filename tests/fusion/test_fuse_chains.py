@@ -82,7 +82,7 @@ class WithArguments(Base):
 
 
 class OfAnExpression(Base):
-    """What the first layer takes is computed after the callees were looked up."""
+    """Python looks up the callees first, and then computes the input of the first layer."""
 
     def forward(self, x):
         return self.fc3(self.function(self.fc2(F.relu(self.fc1(x * 2), inplace=True))))
