@@ -159,12 +159,9 @@ def changes_nothing(stage: Stage) -> bool:
         return not _is_active(*args, **kwargs) if _has_plain_numbers((*args, *kwargs.values())) else False
     if args or kwargs or not (type(called) is nn.Identity or type(called) is nn.Dropout):
         return False
-    if type(called) is nn.Dropout:
-        p: Any = called.__dict__.get("p")
-        training = called.__dict__.get("training")
-        if not _has_plain_numbers((p, training)) or not 0 <= p <= 1:  # F.dropout refuses p even if it is not active
-            return False
-    return does_nothing(called) and untouched(called)
+    state = called.__dict__
+    plain = type(called) is nn.Identity or _has_plain_numbers((state.get("p"), state.get("training")))
+    return plain and does_nothing(called) and untouched(called)
 
 
 def _has_plain_numbers(values: tuple[Any, ...]) -> bool:
