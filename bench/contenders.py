@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from bench import peers
 from bench.peers import Op
 from dlkernels import functional
+from dlkernels.choices import Activation
 from dlkernels.testing import STOCK
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,7 +70,7 @@ def _has_linear_pointwise() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _dlkernels(activation: str) -> Op:
+def _dlkernels(activation: Activation) -> Op:
     return lambda x, weight, bias: functional.linear_act(x, weight, bias, activation)
 
 
