@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -70,8 +71,8 @@ def _has_linear_pointwise() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _dlkernels(activation: Activation) -> Op:
-    return lambda x, weight, bias: functional.linear_act(x, weight, bias, activation)
+def _dlkernels(activation: str) -> Op:
+    return lambda x, weight, bias: functional.linear_act(x, weight, bias, cast(Activation, activation))
 
 
 OURS = "dlkernels"
