@@ -333,5 +333,20 @@ def test_a_model_with_nothing_to_gain_is_told_so_in_the_first_line(sites, first_
     assert str(Report(sites)).splitlines()[0] == first_line
 
 
+def test_a_report_fits_a_narrow_terminal(monkeypatch):
+    """Reason and place of a layer are then below it, and a gain is one number where its range is none."""
+    sites = (
+        Site("encoder.layers.0.feed_forward", "gelu", "Encoder.forward:12", "fused", gain=1.2),
+        Site("encoder.layers.1.feed_forward", "gelu", "Encoder.forward:12", "fused", gain=1.2),
+        Site("head", "", "Encoder.forward:15", "skipped", "no activation takes its output, which is returned " * 2),
+    )
+    monkeypatch.setenv("COLUMNS", "64")
+    narrow = str(Report(sites)).splitlines()
+    assert max(map(len, narrow)) <= 64, narrow
+    assert narrow[2:4] == ["encoder.layers.*.feed_forward  ×2  gelu        fused    1.20x", "  Encoder.forward:12"]
+    monkeypatch.delenv("COLUMNS")
+    assert len(str(Report(sites)).splitlines()) == 4
+
+
 def test_a_model_without_activations_has_nothing_to_gain():
     assert str(report(fuse(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))))).startswith("Nothing to gain: ")
