@@ -31,7 +31,8 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
     from torch.utils import cpp_extension
 
     sanitize = os.environ.get("DLKERNELS_SANITIZE", "")
-    macros = [("DLKERNELS_TORCH", f'"{torch.version}"')]
+    # The second macro is torch's own: its headers then include the operators that they use, and not all of them.
+    macros = [("DLKERNELS_TORCH", f'"{torch.version}"'), ("AT_PER_OPERATOR_HEADERS", "")]
     # No -std: torch adds the one its headers need (17 or 20). No -march: kernels pick their instruction set
     # at run time, so that a binary built here runs there.
     cxx = ["-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]

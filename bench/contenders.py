@@ -44,6 +44,31 @@ def _addmm_activation(activation: str) -> Op | None:
     return lambda x, weight, bias: torch._addmm_activation(bias, x, weight.t())  # type: ignore[arg-type]
 
 
+_POINTWISE = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "leaky_relu": ("leaky_relu", [0.01], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+    "silu": ("swish", [], ""),
+    "tanh": ("tanh", [], ""),
+    "sigmoid": ("sigmoid", [], ""),
+}
+"""The attributes of _linear_pointwise by activation; relu2 has none."""
+
+
+def _linear_pointwise(activation: str) -> Op | None:
+    """torch's private call of oneDNN: a product with the activation behind it. It has no backward."""
+    if activation not in _POINTWISE:
+        return None
+    attributes = _POINTWISE[activation]
+    return lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, *attributes)
+
+
+def _has_linear_pointwise() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def _dlkernels(activation: str) -> Op:
     return lambda x, weight, bias: functional.linear_act(x, weight, bias, activation)
 
@@ -51,7 +76,7 @@ def _dlkernels(activation: str) -> Op:
 OURS = "dlkernels"
 REFERENCE = "stock"
 COMPILED = ("compile", "max-autotune", "max-autotune, no graphs")
-FORWARD_ONLY = ("addmm_activation", *peers.FORWARD_ONLY)
+FORWARD_ONLY = ("addmm_activation", "linear_pointwise", *peers.FORWARD_ONLY)
 
 _MAKERS: dict[str, Callable[[str], Op | None]] = {
     REFERENCE: _stock,
@@ -62,6 +87,7 @@ _MAKERS: dict[str, Callable[[str], Op | None]] = {
     # turn, so we would time those copies. Our column "graph" measures graphs.
     "max-autotune, no graphs": _compiled("max-autotune-no-cudagraphs"),
     "addmm_activation": _addmm_activation,
+    "linear_pointwise": _linear_pointwise,
     **peers.MAKERS,
     OURS: _dlkernels,
 }
@@ -72,7 +98,8 @@ DEFAULT = (REFERENCE, "in-place", OURS)
 def names(device: str) -> tuple[str, ...]:
     """Return the contenders that can run on this device, in the order of the table above."""
     if device == "cpu":
-        return (REFERENCE, "in-place", "compile", "max-autotune", OURS)
+        pointwise = ("linear_pointwise",) if _has_linear_pointwise() else ()
+        return (REFERENCE, "in-place", "compile", "max-autotune", *pointwise, OURS)
     fused = ("addmm_activation", *peers.installed())
     return (REFERENCE, "in-place", "compile", "max-autotune, no graphs", *fused, OURS)
 

@@ -35,6 +35,7 @@ class Row:
     vs_best: float
     rate: float  # operations per second
     share: float  # the roofline's seconds over our median; on a GPU those of floor (a)
+    share_of_peak: float | None  # of the rate of multiply-adds on registers alone; None where that was not measured
     share_b: float | None  # on a GPU, the seconds of floor (b) over our median
     our_bytes: int | None  # peak memory of a step
     stock_bytes: int | None
@@ -76,6 +77,11 @@ def best_gemm_rates(record: Record) -> dict[str, float]:
             for timing in measurement.times.values():
                 rates[layer.dtype] = max(rates[layer.dtype], flops / timing.median)
     return rates
+
+
+def register_rates(record: Record) -> dict[str, float]:
+    """Return operations per second by dtype: the fastest run of the loop on registers; empty if none was measured."""
+    return {dtype: max(rates) for dtype, rates in record.peak.registers.items()}
 
 
 def roofline(record: Record, shape: Shape, dtype: str, mode: str, column: str, rate: float) -> float:
@@ -141,7 +147,7 @@ def _row(record: Record, layer: Layer, measurement: Measurement, rate: float) ->
     times, shape = measurement.times, _shape(layer)
     others = {name: timing.median for name, timing in times.items() if name != OURS}
     best_other = min(others, key=others.__getitem__)
-    ours = times[OURS]
+    ours, peak = times[OURS], register_rates(record).get(layer.dtype)
     floor_b = None
     if on_gpu(record):
         rates = floors.Rates(rate, record.peak.bandwidth(0, cold=True))
@@ -163,6 +169,7 @@ def _row(record: Record, layer: Layer, measurement: Measurement, rate: float) ->
         vs_best=others[best_other] / ours.median,
         rate=shape.flops(measurement.mode) / ours.median,
         share=floor / ours.median,
+        share_of_peak=None if peak is None else shape.flops(measurement.mode) / ours.median / peak,
         share_b=None if floor_b is None else floor_b / ours.median,
         our_bytes=measurement.peak_bytes.get(OURS),
         stock_bytes=measurement.peak_bytes.get(REFERENCE),

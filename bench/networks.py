@@ -4,6 +4,8 @@
   ``nn.Sequential`` of our layers, and for the products alone, into existing buffers.
 * training: whole steps (zero_grad, forward, loss, backward, fused Adam) over tensors in memory. The loss is the cross
   entropy of ten classes, else the mean squared error. On CPU also the step in one call, ``dlkernels.training_step``.
+* gated: ``down(silu(gate(x)) * up(x))``, Llama's feed-forward block, forward, and forward with the gradients of the
+  input and every parameter. Stock also with gate and up as one packed weight.
 * heads: ``cross_entropy(linear(x, weight), target)`` and its gradients for many classes. From torch 2.13 on
   ``F.linear_cross_entropy`` too, by its reference path (all logits at once) and by its chunked path (with ``options``).
 * With ``--device cuda`` each is also timed as a CUDA graph, with the share of a chain's floor (``bench/floors.py``).
@@ -34,7 +36,7 @@ from bench.clock import Graph, clock_of
 from bench.harness import DTYPES
 from dlkernels import functional, losses, training_step
 from dlkernels.atomic import write_json
-from dlkernels.nn import MLP
+from dlkernels.nn import MLP, GatedMLP
 from tools.lease import log
 
 CHAINS = {
@@ -43,6 +45,7 @@ CHAINS = {
     "8-64-64-4, batch 256": (256, [8, 64, 64, 4]),
     "50-128-64-1, batch 256": (256, [50, 128, 64, 1]),
     "100-256-256-1, batch 1024": (1024, [100, 256, 256, 1]),
+    "63-256x4-4, batch 4096": (4096, [63, 256, 256, 256, 256, 4]),
     "5 x 64": (65536, [64] * 6),
     "5 x 128": (65536, [128] * 6),
     "mnist": (256, [784, 256, 10]),
@@ -50,9 +53,11 @@ CHAINS = {
     "mnist-deep, batch 256": (256, [784, 512, 512, 10]),
 }
 GPU_CHAINS = {"16384 x 1024-4096": (16384, [1024, 4096, 1024, 4096])}
+GATED = {"gated 512-1376-512, 1024 rows": (1024, 512, 1376)}  # rows, features, hidden features
 HEADS = {"32k classes": (1024, 256, 32768), "128k classes": (256, 256, 131072)}
 OURS, STOCK, FLOOR = "dlkernels", "stock", "products alone"
 ONE_CALL = "training_step"
+PACKED = "stock, packed"
 # torch's one function for the loss head, from torch 2.13 on: without options it computes all logits, as stock does.
 TORCH_REFERENCE, TORCH_CHUNKED = "F.linear_cross_entropy", "F.linear_cross_entropy, chunked"
 GRAPH = ", graph"
@@ -151,6 +156,52 @@ class Network:
         return calls
 
 
+class Gated:
+    """One gated multi-layer perceptron without biases, with the same parameters in every contender."""
+
+    def __init__(self, rows: int, features: int, hidden: int, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(rows, features).to(device, dtype).requires_grad_()
+        self.g = torch.randn(rows, features).to(device, dtype)
+        ours = GatedMLP(features, hidden, dtype=dtype, device=device)
+        gate, up, down = ours.gate_proj.weight, ours.up_proj.weight, ours.down_proj.weight
+        packed = torch.cat([gate, up]).detach().requires_grad_()
+
+        def of_packed() -> Tensor:
+            halves = F.linear(self.x, packed).chunk(2, -1)
+            return F.linear(F.silu(halves[0]) * halves[1], down)
+
+        self.calls: dict[str, Callable[[], Tensor]] = {
+            STOCK: lambda: F.linear(F.silu(F.linear(self.x, gate)) * F.linear(self.x, up), down),
+            PACKED: of_packed,
+            OURS: lambda: ours(self.x),
+        }
+        self.leaves: dict[str, list[Tensor]] = {name: [self.x, *ours.parameters()] for name in (STOCK, OURS)}
+        self.leaves[PACKED] = [self.x, packed, down]
+        self.weights = gate, up, down
+
+    def gradients(self, name: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.calls[name](), self.leaves[name], self.g)
+
+    def refuse_wrong(self) -> None:
+        """Raise AssertionError if our error against float64 is more than twice stock's."""
+        leaves = [t.detach().double().requires_grad_() for t in (self.x, *self.weights)]
+        x, gate, up, down = leaves
+        exact = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        want = (exact, *torch.autograd.grad(exact, leaves, self.g.double()))
+        ours, stocks = (
+            max(distance(a, b) for a, b in zip((self.calls[name](), *self.gradients(name)), want, strict=True))
+            for name in (OURS, STOCK)
+        )
+        assert ours <= 2 * stocks, f"gated: error {ours:.2g}, stock {stocks:.2g}"
+
+    def forward(self) -> Calls:
+        return {name: torch.no_grad()(lambda call=call: call()) for name, call in self.calls.items()}
+
+    def forward_backward(self) -> Calls:
+        return {name: lambda name=name: self.gradients(name) for name in self.calls}  # type: ignore[misc]
+
+
 def distance(actual: Tensor, exact: Tensor) -> float:
     """Return the relative error in the Frobenius norm."""
     return float((actual.detach().double() - exact.detach()).norm() / exact.detach().norm())
@@ -209,6 +260,11 @@ def cases(dtypes: Sequence[str], device: str) -> Iterator[tuple[str, str, str, C
             yield name, dtype, "forward+backward", network.forward_backward()
             if sizes[-1] <= 10:
                 yield name, dtype, "training step", network.training()
+        for name, (rows, features, hidden) in GATED.items():
+            gated = Gated(rows, features, hidden, DTYPES[dtype], device)
+            gated.refuse_wrong()
+            yield name, dtype, "forward", gated.forward()
+            yield name, dtype, "forward+backward", gated.forward_backward()
         for name, (rows, features, classes) in HEADS.items():
             yield name, dtype, "loss head", head(rows, features, classes, DTYPES[dtype], device)
 
@@ -263,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and (why := machine.no_gpu()):
         parser.exit(1, f"bench.networks: {why}\n")
-    others = [STOCK, "in-place", "our layers", TORCH_REFERENCE, TORCH_CHUNKED, FLOOR]
+    others = [STOCK, "in-place", PACKED, "our layers", TORCH_REFERENCE, TORCH_CHUNKED, FLOOR]
     graphs = [OURS + GRAPH, STOCK + GRAPH] if args.device == "cuda" else []
     heads = [f"{name} / ours" for name in others + graphs] + ["floor (b) / our graph"] * bool(graphs)
     one_call = [STOCK, "in-place", OURS]

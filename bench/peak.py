@@ -1,25 +1,30 @@
-"""The machine's peak rates, measured in the same run: the roof for "share of roofline".
+"""The machine's peak rates, measured in the same run: the roofs for "share of roofline" and "share of peak".
 
 The arithmetic roof is the *best GEMM rate seen*: the fastest of several large products, torch's and ours, and of all
-steps of the grid. It is no data-sheet figure and no register-only loop. A share of 1 means "as good as the best GEMM on
-this machine", which may be below the machine's true peak.
+steps of the grid. A share of 1 means "as good as the best GEMM on this machine".
+
+The peak of a CPU is the rate of a loop in our kernels that multiplies on registers alone, on as many threads as torch
+has, before and after the grid. No product can be faster, and the two figures show how steady the clock was.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 
 from bench import machine
 from bench.clock import clock_of
 from bench.harness import DTYPES
-from dlkernels import functional
+from dlkernels import _C, functional
 
 _SIZES = {"cpu": (768, 1536, 2560), "cuda": (4096, 8192)}
 _SECONDS = 0.25  # for one probe
+_LOOP = 5e-3  # seconds of one call of the loop on registers, far longer than to start a thread
 _MOST = 2 << 30  # bytes in one copy at most; it limits the copy on machines with very large caches
 _COPY = 8 << 30  # bytes in one copy on a GPU with at least four times as much free memory
 
@@ -29,11 +34,13 @@ class Peak:
     """The rates of a machine.
 
     ``gemm`` has operations per second by dtype. ``stream`` has (bytes touched, bytes per second), smallest first; the
-    last one is far larger than every cache.
+    last one is far larger than every cache. ``registers`` has the rates of the loop on registers by dtype, one for each
+    time that it ran; on a GPU, and in records of earlier versions, it is empty.
     """
 
     gemm: dict[str, float]
     stream: list[tuple[int, float]]
+    registers: dict[str, list[float]] = field(default_factory=dict)
 
     def bandwidth(self, touched: int, cold: bool) -> float:
         """Return bytes per second for a step that touches so many bytes: the rate of the next larger probe."""
@@ -41,7 +48,37 @@ class Peak:
 
 
 def probe(dtypes: Iterable[str], device: str = "cpu") -> Peak:
-    return Peak({dtype: _gemm(dtype, device) for dtype in dtypes}, _stream() if device == "cpu" else _device_copy())
+    dtypes = tuple(dtypes)
+    stream = _stream() if device == "cpu" else _device_copy()
+    peak = Peak({dtype: _gemm(dtype, device) for dtype in dtypes}, stream)
+    if device == "cpu":
+        peak.registers.update({dtype: [_registers(dtype)] for dtype in dtypes})
+    return peak
+
+
+def probe_again(peak: Peak) -> None:
+    """Add the rates of the loop on registers at the end of a run."""
+    for dtype, rates in peak.registers.items():
+        rates.append(_registers(dtype))
+
+
+def _registers(dtype: str) -> float:
+    """Return the median rate of all threads together; the fastest call would have a clock that does not last."""
+    name, threads = str(DTYPES[dtype]).removeprefix("torch."), torch.get_num_threads()
+    seconds, steps = 0.0, 1000
+    while seconds < _LOOP:  # also a warm-up: a processor takes its time to the clock of wide registers
+        steps *= 2
+        start = time.perf_counter()
+        _C.peak_loop(name, steps)
+        seconds = time.perf_counter() - start
+    rates: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    with ThreadPoolExecutor(threads) as pool:
+        while time.perf_counter() < end or not rates:
+            start = time.perf_counter()
+            operations = sum(pool.map(lambda _: _C.peak_loop(name, steps), range(threads)))
+            rates.append(operations / (time.perf_counter() - start))
+    return statistics.median(rates)
 
 
 def _gemm(dtype: str, device: str) -> float:

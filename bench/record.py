@@ -71,7 +71,7 @@ def load(path: str | os.PathLike[str]) -> Record:
         peak = values.pop("peak")
         layers = [_layer(**layer) for layer in values.pop("layers")]
         stream = [(size, rate) for size, rate in peak["stream"]]
-        return Record(**values, layers=layers, peak=Peak(peak["gemm"], stream))
+        return Record(**values, layers=layers, peak=Peak(peak["gemm"], stream, peak.get("registers", {})))
     except (ValueError, KeyError, TypeError, AttributeError) as wrong:
         raise ValueError(
             f"expected a benchmark record of schema {SCHEMA} in {path}, got {wrong!r}; make one with `python -m bench`"

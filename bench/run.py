@@ -119,6 +119,8 @@ def run(
             _save(result, partial)
     except KeyboardInterrupt:
         return result, partial
+    told("peak of the machine, again", 1)
+    peak.probe_again(result.peak)
     result.complete = True
     _save(result, out)
     partial.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ ratio: stock's median over ours; above 1 we are faster. vs best: the fastest oth
 of roof: the floor over our median; the floor is the larger of arithmetic over the best GEMM rate seen in this
 run and bytes over the bandwidth of memory, or of the cache that hot buffers fit in. Above 100 % a step moves
 less than every operand once in forward and once in backward.
+of peak: the operations of the products per second, over those of a loop on registers alone (all threads, the same run).
 MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
 
 GPU_NOTES = """\
@@ -83,6 +84,8 @@ def _table(group: tuple[str, str, str], rows: Sequence[Row]) -> Table:
     for heading in ("layer", "M, K→N", "path"):
         table.add_column(heading, no_wrap=True)
     shares = ["of roof"] if rows[0].share_b is None else ["of (a)", "of (b)"]
+    if rows[0].share_of_peak is not None:
+        shares.append("of peak")
     for heading in ("stock ms", "ours ms", "20-80 %", "ratio", "vs best", "GFLOP/s", *shares, "MB", "stock MB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -99,6 +102,7 @@ def _table(group: tuple[str, str, str], rows: Sequence[Row]) -> Table:
             f"{row.rate / 1e9:.0f}",
             f"{row.share:.0%}",
             *([] if row.share_b is None else [f"{row.share_b:.0%}"]),
+            *([] if row.share_of_peak is None else [f"{row.share_of_peak:.0%}"]),
             _megabytes(row.our_bytes),
             _megabytes(row.stock_bytes),
         )
@@ -109,7 +113,12 @@ def _roofs(result: Record) -> str:
     rates = figures.best_gemm_rates(result)
     gemm = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items())
     streams = ", ".join(f"{rate / 1e9:.0f} GB/s at {size / 2**20:g} MiB" for size, rate in result.peak.stream)
-    return f"Best GEMM rate seen: {gemm}. Bandwidth: {streams}."
+    loops = ", ".join(
+        f"{dtype} {' and '.join(f'{rate / 1e9:.0f}' for rate in measured)} GFLOP/s"
+        for dtype, measured in result.peak.registers.items()
+    )
+    peak = f" Loop on registers, before and after: {loops}." if loops else ""
+    return f"Best GEMM rate seen: {gemm}.{peak} Bandwidth: {streams}."
 
 
 def _ratio(ratio: float) -> str:

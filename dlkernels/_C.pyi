@@ -1,10 +1,13 @@
 from typing import Any
 
+from torch import Tensor
+
 def build_config() -> dict[str, Any]: ...
 def cpu_features() -> dict[str, bool]: ...
 def amx_refused() -> bool: ...
 def cpu_kernels() -> dict[str, str]: ...
 def cpu_autocast() -> bool: ...
+def peak_loop(dtype: str, steps: int) -> int: ...
 def explain(
     cuda: bool,
     m: int,
@@ -23,9 +26,78 @@ def explain(
     threads: int,
     in_bf16: bool,
 ) -> dict[str, list[dict[str, Any]]]: ...
+def explain_glu(
+    cuda: bool,
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    act: int,
+    x: tuple[int, ...],
+    weight_gate: tuple[int, ...],
+    weight_up: tuple[int, ...],
+    one_memory: bool,
+    bias: bool,
+    threads: int,
+    in_bf16: bool,
+) -> dict[str, Any]: ...
 def make_routes(rows: list[tuple[str, str, int, int, int, int, str, str]]) -> int: ...
 def use_routes(table: int, cuda: bool = False) -> int: ...
 def explain_fused_mlp(cuda: bool, layers: list[tuple[int, ...]], dtype: str) -> tuple[int, str, int]: ...
+def updates_like_torch(dtype: str, rule: int) -> bool: ...
+
+class StepPlan:
+    """How a training step runs; see dlkernels/training.py.
+
+    Args:
+        owners: the model, the loss and the optimizer.
+        x, target: the batch of the step that was planned; others may have another number of rows.
+        flattens: x is flattened from its second dimension on.
+        weights, biases, acts, slope, kind, class_weight, reduction, ignore_index, label_smoothing: of ``_mlp_loss``.
+    """
+
+    def __init__(
+        self,
+        owners: tuple[Any, Any, Any],
+        x: Tensor,
+        target: Tensor,
+        flattens: bool,
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        acts: list[int],
+        slope: float,
+        kind: int,
+        class_weight: Tensor | None,
+        reduction: int,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> None: ...
+    def add_group(
+        self,
+        settings: dict[str, Any],
+        rule: int,
+        gradients: list[int],
+        parameters: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        max_squares: list[Tensor],
+        steps: list[Tensor],
+    ) -> None: ...
+    def clear_gradients_of(self, parameters: list[Tensor]) -> None: ...
+    def expect_dict(self, values: dict[Any, Any], numbers: tuple[str, ...]) -> None: ...
+    def expect_list(self, values: list[Any]) -> None: ...
+    def expect_class(self, value: Any) -> None: ...
+    def expect_attribute(self, value: Any, name: str, attribute: Any) -> None: ...
+    def run(
+        self, model: Any, loss: Any, optimizer: Any, x: Any, target: Any, keep_grads: bool, only_finite: bool
+    ) -> tuple[Tensor, Tensor] | None: ...
 
 # In builds with CUDA.
 cuda_paths: tuple[str, ...]
+
+class Decided:
+    """A decided chain of layers (fusion/memory.py)."""
+
+    def __init__(self, read: dict[str, Any], /) -> None: ...
+    def run(self, owner: Any, x: Any, /) -> Any: ...
+    def activations(self) -> tuple[int, ...]: ...

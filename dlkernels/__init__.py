@@ -11,19 +11,15 @@ from typing import TYPE_CHECKING, Any
 from dlkernels import _entry
 from dlkernels._version import __version__
 
-if TYPE_CHECKING or not _entry.is_command_line():
-    from dlkernels._public import (
-        Trainer,
-        explain,
-        fuse,
-        register_fusion,
-        report,
-        set_printoptions,
-        training_step,
-        tune,
-        unfuse,
-    )
-    from dlkernels import functional, losses, nn  # isort: skip  after the operators
+if TYPE_CHECKING:
+    from dlkernels import functional, losses, nn
+    from dlkernels.explanation import explain
+    from dlkernels.fusion import fuse, register_fusion, report, unfuse
+    from dlkernels.trainer import Trainer, set_printoptions
+    from dlkernels.training import training_step
+    from dlkernels.tuning import tune
+elif not _entry.is_command_line():
+    from dlkernels import _core  # noqa: F401
 
 __all__ = [
     "Trainer",
@@ -42,7 +38,33 @@ __all__ = [
     "unfuse",
 ]
 
-_ON_DEMAND = ("data", "functional", "fusion", "losses", "nn", "parallel", "runs", "serving", "stock", "trainer")
+# Where the names are that are loaded when they are first used. An import of the package takes a third of the time so.
+_MODULES = {
+    "Trainer": "trainer",
+    "explain": "explanation",
+    "fuse": "fusion",
+    "register_fusion": "fusion",
+    "report": "fusion",
+    "set_printoptions": "trainer",
+    "training_step": "training",
+    "tune": "tuning",
+    "unfuse": "fusion",
+}
+_SUBMODULES = (
+    "data",
+    "functional",
+    "fusion",
+    "losses",
+    "nn",
+    "parallel",
+    "runs",
+    "serving",
+    "stock",
+    "testing",
+    "trainer",
+    "training",
+    "tuning",
+)
 
 
 def load_run(run: Any, device: Any = "cpu") -> Any:
@@ -62,9 +84,16 @@ def load_run(run: Any, device: Any = "cpu") -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Subpackages that ``import dlkernels`` leaves out, and in the command line's own process all names."""
-    if name in _ON_DEMAND:
+    """Load a public name, or a subpackage, when it is first used."""
+    if name not in _MODULES and name not in _SUBMODULES:
+        raise AttributeError(f"module 'dlkernels' has no attribute {name!r}")
+    importlib.import_module("dlkernels._core")  # not yet there in the command line's own process
+    if name in _SUBMODULES:
         return importlib.import_module(f"dlkernels.{name}")
-    if name in __all__:
-        return getattr(importlib.import_module("dlkernels._public"), name)
-    raise AttributeError(f"module 'dlkernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"dlkernels.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_SUBMODULES})

@@ -15,6 +15,7 @@ from torch import Tensor
 from dlkernels import _C
 from dlkernels._ops import autocast as _autocast
 from dlkernels._ops import linear_act as _linear_act
+from dlkernels._ops import linear_glu as _linear_glu
 from dlkernels._ops import masks as _masks
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import Activation, activation_named
@@ -158,7 +159,7 @@ def explain(
     Raises:
         ValueError: unknown activation.
         TypeError: no tensors, or a dtype or layout the kernels do not have.
-        RuntimeError: shapes that do not fit together.
+        RuntimeError: shapes, dtypes or devices that do not fit together.
         NotImplementedError: a device other than CPU and CUDA.
     """
     del negative_slope
@@ -184,7 +185,7 @@ def explain_mlp(
 
     Raises:
         ValueError: unknown activation, or not as many as layers.
-        RuntimeError: no layers, or shapes that do not fit together.
+        RuntimeError: no layers, or shapes, dtypes or devices that do not fit together.
     """
     _mlp.check_some(weights)
     names = (activation,) * (len(weights) - 1) if isinstance(activation, str) else tuple(activation)
@@ -251,6 +252,105 @@ def explain_mlp(
     )
 
 
+@dataclass(frozen=True)
+class GluPlan:
+    """The plan of a gated layer; printed it shows the steps.
+
+    ``forward`` and ``backward`` are the steps in the order in which they run, backward with all gradients. ``keeps``
+    names the tensors that forward saves for that backward. ``fused`` says that forward is one step.
+    """
+
+    title: str
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+    keeps: tuple[str, ...]
+    fused: bool
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The largest scratch of a step; the gradients of both preactivations count for the step that makes them."""
+        return max((step.scratch_bytes for step in (*self.forward, *self.backward)), default=0)
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        for name, steps in (("forward", self.forward), ("backward", self.backward)):
+            if name == "backward":
+                lines.append(f"  keeps for backward: {', '.join(self.keeps)}")
+            lines.append(f"  {name}:" + ("" if steps else " nothing to do"))
+            for number, step in enumerate(steps, start=1):
+                why = "" if step.path == "elementwise" else f"; {step.why}"
+                lines.append(f"    {number}. {step}{why}")
+        return "\n".join(lines)
+
+
+def explain_glu(
+    x: Tensor, weight_gate: Tensor, weight_up: Tensor, activation: str = "silu", *, bias: bool = False
+) -> GluPlan:
+    """The plan that :func:`functional.linear_glu` would run for these tensors, forward and backward.
+
+    The answer comes from the same decision that the op takes. Under autocast it is the decision for the tensors as
+    autocast casts them.
+
+    Args:
+        x: ``[..., in_features]``.
+        weight_gate, weight_up: ``[out_features, in_features]`` each.
+        activation: see :func:`functional.linear_act`.
+        bias: the layer has both biases.
+
+    Raises:
+        ValueError: unknown activation.
+        TypeError: no tensors, or a dtype or layout the kernels do not have.
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+        NotImplementedError: a device other than CPU and CUDA.
+    """
+    act = activation_named(activation)
+    cast_x, cast_gate = _checked(x, weight_gate, "weight_gate")
+    _, cast_up = _checked(x, weight_up, "weight_up")
+    _linear_glu.check_shapes(cast_x, cast_gate, cast_up)
+    m, (n, k), dtype = math.prod(x.shape[:-1]), weight_gate.shape, cast_x.dtype
+    rows = cast_x.reshape(m, x.shape[-1])
+
+    cast = weight_gate.dtype != dtype  # autocast's copies are tensors of their own
+    storages = [t.untyped_storage().data_ptr() for t in (weight_gate, weight_up)]
+
+    def view(t: Tensor, cast_t: Tensor) -> tuple[int, ...]:
+        return (0 if cast else t.data_ptr(), *cast_t.stride())
+
+    with _on_device_of(x):
+        plan = _C.explain_glu(
+            cuda=x.is_cuda,
+            m=m,
+            n=n,
+            k=k,
+            dtype=_name(dtype),
+            act=act.code,
+            x=(x.data_ptr() if x.is_cuda and x.dtype == dtype else 0, *rows.stride()),
+            weight_gate=view(weight_gate, cast_gate),
+            weight_up=view(weight_up, cast_up),
+            one_memory=not cast and storages[0] == storages[1],
+            bias=bias,
+            threads=torch.get_num_threads(),
+            in_bf16=torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
+        )
+    device = "cuda" if x.is_cuda else f"cpu, {torch.get_num_threads()} threads"
+    return GluPlan(
+        f"x [{m}, {k}], two weights [{n}, {k}], {act.name}, {_name(dtype)} on {device}",
+        tuple(_glu_step(row, act, bias, plan["fused"]) for row in plan["forward"]),
+        tuple(_glu_step(row, act, bias, plan["fused"]) for row in plan["backward"]),
+        ("x", "weight_gate", "weight_up", "gate", "up"),
+        plan["fused"],
+    )
+
+
+def _glu_step(row: dict[str, Any], act: Activation, bias: bool, fused: bool) -> Step:
+    done = []
+    if row["kind"] == "forward":
+        done += ["biases" if fused else "bias"] * bias + ([act.name] if fused and act.name != "none" else [])
+        done += ["the product of both halves"] * fused
+    fields = ("kind", "path", "kernel", "splits", "scratch_bytes", "why")
+    return Step(makes=tuple(row["makes"]), fused=tuple(done), **{field: row[field] for field in fields})
+
+
 def _has_native_kernel(x: Tensor, weight: Tensor) -> bool:
     return autocast_active(x) and _autocast.has_native_kernel(x, weight, None)
 
@@ -276,14 +376,16 @@ def _on_device_of(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
-def _checked(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(x: Tensor, weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Raise as the op would. Return both, without memory, as autocast casts them."""
     if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
         got = f"{type(x).__name__} and {type(weight).__name__}"
-        raise TypeError(f"explain: x and weight must be tensors; got {got}")
-    for name, t in (("x", x), ("weight", weight)):
+        raise TypeError(f"explain: x and {name} must be tensors; got {got}")
+    for which, t in (("x", x), (name, weight)):
         if t.layout is not torch.strided or t.is_quantized:
-            raise TypeError(f"explain: {name} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
+            raise TypeError(f"explain: {which} must be a dense tensor, got layout {t.layout}, dtype {t.dtype}")
+    if weight.device != x.device:
+        raise RuntimeError(f"explain: {name} is on {weight.device}, but x is on {x.device}; move one of them")
     cast_x, cast_weight = _meta_like(x), _meta_like(weight)
     if autocast_active(x):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -7,10 +7,15 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 # From the import name to the name to install, where they differ.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "tomli_w": "tomli-w", "PIL": "pillow"}
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "tomli_w": "tomli-w",
+    "PIL": "pillow",
+    "stable_baselines3": "stable-baselines3",
+}
 MODULES = {distribution: module for module, distribution in DISTRIBUTIONS.items()}
 
-FOR_USERS = ("train", "export", "examples")
+FOR_USERS = ("train", "export", "examples", "neighbours")
 
 
 def how_to_get(module: str) -> str:

@@ -1,8 +1,10 @@
 """One call per training step: forward, loss, backward and update of a chain of layers, with little Python in between.
 
-A step of a small network is mostly calls: of modules, of autograd, of the optimizer for each parameter. Here it is two:
-the op ``_mlp_loss`` (``csrc/ops/autograd/mlp_loss.cpp``) computes the loss and the gradients, and torch's fused
-optimizer kernel updates all parameters of a group.
+A step of a small network is mostly calls: of modules, of autograd, of the optimizer for each parameter. Here it is one.
+This module decides if a step can be done so, from all that the calls would read. It describes the step to a
+``_C.StepPlan`` (``csrc/python/training.cpp``), and tells it which dicts, lists, classes and tensors must stay as they
+are. The plan runs the next steps for as long as they do: the op ``_mlp_loss`` (``csrc/ops/autograd/mlp_loss.cpp``)
+computes the loss and the gradients, and ``csrc/ops/update.cpp`` updates the parameters.
 """
 
 from __future__ import annotations
@@ -18,18 +20,24 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from dlkernels import losses
+from dlkernels import _C, losses
 from dlkernels._ops.activations import Activation, activation_named
 from dlkernels._ops.losses import DEVICES, REDUCTIONS
-from dlkernels._ops.mlp import mlp_loss
 from dlkernels._ops.modes import are_plain, autocast_active, under_transform
 from dlkernels.fusion.call import STOCK_LINEAR
 from dlkernels.fusion.chain import calls_in_order
-from dlkernels.fusion.reading import activation_of
+from dlkernels.fusion.reading import CALLED, activation_of
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn import MLP, LinearAct, LinearReLU, does_nothing, untouched
+from dlkernels.trainer.step import use_one_call
 
 __all__ = ["TrainingStep", "training_step"]
+
+# Modules whose part in a chain follows from their ``__dict__`` and the dicts in it.
+_READ_FROM_DICT = {
+    *(nn.Linear, LinearAct, LinearReLU, nn.Identity, nn.Dropout, nn.Flatten),
+    *(nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
+}
 
 _MSE, _CROSS_ENTROPY = 0, 1  # LossKind of csrc/ops/autograd/mlp_loss.h
 
@@ -56,7 +64,12 @@ class _Loss:
 
 
 def training_step(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], optimizer: optim.Optimizer, *, keep_grads: bool = False
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: optim.Optimizer,
+    *,
+    keep_grads: bool = False,
+    exact: bool = False,
 ) -> TrainingStep:
     """Return ``step``; ``step(x, target)`` trains ``model`` on one batch and returns the loss.
 
@@ -67,15 +80,18 @@ def training_step(
         value.backward()
         optimizer.step()
 
-    It takes two calls where the model is one chain of linear layers and activations, the loss is the mean or sum of
+    It takes one call where the model is one chain of linear layers and activations, the loss is the mean or sum of
     squared errors or a cross entropy, and the optimizer is torch's Adam, AdamW or SGD. Everything else runs by the
-    calls above, and ``step.why`` says why. The decision is made anew at each step, so hooks, schedules,
-    ``load_state_dict`` and ``model.eval()`` have the effect that they have on the calls. Parameters and the optimizer's
-    state are where torch keeps them: checkpoints are the same, and any step may be done by the calls instead.
+    calls above, and ``step.why`` says why. The decision is kept while nothing that it was read from has changed, so
+    hooks, schedules, ``load_state_dict`` and ``model.eval()`` have the effect that they have on the calls. Parameters
+    and the optimizer's state are where torch keeps them: checkpoints are the same, and any step may be done by the
+    calls instead.
 
     It cannot see hooks that other code put on autograd's accumulation nodes, as DistributedDataParallel does.
 
-    The update is the one of ``optimizer`` with ``fused=True``, to the bit; without it torch rounds in another order.
+    The update is the one of ``optimizer`` with ``fused=True``, to the bit; without it torch rounds in another order. In
+    float32 and float64 on CPU a kernel of ours makes it. It is compared with torch's once per process; where the bits
+    differ, and in 16-bit dtypes and on CUDA, torch's kernel makes it.
 
         >>> step = dlkernels.training_step(model, torch.nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters()))
         >>> for x, target in batches:
@@ -91,6 +107,8 @@ def training_step(
         optimizer: of the parameters of ``model``.
         keep_grads: leave each parameter's gradient in ``.grad``, as the calls do. Otherwise ``.grad`` is None after a
             step, and the gradients take no memory between steps.
+        exact: take a step only where all its results have the bits of the calls: for an ``MLP``, a loss of
+            ``dlkernels.losses`` and an optimizer with ``fused=True``. torch's layers and losses round in another order.
 
     Returns:
         A :class:`TrainingStep`. Its call returns the loss, detached.
@@ -104,7 +122,7 @@ def training_step(
         raise TypeError(f"training_step: loss must be callable with (output, target), got {type(loss).__name__}")
     if not isinstance(optimizer, optim.Optimizer):
         raise TypeError(f"training_step: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return TrainingStep(model, loss, optimizer, keep_grads)
+    return TrainingStep(model, loss, optimizer, keep_grads, exact)
 
 
 class TrainingStep:
@@ -114,10 +132,16 @@ class TrainingStep:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], optimizer: optim.Optimizer, keep_grads: bool
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        optimizer: optim.Optimizer,
+        keep_grads: bool,
+        exact: bool,
     ) -> None:
-        self.model, self.loss, self.optimizer, self.keep_grads = model, loss, optimizer, keep_grads
+        self.model, self.loss, self.optimizer, self.keep_grads, self.exact = model, loss, optimizer, keep_grads, exact
         self.why = ""
+        self._plan: _C.StepPlan | None = None  # of the last step; why is empty then
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
         """Train on one batch: x [..., in_features], and the target that the loss takes. Return the loss, detached.
@@ -126,38 +150,42 @@ class TrainingStep:
             RuntimeError, ValueError, TypeError: what the model, the loss or the optimizer raise for these tensors. An
                 error before the update leaves the parameters as they were.
         """
+        values = self._attempt(x, target, False)
+        return self._by_calls(x, target) if values is None else values[0]
+
+    def attempt(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Train on one batch only if it can be done in one call. Return the loss and the model's output, detached.
+
+        If it cannot, nothing is done, ``why`` says why, and the result is None. On the CPU nothing is updated if the
+        loss is NaN or infinite.
+        """
+        return self._attempt(x, target, True)
+
+    def _attempt(self, x: Tensor, target: Tensor, only_finite: bool) -> tuple[Tensor, Tensor] | None:
+        model, loss, optimizer = self.model, self.loss, self.optimizer
+        why = _unusual_context(x)
+        if self._plan is not None and not why:
+            values = self._plan.run(model, loss, optimizer, x, target, self.keep_grads, only_finite)
+            if values is not None:
+                optimizer._opt_called = True  # type: ignore[attr-defined]  # a schedule asks if a step came before it
+                return values
+        self._plan, self.why = None, why
+        if why:
+            return None
         try:
-            x, chain, loss, updates = self._plan(x, target)
+            if self.exact:
+                _check_exact(model, loss, optimizer)
+            made = _plan(model, loss, optimizer, x, target)
+            values = made.plan.run(model, loss, optimizer, x, target, self.keep_grads, only_finite)
+            if values is None:
+                raise _Ordinary("a setting of the optimizer is no number")
         except _Ordinary as reason:
             self.why = str(reason)
-            return self._by_calls(x, target)
-        self.why = ""
-        needs = [t is not None and t.requires_grad for t in (*chain.weights, *chain.biases)]
-        value, grads = mlp_loss(
-            x,
-            chain.weights,
-            chain.biases,
-            chain.acts,
-            chain.slope or 0.0,
-            target,
-            loss.kind,
-            loss.class_weight,
-            loss.reduction,
-            loss.ignore_index,
-            loss.label_smoothing,
-            needs,
-        )
-        trained = [t for t in (*chain.weights, *chain.biases) if t is not None and t.requires_grad]
-        grad_of = dict(zip(trained, grads, strict=True))
-        with torch.no_grad():
-            for update in updates:
-                update(grad_of)
-        torch.autograd.graph.increment_version(trained)  # torch's fused kernels do not
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = grad_of.get(parameter) if self.keep_grads else None
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a schedule asks if a step came before it
-        return value
+            return None
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        if made.expect_all():
+            self._plan = made.plan
+        return values
 
     def _by_calls(self, x: Tensor, target: Tensor) -> Tensor:
         self.optimizer.zero_grad()
@@ -168,32 +196,112 @@ class TrainingStep:
             self.optimizer.zero_grad()
         return value.detach()
 
-    def _plan(self, x: Tensor, target: Tensor) -> tuple[Tensor, _Chain, _Loss, list[_Update]]:
-        _check_context(x, target)
-        x, chain = _chain_of(self.model, x)
-        parameters = [t for t in (*chain.weights, *chain.biases) if t is not None]
-        if x.dtype != parameters[0].dtype or x.device != parameters[0].device:
-            raise _Ordinary("input and parameters differ in dtype or device")
-        _check_parameters(parameters)
-        if any(weight.dim() != 2 for weight in chain.weights):
-            raise _Ordinary("a weight is no matrix")
-        loss = _loss_of(self.loss, x, target, chain.weights[-1].shape[0])
-        return x, chain, loss, _updates_of(self.optimizer, {p for p in parameters if p.requires_grad})
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Made:
+    """A plan, and the objects that were read for it."""
+
+    plan: _C.StepPlan
+    model: nn.Module
+    loss: Any
+    optimizer: optim.Optimizer
+    states: list[dict[str, Any]]
+
+    def expect_all(self) -> bool:
+        """Tell the plan what must stay as it is. Return False if its expectations cannot cover all that was read."""
+        modules = [self.model, *self.model._modules.values()]
+        if not all(type(module) in _READ_FROM_DICT for module in modules[1:]):
+            return False  # its rule may read anything
+        plan, kind = self.plan, type(self.model)
+        kind = kind.__dict__.get("_fused_from", kind)
+        for name in ("forward", "__iter__", *CALLED):
+            plan.expect_attribute(kind, name, getattr(kind, name))
+        for owner in (*modules, *([self.loss] if isinstance(self.loss, nn.Module) else ()), self.optimizer):
+            plan.expect_class(owner)
+            plan.expect_dict(owner.__dict__, ())
+            for value in owner.__dict__.values():
+                if isinstance(value, dict):
+                    plan.expect_dict(value, ())
+        for hooks in (_global_optimizer_pre_hooks, _global_optimizer_post_hooks):
+            plan.expect_dict(hooks, ())
+        plan.expect_list(self.optimizer.param_groups)
+        for group in self.optimizer.param_groups:
+            plan.expect_dict(group, _NUMBERS)
+            plan.expect_list(group["params"])
+        for state in self.states:
+            plan.expect_dict(state, ())
+        return True
+
+
+def _check_exact(model: nn.Module, loss: Any, optimizer: optim.Optimizer) -> None:
+    if type(model) is not MLP or model._chain() is None:
+        raise _Ordinary("the model does not run as one chain of our layers")
+    if type(loss) not in (losses.MSELoss, losses.CrossEntropyLoss) and loss not in _OUR_LOSSES:
+        raise _Ordinary("the loss is none of ours")
+    if not all(group.get("fused") is True for group in optimizer.param_groups):
+        raise _Ordinary("the optimizer is not fused")
+
+
+def _plan(model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor, target: Tensor) -> _Made:
+    _check_tensors(x, target)
+    rows, chain = _chain_of(model, x)
+    parameters = [t for t in (*chain.weights, *chain.biases) if t is not None]
+    if rows.dtype != parameters[0].dtype or rows.device != parameters[0].device:
+        raise _Ordinary("input and parameters differ in dtype or device")
+    _check_parameters(parameters)
+    if any(weight.dim() != 2 for weight in chain.weights):
+        raise _Ordinary("a weight is no matrix")
+    settings = _loss_of(loss, rows, target, chain.weights[-1].shape[0])
+    plan = _C.StepPlan(
+        (model, loss, optimizer),
+        x,
+        target,
+        rows is not x,
+        chain.weights,
+        chain.biases,
+        chain.acts,
+        chain.slope or 0.0,
+        settings.kind,
+        settings.class_weight,
+        settings.reduction,
+        settings.ignore_index,
+        settings.label_smoothing,
+    )
+    states = _add_groups(plan, optimizer, [p for p in parameters if p.requires_grad])
+    plan.clear_gradients_of([p for group in optimizer.param_groups for p in group["params"]])
+    return _Made(plan, model, loss, optimizer, states)
 
 
 # ---- the context -----------------------------------------------------------------------------------------------------
 
 
-def _check_context(x: Any, target: Any) -> None:
+def _unusual_context(x: Any) -> str:
+    """Return why no step can be taken now; it is empty if one can."""
     # After a graph break Dynamo runs these lines as they are, and compiles what they call.
     if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
-        raise _Ordinary("it is compiled")
+        return "it is compiled"
     if (F.linear, nn.Linear.forward) != STOCK_LINEAR:
-        raise _Ordinary("F.linear or nn.Linear.forward was replaced")
+        return "F.linear or nn.Linear.forward was replaced"
     if under_transform():
-        raise _Ordinary("it is transformed")
+        return "it is transformed"
     if not torch.is_grad_enabled():
-        raise _Ordinary("gradients are disabled")
+        return "gradients are disabled"
+    if _has_any_global_hook() or torch._C._len_torch_function_stack() or torch.is_anomaly_enabled():
+        return "there is a global module hook, a TorchFunctionMode, or anomaly detection"
+    if torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return "there are hooks for saved tensors"
+    if isinstance(x, Tensor) and autocast_active(x):
+        return "autocast is on"
+    return ""
+
+
+def _check_tensors(x: Any, target: Any) -> None:
     if not (isinstance(x, Tensor) and isinstance(target, Tensor) and are_plain(x, target)):
         raise _Ordinary("input and target are not plain tensors")
     if any(t.layout is not torch.strided or t.is_nested or t.is_inference() for t in (x, target)):
@@ -202,12 +310,6 @@ def _check_context(x: Any, target: Any) -> None:
         raise _Ordinary("input or target requires a gradient")
     if x.device.type not in DEVICES or x.device.type == "meta":
         raise _Ordinary(f"there are no kernels for {x.device.type}")
-    if autocast_active(x):
-        raise _Ordinary("autocast is on")
-    if _has_any_global_hook() or torch._C._len_torch_function_stack() or torch.is_anomaly_enabled():
-        raise _Ordinary("there is a global module hook, a TorchFunctionMode, or anomaly detection")
-    if torch._C._autograd._top_saved_tensors_default_hooks(False):
-        raise _Ordinary("there are hooks for saved tensors")
 
 
 def _check_parameters(parameters: Sequence[Tensor]) -> None:
@@ -218,9 +320,9 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
     for p in parameters:
         if p._backward_hooks or p._post_accumulate_grad_hooks:
             raise _Ordinary("a parameter has a hook")
-        if p.requires_grad and not p.is_leaf:
+        if not p.is_leaf:
             raise _Ordinary("a weight is computed from other tensors")
-        if not p.is_contiguous():  # torch's fused kernels read memory in order
+        if not p.is_contiguous():  # the kernels of the update read memory in order
             raise _Ordinary("a parameter is not contiguous")
     if not any(p.requires_grad for p in parameters):
         raise _Ordinary("no parameter requires a gradient")
@@ -296,6 +398,7 @@ _MODULES = {
     nn.CrossEntropyLoss: _CROSS_ENTROPY,
     losses.CrossEntropyLoss: _CROSS_ENTROPY,
 }
+_OUR_LOSSES = (losses.mse_loss, losses.cross_entropy)
 _FUNCTIONS: dict[Any, _Loss] = {
     **dict.fromkeys((F.mse_loss, losses.mse_loss), _Loss(_MSE, None, 1, -100, 0.0)),
     **dict.fromkeys((F.cross_entropy, losses.cross_entropy), _Loss(_CROSS_ENTROPY, None, 1, -100, 0.0)),
@@ -336,11 +439,11 @@ def _settings_of(loss: Any) -> _Loss:
 
 # ---- the update ------------------------------------------------------------------------------------------------------
 
-_Update = Callable[[dict[Tensor, Tensor]], None]
+_NUMBERS = ("lr", "weight_decay", "eps", "betas", "momentum", "dampening")  # schedules may set them at each step
 
 
-def _updates_of(optimizer: optim.Optimizer, trained: set[Tensor]) -> list[_Update]:
-    """Return a function for each group of parameters; it takes the gradients."""
+def _add_groups(plan: _C.StepPlan, optimizer: optim.Optimizer, trained: list[Tensor]) -> list[dict[str, Any]]:
+    """Add the optimizer's groups to the plan. Return the states of the parameters."""
     kind = type(optimizer)
     if kind not in _KINDS:
         raise _Ordinary(f"the optimizer is a {kind.__name__}")
@@ -356,23 +459,24 @@ def _updates_of(optimizer: optim.Optimizer, trained: set[Tensor]) -> list[_Updat
         raise _Ordinary("the optimizer's step or zero_grad was replaced")
     if hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf"):
         raise _Ordinary("the gradients are scaled")
-    updates: list[_Update] = []
+    place = {p: i for i, p in enumerate(trained)}
     covered: list[Tensor] = []
     for group in optimizer.param_groups:
-        mine = [p for p in group["params"] if p in trained]
+        mine = [p for p in group["params"] if p in place]
         covered += mine
         if mine:
-            updates.append(_KINDS[kind](optimizer, group, mine))
-    if len(covered) != len(trained) or set(covered) != trained:
+            rule, *states = _KINDS[kind](optimizer, group, mine)
+            plan.add_group(group, rule, [place[p] for p in mine], mine, *states)
+    if len(covered) != len(trained) or set(covered) != set(trained):
         raise _Ordinary("the optimizer does not have all parameters of the model")
-    return updates
+    return [state for p in trained if (state := optimizer.state.get(p)) is not None]
 
 
-def _number(group: dict[str, Any], *names: str) -> list[float]:
-    values = [group[name] for name in names]
-    if any(isinstance(value, Tensor) for value in values):
-        raise _Ordinary("a setting of the optimizer is a tensor")
-    return values
+def _check_numbers(group: dict[str, Any], *names: str) -> None:
+    for name in names:
+        value = group[name]
+        if isinstance(value, Tensor) and not (are_plain(value) and value.is_cpu and value.numel() == 1):
+            raise _Ordinary(f"{name} of the optimizer is a tensor of another kind than one number on the CPU")
 
 
 def _states(optimizer: optim.Optimizer, parameters: Sequence[Tensor], *names: str) -> list[list[Tensor]]:
@@ -384,65 +488,40 @@ def _states(optimizer: optim.Optimizer, parameters: Sequence[Tensor], *names: st
     for name, tensors in zip(names, found, strict=True):
         for t, p in zip(tensors, parameters, strict=True):
             if name == "step":
-                if t.device != p.device:
+                if not (are_plain(t) and t.device == p.device and t.numel() == 1 and t.dtype in _STEP_DTYPES):
                     raise _Ordinary("on this device the optimizer needs fused=True")
-            elif t.shape != p.shape or t.dtype != p.dtype or t.device != p.device or not t.is_contiguous():
+            elif not (are_plain(t) and t.is_contiguous() and _is_like(t, p)):
                 raise _Ordinary("a state of the optimizer is not like its parameter")
     return found
 
 
+def _is_like(t: Tensor, p: Tensor) -> bool:
+    return t.shape == p.shape and t.dtype == p.dtype and t.device == p.device
+
+
+_STEP_DTYPES = (torch.float32, torch.float64)
+_Update = tuple[int, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]  # rule, and the states in torch's order
+_ADAM, _ADAMW, _SGD = range(3)  # UpdateRule of csrc/kernels/cpu/kernels.h
+
+
 def _adam(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]) -> _Update:
-    lr, weight_decay, eps = _number(group, "lr", "weight_decay", "eps")
-    beta1, beta2 = group["betas"]
-    if group.get("capturable") or group.get("differentiable") or isinstance(beta1, Tensor):
+    _check_numbers(group, "lr", "weight_decay", "eps")
+    if group.get("capturable") or group.get("differentiable") or isinstance(group["betas"][0], Tensor):
         raise _Ordinary("the optimizer is capturable or differentiable")
     means, squares, steps = _states(optimizer, parameters, "exp_avg", "exp_avg_sq", "step")
     maxima = _states(optimizer, parameters, "max_exp_avg_sq")[0] if group["amsgrad"] else []
     decoupled = group.get("decoupled_weight_decay", type(optimizer) is optim.AdamW)
-    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-
-    def update(grads: dict[Tensor, Tensor]) -> None:
-        torch._foreach_add_(steps, 1)
-        kernel(
-            parameters,
-            [grads[p] for p in parameters],
-            means,
-            squares,
-            maxima,
-            steps,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
-        )
-
-    return update
+    return _ADAMW if decoupled else _ADAM, means, squares, maxima, steps
 
 
 def _sgd(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]) -> _Update:
-    lr, momentum, dampening, weight_decay = _number(group, "lr", "momentum", "dampening", "weight_decay")
+    _check_numbers(group, "lr", "momentum", "dampening", "weight_decay")
     if group.get("differentiable"):
         raise _Ordinary("the optimizer is capturable or differentiable")
-    buffers = _states(optimizer, parameters, "momentum_buffer")[0] if momentum else []
-
-    def update(grads: dict[Tensor, Tensor]) -> None:
-        torch._fused_sgd_(
-            parameters,
-            [grads[p] for p in parameters],
-            buffers,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            lr=lr,
-            dampening=dampening,
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            is_first_step=False,
-        )
-
-    return update
+    buffers = _states(optimizer, parameters, "momentum_buffer")[0] if group["momentum"] else []
+    return _SGD, buffers, [], [], []
 
 
 _KINDS = {optim.Adam: _adam, optim.AdamW: _adam, optim.SGD: _sgd}
+
+use_one_call(lambda model, loss, optimizer: TrainingStep(model, loss, optimizer, keep_grads=True, exact=True))

@@ -1,8 +1,8 @@
 """AlexNet (Krizhevsky et al., 2012) from torchvision, on digits of 64x64 pixels.
 
-The fused layers are the two large ones of the classifier, Linear and ReLU. They hold 55 of the 61 million parameters.
-The small setting has 256 hidden features there instead of 4,096, no dropout, and scikit-learn's digits instead of
-MNIST.
+The fused layers are those of the classifier, one chain of three. The two large ones hold 55 of the 61 million
+parameters. The small setting has 256 hidden features there instead of 4,096, no dropout, and scikit-learn's digits
+instead of MNIST.
 
 python examples/alexnet.py [--small]
 """

@@ -85,7 +85,7 @@ class Both(Generic[Result]):
     def __str__(self) -> str:
         sites = sum(len(report.fused) for report in self.reports)
         return (
-            f"{sites} fused layers; stock and fused losses at most {self.apart:.1e} apart over the first "
+            f"{sites} fused places; stock and fused losses at most {self.apart:.1e} apart over the first "
             f"{min(BEGINNING, len(self.stock.losses))} steps; a step of stock takes {self.ratio:.2f} times that of "
             f"fused ({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
         )

@@ -89,6 +89,12 @@ struct Gemm {
   int splits;               // k-slices; > 1: the slices are summed in order
   void* panels;             // CPU: scratch of panels_size() bytes, or nullptr: every task packs the B that it needs
   void* partials;           // splits > 1: scratch of partials_size() accumulators
+
+  // Forward of a gated layer, CPU: c = act(A · B + bias) · (A · b_up + bias_up). z receives the first preactivation.
+  bool gated;           // there is a second product
+  View b_up;            // B[p, j] of it
+  const void* bias_up;  // [n] contiguous, or nullptr
+  void* z_up;           // [m, n] contiguous: receives the second preactivation; set where z is
 };
 
 // dz = g · act'(saved) and dbias = the column sums of dz, as one elementwise pass. For library products, which read dz
@@ -111,6 +117,32 @@ struct ActPass {
   const void* z;
   Activation act;
   void* y;
+};
+
+// y = act(gate) · up, elementwise over count contiguous elements, behind the two products of a gated layer. y may be the
+// memory of either operand.
+struct GluPass {
+  int64_t count;
+  const void *gate, *up;  // the preactivations
+  Activation act;
+  void* y;
+};
+
+// The gradients of both preactivations of a gated layer, and their column sums, in one elementwise pass:
+//
+//   dz_gate = g · up · act'(gate)    dbias_gate = Σ dz_gate
+//   dz_up   = g · act(gate)          dbias_up   = Σ dz_up
+struct GluGradPass {
+  DType dtype;
+  int64_t m, n;
+  View g;         // [m, n], the gradient of y
+  View gate, up;  // [m, n], the preactivations. up may have no data where nothing of the gate is wanted; gate where
+                  // nothing of up is wanted and the activation is none
+  Activation act;
+  void *dz_gate, *dz_up;        // [m, n], rows dz_pitch elements apart; either may be nullptr
+  int64_t dz_pitch;             //
+  void *dbias_gate, *dbias_up;  // [n], or nullptr
+  void* partials;               // accumulators, for each dbias as many as in GradPass
 };
 
 // The most layers of one fused MLP.

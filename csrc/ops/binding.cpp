@@ -2,10 +2,12 @@
 #include <torch/library.h>
 
 #include "ops/autograd/linear_act.h"
+#include "ops/autograd/linear_glu.h"
 #include "ops/autograd/losses.h"
 #include "ops/autograd/mlp.h"
 #include "ops/autograd/mlp_loss.h"
 #include "ops/linear_act.h"
+#include "ops/linear_glu.h"
 #include "ops/losses.h"
 #include "ops/mlp.h"
 #include "ops/on_device.h"
@@ -18,6 +20,14 @@ TORCH_LIBRARY(dlkernels, m) {
       "_linear_act_differentiable_backward(Tensor? grad_y, Tensor? grad_saved, Tensor? x, Tensor? weight, "
       "Tensor? saved, Tensor? anchor, int act, float slope, bool need_x, bool need_weight, bool need_bias) -> "
       "(Tensor, Tensor, Tensor)");
+  m.def(
+      "_linear_glu(Tensor x, Tensor weight_gate, Tensor weight_up, Tensor? bias_gate, Tensor? bias_up, int act, "
+      "float slope) -> Tensor");
+  m.def(
+      "_linear_glu_differentiable_backward(Tensor? grad_y, Tensor? grad_gate, Tensor? grad_up, Tensor? x, "
+      "Tensor? weight_gate, Tensor? weight_up, Tensor? gate, Tensor? up, int act, float slope, bool need_x, "
+      "bool need_weight_gate, bool need_weight_up, bool need_bias_gate, bool need_bias_up) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope) -> Tensor");
   m.def(
       "_mlp_differentiable_backward(Tensor? grad_y, Tensor?[] grads_kept, Tensor? x, Tensor?[] weights, Tensor? y, "
@@ -25,7 +35,7 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_mlp_loss(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, Tensor target, int kind, "
       "Tensor? class_weight, int reduction, int ignore_index, float label_smoothing, int[] needs) -> "
-      "(Tensor, Tensor[])");
+      "(Tensor, Tensor, Tensor[])");
   m.def("_mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
   m.def(
       "_mse_loss_differentiable_backward(Tensor grad_loss, Tensor input, Tensor target, int reduction, "
@@ -64,6 +74,16 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_linear_act_autocast_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor saved, ScalarType x_dtype, "
       "int act, float slope, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_linear_glu_forward(Tensor x, Tensor weight_gate, Tensor weight_up, Tensor? bias_gate, Tensor? bias_up, "
+      "int act, float slope) -> Tensor");
+  m.def(
+      "_linear_glu_forward_z(Tensor x, Tensor weight_gate, Tensor weight_up, Tensor? bias_gate, Tensor? bias_up, "
+      "int act, float slope) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_linear_glu_backward(Tensor grad_y, Tensor? x, Tensor? weight_gate, Tensor? weight_up, Tensor? gate, "
+      "Tensor? up, int act, float slope, bool need_x, bool need_weight_gate, bool need_weight_up, "
+      "bool need_bias_gate, bool need_bias_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, int[] keep) -> Tensor[]");
   m.def(
       "_mlp_backward(Tensor grad_y, Tensor? x, Tensor?[] weights, Tensor? y, Tensor[] kept, int[] keep, int[] acts, "
@@ -84,6 +104,7 @@ TORCH_LIBRARY(dlkernels, m) {
 TORCH_LIBRARY_IMPL(dlkernels, CompositeImplicitAutograd, m) {
   m.impl("_linear_act", &dlk::linear_act);
   m.impl("_linear_act_autocast", &dlk::linear_act_autocast);
+  m.impl("_linear_glu", &dlk::linear_glu);
   m.impl("_mlp", &dlk::mlp);
   m.impl("_mlp_loss", &dlk::mlp_loss);
   m.impl("_mse_loss", &dlk::mse_loss);
@@ -97,6 +118,9 @@ TORCH_LIBRARY_IMPL(dlkernels, CompositeImplicitAutograd, m) {
     m.impl("_linear_act_forward", &dlk::On<dlk::device, dlk::linear_act_forward>::call);                     \
     m.impl("_linear_act_forward_z", &dlk::On<dlk::device, dlk::linear_act_forward_z>::call);                 \
     m.impl("_linear_act_backward", &dlk::On<dlk::device, dlk::linear_act_backward>::call);                   \
+    m.impl("_linear_glu_forward", &dlk::On<dlk::device, dlk::linear_glu_forward>::call);                     \
+    m.impl("_linear_glu_forward_z", &dlk::On<dlk::device, dlk::linear_glu_forward_z>::call);                 \
+    m.impl("_linear_glu_backward", &dlk::On<dlk::device, dlk::linear_glu_backward>::call);                   \
     m.impl("_mlp_forward", &dlk::On<dlk::device, dlk::mlp_forward>::call);                                   \
     m.impl("_mlp_backward", &dlk::On<dlk::device, dlk::mlp_backward>::call);                                 \
     m.impl("_mse_loss_forward", &dlk::On<dlk::device, dlk::mse_loss_forward>::call);                         \

@@ -1,5 +1,6 @@
 #include "ops/check.h"
 
+#include <ATen/core/List.h>
 #include <c10/util/Exception.h>
 
 #include <string>
@@ -73,11 +74,11 @@ int64_t rows_of(const at::Tensor& t) {  // every index but the last one, one aft
   return rows;
 }
 
-Activation check_activation(int64_t act, double slope) {
-  TORCH_CHECK_VALUE(act >= 0 && act < kActivations, "linear_act: expected an activation code in [0, ", kActivations,
+Activation check_activation(int64_t act, double slope, const char* op) {
+  TORCH_CHECK_VALUE(act >= 0 && act < kActivations, op, ": expected an activation code in [0, ", kActivations,
                     "), got ", act);
-  TORCH_CHECK_VALUE(slope >= 0,
-                    "linear_act: negative_slope must be >= 0 (the gradient is read from the sign of y), got ", slope);
+  // A layer reads its gradient from the sign of y.
+  TORCH_CHECK_VALUE(slope >= 0, op, ": negative_slope must be >= 0, got ", slope);
   return {static_cast<Act>(act), slope};
 }
 
@@ -103,7 +104,7 @@ std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weig
 Problem check_forward(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t act,
                       double slope, Dtypes dtypes) {
   const auto [shape, dtype] = check_linear(x, weight, bias, kOp, dtypes);
-  return {shape, dtype, check_activation(act, slope), casts_of(dtypes, x.scalar_type())};
+  return {shape, dtype, check_activation(act, slope, kOp), casts_of(dtypes, x.scalar_type())};
 }
 
 Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
@@ -142,7 +143,7 @@ Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
                 "), got ", x->sizes());
     shape.k = x->size(-1);
   }
-  return {shape, dtype, check_activation(act, slope), casts_of(dtypes, x_dtype)};
+  return {shape, dtype, check_activation(act, slope, kOp), casts_of(dtypes, x_dtype)};
 }
 
 void check_mlp_counts(size_t weights, size_t biases, size_t acts) {
@@ -173,7 +174,7 @@ std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
       TORCH_CHECK(b->dim() == 1 && b->size(0) == shape.n, "mlp: ", bias, " must be [out_features] = [", shape.n,
                   "], got shape ", b->sizes());
     }
-    layers.push_back({shape, dtype, check_activation(acts[l], slope)});
+    layers.push_back({shape, dtype, check_activation(acts[l], slope, "mlp")});
   }
   return layers;
 }

@@ -1,7 +1,6 @@
 // The only checks on shapes, dtypes and devices: they validate once and return the problem.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -33,7 +32,7 @@ std::pair<Shape, DType> check_linear(const at::Tensor& x, const at::Tensor& weig
                                      const std::optional<at::Tensor>& bias, const char* op, Dtypes = Dtypes::one);
 DType dtype_of(const at::Tensor& t, const char* op);
 int64_t rows_of(const at::Tensor& t);  // every index but the last one, one after the other
-Activation check_activation(int64_t act, double slope);
+Activation check_activation(int64_t act, double slope, const char* op);
 void check_layout(const at::Tensor& t, const char* name, const char* op);
 // Layout and device; with check_like dtype too.
 void check_place(const at::Tensor& t, const char* name, const at::Tensor& x, const char* x_name, const char* op);

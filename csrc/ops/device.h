@@ -4,6 +4,7 @@
 
 #include "ops/loss_calls.h"
 #include "ops/tensors.h"
+#include "planning/linear_glu.h"
 #include "planning/plan.h"
 #include "planning/problem.h"
 
@@ -33,6 +34,11 @@ struct Device {
   void (*activation_pass)(const Problem&, const at::Tensor& z, const at::Tensor& y, const at::Tensor& mask);
   // dz has g's dtype; dbias has g's dtype or accumulators. Either may be undefined.
   void (*gradient_pass)(const Problem&, const OutputGrad&, const at::Tensor& dz, const at::Tensor& dbias);
+  // A gated layer (ops/linear_glu.h): its plans, and its passes. A fused forward is a product.
+  GluPlan (*plan_glu_forward)(const GluForwardProblem&);
+  GluPlan (*plan_glu_backward)(const GluBackwardProblem&);
+  void (*glu_pass)(const Problem&, const GluPass&);
+  void (*glu_gradient_pass)(GluGradPass, const at::Tensor& like);
   // A [M, K] with the same values in memory that a product of torch's may read without harm.
   at::Tensor (*library_operand)(const at::Tensor&);
 

@@ -1,8 +1,5 @@
 #include "ops/layer.h"
 
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
-
 #include "ops/check.h"
 #include "planning/product.h"
 
@@ -34,34 +31,37 @@ Product gradient_product(const Step& step, const Problem& c, const View& left, c
 }
 
 void library_dgrad(const Device& device, const Problem& c, const at::Tensor& dz, const at::Tensor& weight,
-                   const at::Tensor& dx) {
+                   const at::Tensor& dx, OutputMode mode) {
   at::Tensor out = dx.view({c.shape.m, c.shape.k});
-  at::mm_out(out, device.library_operand(dz), weight);
+  const at::Tensor operand = device.library_operand(dz);
+  if (mode == OutputMode::accumulate)
+    aten::addmm_out(out, out, operand, weight);
+  else
+    aten::mm_out(out, operand, weight);
 }
 
 void library_wgrad(const Device& device, const at::Tensor& dz, const at::Tensor& x, const at::Tensor& dweight) {
   at::Tensor out = dweight;
   // The transpose of a contiguous dz lies column by column, which a library reads without harm.
-  at::mm_out(out, dz.is_contiguous() ? dz.t() : device.library_operand(dz.t()), x);
+  aten::mm_out(out, dz.is_contiguous() ? dz.t() : device.library_operand(dz.t()), x);
 }
 
 void library_forward(const Device& device, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                      at::Tensor out) {
   const at::Tensor operand = device.library_operand(x);
   if (bias.defined())
-    at::addmm_out(out, bias, operand, weight.t());
+    aten::addmm_out(out, bias, operand, weight.t());
   else
-    at::mm_out(out, operand, weight.t());
+    aten::mm_out(out, operand, weight.t());
 }
 
 }  // namespace
 
-void layer_forward(const Device& device, const Problem& c, const at::Tensor& x, const at::Tensor& weight,
-                   const at::Tensor& bias, const Outputs& out) {
-  if (c.is_empty()) return;
+void run_forward(const Device& device, const Plan& plan, const Problem& c, const at::Tensor& x,
+                 const at::Tensor& weight, const at::Tensor& bias, const Outputs& out) {
   const at::Tensor x2 = as_rows(x);
   const View x_view = view_of(x2), weight_view = view_of(weight);
-  for (const Step& step : device.plan_forward({c, x_view, weight_view, out.z.defined(), out.mask.defined()})) {
+  for (const Step& step : plan) {
     if (step.kind == StepKind::activation_pass) {
       device.activation_pass(c, out.z.defined() ? out.z : out.y, out.y, out.mask);
     } else if (is_library(step.path)) {
@@ -78,11 +78,9 @@ void layer_forward(const Device& device, const Problem& c, const at::Tensor& x, 
   }
 }
 
-void layer_backward(const Device& device, const Problem& c, const OutputGrad& in, const at::Tensor& x,
-                    const at::Tensor& weight, const Gradients& gradients, BackwardEpilogue* below) {
-  if (c.is_empty()) return;
+void run_backward(const Device& device, const Plan& plan, const Problem& c, const OutputGrad& in, const at::Tensor& x,
+                  const at::Tensor& weight, const Gradients& gradients, BackwardEpilogue* below, OutputMode dx_mode) {
   const auto& [dx, dweight, dbias] = gradients;
-  const bool has_below = below && below->saved.defined();
   const at::Tensor g = as_rows(in.g);
   at::Tensor saved;
   if (in.saved.defined()) saved = as_rows(is_mask(in.saved) ? aligned(in.saved) : in.saved);
@@ -91,17 +89,7 @@ void layer_backward(const Device& device, const Problem& c, const OutputGrad& in
              weight_view = weight.defined() ? view_of(weight) : View{};
   at::Tensor dz = saved.defined() ? at::Tensor() : g;
 
-  const BackwardProblem problem = {c,
-                                   g_view,
-                                   saved.defined(),
-                                   x_view,
-                                   weight_view,
-                                   dx.defined(),
-                                   dweight.defined(),
-                                   dbias.defined(),
-                                   has_below,
-                                   has_below && below->wants_dbias};
-  for (const Step& step : device.plan_backward(problem)) {
+  for (const Step& step : plan) {
     const at::Tensor step_dbias = wanted(step, kDbias, dbias);
     if (step.kind == StepKind::gradient_pass) {
       if (step.outputs & kDz) dz = new_empty({c.shape.m, c.shape.n}, g.options());
@@ -110,11 +98,13 @@ void layer_backward(const Device& device, const Problem& c, const OutputGrad& in
       device.backward(step, c, {g, saved}, x2, weight,
                       {wanted(step, kDx, dx), wanted(step, kDweight, dweight), step_dbias});
     } else if (is_library(step.path)) {
-      step.kind == StepKind::dgrad ? library_dgrad(device, c, dz, weight, dx) : library_wgrad(device, dz, x2, dweight);
+      step.kind == StepKind::dgrad ? library_dgrad(device, c, dz, weight, dx, dx_mode)
+                                   : library_wgrad(device, dz, x2, dweight);
     } else {
       Product p = gradient_product(step, c, step.dz_in_load ? g_view : view_of(dz), saved, weight_view, x_view);
       p.c = (step.kind == StepKind::dgrad ? dx : dweight).data_ptr();
       p.row_sum = data_or_null(step_dbias);
+      if (step.kind == StepKind::dgrad) p.output_mode = dx_mode;
       if (step.below) {
         p.below_saved = below->saved.const_data_ptr();
         p.below_is_mask = is_mask(below->saved);
@@ -128,6 +118,33 @@ void layer_backward(const Device& device, const Problem& c, const OutputGrad& in
       device.product(step, c, p, g);
     }
   }
+}
+
+void layer_forward(const Device& device, const Problem& c, const at::Tensor& x, const at::Tensor& weight,
+                   const at::Tensor& bias, const Outputs& out) {
+  if (c.is_empty()) return;
+  const at::Tensor x2 = as_rows(x);
+  const ForwardProblem problem = {c, view_of(x2), view_of(weight), out.z.defined(), out.mask.defined()};
+  run_forward(device, device.plan_forward(problem), c, x2, weight, bias, out);
+}
+
+void layer_backward(const Device& device, const Problem& c, const OutputGrad& in, const at::Tensor& x,
+                    const at::Tensor& weight, const Gradients& gradients, BackwardEpilogue* below) {
+  if (c.is_empty()) return;
+  const auto& [dx, dweight, dbias] = gradients;
+  const bool has_below = below && below->saved.defined();
+  const at::Tensor g = as_rows(in.g), x2 = dweight.defined() ? as_rows(x) : at::Tensor();
+  const BackwardProblem problem = {c,
+                                   view_of(g),
+                                   in.saved.defined(),
+                                   x2.defined() ? view_of(x2) : View{},
+                                   weight.defined() ? view_of(weight) : View{},
+                                   dx.defined(),
+                                   dweight.defined(),
+                                   dbias.defined(),
+                                   has_below,
+                                   has_below && below->wants_dbias};
+  run_backward(device, device.plan_backward(problem), c, {g, in.saved}, x2, weight, gradients, below);
 }
 
 }  // namespace dlk

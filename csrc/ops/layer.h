@@ -20,11 +20,20 @@ struct BackwardEpilogue {
   at::Tensor dbias;  // [n of the layer below], if it was summed
 };
 
-// y = act(x · weightᵀ + bias); bias is contiguous or undefined.
+// y = act(x · weightᵀ + bias), by the steps of `plan`; bias is contiguous or undefined.
+void run_forward(const Device&, const Plan& plan, const Problem&, const at::Tensor& x, const at::Tensor& weight,
+                 const at::Tensor& bias, const Outputs&);
+
+// Fills the gradients that are defined, by the steps of `plan`. x may be undefined without dweight, weight without dx. dx
+// may be accumulators, as `dx_mode` says; a library's product adds to a dx of g's dtype.
+void run_backward(const Device&, const Plan& plan, const Problem&, const OutputGrad&, const at::Tensor& x,
+                  const at::Tensor& weight, const Gradients&, BackwardEpilogue* below = nullptr,
+                  OutputMode dx_mode = OutputMode::cast);
+
+// Both, by the plan that the device makes.
 void layer_forward(const Device&, const Problem&, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                    const Outputs&);
 
-// Fills the gradients that are defined. x may be undefined without dweight, weight without dx.
 void layer_backward(const Device&, const Problem&, const OutputGrad&, const at::Tensor& x, const at::Tensor& weight,
                     const Gradients&, BackwardEpilogue* below = nullptr);
 

@@ -1,8 +1,6 @@
 // The ops of the losses: check, describe, allocate, and let the device run.
 #include "ops/losses.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
@@ -47,7 +45,7 @@ struct ElementOrder {
   }
   at::Tensor result(bool wanted, const at::Tensor& like, const at::TensorOptions& options) const {
     if (!wanted) return {};
-    return strides.empty() ? new_empty(like.sizes(), options) : at::empty_strided(like.sizes(), strides, options);
+    return strides.empty() ? new_empty(like.sizes(), options) : aten::empty_strided(like.sizes(), strides, options);
   }
 };
 

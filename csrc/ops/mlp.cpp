@@ -1,5 +1,6 @@
 #include "ops/mlp.h"
 
+#include <ATen/core/List.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
@@ -149,7 +150,7 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
       if (!need_input(l) && input[l].defined() && input[l].dim() > 0) shape.k = input[l].size(-1);
       check_rows(input[l], l, "the input", shape.k);
     }
-    layers[l] = {shape, dtype, check_activation(acts[l], slope)};
+    layers[l] = {shape, dtype, check_activation(acts[l], slope, "mlp")};
     if ((keep[l] & kKeepMask) && last_mask > values && device.takes_mask(layers[l]))
       a.mask[l] = kept[--last_mask].contiguous();
   }

@@ -1,7 +1,6 @@
 // A chain of layers, h[l+1] = act_l(h[l] · weight_lᵀ + bias_l), for every device: one fused MLP kernel, or layer by layer.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>

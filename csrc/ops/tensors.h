@@ -2,8 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <optional>
 #include <tuple>
@@ -11,6 +9,7 @@
 
 #include "kernels/cpu/huge_pages.h"
 #include "kernels/params.h"
+#include "ops/aten.h"
 
 namespace dlk {
 
@@ -19,7 +18,7 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweigh
 
 // An output or scratch that nothing has been written to yet. On CPU large ones ask for huge pages.
 inline at::Tensor new_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor t = at::empty(sizes, options);
+  at::Tensor t = aten::empty(sizes, options);
   if (t.is_cpu()) cpu::ask_for_huge_pages(t.const_data_ptr(), t.nbytes());
   return t;
 }
@@ -58,7 +57,7 @@ inline Gradients new_gradients(const Shape& s, const at::Tensor& g, at::ScalarTy
                                bool need_x, bool need_weight, bool need_bias) {
   auto make = [&](at::IntArrayRef sizes, at::ScalarType dtype) {
     const at::TensorOptions options = g.options().dtype(dtype);
-    return s.m == 0 || s.n == 0 ? at::zeros(sizes, options) : new_empty(sizes, options);
+    return s.m == 0 || s.n == 0 ? aten::zeros(sizes, options) : new_empty(sizes, options);
   };
   Gradients made;
   if (need_x) std::get<0>(made) = make(resized_last(g, s.k), x);

@@ -40,6 +40,11 @@ enum Output : unsigned {
   kDweight = 32,
   kDbias = 64,
   kDbiasBelow = 128,  // dbias of the layer below
+  // Of the second half of a gated layer; its first half has the names above.
+  kZUp = 256,
+  kDzUp = 512,
+  kDweightUp = 1024,
+  kDbiasUp = 2048,
 };
 
 constexpr const char* kElementwise = "elementwise";  // the reason of a pass

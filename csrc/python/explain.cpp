@@ -8,11 +8,13 @@
 #include <vector>
 
 #include "kernels/cpu/kernels.h"
+#include "planning/cpu/linear_glu.h"
 #include "planning/cpu/plan.h"
 #include "planning/cpu/route.h"
 #include "python/names.h"
 #ifdef DLKERNELS_CUDA
 #include "ops/cuda/machine.h"
+#include "planning/cuda/linear_glu.h"
 #endif
 
 namespace dlk::python {
@@ -34,34 +36,50 @@ struct Layer {
   bool bias, below, dbias_below;
 };
 
-std::vector<std::string> outputs_of(unsigned outputs) {
-  constexpr std::pair<Output, const char*> kNames[] = {{kY, "y"},         {kZ, "z"},
-                                                       {kMask, "mask"},   {kDz, "dz"},
-                                                       {kDx, "dx"},       {kDweight, "dweight"},
-                                                       {kDbias, "dbias"}, {kDbiasBelow, "dbias_below"}};
+using OutputName = std::pair<Output, const char*>;
+constexpr OutputName kLayerNames[] = {{kY, "y"},         {kZ, "z"},
+                                      {kMask, "mask"},   {kDz, "dz"},
+                                      {kDx, "dx"},       {kDweight, "dweight"},
+                                      {kDbias, "dbias"}, {kDbiasBelow, "dbias_below"}};
+constexpr OutputName kGluNames[] = {{kY, "y"},
+                                    {kZ, "gate"},
+                                    {kZUp, "up"},
+                                    {kDz, "dz_gate"},
+                                    {kDzUp, "dz_up"},
+                                    {kDx, "dx"},
+                                    {kDweight, "dweight_gate"},
+                                    {kDweightUp, "dweight_up"},
+                                    {kDbias, "dbias_gate"},
+                                    {kDbiasUp, "dbias_up"}};
+
+template <class Names>
+std::vector<std::string> outputs_of(unsigned outputs, const Names& all) {
   std::vector<std::string> names;
-  for (const auto& [output, name] : kNames)
+  for (const auto& [output, name] : all)
     if (outputs & output) names.push_back(name);
   return names;
 }
 
-// `kernel(step)` and `scratch(step)`: the step's kernel as people read it, and the bytes that it allocates.
+// A step as Python reads it. `kernel` as people read it, `scratch`: the bytes that it allocates.
+py::dict row_of(const Step& step, const std::vector<std::string>& makes, const std::string& kernel, int64_t scratch) {
+  py::dict row;
+  row["kind"] = name(step.kind);
+  row["path"] = name(step.path);
+  row["kernel"] = kernel;
+  row["makes"] = makes;
+  row["dz_in_load"] = step.dz_in_load;
+  row["below"] = step.below;
+  row["splits"] = step.splits;
+  row["scratch_bytes"] = scratch;
+  row["why"] = step.why;
+  return row;
+}
+
 template <class Kernel, class Scratch>
 py::list steps_of(const Plan& plan, Kernel&& kernel, Scratch&& scratch) {
   py::list steps;
-  for (const Step& step : plan) {
-    py::dict row;
-    row["kind"] = name(step.kind);
-    row["path"] = name(step.path);
-    row["kernel"] = kernel(step);
-    row["makes"] = outputs_of(step.outputs);
-    row["dz_in_load"] = step.dz_in_load;
-    row["below"] = step.below;
-    row["splits"] = step.splits;
-    row["scratch_bytes"] = scratch(step);
-    row["why"] = step.why;
-    steps.append(row);
-  }
+  for (const Step& step : plan)
+    steps.append(row_of(step, outputs_of(step.outputs, kLayerNames), kernel(step), scratch(step)));
   return steps;
 }
 
@@ -94,6 +112,72 @@ py::dict plan_of(const Layer& l, const Plans& plans) {
   return out;
 }
 
+// The steps of a gated layer, in the order in which they run.
+template <class Plans>
+struct GluSteps {
+  const Plans& plans;  // of one half
+  py::list rows;
+
+  void add(const Step& step, unsigned outputs, int64_t scratch) {
+    rows.append(row_of(step, outputs_of(outputs, kGluNames), plans.kernel_of(step), scratch));
+  }
+  // The steps of one half, with the names of its outputs.
+  void add_half(const Plan& half, unsigned y, unsigned dweight, int64_t dx_scratch) {
+    for (const Step& step : half) {
+      const unsigned o = step.outputs;
+      add(step, (o & kY ? y : 0) | (o & kDx) | (o & kDweight ? dweight : 0),
+          plans.scratch(step) + (o & kDx ? dx_scratch : 0));
+    }
+  }
+  // A pass over both halves takes the memory of a pass over each.
+  void add_pass(Step pass) {
+    const unsigned outputs = pass.outputs;
+    if (!outputs) return;
+    pass.outputs = outputs & (kDz | kDbias);
+    int64_t scratch = plans.scratch(pass);
+    pass.outputs = (outputs & kDzUp ? kDz : 0) | (outputs & kDbiasUp ? kDbias : 0);
+    scratch += plans.scratch(pass);
+    add(pass, outputs, scratch);
+  }
+};
+
+// `half`: the plans of one half of the layer, a layer without activation.
+template <class Plans>
+py::dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one_memory) {
+  const Layer& l = half.l;
+  const auto [m, n, k] = l.problem.shape;
+  Problem c = l.problem;
+  c.act.kind = act;
+  const GluPlan forward = half.glu_forward({c, l.x, l.weight, weight_up, true});
+  const GluPlan backward =
+      half.glu_backward({c, l.x, l.weight, weight_up, one_memory, true, true, l.bias, true, l.bias});
+  py::dict out;
+  GluSteps<Plans> steps{half, py::list()};
+  if (forward.fused) {
+    const Step& step = forward.gate.steps[0];
+    steps.add(step, step.outputs, 2 * half.scratch(step));
+  } else {
+    steps.add_half(forward.gate, kZ, 0, 0);
+    steps.add_half(forward.up, kZUp, 0, 0);
+    steps.add_pass(forward.pass);
+  }
+  out["fused"] = forward.fused;
+  out["forward"] = steps.rows;
+  steps.rows = py::list();
+  steps.add_pass(backward.pass);
+  const int64_t sum = backward.dx_sum == DxSum::unrounded ? m * k * accumulator_size(c.dtype) : 0;
+  const int64_t added = backward.dx_sum == DxSum::apart ? m * k * element_size(c.dtype) : 0;
+  steps.add_half(backward.gate, kY, kDweight, sum);
+  steps.add_half(backward.up, kY, kDweightUp, added);
+  Layer both = l;
+  both.problem.shape.n = 2 * n;
+  const Plans both_plans = half.with(both);
+  GluSteps<Plans> whole{both_plans, steps.rows};
+  whole.add_half(backward.dgrad, kY, kDweight, 0);
+  out["backward"] = steps.rows;
+  return out;
+}
+
 struct RouteRow {
   Path path;
   std::string why;
@@ -106,6 +190,9 @@ struct CpuPlans {
 
   Plan forward(const ForwardProblem& p) const { return cpu::plan_forward(p, machine); }
   Plan backward(const BackwardProblem& p) const { return cpu::plan_backward(p, machine); }
+  GluPlan glu_forward(const GluForwardProblem& p) const { return cpu::plan_glu_forward(p, machine); }
+  GluPlan glu_backward(const GluBackwardProblem& p) const { return cpu::plan_glu_backward(p, machine); }
+  CpuPlans with(const Layer& other) const { return {other, machine}; }
   int64_t scratch(const Step& step) const { return cpu::scratch_bytes(step, l.problem, machine); }
   const char* kernel(Path path) const {
     const bool in_bf16 = l.problem.dtype == DType::f32 && machine.bf16_products && path == Path::packed;
@@ -135,6 +222,9 @@ struct CudaPlans {
 
   Plan forward(const ForwardProblem& p) const { return cuda::plan_forward(p, cuda::kMachine); }
   Plan backward(const BackwardProblem& p) const { return cuda::plan_backward(p, cuda::kMachine); }
+  GluPlan glu_forward(const GluForwardProblem& p) const { return cuda::plan_glu_forward(p, cuda::kMachine); }
+  GluPlan glu_backward(const GluBackwardProblem& p) const { return cuda::plan_glu_backward(p, cuda::kMachine); }
+  CudaPlans with(const Layer& other) const { return {other}; }
   int64_t scratch(const Step& step) const { return cuda::kMachine.scratch(step, l.problem); }
   const char* kernel(Path path) const { return cuda::kernel(path, l.problem.dtype); }
   const char* kernel_of(const Step& step) const {
@@ -175,6 +265,19 @@ py::dict explain_layer(bool cuda, int64_t m, int64_t n, int64_t k, const std::st
   return plan_of(layer, CpuPlans{layer, cpu::this_machine(threads, in_bf16)});
 }
 
+py::dict explain_glu(bool cuda, int64_t m, int64_t n, int64_t k, const std::string& dtype, int act, const PyView& x,
+                     const PyView& weight_gate, const PyView& weight_up, bool one_memory, bool bias, int threads,
+                     bool in_bf16) {
+  const Layer half = layer_of(m, n, k, dtype, 0, x, weight_gate, "", false, bias, false, false, "");
+  const Act kind = static_cast<Act>(act);
+#ifdef DLKERNELS_CUDA
+  if (cuda) return glu_plan_of(CudaPlans{half}, kind, view_of(weight_up), one_memory);
+#else
+  refuse_cuda(cuda);
+#endif
+  return glu_plan_of(CpuPlans{half, cpu::this_machine(threads, in_bf16)}, kind, view_of(weight_up), one_memory);
+}
+
 py::tuple explain_fused_mlp(bool cuda, const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
   const DType type = dtype_named(dtype);
   std::vector<FusedMlpLayer> described;
@@ -210,6 +313,10 @@ void add_explain(py::module_& m) {
         py::arg("cuda"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("act"), py::arg("x"),
         py::arg("weight"), py::arg("beside"), py::arg("saved"), py::arg("bias"), py::arg("below"),
         py::arg("dbias_below"), py::arg("casts"), py::arg("threads"), py::arg("in_bf16"));
+  m.def("explain_glu", &explain_glu, "The plan of a gated layer with all gradients: steps of forward and backward.",
+        py::arg("cuda"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("act"), py::arg("x"),
+        py::arg("weight_gate"), py::arg("weight_up"), py::arg("one_memory"), py::arg("bias"), py::arg("threads"),
+        py::arg("in_bf16"));
   m.def("explain_fused_mlp", &explain_fused_mlp,
         "Slices, kernel and scratch in bytes of the fused MLP kernels for these layers; 0 slices: layer by layer.",
         py::arg("cuda"), py::arg("layers"), py::arg("dtype"));

@@ -9,8 +9,11 @@
 
 #include "kernels/cpu/isa/isa.h"
 #include "planning/cpu/machine.h"
+#include "python/decided.h"
 #include "python/explain.h"
+#include "python/names.h"
 #include "python/routes.h"
+#include "python/training.h"
 
 namespace py = pybind11;
 
@@ -79,6 +82,14 @@ py::dict cpu_kernels() {
   return d;
 }
 
+// Run `steps` steps of multiply-adds on the registers of the calling thread, without the interpreter's lock. Return
+// their operations.
+int64_t peak_loop(const std::string& dtype, int64_t steps) {
+  const auto run = dlk::cpu::kernels().table[static_cast<int>(dlk::python::dtype_named(dtype))].peak_loop;
+  const py::gil_scoped_release unlocked;
+  return run(steps);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -89,6 +100,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_kernels", &cpu_kernels, "The CPU kernel set in use: its instruction set and its micro-kernel per dtype.");
   m.def("cpu_autocast", &cpu_autocast,
         "True where layers under bfloat16 autocast convert float32 parameters themselves.");
+  m.def("peak_loop", &peak_loop, py::arg("dtype"), py::arg("steps"),
+        "Multiply on the registers of the calling thread; return the operations. For the benchmark.");
+  dlk::python::add_decided(m);
   dlk::python::add_explain(m);
   dlk::python::add_routes(m);
+  dlk::python::add_training(m);
 }

@@ -36,6 +36,23 @@ def _recorded_layer(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, sl
     return _forward(x, weight, bias, act, slope)
 
 
+def _glu_forward_z(
+    x: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    bias_gate: Tensor | None,
+    bias_up: Tensor | None,
+    act: int,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = F.linear(x, weight_gate, bias_gate), F.linear(x, weight_up, bias_up)
+    return activation_of_code(act).value(gate, slope) * up, gate, up
+
+
+def _glu(*args: Any) -> Tensor:
+    return _glu_forward_z(*args)[0]
+
+
 def _cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *settings: Any) -> Tensor:
     return stock_cross_entropy(input, target, weight, Settings(*settings))
 
@@ -72,6 +89,9 @@ LAYERS: Decompositions = {  # these return every output of the operator
     _ops._linear_act_forward.default: _forward,
     _ops._linear_act_forward_z.default: _forward_z,
     _ops._linear_act_forward_mask.default: _forward_mask,
+    _ops._linear_glu.default: _glu,
+    _ops._linear_glu_forward.default: _glu,
+    _ops._linear_glu_forward_z.default: _glu_forward_z,
 }
 DECOMPOSITIONS: Decompositions = {
     **LAYERS,

@@ -65,6 +65,20 @@ def _autocast_backward(
     return _gradients(g, x, weight, need_x, need_weight)
 
 
+@register_flop_formula([_ops._linear_glu_forward, _ops._linear_glu_forward_z])
+def _glu_forward(x: Shape, weight_gate: Shape, weight_up: Shape, *_: Any, **__: Any) -> int:
+    return _product(x, weight_gate) + _product(x, weight_up)
+
+
+@register_flop_formula(_ops._linear_glu_backward)
+def _glu_backward(
+    g: Shape, x: Shape | None, weight_gate: Shape | None, weight_up: Shape | None, *rest: Any, **__: Any
+) -> int:
+    need_x, need_weight_gate, need_weight_up = rest[4:7]
+    gate = _gradients(g, x, weight_gate, need_x, need_weight_gate)
+    return gate + _gradients(g, x, weight_up, need_x, need_weight_up)
+
+
 @register_flop_formula(_ops._mlp_forward)
 def _mlp_forward(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
     return sum(_product(x, weight) for weight in weights)

@@ -50,16 +50,17 @@ _forward_z = torch.ops.dlkernels._linear_act_forward_z.default
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_like(first_name: str, first: Tensor, *others: tuple[str, Tensor | None]) -> None:
+def check_like(op: str, first_name: str, first: Tensor, *others: tuple[str, Tensor | None]) -> None:
+    """Raise unless ``first`` has a dtype of ours, and the others its dtype and device. ``op`` begins the message."""
     torch._check_type(
         first.dtype in _DTYPES,
-        lambda: f"linear_act: expected float64, float32, bfloat16 or float16 tensors, got {first.dtype}",
+        lambda: f"{op}: expected float64, float32, bfloat16 or float16 tensors, got {first.dtype}",
     )
     for name, t in others:
         torch._check(
             t is None or (t.dtype == first.dtype and t.device == first.device),
             lambda name=name, t=t: (
-                f"linear_act: {name} is {t.dtype} on {t.device}, but {first_name} is {first.dtype} on {first.device}"
+                f"{op}: {name} is {t.dtype} on {t.device}, but {first_name} is {first.dtype} on {first.device}"
             ),
         )
 
@@ -76,7 +77,7 @@ def _fake_y(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0]),
         lambda: f"linear_act: bias must be [{weight.shape[0]}], got {tuple(bias.shape) if bias is not None else None}",
     )
-    _check_like("x", x, ("weight", weight), ("bias", bias))
+    check_like("linear_act", "x", x, ("weight", weight), ("bias", bias))
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -109,7 +110,9 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> Gradients:
-    _check_like("grad_y", grad_y, ("x", x), ("weight", weight), ("saved", None if masks.is_mask(saved) else saved))
+    check_like(
+        "linear_act", "grad_y", grad_y, ("x", x), ("weight", weight), ("saved", None if masks.is_mask(saved) else saved)
+    )
     n = grad_y.shape[-1]
     dx = grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])) if need_x and weight is not None else None
     dweight = grad_y.new_empty((n, x.shape[-1])) if need_weight and x is not None else None

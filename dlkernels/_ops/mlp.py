@@ -30,7 +30,6 @@ from dlkernels._ops.modes import are_plain, autocast_active, autocast_operands, 
 
 _recorded = torch.ops.dlkernels._mlp.default
 _forward = torch.ops.dlkernels._mlp_forward.default
-mlp_loss = torch.ops.dlkernels._mlp_loss.default  # see csrc/ops/autograd/mlp_loss.h
 _layer = torch.ops.dlkernels._linear_act_forward.default
 
 Tensors = Sequence[Tensor]

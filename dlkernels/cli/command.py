@@ -60,7 +60,7 @@ def run_command(args: argparse.Namespace) -> int:
     """
     try:
         try:
-            importlib.import_module("dlkernels._public")  # imports torch and the compiled module; --help needs neither
+            importlib.import_module("dlkernels._core")  # imports torch and the compiled module; --help needs neither
         except ImportError as error:  # no torch; or dlkernels is not compiled, or compiled for another torch
             return _print_error(args, _missing_library(error), ExpectedError.exit_status)
         return int(args.action(args))

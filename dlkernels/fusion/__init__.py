@@ -9,11 +9,15 @@ Reading order:
 4. ``values``: the objects that the names at such a place may mean.
 5. ``reading``: the activation behind a class or a function whose body is one call.
 6. ``analysis``: all of this for a model.
-7. ``rewrite``: the rewritten methods; ``swap``: the class that has them.
-8. ``call``, ``chain``, ``known``: the functions that the rewritten methods call.
-9. ``apply``: ``fuse``, ``unfuse``, ``report``.
+7. ``gated``: gated layers, from their place in the syntax tree to the functions that the rewritten methods call;
+   ``series``: calls that follow one another in a method; ``joined``: the chains among them, before a call.
+8. ``rewrite``: the rewritten methods; ``swap``: the class that has them.
+9. ``call``, ``chain``, ``written``, ``known``: the functions that the rewritten methods call; ``stages`` decides how
+   many layers run as one op, ``memory`` remembers that.
+10. ``apply``: ``fuse``, ``unfuse``, ``report``.
 
-Besides these, ``observe`` runs example inputs, ``sites`` holds the report, and ``backend`` fuses in ``torch.compile``.
+Besides these, ``gated_graph`` finds gated layers for the backend, ``observe`` runs example inputs, ``sites`` holds the
+report, and ``backend`` fuses in ``torch.compile``.
 """
 
 from dlkernels.fusion.apply import fuse, report, unfuse

@@ -13,11 +13,15 @@ from torch import nn
 
 from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
 from dlkernels.fusion.chain import leaves, neighbours
+from dlkernels.fusion.gated import gates
+from dlkernels.fusion.joined import Line, line_of_series
 from dlkernels.fusion.known import EXACT, are_known
-from dlkernels.fusion.patterns import Pattern, patterns, why_not_rewritable
+from dlkernels.fusion.patterns import Pattern, blocks, patterns, why_not_rewritable
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import METHODS, is_linear
+from dlkernels.fusion.series import series
 from dlkernels.fusion.source import NoSource, Source, check
+from dlkernels.fusion.stages import Stage
 from dlkernels.fusion.swap import Method, definitions, method_source, original_class, plan_of, walk
 from dlkernels.fusion.syntax import called, overridden_by
 from dlkernels.fusion.unfollowed import multiple_uses, untracked_uses
@@ -41,6 +45,8 @@ class Pair:
     why: str  # the reason why it cannot be fused; empty if it can
     where: str
     sure: bool = True  # False: several layers share this place, and it is not known which of them are called there
+    gates: bool = False  # the place is a gated layer, or its half
+    up: nn.Module | None = None  # the layer of the other half
 
     @property
     def known(self) -> bool:
@@ -50,6 +56,7 @@ class Pair:
 @dataclass(frozen=True)
 class Analysis:
     pairs: tuple[Pair, ...]
+    lines: tuple[Line, ...]
     linears: dict[int, tuple[str, nn.Module]]  # by id: every linear layer, under its first path
     reasons: dict[int, str]  # for linear layers in no pair
 
@@ -58,20 +65,26 @@ def analyse(model: nn.Module) -> Analysis:
     """Find all pairs of a model. None of its code runs, and nothing in it changes."""
     linears = {id(m): (path, m) for path, m in walk(model) if issubclass(type(m), nn.Linear) or is_linear(m)}
     pairs: list[Pair] = []
+    lines: list[Line] = []
     reasons: dict[int, str] = {}
     seen: set[int] = set()  # layers whose call is in a method's source
     for path, module in walk(model):
         if id(module) in linears or not any(id(m) in linears for _, m in walk(module)):
             continue
-        pairs += _own_pairs(module, path, linears, reasons, seen)
+        pairs += _own_pairs(module, path, linears, reasons, seen, lines)
     for key in linears:
         if key not in seen:
             reasons.setdefault(key, "fuse does not see where it is called")
-    return Analysis(tuple(pairs), linears, reasons)
+    return Analysis(tuple(pairs), tuple(lines), linears, reasons)
 
 
 def _own_pairs(
-    module: nn.Module, path: str, linears: dict[int, Any], reasons: dict[int, str], seen: set[int]
+    module: nn.Module,
+    path: str,
+    linears: dict[int, Any],
+    reasons: dict[int, str],
+    seen: set[int],
+    lines: list[Line],
 ) -> Iterator[Pair]:
     cls = original_class(module)
     children = {n: child for n, child in state(module)["_modules"].items() if child is not None}
@@ -104,8 +117,9 @@ def _own_pairs(
             for pattern in patterns(source.node):
                 for pair in _pairs(module, path, method, source, pattern, linears):
                     check(source)
-                    found.append(pair)
+                    found.append(_with_gate(pair, source, linears))
             yield from found
+            lines += _lines(module, path, method, source, linears)
             _record_unmatched(module, source, linears, reasons, seen)
             seen.update(id(pair.linear) for pair in found)
         except NoSource as missing:
@@ -115,6 +129,25 @@ def _own_pairs(
     for child in (m for name in hidden & mine for m in below[name]):
         if id(child) not in seen:
             reasons.setdefault(id(child), "it is called by super(), whose method fuse does not rewrite")
+
+
+def _with_gate(pair: Pair, source: Source, linears: dict[int, Any]) -> Pair:
+    """Return the pair with its other half, if it is half of a gated layer that is known before the call."""
+    gate = next((g for g in gates(source.node, blocks) if g.at == pair.pattern.at), None)
+    if gate is None or pair.linear is None:
+        return pair
+    if gate.up is None:
+        return replace(pair, gates=True)
+    names = Namespace(source, pair.owner)
+    act = pair.pattern.activation
+    looked_up = [gate.up.func, gate.linear.func, *([] if isinstance(act, str) else [act])]
+    several = names.of(gate.up.func)
+    if several is None or len(several) != 1 or not all(map(names.is_plain, looked_up)):
+        return pair
+    (up,) = several
+    if id(up) not in linears or why_not_linear(up) or up.weight.shape != pair.linear.weight.shape:
+        return pair
+    return replace(pair, gates=True, up=up)
 
 
 def _methods(cls: type) -> list[str]:
@@ -162,9 +195,7 @@ def _pairs(
     module: nn.Module, path: str, method: Method, source: Source, pattern: Pattern, linears: dict[int, Any]
 ) -> list[Pair]:
     names = Namespace(source, module)
-    line = pattern.first[0]
-    cls = definitions(original_class(module), method.name)[method.depth][0] if method.depth else original_class(module)
-    where = f"{cls.__name__}.{method.name}:{line}"
+    where = _where(module, method, pattern.first[0])
     found: dict[tuple[int, int, str], Pair] = {}
 
     def add(linear: Any, act: Any, activation: str, why: str, sure: bool = True) -> None:
@@ -175,8 +206,8 @@ def _pairs(
     if pattern.kind == "chain":
         for modules in names.chains(pattern.linear) or ():
             flat = list(leaves(modules, (module,)))
-            for i, _, owner, act in neighbours(flat):
-                linear = flat[i][0]
+            for i, k, owner in neighbours(flat):
+                linear, act = flat[i][0], flat[k][0]
                 if id(linear) in linears and owner is module:  # an inner container has its own pairs
                     add(linear, act, *_kernel_for(linear, act, (), {}))
         return list(found.values())
@@ -191,6 +222,30 @@ def _pairs(
     if pattern.guards or len({id(pair.linear) for pair in found.values()}) > 1:
         return list(found.values())
     return [replace(pair, sure=True) for pair in found.values()]
+
+
+def _where(module: nn.Module, method: Method, line: int) -> str:
+    cls = definitions(original_class(module), method.name)[method.depth][0] if method.depth else original_class(module)
+    return f"{cls.__name__}.{method.name}:{line}"
+
+
+def _lines(module: nn.Module, path: str, method: Method, source: Source, linears: dict[int, Any]) -> Iterator[Line]:
+    """Yield the calls of a method that follow one another, if at least two of them call layers."""
+    names = Namespace(source, module)
+    for pattern in patterns(source.node):
+        for modules in (names.chains(pattern.linear) or ()) if pattern.kind == "chain" else ():
+            flat = tuple(leaves(modules, (module,)))
+            if sum(id(m) in linears for m, _ in flat) > 1:
+                stages = tuple(Stage(m) for m, _ in flat)
+                yield Line(
+                    module, path, method, _where(module, method, pattern.first[0]), stages, flat, None, pattern.at
+                )
+    for written in series(source.node):
+        stages = line_of_series(names, written)
+        if sum(id(stage.called) in linears for stage in stages) > 1:
+            check(source)
+            where = _where(module, method, written.calls[0].lineno)
+            yield Line(module, path, method, where, stages, series=written)
 
 
 def _why_not_there(names: Namespace, pattern: Pattern) -> str:

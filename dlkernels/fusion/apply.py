@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,6 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dlkernels._ops.activations import ACTIVATIONS, activation_named
 from dlkernels.fusion.analysis import Analysis, Pair, analyse
+from dlkernels.fusion.call import is_at
+from dlkernels.fusion.joined import Joined, Line, joined
 from dlkernels.fusion.observe import Seen, check_against_stock, observe
 from dlkernels.fusion.sites import Report, Site, Status
 from dlkernels.fusion.source import NoSource
@@ -48,6 +50,8 @@ def fuse(
     * ``F.relu(self.fc(x))``, ``self.act(self.fc(x))`` and ``self.fc(x).relu()``
     * ``h = self.fc(x)`` with ``h = self.act(h)`` later, also under a condition: ``if i < n - 1: h = F.relu(h)``
     * neighbours in ``nn.Sequential``, and ``for layer in self.layers: x = layer(x)``
+
+    Layers that follow one another, with an activation between them, run as one chain (``functional.mlp``).
 
     An activation may be a class, a method or a function of one's own whose body is one call of a known one.
 
@@ -112,10 +116,13 @@ def _fuse(model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any,
         if (include is not None and not _any(include, path, layer)) or _any(exclude, path, layer)
     }
     stock = copy.deepcopy(model) if example_inputs is not None else None
-    for module, pairs in _by_owner(analysis):
-        without = {_relative(pair, analysis) for pair in pairs if _path(pair, analysis) in skipped}
-        _asked[module] = chosen, without
-        if plan := _plan(pairs, chosen, without, analysis):
+    for module, path, pairs in _by_owner(analysis):
+        without = {_below(p, path) for p in skipped if not path or p.startswith(f"{path}.")}
+        _asked[module] = chosen, without & _layers_of(module, path, pairs, analysis)
+    chains = list(_chains(analysis))
+    for module, _, pairs in _by_owner(analysis):
+        _, without = _asked[module]
+        if plan := _plan(pairs, [c for c in chains if c.line.owner is module], chosen, without, analysis):
             try:
                 swap(module, fused_class(type(module), plan))
             except (NoSource, TypeError) as refusal:  # TypeError: the new class has another instance layout
@@ -134,11 +141,12 @@ def _slower_layers(model: nn.Module, min_gain: float) -> dict[nn.Module, float]:
     shown = _seen.get(model) if min_gain else None
     if shown is None:
         return {}
-    gains = {
-        layer: max((event.gain for event in events if event.gain is not None), default=None)
-        for layer, events in shown.events.items()
-    }
-    return {layer: gain for layer, gain in gains.items() if gain is not None and gain < min_gain}
+    gains: dict[nn.Module, float] = {}
+    for layer, events in shown.events.items():
+        for event in events:
+            for one in (layer, *event.others) if event.gain is not None else ():
+                gains[one] = max(event.gain, gains.get(one, 0.0))
+    return {layer: gain for layer, gain in gains.items() if gain < min_gain}
 
 
 def _either(layers: Container[nn.Module], exclude: Any) -> Which:
@@ -174,12 +182,22 @@ def report(model: nn.Module) -> Report:
     seen = shown.events if shown is not None else None
     rows: dict[int, list[Site]] = {key: [] for key in analysis.linears}
     loose: list[tuple[Pair, Site]] = []
+    halves: set[int] = set()  # layers that run in the site of the other half
+    chains = [chain for chain in _chains(analysis) if _runs(chain)]
+    for chain in chains:
+        rows[id(chain.layers[0][0])].append(_chain_site(chain, analysis, seen))
     for pair in analysis.pairs:
+        if any(_is_inside(pair, chain) for chain in chains):
+            continue
         site = _site(pair, analysis)
         if pair.linear is None:
             loose.append((pair, site))
         else:
-            rows[id(pair.linear)].append(_with_seen(site, pair, seen))
+            shown_site = _with_seen(site, pair, seen)
+            if shown_site.status == "fused" and pair.up is not None and _is_gated(pair, analysis):
+                halves.add(id(pair.up))
+                shown_site = replace(shown_site, up=_up_path(pair, analysis))
+            rows[id(pair.linear)].append(shown_site)
     for key, (path, layer) in analysis.linears.items():
         for event in seen.get(layer, ()) if seen is not None and not rows[key] else ():
             where = next((site.where for pair, site in loose if pair.activation == event.activation), "")
@@ -187,7 +205,8 @@ def report(model: nn.Module) -> Report:
             rows[key].append(Site(path, event.activation, where, status, event.why, True, event.gain))
         if plan_of(layer) and not any(site.status == "fused" for site in rows[key]):
             rows[key] = [Site(path, "none", f"{type(layer).__name__}.forward", "fused")]
-        if not rows[key]:
+        in_a_chain = any(layer is m for chain in chains for m, _ in chain.layers)
+        if not rows[key] and key not in halves and not in_a_chain:
             why = analysis.reasons.get(key) or "no activation takes its output"
             rows[key].append(Site(path, "", "", "skipped", why))
     unknown = () if seen is not None else (site for _, site in loose)
@@ -207,21 +226,77 @@ def _any(which: Iterable[Which], path: str, layer: nn.Module) -> bool:
     )
 
 
-def _by_owner(analysis: Analysis) -> list[tuple[nn.Module, list[Pair]]]:
-    owners: dict[int, tuple[nn.Module, list[Pair]]] = {}
-    for pair in analysis.pairs:
-        owners.setdefault(id(pair.owner), (pair.owner, []))[1].append(pair)
+def _by_owner(analysis: Analysis) -> list[tuple[nn.Module, str, list[Pair]]]:
+    owners: dict[int, tuple[nn.Module, str, list[Pair]]] = {}
+    places: list[Pair | Line] = [*analysis.pairs, *analysis.lines]
+    for of in places:
+        pairs = owners.setdefault(id(of.owner), (of.owner, of.owner_path, []))[2]
+        if isinstance(of, Pair):
+            pairs.append(of)
     return list(owners.values())
 
 
-def _plan(pairs: Sequence[Pair], activations: tuple[str, ...], without: set[str], analysis: Analysis) -> Plan | None:
+def _layers_of(module: nn.Module, path: str, pairs: Sequence[Pair], analysis: Analysis) -> set[str]:
+    """Return the paths, below a module, of the layers that its methods call."""
+    calls = (stage.called for line in analysis.lines if line.owner is module for stage in line.stages)
+    called = {_relative(pair, analysis) for pair in pairs}
+    called |= {_below(_up_path(pair, analysis), path) for pair in pairs if pair.up is not None}
+    return called | {_below(analysis.linears[id(c)][0], path) for c in calls if id(c) in analysis.linears}
+
+
+def _chains(analysis: Analysis) -> Iterator[Joined]:
+    """Yield the chains of a model, by what ``fuse`` was asked for."""
+    places: dict[Any, set[Any]] = {}
+    for pair in analysis.pairs:
+        activations, _ = _settings(pair.owner)
+        if pair.known and pair.sure and not pair.why and pair.activation in activations:
+            key = id(pair.owner), pair.method
+            places.setdefault(key, set()).add((pair.pattern.first, pair.pattern.at))
+
+    def is_place(line: Line, i: int, k: int) -> bool:
+        assert line.series is not None
+        there = places.get((id(line.owner), line.method), ())
+        where = line.series.positions
+        if k == i + 1 and k < len(where) and (where[i], where[k]) in there:
+            return True
+        return k == len(where) and any(first == where[i] for first, _ in there)
+
+    def selected(line: Line, owner: Any, linear: Any, name: str) -> bool:
+        activations, without = _settings(owner)
+        if not activations or owner in _refused or (name != "none" and name not in activations):
+            return False
+        return linear not in _slower and not any(is_at(owner, path, linear) for path in without)
+
+    found = [chain for line in analysis.lines for chain in joined(line, is_place, selected)]
+    for chain in found:
+        inside = {id(layer) for layer, _ in chain.layers}
+        if not any(inside < {id(layer) for layer, _ in c.layers} for c in found if c.line.flat and chain.line.flat):
+            yield chain
+
+
+def _settings(owner: nn.Module) -> tuple[Any, Any]:
+    """Return the activations that fuse was asked for in methods of this module, and the paths of excluded layers."""
+    plan = plan_of(owner)
+    return _asked.get(owner) or ((plan.activations, plan.without) if plan else ((), ()))
+
+
+def _plan(
+    pairs: Sequence[Pair],
+    chains: Sequence[Joined],
+    activations: tuple[str, ...],
+    without: set[str],
+    analysis: Analysis,
+) -> Plan | None:
     """Return the plan of a module: its places that can be fused; None if there are none."""
+    written = frozenset((c.line.method, c.positions) for c in chains if c.line.series is not None)
+    inside = {(method, position) for method, positions in written for position in positions}
     places = [
         pair
         for pair in pairs
         if not pair.why
         and _relative(pair, analysis) not in without
         and (pair.act is None or pair.activation in activations)
+        and not {(pair.method, pair.pattern.first), (pair.method, pair.pattern.at)} & inside
     ]
     # In f(g(h(x))), with names that are known at the call only, the inner pair is chosen.
     taken = {(pair.method, pair.pattern.at) for pair in places}
@@ -229,14 +304,25 @@ def _plan(pairs: Sequence[Pair], activations: tuple[str, ...], without: set[str]
         (p.method, p.pattern.at)
         for p in places
         if p.pattern.kind == "chain" or (p.method, p.pattern.first) not in taken
-    )
-    return Plan(chosen, activations, tuple(sorted(without))) if chosen else None
+    ) | {(c.line.method, c.line.loop) for c in chains if c.line.loop is not None}
+    if not chosen and not written:
+        return None
+    gates = frozenset((p.method, p.pattern.at) for p in places if p.gates)
+    return Plan(chosen, activations, tuple(sorted(without)), gates=gates & chosen, chains=written)
 
 
 def _relative(pair: Pair, analysis: Analysis) -> str:
     """The layer's path below the module whose method calls it."""
-    path = _path(pair, analysis)
-    return path.removeprefix(f"{pair.owner_path}.") if pair.owner_path else path
+    return _below(_path(pair, analysis), pair.owner_path)
+
+
+def _below(path: str, owner_path: str) -> str:
+    return path.removeprefix(f"{owner_path}.") if owner_path else path
+
+
+def _up_path(pair: Pair, analysis: Analysis) -> str:
+    """The path of the other half of a gated layer; empty if the pair is no half."""
+    return analysis.linears[id(pair.up)][0] if pair.up is not None else ""
 
 
 def _path(pair: Pair, analysis: Analysis) -> str:
@@ -252,12 +338,12 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
     plan = plan_of(pair.owner)
     if pair.linear is not None and (gain := _slower.get(pair.linear)) is not None:
         return replace(row, why=f"fused was slower on the example inputs: {gain:.2f} times stock's speed")
-    activations, without = _asked.get(pair.owner) or ((plan.activations, plan.without) if plan else (None, ()))
-    if activations is None:
+    activations, without = _settings(pair.owner)
+    if not _asked.get(pair.owner) and plan is None:
         return replace(row, why="fuse was not called since this became fusable")
     if _relative(pair, analysis) in without or (pair.act is not None and pair.activation not in activations):
         return replace(row, why="not selected")
-    if plan is None or (pair.method, pair.pattern.at) not in plan.places:
+    if plan is None or not ((pair.method, pair.pattern.at) in plan.places or _in_a_chain(pair, plan)):
         return replace(row, why="it could not be fused when fuse was called: call it again")
     if not pair.known:
         return replace(
@@ -274,6 +360,56 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
             why=f"its {pair.method.name} was replaced: only the call shows what the new one does",
         )
     return replace(row, status="fused")
+
+
+def _is_gated(pair: Pair, analysis: Analysis) -> bool:
+    plan = plan_of(pair.owner)
+    return (
+        plan is not None
+        and (pair.method, pair.pattern.at) in plan.gates
+        and _below(_up_path(pair, analysis), pair.owner_path) not in plan.without
+    )
+
+
+def _in_a_chain(pair: Pair, plan: Plan) -> bool:
+    return any(pair.method == method and pair.pattern.at in positions for method, positions in plan.chains)
+
+
+def _runs(chain: Joined) -> bool:
+    """Return True if the chain is fused now."""
+    plan = plan_of(chain.line.owner)
+    if plan is None or chain.line.method.name in state(chain.line.owner):
+        return False
+    if chain.line.loop is not None:
+        return (chain.line.method, chain.line.loop) in plan.places
+    return (chain.line.method, chain.positions) in plan.chains
+
+
+def _is_inside(pair: Pair, chain: Joined) -> bool:
+    """Return True if a pair is a part of a chain."""
+    if chain.line.series is not None:
+        here = pair.owner is chain.line.owner and pair.method == chain.line.method
+        return here and pair.pattern.kind != "chain" and pair.pattern.first in chain.positions
+    return pair.pattern.kind == "chain" and any(
+        pair.linear is layer and (act is pair.act or act is None)
+        for (layer, _), act in zip(chain.layers, chain.acts, strict=True)
+    )
+
+
+def _chain_site(chain: Joined, analysis: Analysis, seen: Any) -> Site:
+    """Return the row of a chain, with the results of the example inputs."""
+    (path, activation), *then = ((analysis.linears[id(layer)][0], name) for layer, name in chain.layers)
+    row = Site(path, activation, chain.line.where, "fused", then=tuple(then))
+    if seen is None:
+        return row
+    first, *others = (layer for layer, _ in chain.layers)
+    events = [
+        e for e in seen.get(first, ()) if e.others and all(a is b for a, b in zip(e.others, others, strict=False))
+    ]
+    if not events:
+        return replace(row, reached=False)
+    status: Status = "skipped" if events[0].why else "fused"
+    return replace(row, status=status, why=events[0].why, reached=True, gain=events[0].gain)
 
 
 def _with_seen(site: Site, pair: Pair, seen: Any) -> Site:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dlkernels import functional
 from dlkernels.fusion.call import DEVICES, DTYPES, why_not_shapes
+from dlkernels.fusion.gated_graph import fuse_gates
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import METHODS, Activation
 
@@ -59,6 +60,7 @@ def fuse_graph(graph: fx.GraphModule) -> int:
         graph.graph.erase_node(linear)
         count += 1
     if count:
+        fuse_gates(graph.graph, lambda node: _parameters(node) if _is_linear(node) else None)
         graph.graph.lint()
         graph.recompile()
     for inner in graph.children():  # bodies of checkpoints, conditions and loops

@@ -35,7 +35,7 @@ _NO_KEYWORDS: dict[str, Any] = {}
 
 Ready = tuple[Tensor, Tensor | None, str, float]  # weight, bias, activation, slope
 
-# It is set while example inputs run (module observe). It gets every call and its decision.
+# It is set while example inputs run (module observe). It gets every call and its decision; of a chain, its stages too.
 watcher: Callable[..., None] | None = None
 
 
@@ -145,7 +145,7 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
     name, slope = known
     if name not in plan.activations:
         return "not selected"
-    if plan.without and any(_is_at(self, path, linear) for path in plan.without):
+    if plan.without and any(is_at(self, path, linear) for path in plan.without):
         return "not selected"
     if not are_plain(x) or x.is_nested or x.layout is not torch.strided:
         return f"the kernels do not take its input, a {type(x).__name__}"
@@ -165,7 +165,7 @@ def _only_device_modes(count: int) -> bool:
     return all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(count))
 
 
-def _is_at(module: Any, path: str, linear: Any) -> bool:
+def is_at(module: Any, path: str, linear: Any) -> bool:
     for name in path.split("."):
         module = module._modules.get(name)
         if module is None:

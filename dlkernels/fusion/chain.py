@@ -1,11 +1,11 @@
-"""``for module in modules: x = module(x)``, the forward of ``nn.Sequential``, with its neighbours fused.
+"""``for module in modules: x = module(x)``, the forward of ``nn.Sequential``, with its layers fused.
 
-A layer and its activation may have an ``nn.Identity`` between them, or lie at the ends of Sequentials in Sequentials.
+Layers that follow one another run as one chain. Between a layer and its activation there may be an ``nn.Identity``,
+between an activation and the next layer a dropout that is not active. All of them may lie in inner Sequentials.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from types import GeneratorType
 from typing import Any
@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dlkernels._ops.modes import are_plain
-from dlkernels.fusion import call
+from dlkernels.fusion import call, memory
 from dlkernels.fusion.reading import CALLED
 from dlkernels.fusion.rules import linear_rule
+from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_nothing, decide, is_identity
 from dlkernels.nn import untouched
 
 Leaf = tuple[Any, tuple[Any, ...]]  # a module, and the containers around it, outermost first
@@ -25,69 +26,82 @@ Leaf = tuple[Any, tuple[Any, ...]]  # a module, and the containers around it, ou
 
 def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
     """``for module in modules: x = module(x)``"""
+    key = (id(self), id(modules))
+    remembers = not torch.compiler.is_dynamo_compiling()
+    if remembers and (y := memory.run_again(key, self, x)) is not None:
+        return y
     if isinstance(modules, GeneratorType) and modules.gi_code is _CHILDREN:
         modules = list(modules)
     if not _is_container(modules):
         for module in modules:
             x = module(x)
         return x
-    if _has_inner(modules) and are_plain(x) and not _has_any_global_hook() and not torch.jit.is_tracing():
-        flat = list(leaves(modules, (self,)))
-        if any(owner is self for _, _, owner, _ in neighbours(flat)):
-            return _nested(self, modules, flat, x)
-    # The next module can be looked up before the loop reaches it. The look-up runs no code of the model.
-    seen: list[Any] = list(modules)
-    rest = iter(modules)
-    i = 0
-    for layer in rest:
-        i += 1
-        if i < len(seen) and linear_rule(type(layer)) is not None:
-            act = seen[i]
-            decision = _decide(self, act, layer, x)
-            if not isinstance(decision, str):
-                i += 1
-                following = next(rest, None)
-                if following is act:
-                    x = call._run(x, decision)
-                else:  # a module that ran has changed the list
-                    x = layer(x)
-                    x = x if following is None else following(x)
-                continue
-        x = layer(x)
-    return x
+    remembers = remembers and isinstance(modules, nn.Module)
+    nested = _may_be_flattened(self, modules, x)
+    # The next modules can be looked up before the loop reaches them. The look-up runs no code of the model.
+    flat = list(leaves(modules, (self,))) if nested else [(module, (self,)) for module in modules]
+    rest = leaves(modules, (self,)) if nested else ((module, (self,)) for module in modules)
+    stages = [Stage(module) for module, _ in flat]
 
+    def owner(i: int, k: int) -> Any:
+        return common(flat[i], flat[k])
 
-def _nested(self: Any, modules: Any, flat: list[Leaf], x: Any) -> Any:
-    """The same for containers in containers. Each is entered when the loop reaches it, as its own call would be."""
-    after = {i: (k, owner) for i, k, owner, _ in neighbours(flat)}
-    rest = leaves(modules, (self,))
     i = -1
-    for layer, _ in rest:
+    for module, _ in rest:
         i += 1
-        if i in after and flat[i][0] is layer:
-            k, owner = after[i]
-            decision = _decide(owner, flat[k][0], layer, x)
-            if not isinstance(decision, str):
-                following = [leaf[0] for leaf in (next(rest, None) for _ in range(i, k)) if leaf is not None]
-                expected = [module for module, _ in flat[i + 1 : k + 1]]
-                i = k
-                same = len(following) == len(expected) and all(map(operator.is_, following, expected))
-                if same and all(map(_is_transparent, following[:-1])):
-                    x = call._run(x, decision)
-                    continue
-                x = layer(x)  # a module that ran has changed the list
-                for module in following:
-                    x = module(x)
-                continue
-        x = layer(x)
+        if i >= len(flat) or flat[i][0] is not module or linear_rule(type(module)) is None:
+            x = module(x)
+            continue
+        decision = _decide(stages, i, x, owner)
+        if isinstance(decision, str):
+            x = module(x)
+            continue
+        begin, following = i, None
+        while i < decision.last:
+            following = next(rest, None)
+            if following is None or following[0] is not flat[i + 1][0]:
+                break
+            i += 1
+        if i == decision.last:
+            if remembers:
+                _remember(key, self, modules, flat, stages, decision)
+            x = decision.run(x)
+            continue
+        for module, _ in flat[begin : i + 1]:  # a module that ran has changed the list
+            x = module(x)
+        if following is not None:
+            i += 1
+            x = following[0](x)
     return x
 
 
-def _decide(owner: Any, act: Any, layer: Any, x: Any) -> str | call.Ready:
-    decision = call.decide(owner, act, layer, x, (), {})
+def _decide(stages: Sequence[Stage], i: int, x: Any, owner: Any) -> str | Chain:
+    decision = decide(stages, i, x, owner)
     if call.watcher is not None:
-        call.watcher(owner, layer, act, x, decision, (), {})
+        k = after_identities(stages, i)
+        if k < len(stages):
+            call.watcher(owner(i, k), stages[i].called, stages[k].called, x, decision, (), {}, stages)
     return decision
+
+
+def _remember(key: Any, self: Any, modules: Any, flat: Sequence[Leaf], stages: Sequence[Stage], chain: Chain) -> None:
+    """Keep the decision for a chain that is all that the container computes."""
+    outside = [*stages[: chain.first], *stages[chain.last + 1 :]]
+    if not all(map(changes_nothing, outside)):
+        return
+    reads = memory.Reads(self)
+    reads.children(modules, calls_forward_alone=False)
+    for container in {id(c): c for _, around in flat for c in around[1:]}.values():
+        reads.children(container, calls_forward_alone=True)
+        cls = type(container)
+        reads.class_attributes += [(cls, name, getattr(cls, name)) for name in ("forward", "__iter__", *CALLED)]
+    owners = {id(c): c for _, around in flat for c in around if getattr(type(c), "_fused_plan", None) is not None}
+    memory.keep(key, memory.decided(reads, stages, chain, owners.values()))
+
+
+def common(one: Leaf, other: Leaf) -> Any:
+    """Return the innermost container around both."""
+    return [a for a, b in zip(one[1], other[1], strict=False) if a is b][-1]
 
 
 def leaves(modules: Any, around: tuple[Any, ...]) -> Iterator[Leaf]:
@@ -99,21 +113,39 @@ def leaves(modules: Any, around: tuple[Any, ...]) -> Iterator[Leaf]:
             yield module, around
 
 
-def neighbours(flat: Sequence[Leaf]) -> Iterator[tuple[int, int, Any, Any]]:
-    """Yield each layer's index, the index of the next module that changes its output, their container, that module."""
-    for i, (layer, around) in enumerate(flat):
+def neighbours(flat: Sequence[Leaf]) -> Iterator[tuple[int, int, Any]]:
+    """Yield each layer's index, the index of the next module that changes its output, and their container."""
+    for i, (layer, _) in enumerate(flat):
         if not isinstance(layer, nn.Linear) and linear_rule(type(layer)) is None:
             continue
-        k = next((k for k in range(i + 1, len(flat)) if not _is_transparent(flat[k][0])), None)
+        k = next((k for k in range(i + 1, len(flat)) if not is_identity(flat[k][0])), None)
         if k is not None:
-            act, others = flat[k]
-            common = [a for a, b in zip(around, others, strict=False) if a is b]
-            yield i, k, common[-1], act
+            yield i, k, common(flat[i], flat[k])
+
+
+def _may_be_flattened(self: Any, modules: Any, x: Any) -> bool:
+    """Return True if modules in inner containers belong to places of ``self``."""
+    if not _has_inner(modules) or not are_plain(x) or _has_any_global_hook() or torch.jit.is_tracing():
+        return False
+    flat = list(leaves(modules, (self,)))
+    for _, k, owner in neighbours(flat):
+        following = next_layer(flat, k)
+        if owner is self or (following < len(flat) and common(flat[k], flat[following]) is self):
+            return True
+    return False
+
+
+def next_layer(flat: Sequence[Leaf], i: int) -> int:
+    """Return the index of the layer behind an activation; the number of modules if another module comes first."""
+    k = i + 1
+    while k < len(flat) and type(flat[k][0]) in (nn.Identity, nn.Dropout):
+        k += 1
+    return k if k < len(flat) and linear_rule(type(flat[k][0])) is not None else len(flat)
 
 
 def _has_inner(modules: Any) -> bool:
     for module in modules:
-        if isinstance(module, nn.Sequential | nn.Identity) and (_is_inner(module) or _is_transparent(module)):
+        if isinstance(module, nn.Sequential | nn.Identity) and (_is_inner(module) or is_identity(module)):
             return True
     return False
 
@@ -132,10 +164,6 @@ def calls_in_order(cls: Any, forward: Any = nn.Sequential.forward) -> bool:
         and cls.__iter__ is nn.Sequential.__iter__
         and all(getattr(cls, name) is getattr(nn.Module, name) for name in CALLED)
     )
-
-
-def _is_transparent(module: Any) -> bool:
-    return type(module) is nn.Identity and untouched(module)
 
 
 _ITERATED = (nn.Sequential.__iter__, nn.ModuleList.__iter__)

@@ -4,6 +4,8 @@
 * named: ``h = self.fc(x)`` and, later in the same block or in a branch of it, ``h = self.act(h)`` or another only use
 * chain: ``for layer in self.layers: x = layer(x)``, which is also the forward of ``nn.Sequential``
 
+A fourth, packed, is a gated layer whose halves are cut from the output of one layer (module ``gated``).
+
 This module does not know if the callees are a layer and an activation: ``values`` finds that before the call, and
 ``call`` checks it at each call.
 
@@ -16,12 +18,13 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from dlkernels.fusion.between import Between, Guard, branches
 from dlkernels.fusion.conditions import Checks, facts
+from dlkernels.fusion.gated import gates
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.syntax import (
     Function,
@@ -66,7 +69,7 @@ class Pattern:
         why: the reason why the place cannot be fused, whatever the names mean; empty if there is none.
     """
 
-    kind: Literal["nested", "named", "chain"]
+    kind: Literal["nested", "named", "chain", "packed"]
     linear: ast.expr
     activation: ast.expr | str
     at: Position
@@ -100,8 +103,62 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
         elif isinstance(node, ast.For) and _is_chain(node, function):
             found.append(Pattern("chain", node.iter, node.iter, position(node), position(node)))
     for block in blocks(function):
-        found += _named(block, function, around)
+        for first, call, use in _only_uses(block, function, one_argument):
+            found.append(_named(first, call, use, function, around))
+    for gate in gates(function, blocks):
+        if gate.kind == "packed":
+            parts = activation_call(gate.act)
+            assert parts is not None
+            reads = () if isinstance(parts[0], str) else (parts[0],)
+            where = position(gate.product), position(gate.linear)
+            given = further(gate.act, parts[0])
+            inside = (*around[gate.statements[0]], gate.statements[0])
+            found.append(Pattern("packed", gate.linear.func, parts[0], *where, *given, reads, (), inside))
     return tuple(found)
+
+
+class Link(NamedTuple):
+    """``outer`` takes the value of ``inner``, which nothing else reads. Between the two nothing runs code.
+
+    Attributes:
+        first: the statement with ``inner`` that names its value; None if ``inner`` is the argument of ``outer`` itself.
+        reads: what is looked up between the two calls, or in another statement than ``inner``.
+        later: the statement with ``outer``.
+    """
+
+    inner: ast.Call
+    outer: ast.Call
+    first: ast.stmt | None
+    reads: tuple[ast.expr, ...]
+    later: ast.stmt | None
+
+
+@functools.lru_cache(maxsize=1024)
+def links(function: FunctionNode) -> tuple[Link, ...]:
+    """Return the pairs of calls that may be parts of a chain, whatever the names mean."""
+    if why_not_rewritable(function):
+        return ()
+    found: list[Link] = []
+    for node in ast.walk(function):
+        parts = activation_call(node) if isinstance(node, ast.Call) else None
+        if parts and isinstance(parts[1], ast.Call) and activation_call(parts[1]):
+            found.append(Link(parts[1], node, None, (), None))  # type: ignore[arg-type]
+    around = ancestors(function)
+    for block in blocks(function):
+        for first, call, use in _only_uses(block, function, activation_call):
+            name = target_of(first)
+            if name is None or use.guards or _facts_read(function, name, use):
+                continue
+            pattern = _named(first, call, use, function, around)
+            if not (pattern.why or pattern.between or pattern.checks.given()):
+                found.append(Link(call, use.act, first, pattern.reads, use.later))
+    return tuple(found)
+
+
+def _facts_read(function: FunctionNode, name: str, use: _Use) -> bool:
+    """Return True if a fact of the value, such as its shape, is read: a chain gives the name a later value."""
+    behind = (function,) if use.behind is None else use.behind
+    return any(facts(node, name) for node in (*use.between, use.later, *behind))
 
 
 def why_not_rewritable(function: FunctionNode) -> str:
@@ -176,46 +233,56 @@ def blocks(function: FunctionNode) -> Iterator[list[ast.stmt]]:
 
 @dataclass(frozen=True)
 class _Use:
-    """The only use of a layer's output: the activation's call, in ``later``, after ``between``, under ``guards``."""
+    """The only use of a layer's output: the activation's call, in ``later``, after ``between``, under ``guards``.
+
+    ``behind`` are the statements that may run after ``later`` while the name has this value; None if any may.
+    """
 
     act: ast.Call
     later: ast.stmt
     between: tuple[ast.stmt, ...]
     guards: tuple[Guard, ...]
+    behind: tuple[ast.stmt, ...] | None
+
+
+def _only_uses(
+    block: list[ast.stmt], function: FunctionNode, takes: Callable[[ast.Call], Any]
+) -> Iterator[tuple[ast.stmt, ast.Call, _Use]]:
+    """Yield each statement that names a call's value, the call, if ``takes`` takes it, and the value's only use."""
+    for i, first in enumerate(block):
+        for call, target in _assigned_calls(first):
+            if takes(call) and not in_scope(function, target):
+                use = _only_use(block[i + 1 :], target, function, (), (), block is function.body)
+                if use is not None:
+                    yield first, call, use
 
 
 def _named(
-    block: list[ast.stmt], function: FunctionNode, around: dict[ast.AST, tuple[ast.AST, ...]]
-) -> Iterator[Pattern]:
-    for i, first in enumerate(block):
-        for call, target in _assigned_calls(first):
-            if in_scope(function, target):
-                continue
-            use = _only_use(block[i + 1 :], target, function, (), ())
-            if use is None:
-                continue
-            # A context manager may suppress an exception in between; then the name is read without the activation.
-            suppressed = any(isinstance(node, ast.With | ast.AsyncWith) for node in around[first])
-            between = Between(first, call, use.between, use.later, use.act, target, use.guards, self_name(function))
-            parts = activation_call(use.act)
-            assert parts is not None
-            yield Pattern(
-                "named",
-                call.func,
-                parts[0],
-                position(use.act),
-                position(call),
-                *further(use.act, parts[0]),
-                tuple(between.reads),
-                tuple(between.calls),
-                (*around[first], first),
-                use.guards,
-                between.checks,
-                between.conditions,
-                "it is read after a with statement that may suppress an exception in between"
-                if suppressed and _values_read(function, target) != 1
-                else between.why,
-            )
+    first: ast.stmt, call: ast.Call, use: _Use, function: FunctionNode, around: dict[ast.AST, tuple[ast.AST, ...]]
+) -> Pattern:
+    target = next(name for c, name in _assigned_calls(first) if c is call)
+    # A context manager may suppress an exception in between; then the name is read without the activation.
+    suppressed = any(isinstance(node, ast.With | ast.AsyncWith) for node in around[first])
+    between = Between(first, call, use.between, use.later, use.act, target, use.guards, self_name(function))
+    parts = activation_call(use.act)
+    assert parts is not None
+    return Pattern(
+        "named",
+        call.func,
+        parts[0],
+        position(use.act),
+        position(call),
+        *further(use.act, parts[0]),
+        tuple(between.reads),
+        tuple(between.calls),
+        (*around[first], first),
+        use.guards,
+        between.checks,
+        between.conditions,
+        "it is read after a with statement that may suppress an exception in between"
+        if suppressed and _values_read(function, target) != 1
+        else between.why,
+    )
 
 
 def _assigned_calls(statement: ast.stmt) -> Iterator[tuple[ast.Call, str]]:
@@ -229,7 +296,7 @@ def _assigned_calls(statement: ast.stmt) -> Iterator[tuple[ast.Call, str]]:
     else:
         several = []
     for call, name in zip(several, names, strict=False):
-        if isinstance(call, ast.Call) and one_argument(call):
+        if isinstance(call, ast.Call):
             yield call, name
 
 
@@ -244,8 +311,12 @@ def _only_use(
     function: FunctionNode,
     passed: tuple[ast.stmt, ...],
     guards: tuple[Guard, ...],
+    is_body: bool = False,
 ) -> _Use | None:
-    """Return the only use of ``target`` in a block, if it is an activation's call and nothing reads it afterwards."""
+    """Return the only use of ``target`` in a block, if it is an activation's call and nothing reads it afterwards.
+
+    ``is_body``: the block is the function's body, so that nothing runs after it.
+    """
     for n, later in enumerate(block):
         between = (*passed, *block[:n])
         reads = _values_read(later, target)
@@ -261,10 +332,17 @@ def _only_use(
             inside, others = branches(later, act)
             ends = target in targets(later) or isinstance(later, ast.Return) or _overwrites(later, act)
             once = _values_read(function, target) == 1 + sum(_values_read(other, target) for other in others)
-            return _Use(act, later, between, (*guards, *inside)) if ends or once else None
+            behind = () if ends else _until_overwritten(block[n + 1 :], target) if is_body else None
+            unread = behind is not None and not any(_values_read(s, target) for s in behind)
+            return _Use(act, later, between, (*guards, *inside), behind) if ends or once or unread else None
         elif target in stored(later):
             return None
     return None
+
+
+def _until_overwritten(block: Sequence[ast.stmt], target: str) -> tuple[ast.stmt, ...]:
+    count = next((n for n, s in enumerate(block) if target in targets(s) and not loads(s, target)), len(block))
+    return tuple(block[:count])
 
 
 def _in_a_branch(

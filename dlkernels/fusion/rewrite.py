@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Sequence
+import itertools
+from typing import NamedTuple
 
 from dlkernels.fusion.patterns import Pattern
+from dlkernels.fusion.series import Path, Series, callee, paths, tensor
 from dlkernels.fusion.source import FunctionNode
-from dlkernels.fusion.syntax import Position, activation_call, overridden_by, position, self_name, targets
+from dlkernels.fusion.syntax import (
+    Position,
+    activation_call,
+    further,
+    overridden_by,
+    placed,
+    position,
+    self_name,
+    targets,
+    thunk,
+    tuple_of,
+)
 
 # Free variables of a rewritten function, under helper_name.
 HELPERS = (
@@ -19,26 +32,59 @@ HELPERS = (
     "overridden",
     "are_known",
     "chain",
+    "gated",
+    "up_and_gate",
+    "packed",
+    "written",
+    "written_there",
     "methods",
 )
+
+_slots = itertools.count()  # numbers of places, under which their decisions are kept
 
 
 def helper_name(name: str) -> str:
     return f"__fused_{name}__"
 
 
-def rewritten(function: FunctionNode, chosen: list[Pattern], calls_overridden: bool = False) -> FunctionNode:
-    """Return a copy of ``function`` whose chosen places call the functions of module ``call``, by ``helper_name``.
+def rewritten(
+    function: FunctionNode, chosen: list[Pattern], chains: list[Series], calls_overridden: bool = False
+) -> FunctionNode:
+    """Return a copy of ``function`` whose chosen places and chains call our functions, by ``helper_name``.
 
     With ``calls_overridden``, ``super().name(...)`` runs the rewritten form of the method that it overrides.
     """
     name = function.name if calls_overridden else None
-    return _Rewrite(self_name(function), chosen, name).visit(copy.deepcopy(function))
+    groups = [
+        _Group(i, number, several, paths([c for group in several[number:] for c in group], function))
+        for i, part in enumerate(chains)
+        for several in [part.groups()]
+        for number in range(len(several))
+    ]
+    return _Rewrite(self_name(function), chosen, groups, name).visit(copy.deepcopy(function))
+
+
+class _Group(NamedTuple):
+    """The calls of a chain in one statement: the group ``number`` of the chain ``chain``."""
+
+    chain: int
+    number: int
+    several: list[list[ast.Call]]
+    paths: tuple[Path, ...] | None  # of its look-ups and those of the groups behind it
+
+    @property
+    def calls(self) -> list[ast.Call]:
+        return self.several[self.number]
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == len(self.several) - 1
 
 
 class _Rewrite(ast.NodeTransformer):
-    def __init__(self, self_name: str, chosen: list[Pattern], overridden: str | None) -> None:
+    def __init__(self, self_name: str, chosen: list[Pattern], groups: list[_Group], overridden: str | None) -> None:
         self.self_name, self.overridden = self_name, overridden
+        self.groups = {position(group.calls[-1]): group for group in groups}
         self.nested = {p.at: p for p in chosen if p.kind == "nested"}
         self.chains = {p.at: p for p in chosen if p.kind == "chain"}
         self.linear_or_fused = {p.first: p for p in chosen if p.kind == "named"}
@@ -46,10 +92,15 @@ class _Rewrite(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         where = position(node)
+        if group := self.groups.get(where):
+            value: ast.expr = ast.Subscript(self._group(group, node), ast.Constant(0), ast.Load())
+            if group.number:
+                value = self._unless_it_ran(group, copy.deepcopy(tensor(group.calls[0])), value)
+            return placed(value, node)
         parts = activation_call(node)
         if where in self.activation_or_skip:
             assert parts is not None
-            return _placed(ast.IfExp(ast.Name(self._flag(where), ast.Load()), parts[1], node), node)
+            return placed(ast.IfExp(ast.Name(self._flag(where), ast.Load()), parts[1], node), node)
         if where not in self.nested:
             over = overridden_by(node)
             self.generic_visit(node)
@@ -66,11 +117,51 @@ class _Rewrite(ast.NodeTransformer):
         if not self.nested[where].reads:
             return self._helper("call", node, [*called, *rest], node.keywords)
         # The layer's call may change these arguments. If it is not fused, they are evaluated again after it.
-        nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-        later = ast.Lambda(nothing, ast.Tuple([_tuple(rest), _dict(node.keywords)], ast.Load()))
+        later = thunk(ast.Tuple([tuple_of(rest), _dict(node.keywords)], ast.Load()))
         return self._helper("call_with_deferred_arguments", node, [*called, later], [])
 
+    def _group(self, group: _Group, like: ast.Call) -> ast.expr:
+        """Return the call that runs a group, and with it the groups behind it if it can."""
+        innermost: ast.expr = like  # and not the source's: there may be a gated layer in it
+        for _ in group.calls:
+            assert isinstance(innermost, ast.Call)
+            innermost = tensor(innermost)
+        own = tuple_of([self._described(call) for call in reversed(group.calls)])
+        x = self.visit(innermost)
+        at = ast.Constant(group.number)
+        behind = [tuple_of([self._described(call) for call in calls]) for calls in group.several[group.number + 1 :]]
+        later = [thunk(tuple_of(behind))] if behind else []
+        if group.paths is None or not isinstance(innermost, ast.Name):
+            return self._helper("written_there", like, [at, own, x, *later], [])
+        known = [ast.Constant(next(_slots)), ast.Constant(group.paths), at]  # type: ignore[arg-type]
+        return self._helper("written", like, [*known, x, thunk(own), *later], [])
+
+    def _described(self, call: ast.Call) -> ast.expr:
+        """Return a callee, and a function that returns its arguments behind the tensor; None if there are none."""
+        act = callee(call)
+        args, kwargs = further(call, act)
+        given = thunk(tuple_of([tuple_of(args), _dict([ast.keyword(k, v) for k, v in kwargs])]))
+        called = self.visit(copy.deepcopy(self._activation(act)))
+        return tuple_of([called, copy.deepcopy(given) if args or kwargs else ast.Constant(None)])
+
+    def _unless_it_ran(self, group: _Group, ran: ast.expr, otherwise: ast.expr) -> ast.expr:
+        flag = ast.Name(f"__fused_chain_{group.chain}__", ast.Load())
+        return ast.IfExp(ast.Compare(flag, [ast.GtE()], [ast.Constant(group.number)]), ran, otherwise)
+
+    def _named_group(self, statement: ast.Assign | ast.AnnAssign, target: ast.expr, group: _Group) -> ast.AST:
+        """Return the statement that names the value of a group, and beside it the number of the last that ran."""
+        assert isinstance(statement.value, ast.Call)
+        flag = f"__fused_chain_{group.chain}__"
+        value = self._group(group, statement.value)
+        if group.number:
+            ran = tuple_of([copy.deepcopy(tensor(group.calls[0])), ast.Name(flag, ast.Load())])
+            value = self._unless_it_ran(group, ran, value)
+        both = ast.Tuple([target, ast.Name(flag, ast.Store())], ast.Store())
+        return placed(ast.Assign([both], value), statement)
+
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        if (group := self.groups.get(position(node.value))) and not group.is_last:
+            return self._named_group(node, node.targets[0], group)
         if pattern := self.linear_or_fused.get(position(node.value)):
             return self._linear_or_fused(node, node.targets[0], pattern)
         self.generic_visit(node)
@@ -78,11 +169,13 @@ class _Rewrite(ast.NodeTransformer):
             several, values = node.targets[0].elts, node.value.elts
             for i, value in enumerate(values):
                 if isinstance(value, ast.Call) and (pattern := self.linear_or_fused.get(position(value))):
-                    several[i] = _placed(self._with_flag(several[i], pattern), node)
+                    several[i] = placed(self._with_flag(several[i], pattern), node)
                     values[i] = self._call_of(value, pattern)
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if node.value and (group := self.groups.get(position(node.value))) and not group.is_last:
+            return self._named_group(node, node.target, group)
         if node.value and (pattern := self.linear_or_fused.get(position(node.value))):
             return self._linear_or_fused(node, node.target, pattern)
         return self.generic_visit(node)
@@ -94,13 +187,13 @@ class _Rewrite(ast.NodeTransformer):
         step = node.body[0]
         assert isinstance(step, ast.Assign) and isinstance(step.value, ast.Call)
         value = self._helper("chain", step.value, [self.visit(node.iter), step.value.args[0]], [])
-        return _placed(ast.Assign(step.targets, value), node)
+        return placed(ast.Assign(step.targets, value), node)
 
     def _linear_or_fused(self, statement: ast.Assign | ast.AnnAssign, target: ast.expr, pattern: Pattern) -> ast.AST:
         assert isinstance(statement.value, ast.Call)
         self.generic_visit(statement.value)
         value = self._call_of(statement.value, pattern)
-        return _placed(ast.Assign([self._with_flag(target, pattern)], value), statement)
+        return placed(ast.Assign([self._with_flag(target, pattern)], value), statement)
 
     def _with_flag(self, target: ast.expr, pattern: Pattern) -> ast.expr:
         return ast.Tuple([target, ast.Name(self._flag(pattern.at), ast.Store())], ast.Store())
@@ -110,11 +203,10 @@ class _Rewrite(ast.NodeTransformer):
         act = [self._activation(pattern.activation)]
         if pattern.args or pattern.kwargs or pattern.between:
             keywords = [ast.keyword(name, value) for name, value in pattern.kwargs]
-            act += [_tuple(pattern.args), _dict(keywords), _tuple([_part(*part) for part in pattern.between])]
+            act += [tuple_of(pattern.args), _dict(keywords), tuple_of([_part(*part) for part in pattern.between])]
         known = _known(pattern)
         if known:
-            nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-            act = [ast.Lambda(nothing, ast.BoolOp(ast.And(), [*known, _tuple(act)]))]
+            act = [thunk(ast.BoolOp(ast.And(), [*known, tuple_of(act)]))]
         name = "linear_or_fused_if" if known else "linear_or_fused"
         return self._helper(name, linear, copy.deepcopy([linear.func, linear.args[0], *act]), [])
 
@@ -128,7 +220,7 @@ class _Rewrite(ast.NodeTransformer):
 
     def _helper(self, name: str, like: ast.expr, args: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:
         owner = ast.Name(self.self_name, ast.Load())
-        return _placed(ast.Call(ast.Name(helper_name(name), ast.Load()), [owner, *args], keywords), like)
+        return placed(ast.Call(ast.Name(helper_name(name), ast.Load()), [owner, *args], keywords), like)
 
 
 def _known(pattern: Pattern) -> list[ast.expr]:
@@ -137,27 +229,15 @@ def _known(pattern: Pattern) -> list[ast.expr]:
     for checks in (pattern.checks, pattern.conditions):
         if given := checks.given():
             known = ast.Name(helper_name("are_known"), ast.Load())
-            several.append(ast.Call(known, [_tuple(part) for part in given], []))
+            several.append(ast.Call(known, [tuple_of(part) for part in given], []))
     return several + [test if holds else ast.UnaryOp(ast.Not(), test) for test, holds in pattern.guards]
 
 
 def _part(call: ast.Call, there: bool) -> ast.expr:
     """Return a call in between as a tuple: callee or its container, index or None, argument or None."""
     callee, index = (call.func.value, call.func.slice) if isinstance(call.func, ast.Subscript) else (call.func, None)
-    return _tuple([callee, index or ast.Constant(None), call.args[0] if there else ast.Constant(None)])
-
-
-def _tuple(parts: Sequence[ast.expr]) -> ast.expr:
-    return ast.Tuple(list(parts), ast.Load())
+    return tuple_of([callee, index or ast.Constant(None), call.args[0] if there else ast.Constant(None)])
 
 
 def _dict(keywords: list[ast.keyword]) -> ast.expr:
     return ast.Dict([ast.Constant(k.arg) for k in keywords], [k.value for k in keywords])
-
-
-def _placed(node, like):  # type: ignore[no-untyped-def]
-    """Return ``node`` with the lines of ``like``: tracebacks show the original source."""
-    for inner in ast.walk(node):
-        if not hasattr(inner, "lineno") and isinstance(inner, ast.expr | ast.stmt | ast.keyword | ast.arg):
-            ast.copy_location(inner, like)
-    return node

@@ -92,6 +92,13 @@ _modules: dict[Any, Rule] = {
     "transformers.activations.ReLUSquaredActivation": lambda m: ("relu2", 0.0),
 }
 
+# By rule: the attributes of the module that it reads. A rule of the user's may read anything: it is not here.
+_read: dict[Rule, tuple[str, ...]] = dict.fromkeys((*_functions.values(), *_modules.values()), ()) | {
+    _modules[nn.LeakyReLU]: ("negative_slope",),
+    _modules[nn.GELU]: ("approximate",),
+}
+version = 0  # grows with each register_fusion
+
 # Linear layers besides nn.Linear and its subclasses that inherit its forward.
 _linears: dict[Any, Callable[[Any], Parameters]] = {
     "transformers.pytorch_utils.Conv1D": lambda m: (m.weight.t(), m.bias),
@@ -130,6 +137,7 @@ def register_fusion(
         TypeError: not exactly one keyword, or ``what`` is neither a class, a name nor a function.
         ValueError: an unknown name of an activation.
     """
+    global version
     if (activation is None) == (linear is None):
         raise TypeError("register_fusion: give activation= or linear=, and not both")
     is_module = isinstance(what, str) or (isinstance(what, type) and issubclass(what, nn.Module))
@@ -137,6 +145,7 @@ def register_fusion(
         if not is_module:
             raise TypeError(f"register_fusion: linear= is for module classes and their dotted names, got {what!r}")
         _linears[what] = linear
+        version += 1
         return
     if not is_module and (isinstance(what, type) or not callable(what)):
         raise TypeError(f"register_fusion: expected a module class, its dotted name or a function, got {what!r}")
@@ -146,6 +155,13 @@ def register_fusion(
     else:
         rule = activation  # type: ignore[assignment]
     (_modules if is_module else _functions)[what] = rule
+    version += 1
+
+
+def attributes_read(act: Any) -> tuple[str, ...] | None:
+    """Return the attributes that an activation's rule reads; None if they are not known, or there is no rule."""
+    rule = rule_of(act)
+    return None if rule is None else _read.get(rule)
 
 
 def rule_of(act: Any) -> Rule | None:

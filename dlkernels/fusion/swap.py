@@ -14,11 +14,12 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dlkernels.fusion import call, chain
+from dlkernels.fusion import call, chain, gated, written
 from dlkernels.fusion.known import are_known
-from dlkernels.fusion.patterns import patterns
+from dlkernels.fusion.patterns import blocks, patterns
 from dlkernels.fusion.rewrite import HELPERS, helper_name, rewritten
 from dlkernels.fusion.rules import METHODS
+from dlkernels.fusion.series import chosen as chosen_series
 from dlkernels.fusion.source import NoSource, Source, check, rewrap, source_of, undecorated
 from dlkernels.fusion.syntax import Position
 from dlkernels.fusion.values import state
@@ -37,15 +38,19 @@ class Plan:
 
     Attributes:
         places: the methods and positions of the calls.
+        chains: the methods and positions of calls that are chains; no place is in one.
         activations: the selected activations.
         without: the paths of excluded layers below the module.
         linear_forward: True if the module is a linear layer without activation, whose forward is our kernel.
+        gates: those of the places that are halves of gated layers, or whole ones.
     """
 
     places: frozenset[tuple[Method, Position]]
     activations: tuple[str, ...]
     without: tuple[str, ...] = ()
     linear_forward: bool = False
+    gates: frozenset[tuple[Method, Position]] = frozenset()
+    chains: frozenset[tuple[Method, tuple[Position, ...]]] = frozenset()
 
 
 class Fused(nn.Module):
@@ -102,7 +107,7 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
         "_fused_from": cls,
     }
     deepest: dict[str, int] = {}
-    for (name, depth), _ in plan.places:
+    for (name, depth), _ in (*plan.places, *plan.chains):
         deepest[name] = max(depth, deepest.get(name, 0))
     overridden: list[tuple[Any, Any]] = []
     for name, most in sorted(deepest.items()):
@@ -110,7 +115,11 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
             source = method_source(cls, method)
             check(source)
             chosen = [p for p in patterns(source.node) if (method, p.at) in plan.places]
-            new = source.rebuilt(rewritten(source.node, chosen, method.depth < most), _helpers())
+            gates = {at for m, at in plan.gates if m == method}
+            node = gated.with_gates(source.node, gated.gates(source.node, blocks), gates, helper_name)
+            where = sorted(positions for m, positions in plan.chains if m == method)
+            joined = [part for positions in where if (part := chosen_series(source.node, positions)) is not None]
+            new = source.rebuilt(rewritten(node, chosen, joined, method.depth < most), _helpers())
             old = definitions(cls, name)[method.depth][1]
             if method.depth:
                 overridden.append((old, rewrap(old, source.function, new)))
@@ -131,7 +140,9 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 @functools.lru_cache(maxsize=1)
 def _helpers() -> dict[str, Any]:
     values = {"methods": METHODS, "are_known": are_known}
-    values |= {name: getattr(chain if name == "chain" else call, name) for name in HELPERS if name not in values}
+    sources = {"chain": chain, "gated": gated, "up_and_gate": gated, "packed": gated}
+    sources |= {"written": written, "written_there": written}
+    values |= {name: getattr(sources.get(name, call), name) for name in HELPERS if name not in values}
     return {helper_name(name): value for name, value in values.items()}
 
 

@@ -1,8 +1,10 @@
-"""Questions about nodes of a method's syntax tree, whatever its names mean."""
+"""Questions about nodes of a method's syntax tree, whatever its names mean, and new nodes for the rewritten form."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
+from typing import Any
 
 from dlkernels.fusion.rules import METHODS
 from dlkernels.fusion.source import FunctionNode
@@ -126,3 +128,20 @@ def applied_to(node: ast.AST, name: str) -> ast.expr | str | None:
     """Return the callee if the node may be a call of an activation with ``name``."""
     parts = activation_call(node) if isinstance(node, ast.Call) else None
     return parts[0] if parts and isinstance(parts[1], ast.Name) and parts[1].id == name else None
+
+
+def thunk(value: ast.expr) -> ast.Lambda:
+    """Return ``lambda: value``."""
+    return ast.Lambda(ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[]), value)
+
+
+def tuple_of(parts: Sequence[ast.expr]) -> ast.Tuple:
+    return ast.Tuple(list(parts), ast.Load())
+
+
+def placed(node: Any, like: ast.AST) -> Any:
+    """Return ``node`` with the lines of ``like``: tracebacks show the original source."""
+    for inner in ast.walk(node):
+        if not hasattr(inner, "lineno") and isinstance(inner, ast.expr | ast.stmt | ast.keyword | ast.arg):
+            ast.copy_location(inner, like)
+    return node

@@ -23,11 +23,13 @@ of the dtype. Our tests and our benchmark use these functions, and your tests ca
 * Layers: :class:`Layer`, :func:`oracle`, :func:`error`, :func:`stock_errors`, :func:`assert_no_worse`,
   :func:`assert_layer_no_worse`, :class:`LayerJudge`, and the tables of activations ``STOCK``, ``EXACT`` and
   ``REWRITTEN``.
+* Gated layers: :class:`GatedLayer`, :func:`gated_oracle`, :func:`assert_gated_layer_no_worse`.
 * Losses: :func:`mse_oracle`, :func:`cross_entropy_oracle`, :func:`gaussian_nll_oracle` and :class:`LossJudge`.
 * Models: :class:`Agreement`, :func:`judge`, :func:`assert_models_agree`.
 """
 
 from dlkernels.testing.agreement import Agreement, assert_models_agree, judge
+from dlkernels.testing.gated import GatedLayer, assert_gated_layer_no_worse, gated_oracle
 from dlkernels.testing.losses import LossJudge, cross_entropy_oracle, gaussian_nll_oracle, mse_oracle
 from dlkernels.testing.oracle import (
     EXACT,
@@ -47,14 +49,17 @@ __all__ = [
     "REWRITTEN",
     "STOCK",
     "Agreement",
+    "GatedLayer",
     "Layer",
     "LayerJudge",
     "LossJudge",
+    "assert_gated_layer_no_worse",
     "assert_layer_no_worse",
     "assert_models_agree",
     "assert_no_worse",
     "cross_entropy_oracle",
     "error",
+    "gated_oracle",
     "gaussian_nll_oracle",
     "judge",
     "mse_oracle",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dlkernels.trainer import checkpoint as checkpoint_file
@@ -30,7 +30,7 @@ from dlkernels.trainer.mode import TrainMode
 from dlkernels.trainer.plain import plain_scalar
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
 from dlkernels.trainer.state import check_plain, parts, read_checkpoint, restore
-from dlkernels.trainer.step import Every, Loss, Step, forward
+from dlkernels.trainer.step import Every, Loss, Step, forward, one_call_of
 from dlkernels.trainer.summary import summarize
 
 
@@ -176,6 +176,7 @@ class Trainer:
         if compile:
             self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
         self._graph = GraphedStep(model, self._run, loss, self._step, autocast) if cuda_graph else None
+        self._one_call = one_call_of(model, loss, optimizer)
         self._mode = TrainMode(model)
         self._fitting = False  # between on_fit_start and on_fit_end
         self._in_step = False
@@ -306,6 +307,8 @@ class Trainer:
         if self._graph is not None and self._graph.matches(batch.x, batch.y):
             output, loss = self._graph(batch.x, batch.y)
             loss = loss.clone()  # the next replay overwrites it
+        elif (made := self._in_one_call(batch)) is not None:
+            loss, output = made
         else:
             self._step.before_forward()
             output, loss = forward(self._run, self.loss, batch.x, batch.y, self.device, self.autocast)
@@ -316,6 +319,29 @@ class Trainer:
                     raise self._non_finite(wrong, self.batch, batch)
             self._step.backward(loss, batch.samples, last, batch.share * self.ranks.world_size)
         self._meter.add(loss.detach(), output, batch.y, batch.samples, batch.share)
+
+    def _in_one_call(self, batch: LocalBatch) -> tuple[Tensor, Tensor] | None:
+        """Train on the batch in one call, where that has the bits of the calls; else do nothing and return None."""
+        step, one_call = self._step, self._one_call
+        if (
+            one_call is None
+            or self._run is not self.model
+            or self.autocast is not None
+            or self.ranks.world_size > 1
+            or step.scaler is not None
+            or step.clip_norm is not None
+            or step.accumulate > 1
+        ):
+            return None
+        one_call.model, one_call.loss, one_call.optimizer = self.model, self.loss, step.optimizer
+        made = one_call.attempt(batch.x, batch.y)
+        if made is None:
+            return None
+        loss = made[0]
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            raise self._non_finite(f"the loss became {loss.item()}", self.batch, batch)
+        step.after_optimizer_step()
+        return made
 
     def _check_stop(self, guard: InterruptGuard) -> None:
         """Obey a signal or a stop that any rank has met."""

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from bench.peak import Peak
 from bench.readme_table import BEGIN, END, markdown, rewrite
 from bench.readme_table import main as write_readme
 from bench.table import show
+from dlkernels import _C
 from dlkernels.testing import STOCK, Layer, LayerJudge
 from tests.support.paths import ROOT
 
@@ -109,6 +111,36 @@ def test_the_judge_accepts_the_compiled_contenders():
     judge = LayerJudge(layer())
     for name, op in contenders.make(contenders.COMPILED, "relu").items():
         assert judge.objection(op) is None, name
+
+
+def test_the_judge_accepts_the_pointwise_contender():
+    if "linear_pointwise" not in contenders.names("cpu"):
+        pytest.skip("this torch has no oneDNN")
+    for activation in STOCK:
+        ops = contenders.make(["linear_pointwise"], activation)
+        assert ("linear_pointwise" in ops) == (activation != "relu2")
+        for name, op in ops.items():
+            assert name in contenders.FORWARD_ONLY
+            assert LayerJudge(layer(activation=activation)).objection(op, False) is None
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_the_loop_on_registers_counts_its_operations(dtype):
+    once, ten = _C.peak_loop(dtype, 1), _C.peak_loop(dtype, 10)
+    assert ten == 10 * once > 0
+    start = time.perf_counter()
+    _C.peak_loop(dtype, 1_000_000)
+    assert time.perf_counter() - start > 1e-5  # a million steps: the compiler has not left the work out
+
+
+def test_a_record_without_the_loop_on_registers_is_read(tmp_path):
+    made().save(tmp_path / "r.json")
+    values = json.loads((tmp_path / "r.json").read_text())
+    del values["peak"]["registers"]  # as in records of earlier versions
+    (tmp_path / "r.json").write_text(json.dumps(values))
+    old = records.load(tmp_path / "r.json")
+    assert [row.share_of_peak for row in figures.rows(old)] == [None] * 4
+    show(old, Console(file=io.StringIO()))
 
 
 def settings(**options):
@@ -222,7 +254,7 @@ def made(complete=True, commit="a" * 40, **medians):
         versions={"torch": "2.13.0"},
         commit={"hash": commit, "dirty": False},
         machine={"cpu": "Some CPU", "threads": 2, "isa": "avx512"},
-        peak=Peak({"fp32": 100.0}, [(1000, 400.0), (10**9, 10.0)]),
+        peak=Peak({"fp32": 100.0}, [(1000, 400.0), (10**9, 10.0)], {"fp32": [100.0, 120.0]}),
         complete=complete,
     )
     for name, (theirs, in_place, ours) in {"fast": (3.0, 2.0, 1.0), "slow": (1.0, 4.0, 2.0)}.items():
@@ -255,6 +287,7 @@ def test_figures():
     # 60 operations at 100 per second; 144 bytes at 400 per second from a cache, at 10 per second from memory
     assert fast.share == pytest.approx(0.6)
     assert fast_cold.share == pytest.approx(14.4)
+    assert (fast.share_of_peak, slow.share_of_peak) == (0.5, 0.25)  # 60 and 30 operations per second, of 120
     hot = figures.geomeans([fast, slow])[0]
     assert hot["geomean"] == pytest.approx(1.5**0.5)
     assert (hot["worst"], hot["best"], hot["layers"]) == (0.5, 3.0, 2)
@@ -313,6 +346,8 @@ def test_the_command_line_writes_record_and_plot(tmp_path, small_machine, capsys
     assert values["commit"].keys() == {"hash", "dirty"}
     assert {"cpu", "cores", "threads", "isa", "environment"} <= values["machine"].keys()
     assert values["peak"]["gemm"]["fp32"] > 0
+    before, after = values["peak"]["registers"]["fp32"]
+    assert min(before, after) > 0
     names = [(one["shape"], one["activation"]) for one in values["layers"]]
     assert names == [(s, a) for a in ("relu", "gelu") for s in ("24x48x16", "mnist-2")]
     for one in values["layers"]:

@@ -197,8 +197,8 @@ def test_the_lease_fits_in_its_time(where):
 
 
 def test_expected_seconds_of_a_start_are_those_of_this_machine():
-    """The part that a host can measure: a process with torch and the package in it. Its time on a core is compared, which
-    other work beside it changes little."""
+    """The part that a host can measure: a process with torch and the package in it. Its time on a core is compared,
+    which other work beside it changes little."""
 
     def on_a_core():
         used = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -82,7 +82,7 @@ LAYERS = {
     "dlkernels.parallel": 5,
     "dlkernels.training": 6, "dlkernels.tuning": 6, "dlkernels.runs": 6, "dlkernels.serving": 6,
     "dlkernels.cli": 7,
-    "dlkernels._public": 8, "dlkernels.__main__": 8,
+    "dlkernels._core": 5, "dlkernels.__main__": 8,
     "dlkernels": 9,  # the public face: imports whatever it shows
 }  # fmt: skip
 

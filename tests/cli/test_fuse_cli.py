@@ -26,7 +26,12 @@ def no_inputs():
 def test_factory(capsys):
     assert main(["fuse", "--model", f"{__name__}:factory", "--set", "hidden=16", "--train"]) == 0
     out = capsys.readouterr().out
-    assert "1 fused, 1 skipped" in out and "fused and stock agree" in out and "forward and backward: stock" in out
+    assert (
+        "1 fused, 0 skipped" in out
+        and "0 → 2  relu → none" in out
+        and "fused and stock agree" in out
+        and "forward and backward: stock" in out
+    )
 
 
 def test_disagreement_is_an_error(capsys, monkeypatch):

@@ -241,6 +241,26 @@ def test_against_the_oracle(kernels, act, shape):
         assert_layer_no_worse(random_layer(*shape, act, bias), layer_op(kernels, act, threads=2))
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 50, 5000)], ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_a_gated_layer(kernels, act, shape):
+    """Its preactivations have the bits of two products, and y is act(gate) * up with one rounding."""
+    m, n, k = shape
+    layers = [random_layer(m, n, k, "none", bias) for bias in (True, False)]
+    x, (gate, up) = layers[0].x, layers
+    for threads in (1, 3):
+        y, z_gate, z_up = (torch.full((m, n), float("nan"), dtype=x.dtype) for _ in range(3))
+        sizes, slope = map(ctypes.c_int64, (m, n, k)), ctypes.c_double(SLOPE)
+        memory = map(pointer, (gate.bias, up.bias, y, z_gate, z_up))
+        weights = map(pointer, (x, gate.weight, up.weight))
+        assert kernels.gated(*sizes, *weights, ACTIVATIONS[act].code, slope, *memory, threads) == 0
+        for z, half in ((z_gate, gate), (z_up, up)):
+            assert torch.equal(z, gemm(kernels, x, half.weight.t(), bias=half.bias))
+        exact = ACTIVATIONS[act].value(gemm(kernels, x.float(), gate.weight.float().t(), bias=gate.bias.float()), SLOPE)
+        exact = exact * gemm(kernels, x.float(), up.weight.float().t())
+        torch.testing.assert_close(y.float(), exact, rtol=2**-7, atol=1e-5)
+
+
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_slices_of_k(kernels, splits):
     """The last slice may be empty: 1000 rows in 3 slices of 512."""

@@ -12,6 +12,7 @@ from tests.emulation.cuda_ops import plugin
 from tests.support.paths import ROOT
 
 CHECKS, LOSS = "tests/emulation/cuda_ops/checks.py", "tests/ops/test_linear_cross_entropy.py"
+GATED = "every_activation or over_shapes or leading or empty or views or special or apart or needs or explain"
 PATH, ROWS = "DLKERNELS_CUDA_GEMM", "DLKERNELS_LOSS_BLOCK_ROWS"
 
 # The runs, each in a process of its own, the longest first: arguments of pytest, and the environment.
@@ -36,6 +37,7 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
         {},
     ),
     "layers": ([CHECKS], {}),
+    "gated-layers": (["tests/ops/test_linear_glu.py", "-k", GATED], {}),
     "losses": (  # test_cuda_losses.py has their kernels
         [
             *(f"tests/ops/test_losses_{name}.py" for name in ("autograd", "cross_entropy")),

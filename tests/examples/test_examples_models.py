@@ -57,7 +57,7 @@ def assert_losses_fell(outcome, share):
 
 def test_dqn():
     pytest.importorskip("gymnasium")
-    _, returns = run("dqn", fused=2)
+    _, returns = run("dqn", fused=1)  # a chain of three layers
     assert min(returns) >= 195
 
 
@@ -93,7 +93,7 @@ def test_alexnet():
         import_torchvision()
     except ImportError as error:
         pytest.skip(f"alexnet is torchvision's: {error}")
-    outcome, accuracies = run("alexnet", fused=2)
+    outcome, accuracies = run("alexnet", fused=1)  # a chain of three layers, which active dropouts cut
     assert_losses_fell(outcome, 0.5)
     assert min(accuracies) >= 0.7  # by chance 0.1
 

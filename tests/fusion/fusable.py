@@ -1,5 +1,7 @@
 """Models for ``fuse``'s tests, and the checks for all of them: their numbers, and that they run fused."""
 
+import contextlib
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import dlkernels
+from dlkernels.fusion import call, memory, stages
 
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -78,7 +80,42 @@ def numbers(model, x):
     return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@contextlib.contextmanager
+def fused_runs():
+    """Count fused calls while it lasts: ``ops``, their ``layers``, and ``places``, the layers with an activation."""
+    runs = SimpleNamespace(ops=0, layers=0, places=0)
+
+    def counting(real, activations):
+        def run(*args):
+            result = real(*args)
+            if result is not None:
+                names = activations(*args)
+                runs.ops += 1
+                runs.layers += len(names)
+                runs.places += sum(name not in ("none", 0) for name in names)
+            return result
+
+        return run
+
+    with (
+        mock.patch.object(call, "_run", counting(call._run, lambda x, ready: [ready[2]])),
+        mock.patch.object(stages, "run_several", counting(stages.run_several, lambda x, all_: [r[2] for r in all_])),
+        mock.patch.object(memory, "run_again", counting(memory.run_again, _remembered)),
+        mock.patch.object(memory, "recall", counting(memory.recall, _remembered)),
+    ):
+        yield runs
+
+
+def _remembered(key, owner, x):
+    return memory._decided[key][0].activations()
+
+
 def runs_fused(model, x=X):
-    with mock.patch("dlkernels.fusion.call._run", wraps=dlkernels.fusion.call._run) as runs:
+    with fused_runs() as runs:
         model(x)
-    return runs.call_count > 0
+    return runs.places > 0
+
+
+def fused_places(report):
+    """Path and activation of each layer that is fused with an activation, also within chains."""
+    return [(path, act) for site in report.fused for path, act in site.layers if act != "none"]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlkernels import fuse, report, unfuse
-from dlkernels.fusion import call, observe
+from dlkernels.fusion import Report, Site, call, observe
 from tests.fusion.fusable import Nested, X, made
 
 
@@ -270,13 +270,16 @@ def test_layers_that_gain_too_little_stay_stock(monkeypatch):
     """Of the three layers with an activation one gains, one loses, and one is told not to be fused."""
     gains = {8: 0.9, 9: 1.2, 7: 2.0}
     monkeypatch.setattr(observe, "_gain", lambda owner, linear, *rest: gains[linear.out_features])
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU()).double()
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 9), nn.ReLU(), nn.LayerNorm(9), nn.Linear(9, 7),
+        nn.ReLU(),
+    ).double()  # fmt: skip
     expected = model(X)
-    fuse(model, example_inputs=X, min_gain=0.97, exclude="4")
+    fuse(model, example_inputs=X, min_gain=0.97, exclude="6")
     sites = {site.path: site for site in report(model).sites}
-    assert {path: site.status for path, site in sites.items()} == {"0": "skipped", "2": "fused", "4": "skipped"}
+    assert {path: site.status for path, site in sites.items()} == {"0": "skipped", "3": "fused", "6": "skipped"}
     assert sites["0"].why == "fused was slower on the example inputs: 0.90 times stock's speed"
-    assert (sites["2"].gain, sites["4"].why) == (1.2, "not selected")
+    assert (sites["3"].gain, sites["6"].why) == (1.2, "not selected")
     torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
     fuse(model, example_inputs=X)
     assert len(report(model).fused) == 3, "by default speed leaves nothing out"
@@ -286,6 +289,49 @@ def test_layers_that_gain_too_little_stay_stock(monkeypatch):
     assert not report(model).fused and not any("slower" in site.why for site in report(model).sites)
 
 
+def test_a_chain_that_gains_too_little_stays_stock(monkeypatch):
+    monkeypatch.setattr(observe, "_gain_of_chain", lambda *args: 0.8)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7)).double()
+    expected = model(X)
+    fuse(model, example_inputs=X)
+    (site,) = report(model).sites
+    assert (site.layers, site.gain) == ((("0", "relu"), ("2", "relu"), ("4", "none")), 0.8)
+    assert "0 → 2 → 4  relu → relu → none  fused   0.80x" in str(report(model))
+    fuse(model, example_inputs=X, min_gain=0.97)
+    assert [site.status for site in report(model)] == ["skipped"] * 3 and type(model) is nn.Sequential
+    assert "0.80 times stock's speed" in report(model).sites[0].why
+    assert torch.equal(model(X), expected)
+
+
 def test_a_gain_is_measured_on_example_inputs():
     with pytest.raises(ValueError, match="expected example_inputs with min_gain"):
         fuse(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), min_gain=0.97)
+
+
+def site(status="fused", gain=None):
+    return Site("0", "relu", "Sequential", status, gain=gain)
+
+
+@pytest.mark.parametrize(
+    ("sites", "first_line"),
+    [
+        ((), "Nothing to gain: no linear layer of this model can be fused with an activation. 0 fused, 0 skipped"),
+        (
+            (site(gain=0.9), site(gain=1.0)),
+            "Nothing to gain on this machine: no fused layer is clearly faster than stock. 2 fused, 0 skipped",
+        ),
+        (
+            (site("skipped", gain=0.9),),
+            "Nothing to gain on this machine: no fused layer is clearly faster than stock. 0 fused, 1 skipped",
+        ),
+        ((site(gain=0.9), site(gain=1.1)), "2 fused, 0 skipped"),
+        ((site(), site(gain=0.9)), "2 fused, 0 skipped"),  # one was not measured
+        ((site("undecided"),), "0 fused, 0 skipped, 1 undecided"),
+    ],
+)
+def test_a_model_with_nothing_to_gain_is_told_so_in_the_first_line(sites, first_line):
+    assert str(Report(sites)).splitlines()[0] == first_line
+
+
+def test_a_model_without_activations_has_nothing_to_gain():
+    assert str(report(fuse(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))))).startswith("Nothing to gain: ")

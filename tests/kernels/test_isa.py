@@ -10,13 +10,11 @@ from tests.support.subprocess_utils import python
 
 LEVELS = ["avx2", "avx512", "avx512_bf16", "amx"]
 ISAS = ["portable", *(isa for isa in LEVELS if _C.cpu_features()[isa])]
-FILES = [
-    f"tests/ops/test_{name}.py"
-    for name in ("forward_backward", "special_values", "conversions", "accuracy", "mlp", "autocast", "few_columns")
-]
+NAMES = "forward_backward special_values conversions accuracy mlp autocast few_columns update"
+FILES = [f"tests/ops/test_{name}.py" for name in NAMES.split()]
 # The width of a register shows in these: each activation and dtype in every path, tile edges, strides.
 SUBSET = "every_activation or (relu_over_shapes and (33 or 47 or 97)) or (strides_of and 40) or stride_zero or empty"
-SUBSET += " or mlp_over_shapes or mlp_with_every_activation or mlp_confines or mlp_takes_strides"
+SUBSET += " or mlp_over_shapes or mlp_with_every_activation or mlp_confines or mlp_takes_strides or error_of_the_update"
 OWN = " or few_columns or conversions or accuracy or subnormals"  # paths and numbers that are not torch's GEMM's
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-KERNELS = 15
+KERNELS = 19
 
 
 def build(folder, *flags):

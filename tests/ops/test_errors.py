@@ -77,6 +77,7 @@ CALLS = {
                        r"x must be.*\(3, 3\).*\(5, 4\)"),
     # no tensors
     "x is a list": (lambda: act([[1.0]]), TypeError, "must be tensors.*got list, Tensor, Tensor"),
+    "x is nested": (lambda: act(torch.nested.as_nested_tensor([X], layout=torch.jagged)), TypeError, "a nested one"),
     "x is None": (lambda: act(None), TypeError, "must be tensors.*got NoneType, Tensor, Tensor"),
     "x is an array": (lambda: act(X.numpy()), TypeError, "must be tensors.*got ndarray"),
     "weight is None": (lambda: act(w=None), TypeError, "must be tensors.*got Tensor, NoneType"),
@@ -128,6 +129,8 @@ CALLS = {
     "explain sparse": (lambda: functional.explain(X.to_sparse(), W), TypeError, "x must be a dense.*sparse_coo"),
     "explain lists": (lambda: functional.explain([1.0], W), TypeError, "must be tensors.*got list"),
     "explain meta": (lambda: functional.explain(X.to("meta"), W.to("meta")), NotImplementedError, "x is on meta"),
+    "explain weight on meta": (lambda: functional.explain(X, W.to("meta")), RuntimeError,
+                               "weight is on meta, but x is on cpu"),
     # the private operators, called with garbage
     "code too large": (lambda: forward(code=99), ValueError, r"activation code in \[0, 9\), got 99"),
     "code negative": (lambda: forward(code=-1), ValueError, r"activation code in \[0, 9\), got -1"),

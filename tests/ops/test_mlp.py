@@ -283,7 +283,11 @@ WRONG = {
     "integers": (lambda: mlp(x.long(), [w.long()]), TypeError, "expected float64, float32, bfloat16 or float16"),
     "no tensor": (lambda: mlp(x, [None]), TypeError, "must be tensors"),
     "sparse": (lambda: mlp(x.to_sparse(), [w]), RuntimeError, "must be a dense"),
-    "slope": (lambda: mlp(x, [w], last_activation="leaky_relu", negative_slope=-1.0), ValueError, "must be >= 0"),
+    "slope": (
+        lambda: mlp(x, [w], last_activation="leaky_relu", negative_slope=-1.0),
+        ValueError,
+        "mlp: negative_slope must be >= 0",
+    ),
 }
 
 

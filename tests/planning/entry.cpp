@@ -3,9 +3,11 @@
 #include <cstring>
 #include <string>
 
+#include "planning/cpu/linear_glu.h"
 #include "planning/cpu/plan.h"
 #include "planning/cpu/route.h"
 #include "planning/cuda/linear_cross_entropy.h"
+#include "planning/cuda/linear_glu.h"
 #include "planning/cuda/plan.h"
 
 using namespace dlk;
@@ -35,19 +37,35 @@ cpu::Kernels kernels_of(const char* isa, bool pairs) {
 
 // "dgrad packed dx load below 1|wgrad packed dweight+dbias load - 3": kind, path, outputs, where dz is made, the layer
 // below, slices.
+// A step's outputs by name. Of the second half of a gated layer they end in _up.
+std::string outputs_of(unsigned outputs) {
+  constexpr const char* kNames[] = {"y",     "z",           "mask", "dz",    "dx",         "dweight",
+                                    "dbias", "dbias_below", "z_up", "dz_up", "dweight_up", "dbias_up"};
+  std::string text;
+  for (int bit = 0; bit < 12; ++bit)
+    if (outputs >> bit & 1) text += (text.empty() ? "" : "+") + std::string(kNames[bit]);
+  return text;
+}
+
 const char* text_of(const Plan& plan) {
   static std::string text;
   text.clear();
-  constexpr const char* kNames[] = {"y", "z", "mask", "dz", "dx", "dweight", "dbias", "dbias_below"};
   for (const Step& step : plan) {
     if (!text.empty()) text += "|";
     text += std::string(name(step.kind)) + " " + name(step.path) + " ";
-    std::string outputs;
-    for (int bit = 0; bit < 8; ++bit)
-      if (step.outputs >> bit & 1) outputs += (outputs.empty() ? "" : "+") + std::string(kNames[bit]);
-    text +=
-        outputs + (step.dz_in_load ? " load" : " -") + (step.below ? " below " : " - ") + std::to_string(step.splits);
+    text += outputs_of(step.outputs) + (step.dz_in_load ? " load" : " -") + (step.below ? " below " : " - ") +
+            std::to_string(step.splits);
   }
+  return text.c_str();
+}
+
+// The parts of a gated layer's plan: "fused", gate, up, dgrad of both, the pass, how dx is added up.
+const char* text_of(const GluPlan& plan) {
+  constexpr const char* kSums[] = {"apart", "rounded", "unrounded"};
+  static std::string text;
+  text = plan.fused ? "fused;" : ";";
+  for (const Plan* part : {&plan.gate, &plan.up, &plan.dgrad}) text += std::string(text_of(*part)) + ";";
+  text += outputs_of(plan.pass.outputs) + ";" + kSums[static_cast<int>(plan.dx_sum)];
   return text.c_str();
 }
 
@@ -156,6 +174,38 @@ const char* cuda_forward(const char* path, int arch, int64_t m, int64_t n, int64
   given_arch = arch, given_narrow = 0;
   const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}};
   return text_of(cuda::plan_forward({p, {nullptr, k, 1}, {nullptr, k, 1}, z != 0, mask != 0}, kDevice));
+}
+
+// A gated layer of f32 or bf16. On CPU with the kernel set `isa`; on CUDA where it is empty.
+const char* glu_forward(const char* isa, int forced, int64_t m, int64_t n, int64_t k, int dtype, int z) {
+  const cpu::Kernels set = kernels_of(isa, false);
+  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4, cpu_routes()};
+  is_forced = false, given_arch = 90, given_narrow = 0;
+  const GluForwardProblem p = {{{m, n, k}, static_cast<DType>(dtype), {Act::silu, 0}},
+                               {nullptr, k, 1},
+                               {nullptr, k, 1},
+                               {nullptr, k, 1},
+                               z != 0};
+  return text_of(*isa ? cpu::plan_glu_forward(p, machine) : cuda::plan_glu_forward(p, kDevice));
+}
+
+// needs: bits for dx, dweight_gate, dbias_gate, dweight_up, dbias_up. gate, up: addresses of the weights in bytes.
+const char* glu_backward(const char* isa, int forced, int64_t m, int64_t n, int64_t k, int dtype, int needs,
+                         int64_t gate, int64_t up, int one_memory) {
+  const cpu::Kernels set = kernels_of(isa, false);
+  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4};
+  is_forced = false, given_arch = 90, given_narrow = 0;
+  const GluBackwardProblem p = {{{m, n, k}, static_cast<DType>(dtype), {Act::silu, 0}},
+                                {nullptr, k, 1},
+                                {reinterpret_cast<const void*>(gate), k, 1},
+                                {reinterpret_cast<const void*>(up), k, 1},
+                                one_memory != 0,
+                                (needs & 1) != 0,
+                                (needs & 2) != 0,
+                                (needs & 4) != 0,
+                                (needs & 8) != 0,
+                                (needs & 16) != 0};
+  return text_of(*isa ? cpu::plan_glu_backward(p, machine) : cuda::plan_glu_backward(p, kDevice));
 }
 
 void loss_blocks(int64_t m, int64_t classes, int dtype, int64_t given, int64_t* rows, int64_t* blocks, int* one_layer) {

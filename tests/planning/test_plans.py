@@ -30,7 +30,7 @@ def planning(tmp_path_factory):
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-Wall", "-shared", "-fPIC", f"-I{CSRC}"]
     subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    for name in ("cpu_forward", "cpu_backward", "cuda_forward", "cuda_backward"):
+    for name in ("cpu_forward", "cpu_backward", "cuda_forward", "cuda_backward", "glu_forward", "glu_backward"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
@@ -300,3 +300,94 @@ def test_rows_for_a_gpu(planning, table):
     assert cuda_backward(planning, (4096, 512, 512))[1].split()[:2] == ["dgrad", "cublas"], (
         "only where it takes the layer"
     )
+
+
+# ---- gated layers ----------------------------------------------------------------------------------------------------
+
+HALVES = 1 << 20, (1 << 20) + 4 * 300 * 200  # the addresses of the halves of one float32 [600, 200]
+
+
+def glu_forward(planning, shape, dtype="float32", *, isa="avx512", forced=NO, z=True):
+    text = planning.glu_forward(isa.encode(), forced, *sizes(shape), DTYPES.index(dtype), z)
+    fused, gate, up, _, makes, _ = text.decode().split(";")
+    return bool(fused), [*gate.split("|"), *up.split("|"), makes]
+
+
+def glu_backward(
+    planning, shape, dtype="float32", *, isa="avx512", forced=NO, needs=31, weights=(1 << 20, 1 << 21), together=False
+):
+    text = planning.glu_backward(
+        isa.encode(), forced, *sizes(shape), DTYPES.index(dtype), needs, *map(ctypes.c_int64, weights), together
+    )
+    _, gate, up, dgrad, makes, dx_sum = text.decode().split(";")
+    return [part.split("|") if part else [] for part in (gate, up, dgrad)], makes, dx_sum
+
+
+def test_a_gated_forward_is_one_step_where_it_is_packed(planning):
+    assert glu_forward(planning, BIG) == (True, ["forward packed y+z+z_up - - 1", "", ""])
+    assert glu_forward(planning, BIG, z=False) == (True, ["forward packed y - - 1", "", ""])
+    by_halves = (False, ["forward aten y - - 1", "forward aten y - - 1", "y"])
+    assert glu_forward(planning, BIG, forced=ATEN) == by_halves
+    assert glu_forward(planning, FEW_ROWS)[1][0] == "forward few_rows y - - 1"
+    fused, steps = glu_forward(planning, BIG, isa="")
+    assert not fused and steps[-1] == "y" and len(steps) == 3
+
+
+def test_a_gated_backward_makes_both_dz_in_one_pass(planning):
+    (gate, up, dgrad), makes, dx_sum = glu_backward(planning, BIG)
+    assert gate == ["dgrad packed dx - - 1", "wgrad packed dweight - - 1"] == up and not dgrad
+    assert makes == "dz+dbias+dz_up+dbias_up" and dx_sum == "rounded"
+    assert glu_backward(planning, BIG, "bfloat16")[2] == "unrounded"
+    assert glu_backward(planning, BIG, "bfloat16", forced=ATEN)[2] == "rounded"
+    assert glu_backward(planning, FEW_ROWS)[2] == "apart"  # its kernels add to nothing
+
+
+def test_large_gated_layers_on_a_cpu_with_amx_are_left_to_torchs_products(planning):
+    large, small = (1024, 1376, 512), (1024, 320, 512)
+    by_halves = (False, ["forward aten y - - 1", "forward aten y - - 1", "y"])
+    for dtype in ("float32", "bfloat16"):
+        assert glu_forward(planning, large, dtype, isa="amx") == by_halves
+        (gate, up, _), _, _ = glu_backward(planning, large, dtype, isa="amx")
+        assert gate == ["dgrad aten dx - - 1", "wgrad aten dweight - - 1"] == up
+        for shape, isa, forced in ((small, "amx", NO), (large, "avx512_bf16", NO), (large, "amx", OWN)):
+            assert glu_forward(planning, shape, dtype, isa=isa, forced=forced)[0]
+    assert glu_forward(planning, large, "bfloat16", isa="amx", z=False)[0]  # forward alone is faster as one step
+    assert not glu_forward(planning, large, isa="amx", z=False)[0]
+    planning.add_route(FORWARD, DTYPES.index("float32"), *sizes(large), 0, b"packed", b"a row of a table")
+    planning.use_routes()
+    try:
+        assert glu_forward(planning, large, isa="amx")[0]
+    finally:
+        planning.use_routes()
+
+
+@pytest.mark.parametrize("isa", ["avx512", ""])
+def test_dx_of_halves_of_one_weight_is_one_product(planning, isa):
+    for weights in (HALVES, HALVES[::-1]):
+        (gate, up, dgrad), makes, _ = glu_backward(planning, BIG, isa=isa, weights=weights, together=True)
+        assert [step.split()[0] for step in (*gate, *up, *dgrad)] == ["wgrad", "wgrad", "dgrad"]
+        assert makes == "dz+dbias+dz_up+dbias_up"
+    (*_, dgrad), _, _ = glu_backward(planning, BIG, isa=isa, weights=HALVES, together=False)
+    assert not dgrad  # two tensors that lie behind each other by chance
+    (*_, dgrad), _, _ = glu_backward(planning, BIG, isa=isa, weights=(1 << 20, (1 << 20) + 4), together=True)
+    assert not dgrad
+
+
+@pytest.mark.parametrize("shape", [BIG, FEW_ROWS, FEW_COLUMNS, (0, 3, 4), (3, 0, 4), (3, 4, 0)], ids=str)
+@pytest.mark.parametrize("isa", ["avx512", ""])
+def test_every_gradient_of_a_gated_layer_is_made_once(planning, shape, isa):
+    names = ("dx", "dweight", "dbias", "dweight_up", "dbias_up")
+    m, n, k = shape
+    for needs in range(32):
+        wanted = {name for bit, name in enumerate(names) if needs >> bit & 1}
+        if m * n == 0:
+            wanted = set()
+        if k == 0:
+            wanted &= {"dbias", "dbias_up"}
+        (gate, up, dgrad), makes, _ = glu_backward(planning, shape, isa=isa, needs=needs)
+        assert not dgrad
+        by_gate, by_up = ([name for step in half for name in step.split()[2].split("+")] for half in (gate, up))
+        assert by_gate.count("dx") == by_up.count("dx") == ("dx" in wanted)  # the halves of one sum
+        made = [name for name in makes.split("+") if name.startswith("dbias")]
+        made += by_gate + [f"{name}_up" if name != "dx" else name for name in by_up]
+        assert set(made) == wanted and len(made) == len(wanted) + ("dx" in wanted)

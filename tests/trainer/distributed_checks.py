@@ -370,6 +370,25 @@ def derivatives_and_autocast_of_dtensors():
 
 
 @check
+def gated_layers_of_dtensors():
+    """By the rules of two layers: columns of both weights, rows of x, and the sum of a row-wise layer."""
+    generator = torch.Generator().manual_seed(1)
+    args = [torch.randn(s, generator=generator) for s in ((6, 9), (10, 9), (10, 9))]
+    g = torch.randn(6, 10, generator=generator)
+
+    def stock(x, gate, up):
+        return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+    expected, exact = (
+        layer(stock, None, [t.to(dtype) for t in args], g.to(dtype)) for dtype in (torch.float32, torch.float64)
+    )
+    for of_x, of_weights in ((Replicate(), Shard(0)), (Shard(0), Replicate()), (Shard(1), Shard(1))):
+        placements = of_x, of_weights, of_weights
+        split = [distribute_tensor(t, mesh(), [p]) for t, p in zip(args, placements, strict=True)]
+        assert_close(layer(functional.linear_glu, None, split, g), expected, exact, f"gated {placements}:")
+
+
+@check
 def losses_of_dtensors():
     """Losses use torch's formulas, and the scores stay split by classes."""
     x, y = torch.randn(8, 12), torch.arange(8)

@@ -56,6 +56,32 @@ struct ColumnsBackward {
 // it cheap to add the slices up, and there are enough slices for 32 threads.
 DLK_HD int64_t column_slices(int64_t m) { return m < 256 ? 1 : m < 32 * 128 ? m / 128 : 32; }
 
+// ---- the update of parameters -------------------------------------------------------------------------------------
+
+enum class UpdateRule { adam, adamw, sgd };
+
+// One parameter, its gradient and its state: n elements each.
+struct UpdatedTensor {
+  int64_t n;
+  void* p;
+  const void* g;
+  void* mean;         // exp_avg; of sgd the momentum, or nullptr
+  void* square;       // exp_avg_sq; adam and adamw
+  void* max_square;   // max_exp_avg_sq: amsgrad; else nullptr
+  double step_size;   // adam and adamw: lr / (1 - beta1^step)
+  double correction;  // adam and adamw: sqrt(1 - beta2^step)
+};
+
+// One optimizer step of some tensors: torch's Adam, AdamW or SGD.
+struct Update {
+  UpdateRule rule;
+  bool maximize, nesterov;
+  double lr, weight_decay, beta2, eps, dampening;
+  double beta1;  // of sgd the factor of the momentum
+  const UpdatedTensor* tensors;
+  int64_t count;
+};
+
 // ---- the functions of one instruction set ------------------------------------------------------------------------
 
 // A product that packs both operands, and the sizes that planning asks for.
@@ -85,10 +111,15 @@ struct KernelTable {
   void (*few_columns_forward)(const Gemm&, const Parallel&);
   void (*few_columns_backward)(const ColumnsBackward&, const Parallel&);
   void (*grad_pass)(const GradPass&, const Parallel&);
+  void (*glu_pass)(const GluPass&, const Parallel&);
+  void (*glu_grad_pass)(const GluGradPass&, const Parallel&);
   int64_t fused_mlp_features;  // the most in_features and out_features of a layer of a fused MLP
   void (*fused_mlp_forward)(const FusedMlp&, const Parallel&);
   void (*fused_mlp_backward)(const FusedMlp&, const Parallel&);
   Losses losses;
+  void (*update)(const Update&, const Parallel&);  // nullptr: of 16-bit types
+  // Multiply-adds on registers alone: `steps` steps on this thread. Returns their operations, for the benchmark.
+  int64_t (*peak_loop)(int64_t steps);
 };
 
 // The product of f32 tensors that rounds them to bf16 while it packs them, for callers that torch's settings allow it.

@@ -71,6 +71,13 @@ cudaError_t grad_pass(const GradPass& p, cudaStream_t stream);
 // Return the accumulators of `partials`.
 int64_t grad_pass_partials(const GradPass& p);
 
+// The passes of a gated layer. glu_grad_pass reads no `up` that has no data where dz_gate and dbias_gate are not wanted, and
+// no `gate` that has none where the activation is none and nothing of up is wanted.
+cudaError_t glu_pass(DType dtype, const GluPass& p, cudaStream_t stream);
+cudaError_t glu_grad_pass(const GluGradPass& p, cudaStream_t stream);
+// Return the accumulators of `partials`.
+int64_t glu_grad_pass_partials(const GluGradPass& p);
+
 // ---- losses --------------------------------------------------------------------------------------------------------
 // No call waits for the device, so an error that is found there cannot be raised. A negative var, or a class index out
 // of range, makes NaN of its own term and of its gradients. Such an index also makes NaN of a mean. It reads and writes

@@ -1,10 +1,12 @@
 #include "ops/autograd/mlp_loss.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Reduction.h>
-#include <c10/core/GradMode.h>
 
 #include <algorithm>
 
+#include "ops/autograd/function.h"
 #include "ops/autograd/losses.h"
 #include "ops/autograd/mlp.h"
 #include "ops/check.h"
@@ -24,12 +26,9 @@ std::tuple<at::Tensor, at::Tensor> loss_of(const at::Tensor& y, const at::Tensor
 
 }  // namespace
 
-std::tuple<at::Tensor, std::vector<at::Tensor>> mlp_loss(const at::Tensor& x, at::TensorList weights,
-                                                         const OptionalTensors& biases, at::IntArrayRef acts,
-                                                         double slope, const at::Tensor& target, int64_t kind,
-                                                         const OptionalTensor& class_weight, int64_t reduction,
-                                                         int64_t ignore_index, double label_smoothing,
-                                                         at::IntArrayRef needs) {
+LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
+                   double slope, const at::Tensor& target, int64_t kind, const OptionalTensor& class_weight,
+                   int64_t reduction, int64_t ignore_index, double label_smoothing, at::IntArrayRef needs) {
   const size_t count = weights.size();
   check_mlp_counts(count, biases.size(), acts.size());
   TORCH_CHECK(needs.size() == 2 * count, "mlp_loss: expected two entries in needs for each of ", count,
@@ -37,7 +36,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> mlp_loss(const at::Tensor& x, at
   TORCH_CHECK_VALUE(kind == 0 || kind == 1, "mlp_loss: expected loss kind 0 (mse) or 1 (cross entropy), got ", kind);
   TORCH_CHECK_VALUE(reduction == at::Reduction::Mean || reduction == at::Reduction::Sum,
                     "mlp_loss: expected reduction 1 (mean) or 2 (sum), got ", reduction);
-  const c10::AutoGradMode no_grad(false);
+  // Without the keys of autograd, whose fallback for ops without a derivative boxes every argument.
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   std::vector<int64_t> all_needs = {0};  // x's
   all_needs.insert(all_needs.end(), needs.begin(), needs.end());
   const Saves saves = saves_for(acts, all_needs);
@@ -53,7 +53,18 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> mlp_loss(const at::Tensor& x, at
     gradients = call_mlp_backward(grad.to(y.scalar_type()), x, operands, y, at::TensorList(outputs).slice(1),
                                   saves.keep, acts, slope, all_needs);
   }
-  return {loss, gradients};
+  return {loss, y, gradients};
+}
+
+LossOfMlp call_mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                        at::IntArrayRef acts, double slope, const at::Tensor& target, int64_t kind,
+                        const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                        double label_smoothing, at::IntArrayRef needs) {
+  using F = LossOfMlp(const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef, double,
+                      const at::Tensor&, int64_t, const OptionalTensor&, int64_t, int64_t, double, at::IntArrayRef);
+  static const auto op = dispatched<F>("dlkernels::_mlp_loss");
+  return op.call(x, weights, biases, acts, slope, target, kind, class_weight, reduction, ignore_index, label_smoothing,
+                 needs);
 }
 
 }  // namespace dlk

@@ -7,14 +7,20 @@ namespace dlk {
 
 enum class LossKind : int64_t { mse, cross_entropy };
 
-// The loss of mlp(x, weights, biases) and the gradients among [dweight_0 ..., dbias_0 ...] that `needs`, in the same order,
+// The loss, the output and the gradients.
+using LossOfMlp = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
+
+// The loss and the output of mlp(x, weights, biases) and the gradients among [dweight_0 ..., dbias_0 ...] that `needs`, in the same order,
 // asks for: those of the loss itself, which is a mean or a sum. class_weight, ignore_index and label_smoothing are of
 // cross_entropy. Nothing is recorded.
-std::tuple<at::Tensor, std::vector<at::Tensor>> mlp_loss(const at::Tensor& x, at::TensorList weights,
-                                                         const OptionalTensors& biases, at::IntArrayRef acts,
-                                                         double slope, const at::Tensor& target, int64_t kind,
-                                                         const OptionalTensor& class_weight, int64_t reduction,
-                                                         int64_t ignore_index, double label_smoothing,
-                                                         at::IntArrayRef needs);
+LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
+                   double slope, const at::Tensor& target, int64_t kind, const OptionalTensor& class_weight,
+                   int64_t reduction, int64_t ignore_index, double label_smoothing, at::IntArrayRef needs);
+
+// The same through the dispatcher: profilers see it.
+LossOfMlp call_mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                        at::IntArrayRef acts, double slope, const at::Tensor& target, int64_t kind,
+                        const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                        double label_smoothing, at::IntArrayRef needs);
 
 }  // namespace dlk

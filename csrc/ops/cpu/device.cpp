@@ -3,10 +3,9 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include "ops/check.h"
+#include "planning/cpu/linear_glu.h"
 #include "planning/cpu/plan.h"
 #include "planning/cpu/route.h"
 
@@ -74,6 +73,21 @@ void run_activation_pass(const Problem& c, const at::Tensor& z, const at::Tensor
   const int64_t count = c.shape.m * c.shape.n;
   machine.table(c.dtype).act_pass({count, z.const_data_ptr(), c.act, y.data_ptr()},
                                   threads_for_elements(machine, count));
+}
+
+void run_glu_pass(const Problem& c, const GluPass& p) {
+  const Machine machine = machine_for(c.dtype, false);
+  machine.table(c.dtype).glu_pass(p, threads_for_elements(machine, p.count));
+}
+
+void run_glu_gradient_pass(GluGradPass p, const at::Tensor& like) {
+  at::Tensor partials;
+  if (p.dbias_gate || p.dbias_up) {
+    partials = accumulators(((p.dbias_gate != nullptr) + (p.dbias_up != nullptr)) * slices(p.m) * p.n, like);
+    p.partials = partials.data_ptr();
+  }
+  const Machine machine = machine_for(p.dtype, false);
+  machine.table(p.dtype).glu_grad_pass(p, threads_for_elements(machine, 2 * p.m * p.n));
 }
 
 int slices_of(const FusedMlp& p, DType dtype) {
@@ -165,7 +179,7 @@ at::Tensor library_operand(const at::Tensor& a) {
   constexpr int64_t piece = 32;
   const int64_t m = a.size(0), k = a.size(1);
   if (a.element_size() != 2 || k % piece == 0) return a;
-  at::Tensor copy = at::zeros({m, (k / piece + 1) * piece}, a.options()).narrow(1, 0, k);
+  at::Tensor copy = aten::zeros({m, (k / piece + 1) * piece}, a.options()).narrow(1, 0, k);
   return copy.copy_(a);
 }
 
@@ -179,6 +193,12 @@ const Device kCpu = {
     &cpu::few_columns_backward,
     &cpu::run_activation_pass,
     &cpu::gradient_pass,
+    [](const GluForwardProblem& p) {
+      return cpu::plan_glu_forward(p, cpu::machine_that_runs(p, cpu_routes() != nullptr));
+    },
+    [](const GluBackwardProblem& p) { return cpu::plan_glu_backward(p, cpu::machine_that_runs(p, true)); },
+    &cpu::run_glu_pass,
+    &cpu::run_glu_gradient_pass,
     &cpu::library_operand,
     /*has_masks=*/false,
     /*takes_mask=*/[](const Problem&) { return false; },

@@ -8,11 +8,6 @@
 //     dweight += dlogitsᵀ · x                gemm that adds to accumulators
 //
 // Blocks are cut by the shape alone and follow each other, so the bits do not depend on the number of threads.
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -33,11 +28,11 @@ void block_product(bool library, Op op, DType dtype, const at::Tensor& a, const 
   if (library) {
     const at::Tensor left = op == Op::wgrad ? a : library_operand(a);
     if (output_mode == OutputMode::accumulate)
-      c.add_(at::mm(left, b));
+      c.add_(aten::mm(left, b));
     else if (c.scalar_type() != a.scalar_type())
-      c.copy_(at::mm(left, b));
+      c.copy_(aten::mm(left, b));
     else
-      bias.defined() ? at::addmm_out(c, bias, left, b) : at::mm_out(c, left, b);
+      bias.defined() ? aten::addmm_out(c, bias, left, b) : aten::mm_out(c, left, b);
     return;
   }
   Gemm p{};
@@ -84,12 +79,12 @@ LossOfLinear linear_cross_entropy(const LinearCrossEntropyCall& call) {
   const double mean = reduction == at::Reduction::Mean ? denominator : 1;
   const bool rounds = is_16_bit(dtype);
   at::Tensor each, dx, dweight, dbias, later_sum;
-  if (reduction == at::Reduction::None) each = at::zeros(call.row_sizes, options);
+  if (reduction == at::Reduction::None) each = aten::zeros(call.row_sizes, options);
   std::vector<double> sums;
   if (m == 0 || classes == 0) {  // sums over nothing
-    if (need_x) dx = at::zeros(call.x_sizes, grad_options);
-    if (need_weight) dweight = at::zeros(weight.sizes(), grad_options);
-    if (need_bias) dbias = at::zeros({classes}, grad_options);
+    if (need_x) dx = aten::zeros(call.x_sizes, grad_options);
+    if (need_weight) dweight = aten::zeros(weight.sizes(), grad_options);
+    if (need_bias) dbias = aten::zeros({classes}, grad_options);
     return {reduced(each, sums, reduction, mean, options), dx, dweight, dbias};
   }
 
@@ -107,7 +102,7 @@ LossOfLinear linear_cross_entropy(const LinearCrossEntropyCall& call) {
   if (need_x) dx = new_empty(call.x_sizes, grad_options);
   if (need_weight) dweight = new_empty(weight.sizes(), one_block ? grad_options : options);
   if (need_weight && plan.blocks > plan.blocks_per_sum) later_sum = new_empty(weight.sizes(), options);
-  if (need_bias) dbias = at::zeros({classes}, options.dtype(at::kDouble));
+  if (need_bias) dbias = aten::zeros({classes}, options.dtype(at::kDouble));
 
   CrossEntropy p{call.p};
   p.x = logits.const_data_ptr();

@@ -3,12 +3,12 @@
 
 #include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
 
 #include <vector>
 
 #include "kernels/cpu/losses/loss_kernels.h"
+#include "ops/aten.h"
 
 namespace dlk::cpu {
 
@@ -21,7 +21,7 @@ inline at::Tensor reduced(const at::Tensor& each, const std::vector<double>& sum
   const double value = total.value();
   // Converting a tensor turns values beyond the dtype's range into infinity; converting a number would raise.
   const at::Tensor exact =
-      at::scalar_tensor(reduction == at::Reduction::Mean ? value / denominator : value, options.dtype(at::kDouble));
+      aten::scalar_tensor(reduction == at::Reduction::Mean ? value / denominator : value, options.dtype(at::kDouble));
   return exact.to(options.dtype().toScalarType());
 }
 

@@ -13,6 +13,7 @@
 #include "kernels/cuda/kernels.h"
 #include "ops/check.h"
 #include "ops/cuda/wide_product.h"
+#include "planning/cuda/linear_glu.h"
 #include "planning/product.h"
 
 namespace dlk {
@@ -181,6 +182,15 @@ void run_gradient_pass(const Problem& c, const OutputGrad& in, const at::Tensor&
   C10_CUDA_CHECK(grad_pass(p, stream()));
 }
 
+void run_glu_gradient_pass(GluGradPass p, const at::Tensor& like) {
+  at::Tensor partials;
+  if (const int64_t count = glu_grad_pass_partials(p)) {
+    partials = accumulators(count, like);
+    p.partials = partials.data_ptr();
+  }
+  C10_CUDA_CHECK(glu_grad_pass(p, stream()));
+}
+
 // Bytes that a step allocates besides its outputs; of splits and dz, not of a library's workspace.
 int64_t scratch_bytes(const Step& step, const Problem& c) {
   const auto [m, n, k] = c.shape;
@@ -247,6 +257,10 @@ const Device kCuda = {
     &cuda::narrow_backward,
     &cuda::run_activation_pass,
     &cuda::run_gradient_pass,
+    [](const GluForwardProblem& p) { return cuda::plan_glu_forward(p, cuda::kMachine); },
+    [](const GluBackwardProblem& p) { return cuda::plan_glu_backward(p, cuda::kMachine); },
+    [](const Problem& c, const GluPass& p) { C10_CUDA_CHECK(cuda::glu_pass(c.dtype, p, cuda::stream())); },
+    &cuda::run_glu_gradient_pass,
     /*library_operand=*/[](const at::Tensor& a) { return a; },
     /*has_masks=*/true,
     /*takes_mask=*/

@@ -68,6 +68,28 @@ EXPORT int gemm(int a_dtype, int b_dtype, int c_dtype, int64_t m, int64_t n, int
   return amx_emulation::config.palette;  // 0: no tile is left configured
 }
 
+// Run the forward of a gated layer, all in bf16 and contiguous. Returns the palette, like gemm.
+EXPORT int gated(int64_t m, int64_t n, int64_t k, const void* x, const void* gate, const void* up, int act,
+                 double slope, const void* bias_gate, const void* bias_up, void* y, void* z_gate, void* z_up,
+                 int threads) {
+  Gemm p{};
+  p.dtype = DType::bf16;
+  p.m = m, p.n = n, p.k = k;
+  p.a = {x, k, 1};
+  p.b = {gate, 1, k}, p.b_up = {up, 1, k};
+  p.gated = true;
+  p.act = {static_cast<Act>(act), slope};
+  p.bias = bias_gate, p.bias_up = bias_up;
+  p.c = y, p.z = z_gate, p.z_up = z_up;
+  p.splits = 1;
+  threads_in_use = threads;
+  const int64_t panels = cpu::k_amx_bf16.panels_size(p, threads);
+  const std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, (panels + 63) / 64 * 64), &std::free);
+  p.panels = panels ? memory.get() : nullptr;
+  cpu::k_amx_bf16.gemm(p, {threads, &in_threads});
+  return amx_emulation::config.palette;
+}
+
 // Run the forward for few rows, all in bf16; x and weight are contiguous along k. Returns the palette, like gemm.
 EXPORT int few_rows(int64_t m, int64_t n, int64_t k, const void* x, int64_t x_row, const void* weight,
                     int64_t weight_row, int act, double slope, const void* bias, void* y, void* z, int threads) {

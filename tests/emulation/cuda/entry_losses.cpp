@@ -37,6 +37,39 @@ int64_t grad_pass_partials(int dtype, int64_t m, int64_t n) {
       described(dtype, m, n, nullptr, 0, 0, nullptr, 0, 0, 0, 0, nullptr, &any, nullptr));
 }
 
+// Views are contiguous except for g. dz_pitch: the distance between rows of both dz.
+int glu_grad_pass(int dtype, int64_t m, int64_t n, const void* g, int64_t g_row, int64_t g_col, const void* gate,
+                  const void* up, int act, double slope, void* dz_gate, void* dz_up, int64_t dz_pitch, void* dbias_gate,
+                  void* dbias_up, void* partials) {
+  const dlk::GluGradPass p = {static_cast<dlk::DType>(dtype),
+                              m,
+                              n,
+                              {g, g_row, g_col},
+                              {gate, n, 1},
+                              {up, n, 1},
+                              {static_cast<dlk::Act>(act), slope},
+                              dz_gate,
+                              dz_up,
+                              dz_pitch,
+                              dbias_gate,
+                              dbias_up,
+                              partials};
+  return dlk::cuda::glu_grad_pass(p, nullptr);
+}
+
+int64_t glu_grad_pass_partials(int dtype, int64_t m, int64_t n, int with_gate, int with_up) {
+  int any;
+  dlk::GluGradPass p{};
+  p.dtype = static_cast<dlk::DType>(dtype), p.m = m, p.n = n;
+  p.dbias_gate = with_gate ? &any : nullptr, p.dbias_up = with_up ? &any : nullptr;
+  return dlk::cuda::glu_grad_pass_partials(p);
+}
+
+int glu_pass(int dtype, int64_t count, const void* gate, const void* up, int act, double slope, void* y) {
+  return dlk::cuda::glu_pass(static_cast<dlk::DType>(dtype), {count, gate, up, {static_cast<dlk::Act>(act), slope}, y},
+                             nullptr);
+}
+
 int64_t loss_scratch() { return dlk::cuda::kLossScratch; }
 
 // The Gaussian loss; without var the squared error.

@@ -28,7 +28,10 @@ MASKS = "test_cuda_masks.py"
 FUSED_MLP, OPS = "test_cuda_fused_mlp.py", "test_cuda_ops.py::test_run[layers]"
 LINEAR = "test_cuda_ops.py::test_run[loss-in-blocks]"
 PRODUCTS = ("kernels/cuda/gemm/simt/simt_gemm.cu", "kernels/cuda/gemm/mma/mma_gemm.cu")
-GRAD_PASS_AND_LOSSES = ("kernels/cuda/elementwise/grad_pass.cu", "kernels/cuda/losses/losses.cu")
+GRAD_PASS_AND_LOSSES = (
+    *(f"kernels/cuda/elementwise/{name}.cu" for name in ("grad_pass", "glu_pass", "glu_grad_pass")),
+    "kernels/cuda/losses/losses.cu",
+)
 # The files that each of them has to compile.
 FILES = {
     GEMM: (*PRODUCTS, "kernels/cuda/elementwise/act_pass.cu", "entry_gemm.cpp"),

@@ -3,6 +3,7 @@
 
 #include "cuda_runtime.h"
 #include "ops/linear_act.h"
+#include "ops/linear_glu.h"
 #include "ops/losses.h"
 #include "ops/mlp.h"
 #include "ops/on_device.h"
@@ -15,6 +16,9 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("_linear_act_forward_z", &On<kCuda, dlk::linear_act_forward_z>::call);
   m.impl("_linear_act_forward_mask", &On<kCuda, dlk::linear_act_forward_mask>::call);
   m.impl("_linear_act_backward", &On<kCuda, dlk::linear_act_backward>::call);
+  m.impl("_linear_glu_forward", &On<kCuda, dlk::linear_glu_forward>::call);
+  m.impl("_linear_glu_forward_z", &On<kCuda, dlk::linear_glu_forward_z>::call);
+  m.impl("_linear_glu_backward", &On<kCuda, dlk::linear_glu_backward>::call);
   m.impl("_mlp_forward", &On<kCuda, dlk::mlp_forward>::call);
   m.impl("_mlp_backward", &On<kCuda, dlk::mlp_backward>::call);
   m.impl("_mse_loss_forward", &On<kCuda, dlk::mse_loss_forward>::call);

@@ -36,7 +36,10 @@ def build(folder: Path) -> Path:
         files=(
             *library.KERNELS,
             *("kernels/cuda/gemm/hopper/*.cu", "ops/cuda/*.cpp", *library.PLANNING),
-            *(f"ops/{name}.cpp" for name in ("check", "check_losses", "layer", "linear_act", "losses", "mlp")),
+            *(
+                f"ops/{name}.cpp"
+                for name in ("aten", "check", "check_losses", "layer", "linear_act", "linear_glu", "losses", "mlp")
+            ),
             "kernels/cpu/huge_pages.cpp",
             *("entry.cpp", "entry_ops.cpp"),  # the replacement of the driver for Hopper; the registration
         ),

@@ -1,5 +1,6 @@
 // Runs every threaded path of the portable kernels on std::threads, for ThreadSanitizer. torch uses OpenMP, whose
 // runtime is not instrumented and would be reported. Exits with 1 if several threads give other bits than one.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -18,6 +19,8 @@ extern const FewForward k_amx_few_forward;
 const FewForward k_amx_few_forward{};
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 const PackedLayer k_amx_autocast_f32_x{}, k_amx_autocast_bf16_x{};
+extern int64_t (*const k_amx_peak_loop)(int64_t);
+int64_t (*const k_amx_peak_loop)(int64_t) = nullptr;
 
 }  // namespace dlk::cpu
 
@@ -99,6 +102,12 @@ int main() {
   product("wgrad and dbias", wgrad, true, 1, table.packed.gemm);
   product("wgrad and dbias in slices", wgrad, true, 3, table.packed.gemm);
 
+  std::vector<float> z(m * n), z_up(m * n);
+  Gemm gated = forward;
+  gated.gated = true, gated.b_up = {y.data(), 1, k};
+  gated.bias_up = g.data(), gated.act = {Act::silu, 0}, gated.z = z.data(), gated.z_up = z_up.data();
+  product("gated forward", gated, false, 1, table.packed.gemm);
+
   forward.m = 20, dgrad.m = 8, wgrad.k = 8;
   dgrad.below_saved = nullptr;
   product("few rows, forward", forward, false, 1, table.few_forward.run);
@@ -134,9 +143,43 @@ int main() {
                      partials.data()},
                     parallel);
   });
+  good &= same_on_any_number_of_threads(
+      "update", {m * k, m * k, m * k, n, n, n}, [&](Results& r, const Parallel& parallel) {
+        for (int i = 0; i < 3; ++i) {
+          std::copy(x.begin(), x.end(), r[i].begin());
+          std::copy(b.begin(), b.end(), r[3 + i].begin());
+        }
+        for (int i : {2, 5})
+          for (float& square : r[i]) square *= square;
+        const UpdatedTensor tensors[] = {{m * k, r[0].data(), x.data(), r[1].data(), r[2].data(), nullptr, 0.1, 0.5},
+                                         {n, r[3].data(), b.data(), r[4].data(), r[5].data(), nullptr, 0.1, 0.5}};
+        table.update({UpdateRule::adam, false, false, 0.1, 0.01, 0.99, 1e-8, 0, 0.9, tensors, 2}, parallel);
+      });
   good &= same_on_any_number_of_threads("activation", {m * k}, [&](Results& r, const Parallel& parallel) {
     table.act_pass({m * k, x.data(), {Act::gelu, 0}, r[0].data()}, parallel);
   });
+
+  good &= same_on_any_number_of_threads("gate and up", {m * n}, [&](Results& r, const Parallel& parallel) {
+    table.glu_pass({m * n, g.data(), y.data(), {Act::gelu, 0}, r[0].data()}, parallel);
+  });
+  good &= same_on_any_number_of_threads("both dz and dbias of a gated layer", {m * n, m * n, n, n},
+                                        [&](Results& r, const Parallel& parallel) {
+                                          std::vector<float> partials(2 * slices(m) * n);
+                                          table.glu_grad_pass({DType::f32,
+                                                               m,
+                                                               n,
+                                                               {g.data(), n, 1},
+                                                               {y.data(), n, 1},
+                                                               {x.data(), n, 1},
+                                                               {Act::silu, 0},
+                                                               r[0].data(),
+                                                               r[1].data(),
+                                                               n,
+                                                               r[2].data(),
+                                                               r[3].data(),
+                                                               partials.data()},
+                                                              parallel);
+                                        });
 
   const auto weights = normal(3 * 64 * 64, 6);
   const auto input = normal(m * 64, 7), grad = normal(m * 64, 8);

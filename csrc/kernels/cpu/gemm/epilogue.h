@@ -39,6 +39,44 @@ void epilogue_below(const Gemm& p, const Acc<T>* acc, int64_t ld, int64_t i0, in
   }
 }
 
+// The epilogue of a gated layer's forward. `gate` and `up` are accumulators of the same micro-tile.
+template <class T, class Bias, class Act>
+void epilogue_glu(const Gemm& p, const Acc<T>* gate, const Acc<T>* up, int64_t ld, int64_t i0, int64_t j0, int64_t rows,
+                  int64_t cols) {
+  using O = Ops<Acc<T>>;
+  constexpr int64_t kVL = kLanes<T>;
+  const auto slope = O::lit(p.act.slope);
+  auto bias_at = [](const void* bias, int64_t at, int64_t n) {
+    auto b = bias ? load_partial((const Bias*)bias + at, 1, n) : O::lit(0);
+    if constexpr (!kIsSame<Bias, T>) b = rounded<T>(b);
+    return b;
+  };
+  for (int64_t j = 0; j < cols; j += kVL) {
+    const int64_t n = cols - j < kVL ? cols - j : kVL;
+    const auto bias_gate = bias_at(p.bias, j0 + j, n), bias_up = bias_at(p.bias_up, j0 + j, n);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (i0 + i) * p.n + j0 + j;
+      const auto z = load(gate + i * ld + j) + bias_gate, z_up = load(up + i * ld + j) + bias_up;
+      if (p.z) {
+        store_partial((T*)p.z + at, z, n);
+        store_partial((T*)p.z_up + at, z_up, n);
+      }
+      store_partial((T*)p.c + at, Act::template value<O>(z, slope) * z_up, n);
+    }
+  }
+}
+
+template <class T>
+using GluEpilogueFn = void (*)(const Gemm&, const Acc<T>*, const Acc<T>*, int64_t, int64_t, int64_t, int64_t, int64_t);
+
+// Return the epilogue of a gated layer; nullptr if p is not one.
+template <class T, class Bias>
+GluEpilogueFn<T> glu_epilogue_of(const Gemm& p) {
+  if (!p.gated) return nullptr;
+  return with_activation(p.act.kind,
+                         [](auto functor) -> GluEpilogueFn<T> { return &epilogue_glu<T, Bias, decltype(functor)>; });
+}
+
 template <class T>
 using EpilogueFn = void (*)(const Gemm&, const Acc<T>*, int64_t, int64_t, int64_t, int64_t, int64_t);
 

@@ -7,7 +7,8 @@
 //
 // Elem is the type of A, ElemB the type of B and of the bias, ElemC the type of C, of its preactivation and of its row
 // sums. They are one type, except under autocast (autocast.h). Traits that differ only in these types share the
-// micro-kernels of `Multiply`.
+// micro-kernels of `Multiply`. `Panels` are the traits whose micro-kernels it calls: panels of one Cell are alike, whatever
+// they were packed from.
 namespace dlk::cpu::DLK_ISA {
 
 template <class T>
@@ -16,6 +17,7 @@ struct Convert {
   using ElemB = T;
   using ElemC = T;
   using Multiply = Convert;
+  using Panels = Convert<DLK_ISA::Acc<T>>;
   using Acc = DLK_ISA::Acc<T>;
   using Packed = Acc;  // one k step in a panel
   using Cell = Packed;
@@ -45,6 +47,7 @@ struct Bf16Pairs {
   using ElemB = B;
   using ElemC = C;
   using Multiply = Bf16Pairs<Bf16>;
+  using Panels = Multiply;
   using Acc = float;
   using Packed = Bf16;
   using Cell = uint32_t;

@@ -9,11 +9,14 @@
 #include "kernels/cpu/gemm/strided_rows.h"
 #include "kernels/cpu/gemm/epilogue.h"
 #include "kernels/cpu/gemm/ukernel.h"
+#include "kernels/cpu/isa/peak_loop.h"
 #include "kernels/cpu/gemm/gemm.h"
 #include "kernels/cpu/gemm/few_rows.h"
 #include "kernels/cpu/gemm/few_columns.h"
 #include "kernels/cpu/mlp/fused_mlp.h"
 #include "kernels/cpu/elementwise/passes.h"
+#include "kernels/cpu/elementwise/glu_passes.h"
+#include "kernels/cpu/elementwise/update.h"
 #include "kernels/cpu/losses/losses.h"
 
 namespace dlk::cpu::DLK_ISA {
@@ -30,10 +33,14 @@ constexpr KernelTable make_kernel_table(const char* ukernel) {
           &few_columns_forward_with<E>,
           &few_columns_backward_with<typename E::Elem>,
           &grad_pass_with<typename E::Elem>,
+          &glu_pass_with<typename E::Elem>,
+          &glu_grad_pass_with<typename E::Elem>,
           kFusedMlpFeatures<E>,
           &fused_mlp_forward_with<E>,
           &fused_mlp_backward_with<E>,
-          losses<typename E::Elem>()};
+          losses<typename E::Elem>(),
+          update_of<typename E::Elem>(),
+          &peak_loop<E>};
 }
 
 }  // namespace dlk::cpu::DLK_ISA

@@ -65,14 +65,26 @@ DLK_INLINE VF32 broadcast(float a) { return (VF32)_mm512_set1_ps(a); }
 DLK_INLINE VF64 broadcast(double a) { return (VF64)_mm512_set1_pd(a); }
 DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return (VF32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return (VF64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+DLK_INLINE VF32 square_root(VF32 a) { return (VF32)_mm512_sqrt_ps((__m512)a); }
+DLK_INLINE VF64 square_root(VF64 a) { return (VF64)_mm512_sqrt_pd((__m512d)a); }
 #elif defined(__x86_64__) && DLK_VBYTES == 32
 DLK_INLINE VF32 broadcast(float a) { return (VF32)_mm256_set1_ps(a); }
 DLK_INLINE VF64 broadcast(double a) { return (VF64)_mm256_set1_pd(a); }
 DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return (VF32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return (VF64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+DLK_INLINE VF32 square_root(VF32 a) { return (VF32)_mm256_sqrt_ps((__m256)a); }
+DLK_INLINE VF64 square_root(VF64 a) { return (VF64)_mm256_sqrt_pd((__m256d)a); }
 #else
 DLK_INLINE VF32 broadcast(float a) { return VF32{a, a, a, a}; }
 DLK_INLINE VF64 broadcast(double a) { return VF64{a, a}; }
+DLK_INLINE VF32 square_root(VF32 a) {
+  for (int i = 0; i < kF32Lanes; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+}
+DLK_INLINE VF64 square_root(VF64 a) {
+  for (int i = 0; i < kF64Lanes; ++i) a[i] = __builtin_sqrt(a[i]);
+  return a;
+}
 #if defined(__aarch64__)
 DLK_INLINE VF32 fma(VF32 a, VF32 b, VF32 c) { return (VF32)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 DLK_INLINE VF64 fma(VF64 a, VF64 b, VF64 c) { return (VF64)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b); }

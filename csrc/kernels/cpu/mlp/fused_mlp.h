@@ -193,7 +193,7 @@ DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E:
       const int64_t width = min(nr, padded - j);
       const auto uk = ukernel_for<E, kRowMajor>(r, width / E::kVL);
       const auto* panel_b = b + panel_at<E>(j, nr, cells);
-      uk(cells, panel_a, panel_b, acc, nr, false);
+      uk(cells, panel_a, panel_b, width, acc, nr, false, nullptr);
       out(MicroTile{i, j, r, min(width, cols - j)});
     }
   }
@@ -221,8 +221,8 @@ void fused_mlp_wgrad(const FusedMlpBuffers<E>& s, const typename E::Packed* dz, 
           a = dz + q * kPitch<E> + i;
         else
           a = s.wgrad_a + panel_at<E>(i, kMR, cells) + q * kMR;
-        uk(min(kKC<E>, cells - q), a, s.wgrad_b + panel_at<E>(j, nr, cells) + q * width, sums + i * pitch + j, pitch,
-           add || q > 0);
+        uk(min(kKC<E>, cells - q), a, s.wgrad_b + panel_at<E>(j, nr, cells) + q * width, width, sums + i * pitch + j,
+           pitch, add || q > 0, nullptr);
       }
     }
   }

@@ -8,20 +8,10 @@
 
 #include <type_traits>
 
+#include "kernels/cuda/elementwise/grad_pass_cut.h"
 #include "kernels/cuda/elementwise/row_packs.cuh"
 
 namespace dlk::cuda {
-
-constexpr int kGradPassThreads = 128;
-constexpr int kGradPassBlocks = 4;  // per SM; each has 4 to 8 KiB of loads under way
-
-// How a call is cut.
-struct GradPassCut {
-  int lanes;       // threads along a row, a power of 2
-  int64_t tiles;   // of columns
-  int64_t rows;    // of a slice
-  int64_t slices;  // of all rows
-};
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)

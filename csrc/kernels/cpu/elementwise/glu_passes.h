@@ -1,0 +1,109 @@
+// Elementwise passes of a gated layer, y = act(gate) · up, around products that are not fused with it.
+//
+//   glu_pass       y from both preactivations
+//   glu_grad_pass  the gradients of both preactivations and their column sums, from one read of g, gate and up
+//
+// Rows are cut as in grad_pass (passes.h), so that the bits are the same on any number of threads.
+namespace dlk::cpu::DLK_ISA {
+
+template <class T, class Act>
+void glu_row(const T* gate, const T* up, T* y, int64_t n, double slope) {
+  using O = Ops<Acc<T>>;
+  const auto s = O::lit(slope);
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const int64_t valid = min(kLanes<T>, n - i);
+    const auto z = load_partial(gate + i, 1, valid), z_up = load_partial(up + i, 1, valid);
+    store_partial(y + i, Act::template value<O>(z, s) * z_up, valid);
+  }
+}
+
+template <class T>
+void glu_pass_with(const GluPass& p, const Parallel& parallel) {
+  constexpr int64_t kChunk = 16384;
+  parallel.run(ceil_div(p.count, kChunk), &p, [](const void* context, int64_t begin, int64_t end) {
+    const auto& p = *(const GluPass*)context;
+    const int64_t from = begin * kChunk, n = min(end * kChunk, p.count) - from;
+    with_activation(p.act.kind, [&](auto functor) {
+      glu_row<T, decltype(functor)>((const T*)p.gate + from, (const T*)p.up + from, (T*)p.y + from, n, p.act.slope);
+    });
+  });
+}
+
+// dst[c] = src[row, col + c] for n elements; zeros where there is no memory, for an operand that no wanted result reads.
+template <class T>
+DLK_INLINE Vec<Acc<T>> load_at(const View& v, int64_t row, int64_t col, int64_t n) {
+  if (!v.data) return Vec<Acc<T>>{};
+  return load_partial((const T*)v.data + row * v.row_stride + col * v.col_stride, v.col_stride, n);
+}
+
+// One row of both dz, columns j to j + n.
+template <class T, class Act>
+void glu_grad_row(const GluGradPass& p, Acc<T>* dz_gate, Acc<T>* dz_up, int64_t row, int64_t j, int64_t n) {
+  using O = Ops<Acc<T>>;
+  const auto slope = O::lit(p.act.slope);
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const int64_t valid = min(kLanes<T>, n - i);
+    const auto g = load_at<T>(p.g, row, j + i, valid), z = load_at<T>(p.gate, row, j + i, valid);
+    const auto z_up = load_at<T>(p.up, row, j + i, valid), value = Act::template value<O>(z, slope);
+    store_partial(dz_gate + i, Act::template grad<O>(g * z_up, Act::saves_output ? value : z, slope), valid);
+    store_partial(dz_up + i, g * value, valid);
+  }
+}
+
+// Store one row of dz, and add it to its column sums.
+template <class T>
+DLK_INLINE void keep_row(const Acc<T>* dz, void* to, int64_t at, ColumnSum<Convert<T>>* sum, int64_t n) {
+  if (sum) sum->add(dz, n);
+  if (!to) return;
+  for (int64_t c = 0; c < n; c += kLanes<T>)
+    store_partial((T*)to + at + c, load_partial(dz + c, 1, min(kLanes<T>, n - c)), n - c);
+}
+
+template <class T>
+void glu_grad_pass_with(const GluGradPass& p, const Parallel& parallel) {
+  using Row = void (*)(const GluGradPass&, Acc<T>*, Acc<T>*, int64_t, int64_t, int64_t);
+  struct Call {
+    const GluGradPass* p;
+    Row row;
+  };
+  const Call call = {
+      &p, with_activation(p.act.kind, [](auto functor) -> Row { return &glu_grad_row<T, decltype(functor)>; })};
+  parallel.run(slices(p.m), &call, [](const void* context, int64_t begin, int64_t end) {
+    const GluGradPass& p = *((const Call*)context)->p;
+    const Row row = ((const Call*)context)->row;
+    constexpr int64_t kBlock = 512;
+    Acc<T> dz_gate[kBlock], dz_up[kBlock];
+    for (int64_t slice = begin; slice < end; ++slice) {
+      const int64_t i1 = min((slice + 1) * kSliceRows, p.m);
+      for (int64_t j = 0; j < p.n; j += kBlock) {
+        const int64_t n = min(kBlock, p.n - j);
+        double total[2][kBlock];
+        Acc<T> block[2][kBlock];
+        ColumnSum<Convert<T>> of_gate{total[0], block[0]}, of_up{total[1], block[1]};
+        of_gate.clear(n);
+        of_up.clear(n);
+        for (int64_t i = slice * kSliceRows; i < i1; ++i) {
+          row(p, dz_gate, dz_up, i, j, n);
+          keep_row<T>(dz_gate, p.dz_gate, i * p.dz_pitch + j, p.dbias_gate ? &of_gate : nullptr, n);
+          keep_row<T>(dz_up, p.dz_up, i * p.dz_pitch + j, p.dbias_up ? &of_up : nullptr, n);
+        }
+        auto* const sums = (Acc<T>*)p.partials + slice * p.n + j;
+        if (p.dbias_gate) {
+          of_gate.flush(n);
+          of_gate.store(sums, n);
+        }
+        if (p.dbias_up) {
+          of_up.flush(n);
+          of_up.store(sums + (p.dbias_gate ? slices(p.m) * p.n : 0), n);
+        }
+      }
+    }
+  });
+  const auto* partials = (const Acc<T>*)p.partials;
+  if (p.dbias_gate) sum_slices<T>(partials, slices(p.m), p.n, (T*)p.dbias_gate, 0, p.n);
+  if (!p.dbias_up) return;
+  if (p.dbias_gate) partials += slices(p.m) * p.n;
+  sum_slices<T>(partials, slices(p.m), p.n, (T*)p.dbias_up, 0, p.n);
+}
+
+}  // namespace dlk::cpu::DLK_ISA

@@ -1,0 +1,29 @@
+// A gated layer, y = act(gate) · up with gate = x · weight_gateᵀ + bias_gate and up = x · weight_upᵀ + bias_up, and its
+// gradients, for every device. x [..., K], weights [N, K], biases [N] or None; y, gate and up [..., N].
+#pragma once
+
+#include "ops/device.h"
+
+namespace dlk {
+
+at::Tensor linear_glu_forward(const Device&, const at::Tensor& x, const at::Tensor& weight_gate,
+                              const at::Tensor& weight_up, const OptionalTensor& bias_gate,
+                              const OptionalTensor& bias_up, int64_t act, double slope);
+
+// y, gate, up
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_glu_forward_z(
+    const Device&, const at::Tensor& x, const at::Tensor& weight_gate, const at::Tensor& weight_up,
+    const OptionalTensor& bias_gate, const OptionalTensor& bias_up, int64_t act, double slope);
+
+// dx, dweight_gate, dweight_up, dbias_gate, dbias_up; undefined where not wanted.
+using GluGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// A tensor that no wanted gradient reads may be absent: x is read by both dweight, the weights by dx, up by the gradients of
+// gate, and gate by those of up and, except without activation, by its own.
+GluGradients linear_glu_backward(const Device&, const at::Tensor& grad_y, const OptionalTensor& x,
+                                 const OptionalTensor& weight_gate, const OptionalTensor& weight_up,
+                                 const OptionalTensor& gate, const OptionalTensor& up, int64_t act, double slope,
+                                 bool need_x, bool need_weight_gate, bool need_weight_up, bool need_bias_gate,
+                                 bool need_bias_up);
+
+}  // namespace dlk

@@ -1,0 +1,52 @@
+#include "ops/update.h"
+
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_fused_adam.h>
+#include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/_fused_sgd.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace dlk {
+namespace {
+
+void count_steps(const std::vector<at::Tensor>& steps) {
+  for (const at::Tensor& step : steps) {
+    if (!step.is_cpu()) return at::_foreach_add_(steps, 1);
+    if (step.scalar_type() == at::kDouble)
+      *step.mutable_data_ptr<double>() += 1;
+    else
+      *step.mutable_data_ptr<float>() += 1;
+    step.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+// Modes that see torch's operators see torch's update too.
+bool has_mode() { return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::Python); }
+
+}  // namespace
+
+void update_by_torch(const OptimizerGroup& g, at::TensorList grads) {
+  switch (g.rule) {
+    case cpu::UpdateRule::adam:
+      return at::_fused_adam_(g.parameters, grads, g.means, g.squares, g.max_squares, g.steps, g.lr, g.beta1, g.beta2,
+                              g.weight_decay, g.eps, g.amsgrad, g.maximize);
+    case cpu::UpdateRule::adamw:
+      return at::_fused_adamw_(g.parameters, grads, g.means, g.squares, g.max_squares, g.steps, g.lr, g.beta1, g.beta2,
+                               g.weight_decay, g.eps, g.amsgrad, g.maximize);
+    case cpu::UpdateRule::sgd:
+      return at::_fused_sgd_(g.parameters, grads, g.means, g.weight_decay, g.beta1, g.lr, g.dampening, g.nesterov,
+                             g.maximize, /*is_first_step=*/false);
+  }
+}
+
+void update(const OptimizerGroup& g, at::TensorList grads) {
+  if (g.parameters.empty()) return;
+  count_steps(g.steps);
+  const at::Tensor& first = g.parameters[0];
+  const bool ours = first.is_cpu() && !has_mode() && cpu::updates_like_torch(first.scalar_type(), g.rule);
+  if (!ours || !cpu::update_by_kernel(g, grads)) update_by_torch(g, grads);
+  // torch's fused kernels leave the versions as they are.
+  for (const at::Tensor& p : g.parameters) p.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace dlk

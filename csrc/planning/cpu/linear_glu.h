@@ -1,0 +1,12 @@
+// Plans of a gated layer on CPU: pure functions of a problem and a machine.
+#pragma once
+
+#include "planning/cpu/machine.h"
+#include "planning/linear_glu.h"
+
+namespace dlk::cpu {
+
+GluPlan plan_glu_forward(const GluForwardProblem&, const Machine&);
+GluPlan plan_glu_backward(const GluBackwardProblem&, const Machine&);
+
+}  // namespace dlk::cpu

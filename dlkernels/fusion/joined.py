@@ -1,0 +1,148 @@
+"""The chains of a model, found before a call: pairs of layers and activations that follow one another.
+
+``stages`` decides the same at each call. What is not known before the call (an active dropout) is taken for inactive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dlkernels.fusion import call
+from dlkernels.fusion.chain import Leaf, common
+from dlkernels.fusion.rules import METHODS, is_linear
+from dlkernels.fusion.series import Series
+from dlkernels.fusion.series import callee as callee_of
+from dlkernels.fusion.stages import Chain, Stage, after_identities, extended, may_change_nothing
+from dlkernels.fusion.swap import Method
+from dlkernels.fusion.syntax import Position, further
+from dlkernels.fusion.values import Namespace
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Calls of a method that follow one another.
+
+    Attributes:
+        owner, owner_path, method, where: as of a pair.
+        stages: the calls. What is not known before the call is a stage of no module.
+        flat: the modules with their containers, if the calls are those of a container.
+        series: the calls as they are written; None if they are those of a container.
+        loop: the position of the loop over the container.
+    """
+
+    owner: nn.Module
+    owner_path: str
+    method: Method
+    where: str
+    stages: tuple[Stage, ...]
+    flat: tuple[Leaf, ...] = ()
+    series: Series | None = None
+    loop: Position | None = None
+
+    def owner_of(self, i: int, k: int) -> Any:
+        return common(self.flat[i], self.flat[k]) if self.flat else self.owner
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """A part of a line that runs as one chain.
+
+    Attributes:
+        layers: of each layer its module and the name of its activation.
+        acts: of each layer the activation; None for the last if it has none.
+    """
+
+    line: Line
+    chain: Chain
+    layers: tuple[tuple[nn.Module, str], ...]
+    acts: tuple[Any, ...]
+
+    @property
+    def positions(self) -> Any:
+        assert self.line.series is not None
+        return self.line.series.part(self.chain.first, self.chain.last).positions
+
+
+_UNKNOWN = Stage(None)
+
+
+def line_of_series(names: Namespace, series: Series) -> tuple[Stage, ...]:
+    """Return the stages of calls that are written out."""
+    if not all(map(names.is_plain, series.reads())):
+        return ()
+    return tuple(_stage(names, node) for node in series.calls)
+
+
+def _stage(names: Namespace, node: Any) -> Stage:
+    act = callee_of(node)
+    args, kwargs = further(node, act)
+    called = [METHODS[act]] if isinstance(act, str) else names.of(act)
+    several = [names.of(a) for a in args], {name: names.of(a) for name, a in kwargs}
+    known = [v for v in (called, *several[0], *several[1].values()) if v is not None and len(v) == 1]
+    if len(known) < 1 + len(args) + len(kwargs):
+        # The arguments of a dropout are numbers of the call.
+        return Stage(called[0]) if called and len(called) == 1 and not is_linear(called[0]) else _UNKNOWN
+    return Stage(known[0][0], tuple(v[0] for v in several[0]), {n: v[0] for n, v in several[1].items()})  # type: ignore[index]
+
+
+Selected = Callable[[Line, Any, Any, str], bool]  # of a line, an owner, a layer and the name of its activation
+
+
+def joined(line: Line, is_place: Callable[[Line, int, int], bool], selected: Selected) -> Iterator[Joined]:
+    """Yield the chains of at least two layers in a line.
+
+    ``is_place`` says if the layer at a stage and the activation at the next one meet at a place that can be fused.
+    """
+    stages = line.stages
+
+    def take(i: int, k: int, linear: Any, name: str) -> bool:
+        if not selected(line, line.owner_of(i, k), linear, name):
+            return False
+        if name != "none" or line.series is None:
+            return line.series is None or is_place(line, i, k)
+        # A last layer may have an activation that is not in the series, or that only the call knows.
+        known = k + 1 == len(stages) or stages[k + 1].called is not None
+        return known and not is_place(line, k, k + 1)
+
+    i = 0
+    while i < len(stages):
+        chain = _begun(stages, i, take)
+        if chain is not None:
+            chain = extended(stages, chain, take, may_change_nothing)
+            if len(chain.layers) > 1 and (not line.flat or _owns(line, chain)):
+                yield _joined(line, chain)
+                i = chain.last
+        i += 1
+
+
+def _begun(stages: Sequence[Stage], i: int, take: Callable[[int, int, Any, str], bool]) -> Chain | None:
+    found = call._linear(stages[i].called)
+    k = after_identities(stages, i)
+    if isinstance(found, str) or k == len(stages) or stages[i].args or stages[i].kwargs:
+        return None
+    known = call._activation(stages[k].called, stages[k].args, stages[k].kwargs)
+    if isinstance(known, str) or not take(i, k, stages[i].called, known[0]):
+        return None
+    return Chain(((*found, *known),), (k,), i, k)
+
+
+def _owns(line: Line, chain: Chain) -> bool:
+    """Return True if the chain is the container's own, and not one of a container in it."""
+    return any(line.owner_of(i, i + 1) is line.owner for i in range(chain.first, chain.last))
+
+
+def _joined(line: Line, chain: Chain) -> Joined:
+    layers: list[tuple[nn.Module, str]] = []
+    acts: list[Any] = []
+    at = chain.first
+    for (_, _, name, _), end in zip(chain.layers, chain.ends, strict=True):
+        while not is_linear(line.stages[at].called):
+            at += 1
+        layers.append((line.stages[at].called, name))
+        acts.append(None if name == "none" else line.stages[end].called)
+        at = end + 1
+    return Joined(line, chain, tuple(layers), tuple(acts))

@@ -1,0 +1,157 @@
+"""The functions that a rewritten method calls in place of a chain that is written out (``series``).
+
+``own`` are the calls of one statement as the method looks them up, the outermost first: pairs of a callee and a
+function that returns its further arguments, or None. ``later`` returns the groups of the statements behind it, each
+from the innermost call. A group that ran with an earlier one is left out: with the value goes the number of the last
+group that ran, and the methods compare it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlkernels.fusion import call, memory
+from dlkernels.fusion.rules import METHODS, linear_rule
+from dlkernels.fusion.series import Path
+from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_nothing, decide
+from dlkernels.fusion.values import is_plain_attribute
+
+Call = tuple[Any, Callable[[], tuple[Any, Any]] | None]
+Groups = Callable[[], Sequence[Sequence[Call]]]
+
+_ERRORS = (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError)
+
+
+def _no_groups() -> Sequence[Sequence[Call]]:
+    return ()
+
+
+def written(
+    self: Any, slot: int, paths: tuple[Path, ...], at: int, x: Any, own: Callable[[], Sequence[Call]],
+    later: Groups = _no_groups, /,
+) -> tuple[Any, int]:  # fmt: skip
+    """Run the group number ``at``, where x is a name. Return the value and the number of the last group that ran."""
+    if torch.compiler.is_dynamo_compiling():
+        return _run(self, at, own(), x, later)
+    key = (id(self), slot)
+    found = memory.recall(key, self, x)
+    if found is not None:
+        return found
+    return _run(self, at, own(), x, later, lambda *decided: _remember(key, self, paths, own, *decided))
+
+
+def written_there(self: Any, at: int, own: Sequence[Call], x: Any, later: Groups = _no_groups, /) -> tuple[Any, int]:
+    """The same where x is computed after ``own`` was looked up."""
+    return _run(self, at, own, x, later)
+
+
+def _run(
+    self: Any, at: int, own: Sequence[Call], x: Any, later: Groups, remember: Callable[..., None] | None = None
+) -> tuple[Any, int]:
+    calls = list(own[::-1])
+    while calls:
+        called, arguments = calls[0]
+        found = None
+        if linear_rule(type(called)) is not None and (groups := _looked_up(calls, later)):
+            found = _chain(self, groups, x)
+        if found is not None:
+            chain, reached = found
+            if reached is not None:
+                if remember is not None and len(calls) == len(own):
+                    remember(groups, chain, at + reached)
+                return chain.run(x), at + reached
+            x = chain.run(x)
+            calls = calls[chain.last + 1 :]
+        else:
+            args, kwargs = ((), {}) if arguments is None else arguments()
+            x = called(x, *args, **kwargs)
+            calls = calls[1:]
+    return x, at
+
+
+def _looked_up(calls: Sequence[Call], later: Groups) -> list[list[Stage]]:
+    """Return the stages by group; none if a look-up has an error: it is raised where the source does the same."""
+    try:
+        first = [Stage(called) if arguments is None else Stage(called, *arguments()) for called, arguments in calls]
+    except _ERRORS:
+        return []
+    try:
+        return [first, *([Stage(c) if args is None else Stage(c, *args()) for c, args in group] for group in later())]
+    except _ERRORS:
+        return [first]
+
+
+def _chain(self: Any, groups: list[list[Stage]], x: Any) -> tuple[Chain, int | None] | None:
+    """Return the chain that begins here and the last group that it ends; None for a chain within the first group.
+
+    A chain that ends within a later group is cut where a group ends.
+    """
+    stages = [stage for group in groups for stage in group]
+    decision = decide(stages, 0, x, lambda i, k: self)
+    found = None if isinstance(decision, str) else _cut(decision, stages, groups)
+    if call.watcher is not None and (k := after_identities(stages, 0)) < len(stages):
+        why = decision if isinstance(decision, str) else "the chain ends within a statement"
+        act = stages[k]
+        call.watcher(self, stages[0].called, act.called, x, found[0] if found else why, *act[1:], stages)
+    return found
+
+
+def _cut(chain: Chain, stages: list[Stage], groups: list[list[Stage]]) -> tuple[Chain, int | None] | None:
+    for count in range(len(chain.layers), 0, -1):
+        shorter = chain.shortened(count)
+        end = -1
+        for number, group in enumerate(groups):
+            end += len(group)
+            if end >= shorter.last:
+                if all(map(changes_nothing, stages[shorter.last + 1 : end + 1])):
+                    return shorter._replace(last=end), number
+                break
+        if shorter.last < len(groups[0]):
+            return shorter, None
+    return None
+
+
+def _remember(
+    key: Any, self: Any, paths: tuple[Path, ...], own: Any, groups: list[list[Stage]], chain: Chain, reached: int
+) -> None:
+    stages = [stage for group in groups for stage in group]
+    reads = memory.Reads(self)
+    try:
+        known = [_note(reads, self, path, own) for path in paths]
+        if not all(
+            any(stage.called is m for m in METHODS.values()) or any(v is stage.called for v in known)
+            for stage in stages
+        ):
+            return
+    except memory.Unknown:
+        return
+    memory.keep(key, memory.decided(reads, stages, chain, (self,)), reached)
+
+
+def _note(reads: memory.Reads, self: Any, path: Path, own: Any) -> Any:
+    """Note all that looking up ``path`` reads, and return what is there."""
+    root, *names = path
+    value = self
+    if root:
+        space = own.__globals__
+        if root in own.__code__.co_freevars or root not in space:
+            raise memory.Unknown
+        value = space[root]
+        reads.globals.append((space, root, value))
+    for name in names:
+        if isinstance(value, ModuleType):
+            space = vars(value)
+            if name not in space:
+                raise memory.Unknown
+            value = space[name]
+            reads.globals.append((space, name, value))
+        elif isinstance(value, nn.Module) and is_plain_attribute(type(value), name):
+            value = reads.attribute(value, name)
+        else:
+            raise memory.Unknown
+    return value

@@ -1,0 +1,105 @@
+"""Hugging Face: a small BERT, fused, trained by the Trainer; its weights by safetensors; LoRA by PEFT on top of it.
+
+The task is made up: do the tokens of the first half have a larger sum than those of the second? The result is the mean
+loss. Fuse after the model is made or loaded, and before PEFT wraps it.
+
+python examples/with_transformers.py [--small]
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from beside import Beside, Prepare, beside
+from options import options
+from torch import nn
+
+import dlkernels
+
+import transformers  # isort: skip  after options, which says how to get it
+from peft import LoraConfig, get_peft_model  # isort: skip
+from safetensors.torch import load_file, save_file  # isort: skip
+
+TOKENS, LENGTH = 100, 32
+
+
+def bert() -> nn.Module:
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=TOKENS,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_labels=2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def sentences(count: int) -> list[dict[str, Any]]:
+    ids = torch.randint(TOKENS, (count, LENGTH), generator=torch.Generator().manual_seed(0))
+    labels = (ids[:, : LENGTH // 2].sum(1) > ids[:, LENGTH // 2 :].sum(1)).long()
+    return [{"input_ids": i, "labels": label} for i, label in zip(ids, labels, strict=True)]
+
+
+def train(prepare: Prepare, steps: int, lora: bool, seed: int) -> float:
+    model = prepare(bert())
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules=["query", "value"], r=4, task_type="SEQ_CLS"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=16,
+                learning_rate=1e-3,
+                use_cpu=True,
+                seed=seed,
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=sentences(512),
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        return float(trainer.train().training_loss)
+
+
+def check_weights() -> None:
+    """A fused model's weights are a stock model's: they are written by one and read by the other."""
+    fused, stock = dlkernels.fuse(bert()).eval(), bert().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        save_file(fused.state_dict(), file)
+        stock.load_state_dict(load_file(file))
+    ids = torch.arange(LENGTH)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(ids).logits, stock(ids).logits)
+    print("the weights of the fused model, by safetensors, in a stock model: same outputs")
+
+
+def main() -> dict[str, Beside]:
+    args = options(__doc__)
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses a name that will go
+    check_weights()
+    outcomes = {}
+    for name, lora in (("all weights", False), ("LoRA", True)):
+        print(f"{name}:")
+        outcomes[name] = beside(
+            partial(train, steps=20 if args.small else 200, lora=lora, seed=args.seed), seed=args.seed
+        )
+    return outcomes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,620 @@
+"""Chains: layers that run as one call, beside their stock twins, before a later change and after it."""
+
+import contextlib
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from dlkernels import fuse, report, unfuse
+from tests.fusion.fusable import Lora, X, fused_runs, made, numbers
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.act, self.drop, self.p, self.slope = nn.GELU(), nn.Dropout(0.5), 0.5, 0.2
+        self.function, self.norm, self.log = F.silu, nn.LayerNorm(8), []
+
+
+class Sequence(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.Tanh(), nn.Identity(), nn.Linear(8, 3)
+        )
+
+
+class Blocks(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5)), nn.Sequential(nn.Linear(8, 8), nn.Tanh()),
+            nn.Linear(8, 3),
+        )  # fmt: skip
+
+
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Sequence())
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Nested(Base):
+    def forward(self, x):
+        return self.fc3(self.act(self.fc2(self.drop(self.act(self.fc1(x))))))
+
+
+class Statements(Base):
+    def forward(self, x):
+        h = self.fc1(x)
+        h = self.act(h)
+        h = self.drop(h)
+        h = self.fc2(h)
+        h = self.act(h)
+        return self.fc3(h)
+
+
+class ByHand(Base):
+    def forward(self, x):
+        x = x.view(x.size(0), -1)
+        x = F.relu(self.fc1(x))
+        x = F.dropout(x, p=self.p, training=self.training)
+        x = torch.tanh(self.fc2(x))
+        out = self.fc3(x)
+        return out * 2
+
+
+class WithArguments(Base):
+    def forward(self, x):
+        h = F.leaky_relu(self.fc1(x), self.slope)
+        h: torch.Tensor = self.fc2(h)
+        h = F.leaky_relu(h, negative_slope=self.slope)
+        return self.fc3(h)
+
+
+class OfAnExpression(Base):
+    """What the first layer takes is computed after the callees were looked up."""
+
+    def forward(self, x):
+        return self.fc3(self.function(self.fc2(F.relu(self.fc1(x * 2), inplace=True))))
+
+
+class InBranches(Base):
+    def forward(self, x, deep=True):
+        if deep:
+            h = F.relu(self.fc1(x))
+            h = F.relu(self.fc2(h))
+            return self.fc3(h)
+        return self.fc3(self.fc1(x).relu())
+
+
+MODELS = [Sequence, Blocks, Loop, Nested, Statements, ByHand, WithArguments, OfAnExpression, InBranches]
+EVERY = pytest.mark.parametrize("cls", MODELS, ids=lambda c: c.__name__)
+
+
+def chains(model):
+    return [[path for path, _ in site.layers] for site in report(model).fused if site.then]
+
+
+def ops(model, x=X):
+    """The number of fused calls, and of layers with an activation in them; twice, as the second call remembers."""
+    both = []
+    for _ in range(2):
+        with fused_runs() as runs:
+            model(x)
+        both.append((runs.ops, runs.places))
+    assert both[0] == both[1]
+    return both[0]
+
+
+def same(fused, stock, x=X):
+    for _ in range(2):
+        torch.testing.assert_close(numbers(fused, x), numbers(stock, x), rtol=1e-12, atol=1e-12)
+        assert getattr(fused, "log", None) == getattr(stock, "log", None)
+
+
+@EVERY
+def test_a_chain_is_one_site_and_one_call(cls):
+    stock, fused = made(cls), fuse(made(cls))
+    same(fused, stock)
+    stock.eval(), fused.eval()
+    same(fused, stock)
+    assert len(chains(fused)[0]) == 3, str(report(fused))
+    assert ops(fused) == (1, 2)
+    fused.log = []
+    for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert ops(again) == (1, 2) and chains(again) == chains(fused)
+        assert list(again.state_dict()) == list(stock.state_dict())
+        assert type(unfuse(again)) is cls
+    unfuse(fused)
+    assert torch.equal(fused(X), stock(X)) and type(fused) is cls
+
+
+@pytest.mark.parametrize("cls", [Sequence, Blocks, Loop, Nested, Statements, ByHand], ids=lambda c: c.__name__)
+def test_dropout_ends_a_chain_while_it_is_active(cls):
+    stock, fused = made(cls), fuse(made(cls))
+    for training in (True, False, True, False):
+        stock.train(training), fused.train(training)
+        same(fused, stock)
+        assert ops(fused) == ((2, 2) if training else (1, 2))
+    for model in (stock, fused):
+        model.train()
+        model.p = 0.0
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    same(fused, stock)
+    assert ops(fused) == (1, 2)
+
+
+def first(model):
+    return next(m for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def second(model):
+    return [m for m in model.modules() if isinstance(m, nn.Linear)][1]
+
+
+def activation(model):
+    return next(m for m in model.modules() if isinstance(m, nn.GELU | nn.ReLU))
+
+
+def replaced(model, old, new):
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new.double()
+                return
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return w * 2
+
+
+CHANGES = {
+    "hook on the first layer": lambda m: first(m).register_forward_hook(lambda m, i, o: o * 2),
+    "hook on the second layer": lambda m: second(m).register_forward_hook(lambda m, i, o: o * 2),
+    "pre-hook on the second layer": lambda m: second(m).register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
+    "backward hook": lambda m: second(m).register_full_backward_hook(lambda m, i, o: (i[0] * 2,)),
+    "backward pre-hook": lambda m: second(m).register_full_backward_pre_hook(lambda m, o: (o[0] * 2,)),
+    "hook on the last layer": lambda m: m.get_submodule(LAST[type(m).__mro__[1]]).register_forward_hook(
+        lambda m, i, o: o * 2
+    ),
+    "forward of a layer": lambda m: setattr(second(m), "forward", lambda x: x * 2),
+    "layer replaced": lambda m: replaced(m, second(m), nn.Linear(8, 8)),
+    "layer wrapped": lambda m: replaced(m, first(m), Lora(first(m))),
+    "layer of another kind": lambda m: replaced(m, second(m), nn.Bilinear(8, 8, 8) and nn.LayerNorm(8)),
+    "layer frozen": lambda m: second(m).requires_grad_(False),
+    "first layers frozen": lambda m: (first(m).requires_grad_(False), second(m).requires_grad_(False)),
+    "weight replaced": lambda m: setattr(second(m), "weight", nn.Parameter(second(m).weight.detach() * 2)),
+    "weight set": lambda m: second(m).weight.data.mul_(2),
+    "bias removed": lambda m: setattr(second(m), "bias", None),
+    "bias of another shape": lambda m: setattr(second(m), "bias", nn.Parameter(torch.ones(1).double())),
+    "parametrized": lambda m: parametrize.register_parametrization(second(m), "weight", Doubled()),
+    "weight norm": lambda m: parametrizations.weight_norm(first(m)),
+    "in eval mode": lambda m: m.eval(),
+    "compiled layer": lambda m: second(m).compile(backend="eager"),
+}
+LAST = {cls: "6" if cls is Sequence else "2" if cls is Blocks else "fc3" for cls in MODELS} | {Loop: "layers.6"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@EVERY
+def test_a_later_change_is_noticed(cls, name):
+    stock, fused = made(cls), fuse(made(cls))
+    stock.eval(), fused.eval()
+    same(fused, stock)
+    for model in (stock, fused):
+        torch.manual_seed(7)
+        kind = type(model)
+        if model is stock:
+            model.__class__ = type(cls.__name__, (cls,), {})
+        CHANGES[name](model)
+        model.__class__ = kind
+    same(fused, stock)
+    unfuse(fused)
+    same(fused, stock)
+    torch._dynamo.reset()
+
+
+ACTS = [c for c in MODELS if any(isinstance(m, nn.GELU | nn.ReLU) for m in made(c).modules()) and c not in (
+    ByHand, WithArguments, OfAnExpression, InBranches)]  # fmt: skip
+ACT_CHANGES = {
+    "hook": lambda m: activation(m).register_forward_hook(lambda m, i, o: o * 2),
+    "replaced by another": lambda m: replaced(m, activation(m), nn.SiLU()),
+    "replaced by one without a kernel": lambda m: replaced(m, activation(m), nn.Softplus()),
+    "replaced by a norm": lambda m: replaced(m, activation(m), nn.LayerNorm(8)),
+    "its argument": lambda m: setattr(activation(m), "approximate", "tanh"),
+    "in place": lambda m: setattr(activation(m), "inplace", True),
+}
+
+
+@pytest.mark.parametrize("name", ACT_CHANGES)
+@pytest.mark.parametrize("cls", ACTS, ids=lambda c: c.__name__)
+def test_a_changed_activation_is_noticed(cls, name):
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    same(fused, stock)
+    for model in (stock, fused):
+        ACT_CHANGES[name](model)
+    same(fused, stock)
+
+
+def test_changed_arguments_are_noticed():
+    stock, fused = made(WithArguments), fuse(made(WithArguments))
+    same(fused, stock)
+    for slope in (0.7, 1, -0.3, torch.tensor(0.5), 0.2):
+        stock.slope = fused.slope = slope
+        same(fused, stock)
+    for function in (F.gelu, F.softplus, nn.Tanh(), F.silu):
+        stock, fused = made(OfAnExpression), fuse(made(OfAnExpression))
+        same(fused, stock)
+        stock.function = fused.function = function
+        same(fused, stock)
+
+
+def test_a_global_name_that_is_rebound(monkeypatch):
+    stock, fused = made(ByHand).eval(), fuse(made(ByHand)).eval()
+    same(fused, stock)
+    monkeypatch.setattr(F, "relu", lambda x: x * 2)
+    same(fused, stock)
+
+
+def test_an_attribute_that_hides_a_layer():
+    stock, fused = made(Nested).eval(), fuse(made(Nested)).eval()
+    same(fused, stock)
+    for model in (stock, fused):
+        object.__setattr__(model, "fc2", torch.tanh)
+    same(fused, stock)
+
+
+# ---- what ends a chain ------------------------------------------------------------------------------------------
+
+
+ENDS: list = []
+
+
+def ends(*expected, calls):
+    """A model with the chains ``expected``, which makes so many fused calls."""
+
+    def take(cls):
+        ENDS.append(pytest.param(cls, list(map(list, expected)), calls, id=cls.__name__))
+        return cls
+
+    return take
+
+
+@ends(calls=2)
+class SecondUse(Base):
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        y = F.relu(self.fc2(h))
+        return y + h
+
+
+@ends(calls=1)
+class KeptInAnAttribute(Base):
+    def forward(self, x):
+        self.kept = h = F.relu(self.fc1(x))
+        return self.fc2(h)
+
+
+@ends(calls=1)
+class ItsShapeIsRead(Base):
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        _, features = h.shape
+        return self.fc3(h) * features
+
+
+@ends(calls=1)
+class ItsShapeIsReadLater(Base):
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        y = self.fc3(h)
+        return y * h.size(-1)
+
+
+@ends(calls=2)
+class NormBetween(Base):
+    def forward(self, x):
+        h = self.norm(F.relu(self.fc1(x)))
+        return self.fc3(F.relu(self.fc2(h)))
+
+
+ENDS.pop()
+
+
+@ends(["fc2", "fc3"], calls=2)
+class NormInFront(Base):
+    def forward(self, x):
+        h = self.norm(F.relu(self.fc1(x)))
+        return self.fc3(F.relu(self.fc2(h)))
+
+
+@ends(["fc1", "fc2"], calls=1)
+class NothingBetween(Base):
+    """Layers without an activation between them."""
+
+    def forward(self, x):
+        return self.fc3(self.fc2(F.relu(self.fc1(x))))
+
+
+@ends(calls=1)
+class EffectBetween(Base):
+    def switch(self):
+        self.fc2 = nn.Linear(8, 8).double()
+
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        self.switch()
+        return self.fc2(h)
+
+
+@ends(calls=1)
+class PropertyBetween(Base):
+    @property
+    def which(self):
+        self.log.append(1)
+        return self.fc2
+
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        return self.which(h)
+
+
+@ends(["fc1", "fc3"], calls=1)
+class ResidualAround(Base):
+    def forward(self, x):
+        r = x
+        h = self.act(self.fc1(x))
+        return self.fc3(h) + r.sum()
+
+
+@ends(["fc2", "fc2", "fc3"], calls=2)
+class SharedTwice(Base):
+    """The same module twice in one chain."""
+
+    def forward(self, x):
+        h = self.norm(F.relu(self.fc1(x)))
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc2(h)))))
+
+
+@ends(["fc1", "fc2"], ["fc1", "fc2"], calls=2)
+class CalledTwice(Base):
+    def block(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x))) + self.block(x * 2)
+
+
+@ends(calls=2)
+class InATry(Base):
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        with contextlib.suppress(ValueError):
+            h = F.relu(self.fc2(h))
+            h = self.fc3(h)
+        return h
+
+
+ENDS.pop()
+
+
+@ends(calls=1)
+class NameThatChanges(Base):
+    def forward(self, x):
+        layer = self.fc2
+        h = F.relu(self.fc1(x))
+        layer = self.fc3 if h is None else layer
+        return layer(h)
+
+
+@ends(calls=1)
+class OfASubclass(Base):
+    def __init__(self):
+        super().__init__()
+        self.fc2 = type("Half", (nn.Linear,), {"forward": lambda self, x: nn.Linear.forward(self, x) / 2})(8, 8)
+
+    def forward(self, x):
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+@ends(["fc1", "fc3"], calls=1)
+class InALoop(Base):
+    def forward(self, x):
+        y = 0
+        for _ in range(1):
+            h = F.relu(self.fc1(x))
+            y = y + self.fc3(h)
+        return y
+
+
+@ends(["fc1", "fc2"], calls=2)
+class TwoSlopes(Base):
+    def forward(self, x):
+        h = F.leaky_relu(self.fc2(F.leaky_relu(self.fc1(x), 0.1)), 0.1)
+        return F.leaky_relu(self.fc3(h), 0.3)
+
+
+@pytest.mark.parametrize(("cls", "expected", "calls"), ENDS)
+def test_what_ends_a_chain(cls, expected, calls):
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    assert chains(fused) == expected, str(report(fused))
+    if cls is EffectBetween:
+        torch.manual_seed(1)
+        a = numbers(fused, X)[0]
+        torch.manual_seed(1)
+        torch.testing.assert_close(a, numbers(stock, X)[0], rtol=1e-12, atol=1e-12)
+        return
+    same(fused, stock)
+    assert ops(fused)[0] == calls
+
+
+# ---- tensors and modes ---------------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "x", [torch.ones(0, 6).double(), torch.ones(2, 3, 6).double(), torch.ones(5, 12).double()[:, ::2]],
+    ids=["empty", "3-D", "strided"],
+)  # fmt: skip
+def test_shapes(cls, x):
+    if cls is ByHand and (x.dim() > 2 or not len(x)):
+        return  # its view does not take these
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    same(fused, stock)
+    same(fused, stock, x)
+    assert ops(fused, x) == (1, 2)
+
+
+@EVERY
+@pytest.mark.parametrize("x", [torch.ones(5, 7).double(), torch.ones(5, 6)], ids=["shape", "dtype"])
+def test_errors_are_stocks(cls, x):
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    fused(X)
+    errors = []
+    for model in (stock, fused):
+        with pytest.raises(RuntimeError) as caught:
+            model(x)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+@EVERY
+def test_gradients_of_every_subset(cls):
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    for frozen in range(3):
+        for needs_x in (False, True):
+            results = []
+            for model in (stock, fused):
+                layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+                for i, layer in enumerate(layers):
+                    layer.requires_grad_(i != frozen)
+                x = X.clone().requires_grad_(needs_x)
+                model.zero_grad()
+                model(x).square().sum().backward()
+                results.append([x.grad, *(p.grad for p in model.parameters())])
+            torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert not fused(X).requires_grad
+    assert not fused.requires_grad_(False)(X).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(X), stock(X))
+
+
+@EVERY
+def test_derivatives_and_transforms(cls):
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    results = []
+    for model in (stock, fused):
+        x = X.clone().requires_grad_()
+        model(x)
+        (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        again = torch.autograd.grad(g.square().sum(), [x, *model.parameters()], allow_unused=True)
+        jvp = torch.func.jvp(model, (X,), (torch.ones_like(X),))
+        rows = X if cls is not ByHand else X[:, None]
+        several = torch.func.vmap(model)(rows)
+        parameters = {n: p.detach() * 2 for n, p in model.named_parameters()}
+        moved = torch.func.functional_call(model, parameters, (X,))
+        results.append([g, *again, *jvp, several, moved])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@EVERY
+def test_autocast(cls):
+    stock, fused = made(cls).eval().float(), fuse(made(cls)).eval().float()
+    x = X.float()
+    torch.testing.assert_close(fused(x), stock(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fused(x)
+        assert y.dtype == torch.bfloat16 and ops(fused, x) == (1, 2)
+        torch.testing.assert_close(y, stock(x), rtol=0.05, atol=0.05)
+    assert fused(x).dtype == torch.float32
+
+
+@EVERY
+def test_modes_and_global_hooks_see_stock(cls):
+    model, seen = fuse(made(cls)).eval(), []
+    assert ops(model) == (1, 2)
+    hook = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(m))
+    assert ops(model) == (0, 0) and sum(isinstance(m, nn.Linear) for m in seen) == 6
+    hook.remove()
+    with torch.overrides.BaseTorchFunctionMode():
+        assert ops(model) == (0, 0)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
+        model(X)
+    assert flops.get_total_flops() == 2 * 5 * (6 * 8 + 8 * 8 + 8 * 3)
+    assert "dlkernels::" not in str(torch.jit.trace(model, X).inlined_graph)
+    with torch.device("cpu"):
+        assert ops(model) == (1, 2)
+    unfused = model.forward
+    unfuse(model)
+    assert ops(unfused) == (0, 0)
+
+
+@EVERY
+def test_under_the_compiler(cls):
+    torch._dynamo.reset()
+    model = fuse(made(cls)).eval()
+    expected = numbers(model, X)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X), expected[0])
+    replaced(model, second(model), nn.Linear(8, 8))
+    torch.testing.assert_close(compiled(X), model(X))
+    torch._dynamo.reset()
+
+
+@EVERY
+def test_tied_weights(cls):
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    results = []
+    for model in (stock, fused):
+        a, b, _ = (m for m in model.modules() if isinstance(m, nn.Linear))
+        a.weight = nn.Parameter(torch.ones(8, 8).double() / 8 + torch.eye(8).double())
+        a.in_features, b.weight = 8, a.weight
+        results.append(numbers(model, torch.linspace(-1, 1, 40).view(5, 8).double()))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in MODELS if cls is not InBranches], ids=lambda c: c.__name__)
+def test_exclude_splits_a_chain(cls):
+    paths = chains(fuse(made(cls)))[0]
+    for i, path in enumerate(paths):
+        stock, model = made(cls).eval(), fuse(made(cls), exclude=path).eval()
+        left = [p for site in report(model).fused for p, _ in site.layers]
+        # Without the last layer two layers are a chain; the others leave one layer with its activation and the last.
+        assert chains(model) == ([paths[:2]] if i == 2 else [paths[1:]] if i == 0 else []), str(report(model))
+        assert left == {0: paths[1:], 1: paths[:1], 2: paths[:2]}[i]
+        assert path in [s.path for s in report(model).skipped]
+        same(model, stock)
+        assert ops(model) == (1, 2 if i == 2 else 1)
+
+
+def test_a_memory_keeps_nothing_alive():
+    import gc
+    import weakref
+
+    model = fuse(made(Sequence)).eval()
+    model(X), model(X)
+    old = model[3]
+    refs = [weakref.ref(old), weakref.ref(old.weight)]
+    model[3] = nn.Linear(8, 8).double()
+    del old
+    gc.collect()
+    assert not any(ref() for ref in refs)
+    torch.testing.assert_close(model(X), unfuse(copy.deepcopy(model))(X))
+    refs = [weakref.ref(model), weakref.ref(type(model))]
+    del model
+    gc.collect()
+    assert refs[0]() is None

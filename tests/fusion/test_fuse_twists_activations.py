@@ -1,0 +1,265 @@
+"""Twists of activations: see module ``twists``."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from tests.fusion.test_fuse_places import GELU, Base, Slope, Tanh, Wrapped
+from tests.fusion.twists import Logged, Truth, act_of, collection, run_as_in_stock
+
+twist, later, TWISTS = collection()
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return F.gelu(x) * 2
+
+
+class OfTwoCalls(nn.Module):
+    def forward(self, x):
+        return F.gelu(F.relu(x))
+
+
+class NoGradients(nn.Module):
+    @torch.no_grad()
+    def forward(self, x):
+        return F.gelu(x)
+
+
+class Louder(GELU):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Counted(nn.Module):
+    """Its slope is a property that counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    @property
+    def slope(self):
+        self.count += 1
+        return 0.1 * self.count
+
+    def forward(self, x):
+        return F.leaky_relu(x, self.slope)
+
+
+class Clever(nn.Module):
+    def __getattr__(self, name):
+        if name == "slope":
+            return 0.1
+        return super().__getattr__(name)
+
+    def forward(self, x):
+        return F.leaky_relu(x, self.slope)
+
+
+class Intercepted(GELU):
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
+class Effect(nn.Module):
+    def forward(self, x):
+        torch.manual_seed(0)
+        return F.gelu(x)
+
+
+class TensorInTheArguments(nn.Module):
+    def forward(self, x):
+        return F.leaky_relu(x, x.mean().abs().item())
+
+
+class AnotherTensor(nn.Module):
+    def forward(self, x):
+        y = F.gelu(torch.ones_like(x))
+        return y
+
+
+class ReturnsItsInput(nn.Module):
+    def forward(self, x):
+        F.gelu(x)
+        return x
+
+
+class Itself(nn.Module):
+    def forward(self, x, depth=0):
+        return self.again(x)
+
+    def again(self, x):
+        return self.again(x) if self is None else F.relu(x) + 1
+
+
+class Odd(GELU):
+    """Its flag is neither True nor False."""
+
+    def __init__(self):
+        super().__init__()
+        self.flag = Truth()
+
+    def forward(self, x):
+        return F.gelu(x) if self.flag else F.relu(x)
+
+
+class PartialSubclass(functools.partial):
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
+def scaled(x, factor=2.0):
+    return F.relu(x) * factor
+
+
+def recursive(x):
+    return recursive(x) if x is None else F.relu(x) + 1
+
+
+def kept(function):
+    """A decorator that changes the value and copies the name."""
+
+    @functools.wraps(function)
+    def wrapper(x):
+        return function(x) + 1
+
+    return wrapper
+
+
+@kept
+def decorated(x):
+    return F.relu(x)
+
+
+for _make in (Twice, OfTwoCalls, NoGradients, Louder, Counted, Clever, Intercepted, Effect, TensorInTheArguments,
+              AnotherTensor, ReturnsItsInput, Itself, Odd, lambda: PartialSubclass(F.relu), lambda: scaled,
+              lambda: recursive, lambda: decorated, lambda: functools.partial(torch.add, torch.ones(8).double()),
+              lambda: functools.partial(scaled, factor=1.0)):  # fmt: skip
+    twist()(act_of(_make))
+
+later(act_of(GELU), "hook", lambda m: m.act.register_forward_hook(lambda *a: a[2] * 2))
+later(act_of(GELU), "forward of the instance", lambda m: setattr(m.act, "forward", torch.cos))
+later(act_of(GELU), "compiled", lambda m: m.act.compile(backend="eager"))
+later(act_of(GELU), "replaced", lambda m: setattr(m, "act", Twice()))
+later(act_of(GELU), "replaced by another that can be read", lambda m: setattr(m, "act", Tanh()), after=True)
+later(act_of(Wrapped), "hook inside", lambda m: m.act.inner.register_forward_hook(lambda *a: a[2] * 2))
+later(act_of(Wrapped), "replaced inside", lambda m: setattr(m.act, "inner", nn.Softplus()))
+later(act_of(Wrapped), "another inside", lambda m: setattr(m.act, "inner", nn.Tanh()), after=True)
+later(act_of(Slope), "another slope", lambda m: setattr(m.act, "slope", 0.7), after=True)
+later(act_of(Slope), "slope below 0", lambda m: setattr(m.act, "slope", -0.7))
+later(act_of(Slope), "deleted slope", lambda m: (delattr(m.act, "slope"), setattr(Slope, "slope", 0.1)), after=True)
+later(act_of(Tanh), "in place", lambda m: setattr(m.act, "inplace", True), after=True)
+later(act_of(Tanh), "flag that is a tensor", lambda m: setattr(m.act, "inplace", torch.ones(1)))
+later(act_of(GELU), "hook on the layer", lambda m: m.fc.register_forward_hook(lambda *a: a[2] * 2))
+later(act_of(GELU), "pruned", lambda m: prune.l1_unstructured(m.fc, "weight", 0.5))
+later(act_of(GELU), "parametrized", lambda m: parametrizations.weight_norm(m.fc))
+
+
+class ByTraining(nn.Module):
+    def forward(self, x):
+        if self.training:
+            return F.relu(x)
+        else:
+            return F.gelu(x)
+
+
+later(act_of(ByTraining), "eval", lambda m: m.eval(), after=True)
+
+
+def of_a_global(x):
+    return CURRENT(x)
+
+
+CURRENT = F.relu
+
+
+def rebind(model):
+    global CURRENT
+    CURRENT = F.softplus
+
+
+later(act_of(lambda: of_a_global), "global rebound", rebind)
+
+
+def cell():
+    slope = 0.1
+
+    def act(x):
+        return F.leaky_relu(x, slope)
+
+    def set_slope(value):
+        nonlocal slope
+        slope = value
+
+    return act, set_slope
+
+
+class OfAClosure(Base):
+    def __init__(self):
+        super().__init__()
+        self.act, self.set_slope = cell()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        return self.act(self.fc(x))
+
+
+later(OfAClosure, "cell set", lambda m: m.set_slope(0.6), after=True)
+
+
+def with_a_default(slope):
+    def act(x, slope=slope):
+        return F.leaky_relu(x, slope)
+
+    return act
+
+
+def another_default(model):
+    model.act.__defaults__ = (0.9,)
+
+
+def another_code(model):
+    model.act.__code__ = scaled.__code__
+
+
+later(act_of(lambda: with_a_default(0.1)), "another default", another_default)
+later(act_of(lambda: with_a_default(0.1)), "another code", another_code)
+
+
+class MethodThatCounts(Logged):
+    def activate(self, h):
+        self.log.append(1)
+        return F.relu(h)
+
+    def forward(self, x):
+        h = self.fc(x)
+        h = self.activate(h)
+        return h
+
+
+twist()(MethodThatCounts)
+
+
+class MethodReplaced(Base):
+    def activate(self, h):
+        return F.relu(h)
+
+    def forward(self, x):
+        h = self.fc(x)
+        h = self.activate(h)
+        return h
+
+
+later(MethodReplaced, "on the instance", lambda m: setattr(m, "activate", torch.cos))
+
+
+@pytest.mark.parametrize(("cls", "before", "after", "change", "sites"), TWISTS)
+def test_a_twist_runs_as_in_stock(cls, before, after, change, sites):
+    run_as_in_stock(cls, before, after, change, sites)
