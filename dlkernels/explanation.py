@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -106,15 +106,10 @@ class LayerPlan(tuple[Explanation, ...]):
     @property
     def scratch_bytes(self) -> int:
         """The largest scratch of a step. dz, where it is in memory, counts for the step that makes it."""
-        return max((step.scratch_bytes for step in (*self.forward, *self.backward)), default=0)
+        return _largest_scratch(self)
 
     def __str__(self) -> str:
-        lines = [self.title]
-        for name, steps in (("forward", self.forward), ("backward", self.backward)):
-            if name == "backward":
-                lines.append(f"  keeps for backward: {', '.join(self.keeps) or 'nothing'}")
-            lines.append(f"  {name}:" + ("" if steps else " nothing to do"))
-            lines += [f"    {number}. {step}" for number, step in enumerate(steps, start=1)]
+        lines = _lines(self, str)
         lines.append("  why:")
         lines += [f"    {row.op} by {row.path}: {row.why}" for row in self]
         return "\n".join(lines)
@@ -269,18 +264,10 @@ class GluPlan:
     @property
     def scratch_bytes(self) -> int:
         """The largest scratch of a step; the gradients of both preactivations count for the step that makes them."""
-        return max((step.scratch_bytes for step in (*self.forward, *self.backward)), default=0)
+        return _largest_scratch(self)
 
     def __str__(self) -> str:
-        lines = [self.title]
-        for name, steps in (("forward", self.forward), ("backward", self.backward)):
-            if name == "backward":
-                lines.append(f"  keeps for backward: {', '.join(self.keeps)}")
-            lines.append(f"  {name}:" + ("" if steps else " nothing to do"))
-            for number, step in enumerate(steps, start=1):
-                why = "" if step.path == "elementwise" else f"; {step.why}"
-                lines.append(f"    {number}. {step}{why}")
-        return "\n".join(lines)
+        return "\n".join(_lines(self, lambda step: f"{step}" if step.path == "elementwise" else f"{step}; {step.why}"))
 
 
 def explain_glu(
@@ -340,6 +327,21 @@ def explain_glu(
         ("x", "weight_gate", "weight_up", "gate", "up"),
         plan["fused"],
     )
+
+
+def _largest_scratch(plan: LayerPlan | GluPlan) -> int:
+    return max((step.scratch_bytes for step in (*plan.forward, *plan.backward)), default=0)
+
+
+def _lines(plan: LayerPlan | GluPlan, line_of: Callable[[Step], str]) -> list[str]:
+    """Return the title, and the steps of both directions, a line each."""
+    lines = [plan.title]
+    for name, steps in (("forward", plan.forward), ("backward", plan.backward)):
+        if name == "backward":
+            lines.append(f"  keeps for backward: {', '.join(plan.keeps) or 'nothing'}")
+        lines.append(f"  {name}:" + ("" if steps else " nothing to do"))
+        lines += [f"    {number}. {line_of(step)}" for number, step in enumerate(steps, start=1)]
+    return lines
 
 
 def _glu_step(row: dict[str, Any], act: Activation, bias: bool, fused: bool) -> Step:

@@ -52,6 +52,14 @@ def _check_size(name: str, size: Any) -> None:
         raise ValueError(f"{name} must be at least 0, got {size}")
 
 
+def _check_activation(activation: str, negative_slope: Any) -> None:
+    """Raise for a wrong name or slope in the constructor, not in the first forward."""
+    activation_named(activation)
+    _check_number("negative_slope", negative_slope)
+    if not negative_slope >= 0:  # also NaN
+        raise ValueError(f"negative_slope must be at least 0, got {negative_slope}")
+
+
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
@@ -95,10 +103,7 @@ class LinearAct(nn.Module):
         activation: Activation = "relu",
         negative_slope: float = 0.01,
     ) -> None:
-        activation_named(activation)  # raises now for a wrong name, not in the first forward
-        _check_number("negative_slope", negative_slope)
-        if not negative_slope >= 0:  # also NaN
-            raise ValueError(f"negative_slope must be at least 0, got {negative_slope}")
+        _check_activation(activation, negative_slope)
         _check_size("in_features", in_features)
         _check_size("out_features", out_features)
         super().__init__()
@@ -189,10 +194,7 @@ class GatedMLP(nn.Module):
         *,
         negative_slope: float = 0.01,
     ) -> None:
-        activation_named(activation)  # raises now for a wrong name, not in the first forward
-        _check_number("negative_slope", negative_slope)
-        if not negative_slope >= 0:  # also NaN
-            raise ValueError(f"negative_slope must be at least 0, got {negative_slope}")
+        _check_activation(activation, negative_slope)
         _check_size("in_features", in_features)
         _check_size("hidden_features", hidden_features)
         out_features = in_features if out_features is None else out_features
@@ -354,8 +356,13 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def does_nothing(module: nn.Module | None) -> bool:
-    """Return True if this module returns its input: an Identity, or a Dropout that is not active."""
-    return type(module) is nn.Identity or (type(module) is nn.Dropout and not (module.training and module.p))
+    """Return True if this module returns its input: an Identity, or a Dropout that is not active.
+
+    A Dropout with a wrong p raises even if it is not active.
+    """
+    if type(module) is nn.Dropout:
+        return not (module.training and module.p) and 0 <= module.p <= 1
+    return type(module) is nn.Identity
 
 
 class MLP(nn.Sequential):

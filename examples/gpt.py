@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al., 2019): a small GPT2LMHeadModel of transformers learns Python's documentation by characters.
 
-What is fused are the feed-forward blocks: two of GPT-2's Conv1D, with its tanh-approximated GELU between them. The last
-tenth of the text is held out. At the end the model continues a sentence.
+Each feed-forward block is fused: two of GPT-2's Conv1D, with its tanh-approximated GELU between them. The last tenth
+of the text is held out. At the end the model continues a sentence.
 
 python examples/gpt.py [--small]
 """

@@ -1,6 +1,6 @@
 """The transformer (Vaswani et al., 2017): torch's nn.Transformer reads a date in words and writes it as ISO 8601.
 
-"wednesday, 8 november 1989" -> "1989-11-08". What is fused are the feed-forward blocks, Linear, ReLU and Linear, each
+"wednesday, 8 november 1989" -> "1989-11-08". The feed-forward blocks are fused: Linear, ReLU and Linear, each
 as one chain; nn.TransformerEncoderLayer and DecoderLayer are torch's own, found in their source.
 
 python examples/transformer.py [--small]

@@ -234,7 +234,7 @@ class StepPlan {
     groups_.push_back(std::move(g));
   }
 
-  // What must not change.
+  // The plan holds while these are as they are now.
   void expect_dict(py::dict dict, const py::tuple& numbers) { dicts_.emplace_back(std::move(dict), numbers); }
   void expect_list(py::list list) { lists_.emplace_back(std::move(list)); }
   void expect_class(py::object object) {

@@ -68,7 +68,7 @@ class Unknown(Exception):
 
 
 class Reads:
-    """What a decision reads. The owner is its first module."""
+    """A list of all that a decision reads. The owner is the first module of the list."""
 
     def __init__(self, owner: nn.Module) -> None:
         self.modules: dict[int, tuple[nn.Module, bool, list[Any], list[Any] | None]] = {}

@@ -89,7 +89,7 @@ def test_values(kernels, act, dtype):
 @OF_DTYPES
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
 def test_each_output_alone_has_the_same_bits(kernels, act, dtype):
-    """What a single output does not read may be absent."""
+    """The pass takes null for a tensor that the wanted output does not read."""
     for m, n in ((7, 13), (61, 1), (67, 24), (1500, 8)):
         g, gate, up = operands(m, n, dtype)
         whole = glu_grad_pass(kernels, g, gate, up, act)

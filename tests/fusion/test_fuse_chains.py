@@ -82,7 +82,7 @@ class WithArguments(Base):
 
 
 class OfAnExpression(Base):
-    """What the first layer takes is computed after the callees were looked up."""
+    """Python looks up the callees first, and then computes the input of the first layer."""
 
     def forward(self, x):
         return self.fc3(self.function(self.fc2(F.relu(self.fc1(x * 2), inplace=True))))
@@ -154,6 +154,18 @@ def test_dropout_ends_a_chain_while_it_is_active(cls):
                 module.p = 0.0
     same(fused, stock)
     assert ops(fused) == (1, 2)
+
+
+@pytest.mark.parametrize("cls", [Sequence, Blocks, Loop, Nested], ids=lambda c: c.__name__)
+def test_an_inactive_dropout_with_a_wrong_p_raises_as_in_stock(cls):
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    same(fused, stock)
+    for model in (stock, fused):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 1.5
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            model(X)
 
 
 def first(model):

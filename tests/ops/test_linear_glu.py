@@ -213,7 +213,7 @@ def test_second_derivative(activation, biases, device):
 @pytest.mark.parametrize("needs", SUBSETS, ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu", "tanh"])
 def test_derivatives_with_frozen_inputs(activation, needs, device):
-    """What is not saved for a frozen input is not missed, by the kernels or by a second derivative."""
+    """With a frozen input fewer tensors are saved. Backward and double backward do not need the others."""
     inputs = arguments((2,), 3, 2, device=device)
     for t, need in zip(inputs, needs, strict=True):
         t.requires_grad_(need)

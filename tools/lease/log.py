@@ -1,4 +1,7 @@
-"""The results: a line of JSON per case, appended at once, and a summary that is rewritten as a whole."""
+"""The results: a line of JSON per case, appended at once, and a summary that is rewritten as a whole.
+
+This file imports nothing of dlkernels: it must record a library that does not load.
+"""
 
 from __future__ import annotations
 
