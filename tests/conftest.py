@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 from importlib.util import find_spec
 
@@ -53,6 +54,16 @@ def pytest_ignore_collect(collection_path):
 # starts. The tests that send one would wait for it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """pytest-xdist needs the same tests in each of its processes."""
+    for item in items:
+        if re.search(r" at 0x[0-9a-f]+", item.name):
+            raise pytest.UsageError(
+                f"expected the same name in every process, got {item.nodeid}: "
+                "give parametrize ids=without_address of tests/support/ids.py"
+            )
 
 
 def pytest_report_header():
