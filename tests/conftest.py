@@ -11,6 +11,7 @@ import torch
 
 from dlkernels import _C, routing
 from dlkernels.trainer import graph
+from tests.support import shared
 
 HAS_GPU = torch.cuda.is_available() and _C.build_config()["cuda"] is not None
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_GPU else [])]
@@ -54,6 +55,10 @@ def pytest_ignore_collect(collection_path):
 # starts. The tests that send one would wait for it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    config.add_cleanup(shared.begin())
 
 
 def pytest_collection_modifyitems(items):
