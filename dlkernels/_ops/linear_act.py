@@ -65,7 +65,8 @@ def check_like(op: str, first_name: str, first: Tensor, *others: tuple[str, Tens
         )
 
 
-def _fake_y(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@torch.library.register_fake("dlkernels::_linear_act_forward")
+def _fake_y(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> Tensor:
     torch._check(
         x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1],
         lambda: (
@@ -81,20 +82,15 @@ def _fake_y(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("dlkernels::_linear_act_forward")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> Tensor:
-    return _fake_y(x, weight, bias)
-
-
 @torch.library.register_fake("dlkernels::_linear_act_forward_z")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
-    y = _fake_y(x, weight, bias)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y = _fake_y(*arguments)
     return y, torch.empty_like(y)
 
 
 @torch.library.register_fake("dlkernels::_linear_act_forward_mask")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
-    y = _fake_y(x, weight, bias)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y = _fake_y(*arguments)
     return y, y.new_empty((*y.shape[:-1], y.shape[-1] // masks.BITS), dtype=torch.uint8)
 
 

@@ -85,12 +85,12 @@ def decide(stages: Sequence[Stage], first: int, x: Any, owner: Owner) -> str | C
     return extended(stages, chain, selected, changes_nothing)
 
 
-# Of two stages that meet, a layer and its activation's name: if fuse was told to fuse them.
+# Arguments: two stages that meet, a layer, its activation's name. True if fuse was told to fuse them.
 Selected = Callable[[int, int, Any, str], bool]
 
 
 def extended(stages: Sequence[Stage], chain: Chain, selected: Selected, passes: Callable[[Stage], bool]) -> Chain:
-    """Return the chain with all layers behind it that can go on it; what ``passes`` takes may lie between them."""
+    """Return the chain with the layers after it that it can take in. ``passes``: if a stage may lie between them."""
     layers, ends = list(chain.layers), list(chain.ends)
     while layers[-1][2] != "none":
         following = _after(stages, ends[-1], passes)
@@ -105,7 +105,7 @@ def extended(stages: Sequence[Stage], chain: Chain, selected: Selected, passes: 
 def _next_layer(
     stages: Sequence[Stage], at: int, before: int, layers: Sequence[call.Ready], selected: Selected
 ) -> tuple[call.Ready, int] | None:
-    """Return the layer at ``stages[at]`` with its activation, and its last stage; None if it cannot go on the chain."""
+    """Return the layer at ``stages[at]`` with its activation, and its last stage; None if the chain cannot have it."""
     stage = stages[at]
     found = "it has more arguments" if stage.args or stage.kwargs else call._linear(stage.called)
     if isinstance(found, str):

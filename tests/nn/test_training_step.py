@@ -16,6 +16,7 @@ from dlkernels import losses
 from dlkernels.nn import MLP, LinearAct
 from dlkernels.testing import STOCK
 from dlkernels.training import training_step
+from tests.support.ids import without_address
 
 OPTIMIZERS = {
     "sgd": partial(optim.SGD, lr=0.05),
@@ -620,7 +621,7 @@ def test_under_the_compiler():
             "slopes",
         ),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_what_it_leaves_to_the_calls(model, loss, make, why):
     other = copy.deepcopy(model)

@@ -55,7 +55,7 @@ class Where:
         command = self.module("pytest", *own, *words)
         if timeout and find_spec("pytest_timeout"):
             command += (f"--timeout={timeout}", "--timeout-method=thread")
-        return command + (("-n", str(workers)) if workers and find_spec("xdist") else ())
+        return command + (("-n", str(workers), "--dist=worksteal") if workers and find_spec("xdist") else ())
 
 
 @dataclass(frozen=True)
