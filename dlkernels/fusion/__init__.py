@@ -12,8 +12,8 @@ Reading order:
 7. ``gated``: gated layers, from their place in the syntax tree to the functions that the rewritten methods call;
    ``series``: calls that follow one another in a method; ``joined``: the chains among them, before a call.
 8. ``rewrite``: the rewritten methods; ``swap``: the class that has them.
-9. ``call``, ``chain``, ``written``, ``known``: the functions that the rewritten methods call; ``stages`` decides how
-   many layers run as one op, ``memory`` remembers that.
+9. ``pairs``, ``chain``, ``written``, ``known``: the functions that the rewritten methods call; ``call`` decides for a
+   layer and its activation, ``stages`` how many layers run as one op, ``memory`` remembers both.
 10. ``apply``: ``fuse``, ``unfuse``, ``report``.
 
 Besides these, ``gated_graph`` finds gated layers for the backend, ``observe`` runs example inputs, ``sites`` holds the
