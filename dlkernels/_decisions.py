@@ -49,6 +49,11 @@ def recall(key: Any, owner: Any, x: Any) -> tuple[Tensor, Any] | None:
     return y, found[1]
 
 
+def mark_of(key: Any) -> Any:
+    found = _decided.get(key)
+    return None if found is None else found[1]
+
+
 def keep(key: Any, decided: _C.Decided | None, mark: Any = None) -> None:
     if decided is None:
         _decided.pop(key, None)

@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlkernels import _C, _decisions
-from dlkernels._decisions import MISSING, Unknown, keep, may_be_kept, recall, run_again
+from dlkernels._decisions import MISSING, Unknown, keep, mark_of, may_be_kept, recall, run_again
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call, rules
 from dlkernels.fusion.stages import Chain, Stage, changes_nothing, is_identity, slope_of
 
-__all__ = ["Reads", "Unknown", "decided", "keep", "may_be_kept", "recall", "run_again"]
+__all__ = ["Reads", "Unknown", "decided", "keep", "mark_of", "may_be_kept", "recall", "run_again"]
 
 
 class Reads(_decisions.Reads):
