@@ -156,15 +156,15 @@ def may_change_nothing(stage: Stage) -> bool:
 def changes_nothing(stage: Stage) -> bool:
     called, args, kwargs = stage
     if called is F.dropout:
-        return not _is_active(*args, **kwargs) if _has_plain_numbers((*args, *kwargs.values())) else False
+        return not _is_active(*args, **kwargs) if has_plain_numbers((*args, *kwargs.values())) else False
     if args or kwargs or not (type(called) is nn.Identity or type(called) is nn.Dropout):
         return False
     state = called.__dict__
-    plain = type(called) is nn.Identity or _has_plain_numbers((state.get("p"), state.get("training")))
+    plain = type(called) is nn.Identity or has_plain_numbers((state.get("p"), state.get("training")))
     return plain and does_nothing(called) and untouched(called)
 
 
-def _has_plain_numbers(values: tuple[Any, ...]) -> bool:
+def has_plain_numbers(values: tuple[Any, ...]) -> bool:
     return all(type(value) in (int, float, bool) for value in values)
 
 

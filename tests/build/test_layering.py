@@ -75,7 +75,7 @@ LAYERS = {
     "dlkernels._errors": 0,
     "dlkernels._ops": 1, "dlkernels.routing": 1,
     "dlkernels.losses": 2,
-    "dlkernels.explanation": 2,
+    "dlkernels.explanation": 2, "dlkernels._decisions": 2,
     "dlkernels.functional": 3,
     "dlkernels.nn": 4,
     "dlkernels.fusion": 5, "dlkernels.stock": 5, "dlkernels.data": 5, "dlkernels.trainer": 5,
