@@ -8,38 +8,58 @@
 // are the same on any number of threads.
 namespace dlk::cpu::DLK_ISA {
 
+// The tasks of a pass that sums columns: slices of rows times panels of columns. Panels do not change a sum. They are
+// as wide as leaves the sums in L1, so that rows are read as long runs, which a hardware prefetcher follows. Where there
+// are few slices, there are as many panels as threads, and a thread gets all slices of a panel, because the last slice
+// may be shorter.
+struct ColumnTasks {
+  int64_t slices, width, panels;
+
+  static ColumnTasks of(int64_t m, int64_t n, int threads, int64_t widest) {
+    constexpr int64_t kLeast = 128;  // columns of a panel
+    const int64_t count = dlk::cpu::slices(m), all = ceil_div(n, widest);
+    const int64_t for_threads = count < 4 * threads ? min(threads, ceil_div(n, kLeast)) : 1;
+    const int64_t width = round_up(ceil_div(n, max(all, for_threads)), kF32Lanes);
+    return {count, width, ceil_div(n, width)};
+  }
+  int64_t count() const { return slices * panels; }
+  int64_t slice(int64_t task) const { return task % slices; }
+  int64_t column(int64_t task) const { return task / slices * width; }
+};
+
 template <class T>
 void grad_pass_with(const GradPass& p, const Parallel& parallel) {
   using E = Convert<T>;
   struct Call {
     const GradPass* p;
     RowSource<E> g;
+    ColumnTasks tasks;
   };
-  const Call call = {&p, RowSource<E>::of(p.g, p.saved, p.act)};
-  parallel.run(slices(p.m), &call, [](const void* context, int64_t begin, int64_t end) {
-    const auto& call = *(const Call*)context;
-    const GradPass& p = *call.p;
-    constexpr int64_t kBlock = 512;
-    Acc<T> dz[kBlock];
-    for (int64_t slice = begin; slice < end; ++slice) {
+  const Call call = {&p, RowSource<E>::of(p.g, p.saved, p.act), ColumnTasks::of(p.m, p.n, parallel.threads, 4096)};
+  parallel.run(call.tasks.count(), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& [pass, g, tasks] = *(const Call*)context;
+    const GradPass& p = *pass;
+    auto* const total = (double*)scratch((sizeof(double) + 2 * sizeof(Acc<T>)) * tasks.width);
+    auto *const block = (Acc<T>*)(total + tasks.width), *const buffer = block + tasks.width;
+    ColumnSum<E> sum{total, block};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slice = tasks.slice(task), j = tasks.column(task), n = min(tasks.width, p.n - j);
       const int64_t i1 = min((slice + 1) * kSliceRows, p.m);
-      for (int64_t j = 0; j < p.n; j += kBlock) {
-        const int64_t n = min(kBlock, p.n - j);
-        double total[kBlock];
-        Acc<T> block[kBlock];
-        ColumnSum<E> sum{total, block};
-        sum.clear(n);
-        for (int64_t i = slice * kSliceRows; i < i1; ++i) {
-          RowSource<E>::along_row(call.g, dz, i, j, n);
-          if (p.dbias) sum.add(dz, n);
-          if (p.dz)
-            for (int64_t c = 0; c < n; c += kLanes<T>)
-              store_partial((T*)p.dz + i * p.n + j + c, load_partial(dz + c, 1, min(kLanes<T>, n - c)), n - c);
-        }
-        if (!p.dbias) continue;
-        sum.flush(n);
-        sum.store((Acc<T>*)p.partials + slice * p.n + j, n);
+      if (p.dbias) sum.clear(n);
+      for (int64_t i = slice * kSliceRows; i < i1; ++i) {
+        T* const out = p.dz ? (T*)p.dz + i * p.n + j : nullptr;
+        Acc<T>* dz = buffer;
+        if constexpr (kIsSame<T, Acc<T>>)
+          if (out) dz = out;  // dz is made where it belongs
+        RowSource<E>::along_row(g, dz, i, j, n);
+        if (p.dbias) sum.add(dz, n);
+        if (!out || (const void*)dz == out) continue;
+        for (int64_t c = 0; c < n; c += kLanes<T>)
+          store_partial(out + c, load_partial(dz + c, 1, min(kLanes<T>, n - c)), n - c);
       }
+      if (!p.dbias) continue;
+      sum.flush(n);
+      sum.store((Acc<T>*)p.partials + slice * p.n + j, n);
     }
   });
   if (!p.dbias) return;
