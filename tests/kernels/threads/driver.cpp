@@ -171,6 +171,13 @@ int main() {
                                                            partials.data()},
                                                           parallel);
                                         });
+  good &= same_on_any_number_of_threads("activation", {m * k}, [&](Results& r, const Parallel& parallel) {
+    table.act_pass({m * k, x.data(), {Act::gelu, 0}, r[0].data()}, parallel);
+  });
+  good &=
+      same_on_any_number_of_threads("bias and activation", {m * k, m * k}, [&](Results& r, const Parallel& parallel) {
+        table.bias_act_pass({m, k, x.data(), w.data(), {Act::gelu, 0}, r[0].data(), r[1].data()}, parallel);
+      });
 
   good &= same_on_any_number_of_threads("gate and up", {m * n}, [&](Results& r, const Parallel& parallel) {
     table.glu_pass({m * n, g.data(), y.data(), {Act::gelu, 0}, r[0].data()}, parallel);

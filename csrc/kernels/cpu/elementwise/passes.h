@@ -3,6 +3,8 @@
 //   grad_pass  dz = g · act'(saved) and dbias = Σ dz over rows: in front of a library's product, which reads dz from
 //              memory, and where no wgrad of ours adds up dbias while it packs dz
 //   act_pass   y = act(z): behind a library's product
+//   bias_act_pass  y = act(z + bias): behind one without a bias. A library adds the bias by writing it to every row of C
+//                  first, which is another pass over C
 //
 // Rows are cut in slices of kSliceRows. One thread sums a slice, and the slices are summed in order, so that the bits
 // are the same on any number of threads.
@@ -87,6 +89,41 @@ void act_pass_with(const ActPass& p, const Parallel& parallel) {
     const int64_t from = begin * kChunk, n = min(end * kChunk, p.count) - from;
     with_activation(p.act.kind, [&](auto functor) {
       act_row<T, decltype(functor)>((const T*)p.z + from, (T*)p.y + from, n, p.act.slope);
+    });
+  });
+}
+
+// y = act(z + bias), one row
+template <class T, class Act>
+void bias_act_row(const T* z, const T* bias, T* y, T* z_sum, int64_t n, double slope) {
+  using O = Ops<Acc<T>>;
+  const auto s = O::lit(slope);
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const int64_t valid = min(kLanes<T>, n - i);
+    const auto sum = load_partial(z + i, 1, valid) + load_partial(bias + i, 1, valid);
+    if (z_sum) store_partial(z_sum + i, sum, valid);
+    store_partial(y + i, Act::template value<O>(sum, s), valid);
+  }
+}
+
+template <class T>
+void bias_act_pass_with(const BiasActPass& p, const Parallel& parallel) {
+  constexpr int64_t kChunk = 16384;  // elements
+  struct Call {
+    const BiasActPass* p;
+    int64_t rows;  // of a task
+  };
+  const Call call = {&p, max(1, kChunk / p.n)};
+  parallel.run(ceil_div(p.m, call.rows), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& [pass, rows] = *(const Call*)context;
+    const BiasActPass& p = *pass;
+    const int64_t last = min(end * rows, p.m);
+    with_activation(p.act.kind, [&, from = begin * rows](auto functor) {
+      for (int64_t i = from; i < last; ++i) {
+        const int64_t at = i * p.n;
+        bias_act_row<T, decltype(functor)>((const T*)p.z + at, (const T*)p.bias, (T*)p.y + at,
+                                           p.z_sum ? (T*)p.z_sum + at : nullptr, p.n, p.act.slope);
+      }
     });
   });
 }
