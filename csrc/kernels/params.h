@@ -119,6 +119,16 @@ struct ActPass {
   void* y;
 };
 
+// y = act(z + bias), [m, n] contiguous, behind a library's product without a bias. The memory of y, or of z_sum, may be
+// that of z. CPU.
+struct BiasActPass {
+  int64_t m, n;
+  const void *z, *bias;  // bias: [n]
+  Activation act;
+  void* y;
+  void* z_sum;  // receives z + bias, or nullptr
+};
+
 // y = act(gate) · up, elementwise over count contiguous elements, behind the two products of a gated layer. y may be the
 // memory of either operand.
 struct GluPass {

@@ -61,11 +61,15 @@ void run_forward(const Device& device, const Plan& plan, const Problem& c, const
                  const at::Tensor& weight, const at::Tensor& bias, const Outputs& out) {
   const at::Tensor x2 = as_rows(x);
   const View x_view = view_of(x2), weight_view = view_of(weight);
+  const at::Tensor none;
+  // A library writes the bias to every row of its output first, and adds the product to it.
+  const bool bias_later = plan.end()[-1].kind == StepKind::activation_pass && device.pass_adds_bias(c.dtype);
   for (const Step& step : plan) {
     if (step.kind == StepKind::activation_pass) {
-      device.activation_pass(c, out.z.defined() ? out.z : out.y, out.y, out.mask);
+      device.activation_pass(c, out.z.defined() ? out.z : out.y, bias_later ? bias : none, out.y, out.mask);
     } else if (is_library(step.path)) {
-      library_forward(device, x2, weight, bias, (out.z.defined() ? out.z : out.y).view({c.shape.m, c.shape.n}));
+      library_forward(device, x2, weight, bias_later ? none : bias,
+                      (out.z.defined() ? out.z : out.y).view({c.shape.m, c.shape.n}));
     } else {
       const bool aligns = bias.defined() && out.mask.defined() && step.path != Path::fused_mlp;
       const at::Tensor epilogue_bias = aligns ? aligned(bias) : bias;

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-KERNELS = 19
+KERNELS = 21
 
 
 def build(folder, *flags):

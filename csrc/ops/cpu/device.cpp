@@ -68,12 +68,19 @@ void few_columns_backward(const Step& step, const Problem& c, const OutputGrad& 
   machine.table(c.dtype).few_columns_backward(p, torch_threads(machine.threads_for(multiplications(c))));
 }
 
-void run_activation_pass(const Problem& c, const at::Tensor& z, const at::Tensor& y, const at::Tensor&) {
+void run_activation_pass(const Problem& c, const at::Tensor& z, const at::Tensor& bias, const at::Tensor& y,
+                         const at::Tensor&) {
   const Machine machine = machine_for(c.dtype, false);
-  const int64_t count = c.shape.m * c.shape.n;
-  machine.table(c.dtype).act_pass({count, z.const_data_ptr(), c.act, y.data_ptr()},
-                                  threads_for_elements(machine, count));
+  const auto [m, n, k] = c.shape;
+  const KernelTable& table = machine.table(c.dtype);
+  const Parallel threads = threads_for_elements(machine, m * n);
+  if (!bias.defined()) return table.act_pass({m * n, z.const_data_ptr(), c.act, y.data_ptr()}, threads);
+  void* const z_sum = z.is_same(y) ? nullptr : z.data_ptr();
+  table.bias_act_pass({m, n, z.const_data_ptr(), bias.const_data_ptr(), c.act, y.data_ptr(), z_sum}, threads);
 }
+
+// In 16 bits the product would be rounded before the bias is added.
+bool pass_adds_bias(DType dtype) { return !is_16_bit(dtype); }
 
 void run_glu_pass(const Problem& c, const GluPass& p) {
   const Machine machine = machine_for(c.dtype, false);
@@ -192,6 +199,7 @@ const Device kCpu = {
     &cpu::run_product,
     &cpu::few_columns_backward,
     &cpu::run_activation_pass,
+    &cpu::pass_adds_bias,
     &cpu::gradient_pass,
     [](const GluForwardProblem& p) {
       return cpu::plan_glu_forward(p, cpu::machine_that_runs(p, cpu_routes() != nullptr));

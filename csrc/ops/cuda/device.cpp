@@ -155,7 +155,8 @@ void narrow_backward(const Step&, const Problem& c, const OutputGrad& in, const 
   run_fused_mlp_backward(one.mlp, c.dtype, in.g);
 }
 
-void run_activation_pass(const Problem& c, const at::Tensor& z, const at::Tensor& y, const at::Tensor& mask) {
+void run_activation_pass(const Problem& c, const at::Tensor& z, const at::Tensor&, const at::Tensor& y,
+                         const at::Tensor& mask) {
   ActPass p{};
   p.count = c.shape.m * c.shape.n, p.act = c.act;
   p.z = z.const_data_ptr(), p.y = y.data_ptr(), p.mask = data_or_null(mask);
@@ -256,6 +257,7 @@ const Device kCuda = {
     &cuda::run_product,
     &cuda::narrow_backward,
     &cuda::run_activation_pass,
+    /*pass_adds_bias=*/[](DType) { return false; },
     &cuda::run_gradient_pass,
     [](const GluForwardProblem& p) { return cuda::plan_glu_forward(p, cuda::kMachine); },
     [](const GluBackwardProblem& p) { return cuda::plan_glu_backward(p, cuda::kMachine); },

@@ -155,9 +155,29 @@ int main() {
                                          {n, r[3].data(), b.data(), r[4].data(), r[5].data(), nullptr, 0.1, 0.5}};
         table.update({UpdateRule::adam, false, false, 0.1, 0.01, 0.99, 1e-8, 0, 0.9, tensors, 2}, parallel);
       });
+  // so many columns and so few slices that threads share a slice
+  good &= same_on_any_number_of_threads("dz and dbias of many columns", {m * k, k},
+                                        [&](Results& r, const Parallel& parallel) {
+                                          std::vector<float> partials(slices(m) * k);
+                                          table.grad_pass({DType::f32,
+                                                           m,
+                                                           k,
+                                                           {x.data(), k, 1},
+                                                           {x.data(), k, 1},
+                                                           relu,
+                                                           r[0].data(),
+                                                           r[1].data(),
+                                                           OutputMode::cast,
+                                                           partials.data()},
+                                                          parallel);
+                                        });
   good &= same_on_any_number_of_threads("activation", {m * k}, [&](Results& r, const Parallel& parallel) {
     table.act_pass({m * k, x.data(), {Act::gelu, 0}, r[0].data()}, parallel);
   });
+  good &=
+      same_on_any_number_of_threads("bias and activation", {m * k, m * k}, [&](Results& r, const Parallel& parallel) {
+        table.bias_act_pass({m, k, x.data(), w.data(), {Act::gelu, 0}, r[0].data(), r[1].data()}, parallel);
+      });
 
   good &= same_on_any_number_of_threads("gate and up", {m * n}, [&](Results& r, const Parallel& parallel) {
     table.glu_pass({m * n, g.data(), y.data(), {Act::gelu, 0}, r[0].data()}, parallel);

@@ -65,37 +65,37 @@ void glu_grad_pass_with(const GluGradPass& p, const Parallel& parallel) {
   struct Call {
     const GluGradPass* p;
     Row row;
+    ColumnTasks tasks;
   };
   const Call call = {
-      &p, with_activation(p.act.kind, [](auto functor) -> Row { return &glu_grad_row<T, decltype(functor)>; })};
-  parallel.run(slices(p.m), &call, [](const void* context, int64_t begin, int64_t end) {
-    const GluGradPass& p = *((const Call*)context)->p;
-    const Row row = ((const Call*)context)->row;
-    constexpr int64_t kBlock = 512;
-    Acc<T> dz_gate[kBlock], dz_up[kBlock];
-    for (int64_t slice = begin; slice < end; ++slice) {
+      &p, with_activation(p.act.kind, [](auto functor) -> Row { return &glu_grad_row<T, decltype(functor)>; }),
+      ColumnTasks::of(p.m, p.n, parallel.threads, 2048)};
+  parallel.run(call.tasks.count(), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& [pass, row, tasks] = *(const Call*)context;
+    const GluGradPass& p = *pass;
+    const int64_t width = tasks.width;
+    auto* const totals = (double*)scratch(2 * (sizeof(double) + 2 * sizeof(Acc<T>)) * width);
+    auto* const blocks = (Acc<T>*)(totals + 2 * width);
+    Acc<T>*const dz_gate = blocks + 2 * width, *const dz_up = dz_gate + width;
+    ColumnSum<Convert<T>> of_gate{totals, blocks}, of_up{totals + width, blocks + width};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slice = tasks.slice(task), j = tasks.column(task), n = min(width, p.n - j);
       const int64_t i1 = min((slice + 1) * kSliceRows, p.m);
-      for (int64_t j = 0; j < p.n; j += kBlock) {
-        const int64_t n = min(kBlock, p.n - j);
-        double total[2][kBlock];
-        Acc<T> block[2][kBlock];
-        ColumnSum<Convert<T>> of_gate{total[0], block[0]}, of_up{total[1], block[1]};
-        of_gate.clear(n);
-        of_up.clear(n);
-        for (int64_t i = slice * kSliceRows; i < i1; ++i) {
-          row(p, dz_gate, dz_up, i, j, n);
-          keep_row<T>(dz_gate, p.dz_gate, i * p.dz_pitch + j, p.dbias_gate ? &of_gate : nullptr, n);
-          keep_row<T>(dz_up, p.dz_up, i * p.dz_pitch + j, p.dbias_up ? &of_up : nullptr, n);
-        }
-        auto* const sums = (Acc<T>*)p.partials + slice * p.n + j;
-        if (p.dbias_gate) {
-          of_gate.flush(n);
-          of_gate.store(sums, n);
-        }
-        if (p.dbias_up) {
-          of_up.flush(n);
-          of_up.store(sums + (p.dbias_gate ? slices(p.m) * p.n : 0), n);
-        }
+      if (p.dbias_gate) of_gate.clear(n);
+      if (p.dbias_up) of_up.clear(n);
+      for (int64_t i = slice * kSliceRows; i < i1; ++i) {
+        row(p, dz_gate, dz_up, i, j, n);
+        keep_row<T>(dz_gate, p.dz_gate, i * p.dz_pitch + j, p.dbias_gate ? &of_gate : nullptr, n);
+        keep_row<T>(dz_up, p.dz_up, i * p.dz_pitch + j, p.dbias_up ? &of_up : nullptr, n);
+      }
+      auto* const sums = (Acc<T>*)p.partials + slice * p.n + j;
+      if (p.dbias_gate) {
+        of_gate.flush(n);
+        of_gate.store(sums, n);
+      }
+      if (p.dbias_up) {
+        of_up.flush(n);
+        of_up.store(sums + (p.dbias_gate ? slices(p.m) * p.n : 0), n);
       }
     }
   });

@@ -3,10 +3,31 @@
 //   grad_pass  dz = g · act'(saved) and dbias = Σ dz over rows: in front of a library's product, which reads dz from
 //              memory, and where no wgrad of ours adds up dbias while it packs dz
 //   act_pass   y = act(z): behind a library's product
+//   bias_act_pass  y = act(z + bias): behind one without a bias. A library adds the bias by writing it to every row of C
+//                  first, which is another pass over C
 //
 // Rows are cut in slices of kSliceRows. One thread sums a slice, and the slices are summed in order, so that the bits
 // are the same on any number of threads.
 namespace dlk::cpu::DLK_ISA {
+
+// The tasks of a pass that sums columns: slices of rows times panels of columns. Panels do not change a sum. They are
+// as wide as leaves the sums in L1, so that rows are read as long runs, which a hardware prefetcher follows. Where there
+// are few slices, there are as many panels as threads, and a thread gets all slices of a panel, because the last slice
+// may be shorter.
+struct ColumnTasks {
+  int64_t slices, width, panels;
+
+  static ColumnTasks of(int64_t m, int64_t n, int threads, int64_t widest) {
+    constexpr int64_t kLeast = 128;  // columns of a panel
+    const int64_t count = dlk::cpu::slices(m), all = ceil_div(n, widest);
+    const int64_t for_threads = count < 4 * threads ? min(threads, ceil_div(n, kLeast)) : 1;
+    const int64_t width = round_up(ceil_div(n, max(all, for_threads)), kF32Lanes);
+    return {count, width, ceil_div(n, width)};
+  }
+  int64_t count() const { return slices * panels; }
+  int64_t slice(int64_t task) const { return task % slices; }
+  int64_t column(int64_t task) const { return task / slices * width; }
+};
 
 template <class T>
 void grad_pass_with(const GradPass& p, const Parallel& parallel) {
@@ -14,32 +35,33 @@ void grad_pass_with(const GradPass& p, const Parallel& parallel) {
   struct Call {
     const GradPass* p;
     RowSource<E> g;
+    ColumnTasks tasks;
   };
-  const Call call = {&p, RowSource<E>::of(p.g, p.saved, p.act)};
-  parallel.run(slices(p.m), &call, [](const void* context, int64_t begin, int64_t end) {
-    const auto& call = *(const Call*)context;
-    const GradPass& p = *call.p;
-    constexpr int64_t kBlock = 512;
-    Acc<T> dz[kBlock];
-    for (int64_t slice = begin; slice < end; ++slice) {
+  const Call call = {&p, RowSource<E>::of(p.g, p.saved, p.act), ColumnTasks::of(p.m, p.n, parallel.threads, 4096)};
+  parallel.run(call.tasks.count(), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& [pass, g, tasks] = *(const Call*)context;
+    const GradPass& p = *pass;
+    auto* const total = (double*)scratch((sizeof(double) + 2 * sizeof(Acc<T>)) * tasks.width);
+    auto *const block = (Acc<T>*)(total + tasks.width), *const buffer = block + tasks.width;
+    ColumnSum<E> sum{total, block};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slice = tasks.slice(task), j = tasks.column(task), n = min(tasks.width, p.n - j);
       const int64_t i1 = min((slice + 1) * kSliceRows, p.m);
-      for (int64_t j = 0; j < p.n; j += kBlock) {
-        const int64_t n = min(kBlock, p.n - j);
-        double total[kBlock];
-        Acc<T> block[kBlock];
-        ColumnSum<E> sum{total, block};
-        sum.clear(n);
-        for (int64_t i = slice * kSliceRows; i < i1; ++i) {
-          RowSource<E>::along_row(call.g, dz, i, j, n);
-          if (p.dbias) sum.add(dz, n);
-          if (p.dz)
-            for (int64_t c = 0; c < n; c += kLanes<T>)
-              store_partial((T*)p.dz + i * p.n + j + c, load_partial(dz + c, 1, min(kLanes<T>, n - c)), n - c);
-        }
-        if (!p.dbias) continue;
-        sum.flush(n);
-        sum.store((Acc<T>*)p.partials + slice * p.n + j, n);
+      if (p.dbias) sum.clear(n);
+      for (int64_t i = slice * kSliceRows; i < i1; ++i) {
+        T* const out = p.dz ? (T*)p.dz + i * p.n + j : nullptr;
+        Acc<T>* dz = buffer;
+        if constexpr (kIsSame<T, Acc<T>>)
+          if (out) dz = out;  // dz is made where it belongs
+        RowSource<E>::along_row(g, dz, i, j, n);
+        if (p.dbias) sum.add(dz, n);
+        if (!out || (const void*)dz == out) continue;
+        for (int64_t c = 0; c < n; c += kLanes<T>)
+          store_partial(out + c, load_partial(dz + c, 1, min(kLanes<T>, n - c)), n - c);
       }
+      if (!p.dbias) continue;
+      sum.flush(n);
+      sum.store((Acc<T>*)p.partials + slice * p.n + j, n);
     }
   });
   if (!p.dbias) return;
@@ -67,6 +89,41 @@ void act_pass_with(const ActPass& p, const Parallel& parallel) {
     const int64_t from = begin * kChunk, n = min(end * kChunk, p.count) - from;
     with_activation(p.act.kind, [&](auto functor) {
       act_row<T, decltype(functor)>((const T*)p.z + from, (T*)p.y + from, n, p.act.slope);
+    });
+  });
+}
+
+// y = act(z + bias), one row
+template <class T, class Act>
+void bias_act_row(const T* z, const T* bias, T* y, T* z_sum, int64_t n, double slope) {
+  using O = Ops<Acc<T>>;
+  const auto s = O::lit(slope);
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const int64_t valid = min(kLanes<T>, n - i);
+    const auto sum = load_partial(z + i, 1, valid) + load_partial(bias + i, 1, valid);
+    if (z_sum) store_partial(z_sum + i, sum, valid);
+    store_partial(y + i, Act::template value<O>(sum, s), valid);
+  }
+}
+
+template <class T>
+void bias_act_pass_with(const BiasActPass& p, const Parallel& parallel) {
+  constexpr int64_t kChunk = 16384;  // elements
+  struct Call {
+    const BiasActPass* p;
+    int64_t rows;  // of a task
+  };
+  const Call call = {&p, max(1, kChunk / p.n)};
+  parallel.run(ceil_div(p.m, call.rows), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& [pass, rows] = *(const Call*)context;
+    const BiasActPass& p = *pass;
+    const int64_t last = min(end * rows, p.m);
+    with_activation(p.act.kind, [&, from = begin * rows](auto functor) {
+      for (int64_t i = from; i < last; ++i) {
+        const int64_t at = i * p.n;
+        bias_act_row<T, decltype(functor)>((const T*)p.z + at, (const T*)p.bias, (T*)p.y + at,
+                                           p.z_sum ? (T*)p.z_sum + at : nullptr, p.n, p.act.slope);
+      }
     });
   });
 }

@@ -25,6 +25,7 @@ template <class E>
 constexpr KernelTable make_kernel_table(const char* ukernel) {
   return {ukernel,
           &act_pass_with<typename E::Elem>,
+          &bias_act_pass_with<typename E::Elem>,
           packed_product<E>(),
           {&few_forward_with<E>, 1, kFewRowsForward},
           {},
