@@ -18,7 +18,7 @@ from typing import Any
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _build.kernels import compile_host_kernels, compile_kernels
+from _build.kernels import CXX_FLAGS, compile_host_kernels, compile_kernels
 from _build.plan import Plan, PlanError, Torch, check_compiler, free_memory_gib, job_count, make_plan, usable_cores
 
 
@@ -33,12 +33,7 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
     sanitize = os.environ.get("DLKERNELS_SANITIZE", "")
     # The second macro is torch's own: its headers then include the operators that they use, and not all of them.
     macros = [("DLKERNELS_TORCH", f'"{torch.version}"'), ("AT_PER_OPERATOR_HEADERS", "")]
-    # No -std: torch adds the one its headers need (17 or 20). No -march: kernels pick their instruction set
-    # at run time, so that a binary built here runs there.
-    cxx = ["-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-    # Functions with vector registers as arguments are always inlined, so their ABI does not matter (psabi);
-    # GCC 12 misreads its own intrinsics (maybe-uninitialized).
-    cxx += ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
+    cxx = list(CXX_FLAGS)  # no -std: torch adds the one that its headers need (17 or 20)
     link = ["-fopenmp"]
     if sanitize:
         macros.append(("DLKERNELS_SANITIZE", f'"{sanitize}"'))
