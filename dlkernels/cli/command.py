@@ -62,7 +62,7 @@ def run_command(args: argparse.Namespace) -> int:
     try:
         try:
             with _exit_at_ctrl_c():
-                importlib.import_module("dlkernels._core")  # imports torch and the compiled module; --help needs neither
+                importlib.import_module("dlkernels._core")  # torch and the compiled module; --help needs neither
         except ImportError as error:  # no torch; or dlkernels is not compiled, or compiled for another torch
             return _print_error(args, _missing_library(error), ExpectedError.exit_status)
         status = int(args.action(args))
