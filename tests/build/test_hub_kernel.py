@@ -1,5 +1,6 @@
 """The project of the Hub kernel: complete, with names of its own, and swapped in by ``kernelize``."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -37,8 +38,15 @@ def test_nothing_has_the_name_of_the_package(project):
             ours = r'"dlkernels::|TORCH_LIBRARY\w*\(dlkernels|torch\.ops\.dlkernels|"dlkernels"'
             assert not re.search(ours, text), path
             assert not re.search(r"^\s*(from|import) dlkernels", text, re.MULTILINE), path
-    modules = {p.stem for p in (project / "torch-ext/dlkernels/operators").glob("*.py")} - {"__init__"}
-    assert modules == set(OPERATORS)
+
+
+def test_the_python_modules_find_each_other(project):
+    folder = project / "torch-ext/dlkernels/operators"
+    for name in OPERATORS:
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                wanted = [node.module] if node.module else [alias.name for alias in node.names]
+                assert set(wanted) <= set(OPERATORS), f"{name} imports {wanted}: add it to OPERATORS"
 
 
 def test_a_folder_in_use_is_refused(project):
