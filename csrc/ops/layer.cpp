@@ -70,7 +70,7 @@ void run_forward(const Device& device, const Plan& plan, const Problem& c, const
       const bool aligns = bias.defined() && out.mask.defined() && step.path != Path::fused_mlp;
       const at::Tensor epilogue_bias = aligns ? aligned(bias) : bias;
       Product p{product(Op::forward, c.shape, c.dtype, x_view, weight_view)};
-      p.act = c.act;
+      p.act = c.act, p.splits = step.splits;
       p.bias = const_data_or_null(epilogue_bias);
       p.c = out.y.data_ptr(), p.z = data_or_null(out.z), p.mask = data_or_null(out.mask);
       device.product(step, c, p, out.y);

@@ -270,6 +270,19 @@ def test_splits_are_a_legal_grid(kernels, shape):
     assert splits == 1 or splits <= shape[2] // 1024
 
 
+@pytest.mark.parametrize(
+    ("shape", "splits"),
+    # the sum is long and one row of tiles leaves most of a device idle; m, n, k
+    {
+        **{(32, 512, 3136): 6, (1, 1000, 1024): 2, (64, 4096, 9216): 2, (64, 10, 2**20): 128, (0, 0, 0): 1},
+        **{(65, 512, 3136): 1, (32, 512, 1023): 1, (32, 16384, 9216): 1},
+    }.items(),
+    ids=str,
+)
+def test_splits_of_few_rows(kernels, shape, splits):
+    assert kernels.few_rows_splits(*map(ctypes.c_int64, shape)) == splits
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_act_pass(kernels, dtype):
     for (act, (function, _)), count in itertools.product(ACTIVATIONS.items(), (1, 31, 4096)):

@@ -11,7 +11,8 @@ import pytest
 from tests.emulation.cuda_ops import plugin
 from tests.support.paths import ROOT
 
-CHECKS, LOSS = "tests/emulation/cuda_ops/checks.py", "tests/ops/test_linear_cross_entropy.py"
+CHECKS = "tests/emulation/cuda_ops/checks.py"
+LOSS = [f"tests/ops/test_linear_cross_entropy{part}.py" for part in ("", "_autograd")]
 GATED = "every_activation or over_shapes or leading or empty or views or special or apart or needs or explain"
 PATH, ROWS = "DLKERNELS_CUDA_GEMM", "DLKERNELS_LOSS_BLOCK_ROWS"
 
@@ -26,14 +27,14 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     ),
     "loss-in-blocks": (
         [
-            LOSS,
+            *LOSS,
             "-k",
             "oracle and (mean or none) and plain or oracle and sum and smoothed or incoming or nothing or ignore",
         ],
         {ROWS: "50"},
     ),
     "loss-in-one-block": (
-        [LOSS, "-k", "oracle and mean and plain or gradcheck or subset or asked or leading or opcheck"],
+        [*LOSS, "-k", "oracle and mean and plain or gradcheck or subset or asked or leading or opcheck"],
         {},
     ),
     "layers": ([CHECKS], {}),
@@ -51,7 +52,7 @@ for path in ("hopper", "cublas", "mma", "simt"):
     RUNS[f"layers-{path}"] = [f"{CHECKS}::test_a_layer"], {PATH: path}
     RUNS[f"masks-{path}"] = ["tests/ops/test_masks.py", "-k", "as_from_y or alone"], {PATH: path}
 for path in ("hopper", "cublas"):  # what a block of rows adds to dweight; the others are taken as it is
-    RUNS[f"loss-{path}"] = [LOSS, "-k", "oracle and mean and weighted"], {PATH: path, ROWS: "50"}
+    RUNS[f"loss-{path}"] = [*LOSS, "-k", "oracle and mean and weighted"], {PATH: path, ROWS: "50"}
 RUNS["layers-fused-mlp"] = (
     [f"{CHECKS}::test_a_layer", "-k", "float32"],
     {PATH: "fused_mlp"},

@@ -31,6 +31,10 @@ int64_t partials_size(const Gemm&);
 // bits are the same on every run.
 int gemm_splits(int64_t m, int64_t n, int64_t k);
 
+// The same for a C of few rows (forward, dgrad), whose tiles lie side by side: without slices 32, 3136→512 would run on 8
+// SMs.
+int few_rows_splits(int64_t m, int64_t n, int64_t k);
+
 // The product on plain FMAs: any shape, stride and dtype. No column sums.
 cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream);
 

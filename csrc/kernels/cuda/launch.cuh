@@ -11,6 +11,7 @@
 #include <set>
 #include <utility>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/primitives.cuh"
 
 namespace dlk::cuda {
@@ -45,18 +46,17 @@ constexpr size_t kSharedUnasked = 32 * 1024;
 inline cudaError_t allow_all_shared(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;
-  int device = 0, most = 0;
-  cudaError_t status = cudaGetDevice(&device);
+  DeviceFacts device;
+  cudaError_t status = device_facts(&device);
   if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device})) return cudaSuccess;
+  if (allowed.count({kernel, device.index})) return cudaSuccess;
   cudaFuncAttributes own{};
   status = cudaFuncGetAttributes(&own, kernel);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  most - static_cast<int>(own.sharedSizeBytes));
-  if (status == cudaSuccess) allowed.insert({kernel, device});
+                                  device.most_shared - static_cast<int>(own.sharedSizeBytes));
+  if (status == cudaSuccess) allowed.insert({kernel, device.index});
   return status;
 }
 

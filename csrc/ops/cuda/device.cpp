@@ -3,13 +3,16 @@
 #include "ops/cuda/device.h"
 
 #include <ATen/Context.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "kernels/activation.h"
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/kernels.h"
 #include "ops/check.h"
+#include "ops/cuda/wide_product.h"
 #include "planning/cuda/linear_glu.h"
 #include "planning/product.h"
 
@@ -21,11 +24,9 @@ cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 
 // Compute capability of the current device, 90 for 9.0.
 int current_arch() {
-  int device = 0, major = 0, minor = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return major * 10 + minor;
+  DeviceFacts facts;
+  C10_CUDA_CHECK(device_facts(&facts));
+  return facts.arch;
 }
 
 bool hopper_here(int arch) {
@@ -89,9 +90,12 @@ RouteQuery query(Op op, const Problem& c, const View& left, const View& right) {
 }
 
 int splits_of(Path path, Op op, const Problem& c) {
-  if (op != Op::wgrad || is_library(path)) return 1;
-  if (path == Path::fused_mlp) return fused_mlp_slices(FusedMlpOfOne(c.shape).mlp, c.dtype);
-  return gemm_splits(c.shape.n, c.shape.k, c.shape.m);
+  if (is_library(path)) return 1;
+  const auto [m, n, k] = c.shape;
+  if (op == Op::wgrad)
+    return path == Path::fused_mlp ? fused_mlp_slices(FusedMlpOfOne(c.shape).mlp, c.dtype) : gemm_splits(n, k, m);
+  if (path != Path::mma && path != Path::hopper) return 1;
+  return op == Op::forward ? few_rows_splits(m, n, k) : few_rows_splits(m, k, n);
 }
 
 // One of our products, with the scratch that it needs. `like` is on the device and of the dtype.
@@ -219,17 +223,16 @@ void rows_product(Op op, const Problem& c, const at::Tensor& dz, const at::Tenso
                   at::Tensor out) {
   if (out.numel() == 0) return;
   Path path = route(query(op, c, view_of(dz), view_of(other))).path;
-  // A library's product is rounded to dz's dtype before it is accumulated; binary16 might not even hold it.
-  if (path == Path::fused_mlp || (is_library(path) && c.dtype == DType::f16))
-    path = is_16_bit(c.dtype) ? Path::mma : Path::simt;
+  if (path == Path::fused_mlp) path = is_16_bit(c.dtype) ? Path::mma : Path::simt;
   if (is_library(path)) {
     const at::Tensor left = op == Op::wgrad ? dz.t() : dz;
-    if (output_mode == OutputMode::accumulate)
-      out.add_(at::mm(left, other));
-    else if (out.scalar_type() == dz.scalar_type())
-      at::mm_out(out, left, other);
+    const bool adds = output_mode == OutputMode::accumulate;
+    if (out.scalar_type() != dz.scalar_type())
+      wide_product(out, left, other, adds);
+    else if (adds)
+      at::addmm_out(out, out, left, other);
     else
-      out.copy_(at::mm(left, other));
+      at::mm_out(out, left, other);
     return;
   }
   Gemm p = described(op, c, view_of(dz), view_of(other));

@@ -7,7 +7,7 @@ Plan plan_forward(const ForwardProblem& p, const Machine& machine) {
   const auto [path, why] = route(machine.query(Op::forward, p, p.x, p.weight));
   const unsigned outputs = kY | (p.z ? kZ : 0u) | (p.mask ? kMask : 0u);
   if (!is_library(path)) {
-    plan.add({StepKind::forward, path, outputs, why, false, false, 1});
+    plan.add({StepKind::forward, path, outputs, why, false, false, machine.splits(path, Op::forward, p)});
     return plan;
   }
   plan.add({StepKind::forward, path, p.z ? kZ : kY, why, false, false, 1});
@@ -51,8 +51,10 @@ Plan plan_backward(const BackwardProblem& p, const Machine& machine) {
   const bool dz_in_load = p.saved && !stores_dz;
   if (dx) {
     const bool below = p.below && !is_library(for_dx.path);
-    const bool dbias_below = below && p.dbias_below && for_dx.path != Path::simt;  // its kernel adds up no columns
-    plan.add({StepKind::dgrad, for_dx.path, kDx | (dbias_below ? kDbiasBelow : 0u), for_dx.why, dz_in_load, below, 1});
+    const bool dbias_below = below && p.dbias_below && for_dx.path != Path::simt;    // its kernel adds up no columns
+    const int splits = dbias_below ? 1 : machine.splits(for_dx.path, Op::dgrad, p);  // slices leave no column sums
+    plan.add(
+        {StepKind::dgrad, for_dx.path, kDx | (dbias_below ? kDbiasBelow : 0u), for_dx.why, dz_in_load, below, splits});
   }
   if (dweight)
     plan.add({StepKind::wgrad, for_dweight.path, kDweight | (dbias_with_dweight ? kDbias : 0u), for_dweight.why,

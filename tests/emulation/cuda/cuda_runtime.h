@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -69,8 +70,13 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
-// A device with another amount of shared memory is another device.
-inline cudaError_t cudaGetDevice(int* index) { return *index = cuda_emulation::device.most_shared, cudaSuccess; }
+// A device with other properties is another device.
+inline cudaError_t cudaGetDevice(int* index) {
+  static std::map<std::array<int, 4>, int> known;
+  const auto& d = cuda_emulation::device;
+  const auto [place, added] = known.insert({{d.major, d.minor, d.processors, d.most_shared}, known.size()});
+  return *index = place->second, cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const auto& device = cuda_emulation::device;
   const int values[] = {device.processors, device.most_shared, device.major, device.minor};

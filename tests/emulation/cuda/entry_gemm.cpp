@@ -25,6 +25,7 @@ int gemm(int path, int dtype, int64_t m, int64_t n, int64_t k, const void* a, in
 }
 
 int gemm_splits(int64_t m, int64_t n, int64_t k) { return dlk::cuda::gemm_splits(m, n, k); }
+int few_rows_splits(int64_t m, int64_t n, int64_t k) { return dlk::cuda::few_rows_splits(m, n, k); }
 
 int act_pass(int dtype, int64_t count, const void* z, int act, double slope, void* y, void* mask) {
   dlk::cuda::ActPass p{};

@@ -62,10 +62,11 @@ MUTATIONS = [
     ),
     Mutation("grad_pass.cuh", "sums[e][thread] = total[e];\n    __syncthreads();", "sums[e][thread] = total[e];", PASS),
     # an edge
-    Mutation(
-        "operand.cuh", "const bool inside = row0 + row < s.rows && left > 0;", "const bool inside = left > 0;", GEMM
-    ),
+    Mutation("operand.cuh", "kAlongK ? i < inside : i * kRowStep < left;", "kAlongK || i * kRowStep < left;", GEMM),
+    Mutation("operand.cuh", "kAlongK ? i < inside : i * kRowStep < left;", "!kAlongK || i < inside;", GEMM),
     Mutation("operand.cuh", "min(int64_t{kChunk}, s.cols - col)", "int64_t{kChunk}", GEMM),
+    Mutation("operand.cuh", "min(int64_t{kChunk}, left)", "int64_t{kChunk}", GEMM),
+    Mutation("mma_gemm.cuh", "      advance(from);\n", "", GEMM),
     Mutation("tile.cuh", "if (i >= p.m || j >= p.n) continue;", "if (j >= p.n) continue;", GEMM),
     Mutation("simt_gemm.cuh", "if (row < p.m && col < p.n) store_c", "if (row < p.m) store_c", GEMM),
     Mutation("grad_pass.cuh", "min(p.m, (slice + 1) * cut.rows)", "(slice + 1) * cut.rows", PASS),

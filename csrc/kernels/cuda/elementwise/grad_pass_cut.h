@@ -17,8 +17,9 @@ struct GradPassCut {
   int64_t slices;  // of all rows
 };
 
-// Rows are cut for this many blocks: as many as an H100 or H200 runs at once.
-constexpr int64_t kBlocks = kGradPassBlocks * 132;
+// Rows are cut for this many blocks, as many as the largest devices run at once: by the shape alone, so that another
+// device adds up in the same order.
+constexpr int64_t kBlocks = 512;
 // Up to this many rows are one slice, because a second launch would cost more than it saves. A block takes few columns
 // then, so that there are enough blocks.
 constexpr int64_t kFewRows = 512;

@@ -64,6 +64,11 @@ DLK_DEVICE bool rows_allow_packs(const Gemm& p) {
   return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.below_saved) && aligned(p.bias);
 }
 
+// Return whether rows of the f32 slices allow 16-byte packs.
+DLK_DEVICE bool partials_allow_packs(const Gemm& p) {
+  return p.n % 4 == 0 && reinterpret_cast<uintptr_t>(p.partials) % 16 == 0;
+}
+
 // Return whether p has no mask, or one that the epilogue can store with packs of C.
 inline bool mask_fits(const Gemm& p) {
   return !p.mask ||
@@ -114,13 +119,26 @@ __global__ void __launch_bounds__(kReduceThreads, 3) splitk_reduce_kernel(const 
   const auto* partials = static_cast<const A*>(p.partials);
   const int64_t stride = int64_t{gridDim.x} * kReduceThreads,
                 first = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
+  const bool aligned = reinterpret_cast<uintptr_t>(partials) % 16 == 0;
   auto reduce = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
     for (int64_t at = first * kWidth; at < p.m * p.n; at += stride * kWidth) {
       A acc[kWidth] = {};
       for (int slice = 0; slice < p.splits; ++slice) {
+        const A* from = partials + slice * p.m * p.n + at;
+        if constexpr (kWidth % kPack<A> == 0) {
+          if (aligned) {
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) acc[e] += partials[slice * p.m * p.n + at + e];
+            for (int e = 0; e < kWidth; e += kPack<A>) {
+              const auto pack = *reinterpret_cast<const Pack<A, kPack<A>>*>(from + e);
+#pragma unroll
+              for (int i = 0; i < kPack<A>; ++i) acc[e + i] += pack.at[i];
+            }
+            continue;
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < kWidth; ++e) acc[e] += from[e];
       }
       apply_epilogue<T>(p, at / p.n, at % p.n, acc);
     }

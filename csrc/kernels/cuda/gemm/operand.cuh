@@ -41,19 +41,36 @@ struct Operand {
     return s;
   }
 
-  // Load the tile with cp.async; the source is asynchronous.
-  DLK_DEVICE static void load_async(unsigned char* tile, const Source& s, int64_t i0, int64_t k0) {
-    const int64_t row0 = kAlongK ? i0 : k0, col0 = kAlongK ? k0 : i0;
-    const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    const int64_t col = col0 + chunk * kChunk;
-    const int64_t left = max(int64_t{0}, min(int64_t{kChunk}, s.cols - col));
-#pragma unroll
-    for (int row = first, i = 0; i < kRows / kRowStep; row += kRowStep, ++i) {
-      const bool inside = row0 + row < s.rows && left > 0;
-      cp_async_16(tile + swizzled<kChunks>(row, chunk), inside ? s.data + (row0 + row) * s.row_stride + col : s.data,
-                  inside ? static_cast<int>(left * sizeof(T)) : 0);
+  // Loads the tiles of a source that is asynchronous, one after the other along k, with cp.async. Addresses and edges are
+  // worked out once, and a tile adds constants to them: the loop over tiles has little time beside its products.
+  struct Walk {
+    const T* from;                // this thread's first chunk of the next tile
+    int64_t row_step, tile_step;  // elements to its next row, and to the next tile
+    int64_t left;                 // steps of k from its first chunk on
+    int inside;                   // along k: its rows that exist; across k: the bytes of its chunks
+
+    DLK_DEVICE Walk(const Source& s, int64_t i0, int64_t k0) {
+      const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+      const int64_t row = (kAlongK ? i0 : k0) + first, col = (kAlongK ? k0 : i0) + chunk * kChunk;
+      from = s.data + row * s.row_stride + col;
+      row_step = kRowStep * s.row_stride;
+      tile_step = kAlongK ? kTileK : kTileK * s.row_stride;
+      left = kAlongK ? s.cols - col : s.rows - row;
+      inside = static_cast<int>(kAlongK ? max(int64_t{0}, min(int64_t{kRows}, ceil_div(s.rows - row, kRowStep)))
+                                        : max(int64_t{0}, min(int64_t{kChunk}, s.cols - col)) * sizeof(T));
     }
-  }
+
+    DLK_DEVICE void load(unsigned char* tile) {
+      const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+      const int bytes = kAlongK ? static_cast<int>(max(int64_t{0}, min(int64_t{kChunk}, left)) * sizeof(T)) : inside;
+#pragma unroll
+      for (int i = 0; i < kRows / kRowStep; ++i) {
+        const bool exists = kAlongK ? i < inside : i * kRowStep < left;
+        cp_async_16(tile + swizzled<kChunks>(first + i * kRowStep, chunk), from + i * row_step, exists ? bytes : 0);
+      }
+      from += tile_step, left -= kTileK;
+    }
+  };
 
   // Load the tile through registers. Element (row, col) is value(row, col, place in its chunk), rounded to T; elements
   // outside are zero.

@@ -53,7 +53,14 @@ struct Strip {
       float* const from = strip + r * kPitch + col;
       if (p.splits > 1) {
         auto* partials = static_cast<float*>(p.partials) + (blockIdx.z * p.m + i) * p.n + j;
-        for (int e = 0; e < kWidth && j + e < p.n; ++e) partials[e] = from[e];
+        if (partials_allow_packs(p)) {
+#pragma unroll
+          for (int e = 0; e < kWidth; e += 4)
+            if (j + e < p.n)
+              *reinterpret_cast<Pack<float, 4>*>(partials + e) = *reinterpret_cast<const Pack<float, 4>*>(from + e);
+        } else {
+          for (int e = 0; e < kWidth && j + e < p.n; ++e) partials[e] = from[e];
+        }
       } else if (packs) {
         float v[kWidth];
 #pragma unroll

@@ -22,12 +22,9 @@ struct Device {
 
 // Return the current device, or one on which nothing fits if it does not answer.
 Device this_device() {
-  int device = 0, shared = 0, sms = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return {0, 0};
-  return {shared, sms};
+  DeviceFacts facts;
+  if (device_facts(&facts) != cudaSuccess) return {0, 0};
+  return {facts.most_shared, facts.processors};
 }
 
 // Return whether two blocks of so many bytes fit on an SM. An SM has 1 KiB more than a block may take, and reserves 1

@@ -64,17 +64,14 @@ cudaError_t encode(const View& view, int64_t extent, int64_t k, CUtensorMap* map
 // Return cudaSuccess if the current device is a Hopper GPU on which the kernels of this library can be launched. Sets
 // the number of its SMs.
 cudaError_t available(int* processors) {
-  int device = 0, major = 0, minor = 0;
+  DeviceFacts device;
   cudaFuncAttributes kernel{};
   using Any = HopperTraits<Bf16, true, true, kNarrow>;
-  for (const cudaError_t status :
-       {cudaGetDevice(&device), cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-        cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device),
-        cudaFuncGetAttributes(&kernel, hopper_gemm_kernel<Any>)})
+  for (const cudaError_t status : {device_facts(&device), cudaFuncGetAttributes(&kernel, hopper_gemm_kernel<Any>)})
     if (status != cudaSuccess) return status;
+  *processors = device.processors;
   const bool built = kernel.maxThreadsPerBlock >= Any::kThreads;  // an empty kernel has 1
-  return major == 9 && minor == 0 && built && encoder() ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+  return device.arch == 90 && built && encoder() ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 
 template <class Traits>

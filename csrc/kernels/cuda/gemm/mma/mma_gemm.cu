@@ -7,13 +7,10 @@ namespace dlk::cuda {
 namespace {
 
 constexpr int kLarge = 128, kSmall = 64;
-// With fewer blocks of the large tile than this, small tiles fill the device better: the number of SMs of an H100 or
-// H200.
-constexpr int64_t kFull = 132;
-
+// With fewer blocks of the large tile than SMs, small tiles fill the device better.
 int tile_of(const Gemm& p) {
   if (p.tile) return p.tile;
-  return ceil_div(p.m, kLarge) * ceil_div(p.n, kLarge) * p.splits >= kFull ? kLarge : kSmall;
+  return ceil_div(p.m, kLarge) * ceil_div(p.n, kLarge) * p.splits >= processors() ? kLarge : kSmall;
 }
 
 template <class Traits>
@@ -38,9 +35,10 @@ template <class T, int kTile>
 cudaError_t run_tile(const Gemm& p, cudaStream_t stream) {
   constexpr int kWarp = kTile / 2;
   const bool a_along_k = !p.saved.data && !p.row_sum && p.a.row_stride != 1, b_along_k = p.b.row_stride == 1;
-  if (!a_along_k) return run<MmaTraits<T, false, false, kWarp, kWarp>>(p, stream);  // wgrad
-  if (b_along_k) return run<MmaTraits<T, true, true, kWarp, kWarp>>(p, stream);     // forward
-  return run<MmaTraits<T, true, false, kWarp, kWarp>>(p, stream);                   // dgrad
+  constexpr int kWgrad = sizeof(T) == 4 ? kSmall / 2 : kWarp;  // a large tile of f32 has no registers left for dz
+  if (!a_along_k) return run<MmaTraits<T, false, false, kWgrad, kWgrad>>(p, stream);
+  if (b_along_k) return run<MmaTraits<T, true, true, kWarp, kWarp>>(p, stream);  // forward
+  return run<MmaTraits<T, true, false, kWarp, kWarp>>(p, stream);                // dgrad
 }
 
 template <class T>
@@ -80,6 +78,13 @@ int gemm_splits(int64_t m, int64_t n, int64_t k) {
   // summing its partial C costs little beside computing it.
   const int64_t tiles = std::max<int64_t>(1, ceil_div(m, 64) * ceil_div(n, 64));
   return static_cast<int>(std::max<int64_t>(1, std::min(512 / tiles, k / 1024)));
+}
+
+int few_rows_splits(int64_t m, int64_t n, int64_t k) {
+  // One row of tiles reads the weight once. About 128 blocks are one for each SM of a large device; with slices of at
+  // least 512 steps they have more to read than the second launch, which adds up the slices, costs.
+  if (m > 64) return 1;
+  return static_cast<int>(std::max<int64_t>(1, std::min(128 / std::max<int64_t>(1, ceil_div(n, 64)), k / 512)));
 }
 
 }  // namespace dlk::cuda

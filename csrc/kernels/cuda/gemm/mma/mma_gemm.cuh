@@ -121,13 +121,42 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
   const bool a_async = a.asynchronous && !p.saved.data && !p.row_sum;
   float row_sum[kPack<T>] = {};
 
-  auto load_stage = [&](int64_t step) {
-    if (step < steps) {
-      unsigned char* stage = shared + step % Traits::kStages * Traits::kStageBytes;
-      const int64_t k0 = k_begin + step * Traits::kTileK;
-      if (a_async) {
-        Traits::A::load_async(stage, a, i0, k0);
-      } else if constexpr (!Traits::kAAlongK) {  // wgrad: dz and dbias are made while A is loaded
+  typename Traits::B::Walk walk_b(b, j0, k_begin);
+  float acc[Traits::kWarpM / 16][Traits::kWarpN / 8][4] = {};
+  // load(stage, k0) is called for one stage after the other.
+  auto multiply_steps = [&](auto&& load) {
+    int64_t next = 0;      // step that is loaded next
+    int to = 0, from = 0;  // bytes to the stages that are loaded and multiplied next
+    auto advance = [](int& stage) {
+      stage += Traits::kStageBytes;
+      if (stage == Traits::kStages * Traits::kStageBytes) stage = 0;
+    };
+    auto load_stage = [&] {
+      if (next < steps) load(shared + to, k_begin + next * Traits::kTileK);
+      ++next;
+      advance(to);
+      cp_async_commit();  // also if there was nothing to load, because groups are counted
+    };
+#pragma unroll 1
+    for (int step = 0; step < Traits::kStages - 1; ++step) load_stage();
+#pragma unroll 1
+    for (int64_t step = 0; step < steps; ++step) {
+      cp_async_wait<Traits::kStages - 2>();
+      __syncthreads();  // this stage is loaded, and all threads have read the one before it, which is loaded next
+      load_stage();
+      multiply<Traits>(shared + from, shared + from + Traits::A::kBytes, warp_m, warp_n, acc);
+      advance(from);
+    }
+  };
+  if (a_async && b.asynchronous) {
+    typename Traits::A::Walk walk_a(a, i0, k_begin);
+    multiply_steps([&](unsigned char* stage, int64_t) {
+      walk_a.load(stage);
+      walk_b.load(stage + Traits::A::kBytes);
+    });
+  } else {
+    multiply_steps([&](unsigned char* stage, int64_t k0) {
+      if constexpr (!Traits::kAAlongK) {  // wgrad: dz and dbias are made while A is loaded
         auto plain_or_masked = [&](auto act) {
           Traits::A::load_made(stage, a, i0, k0, [&](int64_t row, int64_t col, int e) {
             float v = widen(a.data[row * a.row_stride + col * a.col_stride]);
@@ -145,23 +174,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
         Traits::A::load_plain(stage, a, i0, k0);
       }
       if (b.asynchronous)
-        Traits::B::load_async(stage + Traits::A::kBytes, b, j0, k0);
+        walk_b.load(stage + Traits::A::kBytes);
       else
         Traits::B::load_plain(stage + Traits::A::kBytes, b, j0, k0);
-    }
-    cp_async_commit();  // also if there was nothing to load, because groups are counted
-  };
-
-  float acc[Traits::kWarpM / 16][Traits::kWarpN / 8][4] = {};
-#pragma unroll 1
-  for (int step = 0; step < Traits::kStages - 1; ++step) load_stage(step);
-#pragma unroll 1
-  for (int64_t step = 0; step < steps; ++step) {
-    cp_async_wait<Traits::kStages - 2>();
-    __syncthreads();  // this stage is loaded, and all threads have read the one before it, which is loaded next
-    load_stage(step + Traits::kStages - 1);
-    const unsigned char* stage = shared + step % Traits::kStages * Traits::kStageBytes;
-    multiply<Traits>(stage, stage + Traits::A::kBytes, warp_m, warp_n, acc);
+    });
   }
   cp_async_wait<0>();
   __syncthreads();  // the stages are free, and their memory is used again below
