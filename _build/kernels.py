@@ -15,10 +15,10 @@ from pathlib import Path
 from _build.plan import PlanError, Toolkit
 
 CUDA_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-INCLUDE = ("-I", "../../../csrc")  # from build/objects/FOLDER: a path of its own could hold spaces
-# For every file in C++. No -march: kernels pick their instruction set at run time, so that a binary built here runs there.
-# Functions with vector registers as arguments are always inlined, so their ABI does not matter (psabi); GCC 12 misreads its
-# own intrinsics (maybe-uninitialized).
+INCLUDE = ("-I", "../../../csrc")  # as seen from build/objects/FOLDER: an absolute path could hold spaces
+# For every file in C++. No -march: kernels pick their instruction set at run time, so that a binary built here runs
+# there. Functions with vector registers as arguments are always inlined, so their ABI does not matter (psabi). GCC 12
+# misreads its own intrinsics (maybe-uninitialized).
 CXX_FLAGS = (
     *("-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"),
