@@ -104,7 +104,10 @@ print("kernelized")
 
 @pytest.mark.slow
 def test_kernelize_swaps_the_layers_in(project):
-    """Forward, backward, double backward and torch.compile, beside the package in the same process."""
+    """Forward, backward, double backward and torch.compile, beside the package in the same process.
+
+    The library kernels is in no extra: install it to run this test, which compiles for some minutes.
+    """
     pytest.importorskip("kernels")
     build(project)
     done = subprocess.run(
