@@ -173,11 +173,13 @@ def attempt(way: Way, case: Case, place: Path) -> tuple[tuple[str, ...], bool]:
     folder = place / "environment"
     folder.mkdir()
     begin = time.monotonic()
-    code = "import platform; print(platform.python_version())"
-    version = subprocess.check_output([case.python, "-c", code], text=True).strip()
-    facts = [version, case.torch or "", case.cxx or "", ""]
+    torch = "none" if way is WAYS["no-torch"] else case.torch
+    code = "import platform; from importlib.metadata import version; print(platform.python_version())"
+    code += "" if torch else "; print(version('torch'))"
+    python, *has = subprocess.check_output([case.python, "-c", code], text=True).split()
+    facts = [python, torch or has[0], case.cxx or "", ""]
     try:
-        env = Environment(case, "none" if way is WAYS["no-torch"] else case.torch, place / "sources", folder)
+        env = Environment(case, torch, place / "sources", folder)
         begin = time.monotonic()
         way.install(env)
         facts = json.loads(env.run(env.python, "-c", CHECK).strip().splitlines()[-1])
@@ -191,7 +193,7 @@ def attempt(way: Way, case: Case, place: Path) -> tuple[tuple[str, ...], bool]:
     seconds = time.monotonic() - begin
     shutil.rmtree(folder)
     built = re.sub(r" \(torch .*|^CPU only: ", "", facts.pop())
-    shown = re.sub(rf"{re.escape(str(place))}\S*/", "", result).replace("|", "/")
+    shown = re.sub(rf"{re.escape(str(place))}\S*/venv", "the environment", result).replace("|", "/")
     return (str(datetime.date.today()), way.name, *facts, built, f"{seconds:.0f}", shown), right
 
 
