@@ -85,8 +85,10 @@ def name_torch(env: Environment, wheel: Path, torch: str) -> Path:
     version, metadata = with_torch((information / "METADATA").read_text(), torch)
     (information / "METADATA").write_text(metadata)
     information.rename(information.with_name(f"dlkernels-{version}.dist-info"))
-    env.run(env.python, "-m", "wheel", "pack", "--dest-dir", env.folder / "packed", folder)
-    [packed] = (env.folder / "packed").iterdir()
+    packed = env.folder / "packed"
+    packed.mkdir()
+    env.run(env.python, "-m", "wheel", "pack", "--dest-dir", packed, folder)
+    [packed] = packed.iterdir()
     return packed
 
 
