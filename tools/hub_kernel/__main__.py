@@ -24,7 +24,7 @@ from _build.kernels import CXX_FLAGS, compile_host_kernels
 from _build.plan import free_memory_gib, job_count, usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
-NAME, VERSION, LICENSE = "dlkernels", 1, "BSD-3-Clause"
+NAME, VERSION, LICENSE = "dlkernels", 1, "bsd-3-clause"
 OPERATORS = ("activations", "autocast", "derivatives", "linear_act", "linear_glu", "masks", "modes", "sharding")
 
 BUILD_TOML = """\
@@ -204,7 +204,7 @@ def build(out: Path) -> Path:
         os.chdir(here)
     variant = out / variant
     (variant / "_ops.py").write_text(OPS.format(module=module))
-    facts = {"id": f"{NAME}_local", "name": NAME, "version": VERSION, "license": LICENSE, "python-depends": []}
+    facts = {"id": module, "name": NAME, "version": VERSION, "license": LICENSE, "python-depends": []}
     (variant / "metadata.json").write_text(json.dumps(facts | {"backend": {"type": "cpu"}}))
     return variant
 
