@@ -11,7 +11,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := pyproject.toml setup.py $(wildcard _build/*.py tools/*.sh) $(shell find csrc -type f)
 
-.PHONY: demo docs test test-isa lint bench bench-full sanitize cuda-check gpu-check gpu-wheel gpu-lease mutations clean
+.PHONY: demo docs test test-isa lint bench bench-full sanitize cuda-check gpu-check gpu-wheel gpu-lease mutations wheel clean
 
 demo: .venv/.demo  ## train 784-256-10 on MNIST, fused beside stock
 	@echo "== data: MNIST, from the cache or fetched"
@@ -57,6 +57,9 @@ gpu-lease:  ## on a lent GPU, with what gpu-wheel built: evidence in 560 s; `mak
 
 mutations: .venv/.dev  ## break the CUDA kernels in one place at a time: the host tests must fail
 	$(BIN)/python -m tests.emulation.cuda.mutations
+
+wheel:  ## a manylinux wheel for PYTHON and its torch, else TORCH, in dist/; `python -m tools.wheel` takes several of each
+	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m tools.wheel; else $(PYTHON) -m tools.wheel --torch="$(TORCH)"; fi
 
 clean:
 	rm -rf build dist site *.egg-info dlkernels/_C*.so dlkernels/_C.json .venv

@@ -18,7 +18,7 @@ from typing import Any
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _build.kernels import compile_kernels
+from _build.kernels import CXX_FLAGS, compile_host_kernels, compile_kernels
 from _build.plan import Plan, PlanError, Torch, check_compiler, free_memory_gib, job_count, make_plan, usable_cores
 
 
@@ -33,12 +33,7 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
     sanitize = os.environ.get("DLKERNELS_SANITIZE", "")
     # The second macro is torch's own: its headers then include the operators that they use, and not all of them.
     macros = [("DLKERNELS_TORCH", f'"{torch.version}"'), ("AT_PER_OPERATOR_HEADERS", "")]
-    # No -std: torch adds the one its headers need (17 or 20). No -march: kernels pick their instruction set
-    # at run time, so that a binary built here runs there.
-    cxx = ["-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-    # Functions with vector registers as arguments are always inlined, so their ABI does not matter (psabi);
-    # GCC 12 misreads its own intrinsics (maybe-uninitialized).
-    cxx += ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"]
+    cxx = list(CXX_FLAGS)  # no -std: torch adds the one that its headers need (17 or 20)
     link = ["-fopenmp"]
     if sanitize:
         macros.append(("DLKERNELS_SANITIZE", f'"{sanitize}"'))
@@ -47,7 +42,9 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
     else:
         cxx += ["-O3", "-g0"]
 
-    sources = sorted(p for p in glob("csrc/**/*.cpp", recursive=True) if "/cuda/" not in p)
+    host = [p for p in glob("csrc/**/*.cpp", recursive=True) if "/cuda/" not in p]
+    sources = sorted(p for p in host if p.split("/")[1] in ("ops", "python"))
+    host_kernels = sorted(set(host) - set(sources))
     kernels: list[str] = []
     make_extension = cpp_extension.CppExtension
     if plan.toolkit:
@@ -79,16 +76,18 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
                 check_compiler(os.environ)
             except PlanError as e:
                 sys.exit(f"dlkernels: {e}")
-            files, jobs = len(sources) + len(kernels), int(os.environ["MAX_JOBS"])
+            files, jobs = len(sources) + len(host_kernels) + len(kernels), int(os.environ["MAX_JOBS"])
             say(f"dlkernels: building {plan}; {files} files, {jobs} at a time. {plan.advice}")
-            if plan.toolkit:
-                try:
+            try:
+                folder = f"kernels{'-' + sanitize if sanitize else ''}".replace(",", "-")
+                module.extra_objects += compile_host_kernels(host_kernels, cxx, jobs, folder)
+                if plan.toolkit:
                     arch_flags = cpp_extension._get_cuda_arch_flags()
                     module.extra_objects += compile_kernels(kernels, plan.toolkit, arch_flags, jobs)
-                except PlanError as e:
-                    sys.exit(f"dlkernels: {e}")
-                except subprocess.CalledProcessError:
-                    sys.exit("dlkernels: a CUDA kernel does not compile; the compiler's message is above")
+            except PlanError as e:
+                sys.exit(f"dlkernels: {e}")
+            except subprocess.CalledProcessError:
+                sys.exit("dlkernels: a kernel does not compile; the compiler's message is above")
             super().run()
             # Read before the module is loaded (dlkernels/_load.py), hence a file of its own beside it.
             built = {"torch": torch.version, "cuda": plan.archs or None, "plan": str(plan)}

@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels. They include neither torch nor Python, so one set of objects serves every version of both.
+"""Compiles the kernels. They include neither torch nor Python, so one set of objects serves every version of both.
 
 ninja keeps track of commands and headers, so a second build compiles only what changed.
 """
@@ -8,12 +8,23 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from _build.plan import PlanError, Toolkit
 
-FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+CUDA_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+INCLUDE = ("-I", "../../../csrc")  # as seen from build/objects/FOLDER: an absolute path could hold spaces
+# For every file in C++. No -march: kernels pick their instruction set at run time, so that a binary built here runs
+# there. Functions with vector registers as arguments are always inlined, so their ABI does not matter (psabi). GCC 12
+# misreads its own intrinsics (maybe-uninitialized).
+CXX_FLAGS = (
+    *("-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    *("-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized"),
+)
+# As torch and Python compile an extension, so that kernels here and operators there agree.
+HOST_FLAGS = ("-std=c++20", "-DNDEBUG", "-fwrapv", "-fPIC")
 
 
 def compile_kernels(
@@ -28,17 +39,31 @@ def compile_kernels(
         PlanError: there is no ninja.
         subprocess.CalledProcessError: a kernel does not compile; the compiler's message was printed.
     """
-    if shutil.which("ninja") is None:
-        raise PlanError("ninja compiles the CUDA kernels and is not on PATH: install it (pip install ninja).")
     host = os.environ.get("CXX", "").strip()
-    flags = [*FLAGS, *options, *(["-ccbin", host] if host else []), "-I", str(Path("csrc").absolute())]
+    flags = [*CUDA_FLAGS, *options, *(["-ccbin", host] if host else []), *INCLUDE]
     nvcc = os.environ.get("PYTORCH_NVCC") or str(toolkit.home / "bin" / "nvcc")
-    place = Path("build", "objects", f"{folder}-cuda{toolkit.version}")
+    command = f"{nvcc} {' '.join(flags)} -MD -MF $out.d -x cu -c $in -o $out"
+    return _ninja(command, sources, f"{folder}-cuda{toolkit.version}", jobs)
+
+
+def compile_host_kernels(sources: Sequence[str], options: Sequence[str], jobs: int, folder: str = "kernels") -> list[str]:
+    """Compile the kernels for the CPU and the planning by the C++ compiler; otherwise as :func:`compile_kernels`."""
+    compiler = os.environ.get("CXX", "").strip() or "c++"
+    flags = [*HOST_FLAGS, *options, *INCLUDE]
+    return _ninja(f"{compiler} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out", sources, folder, jobs)
+
+
+def _ninja(command: str, sources: Sequence[str], folder: str, jobs: int) -> list[str]:
+    # A ninja that pip installed is beside Python, also where nobody has activated the environment.
+    search = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    ninja = shutil.which("ninja", path=search)
+    if ninja is None:
+        raise PlanError("ninja compiles the kernels and was not found: install it (pip install ninja).")
+    place = Path("build", "objects", folder)
     place.mkdir(parents=True, exist_ok=True)
     objects = [f"{Path(source).with_suffix('').as_posix().replace('/', '-')}.o" for source in sources]
-    command = f"{nvcc} {' '.join(flags)} -MD -MF $out.d -x cu -c $in -o $out"
-    rule = f"rule nvcc\n command = {command}\n depfile = $out.d\n deps = gcc\n"
-    builds = (f"build {to}: nvcc {Path(of).absolute()}\n" for of, to in zip(sources, objects, strict=True))
+    rule = f"rule compile\n command = {command}\n depfile = $out.d\n deps = gcc\n"
+    builds = (f"build {to}: compile {os.path.relpath(of, place)}\n" for of, to in zip(sources, objects, strict=True))
     (place / "build.ninja").write_text(rule + "".join(builds))
-    subprocess.run(["ninja", "-C", str(place), f"-j{jobs}"], check=True)
+    subprocess.run([ninja, "-C", str(place), f"-j{jobs}"], check=True)
     return [str(place / name) for name in objects]

@@ -87,7 +87,10 @@ def title(result: Record) -> str:
 
 
 def fitting(console: Console, rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> Iterator[Table]:
-    """Tables of ``rows`` (cells by heading) that fit the console: each has the columns ``keys`` and some others."""
+    """Tables of ``rows`` (cells by heading) that fit the console, each of the columns ``keys`` and some others.
+
+    Columns without any text are left out.
+    """
 
     def table(headings: Sequence[str]) -> Table:
         made = Table(box=SIMPLE_HEAD, padding=(0, 1))
@@ -98,7 +101,7 @@ def fitting(console: Console, rows: Sequence[Mapping[str, str]], keys: Sequence[
         return made
 
     unlimited = console.options.update(max_width=10_000)
-    others = [heading for heading in (rows[0] if rows else ()) if heading not in keys]
+    others = [heading for heading in (rows[0] if rows else ()) if heading not in keys and any(r[heading] for r in rows)]
     while others:
         count = len(others)
         while count > 1 and console.measure(table(others[:count]), options=unlimited).maximum > console.width:

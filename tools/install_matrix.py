@@ -2,32 +2,40 @@
 
     python tools/install_matrix.py                                   # this Python and its torch
     python tools/install_matrix.py --python python3.12 --torch torch==2.13.0 --ways pip wheel
+    python tools/install_matrix.py --ways pip --cxx g++-12           # a compiler for the variable CXX
+    python tools/install_matrix.py --record docs/guide/install.md    # also writes the rows into that page
 
 The committed state of the sources is installed. Without --torch the environments see the torch of the Python that is
-named; with it each installs that requirement. A way works if the package computes a layer in another folder. The first
-build takes minutes, the others of the same Python reuse its objects or, with ccache on PATH, its cache.
+named; with it each installs that requirement. A way works if the package computes a layer in another folder, or if it
+refuses as it should. Variables such as FORCE_CPU=1 hold for all. The first build takes minutes, the others of one call
+reuse its objects or, with ccache on PATH, its cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 CHECK = """
-import sys, torch, dlkernels
+import json, sys, torch, dlkernels
 x, w = torch.randn(3, 4), torch.randn(5, 4)
 torch.testing.assert_close(dlkernels.functional.linear_relu(x, w), torch.nn.functional.linear(x, w).relu())
-print("torch", torch.__version__, "Python", sys.version.split()[0], "dlkernels", dlkernels.__version__)
+built = dlkernels._C.build_config()
+print(json.dumps([sys.version.split()[0], torch.__version__, built["compiler"], dlkernels._load.BUILT_FOR["plan"]]))
 """
 
 PROJECT = """
@@ -42,22 +50,41 @@ dependencies = ["dlkernels @ {address}"]
 py-modules = []
 """
 
+HEADER = ("date", "way", "Python", "torch", "compiler", "built", "seconds", "result")
+BEGIN, END = "<!-- installs:begin -->\n", "<!-- installs:end -->\n"
+
 
 class Failed(Exception):
     """A command of a way failed; the message is the end of its output."""
 
 
+@dataclass(frozen=True)
+class Case:
+    """What an installation is tried with. ``torch`` is a requirement, or None for the torch that the Python has."""
+
+    python: str
+    torch: str | None
+    cxx: str | None = None
+    other_torch: str = "torch==2.14.1"
+
+
 class Environment:
     """A fresh virtual environment with torch, and the sources that are installed into it."""
 
-    def __init__(self, python: str, torch: str | None, sources: Path, folder: Path) -> None:
-        self.sources, self.folder, self.python = sources, folder, folder / "venv" / "bin" / "python"
-        self.run(python, "-m", "venv", folder / "venv")
+    def __init__(self, case: Case, torch: str | None, sources: Path, folder: Path) -> None:
+        self.case, self.sources, self.folder = case, sources, folder
+        self.python = folder / "venv" / "bin" / "python"
+        self.variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        if case.cxx:
+            self.variables["CXX"] = case.cxx
+        self.run(case.python, "-m", "venv", folder / "venv")
+        if torch == "none":
+            return
         if torch:
             self.pip(*torch.split())
         else:
             code = "import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])"
-            site = self.run(python, "-c", code).strip()
+            site = self.run(case.python, "-c", code).strip()
             purelib = self.run(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
             Path(purelib, "torch_from_outside.pth").write_text(f"{site}\n")
 
@@ -69,10 +96,10 @@ class Environment:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            env=self.variables,
         )
         if done.returncode:
-            raise Failed(done.stdout[-2000:])
+            raise Failed(done.stdout[-4000:])
         return done.stdout
 
     def pip(self, *arguments: object) -> None:
@@ -84,6 +111,15 @@ class Environment:
         self.run(self.python, "-m", "build", f"--{kind}", *options, "--outdir", self.folder / "dist", self.sources)
         [file] = (self.folder / "dist").iterdir()
         return file
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to install: its name in the table, its commands, and the sentence with which it is to be refused, if so."""
+
+    name: str
+    install: Callable[[Environment], None]
+    refusal: str = ""
 
 
 def _no_isolation(env: Environment) -> None:
@@ -103,49 +139,101 @@ def _dependency(env: Environment) -> None:
     env.pip(project)
 
 
-WAYS: dict[str, tuple[str, Callable[[Environment], None]]] = {
-    "pip": ("`pip install .`", lambda env: env.pip(env.sources)),
-    "editable": ("`pip install -e .`", lambda env: env.pip("-e", env.sources)),
-    "no-isolation": ("`pip install --no-build-isolation .`", _no_isolation),
-    "sdist": ("an sdist by `python -m build`, then pip", lambda env: env.pip(env.built("sdist"))),
-    "wheel": ("a wheel by `python -m build`, then pip", lambda env: env.pip(env.built("wheel", "--no-isolation"))),
-    "git": ("`pip install git+file://FOLDER`", lambda env: env.pip(f"git+file://{env.sources}")),
-    "uv": ("`uv pip install --no-build-isolation .`", _uv),
-    "dependency": ("as a dependency of another project", _dependency),
+def _torch_replaced(env: Environment) -> None:
+    env.pip(env.sources)
+    env.pip(*env.case.other_torch.split())
+    try:
+        env.run(env.python, "-c", "import dlkernels")
+    except Failed as error:
+        if "was built for torch" not in str(error):
+            raise
+    else:
+        raise Failed("a package for one torch was imported under another")
+    env.pip("--force-reinstall", "--no-deps", "--no-cache-dir", env.sources)
+
+
+WAYS = {
+    "pip": Way("`pip install .`", lambda env: env.pip(env.sources)),
+    "editable": Way("`pip install -e .`", lambda env: env.pip("-e", env.sources)),
+    "no-isolation": Way("`pip install --no-build-isolation .`", _no_isolation),
+    "sdist": Way("an sdist by `python -m build`, then pip", lambda env: env.pip(env.built("sdist"))),
+    "wheel": Way("a wheel by `python -m build`, then pip", lambda env: env.pip(env.built("wheel", "--no-isolation"))),
+    "git": Way("`pip install git+file://FOLDER`", lambda env: env.pip(f"git+file://{env.sources}")),
+    "uv": Way("`uv pip install --no-build-isolation .`", _uv),
+    "dependency": Way("as a dependency of another project", _dependency),
+    "torch-replaced": Way("`pip install .`, then another torch, then as the import says", _torch_replaced),
+    "no-torch": Way("`pip install .` without torch", lambda env: env.pip(env.sources), "run `pip install torch` first"),
+    "refused-compiler": Way("`pip install .` with this compiler", lambda env: env.pip(env.sources), "install GCC 11"),
 }
+SPECIAL = ("torch-replaced", "no-torch", "refused-compiler")
+
+
+def attempt(way: Way, case: Case, place: Path) -> tuple[tuple[str, ...], bool]:
+    """Install in this way; return the row of the table, and True if it went as it should."""
+    folder = place / "environment"
+    folder.mkdir()
+    begin = time.monotonic()
+    torch = "none" if way is WAYS["no-torch"] else case.torch
+    code = "import platform; from importlib.metadata import version; print(platform.python_version())"
+    code += "" if torch else "; print(version('torch'))"
+    python, *has = subprocess.check_output([case.python, "-c", code], text=True).split()
+    facts = [python, torch or has[0], case.cxx or "", ""]
+    try:
+        env = Environment(case, torch, place / "sources", folder)
+        begin = time.monotonic()
+        way.install(env)
+        facts = json.loads(env.run(env.python, "-c", CHECK).strip().splitlines()[-1])
+        result, right = "works", not way.refusal
+    except Failed as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = [line for line in lines if way.refusal and way.refusal in line]
+        result, right = (f"refused: {said[0]}", True) if said else (f"fails: {lines[-1]}", False)
+        if not said:
+            print(error, file=sys.stderr)
+    seconds = time.monotonic() - begin
+    shutil.rmtree(folder)
+    built = re.sub(r" \(torch .*|^CPU only: ", "", facts.pop())
+    shown = re.sub(rf"{re.escape(str(place))}\S*/venv", "the environment", result).replace("|", "/")
+    return (str(datetime.date.today()), way.name, *facts, built, f"{seconds:.0f}", shown), right
+
+
+def line(row: tuple[str, ...]) -> str:
+    return f"| {' | '.join(row)} |\n"
+
+
+def record(page: Path, rows: list[tuple[str, ...]]) -> None:
+    """Write the rows into the page, between its marks; they replace those of the same way and versions."""
+    text = page.read_text()
+    before, _, rest = text.partition(BEGIN)
+    table, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"expected {BEGIN.strip()} and {END.strip()} in {page}")
+    old = [tuple(cell.strip() for cell in each.strip("| \n").split(" | ")) for each in table.splitlines()[2:]]
+    kept = {row[1:6]: row for row in [*old, *rows]}
+    head = line(HEADER) + line(tuple("---:" if name == "seconds" else "---" for name in HEADER))
+    page.write_text(before + BEGIN + head + "".join(map(line, kept.values())) + END + after)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", nargs="+", default=[sys.executable], metavar="PYTHON")
     parser.add_argument("--torch", nargs="+", default=[None], metavar="REQUIREMENT", help="such as torch==2.13.0")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--cxx", nargs="+", default=[None], metavar="COMPILER", help="for the variable CXX")
+    usual = [name for name in WAYS if name not in SPECIAL]
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=usual, help=f"default: all but {', '.join(SPECIAL)}")
+    parser.add_argument("--other-torch", default=Case.other_torch, metavar="REQUIREMENT", help="for torch-replaced")
+    parser.add_argument("--record", type=Path, metavar="PAGE", help="write the rows into the table of this page")
     args = parser.parse_args()
     failures = 0
-    print("| date | way | versions | seconds | result |\n| --- | --- | --- | ---: | --- |")
+    print(line(HEADER), end="")
     with tempfile.TemporaryDirectory() as place:
-        sources = Path(place, "sources")
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(sources)], check=True)
-        for python in args.python:
-            for torch in args.torch:
-                for way in args.ways:
-                    name, install = WAYS[way]
-                    folder = Path(place, "environment")
-                    folder.mkdir()
-                    begin = time.monotonic()
-                    versions, result = f"{python} {torch or ''}".strip(), "works"
-                    try:
-                        env = Environment(python, torch, sources, folder)
-                        begin = time.monotonic()
-                        install(env)
-                        versions = env.run(env.python, "-c", CHECK).strip().splitlines()[-1]
-                    except Failed as error:
-                        failures += 1
-                        result = f"fails: {str(error).strip().splitlines()[-1]}"
-                        print(error, file=sys.stderr)
-                    seconds = time.monotonic() - begin
-                    print(f"| {datetime.date.today()} | {name} | {versions} | {seconds:.0f} | {result} |", flush=True)
-                    shutil.rmtree(folder)
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), f"{place}/sources"], check=True)
+        for python, torch, cxx, way in itertools.product(args.python, args.torch, args.cxx, args.ways):
+            row, right = attempt(WAYS[way], Case(python, torch, cxx, args.other_torch), Path(place))
+            failures += not right
+            print(line(row), end="", flush=True)
+            if args.record:
+                record(args.record, [row])
     return 1 if failures else 0
 
 

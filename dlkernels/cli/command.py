@@ -61,7 +61,8 @@ def run_command(args: argparse.Namespace) -> int:
     """
     try:
         try:
-            importlib.import_module("dlkernels._core")  # imports torch and the compiled module; --help needs neither
+            with _exit_at_ctrl_c():
+                importlib.import_module("dlkernels._core")  # torch and the compiled module; --help needs neither
         except ImportError as error:  # no torch; or dlkernels is not compiled, or compiled for another torch
             return _print_error(args, _missing_library(error), ExpectedError.exit_status)
         status = int(args.action(args))
@@ -125,6 +126,19 @@ def process_setup() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _exit_at_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, where an exception would pass through C++: torch's import would abort."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if handles := main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    try:
+        yield
+    finally:
+        if handles:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -170,6 +170,8 @@ def test_editable_install_reuses_the_objects(installed, unpacked, tmp_path):
     assert "ninja: no work to do" in said
     where, _, _, config = facts(python, tmp_path)
     assert where == unpacked / "dlkernels" / "__init__.py"
+    [link] = python.parents[1].rglob("__editable__*dlkernels*.pth")
+    assert Path(link.read_text().strip()) == unpacked, "type checkers follow a path only"
     assert config["torch"] == torch.__version__
 
 
