@@ -110,7 +110,7 @@ def _loop(node: ast.For, function: FunctionNode) -> Loop | None:
     if node.orelse or names is None or x is None or {x, self_name(function)} & set(names):
         return None
     bounds, checks = Checks(), Checks()
-    if _is_range(over):
+    if is_range(over):
         harmless = Harmless(bounds, None, self_name(function), later={x})
         known = all(harmless.value(a, True) for a in over.args)
     else:
@@ -126,10 +126,10 @@ def _loop(node: ast.For, function: FunctionNode) -> Loop | None:
             return None
     if in_scope(function, x) or set(stored(node)) != {x, *names}:
         return None
-    harmless = Harmless(checks, None, self_name(function), {names[0]} if counts or _is_range(over) else set(), {x})
+    harmless = Harmless(checks, None, self_name(function), {names[0]} if counts or is_range(over) else set(), {x})
     if not all(harmless.value(test, True) for step in steps for test, _ in step[0]):  # type: ignore[index]
         return None
-    reads = [*(c for c, _ in containers if not _is_range(c)), *bounds.reads, *checks.reads]
+    reads = [*(c for c, _ in containers if not is_range(c)), *bounds.reads, *checks.reads]
     for c in calls:
         act = activation_call(c)[0]  # type: ignore[index]
         act = _container_of(act, names) or act
@@ -150,7 +150,7 @@ def _is_call_of(node: ast.expr, name: str, least: int) -> bool:
     return fits and not any(isinstance(a, ast.Starred) for a in node.args)
 
 
-def _is_range(node: ast.expr) -> bool:
+def is_range(node: ast.expr) -> bool:
     return any(_is_call_of(node, "range", count) for count in (1, 2, 3))
 
 

@@ -278,6 +278,18 @@ class Counted(Layers):
         return x
 
 
+class Outer(Layers):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleList([self.layers[0], self.layers[1]]), nn.ModuleList([self.layers[2]])])
+
+    def forward(self, x):
+        for block in self.blocks:
+            for layer in block:
+                x = F.relu(layer(x))
+        return x
+
+
 class Suppressed(Layers):
     def forward(self, x):
         with torch.enable_grad():
@@ -307,7 +319,7 @@ class InAnInnerFunction(Layers):
 @pytest.mark.parametrize(
     "cls",
     [
-        *(ReadsALoopVariable, KeepsValues, Residual, ReadsTheValue, Normed, Counted, Suppressed, Leaves),
+        *(ReadsALoopVariable, KeepsValues, Residual, ReadsTheValue, Normed, Counted, Outer, Suppressed, Leaves),
         InAnInnerFunction,
     ],
     ids=lambda c: c.__name__,
