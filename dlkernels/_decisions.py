@@ -55,8 +55,8 @@ def mark_of(key: Any) -> Any:
 
 
 def keep(key: Any, decided: _C.Decided | None, mark: Any = None) -> None:
+    """Remember a decision. None leaves an earlier one: it may hold again after autocast or another mode."""
     if decided is None:
-        _decided.pop(key, None)
         return
     if len(_decided) >= _MOST:  # most of their modules are gone
         _decided.clear()
