@@ -21,7 +21,7 @@ from dlkernels import _C
 from dlkernels._ops.modes import are_plain, autocast_active, under_transform
 
 MISSING = object()
-_MOST = 4096  # decisions that are kept
+_MOST = 16384  # decisions that are kept, of 4 KiB: more than a model has places
 
 _HOOKS = (
     "_global_backward_pre_hooks",
