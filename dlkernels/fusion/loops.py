@@ -317,20 +317,21 @@ def unrolled(
         if not (sliced and (type(c) is range or is_container(c))):
             return None
     elements = [c if part is None else list(c)[slice(*part)] for c, part in containers]
-    stages: list[Stage] = []
+    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     try:
         for i, item in enumerate(zip(*elements, strict=False)):
             several = calls(i, *item) if counts else calls(*item)
             if type(several) is not tuple:
                 return None
-            stages += [Stage(*one) for one in several]
+            found += several
     except _ERRORS:  # it is raised where the source does the same
         return None
     key = id(self), slot
-    mark = tuple([(id(s.called), s.args, tuple(s.kwargs.items())) for s in stages])
-    comparable = all(has_plain_numbers((*s.args, *s.kwargs.values())) for s in stages)
+    mark = [(id(called), args, kwargs) if args or kwargs else id(called) for called, args, kwargs in found]
+    comparable = all(has_plain_numbers((*args, *kwargs.values())) for _, args, kwargs in found if args or kwargs)
     if comparable and memory.mark_of(key) == mark and (y := memory.run_again(key, self, x)) is not None:
         return y
+    stages = [Stage(*one) for one in found]
     if not stages or linear_rule(type(stages[0].called)) is None:
         return None
     if any(may_change_nothing(stage) and not changes_nothing(stage) for stage in stages):  # an active dropout
