@@ -34,6 +34,7 @@ NEEDS = {
             "test_trainer.py",
             "test_trainer_autocast.py",
             "test_trainer_display.py",
+            "test_trainer_errors.py",
             "test_trainer_metrics.py",
             "test_trainer_not_finite.py",
             "test_trainer_options.py",

@@ -13,6 +13,8 @@ def python(*arguments: str, check: bool = True, timeout: float = 240, **environm
     With ``check`` any exit status except 0 fails, and shows both outputs. Without it both outputs are returned.
     """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("DLKERNELS_CPU_")}
+    # A script elsewhere imports this checkout too, and not what is installed.
+    inherited["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dlkernels.data import TensorLoader
 from dlkernels.trainer import Trainer, adam
-from tests.trainer.training import SPLITS, X, Y, assert_same, batches, make, network
+from tests.trainer.training import SPLITS, X, Y, assert_same, batches, make, network, train
 
 
 def test_learns_and_keeps_history():
@@ -223,6 +224,25 @@ def test_stream_without_length_is_accepted():
     trainer.fit(1)
     assert trainer.history[0]["loss"] > 0
     assert len(trainer.batch_losses) == 3
+
+
+class Named(NamedTuple):
+    x: torch.Tensor
+    weight: float
+
+
+class OfNamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, named):
+        return self.linear(named.x) * named.weight
+
+
+def test_named_tuples_stay_what_they_are():
+    model = OfNamed()
+    assert len(train(model, [(Named(X, 2.0), Y)], adam(model.parameters()), epochs=1).history) == 1
 
 
 @pytest.mark.parametrize(

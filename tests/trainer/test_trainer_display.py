@@ -20,6 +20,25 @@ def test_lines_without_a_terminal(capsys):
         assert re.fullmatch(rf"train epoch {epoch}/2  {metrics}", line)
 
 
+class Plain:
+    """A stand-in for standard output that has only what print needs."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self): ...
+
+
+def test_output_without_isatty_gets_lines(monkeypatch):
+    for out in (Plain(), None):  # None: a process without a console
+        monkeypatch.setattr("sys.stdout", out)
+        make(progress="auto").fit(1)
+        assert out is None or out.text.startswith("train epoch 1/1  loss")
+
+
 def test_bar_shows_the_running_epoch(capsys, monkeypatch):
     monkeypatch.setattr("dlkernels.trainer.loop.REFRESH_SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "160")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -27,18 +26,7 @@ from dlkernels.trainer import (
     schedule,
     sgd,
 )
-from tests.trainer.training import SPLITS, X, Y, assert_same, batches, make, network, stop_after
-
-
-def plain(dtype=torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)).to(dtype)
-
-
-def train(model, data, optimizer, epochs=2, **options) -> Trainer:
-    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, data, progress="silent", **options)
-    trainer.fit(epochs)
-    return trainer
+from tests.trainer.training import SPLITS, X, Y, assert_same, batches, make, network, plain, stop_after, train
 
 
 @pytest.mark.parametrize("known_length", [True, False])
@@ -500,120 +488,3 @@ def test_graphed_training_on_a_gpu(gpu):
         histories.append(train(model, data, optimizer, epochs=6, **options).history)
     assert histories[0][-1]["loss"] == pytest.approx(histories[1][-1]["loss"], rel=0.05)
     assert histories[0][-1]["accuracy"] > 0.8
-
-
-# --- errors that come early, in one sentence ---
-
-
-class Named(NamedTuple):
-    x: torch.Tensor
-    weight: float
-
-
-class OfNamed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, named):
-        return self.linear(named.x) * named.weight
-
-
-def test_named_tuples_stay_what_they_are():
-    model = OfNamed()
-    assert len(train(model, [(Named(X, 2.0), Y)], adam(model.parameters()), epochs=1).history) == 1
-
-
-@pytest.mark.parametrize(
-    ("loss", "sentence"),
-    [
-        (lambda output, y: 1.0, "scalar .*; got a float"),
-        (lambda output, y: None, "scalar .*; got a NoneType"),
-        (lambda output, y: output.sum().reshape(1), r"scalar .*; got shape \[1\]"),
-        (lambda output, y: output.detach().sum(), "a loss with a gradient"),
-    ],
-)
-def test_what_is_no_loss(loss, sentence):
-    model = plain(torch.float32)
-    with pytest.raises(ValueError, match=sentence):
-        Trainer(model, loss, adam(model.parameters()), batches(), progress="silent").fit(1)
-
-
-def test_batches_without_samples_are_refused():
-    for place in ("train_data", "val_data"):
-        data = {"train_data": [(X, Y)], "val_data": [(X, Y)], place: [(X, Y), (X[:0], Y[:0])]}
-        model = plain(torch.float32)
-        with pytest.raises(ValueError, match="batches of at least one sample"):
-            Trainer(model, nn.CrossEntropyLoss(), adam(model.parameters()), **data, progress="silent").fit(1)
-
-
-def test_models_and_optimizers_that_cannot_train():
-    model = plain(torch.float32)
-    with pytest.raises(ValueError, match="LBFGS asks for the loss again"):
-        Trainer(model, nn.MSELoss(), torch.optim.LBFGS(model.parameters()), [])
-    with torch.device("meta"):
-        empty = nn.Linear(64, 10)
-    with pytest.raises(ValueError, match="on the meta device"):
-        make(model=empty)
-    with pytest.warns(UserWarning, match="the optimizer has no parameter of the model"):
-        Trainer(model, nn.MSELoss(), adam(nn.Linear(2, 2).parameters()), [])
-
-
-def test_clipping_needs_dense_gradients():
-    model = nn.Embedding(10, 10, sparse=True)
-    optimizer = torch.optim.SparseAdam(list(model.parameters()))
-    assert len(train(model, [(Y, Y)], optimizer, accumulate=2).history) == 2
-    with pytest.raises(ValueError, match="dense gradients to clip; got sparse ones"):
-        train(model, [(Y, Y)], optimizer, clip_norm=1.0)
-
-
-# --- calls that a callback must not make within an epoch ---
-
-
-class AtBatch(Callback):
-    def __init__(self, batch, action):
-        self.batch, self.action = batch, action
-
-    def on_batch_end(self, trainer):
-        if trainer.batch == self.batch:
-            self.action(trainer)
-
-
-def test_no_fit_and_no_load_within_fit(tmp_path):
-    make().save(tmp_path / "start.pt")
-    for action in (lambda trainer: trainer.fit(1), lambda trainer: trainer.load(tmp_path / "start.pt")):
-        trainer = make(callbacks=[AtBatch(2, action)])
-        with pytest.raises(RuntimeError, match="while fit is running"):
-            trainer.fit(1)
-        trainer.callbacks.clear()
-        assert len(trainer.fit(1)) == 1  # as before
-        trainer.load(tmp_path / "start.pt")
-
-
-def test_no_save_while_gradients_wait(tmp_path):
-    save = AtBatch(3, lambda trainer: trainer.save(tmp_path / "within.pt"))
-    with pytest.raises(RuntimeError, match="expected to save after an update"):
-        make(callbacks=[save], accumulate=2).fit(1)
-    assert not list(tmp_path.iterdir())
-    save.batch = 4
-    make(callbacks=[save], accumulate=2).fit(1)
-    assert (tmp_path / "within.pt").exists()
-
-
-class Plain:
-    """A stand-in for standard output that has only what print needs."""
-
-    def __init__(self):
-        self.text = ""
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self): ...
-
-
-def test_output_without_isatty_gets_lines(monkeypatch):
-    for out in (Plain(), None):  # None: a process without a console
-        monkeypatch.setattr("sys.stdout", out)
-        make(progress="auto").fit(1)
-        assert out is None or out.text.startswith("train epoch 1/1  loss")

@@ -35,6 +35,17 @@ def make(data=None, model=None, **options) -> Trainer:
     return Trainer(model, nn.CrossEntropyLoss(), adam(model.parameters(), lr=0.01), data, **options)
 
 
+def plain(dtype=torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)).to(dtype)
+
+
+def train(model, data, optimizer, epochs=2, **options) -> Trainer:
+    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer, data, progress="silent", **options)
+    trainer.fit(epochs)
+    return trainer
+
+
 def assert_same(first: Trainer, second: Trainer) -> None:
     """Compare weights, buffers and optimizer state bit for bit, and the history without times."""
     for key, value in first.model.state_dict().items():
