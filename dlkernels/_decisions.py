@@ -9,7 +9,7 @@ list with what is there now, in less than a microsecond, and runs the chain; it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from dlkernels import _C
 from dlkernels._ops.modes import are_plain, autocast_active, under_transform
 
 MISSING = object()
-_MOST = 4096  # decisions that are kept
+_MOST = 16384  # decisions that are kept, of 4 KiB: more than a model has places
 
 _HOOKS = (
     "_global_backward_pre_hooks",
@@ -32,7 +32,15 @@ _HOOKS = (
     "_global_forward_hooks_with_kwargs",
 )
 
-_decided: dict[Any, tuple[_C.Decided, Any]] = {}  # with a mark of the place's own
+
+class Decision(Protocol):
+    """``_C.Decided``, or what has its methods."""
+
+    def run(self, owner: Any, x: Any, /) -> Any: ...
+    def activations(self) -> tuple[int, ...]: ...
+
+
+_decided: dict[Any, tuple[Decision, Any]] = {}  # with a mark of the place's own
 
 
 def run_again(key: Any, owner: Any, x: Any) -> Tensor | None:
@@ -54,9 +62,9 @@ def mark_of(key: Any) -> Any:
     return None if found is None else found[1]
 
 
-def keep(key: Any, decided: _C.Decided | None, mark: Any = None) -> None:
+def keep(key: Any, decided: Decision | None, mark: Any = None) -> None:
+    """Remember a decision. None leaves an earlier one: it may hold again after autocast or another mode."""
     if decided is None:
-        _decided.pop(key, None)
         return
     if len(_decided) >= _MOST:  # most of their modules are gone
         _decided.clear()

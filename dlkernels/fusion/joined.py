@@ -14,7 +14,7 @@ from torch import nn
 
 from dlkernels.fusion import call
 from dlkernels.fusion.chain import Leaf, common
-from dlkernels.fusion.loops import Loop
+from dlkernels.fusion.loops import Loop, is_range
 from dlkernels.fusion.rules import METHODS, is_linear
 from dlkernels.fusion.series import Series
 from dlkernels.fusion.series import callee as callee_of
@@ -88,13 +88,16 @@ def line_of_series(names: Namespace, series: Series) -> tuple[Stage, ...]:
 def line_of_loop(names: Namespace, loop: Loop) -> tuple[Stage, ...]:
     """Return the stages of all iterations of a loop; none if they are not known."""
     items = names.items(loop.node.iter)
+    several = [names.of(c) for c, _ in loop.containers if not is_range(c)]
+    if any(values is None or len(values) != 1 for values in several):  # another one in each iteration of an outer loop
+        return ()
     if items is None or len(items) > _MOST_ITERATIONS or not all(map(names.is_plain, loop.reads)):
         return ()
     stages: list[Stage] = []
     for item in items:
         count, values = item if loop.counts else (None, item)
-        several = values if len(loop.containers) > 1 else (values,)
-        with names.during(dict(zip(loop.names, (*[count] * loop.counts, *several), strict=True))):
+        given = values if len(loop.containers) > 1 else (values,)
+        with names.during(dict(zip(loop.names, (*[count] * loop.counts, *given), strict=True))):
             for guards, calls in loop.steps:
                 sure, false = names.hold(guards)
                 if not false and not sure:

@@ -23,7 +23,14 @@ from dlkernels.fusion.chain import is_container
 from dlkernels.fusion.conditions import Checks, Harmless
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.fusion.source import FunctionNode
-from dlkernels.fusion.stages import Stage, after_identities, changes_nothing, decide, has_plain_numbers
+from dlkernels.fusion.stages import (
+    Stage,
+    after_identities,
+    changes_nothing,
+    decide,
+    has_plain_numbers,
+    may_change_nothing,
+)
 from dlkernels.fusion.syntax import (
     Position,
     activation_call,
@@ -54,9 +61,10 @@ class Loop:
 
     Attributes:
         counts: the loop is over ``enumerate``.
-        containers: those that it iterates over, side by side, each with the slice of it, or None.
+        containers: those that it iterates over, side by side, each with the slice of it, or None. A ``range`` is one.
         names: the loop's variables, in their order.
         x: the name that every call gives its value to.
+        bounds: the types on which the arguments of ``range`` rely.
         checks: the types on which the conditions rely.
         reads: all look-ups.
     """
@@ -67,6 +75,7 @@ class Loop:
     names: tuple[str, ...]
     x: str
     steps: tuple[Step, ...]
+    bounds: Checks
     checks: Checks
     reads: tuple[ast.expr, ...]
 
@@ -100,7 +109,13 @@ def _loop(node: ast.For, function: FunctionNode) -> Loop | None:
     x = target_of(_first(node.body))
     if node.orelse or names is None or x is None or {x, self_name(function)} & set(names):
         return None
-    if not all(is_stable(c) and not isinstance(c, ast.Constant) for c, _ in containers) or loads(node.iter, x):
+    bounds, checks = Checks(), Checks()
+    if is_range(over):
+        harmless = Harmless(bounds, None, self_name(function), later={x})
+        known = all(harmless.value(a, True) for a in over.args)
+    else:
+        known = all(is_stable(c) and not isinstance(c, ast.Constant) for c, _ in containers)
+    if not known or loads(node.iter, x):
         return None
     steps = [step for statement in node.body for step in _steps(statement, x, ())]
     calls = [c for step in steps if step is not None for c in step[1]]
@@ -111,18 +126,18 @@ def _loop(node: ast.For, function: FunctionNode) -> Loop | None:
             return None
     if in_scope(function, x) or set(stored(node)) != {x, *names}:
         return None
-    checks = Checks()
-    harmless = Harmless(checks, None, self_name(function), {names[0]} if counts else set(), {x})
+    harmless = Harmless(checks, None, self_name(function), {names[0]} if counts or is_range(over) else set(), {x})
     if not all(harmless.value(test, True) for step in steps for test, _ in step[0]):  # type: ignore[index]
         return None
-    reads = [*(c for c, _ in containers), *checks.reads]
+    reads = [*(c for c, _ in containers if not is_range(c)), *bounds.reads, *checks.reads]
     for c in calls:
         act = activation_call(c)[0]  # type: ignore[index]
+        act = _container_of(act, names) or act
         reads += [*([] if isinstance(act, str) else [act]), *variable_arguments(further(c, act))]
     if not all(map(is_stable, reads)) or any(loads(read, x) for read in reads):
         return None
     mine = [r for r in reads if not (isinstance(r, ast.Name) and r.id in names)]
-    return Loop(node, counts, containers, names, x, tuple(steps), checks, tuple(mine))  # type: ignore[arg-type]
+    return Loop(node, counts, containers, names, x, tuple(steps), bounds, checks, tuple(mine))  # type: ignore[arg-type]
 
 
 def _is_call_of(node: ast.expr, name: str, least: int) -> bool:
@@ -133,6 +148,19 @@ def _is_call_of(node: ast.expr, name: str, least: int) -> bool:
         return False
     fits = len(node.args) == least or (name == "zip" and len(node.args) > least)
     return fits and not any(isinstance(a, ast.Starred) for a in node.args)
+
+
+def is_range(node: ast.expr) -> bool:
+    return any(_is_call_of(node, "range", count) for count in (1, 2, 3))
+
+
+def _container_of(act: ast.expr | str, names: Sequence[str]) -> ast.expr | None:
+    """Return ``self.layers`` for ``self.layers[i]``, with a variable of the loop or a constant number."""
+    if not isinstance(act, ast.Subscript) or not is_stable(act.value):
+        return None
+    index = act.slice
+    fits = index.id in names if isinstance(index, ast.Name) else isinstance(index, ast.Constant | ast.UnaryOp)
+    return act.value if fits and is_stable(index) else None
 
 
 def _sliced(node: ast.expr) -> tuple[ast.expr, ast.Slice | None]:
@@ -211,17 +239,16 @@ def in_place_of(
         for guards, calls in loop.steps
     ]
     calls: ast.expr = tuple_of(copy.deepcopy(each))
-    if given := loop.checks.given():
-        known = ast.Call(ast.Name(name_of("are_known"), ast.Load()), [tuple_of(part) for part in given], [])
+    if (known := _known(loop.checks, name_of)) is not None:
         calls = ast.BoolOp(ast.And(), [known, calls])
+    known = _known(loop.bounds, name_of)
     per_iteration = thunk(calls)
     per_iteration.args.args = [ast.arg(name) for name in loop.names]
-    used = [
-        ast.Name(name, ast.Load()) for name in (*["enumerate"] * loop.counts, *["zip"] * (len(loop.containers) > 1))
-    ]
+    functions = [n.func for n in ast.walk(loop.node.iter) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    used = [f for f in functions if f.id in _ITERATORS]
     arguments = [
         *(ast.Name(owner, ast.Load()), ast.Constant(slot), tuple_of(used), ast.Constant(loop.counts)),
-        *(tuple_of([_with_slice(*c) for c in loop.containers]), ast.Name(loop.x, ast.Load()), per_iteration),
+        *(tuple_of([_with_slice(*c, known) for c in loop.containers]), ast.Name(loop.x, ast.Load()), per_iteration),
     ]
     ran = f"__fused_loop_{number}__"
     run = ast.Call(ast.Name(name_of("unrolled"), ast.Load()), copy.deepcopy(arguments), [])
@@ -231,9 +258,16 @@ def in_place_of(
     return [placed(statement, loop.node) for statement in several]
 
 
-def _with_slice(container: ast.expr, part: ast.Slice | None) -> ast.expr:
+def _known(checks: Checks, name_of: Callable[[str], str]) -> ast.expr | None:
+    given = checks.given()
+    return ast.Call(ast.Name(name_of("are_known"), ast.Load()), [tuple_of(p) for p in given], []) if given else None
+
+
+def _with_slice(container: ast.expr, part: ast.Slice | None, known: ast.expr | None) -> ast.expr:
+    """Return a container with its slice; something false in place of a range whose bounds are not ``known``."""
     if part is None:
-        return tuple_of([container, ast.Constant(None)])
+        value = container if known is None else ast.BoolOp(ast.And(), [known, container])
+        return tuple_of([value, ast.Constant(None)])
     return tuple_of([container, tuple_of([p or ast.Constant(None) for p in (part.lower, part.upper, part.step)])])
 
 
@@ -250,13 +284,23 @@ def _described(node: ast.Call, name_of: Callable[[str], str]) -> ast.expr:
     args, kwargs = further(node, act)
     if isinstance(act, str):
         act = ast.Subscript(ast.Name(name_of("methods"), ast.Load()), ast.Constant(act), ast.Load())
+    elif isinstance(act, ast.Subscript):
+        act = ast.Call(ast.Name(name_of("element"), ast.Load()), [act.value, act.slice], [])
     return tuple_of([act, tuple_of(args), ast.Dict([ast.Constant(k) for k, _ in kwargs], [v for _, v in kwargs])])
 
 
 # ---- what it calls ---------------------------------------------------------------------------------------------------
 
 _SLICED = (nn.Sequential.__getitem__, nn.ModuleList.__getitem__, list.__getitem__, tuple.__getitem__)
+_ITERATORS = {"enumerate": enumerate, "zip": zip, "range": range}
 _ERRORS = (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError)
+
+
+def element(container: Any, index: Any, /) -> Any:
+    """``container[index]``, or an error if that may run code of the model."""
+    if getattr(type(container), "__getitem__", None) not in _SLICED or type(index) is not int:
+        raise LookupError
+    return container[index]
 
 
 def unrolled(
@@ -266,28 +310,31 @@ def unrolled(
 
     The containers come with the numbers of a slice, or None.
     """
-    if torch.compiler.is_dynamo_compiling() or not all(f is enumerate or f is zip for f in used):
+    if torch.compiler.is_dynamo_compiling() or any(_ITERATORS.get(f.__name__) is not f for f in used):
         return None
-    if not all(
-        is_container(c) and (part is None or getattr(type(c), "__getitem__", None) in _SLICED) for c, part in containers
-    ):
-        return None
+    for c, part in containers:
+        sliced = part is None or getattr(type(c), "__getitem__", None) in _SLICED
+        if not (sliced and (type(c) is range or is_container(c))):
+            return None
     elements = [c if part is None else list(c)[slice(*part)] for c, part in containers]
-    stages: list[Stage] = []
+    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     try:
         for i, item in enumerate(zip(*elements, strict=False)):
             several = calls(i, *item) if counts else calls(*item)
             if type(several) is not tuple:
                 return None
-            stages += [Stage(*one) for one in several]
+            found += several
     except _ERRORS:  # it is raised where the source does the same
         return None
     key = id(self), slot
-    mark = tuple([(id(s.called), s.args, tuple(s.kwargs.items())) for s in stages])
-    comparable = all(has_plain_numbers((*s.args, *s.kwargs.values())) for s in stages)
+    mark = [(id(called), args, kwargs) if args or kwargs else id(called) for called, args, kwargs in found]
+    comparable = all(has_plain_numbers((*args, *kwargs.values())) for _, args, kwargs in found if args or kwargs)
     if comparable and memory.mark_of(key) == mark and (y := memory.run_again(key, self, x)) is not None:
         return y
+    stages = [Stage(*one) for one in found]
     if not stages or linear_rule(type(stages[0].called)) is None:
+        return None
+    if any(may_change_nothing(stage) and not changes_nothing(stage) for stage in stages):  # an active dropout
         return None
     chain = decide(stages, 0, x, lambda i, k: self)
     if isinstance(chain, str) or len(chain.layers) < 2 or not all(map(changes_nothing, stages[chain.last + 1 :])):

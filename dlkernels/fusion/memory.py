@@ -1,11 +1,14 @@
 """What a decision for a chain reads (``_decisions``), and the decision itself.
 
-What cannot be written down (an activation whose body is read at each call, a rule of the user's) has no memory.
+An activation whose body is read, or that has a rule of the user's, is read again at each call (:class:`Checked`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -15,13 +18,33 @@ from dlkernels import _C, _decisions
 from dlkernels._decisions import MISSING, Unknown, keep, mark_of, may_be_kept, recall, run_again
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call, rules
+from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.stages import Chain, Stage, changes_nothing, is_identity, slope_of
 
 __all__ = ["Reads", "Unknown", "decided", "keep", "mark_of", "may_be_kept", "recall", "run_again"]
 
 
+class Checked:
+    """A decision that holds while ``_C.Decided`` finds nothing changed and all ``checks`` return True."""
+
+    def __init__(self, decided: _C.Decided, checks: Sequence[Callable[[], bool]]) -> None:
+        self.decided, self.checks, self.activations = decided, checks, decided.activations
+
+    def run(self, owner: Any, x: Any, /) -> Any:
+        return self.decided.run(owner, x) if all(check() for check in self.checks) else None
+
+
+def _is_still(act: weakref.ref[Any], args: Any, kwargs: Any, known: Any) -> bool:
+    called = act()
+    return called is not None and activation_of(called, args, kwargs) == known
+
+
 class Reads(_decisions.Reads):
     """A list of all that a decision reads. The owner is the first module of the list."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__(owner)
+        self.checks: list[Callable[[], bool]] = []
 
     def attribute(self, module: nn.Module, name: str) -> Any:
         """Note what ``module.name`` looks up, which is no attribute of the class; return its value."""
@@ -51,9 +74,12 @@ class Reads(_decisions.Reads):
         else:
             read = () if called is F.dropout else rules.attributes_read(called)
         if read is None:
-            raise Unknown
+            if type(called) is MethodType:  # another object at each look-up
+                raise Unknown
+            known = activation_of(*stage)
+            self.checks.append(partial(_is_still, weakref.ref(called), stage.args, stage.kwargs, known))
         if isinstance(called, nn.Module):
-            self.attributes(called, read)
+            self.attributes(called, read or ())
 
     def selection(self, owner: Any, plan: Any) -> None:
         """Note the class of an owner, and the modules on the paths that it leaves out."""
@@ -69,7 +95,7 @@ class Reads(_decisions.Reads):
                     break
 
 
-def decided(reads: Reads, stages: Sequence[Stage], chain: Chain, owners: Iterable[Any]) -> _C.Decided | None:
+def decided(reads: Reads, stages: Sequence[Stage], chain: Chain, owners: Iterable[Any]) -> _C.Decided | Checked | None:
     """Return the decision for a chain; None if what it read cannot be written down.
 
     ``reads`` holds already what led to the stages. ``owners`` are the modules whose plans selected them.
@@ -97,7 +123,8 @@ def decided(reads: Reads, stages: Sequence[Stage], chain: Chain, owners: Iterabl
     ]
     reads.class_attributes.append((nn.Linear, "forward", call.STOCK_LINEAR[1]))
     codes = [ACTIVATIONS[name].code for _, _, name, _ in chain.layers]
-    return reads.decided(list(zip(layers, codes, strict=True)), slope_of(chain.layers))
+    made = reads.decided(list(zip(layers, codes, strict=True)), slope_of(chain.layers))
+    return Checked(made, reads.checks) if reads.checks else made
 
 
 def _end(reads: Reads, stages: Sequence[Stage], chain: Chain) -> None:

@@ -24,7 +24,7 @@ _NO_KEYWORDS: dict[str, Any] = {}
 # The ids of a module, an activation and a layer whose decision cannot be written down. Another object may have such an
 # id later: then it is decided at each call too.
 _unknown: set[tuple[int, int, int]] = set()
-_MOST = 4096
+_MOST = 16384
 
 
 def _run_again(self: Any, act: Any, linear: Any, x: Any) -> Tensor | None:

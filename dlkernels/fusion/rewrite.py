@@ -35,6 +35,7 @@ HELPERS = (
     "are_known",
     "chain",
     "unrolled",
+    "element",
     "gated",
     "up_and_gate",
     "packed",

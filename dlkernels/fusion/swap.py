@@ -142,7 +142,7 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 def _helpers() -> dict[str, Any]:
     values = {"methods": METHODS, "are_known": are_known}
     sources = {"chain": chain, "gated": gated, "up_and_gate": gated, "packed": gated}
-    sources |= {"written": written, "written_there": written, "unrolled": loops}
+    sources |= {"written": written, "written_there": written, "unrolled": loops, "element": loops}
     values |= {name: getattr(sources.get(name, pairs), name) for name in HELPERS if name not in values}
     return {helper_name(name): value for name, value in values.items()}
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dlkernels import fuse, report, unfuse
+from dlkernels.fusion import call
 from tests.fusion.fusable import THREE, Chained, Lora, Named, Nested, Subclass, X, made, runs_fused
 
 
@@ -40,6 +41,27 @@ def test_a_hook_sees_what_it_saw(cls, which):
     assert not runs_fused(model) and model.fc in seen and model.act in seen
     everywhere.remove()
     assert runs_fused(model)
+
+
+@THREE
+def test_one_layer_is_decided_once(cls):
+    """Parameters may be swapped meanwhile, and have other memory. Under a device mode each call decides."""
+    model = fuse(made(cls))
+    model(X)
+    for change in (
+        lambda p: torch.utils.swap_tensors(p, nn.Parameter(p.detach() * 2)),
+        lambda p: setattr(p, "data", p.data * 3),
+    ):
+        with mock.patch.object(call, "decide", side_effect=AssertionError):
+            assert runs_fused(model)
+            for p in model.parameters():
+                change(p)
+            y = model(X)
+        torch.testing.assert_close(y, unfuse(copy.deepcopy(model))(X))
+    with mock.patch.object(call, "decide", wraps=call.decide) as decide, torch.device("cpu"):
+        assert runs_fused(model) and decide.call_count
+    with mock.patch.object(call, "decide", side_effect=AssertionError):
+        assert runs_fused(model)
 
 
 @THREE

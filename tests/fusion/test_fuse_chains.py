@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from dlkernels import fuse, report, unfuse
-from dlkernels.fusion import memory
+from dlkernels.fusion import call, memory
 from tests.fusion.fusable import Lora, X, fused_runs, made, numbers
 
 
@@ -703,6 +703,59 @@ def test_parameters_may_be_swapped(cls):
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     torch.testing.assert_close(fused(X.float()), stock(X.float()))
+
+
+class Gelu(nn.Module):
+    """An activation whose body is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.kind, self.tanh = "none", False
+
+    def forward(self, x):
+        return torch.tanh(x) if self.tanh else F.gelu(x, approximate=self.kind)
+
+
+class OneLayer(Base):
+    def forward(self, x):
+        return self.act(self.fc1(x))
+
+
+@pytest.mark.parametrize("cls", [Sequence, Loop, Nested, Statements, OneLayer], ids=lambda c: c.__name__)
+def test_activations_whose_body_is_read_are_remembered(cls):
+    def model():
+        new = made(cls).eval()
+        for module in list(new.modules()):
+            for name, act in module.named_children():
+                if isinstance(act, nn.GELU | nn.ReLU | nn.Tanh):
+                    setattr(module, name, Gelu())
+        return new
+
+    stock, fused = model(), fuse(model())
+    same(fused, stock)
+    with mock.patch.object(call, "decide", side_effect=AssertionError):
+        same(fused, stock)
+    for change in (
+        lambda act: setattr(act, "kind", "tanh"),
+        lambda act: setattr(act, "tanh", True),
+        lambda act: setattr(act, "tanh", False),
+        lambda act: setattr(act, "kind", "none"),
+        lambda act: act.register_forward_hook(lambda m, i, o: o * 2),
+    ):
+        for m in (stock, fused):
+            change(next(m for m in m.modules() if isinstance(m, Gelu)))
+        same(fused, stock)
+
+
+def test_a_body_that_is_replaced(monkeypatch):
+    stock, fused = made(OneLayer).eval(), made(OneLayer).eval()
+    stock.act = fused.act = Gelu()
+    fuse(fused)
+    same(fused, stock)
+    monkeypatch.setattr(Gelu, "forward", lambda self, x: F.silu(x))
+    same(fused, stock)
+    monkeypatch.setattr(F, "silu", lambda x: x * 3)
+    same(fused, stock)
 
 
 def test_a_memory_keeps_nothing_alive():

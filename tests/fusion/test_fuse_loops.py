@@ -91,7 +91,23 @@ class Sloped(Layers):
         return x
 
 
-MODELS = [Guarded, Choice, Every, Paired, PairedAndCounted, WithDropout, Sliced, Sloped]
+class ByIndex(Layers):
+    def forward(self, x):
+        for i in range(len(self.layers) - 1):
+            x = self.acts[i](self.layers[i](x))
+        return self.layers[-1](x)
+
+
+class ByIndexBeside(Layers):
+    def forward(self, x):
+        for i, _ in enumerate(self.layers):
+            x = self.layers[i](x)
+            if i < self.count - 1:
+                x = self.act(x)
+        return x
+
+
+MODELS = [ByIndex, ByIndexBeside, Guarded, Choice, Every, Paired, PairedAndCounted, WithDropout, Sliced, Sloped]
 EVERY = pytest.mark.parametrize("cls", MODELS, ids=lambda c: c.__name__)
 
 
@@ -103,7 +119,7 @@ def places(cls):
 def test_a_loop_is_one_site_and_one_call(cls):
     stock, fused = made(cls).eval(), fuse(made(cls)).eval()
     same(fused, stock)
-    layers = [f"layers.{i}" for i in range(2 if cls is Sliced else 3)]
+    layers = [f"layers.{i}" for i in range(2 if cls in (Sliced, ByIndex) else 3)]
     assert chains(fused) == [layers], str(report(fused))
     assert not report(fused).undecided and ops(fused) == (1, places(cls))
     for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
@@ -145,6 +161,7 @@ CHANGES = {
     "parametrized": lambda m: nn.utils.parametrize.register_parametrization(m.layers[1], "weight", Doubled()),
     "bias removed": lambda m: setattr(m.layers[1], "bias", None),
     "container replaced": lambda m: setattr(m, "layers", nn.ModuleList(list(m.layers)[:2])),
+    "items of another class": lambda m: setattr(m, "acts", Shifted(list(m.acts))),
     "container of another class": lambda m: setattr(m, "layers", Backwards(list(m.layers))),
 }
 
@@ -156,6 +173,11 @@ class Noted:
     def __sub__(self, other):
         self.log.append("sub")
         return self.value - other
+
+
+class Shifted(nn.ModuleList):
+    def __getitem__(self, i):
+        return super().__getitem__((i + 1) % 2)
 
 
 class Backwards(nn.ModuleList):
@@ -189,6 +211,14 @@ def test_names_of_python_that_are_rebound(monkeypatch):
     stock, fused = made(Guarded).eval(), fuse(made(Guarded)).eval()
     same(fused, stock)
     monkeypatch.setitem(globals(), "enumerate", lambda layers: ((0, layer) for layer in layers))
+    same(fused, stock)
+    stock, fused = made(ByIndex).eval(), fuse(made(ByIndex)).eval()
+    same(fused, stock)
+    monkeypatch.setitem(globals(), "range", lambda n: [0] * n and [0])
+    for model in (stock, fused):
+        model.layers[-1] = nn.Linear(8, 3).double()
+        torch.manual_seed(1)
+        model.layers[-1].reset_parameters()
     same(fused, stock)
 
 
@@ -248,6 +278,18 @@ class Counted(Layers):
         return x
 
 
+class Outer(Layers):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleList([self.layers[0], self.layers[1]]), nn.ModuleList([self.layers[2]])])
+
+    def forward(self, x):
+        for block in self.blocks:
+            for layer in block:
+                x = F.relu(layer(x))
+        return x
+
+
 class Suppressed(Layers):
     def forward(self, x):
         with torch.enable_grad():
@@ -277,7 +319,7 @@ class InAnInnerFunction(Layers):
 @pytest.mark.parametrize(
     "cls",
     [
-        *(ReadsALoopVariable, KeepsValues, Residual, ReadsTheValue, Normed, Counted, Suppressed, Leaves),
+        *(ReadsALoopVariable, KeepsValues, Residual, ReadsTheValue, Normed, Counted, Outer, Suppressed, Leaves),
         InAnInnerFunction,
     ],
     ids=lambda c: c.__name__,
