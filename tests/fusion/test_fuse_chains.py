@@ -1,6 +1,5 @@
 """Chains: layers that run as one call, beside their stock twins, before a later change and after it."""
 
-import contextlib
 import copy
 import pickle
 from unittest import mock
@@ -13,134 +12,29 @@ from torch.nn.utils import parametrizations, parametrize
 
 from dlkernels import fuse, report, unfuse
 from dlkernels.fusion import call, memory
+from tests.fusion.chains import (
+    EVERY,
+    MODELS,
+    Base,
+    Blocks,
+    ByHand,
+    Converted,
+    InBranches,
+    Loop,
+    Nested,
+    OfAnExpression,
+    Sequence,
+    Statements,
+    WithArguments,
+    activation,
+    chains,
+    first,
+    ops,
+    replaced,
+    same,
+    second,
+)
 from tests.fusion.fusable import Lora, X, fused_runs, made, numbers
-
-
-class Base(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.act, self.drop, self.p, self.slope = nn.GELU(), nn.Dropout(0.5), 0.5, 0.2
-        self.function, self.norm, self.log = F.silu, nn.LayerNorm(8), []
-
-
-class Sequence(nn.Sequential):
-    def __init__(self):
-        super().__init__(
-            nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.Tanh(), nn.Identity(), nn.Linear(8, 3)
-        )
-
-
-class Blocks(nn.Sequential):
-    def __init__(self):
-        super().__init__(
-            nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5)), nn.Sequential(nn.Linear(8, 8), nn.Tanh()),
-            nn.Linear(8, 3),
-        )  # fmt: skip
-
-
-class Loop(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Sequence())
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Nested(Base):
-    def forward(self, x):
-        return self.fc3(self.act(self.fc2(self.drop(self.act(self.fc1(x))))))
-
-
-class Statements(Base):
-    def forward(self, x):
-        h = self.fc1(x)
-        h = self.act(h)
-        h = self.drop(h)
-        h = self.fc2(h)
-        h = self.act(h)
-        return self.fc3(h)
-
-
-class ByHand(Base):
-    def forward(self, x):
-        x = x.view(x.size(0), -1)
-        x = F.relu(self.fc1(x))
-        x = F.dropout(x, p=self.p, training=self.training)
-        x = torch.tanh(self.fc2(x))
-        out = self.fc3(x)
-        return out * 2
-
-
-class WithArguments(Base):
-    def forward(self, x):
-        h = F.leaky_relu(self.fc1(x), self.slope)
-        h: torch.Tensor = self.fc2(h)
-        h = F.leaky_relu(h, negative_slope=self.slope)
-        return self.fc3(h)
-
-
-class OfAnExpression(Base):
-    """Python looks up the callees first, and then computes the input of the first layer."""
-
-    def forward(self, x):
-        return self.fc3(self.function(self.fc2(F.relu(self.fc1(x * 2), inplace=True))))
-
-
-class InBranches(Base):
-    def forward(self, x, deep=True):
-        if deep:
-            h = F.relu(self.fc1(x))
-            h = F.relu(self.fc2(h))
-            return self.fc3(h)
-        return self.fc3(self.fc1(x).relu())
-
-
-class Converted(Base):
-    """As in T5."""
-
-    def forward(self, x):
-        x = self.fc1(x)
-        x = self.act(x)
-        x = self.drop(x)
-        if (
-            isinstance(self.fc2.weight, torch.Tensor)
-            and x.dtype != self.fc2.weight.dtype
-            and self.fc2.weight.dtype != torch.int8
-        ):
-            x = x.to(self.fc2.weight.dtype)
-        x = torch.tanh(self.fc2(x))
-        if x.dtype != self.fc3.weight.dtype:
-            x = x.to(self.fc3.weight.dtype)
-        return self.fc3(x)
-
-
-MODELS = [Sequence, Blocks, Loop, Nested, Statements, ByHand, WithArguments, OfAnExpression, InBranches, Converted]
-EVERY = pytest.mark.parametrize("cls", MODELS, ids=lambda c: c.__name__)
-
-
-def chains(model):
-    return [[path for path, _ in site.layers] for site in report(model).fused if site.then]
-
-
-def ops(model, x=X):
-    """The number of fused calls, and of layers with an activation in them; twice, as the second call remembers."""
-    both = []
-    for _ in range(2):
-        with fused_runs() as runs:
-            model(x)
-        both.append((runs.ops, runs.places))
-    assert both[0] == both[1]
-    return both[0]
-
-
-def same(fused, stock, x=X):
-    for _ in range(2):
-        torch.testing.assert_close(numbers(fused, x), numbers(stock, x), rtol=1e-12, atol=1e-12)
-        assert getattr(fused, "log", None) == getattr(stock, "log", None)
 
 
 @EVERY
@@ -189,26 +83,6 @@ def test_an_inactive_dropout_with_a_wrong_p_raises_as_in_stock(cls):
                 module.p = 1.5
         with pytest.raises(ValueError, match="between 0 and 1"):
             model(X)
-
-
-def first(model):
-    return next(m for m in model.modules() if isinstance(m, nn.Linear))
-
-
-def second(model):
-    return [m for m in model.modules() if isinstance(m, nn.Linear)][1]
-
-
-def activation(model):
-    return next(m for m in model.modules() if isinstance(m, nn.GELU | nn.ReLU))
-
-
-def replaced(model, old, new):
-    for module in model.modules():
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new.double()
-                return
 
 
 class Doubled(nn.Module):
@@ -330,220 +204,6 @@ def test_an_attribute_that_hides_a_layer():
     for model in (stock, fused):
         object.__setattr__(model, "fc2", torch.tanh)
     same(fused, stock)
-
-
-# ---- what ends a chain ------------------------------------------------------------------------------------------
-
-
-ENDS: list = []
-
-
-def ends(*expected, calls):
-    """A model with the chains ``expected``, which makes so many fused calls."""
-
-    def take(cls):
-        ENDS.append(pytest.param(cls, list(map(list, expected)), calls, id=cls.__name__))
-        return cls
-
-    return take
-
-
-@ends(calls=2)
-class SecondUse(Base):
-    def forward(self, x):
-        h = F.relu(self.fc1(x))
-        y = F.relu(self.fc2(h))
-        return y + h
-
-
-@ends(calls=1)
-class KeptInAnAttribute(Base):
-    def forward(self, x):
-        self.kept = h = F.relu(self.fc1(x))
-        return self.fc2(h)
-
-
-@ends(calls=1)
-class ConvertedToAnotherDtype(Base):
-    def forward(self, x):
-        h = F.relu(self.fc1(x))
-        if h.dtype == self.fc2.weight.dtype:
-            h = h.to(self.norm.weight.dtype)
-        return self.fc2(h)
-
-
-@ends(calls=1)
-class ConvertedByAConditionThatRunsCode(Base):
-    def forward(self, x):
-        h = F.relu(self.fc1(x))
-        if h.dtype != self.fc2.weight.dtype or self.log.append(1):
-            h = h.to(self.fc2.weight.dtype)
-        return self.fc2(h)
-
-
-@ends(calls=1)
-class ConvertedOrNot(Base):
-    def forward(self, x):
-        h = F.relu(self.fc1(x))
-        if h.dtype != self.fc2.weight.dtype:
-            h = h.to(self.fc2.weight.dtype)
-        else:
-            self.log.append(1)
-            h = h * 2
-        return self.fc2(h)
-
-
-@ends(calls=1)
-class ItsShapeIsRead(Base):
-    def forward(self, x):
-        h = F.relu(self.fc1(x))
-        _, features = h.shape
-        return self.fc3(h) * features
-
-
-@ends(calls=1)
-class ItsShapeIsReadLater(Base):
-    def forward(self, x):
-        h = F.relu(self.fc1(x))
-        y = self.fc3(h)
-        return y * h.size(-1)
-
-
-@ends(calls=2)
-class NormBetween(Base):
-    def forward(self, x):
-        h = self.norm(F.relu(self.fc1(x)))
-        return self.fc3(F.relu(self.fc2(h)))
-
-
-ENDS.pop()
-
-
-@ends(["fc2", "fc3"], calls=2)
-class NormInFront(Base):
-    def forward(self, x):
-        h = self.norm(F.relu(self.fc1(x)))
-        return self.fc3(F.relu(self.fc2(h)))
-
-
-@ends(["fc1", "fc2"], calls=1)
-class NothingBetween(Base):
-    """Layers without an activation between them."""
-
-    def forward(self, x):
-        return self.fc3(self.fc2(F.relu(self.fc1(x))))
-
-
-@ends(calls=1)
-class EffectBetween(Base):
-    def switch(self):
-        self.fc2 = nn.Linear(8, 8).double()
-
-    def forward(self, x):
-        h = F.relu(self.fc1(x))
-        self.switch()
-        return self.fc2(h)
-
-
-@ends(calls=1)
-class PropertyBetween(Base):
-    @property
-    def which(self):
-        self.log.append(1)
-        return self.fc2
-
-    def forward(self, x):
-        h = F.relu(self.fc1(x))
-        return self.which(h)
-
-
-@ends(["fc1", "fc3"], calls=1)
-class ResidualAround(Base):
-    def forward(self, x):
-        r = x
-        h = self.act(self.fc1(x))
-        return self.fc3(h) + r.sum()
-
-
-@ends(["fc2", "fc2", "fc3"], calls=2)
-class SharedTwice(Base):
-    """The same module twice in one chain."""
-
-    def forward(self, x):
-        h = self.norm(F.relu(self.fc1(x)))
-        return self.fc3(F.relu(self.fc2(F.relu(self.fc2(h)))))
-
-
-@ends(["fc1", "fc2"], ["fc1", "fc2"], calls=2)
-class CalledTwice(Base):
-    def block(self, x):
-        return self.fc2(F.relu(self.fc1(x)))
-
-    def forward(self, x):
-        return self.fc2(F.relu(self.fc1(x))) + self.block(x * 2)
-
-
-@ends(calls=2)
-class InATry(Base):
-    def forward(self, x):
-        h = F.relu(self.fc1(x))
-        with contextlib.suppress(ValueError):
-            h = F.relu(self.fc2(h))
-            h = self.fc3(h)
-        return h
-
-
-ENDS.pop()
-
-
-@ends(calls=1)
-class NameThatChanges(Base):
-    def forward(self, x):
-        layer = self.fc2
-        h = F.relu(self.fc1(x))
-        layer = self.fc3 if h is None else layer
-        return layer(h)
-
-
-@ends(calls=1)
-class OfASubclass(Base):
-    def __init__(self):
-        super().__init__()
-        self.fc2 = type("Half", (nn.Linear,), {"forward": lambda self, x: nn.Linear.forward(self, x) / 2})(8, 8)
-
-    def forward(self, x):
-        return self.fc2(F.relu(self.fc1(x)))
-
-
-@ends(["fc1", "fc3"], calls=1)
-class InALoop(Base):
-    def forward(self, x):
-        y = 0
-        for _ in range(1):
-            h = F.relu(self.fc1(x))
-            y = y + self.fc3(h)
-        return y
-
-
-@ends(["fc1", "fc2"], calls=2)
-class TwoSlopes(Base):
-    def forward(self, x):
-        h = F.leaky_relu(self.fc2(F.leaky_relu(self.fc1(x), 0.1)), 0.1)
-        return F.leaky_relu(self.fc3(h), 0.3)
-
-
-@pytest.mark.parametrize(("cls", "expected", "calls"), ENDS)
-def test_what_ends_a_chain(cls, expected, calls):
-    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
-    assert chains(fused) == expected, str(report(fused))
-    if cls is EffectBetween:
-        torch.manual_seed(1)
-        a = numbers(fused, X)[0]
-        torch.manual_seed(1)
-        torch.testing.assert_close(a, numbers(stock, X)[0], rtol=1e-12, atol=1e-12)
-        return
-    same(fused, stock)
-    assert ops(fused)[0] == calls
 
 
 # ---- tensors and modes ---------------------------------------------------------------------------------------------
