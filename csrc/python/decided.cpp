@@ -2,17 +2,18 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/core/List.h>
 #include <c10/core/GradMode.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <memory>
 #include <vector>
 
-#include "ops/autograd/function.h"
+#include "ops/dispatched.h"
 #include "ops/mlp.h"
+#include "python/tensors.h"
 
 namespace dlk::python {
 namespace {
@@ -146,17 +147,23 @@ bool unchanged(const Module& m) {
   return !m.fixed_children || same_children(m, dict);
 }
 
+// at::autocast::is_autocast_enabled, whose header includes half of torch.
+bool is_autocast_enabled(at::DeviceType device) {
+  return !c10::impl::tls_is_dispatch_key_excluded(device == at::kCUDA ? c10::DispatchKey::AutocastCUDA
+                                                                      : c10::DispatchKey::AutocastCPU);
+}
+
 // Modes of torch under which Python decides at each call.
 bool is_special_mode(at::DeviceType device) {
   return at::tracer::impl::is_dispatch_enabled() || at::impl::PythonTorchFunctionTLS::stack_len() > 0 ||
          c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         at::autocast::is_autocast_enabled(device);
+         is_autocast_enabled(device);
 }
 
 const at::Tensor* plain_tensor(const State& s, PyObject* object) {
   PyObject* cls = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (!s.plain[0].is(cls) && !s.plain[1].is(cls)) return nullptr;
-  const at::Tensor& t = THPVariable_Unpack(object);
+  const at::Tensor& t = unpack(object);
   const bool fits =
       t.scalar_type() == s.dtype && t.device() == s.device && t.layout() == at::kStrided && !t.is_nested();
   return fits ? &t : nullptr;
@@ -217,8 +224,7 @@ at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const Optional
 }
 
 // run(owner, x): the chain's output, or None if anything differs from what was decided.
-PyObject* run(PyObject* object, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
+PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t count) {
   const State& s = *reinterpret_cast<Decided*>(object)->state;
   TORCH_CHECK_TYPE(count == 2, "Decided.run: expected owner and x, got ", count, " arguments");
   if (!s.modules[0].self.is(args[0]) || is_special_mode(s.device.type()) || !unchanged(s)) Py_RETURN_NONE;
@@ -235,8 +241,11 @@ PyObject* run(PyObject* object, PyObject* const* args, Py_ssize_t count) {
     y = weights.size() == 1 ? run_layer(*x, weights[0], biases.get(0), s.acts[0], s.slope, recorded)
                             : run_chain(*x, weights, biases, s.acts, s.slope, recorded);
   }
-  return THPVariable_Wrap(y);
-  END_HANDLE_TH_ERRORS
+  return wrap(y);
+}
+
+PyObject* run(PyObject* object, PyObject* const* args, Py_ssize_t count) {
+  return with_torch_errors([=] { return run_if_unchanged(object, args, count); });
 }
 
 PyObject* activations(PyObject* object, PyObject*) {
@@ -299,7 +308,7 @@ void fill(State& s, const py::dict& read) {
   for (int i = 0; i < 2; ++i) s.plain[i] = same(s, plain[i]);
   for (py::handle row : read["layers"]) {  // weight, bias or None, code of the activation
     const py::tuple parts = py::reinterpret_borrow<py::tuple>(row);
-    const at::Tensor& w = THPVariable_Unpack(parts[0].ptr());
+    const at::Tensor& w = unpack(parts[0].ptr());
     const bool has_bias = !parts[1].is_none();
     s.layers.push_back(
         {weakly(s, parts[0]), has_bias ? weakly(s, parts[1]) : Same{nullptr, false}, has_bias, w.size(1), w.size(0)});
