@@ -43,11 +43,11 @@ def commands() -> dict[str, list[str]]:
 def cost(command: list[str]) -> tuple[float, float]:
     """CPU seconds and megabytes of the largest process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = re.sub(r" -o \S+", f" -o {folder}/object", shlex.join(command))
-        pid = os.posix_spawnp("sh", ["sh", "-c", f"exec {re.sub(r' -MMD -MF [^ ]+', '', command)}"], os.environ)
-        _, status, usage = os.wait4(pid, 0)
+        line = re.sub(r" -o \S+", f" -o {folder}/object", re.sub(r" -MMD -MF \S+", "", shlex.join(command)))
+        pid = os.posix_spawnp("sh", ["sh", "-c", f"exec {line}"], os.environ)
+        _, status, usage = os.wait4(pid, 0)  # of the compiler and what it has started
     if status:
-        sys.exit(f"does not compile: {command}")
+        sys.exit(f"does not compile: {line}")
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
