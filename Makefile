@@ -14,10 +14,7 @@ SOURCES := pyproject.toml setup.py $(wildcard _build/*.py tools/*.sh) $(shell fi
 .PHONY: demo docs test test-isa lint bench bench-full sanitize cuda-check gpu-check gpu-wheel gpu-lease mutations wheel clean
 
 demo: .venv/.demo  ## train 784-256-10 on MNIST, fused beside stock
-	@echo "== data: MNIST, from the cache or fetched"
-	@$(BIN)/python -c "import logging; logging.basicConfig(level=logging.INFO, format='%(message)s'); from dlkernels.data import load; print(load('mnist'))"
-	@echo "== training: 10 epochs, fused and stock in turns"
-	$(BIN)/python -m dlkernels train --dataset mnist --sizes 784 256 10 --batch-size 256 --epochs 10 --compare-stock --out runs/demo
+	@tools/demo.sh .venv
 
 docs: .venv/.dev  ## the documentation site, in site/; a broken link fails it, and so does a public name that no page shows
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from verdict import verdict
 
 import dlkernels
 from dlkernels.data.vision import import_torchvision
@@ -24,7 +25,6 @@ with contextlib.suppress(
     import_torchvision()
 
 Prepare = Callable[[Any], Any]
-NOISE = 0.05  # a smaller difference of two times says nothing
 
 
 @dataclass
@@ -53,16 +53,7 @@ class Beside:
         lines = ["            seconds     result"]
         for name, side in (("stock", self.stock), ("fused", self.fused)):
             lines.append(f"{name:8s} {statistics.median(side.seconds):10.3f} {side.result:10.4f}")
-        pays = (
-            "fusing pays" if self.ratio > 1 + NOISE else "fusing costs" if self.ratio < 1 - NOISE else "no difference"
-        )
-        return "\n".join(
-            [*lines, f"{self.fused_layers} fused layers; stock / fused {self.ratio:.2f}: {pays} here, {_machine()}"]
-        )
-
-
-def _machine() -> str:
-    return f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        return "\n".join([*lines, f"{self.fused_layers} fused layers; {verdict(self.ratio)}"])
 
 
 def beside(train: Callable[[Prepare], float], *, seed: int = 0, rounds: int = 3) -> Beside:

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy
 import torch
 from torch import nn
+from verdict import verdict
 
 import dlkernels
 
@@ -85,9 +86,9 @@ class Both(Generic[Result]):
     def __str__(self) -> str:
         sites = sum(len(report.fused) for report in self.reports)
         return (
-            f"{sites} fused places; stock and fused losses at most {self.apart:.1e} apart over the first "
-            f"{min(BEGINNING, len(self.stock.losses))} steps; a step of stock takes {self.ratio:.2f} times that of "
-            f"fused ({len(self.stock.losses)} steps, {torch.get_num_threads()} threads)"
+            f"losses at most {self.apart:.1e} apart over the first {min(BEGINNING, len(self.stock.losses))} steps\n"
+            f"a step: stock {_milliseconds(self.stock)}, fused {_milliseconds(self.fused)}\n"
+            f"{sites} fused places; {verdict(self.ratio)}"
         )
 
     def curves(self, rows: int = 8) -> str:
@@ -100,6 +101,10 @@ class Both(Generic[Result]):
             means = [f"{statistics.mean(part):10.4f}" if part else f"{'done':>10}" for part in parts]
             lines.append(f"{end:8d}{''.join(means)}")
         return "\n".join(lines)
+
+
+def _milliseconds(side: Side[Any]) -> str:
+    return f"{1e3 * statistics.median(side.seconds):.3f} ms"
 
 
 def both(train: Callable[[Prepare], Training[Result]], *, seed: int = 0, **how: Any) -> Both[Result]:

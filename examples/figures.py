@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure  # pyplot would choose a backend for the whole process
+import options  # noqa: F401
+
+# After options, which says how to get it. pyplot would choose a backend for the whole process.
+from matplotlib.figure import Figure  # isort: skip
 from torch import Tensor
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label: x and y

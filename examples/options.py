@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 
+from dlkernels.data import DataError
 from dlkernels.extras import how_to_get
 
 
 def say_what_is_missing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """For ``sys.excepthook``: print a sentence for a library that is not installed, else the traceback."""
-    if not isinstance(error, ModuleNotFoundError):
-        return sys.__excepthook__(kind, error, traceback)
-    module = (error.name or "").split(".")[0]
+    """For ``sys.excepthook``: print a sentence for a library or data that are not there, else the traceback."""
     name = pathlib.Path(sys.argv[0]).name
-    print(f"{name}: this example needs {module} ({error}): {how_to_get(module)}", file=sys.stderr)
+    if isinstance(error, DataError):
+        print(f"{name}: {error}", file=sys.stderr)
+    elif isinstance(error, ModuleNotFoundError):
+        module = (error.name or "").split(".")[0]
+        print(f"{name}: this example needs {module} ({error}): {how_to_get(module)}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 if "examples" in pathlib.Path(sys.argv[0]).resolve().parts:  # run as a program, not by a test

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # venv.sh FOLDER EXTRA: make FOLDER a virtual environment with torch and, built against it, dlkernels[EXTRA]. Says what it
-# does, phase by phase, with the seconds since it began.
+# does, phase by phase, with the seconds since it began, and leaves the seconds of each in FOLDER/phases.
 set -euo pipefail
 venv=$1 extra=$2
 has_torch='import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)'
 
-phase() { echo "== $* (after $SECONDS s)"; }
+began=0 name=start phases=""
+phase() {
+  phases+="$name"$'\t'"$((SECONDS - began))"$'\n' began=$SECONDS name=${1%%:*}
+  echo "== $* (after $SECONDS s)"
+}
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
@@ -46,3 +50,4 @@ if [[ $extra == dev ]]; then
     echo "no torchvision 0.$release for this torch: the tests of its models will be skipped" >&2
 fi
 phase "ready"
+printf '%s' "$phases" | awk -F '\t' '$2 > 0' >"$venv/phases"

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty_ops.h>
 #include <ATen/ops/empty_strided_ops.h>
 #include <ATen/ops/mm_ops.h>
+#include <ATen/ops/mul_ops.h>
+#include <ATen/ops/neg_ops.h>
 #include <ATen/ops/scalar_tensor_ops.h>
 #include <ATen/ops/zeros_ops.h>
 
@@ -37,6 +39,9 @@ at::Tensor scalar_tensor(const at::Scalar& value, const at::TensorOptions& optio
   return at::_ops::scalar_tensor::call(value, dtype_of(options), options.layout_opt(), options.device_opt(),
                                        options.pinned_memory_opt());
 }
+
+at::Tensor mul(const at::Tensor& a, const at::Tensor& b) { return at::_ops::mul_Tensor::call(a, b); }
+at::Tensor neg(const at::Tensor& a) { return at::_ops::neg::call(a); }
 
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b) { return at::_ops::mm::call(a, b); }
 

@@ -11,6 +11,9 @@ at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, const a
 at::Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor scalar_tensor(const at::Scalar& value, const at::TensorOptions& options);
 
+at::Tensor mul(const at::Tensor& a, const at::Tensor& b);
+at::Tensor neg(const at::Tensor& a);
+
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b);
 at::Tensor& mm_out(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 at::Tensor& addmm_out(at::Tensor& out, const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b);

@@ -1,9 +1,9 @@
 #include "ops/update.h"
 
-#include <ATen/ops/_foreach_add.h>
-#include <ATen/ops/_fused_adam.h>
-#include <ATen/ops/_fused_adamw.h>
-#include <ATen/ops/_fused_sgd.h>
+#include <ATen/ops/_foreach_add_ops.h>
+#include <ATen/ops/_fused_adam_ops.h>
+#include <ATen/ops/_fused_adamw_ops.h>
+#include <ATen/ops/_fused_sgd_ops.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 namespace dlk {
@@ -11,7 +11,7 @@ namespace {
 
 void count_steps(const std::vector<at::Tensor>& steps) {
   for (const at::Tensor& step : steps) {
-    if (!step.is_cpu()) return at::_foreach_add_(steps, 1);
+    if (!step.is_cpu()) return at::_ops::_foreach_add__Scalar::call(steps, 1);
     if (step.scalar_type() == at::kDouble)
       *step.mutable_data_ptr<double>() += 1;
     else
@@ -28,14 +28,14 @@ bool has_mode() { return c10::impl::tls_local_dispatch_key_set().included_.has(c
 void update_by_torch(const OptimizerGroup& g, at::TensorList grads) {
   switch (g.rule) {
     case cpu::UpdateRule::adam:
-      return at::_fused_adam_(g.parameters, grads, g.means, g.squares, g.max_squares, g.steps, g.lr, g.beta1, g.beta2,
-                              g.weight_decay, g.eps, g.amsgrad, g.maximize);
+      return at::_ops::_fused_adam_::call(g.parameters, grads, g.means, g.squares, g.max_squares, g.steps, g.lr,
+                                          g.beta1, g.beta2, g.weight_decay, g.eps, g.amsgrad, g.maximize, {}, {});
     case cpu::UpdateRule::adamw:
-      return at::_fused_adamw_(g.parameters, grads, g.means, g.squares, g.max_squares, g.steps, g.lr, g.beta1, g.beta2,
-                               g.weight_decay, g.eps, g.amsgrad, g.maximize);
+      return at::_ops::_fused_adamw_::call(g.parameters, grads, g.means, g.squares, g.max_squares, g.steps, g.lr,
+                                           g.beta1, g.beta2, g.weight_decay, g.eps, g.amsgrad, g.maximize, {}, {});
     case cpu::UpdateRule::sgd:
-      return at::_fused_sgd_(g.parameters, grads, g.means, g.weight_decay, g.beta1, g.lr, g.dampening, g.nesterov,
-                             g.maximize, /*is_first_step=*/false);
+      return at::_ops::_fused_sgd_::call(g.parameters, grads, g.means, g.weight_decay, g.beta1, g.lr, g.dampening,
+                                         g.nesterov, g.maximize, /*is_first_step=*/false, {}, {});
   }
 }
 

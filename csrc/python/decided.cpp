@@ -2,18 +2,19 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/core/List.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <memory>
 #include <vector>
 
-#include "ops/autograd/function.h"
+#include "ops/dispatched.h"
 #include "ops/mlp.h"
+#include "python/tensors.h"
 
 namespace dlk::python {
 namespace {
@@ -155,17 +156,23 @@ PyObject* unchanged(const Module& m) {
   return !m.fixed_children || same_children(m, dict) ? dict : nullptr;
 }
 
+// at::autocast::is_autocast_enabled, whose header includes half of torch.
+bool is_autocast_enabled(at::DeviceType device) {
+  return !c10::impl::tls_is_dispatch_key_excluded(device == at::kCUDA ? c10::DispatchKey::AutocastCUDA
+                                                                      : c10::DispatchKey::AutocastCPU);
+}
+
 // Modes of torch under which Python decides at each call.
 bool is_special_mode(at::DeviceType device) {
   return at::tracer::impl::is_dispatch_enabled() || at::impl::PythonTorchFunctionTLS::stack_len() > 0 ||
          c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         at::autocast::is_autocast_enabled(device);
+         is_autocast_enabled(device);
 }
 
 const at::Tensor* plain_tensor(const State& s, PyObject* object) {
   PyObject* cls = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (!s.plain[0].is(cls) && !s.plain[1].is(cls)) return nullptr;
-  const at::Tensor& t = THPVariable_Unpack(object);
+  const at::Tensor& t = unpack(object);
   const bool fits =
       t.scalar_type() == s.dtype && t.device() == s.device && t.layout() == at::kStrided && !t.is_nested();
   return fits ? &t : nullptr;
@@ -235,8 +242,7 @@ at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const Optional
 }
 
 // run(owner, x): the chain's output, or None if anything differs from what was decided.
-PyObject* run(PyObject* object, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
+PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t count) {
   const State& s = *reinterpret_cast<Decided*>(object)->state;
   TORCH_CHECK_TYPE(count == 2, "Decided.run: expected owner and x, got ", count, " arguments");
   Dicts dicts;
@@ -254,8 +260,11 @@ PyObject* run(PyObject* object, PyObject* const* args, Py_ssize_t count) {
     y = weights.size() == 1 ? run_layer(*x, weights[0], biases.get(0), s.acts[0], s.slope, recorded)
                             : run_chain(*x, weights, biases, s.acts, s.slope, recorded);
   }
-  return THPVariable_Wrap(y);
-  END_HANDLE_TH_ERRORS
+  return wrap(y);
+}
+
+PyObject* run(PyObject* object, PyObject* const* args, Py_ssize_t count) {
+  return with_torch_errors([=] { return run_if_unchanged(object, args, count); });
 }
 
 PyObject* activations(PyObject* object, PyObject*) {
@@ -322,7 +331,7 @@ void fill(State& s, const py::dict& read) {
         std::find_if(s.modules.begin(), s.modules.end(), [&](const Module& m) { return m.self.is(parts[0].ptr()); });
     if (at == s.modules.end()) throw py::value_error("Decided: expected the layers among the modules");
     const py::dict parameters = parts[0].attr("_parameters");
-    const at::Tensor& w = THPVariable_Unpack(py::handle(parameters["weight"]).ptr());
+    const at::Tensor& w = unpack(py::handle(parameters["weight"]).ptr());
     s.layers.push_back(
         {static_cast<size_t>(at - s.modules.begin()), !parameters["bias"].is_none(), w.size(1), w.size(0)});
     s.acts.push_back(parts[1].cast<int64_t>());

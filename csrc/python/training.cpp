@@ -2,11 +2,10 @@
 // step it compares what is there with what was read, by identity, and runs the step only if nothing has changed.
 #include "python/training.h"
 
+#include <ATen/core/List.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/ScopeExit.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,10 +16,12 @@
 #include "ops/autograd/mlp_loss.h"
 #include "ops/update.h"
 #include "python/names.h"
+#include "python/tensors.h"
 
 namespace dlk::python {
 namespace {
 
+namespace py = pybind11;
 using Tensors = std::vector<at::Tensor>;
 
 // The entries of a dict as they were read, in their order. Of those with the keys `numbers` only the key must stay: their
@@ -116,8 +117,6 @@ struct TensorFacts {
   bool same(const at::Tensor& t) const { return same_but_for_sizes(t) && t.sizes() == at::IntArrayRef(sizes); }
 };
 
-bool is_empty(PyObject* hooks) { return !hooks || hooks == Py_None || PyObject_Size(hooks) == 0; }
-
 // A parameter, or a tensor of a state or of the loss: a leaf without hooks.
 struct Kept {
   py::object object;
@@ -126,14 +125,12 @@ struct Kept {
 
   explicit Kept(py::handle t)
       : object(py::reinterpret_borrow<py::object>(t)),
-        facts(THPVariable_Unpack(t.ptr())),
-        contiguous(THPVariable_Unpack(t.ptr()).is_contiguous()) {}
+        facts(python::unpack(t.ptr())),
+        contiguous(python::unpack(t.ptr()).is_contiguous()) {}
 
   bool same() const {
-    const auto* variable = reinterpret_cast<const THPVariable*>(object.ptr());
-    const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-    return facts.same(tensor) && tensor.is_contiguous() == contiguous && !tensor.grad_fn() &&
-           is_empty(variable->backward_hooks) && is_empty(variable->post_accumulate_grad_hooks);
+    const at::Tensor& tensor = python::unpack(object.ptr());
+    return facts.same(tensor) && tensor.is_contiguous() == contiguous && !tensor.grad_fn() && !has_hooks(object.ptr());
   }
 };
 
@@ -149,8 +146,8 @@ bool read_number(PyObject* found, double& value) {
     if (PyErr_Occurred()) PyErr_Clear();
     return true;
   }
-  if (!THPVariable_CheckExact(found)) return false;
-  const at::Tensor& t = THPVariable_Unpack(found);
+  if (!is_exactly_tensor(found)) return false;
+  const at::Tensor& t = python::unpack(found);
   if (!t.is_cpu() || t.numel() != 1 || !t.is_floating_point()) return false;
   value = t.item<double>();
   return true;
@@ -183,7 +180,7 @@ struct Group {
   }
 };
 
-const at::Tensor& unpack(const py::handle& tensor) { return THPVariable_Unpack(tensor.ptr()); }
+const at::Tensor& unpack(const py::handle& tensor) { return python::unpack(tensor.ptr()); }
 
 void unpack_all(const Handles& tensors, Tensors& to) {
   to.clear();
@@ -258,7 +255,6 @@ class StepPlan {
   // if the loss, on the CPU, is NaN or infinite.
   PyObject* run(py::handle model, py::handle loss, py::handle optimizer, py::handle x, py::handle target,
                 bool keep_grads, bool only_finite) {
-    HANDLE_TH_ERRORS
     const bool same_owners = model.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 0))) &&
                              loss.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 1))) &&
                              optimizer.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 2)));
@@ -298,11 +294,10 @@ class StepPlan {
       for (const Group& group : groups_)
         for (size_t i = 0; i < group.gradients.size(); ++i)
           group.update.parameters[i].mutable_grad() = gradients[group.gradients[i]];
-    return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(value)),
-                          py::reinterpret_steal<py::object>(THPVariable_Wrap(output)))
+    return py::make_tuple(py::reinterpret_steal<py::object>(wrap(value)),
+                          py::reinterpret_steal<py::object>(wrap(output)))
         .release()
         .ptr();
-    END_HANDLE_TH_ERRORS
   }
 
   int visit(visitproc visit, void* arg) const {
@@ -399,7 +394,8 @@ void add_training(py::module_& m) {
       .def("clear_gradients_of", &StepPlan::clear_gradients_of)
       .def("run", [](StepPlan& plan, py::handle model, py::handle loss, py::handle optimizer, py::handle x,
                      py::handle target, bool keep_grads, bool only_finite) {
-        PyObject* values = plan.run(model, loss, optimizer, x, target, keep_grads, only_finite);
+        PyObject* values =
+            with_torch_errors([&] { return plan.run(model, loss, optimizer, x, target, keep_grads, only_finite); });
         if (!values) throw py::error_already_set();
         return py::reinterpret_steal<py::object>(values);
       });

@@ -68,6 +68,27 @@ def test_pybind11_is_kept_in_one_room():
     assert heavy == []
 
 
+# Each costs a compiler 450 to 830 MB and 3 to 10 s. The others reach what it declares through these files' headers.
+LARGE = {
+    "ATen/core/dispatch/Dispatcher.h": {"ops/dispatched.cpp"},
+    "torch/csrc/autograd/custom_function.h": {"ops/autograd/function.cpp"},
+    "torch/csrc/autograd/python_variable.h": {"python/tensors.cpp"},
+    "torch/csrc/Exceptions.h": {"python/tensors.cpp"},
+    "torch/library.h": {"ops/binding.cpp"},
+}
+
+
+def test_the_largest_headers_of_torch_are_included_once():
+    found = {(name, str(p.relative_to(CSRC))) for p in SOURCES for name in includes(p)}
+    assert {name: {path for other, path in found if other == name} for name in LARGE} == LARGE
+    # <ATen/ops/mul_ops.h> is small. <ATen/ops/mul.h> includes half of ATen, and so do these two. Builds for CPU alone
+    # leave the files of ops/cuda out.
+    half = {"ATen/autocast_mode.h", "ATen/ExpandUtils.h"} | {
+        n for n, _ in found if re.fullmatch(r"ATen/ops/\w+(?<!_ops)\.h", n)
+    }
+    assert not {path for name, path in found if name in half and not path.startswith("ops/cuda/")}
+
+
 # Lower may not import higher. A module's layer is that of the longest prefix here.
 LAYERS = {
     "dlkernels._C": 0, "dlkernels._version": 0, "dlkernels._load": 0, "dlkernels.atomic": 0,

@@ -70,6 +70,20 @@ def test_hugging_face_trainer_safetensors_and_peft(run):
         check(outcome, 3, at_most=1e-3)
 
 
+def test_the_table_of_this_machine_has_what_the_examples_print(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    table = importlib.import_module("table")
+    from verdict import verdict
+
+    assert {"mnist_mlp", "gpt", "with_skorch"} <= set(table.names())
+    assert table.row("gpt", verdict(1.5)) == "| `gpt.py` | 1.50 | fusing pays |"
+    several = "\n".join(map(verdict, (1.2, 0.7, 1.0)))
+    assert table.row("adam", several) == (
+        "| `adam.py` | 0.70 to 1.20 | fusing pays (1 of 3); fusing costs (1 of 3); no difference (1 of 3) |"
+    )
+    assert table.row("gpt", "gpt.py: this example needs x") == "| `gpt.py` | | gpt.py: this example needs x |"
+
+
 def test_the_verdict_needs_a_difference_above_noise(run, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from beside import Beside, Side

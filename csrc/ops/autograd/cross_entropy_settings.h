@@ -10,13 +10,13 @@ struct CrossEntropySettings {
   double label_smoothing;
 
   void save(AutogradContext* ctx) const {
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->save("reduction", reduction);
+    ctx->save("ignore_index", ignore_index);
+    ctx->save("label_smoothing", label_smoothing);
   }
   static CrossEntropySettings saved_in(AutogradContext* ctx) {
-    return {ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toInt(),
-            ctx->saved_data["label_smoothing"].toDouble()};
+    return {ctx->saved<int64_t>("reduction"), ctx->saved<int64_t>("ignore_index"),
+            ctx->saved<double>("label_smoothing")};
   }
 };
 

@@ -1,51 +1,111 @@
-// The ops that autograd records. Each is a torch::autograd::Function over the private ops: its forward calls one, its backward
-// another. A backward that is itself differentiated calls an op that is written in Python (dlkernels/_ops), in torch's
-// operators.
+// The ops that autograd records. Each is a Function over the private ops: its forward calls one, its backward another. A
+// backward that is itself differentiated calls an op that is written in Python (dlkernels/_ops), in torch's operators.
+//
+// Function and AutogradContext are those of torch::autograd, whose header costs a compiler 5 s and 650 MB: it is included in
+// function.cpp alone, which has one torch::autograd::Function that does the work of all ops.
 #pragma once
 
-#include <ATen/TracerMode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/variable.h>
 
+#include <type_traits>
+
+#include "ops/dispatched.h"
 #include "ops/tensors.h"
+
+namespace torch::autograd {
+struct AutogradContext;
+}
 
 namespace dlk {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+using variable_list = std::vector<at::Tensor>;
 
-// The op of this name, through the dispatcher: modes, subclasses and compilers see the call. F is its C++ signature.
-template <class F>
-auto dispatched(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<F>();
-}
+// What forward leaves for backward; see torch::autograd::AutogradContext. A setting is an int64_t, a double, a bool or a list of
+// int64_t.
+class AutogradContext {
+ public:
+  explicit AutogradContext(torch::autograd::AutogradContext& torchs) : torchs_(torchs) {}
+
+  void save_for_backward(variable_list tensors);
+  void set_materialize_grads(bool value);
+  variable_list get_saved_variables() const;
+  // `index`: among the tensors that forward was given. An optional one that is not there has no place.
+  bool needs_input_grad(size_t index) const;
+
+  void save(const char* name, int64_t value);
+  void save(const char* name, double value);
+  void save(const char* name, bool value);
+  void save(const char* name, at::IntArrayRef value);
+  template <class T>
+  T saved(const char* name) const;
+
+ private:
+  torch::autograd::AutogradContext& torchs_;
+};
+
+// The backward of an op returns a gradient for each tensor that forward was given, in their order; undefined ones may follow.
+using Backward = variable_list (*)(AutogradContext*, const variable_list&);
+
+// Enter a backward under a number. The order of entering, and so the number, is that of the library's initialisers.
+int64_t number_of(Backward);
+
+// A reference to the forward of an op with its arguments.
+class AnyForward {
+ public:
+  template <class F>
+  explicit AnyForward(const F& f)
+      : object_(&f), call_([](const void* object, AutogradContext* ctx) -> variable_list {
+          return {(*static_cast<const F*>(object))(ctx)};
+        }) {}
+  variable_list operator()(AutogradContext* ctx) const { return call_(object_, ctx); }
+
+ private:
+  const void* object_;
+  variable_list (*call_)(const void*, AutogradContext*);
+};
+
+// Run forward, and record the backward of this number for its outputs.
+variable_list record(at::TensorList inputs, const AnyForward& forward, int64_t backward);
+
+// T has static functions `forward(AutogradContext*, arguments...)`, which returns one output or a list, and `backward`.
+template <class T>
+struct Function {
+  template <class... Args>
+  static variable_list apply(const Args&... args) {
+    variable_list inputs;
+    inputs.reserve(sizeof...(Args));
+    (add_to(inputs, args), ...);
+    const auto forward = [&](AutogradContext* ctx) { return T::forward(ctx, args...); };
+    return record(inputs, AnyForward(forward), number);
+  }
+
+ private:
+  static const int64_t number;
+
+  template <class Arg>
+  static void add_to(variable_list& inputs, const Arg& arg) {
+    if constexpr (std::is_same_v<Arg, at::Tensor>) {
+      inputs.push_back(arg);
+    } else if constexpr (std::is_same_v<Arg, OptionalTensor>) {
+      if (arg && arg->defined()) inputs.push_back(*arg);
+    } else if constexpr (std::is_same_v<Arg, at::TensorList>) {
+      inputs.insert(inputs.end(), arg.begin(), arg.end());
+    }
+  }
+};
+
+template <class T>
+const int64_t Function<T>::number = number_of(&T::backward);
 
 inline OptionalTensor present(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 // The weight for backward: the memory that it has now, as in stock, which saves weight.t(). Somebody may give the weight
 // another .data before backward. The copy shares the version, so a change in place raises. Subclasses and wrappers have no
 // .data to replace, and see the weight itself.
-inline at::Tensor with_its_memory(const at::Tensor& weight) {
-  constexpr c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
-                                        c10::autograd_dispatch_keyset_with_ADInplaceOrView |
-                                        c10::autocast_dispatch_keyset;
-  if ((weight.key_set().raw_repr() & ~plain.raw_repr()) != 0 || weight.is_inference()) return weight;
-  at::Tensor copy(weight.unsafeGetTensorImpl()->shallow_copy_and_detach(torch::autograd::impl::version_counter(weight),
-                                                                        /*allow_tensor_metadata_change=*/false));
-  if (weight.requires_grad())
-    torch::autograd::impl::set_gradient_edge(copy, torch::autograd::impl::gradient_edge(weight));
-  return copy;
-}
+at::Tensor with_its_memory(const at::Tensor& weight);
 
 // Return true if nobody looks into a backward that gets g: it is not recorded, g is neither a batch of gradients nor has it a
 // tangent, and neither a transform of torch.func nor torch.jit.trace is active.
-inline bool is_opaque_backward(const at::Tensor& g) {
-  if (!g.defined() || c10::GradMode::is_enabled() || at::tracer::impl::is_dispatch_enabled()) return false;
-  const c10::DispatchKeySet keys = c10::impl::tls_local_dispatch_key_set().included_;
-  return !keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && !g.key_set().has(c10::DispatchKey::Batched) &&
-         !g._fw_grad(0).defined();
-}
+bool is_opaque_backward(const at::Tensor& g);
 
 }  // namespace dlk

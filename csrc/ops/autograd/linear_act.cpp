@@ -1,7 +1,5 @@
 #include "ops/autograd/linear_act.h"
 
-#include <ATen/ops/empty.h>
-
 #include "kernels/activation.h"
 #include "ops/autograd/function.h"
 
@@ -31,9 +29,9 @@ void save(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, c
   ctx->save_for_backward({weight.requires_grad() ? x : none, x.requires_grad() ? with_its_memory(weight) : none,
                           static_cast<Act>(act) == Act::none ? none : saved, anchor});
   ctx->set_materialize_grads(false);
-  ctx->saved_data["act"] = act;
-  ctx->saved_data["slope"] = slope;
-  ctx->saved_data["bias"] = bias.has_value();
+  ctx->save("act", act);
+  ctx->save("slope", slope);
+  ctx->save("bias", bias.has_value());
 }
 
 // The values that `save` stored, and the gradients that backward receives.
@@ -52,10 +50,10 @@ struct Saved {
         anchor(tensors[3]),
         g(grads[0]),
         grad_saved(grads.size() > 1 ? grads[1] : at::Tensor()),
-        act(ctx->saved_data["act"].toInt()),
-        slope(ctx->saved_data["slope"].toDouble()),
+        act(ctx->saved<int64_t>("act")),
+        slope(ctx->saved<double>("slope")),
         needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-              ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)} {}
+              ctx->saved<bool>("bias") && ctx->needs_input_grad(2)} {}
 
   bool in_training() const { return !grad_saved.defined() && is_opaque_backward(g); }
   // The identity's backward reads no saved tensor: g takes its place, a tensor of the same shape.
@@ -64,7 +62,7 @@ struct Saved {
 
 // Its outputs are y and, where the gradient reads z, z. So a second derivative returns through the Function, and forward
 // saves nothing for it. If a mask is saved, the second output is the mask's anchor.
-struct LinearAct : torch::autograd::Function<LinearAct> {
+struct LinearAct : Function<LinearAct> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                                const OptionalTensor& bias, int64_t act, double slope, bool mask) {
     static const auto forward = dispatched<Forward>("dlkernels::_linear_act_forward");
@@ -76,7 +74,7 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
       return {y};
     }
     auto [y, saved] = (mask ? forward_mask : forward_z).call(x, weight, bias, act, slope);
-    const at::Tensor anchor = mask ? at::empty({0}, x.options()) : at::Tensor();
+    const at::Tensor anchor = mask ? aten::empty({0}, x.options()) : at::Tensor();
     save(ctx, x, weight, bias, saved, anchor, act, slope);
     return {y, mask ? anchor : saved};
   }
@@ -90,16 +88,16 @@ struct LinearAct : torch::autograd::Function<LinearAct> {
                                                           s.slope, s.needs[0], s.needs[1], s.needs[2])
                                                 : differentiable_backward(s.g, s.grad_saved, s.x, s.weight, s.saved,
                                                                           s.anchor, s.act, s.slope, s.needs);
-    return {dx, dweight, dbias, {}, {}, {}};
+    return {dx, dweight, dbias};
   }
 };
 
-struct LinearActAutocast : torch::autograd::Function<LinearActAutocast> {
+struct LinearActAutocast : Function<LinearActAutocast> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                                const OptionalTensor& bias, int64_t act, double slope) {
     static const auto forward = dispatched<Forward>("dlkernels::_linear_act_autocast_forward");
     static const auto forward_z = dispatched<ForwardBeside>("dlkernels::_linear_act_autocast_forward_z");
-    ctx->saved_data["x_dtype"] = x.scalar_type();
+    ctx->save("x_dtype", static_cast<int64_t>(x.scalar_type()));
     if (saves_output(static_cast<Act>(act))) {
       at::Tensor y = forward.call(x, weight, bias, act, slope);
       save(ctx, x, weight, bias, y, {}, act, slope);
@@ -115,17 +113,17 @@ struct LinearActAutocast : torch::autograd::Function<LinearActAutocast> {
                         at::ScalarType, int64_t, double, bool, bool, bool);
     static const auto op = dispatched<F>("dlkernels::_linear_act_autocast_backward");
     const Saved s(ctx, grads);
-    const at::ScalarType x_dtype = ctx->saved_data["x_dtype"].toScalarType();
+    const at::ScalarType x_dtype = static_cast<at::ScalarType>(ctx->saved<int64_t>("x_dtype"));
     if (s.in_training()) {
       auto [dx, dweight, dbias] = op.call(s.g, present(s.x), present(s.weight), s.saved_or_g(), x_dtype, s.act, s.slope,
                                           s.needs[0], s.needs[1], s.needs[2]);
-      return {dx, dweight, dbias, {}, {}};
+      return {dx, dweight, dbias};
     }
     auto cast = [](const at::Tensor& t, at::ScalarType dtype) { return t.defined() ? t.to(dtype) : t; };
     auto [dx, dweight, dbias] =
         differentiable_backward(s.g, s.grad_saved, cast(s.x, at::kBFloat16), cast(s.weight, at::kBFloat16), s.saved, {},
                                 s.act, s.slope, s.needs);
-    return {cast(dx, x_dtype), cast(dweight, at::kFloat), cast(dbias, at::kFloat), {}, {}};
+    return {cast(dx, x_dtype), cast(dweight, at::kFloat), cast(dbias, at::kFloat)};
   }
 };
 

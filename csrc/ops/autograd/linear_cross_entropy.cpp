@@ -2,7 +2,6 @@
 // a reduction every row has a grad_loss of its own: backward calls the op again and passes grad_loss to it. A backward that is
 // recorded differentiates torch's formula (dlkernels/_ops/linear_cross_entropy.py), which holds all logits.
 #include <ATen/core/Reduction.h>
-#include <ATen/ops/mul.h>
 
 #include "ops/autograd/cross_entropy_settings.h"
 #include "ops/autograd/losses.h"
@@ -38,7 +37,7 @@ at::Tensor savable(const at::Tensor& t, bool stock_saves) {
   return t.defined() && !stock_saves && t.is_inference() ? t.clone() : t;
 }
 
-struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
+struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                             const OptionalTensor& bias, const at::Tensor& target, const OptionalTensor& class_weight,
                             int64_t reduction, int64_t ignore_index, double label_smoothing) {
@@ -66,7 +65,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
       auto [dx, dweight, dbias] =
           differentiable_backward(g, x, weight, present(bias), target, present(class_weight), reduction, ignore_index,
                                   label_smoothing, need_x, need_weight, need_bias);
-      return {dx, dweight, dbias, {}, {}, {}, {}, {}};
+      return {dx, dweight, dbias, {}, {}};
     }
     variable_list out(tensors.begin() + 5, tensors.end());  // dx, dweight and dbias for a grad_loss of 1
     if (each_row)
@@ -74,8 +73,8 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
           dlk::forward(x, weight, present(bias), target, present(class_weight), g, reduction, ignore_index,
                        label_smoothing, need_x, need_weight, need_bias);
     for (at::Tensor& d : out)
-      if (d.defined()) d = (each_row ? d : at::mul(d, g)).to(x.scalar_type());
-    out.resize(8);
+      if (d.defined()) d = (each_row ? d : aten::mul(d, g)).to(x.scalar_type());
+    out.resize(5);  // target and class_weight have no gradient
     return out;
   }
 };
@@ -85,7 +84,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
 at::Tensor linear_cross_entropy(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                 const at::Tensor& target, const OptionalTensor& class_weight, int64_t reduction,
                                 int64_t ignore_index, double label_smoothing) {
-  return LinearCrossEntropy::apply(x, weight, bias, target, class_weight, reduction, ignore_index, label_smoothing);
+  return LinearCrossEntropy::apply(x, weight, bias, target, class_weight, reduction, ignore_index, label_smoothing)[0];
 }
 
 }  // namespace dlk

@@ -16,7 +16,7 @@ bool needs_up(const Needs& n) { return n[kX] || n[kWeightUp] || n[kBiasUp]; }
 
 // Its outputs are y and the preactivations gate and up, through which a second derivative returns. Only what the needed
 // gradients read is saved: dz_gate = g · up · act'(gate), dz_up = g · act(gate).
-struct LinearGlu : torch::autograd::Function<LinearGlu> {
+struct LinearGlu : Function<LinearGlu> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight_gate,
                                const at::Tensor& weight_up, const OptionalTensor& bias_gate,
                                const OptionalTensor& bias_up, int64_t act, double slope) {
@@ -34,10 +34,10 @@ struct LinearGlu : torch::autograd::Function<LinearGlu> {
         {needs[kWeightGate] || needs[kWeightUp] ? x : none, needs[kX] ? with_its_memory(weight_gate) : none,
          needs[kX] ? with_its_memory(weight_up) : none, reads_gate ? gate : none, needs_gate(needs) ? up : none});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["act"] = act;
-    ctx->saved_data["slope"] = slope;
-    ctx->saved_data["bias_gate"] = bias_gate.has_value();
-    ctx->saved_data["bias_up"] = bias_up.has_value();
+    ctx->save("act", act);
+    ctx->save("slope", slope);
+    ctx->save("bias_gate", bias_gate.has_value());
+    ctx->save("bias_up", bias_up.has_value());
     return {y, gate, up};
   }
 
@@ -54,12 +54,12 @@ struct LinearGlu : torch::autograd::Function<LinearGlu> {
     const at::Tensor &g = grads[0], &grad_gate = grads[1], &grad_up = grads[2];
     const OptionalTensor x = present(saved[0]), weight_gate = present(saved[1]), weight_up = present(saved[2]),
                          gate = present(saved[3]), up = present(saved[4]);
-    const int64_t act = ctx->saved_data["act"].toInt();
-    const double slope = ctx->saved_data["slope"].toDouble();
+    const int64_t act = ctx->saved<int64_t>("act");
+    const double slope = ctx->saved<double>("slope");
     Needs n{};
     for (size_t i = 0; i < kBiasGate; ++i) n[i] = ctx->needs_input_grad(i);
     // A bias that is None has no place among the inputs.
-    const bool has_gate = ctx->saved_data["bias_gate"].toBool(), has_up = ctx->saved_data["bias_up"].toBool();
+    const bool has_gate = ctx->saved<bool>("bias_gate"), has_up = ctx->saved<bool>("bias_up");
     n[kBiasGate] = has_gate && ctx->needs_input_grad(kBiasGate);
     n[kBiasUp] = has_up && ctx->needs_input_grad(has_gate ? kBiasUp : kBiasGate);
     const bool in_training = !grad_gate.defined() && !grad_up.defined() && is_opaque_backward(g);
@@ -69,7 +69,8 @@ struct LinearGlu : torch::autograd::Function<LinearGlu> {
                       n[kBiasGate], n[kBiasUp])
             : differentiable.call(present(g), present(grad_gate), present(grad_up), x, weight_gate, weight_up, gate, up,
                                   act, slope, n[kX], n[kWeightGate], n[kWeightUp], n[kBiasGate], n[kBiasUp]);
-    return {dx, dweight_gate, dweight_up, dbias_gate, dbias_up, {}, {}};
+    if (!has_gate) return {dx, dweight_gate, dweight_up, dbias_up};
+    return {dx, dweight_gate, dweight_up, dbias_gate, dbias_up};
   }
 };
 

@@ -2,9 +2,6 @@
 // that is recorded differentiates torch's formulas (dlkernels/_ops/losses.py).
 #include "ops/autograd/losses.h"
 
-#include <ATen/ops/mul.h>
-#include <ATen/ops/neg.h>
-
 #include "ops/autograd/cross_entropy_settings.h"
 
 namespace dlk {
@@ -32,15 +29,15 @@ using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // `grad` is in float32 or float64. The product is rounded to the dtype of `like`.
 at::Tensor times_grad_loss(const at::Tensor& grad, const at::Tensor& grad_loss, const at::Tensor& like) {
-  return at::mul(grad, grad_loss).to(like.scalar_type());
+  return aten::mul(grad, grad_loss).to(like.scalar_type());
 }
 
-struct MseLoss : torch::autograd::Function<MseLoss> {
+struct MseLoss : Function<MseLoss> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             int64_t reduction) {
     auto [loss, grad] = call_mse_loss_forward(input, target, reduction);
     ctx->save_for_backward({input, target, grad});
-    ctx->saved_data["reduction"] = reduction;
+    ctx->save("reduction", reduction);
     return loss;
   }
 
@@ -51,15 +48,15 @@ struct MseLoss : torch::autograd::Function<MseLoss> {
     if (c10::GradMode::is_enabled()) {
       using F = Pair(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, bool, bool);
       static const auto op = dispatched<F>("dlkernels::_mse_loss_differentiable_backward");
-      auto [dinput, dtarget] = op.call(g, input, target, ctx->saved_data["reduction"].toInt(), need_input, need_target);
-      return {dinput, dtarget, {}};
+      auto [dinput, dtarget] = op.call(g, input, target, ctx->saved<int64_t>("reduction"), need_input, need_target);
+      return {dinput, dtarget};
     }
     const at::Tensor d = times_grad_loss(tensors[2], g, input);
-    return {need_input ? d : at::Tensor(), need_target ? at::neg(d) : at::Tensor(), {}};
+    return {need_input ? d : at::Tensor(), need_target ? aten::neg(d) : at::Tensor()};
   }
 };
 
-struct GaussianNllLoss : torch::autograd::Function<GaussianNllLoss> {
+struct GaussianNllLoss : Function<GaussianNllLoss> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const at::Tensor& var, bool full, double eps, int64_t reduction) {
     using F = Triple(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool, double, int64_t, bool, bool);
@@ -67,9 +64,9 @@ struct GaussianNllLoss : torch::autograd::Function<GaussianNllLoss> {
     auto [loss, grad, grad_var] = op.call(input, target, var, full, eps, reduction,
                                           input.requires_grad() || target.requires_grad(), var.requires_grad());
     ctx->save_for_backward({input, target, var, grad, grad_var});
-    ctx->saved_data["full"] = full;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["reduction"] = reduction;
+    ctx->save("full", full);
+    ctx->save("eps", eps);
+    ctx->save("reduction", reduction);
     return loss;
   }
 
@@ -82,22 +79,17 @@ struct GaussianNllLoss : torch::autograd::Function<GaussianNllLoss> {
       using F = Triple(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool, double,
                        int64_t, bool, bool, bool);
       static const auto op = dispatched<F>("dlkernels::_gaussian_nll_loss_differentiable_backward");
-      auto [dinput, dtarget, dvar] =
-          op.call(g, input, target, var, ctx->saved_data["full"].toBool(), ctx->saved_data["eps"].toDouble(),
-                  ctx->saved_data["reduction"].toInt(), need_input, need_target, need_var);
-      return {dinput, dtarget, dvar, {}, {}, {}};
+      auto [dinput, dtarget, dvar] = op.call(g, input, target, var, ctx->saved<bool>("full"), ctx->saved<double>("eps"),
+                                             ctx->saved<int64_t>("reduction"), need_input, need_target, need_var);
+      return {dinput, dtarget, dvar};
     }
     const at::Tensor d = need_input || need_target ? times_grad_loss(tensors[3], g, input) : at::Tensor();
-    return {need_input ? d : at::Tensor(),
-            need_target ? at::neg(d) : at::Tensor(),
-            need_var ? times_grad_loss(tensors[4], g, var) : at::Tensor(),
-            {},
-            {},
-            {}};
+    return {need_input ? d : at::Tensor(), need_target ? aten::neg(d) : at::Tensor(),
+            need_var ? times_grad_loss(tensors[4], g, var) : at::Tensor()};
   }
 };
 
-struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
+struct CrossEntropy : Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                             double label_smoothing) {
@@ -126,7 +118,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       if (need_target) dtarget = times_grad_loss(tensors[4], g, target);
     }
     variable_list out = {dinput, dtarget};
-    out.resize(6);  // weight has no gradient
+    out.resize(3);  // weight has no gradient
     return out;
   }
 };
@@ -134,17 +126,17 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 }  // namespace
 
 at::Tensor mse_loss(const at::Tensor& input, const at::Tensor& target, int64_t reduction) {
-  return MseLoss::apply(input, target, reduction);
+  return MseLoss::apply(input, target, reduction)[0];
 }
 
 at::Tensor gaussian_nll_loss(const at::Tensor& input, const at::Tensor& target, const at::Tensor& var, bool full,
                              double eps, int64_t reduction) {
-  return GaussianNllLoss::apply(input, target, var, full, eps, reduction);
+  return GaussianNllLoss::apply(input, target, var, full, eps, reduction)[0];
 }
 
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                          int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  return CrossEntropy::apply(input, target, weight, reduction, ignore_index, label_smoothing);
+  return CrossEntropy::apply(input, target, weight, reduction, ignore_index, label_smoothing)[0];
 }
 
 }  // namespace dlk

@@ -1,5 +1,7 @@
 #include "ops/autograd/mlp.h"
 
+#include <ATen/core/List.h>
+
 #include <algorithm>
 
 #include "kernels/activation.h"
@@ -61,7 +63,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<int64_t>> differentiable_backwar
 
 // Its outputs are y and the h and z that forward keeps, for the same reason as z of one layer (autograd/linear_act.cpp).
 // `parameters` are the weights and then the biases that are there.
-struct Mlp : torch::autograd::Function<Mlp> {
+struct Mlp : Function<Mlp> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, at::TensorList parameters,
                                const std::vector<int64_t>& has_bias, at::IntArrayRef acts, double slope) {
     const size_t count = acts.size();
@@ -81,21 +83,21 @@ struct Mlp : torch::autograd::Function<Mlp> {
     saved.insert(saved.end(), made.begin() + 1, made.end());
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
-    ctx->saved_data["acts"] = acts;
-    ctx->saved_data["slope"] = slope;
-    ctx->saved_data["has_bias"] = has_bias;
-    ctx->saved_data["needs"] = needs;
+    ctx->save("acts", acts);
+    ctx->save("slope", slope);
+    ctx->save("has_bias", has_bias);
+    ctx->save("needs", needs);
     variable_list outputs = {made[0]};
     outputs.insert(outputs.end(), made.begin() + 1 + s.constants, made.begin() + 1 + s.values);
     return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const std::vector<int64_t> acts = ctx->saved_data["acts"].toIntVector();
-    const std::vector<int64_t> has_bias = ctx->saved_data["has_bias"].toIntVector();
-    const double slope = ctx->saved_data["slope"].toDouble();
+    const std::vector<int64_t> acts = ctx->saved<std::vector<int64_t>>("acts");
+    const std::vector<int64_t> has_bias = ctx->saved<std::vector<int64_t>>("has_bias");
+    const double slope = ctx->saved<double>("slope");
     const size_t count = acts.size();
-    const Saves s = saves_for(acts, ctx->saved_data["needs"].toIntVector());
+    const Saves s = saves_for(acts, ctx->saved<std::vector<int64_t>>("needs"));
     const variable_list tensors = ctx->get_saved_variables();
     OptionalTensors weights, grads_kept;
     size_t next = 2;
@@ -121,12 +123,11 @@ struct Mlp : torch::autograd::Function<Mlp> {
       std::tie(found, places) = differentiable_backward(present(g), grads_kept, present(tensors[0]), weights,
                                                         present(tensors[1]), kept, s.keep, acts, slope, needs);
     }
-    // One for each tensor that forward was given, and for the settings none.
+    // One for each tensor that forward was given.
     variable_list out(needs.size());
     for (size_t i = 0; i < found.size(); ++i) out[places[i]] = found[i];
     for (size_t l = count; l-- > 0;)
       if (!has_bias[l]) out.erase(out.begin() + 1 + count + l);
-    out.resize(out.size() + 3);
     return out;
   }
 };

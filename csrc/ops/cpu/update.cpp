@@ -1,8 +1,6 @@
 // The update of parameters on CPU, and its comparison with torch's kernel.
 #include "ops/update.h"
 
-#include <ATen/ops/full.h>
-
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -53,7 +51,7 @@ OptimizerGroup sample_group(at::ScalarType dtype, UpdateRule rule, int settings)
     if (sgd) continue;
     g.squares.push_back(sample(n, dtype, which++, true));
     if (g.amsgrad) g.max_squares.push_back(sample(n, dtype, which++, true));
-    g.steps.push_back(at::full({}, 7, at::TensorOptions().dtype(at::kFloat)));
+    g.steps.push_back(aten::scalar_tensor(7, at::TensorOptions().dtype(at::kFloat)));
   }
   return g;
 }

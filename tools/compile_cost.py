@@ -1,0 +1,93 @@
+"""A table of what each C++ file of the extension costs a compiler: CPU seconds and memory.
+
+``python tools/compile_cost.py [NAME...]`` compiles each file by itself, with the command of the build and without
+ccache, after ``python setup.py build_ext --inplace``. NAME is a part of a path. It prints the table in Markdown, most
+memory first, and exits with 1 where a file or the sum is above the limits below.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SECONDS = 240  # of CPU time, for all files; the aim is 180, 90 s on two cores
+MEGABYTES = 400  # for each compiler process
+# Files above that; docs/internals/design.md has what each needs. The limit is what it took, and 5%.
+ALLOWED = {
+    "csrc/python/tensors.cpp": 850,
+    "csrc/ops/autograd/function.cpp": 810,
+    "csrc/python/training.cpp": 770,
+    "csrc/python/decided.cpp": 630,
+    "csrc/ops/binding.cpp": 550,
+    "csrc/ops/dispatched.cpp": 540,
+    "csrc/python/explain.cpp": 460,
+    "csrc/ops/mlp.cpp": 445,
+    "csrc/ops/autograd/mlp.cpp": 435,
+    "csrc/ops/autograd/mlp_loss.cpp": 420,
+    "csrc/ops/check.cpp": 430,
+    "csrc/ops/cpu/device.cpp": 420,
+    "csrc/python/routes.cpp": 430,
+    "csrc/kernels/cpu/isa/ukernel_avx2.cpp": 425,
+    "csrc/kernels/cpu/isa/ukernel_avx512.cpp": 420,
+    "csrc/kernels/cpu/isa/ukernel_avx512_bf16.cpp": 420,
+}
+
+
+def commands() -> dict[str, list[str]]:
+    """The build's command for each source, by its path from the root of the project."""
+    builds = sorted(Path("build/objects").glob("*/build.ninja"), key=lambda path: path.stat().st_mtime)
+    if not builds:
+        sys.exit("there is no build to take the commands from: run `python setup.py build_ext --inplace` first")
+    listed = subprocess.run(
+        ["ninja", "-C", str(builds[-1].parent), "-t", "compdb"], capture_output=True, check=True
+    ).stdout
+    found = {}
+    for entry in json.loads(listed):
+        if entry["file"].endswith(".cpp"):
+            words = [word for word in shlex.split(entry["command"]) if word != "ccache"]
+            found[str(Path(entry["file"]).relative_to(Path.cwd()))] = words
+    return found
+
+
+def cost(command: list[str]) -> tuple[float, float]:
+    """CPU seconds and megabytes of the largest process."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = re.sub(r" -o \S+", f" -o {folder}/object", re.sub(r" -MMD -MF \S+", "", shlex.join(command)))
+        pid = os.posix_spawnp("sh", ["sh", "-c", f"exec {line}"], os.environ)
+        _, status, usage = os.wait4(pid, 0)  # of the compiler and what it has started
+    if status:
+        sys.exit(f"does not compile: {line}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+def main() -> int:
+    chosen = {
+        path: command
+        for path, command in commands().items()
+        if not sys.argv[1:] or any(name in path for name in sys.argv[1:])
+    }
+    costs = {}
+    for path, command in chosen.items():
+        costs[path] = cost(command)
+        print(f"{path}: {costs[path][0]:.1f} s, {costs[path][1]:.0f} MB", file=sys.stderr, flush=True)
+    print("| file | CPU s | MB |\n| --- | ---: | ---: |")
+    for path, (seconds, megabytes) in sorted(costs.items(), key=lambda item: -item[1][1]):
+        print(f"| `{path}` | {seconds:.1f} | {megabytes:.0f} |")
+    total = sum(seconds for seconds, _ in costs.values())
+    print(f"| all {len(costs)} | {total:.0f} | {max(megabytes for _, megabytes in costs.values()):.0f} |")
+    over = [path for path, (_, megabytes) in costs.items() if megabytes > ALLOWED.get(path, MEGABYTES)]
+    for path in over:
+        print(f"{path} takes a compiler more than {ALLOWED.get(path, MEGABYTES)} MB", file=sys.stderr)
+    if total > SECONDS:
+        print(f"all files take {total:.0f} s of CPU time, and the limit is {SECONDS}", file=sys.stderr)
+    return 1 if over or total > SECONDS else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
