@@ -187,12 +187,13 @@ def mlp(
 
     On other devices, under ``torch.compile`` and ``torch.func``, and with tensor subclasses, the layers run one by one.
 
-    Weights ``[members, out_features, in_features]`` are an **ensemble** of such chains: x ``[members, ..., in_features]``,
-    or one x ``[rows, in_features]`` for all members, gives ``[members, ..., out_features]`` in one call. On CPU the members
-    run at the same time, each on one thread, if they are small or as many as the threads; otherwise one after the
-    other. Each member has the bits of a call with its own weights: values and gradients, except that the gradient of an x
-    for all members is the sum of theirs. On CUDA there are as many launches as for single calls.
-    ``torch.func.vmap`` over stacked weights runs the same kernels.
+    Weights ``[members, out_features, in_features]`` are an **ensemble** of such chains. x ``[members, ...,
+    in_features]``, or one x ``[rows, in_features]`` for all members, gives ``[members, ..., out_features]`` in one
+    call. On CPU the members run at the same time, each on one thread, if they are small or as many as the threads;
+    otherwise one after the other. Each member has the bits of a call with its own weights: values and gradients, except
+    that the gradient of an x for all members is the sum of theirs. On CUDA there are as many launches as for single
+    calls. ``torch.func.vmap`` over stacked weights runs the same kernels, a call per layer. Under ``torch.compile``
+    the ensemble is one op.
 
     Args:
         x: ``[..., in_features]`` of the first layer, any strides.

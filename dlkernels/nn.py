@@ -470,7 +470,7 @@ class MLP(nn.Sequential):
 
 
 class StackedLinear(nn.Module):
-    """The parameters of one layer of an ensemble: weight [members, out_features, in_features], bias [members, out_features]."""
+    """A layer of an ensemble: weight [members, out_features, in_features], bias [members, out_features]."""
 
     def __init__(self, members: int, in_features: int, out_features: int, **placed: Any) -> None:
         super().__init__()
@@ -486,10 +486,9 @@ class MLPEnsemble(nn.Module):
     """Several :class:`MLP` of the same sizes, whose forward, backward and update are one call for all of them.
 
     It is for folds, sweeps over seeds, and ensembles of Q-functions. The parameters are stacked: "0.weight" is
-    ``[members, sizes[1], sizes[0]]``, "0.bias" is ``[members, sizes[1]]``. The keys are those of an :class:`MLP` without
-    dropout, so ``torch.func.stack_module_state(mlps)[0]`` loads. Each member's output and gradients have the bits of the
-    ``MLP`` with its parameters, and so have its parameters after each step of SGD, Adam or AdamW if the losses are
-    added up. See :func:`dlkernels.training_step`.
+    ``[members, sizes[1], sizes[0]]``, "0.bias" is ``[members, sizes[1]]``. The keys are those of an :class:`MLP`
+    without dropout, so ``torch.func.stack_module_state(mlps)[0]`` loads. Each member's output and gradients have the
+    bits of the ``MLP`` with its parameters. :func:`dlkernels.training_step` trains all of them in one call.
 
         >>> ensemble = MLPEnsemble(16, [8, 64, 64, 4])
         >>> step = dlkernels.training_step(ensemble, torch.nn.MSELoss(), torch.optim.Adam(ensemble.parameters()))
@@ -561,7 +560,7 @@ class MLPEnsemble(nn.Module):
                 own_layers = [m for m in member.modules() if isinstance(m, LinearAct)]
                 for layer, own in zip(ensemble._layers(), own_layers, strict=True):
                     layer.weight[i] = own.weight
-                    layer.bias[i] = own.bias
+                    layer.bias[i] = cast(Tensor, own.bias)
         return ensemble
 
     def member(self, index: int) -> MLP:
@@ -574,7 +573,7 @@ class MLPEnsemble(nn.Module):
         return mlp.train(self.training)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters again. With the same seed the numbers are those of ``members`` MLPs, one after another."""
+        """Draw all parameters again. With the same seed the numbers are those of MLPs that are made one by one."""
         for e in range(self.members):
             for layer in self._layers():
                 nn.init.kaiming_uniform_(layer.weight[e], a=math.sqrt(5))
@@ -615,5 +614,5 @@ def _facts_of_member(index: int, member: Any) -> tuple[tuple[int, ...], Activati
             "norm, a dropout, a hook, an edited layer or no bias"
         )
     sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
-    activation = cast(Activation, next(iter(hidden))[0]) if hidden else "relu"
+    activation = next(iter(hidden))[0] if hidden else "relu"
     return sizes, activation, layers[0].weight.dtype, layers[0].weight.device

@@ -94,9 +94,10 @@ def training_step(
     differ, and in 16-bit dtypes and on CUDA, torch's kernel makes it.
 
     Of an :class:`dlkernels.nn.MLPEnsemble` each member has its own loss, and a step returns the losses of the members.
-    Their sum is what is differentiated, so each member's gradient and update are those of the member trained alone. x is
-    ``[rows, in_features]`` for all members or ``[members, rows, in_features]``; the target is one member's, for all of
-    them, or has the members as one dimension more in front::
+    Their sum is what is differentiated, so each member's gradient has the bits of the member trained alone. So has its
+    update where a parameter of a member fills whole registers of 32 bytes; elsewhere torch's kernels round some
+    elements in another order. x is ``[rows, in_features]`` for all members or ``[members, rows, in_features]``; the
+    target is one member's, for all of them, or has the members as one dimension more in front::
 
         value = torch.stack([loss(output, target) for output in model(x)])
         value.sum().backward()
@@ -106,9 +107,9 @@ def training_step(
         ...     value = step(x, target)
 
     Args:
-        model: an :class:`dlkernels.nn.MLP`, an :class:`dlkernels.nn.MLPEnsemble`, or an ``nn.Sequential`` (fused or not) of linear layers and activations
-            that have kernels; ``nn.Identity``, ``nn.Flatten`` before the first layer and inactive dropout may be among
-            them. It may be any module: see above.
+        model: an :class:`dlkernels.nn.MLP` or :class:`dlkernels.nn.MLPEnsemble`, or an ``nn.Sequential`` (fused or
+            not) of linear layers and activations that have kernels; ``nn.Identity``, ``nn.Flatten`` before the first
+            layer and inactive dropout may be among them. It may be any module: see above.
         loss: a module or function of (output, target): ``nn.MSELoss`` and ``nn.CrossEntropyLoss`` of torch or
             dlkernels, or ``mse_loss`` and ``cross_entropy`` of ``torch.nn.functional`` or ``dlkernels.losses``. Or any
             callable.
@@ -213,7 +214,7 @@ class TrainingStep:
 
 
 def _has_members(target: Tensor) -> bool:
-    """Return True if a target of an ensemble has the members in front: [members, rows, ...] or indices [members, rows]."""
+    """Return True if a target has the members in front: [members, rows, ...], or of indices [members, rows]."""
     return target.dim() >= (3 if target.is_floating_point() else 2)
 
 
@@ -221,8 +222,8 @@ def _losses_of_members(loss: Any, outputs: Tensor, target: Tensor) -> Tensor:
     own = _has_members(target)
     if own and len(target) != len(outputs):
         raise ValueError(
-            f"training_step: the ensemble has {len(outputs)} members; target must be [{len(outputs)}, rows, ...], or one "
-            f"member's for all of them; got {tuple(target.shape)}"
+            f"training_step: the ensemble has {len(outputs)} members; target must be [{len(outputs)}, rows, ...], or "
+            f"one member's for all of them; got {tuple(target.shape)}"
         )
     return torch.stack([loss(y, target[i] if own else target) for i, y in enumerate(outputs)])
 

@@ -206,7 +206,7 @@ class _LinearActBackwardTransform(torch.autograd.Function):
         if weight.dim() == 2:
             return backward_op(g, x, weight, saved, act.code, slope, True, True, True)
         y, kept, keep = (saved, [], 0) if act.saves_output else (None, [saved], _KEEP_Z)
-        return tuple(_stacked_backward(g, x, [weight], y, kept, [keep], [act.code], slope, [1, 1, 1], True))  # type: ignore[return-value]
+        return tuple(_stacked_backward(g, x, [weight], y, kept, [keep], [act.code], slope, [1, 1, 1], True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -137,13 +137,11 @@ def _ensemble(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activatio
         x, *parameters = autocast_operands(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     x = as_members(x, weights)
-    torch._check(
-        x.shape[0] == weights[0].shape[0],
-        lambda: (
+    if x.shape[0] != weights[0].shape[0]:
+        raise RuntimeError(
             f"mlp: the weights are of {weights[0].shape[0]} members; x must then be [members, ..., in_features], or "
             f"[rows, in_features] for all of them; got {tuple(x.shape)}"
-        ),
-    )
+        )
     rows = x if x.dim() == 3 else x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     tensors = [x, *weights, *[b for b in biases if b is not None]]
     compiles = torch.compiler.is_compiling()
