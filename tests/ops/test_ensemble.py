@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from dlkernels import _C
 from dlkernels.functional import explain_mlp, mlp
 from dlkernels.testing import STOCK
 from tests.ops.test_mlp import distance
@@ -215,6 +216,20 @@ def test_explain():
     assert str(explain_mlp(x[0], [w[0] for w in weights])) in str(plan)
     with pytest.raises(RuntimeError, match="16 members"):
         explain_mlp(x[:3], weights)
+
+
+def test_members_run_at_the_same_time_where_they_fill_the_threads():
+    small, large = [(256, 64, 8), (256, 4, 64)], [(2000, 300, 300)]
+    x, weights, _, _ = operands(1, 256, [8, 64, 4])
+    if any(row.path == "aten" for layer in explain_mlp(x, weights) for row in layer):
+        pytest.skip("torch's GEMM takes these layers: its bits depend on the number of threads")
+
+    def at_once(members, layers, threads):
+        return _C.explain_members(members, layers, "float32", threads, False)
+
+    assert at_once(16, small, 2) and at_once(3, [(256, 16, 16)], 8)
+    assert not at_once(16, small, 1) and not at_once(1, small, 2) and not at_once(2, large, 8)
+    assert not at_once(16, [(1, 4, 4)], 2)  # waking a thread would cost more
 
 
 X, W, B = torch.ones(3, 5, 4), torch.ones(3, 6, 4), torch.ones(3, 6)
