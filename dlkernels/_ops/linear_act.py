@@ -250,6 +250,9 @@ class _LinearActTransform(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> tuple[Tensor, Tensor]:
         if weight.dim() == 2:
             return _forward_z(x, weight, bias, act.code, slope)
+        if act.saves_output:  # nobody reads z
+            y = _stacked_forward(x, [weight], [bias], [act.code], slope, [])[0]
+            return y, y.new_empty((*y.shape[:-1], 0))
         y, z = _stacked_forward(x, [weight], [bias], [act.code], slope, [_KEEP_Z])
         return y, z
 
