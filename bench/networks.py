@@ -4,6 +4,8 @@
   ``nn.Sequential`` of our layers, and for the products alone, into existing buffers.
 * training: whole steps (zero_grad, forward, loss, backward, fused Adam) over tensors in memory. The loss is the cross
   entropy of ten classes, else the mean squared error. On CPU also the step in one call, ``dlkernels.training_step``.
+* ensembles: several multi-layer perceptrons of the same sizes. Forward and gradients by ``torch.func.vmap`` over their
+  stacked parameters; the training step of all in one call beside one step after another of stock's.
 * gated: ``down(silu(gate(x)) * up(x))``, Llama's feed-forward block, forward, and forward with the gradients of the
   input and every parameter. Stock also with gate and up as one packed weight.
 * heads: ``cross_entropy(linear(x, weight), target)`` and its gradients for many classes. From torch 2.13 on
@@ -34,7 +36,7 @@ from bench.clock import Graph, clock_of
 from bench.harness import DTYPES
 from dlkernels import functional, losses, training_step
 from dlkernels.atomic import write_json
-from dlkernels.nn import MLP, GatedMLP
+from dlkernels.nn import MLP, GatedMLP, MLPEnsemble
 from tools.lease import log
 
 CHAINS = {
@@ -52,6 +54,7 @@ CHAINS = {
 }
 GPU_CHAINS = {"16384 x 1024-4096": (16384, [1024, 4096, 1024, 4096])}
 GATED = {"gated 512-1376-512, 1024 rows": (1024, 512, 1376)}  # rows, features, hidden features
+ENSEMBLES = {"16 members of 8-64-64-4, batch 256": (16, 256, [8, 64, 64, 4])}
 HEADS = {"32k classes": (1024, 256, 32768), "128k classes": (256, 256, 131072)}
 OURS, STOCK, FLOOR = "dlkernels", "stock", "products alone"
 ONE_CALL = "training_step"
@@ -151,6 +154,73 @@ class Network:
             model = copy.deepcopy(self.models[OURS])
             step = training_step(model, ours, adam(model))
             calls[ONE_CALL] = lambda: step(self.x, target)
+        return calls
+
+
+class Ensemble:
+    """Networks of the same sizes, with the same parameters in every contender, and one batch for all of them."""
+
+    def __init__(self, members: int, rows: int, sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(rows, sizes[0]).to(device, dtype)
+        self.target = torch.randn(rows, sizes[-1]).to(device, dtype)
+        self.ours = [MLP(sizes, dtype=dtype, device=device) for _ in range(members)]
+        self.stocks = [stock(sizes, dtype, inplace=False).to(device) for _ in range(members)]
+        self.exact = [stock(sizes, torch.float64, inplace=False).to(device) for _ in range(members)]
+        for ours, stocks, exact in zip(self.ours, self.stocks, self.exact, strict=True):
+            stocks.load_state_dict(ours.state_dict())
+            exact.load_state_dict(ours.state_dict())
+        self.models: dict[str, Sequence[nn.Module]] = {STOCK: self.stocks, OURS: self.ours}
+
+    @staticmethod
+    def vmapped(models: Sequence[nn.Module], x: Tensor) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
+        """Return the call of all models, and their stacked parameters."""
+        stacked, _ = torch.func.stack_module_state(list(models))
+        one = models[0]
+        call = torch.func.vmap(lambda p, x: torch.func.functional_call(one, p, (x,)), (0, None))
+        return lambda: call(stacked, x), stacked
+
+    def gradients(self, models: Sequence[nn.Module]) -> Callable[[], tuple[Tensor, ...]]:
+        x = self.x.to(next(models[0].parameters()).dtype)
+        call, stacked = self.vmapped(models, x)
+        g = self.target.to(x.dtype).expand(len(models), *self.target.shape)
+        return lambda: torch.autograd.grad(call(), list(stacked.values()), g)
+
+    def refuse_wrong(self) -> None:
+        """Raise AssertionError if our error against float64 is more than twice stock's."""
+        want = self.gradients(self.exact)()
+        ours, stocks = (
+            max(distance(a, b) for a, b in zip(self.gradients(self.models[name])(), want, strict=True))
+            for name in (OURS, STOCK)
+        )
+        assert ours <= 2 * stocks, f"ensemble: error {ours:.2g}, stock {stocks:.2g}"
+
+    def forward(self) -> Calls:
+        return {name: torch.no_grad()(self.vmapped(models, self.x)[0]) for name, models in self.models.items()}
+
+    def forward_backward(self) -> Calls:
+        return {name: self.gradients(models) for name, models in self.models.items()}
+
+    def training(self) -> Calls:
+        def adam(model: nn.Module) -> torch.optim.Optimizer:
+            return torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=self.x.is_cuda)
+
+        def steps(models: Sequence[nn.Module], loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Any]:
+            pairs = [(model, adam(model)) for model in models]
+
+            def run() -> None:
+                for model, optimizer in pairs:
+                    optimizer.zero_grad()
+                    loss(model(self.x), self.target).backward()
+                    optimizer.step()
+
+            return run
+
+        calls: Calls = {STOCK: steps(self.stocks, F.mse_loss), OURS: steps(self.ours, losses.mse_loss)}
+        if not self.x.is_cuda:
+            ensemble = MLPEnsemble.from_members(self.ours)
+            step = training_step(ensemble, losses.mse_loss, adam(ensemble))
+            calls[ONE_CALL] = lambda: step(self.x, self.target)
         return calls
 
 
@@ -258,6 +328,12 @@ def cases(dtypes: Sequence[str], device: str) -> Iterator[tuple[str, str, str, C
             yield name, dtype, "forward+backward", network.forward_backward()
             if sizes[-1] <= 10:
                 yield name, dtype, "training step", network.training()
+        for name, (members, rows, sizes) in ENSEMBLES.items():
+            ensemble = Ensemble(members, rows, sizes, DTYPES[dtype], device)
+            ensemble.refuse_wrong()
+            yield name, dtype, "forward", ensemble.forward()
+            yield name, dtype, "forward+backward", ensemble.forward_backward()
+            yield name, dtype, "training step", ensemble.training()
         for name, (rows, features, hidden) in GATED.items():
             gated = Gated(rows, features, hidden, DTYPES[dtype], device)
             gated.refuse_wrong()

@@ -19,7 +19,7 @@ from dlkernels._ops import linear_glu as _linear_glu
 from dlkernels._ops import masks as _masks
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import Activation, activation_named
-from dlkernels._ops.modes import autocast, autocast_active
+from dlkernels._ops.modes import autocast, autocast_active, autocast_operands
 from dlkernels.choices import Activation as ActivationName
 
 
@@ -118,9 +118,12 @@ class LayerPlan(tuple[Explanation, ...]):
 
 class MlpPlan(tuple[LayerPlan, ...]):
     """The plan of a chain of layers: a :class:`LayerPlan` for each. ``fused`` is the step that runs all of them at
-    once; None where they run one by one."""
+    once; None where they run one by one. Of an ensemble it is the plan of a member, ``members`` is their number, and
+    ``at_once`` says that they run at the same time, each on one thread."""
 
     fused: Step | None
+    members: int | None = None
+    at_once = False
 
     def __new__(cls, layers: Iterable[LayerPlan], fused: Step | None = None) -> MlpPlan:
         plan = super().__new__(cls, layers)
@@ -128,6 +131,15 @@ class MlpPlan(tuple[LayerPlan, ...]):
         return plan
 
     def __str__(self) -> str:
+        return "\n".join([*self._of_members(), self._of_layers()])
+
+    def _of_members(self) -> list[str]:
+        if self.members is None:
+            return []
+        how = "at the same time, each on one thread" if self.at_once else "one after another"
+        return [f"{self.members} members, {how}; each by this plan:"]
+
+    def _of_layers(self) -> str:
         if self.fused is None:
             return "\n".join(f"layer {number}: {layer}" for number, layer in enumerate(self))
         lines = [f"{len(self)} layers as one kernel, forward and backward", f"  backward: {self.fused}"]
@@ -175,7 +187,8 @@ def explain_mlp(
 
     Args:
         x: ``[..., in_features]`` of the first layer.
-        weights: one ``[out_features, in_features]`` per layer; each layer takes the output of the one before.
+        weights: one ``[out_features, in_features]`` per layer; each layer takes the output of the one before. Of an
+            ensemble one ``[members, out_features, in_features]``.
         activation, last_activation: see :func:`functional.mlp`.
         bias: the layers have one.
 
@@ -190,6 +203,8 @@ def explain_mlp(
             f"explain_mlp: for {len(weights)} weights expected {len(weights) - 1} activations besides last_activation; "
             f"got {len(names)}"
         )
+    if weights[0].dim() == 3:
+        return _explain_ensemble(x, weights, names, last_activation, bias)
     acts = [activation_named(name) for name in (*names, last_activation)]
     native_casts = autocast_active(x) and _mlp.has_native_kernel(x, weights, [None] * len(weights))
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_active(x) and x.dtype != torch.float64 else x.dtype
@@ -246,6 +261,28 @@ def explain_mlp(
         ),
         fused,
     )
+
+
+def _explain_ensemble(x: Tensor, weights: Sequence[Tensor], hidden: Sequence[str], last: str, bias: bool) -> MlpPlan:
+    members = weights[0].shape[0]
+    x = _mlp.as_members(x, weights)
+    if members == 0:
+        raise ValueError("explain_mlp: expected an ensemble with at least one member, got none")
+    torch._check(
+        x.shape[0] == members,
+        lambda: f"explain_mlp: the weights are of {members} members, x {tuple(x.shape)} is not",
+    )
+    _mlp.check_ensemble(x, weights, [None] * len(weights))
+    if autocast_active(x):
+        x, *weights = autocast_operands(x, *weights)
+    with torch.autocast(x.device.type, enabled=False):
+        plan = explain_mlp(x[0], [w[0] for w in weights], hidden, last, bias=bias)
+    plan.members = members
+    if not x.is_cuda:
+        shapes = [(math.prod(x.shape[1:-1]), *w.shape[1:]) for w in weights]
+        in_bf16 = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+        plan.at_once = _C.explain_members(members, shapes, _name(x.dtype), torch.get_num_threads(), in_bf16)
+    return plan
 
 
 @dataclass(frozen=True)

@@ -188,10 +188,20 @@ def mlp(
 
     On other devices, under ``torch.compile`` and ``torch.func``, and with tensor subclasses, the layers run one by one.
 
+    Weights ``[members, out_features, in_features]`` are an **ensemble** of such chains. x ``[members, ...,
+    in_features]``, or one x ``[rows, in_features]`` for all members, gives ``[members, ..., out_features]`` in one
+    call. On CPU the members run at the same time, each on one thread, if they are small or as many as the threads;
+    otherwise one after the other. Each member has the bits of a call with its own weights: values and gradients, except
+    that the gradient of an x for all members is the sum of theirs. On CUDA there are as many launches as for single
+    calls. ``torch.func.vmap`` over stacked weights runs the same kernels, a call per layer. Under ``torch.compile``
+    the ensemble is one op.
+
     Args:
         x: ``[..., in_features]`` of the first layer, any strides.
-        weights: one ``[out_features, in_features]`` per layer. A layer's in_features is the out_features before it.
-        biases: one ``[out_features]`` or None per layer; None for no biases at all.
+        weights: one ``[out_features, in_features]`` per layer. A layer's in_features is the out_features before it. Of
+            an ensemble ``[members, out_features, in_features]``.
+        biases: one ``[out_features]`` or None per layer; None for no biases at all. Of an ensemble
+            ``[members, out_features]``.
         activation: one name for all layers except the last, or one name for each of them; see :func:`linear_act`.
         last_activation: the name for the last layer.
         negative_slope: the slope of ``leaky_relu`` below 0; at least 0.
@@ -200,7 +210,7 @@ def mlp(
     that dtype, as with separate layers.
 
     Returns:
-        ``[..., out_features]`` of the last layer, in x's dtype.
+        ``[..., out_features]`` of the last layer, in x's dtype; of an ensemble ``[members, ..., out_features]``.
 
     Raises:
         ValueError: unknown activation, a negative ``negative_slope``, or not as many biases or activations as layers.

@@ -28,14 +28,14 @@ from dlkernels.fusion.call import STOCK_LINEAR
 from dlkernels.fusion.chain import calls_in_order
 from dlkernels.fusion.reading import CALLED, activation_of
 from dlkernels.fusion.rules import linear_rule
-from dlkernels.nn import MLP, LinearAct, LinearReLU, does_nothing, untouched
+from dlkernels.nn import MLP, LinearAct, LinearReLU, MLPEnsemble, StackedLinear, does_nothing, untouched
 from dlkernels.trainer.step import use_one_call
 
 __all__ = ["TrainingStep", "training_step"]
 
 # Modules whose part in a chain follows from their ``__dict__`` and the dicts in it.
 _READ_FROM_DICT = {
-    *(nn.Linear, LinearAct, LinearReLU, nn.Identity, nn.Dropout, nn.Flatten),
+    *(nn.Linear, LinearAct, LinearReLU, StackedLinear, nn.Identity, nn.Dropout, nn.Flatten),
     *(nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
 }
 
@@ -124,14 +124,23 @@ def training_step(
     float32 and float64 on CPU a kernel of ours makes it. It is compared with torch's once per process; where the bits
     differ, and in 16-bit dtypes and on CUDA, torch's kernel makes it.
 
+    Of an :class:`dlkernels.nn.MLPEnsemble` each member has its own loss, and a step returns the losses of the members.
+    Their sum is what is differentiated, so each member's gradient has the bits of the member trained alone. So has its
+    update where a parameter of a member fills whole registers of 32 bytes; elsewhere torch's kernels round some
+    elements in another order. x is ``[rows, in_features]`` for all members or ``[members, rows, in_features]``; the
+    target is one member's, for all of them, or has the members as one dimension more in front::
+
+        value = torch.stack([loss(output, target) for output in model(x)])
+        value.sum().backward()
+
         >>> step = dlkernels.training_step(model, torch.nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters()))
         >>> for x, target in batches:
         ...     value = step(x, target)
 
     Args:
-        model: an :class:`dlkernels.nn.MLP`, or an ``nn.Sequential`` (fused or not) of linear layers and activations
-            that have kernels; ``nn.Identity``, ``nn.Flatten`` before the first layer and inactive dropout may be among
-            them. It may be any module: see above.
+        model: an :class:`dlkernels.nn.MLP` or :class:`dlkernels.nn.MLPEnsemble`, or an ``nn.Sequential`` (fused or
+            not) of linear layers and activations that have kernels; ``nn.Identity``, ``nn.Flatten`` before the first
+            layer and inactive dropout may be among them. It may be any module: see above.
         loss: a module or function of (output, target): ``nn.MSELoss`` and ``nn.CrossEntropyLoss`` of torch or
             dlkernels, or ``mse_loss`` and ``cross_entropy`` of ``torch.nn.functional`` or ``dlkernels.losses``. Or any
             callable.
@@ -142,7 +151,7 @@ def training_step(
             ``dlkernels.losses`` and an optimizer with ``fused=True``. torch's layers and losses round in another order.
 
     Returns:
-        A :class:`TrainingStep`. Its call returns the loss, detached.
+        A :class:`TrainingStep`. Its call returns the loss, detached; of an ensemble ``[members]``.
 
     Raises:
         TypeError: ``model`` is no module, ``loss`` is not callable, or ``optimizer`` is no optimizer.
@@ -220,8 +229,12 @@ class TrainingStep:
 
     def _by_calls(self, x: Tensor, target: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        value = self.loss(self.model(x), target)
-        value.backward()
+        if isinstance(self.model, MLPEnsemble):
+            value = _losses_of_members(self.loss, self.model(x), target)
+            value.sum().backward()
+        else:
+            value = self.loss(self.model(x), target)
+            value.backward()
         self.optimizer.step()
         if not self.keep_grads:
             self.optimizer.zero_grad()
@@ -229,6 +242,21 @@ class TrainingStep:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}
+
+
+def _has_members(target: Tensor) -> bool:
+    """Return True if a target has the members in front: [members, rows, ...], or of indices [members, rows]."""
+    return target.dim() >= (3 if target.is_floating_point() else 2)
+
+
+def _losses_of_members(loss: Any, outputs: Tensor, target: Tensor) -> Tensor:
+    own = _has_members(target)
+    if own and len(target) != len(outputs):
+        raise ValueError(
+            f"training_step: the ensemble has {len(outputs)} members; target must be [{len(outputs)}, rows, ...], or "
+            f"one member's for all of them; got {tuple(target.shape)}"
+        )
+    return torch.stack([loss(y, target[i] if own else target) for i, y in enumerate(outputs)])
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -252,7 +280,8 @@ class _Made:
         plan, kind = self.plan, type(self.model)
         kind = kind.__dict__.get("_fused_from", kind)
         for name in ("forward", "__iter__", *CALLED):
-            plan.expect_attribute(kind, name, getattr(kind, name))
+            if hasattr(kind, name):
+                plan.expect_attribute(kind, name, getattr(kind, name))
         for holder, name, value in _run_by(self.model, self.loss):
             plan.expect_attribute(holder, name, value)
         for name in ("step", "zero_grad"):
@@ -293,14 +322,18 @@ def _plan(model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor, ta
     if rows.dtype != parameters[0].dtype or rows.device != parameters[0].device:
         raise _Ordinary("input and parameters differ in dtype or device")
     _check_parameters(parameters)
-    if any(weight.dim() != 2 for weight in chain.weights):
+    of_members = isinstance(model, MLPEnsemble)
+    if any(weight.dim() != 2 + of_members for weight in chain.weights):
         raise _Ordinary("a weight is no matrix")
-    settings = _loss_of(loss, rows, target, chain.weights[-1].shape[0])
+    one_target = target
+    if of_members:
+        rows, one_target = _of_one_member(chain.weights[0].shape[0], x, target)
+    settings = _loss_of(loss, rows, one_target, chain.weights[-1].shape[-2])
     plan = _C.StepPlan(
         (model, loss, optimizer),
         x,
         target,
-        rows is not x,
+        rows is not x and not of_members,
         chain.weights,
         chain.biases,
         chain.acts,
@@ -375,9 +408,30 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
+def _of_one_member(members: int, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an input and a target of one member of an ensemble."""
+    if x.dim() not in (2, 3) or (x.dim() == 3 and len(x) != members):
+        raise _Ordinary("the input is neither [rows, features] nor [members, rows, features]")
+    own = _has_members(target)
+    if own and len(target) != members:
+        raise _Ordinary("the target has another number of members")
+    return x if x.dim() == 2 else x[0], target[0] if own else target
+
+
 def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
     """Return the model's layers, and x as its first layer gets it."""
     kind = type(model)
+    if kind is MLPEnsemble:
+        if not all(untouched(module) for module in (model, *model._modules.values()) if module is not None):
+            raise _Ordinary("the model has a hook, or its forward was replaced or compiled")
+        chain = _Chain([], [], [], None)
+        for layer in model._modules.values():
+            if type(layer) is not StackedLinear:
+                raise _Ordinary(f"the ensemble has a {type(layer).__name__} among its layers")
+            _add(chain, layer.weight, layer.bias)
+            _set_activation(chain, str(model.activation), 0.01)
+        _set_activation(chain, "none", 0.01)
+        return x, chain
     if not (isinstance(model, nn.Sequential) and (calls_in_order(kind) or calls_in_order(kind, _MLP_FORWARD))):
         raise _Ordinary(f"the model is a {kind.__name__}, not an nn.Sequential or MLP")
     if not untouched(model):

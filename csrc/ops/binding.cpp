@@ -31,7 +31,7 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def("_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope) -> Tensor");
   m.def(
       "_mlp_differentiable_backward(Tensor? grad_y, Tensor?[] grads_kept, Tensor? x, Tensor?[] weights, Tensor? y, "
-      "Tensor[] kept, int[] keep, int[] acts, float slope, int[] needs) -> (Tensor[], int[])");
+      "Tensor[] kept, int[] keep, int[] acts, float slope, int[] needs, bool stacked) -> (Tensor[], int[])");
   m.def(
       "_mlp_loss(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, Tensor target, int kind, "
       "Tensor? class_weight, int reduction, int ignore_index, float label_smoothing, int[] needs) -> "
@@ -87,7 +87,7 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def("_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, int[] keep) -> Tensor[]");
   m.def(
       "_mlp_backward(Tensor grad_y, Tensor? x, Tensor?[] weights, Tensor? y, Tensor[] kept, int[] keep, int[] acts, "
-      "float slope, int[] needs) -> Tensor[]");
+      "float slope, int[] needs, bool stacked) -> Tensor[]");
   m.def("_mse_loss_forward(Tensor input, Tensor target, int reduction, bool need_grad) -> (Tensor, Tensor)");
   m.def(
       "_gaussian_nll_loss_forward(Tensor input, Tensor target, Tensor var, bool full, float eps, int reduction, "

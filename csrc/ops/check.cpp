@@ -152,6 +152,38 @@ void check_mlp_counts(size_t weights, size_t biases, size_t acts) {
               weights, " weights, got ", biases, " and ", acts);
 }
 
+namespace {
+
+std::vector<Problem> check_ensemble(const at::Tensor& x, at::TensorList weights,
+                                    const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts,
+                                    double slope) {
+  const int64_t members = weights[0].size(0);
+  TORCH_CHECK(x.dim() == 3 && x.size(0) == members, "mlp: weights[0] of shape ", weights[0].sizes(), " has ", members,
+              " members; x must then be [members, rows, in_features], or one x for all of them; got shape ", x.sizes());
+  const DType dtype = dtype_of(x, "mlp");
+  std::vector<Problem> layers;
+  Shape shape{x.size(1), x.size(2), 0};
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const std::string weight = "weights[" + std::to_string(l) + "]", bias = "biases[" + std::to_string(l) + "]";
+    const at::Tensor& w = weights[l];
+    check_like(w, weight.c_str(), x, "x", "mlp");
+    TORCH_CHECK(w.dim() == 3 && w.size(0) == members && w.size(2) == shape.n, "mlp: ", weight,
+                " must be [members, out_features, in_features] with ", members, " members and in_features = ", shape.n,
+                l ? " (what the layer before gives)" : " (the last size of x)", ", got shape ", w.sizes());
+    shape.k = shape.n;
+    shape.n = w.size(1);
+    if (const std::optional<at::Tensor> b = biases.get(l)) {
+      check_like(*b, bias.c_str(), x, "x", "mlp");
+      TORCH_CHECK(b->dim() == 2 && b->size(0) == members && b->size(1) == shape.n, "mlp: ", bias,
+                  " must be [members, out_features] = [", members, ", ", shape.n, "], got shape ", b->sizes());
+    }
+    layers.push_back({shape, dtype, check_activation(acts[l], slope, "mlp")});
+  }
+  return layers;
+}
+
+}  // namespace
+
 std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
                                const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope) {
   check_mlp_counts(weights.size(), biases.size(), acts.size());
@@ -160,6 +192,7 @@ std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
   check_layout(x, "x", "mlp");
   const DType dtype = dtype_of(x, "mlp");
   TORCH_CHECK(x.dim() >= 1, "mlp: x must be [..., in_features], got a 0-dimensional tensor");
+  if (weights[0].dim() == 3) return check_ensemble(x, weights, biases, acts, slope);
   Shape shape{rows_of(x), x.size(-1), 0};
   for (size_t l = 0; l < weights.size(); ++l) {
     const std::string weight = "weights[" + std::to_string(l) + "]", bias = "biases[" + std::to_string(l) + "]";

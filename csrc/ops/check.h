@@ -21,7 +21,8 @@ Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
                        const std::optional<at::Tensor>& weight, const at::Tensor& saved, int64_t act, double slope,
                        bool need_x, bool need_weight, Dtypes = Dtypes::one, at::ScalarType x_dtype = at::kFloat);
 
-// One per layer of a chain: x [..., K], weights[l] [N_l, K_l], biases[l] [N_l] or None, acts[l] an activation's code.
+// One per layer of a chain: x [..., K], weights[l] [N_l, K_l], biases[l] [N_l] or None, acts[l] an activation's code. Of an
+// ensemble, whose tensors are x [members, M, K], weights[l] [members, N_l, K_l] and biases[l] [members, N_l], those of a member.
 std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
                                const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope);
 void check_mlp_counts(size_t weights, size_t biases, size_t acts);

@@ -2,6 +2,10 @@
 // per device: cpu/device.cpp and cuda/device.cpp. Everything else of the ops is shared.
 #pragma once
 
+#include <c10/util/FunctionRef.h>
+
+#include <vector>
+
 #include "ops/loss_calls.h"
 #include "ops/tensors.h"
 #include "planning/linear_glu.h"
@@ -53,6 +57,8 @@ struct Device {
   bool (*takes_fused_mlp)(const FusedMlp&, DType);
   void (*fused_mlp_forward)(const FusedMlp&, DType);
   void (*fused_mlp_backward)(FusedMlp, DType, const at::Tensor& like);
+  // Calls body(e) for each member of an ensemble of such chains; on CPU maybe on several threads.
+  void (*each_member)(int64_t members, const std::vector<Problem>& layers, c10::function_ref<void(int64_t)> body);
 
   // The losses. Each fills the gradients of the call and returns the loss.
   at::Tensor (*elementwise_loss)(const ElementwiseLossCall&);

@@ -116,8 +116,8 @@ void run_backward(const Device& device, const Plan& plan, const Problem& c, cons
         below->applied = true;
       }
       if (step.outputs & kDbiasBelow) {
-        below->dbias = new_empty({c.shape.k}, g.options());
         p.column_sum = below->dbias.data_ptr();
+        below->summed_dbias = true;
       }
       device.product(step, c, p, g);
     }
@@ -147,7 +147,7 @@ void layer_backward(const Device& device, const Problem& c, const OutputGrad& in
                                    dweight.defined(),
                                    dbias.defined(),
                                    has_below,
-                                   has_below && below->wants_dbias};
+                                   has_below && below->dbias.defined()};
   run_backward(device, device.plan_backward(problem), c, {g, in.saved}, x2, weight, gradients, below);
 }
 

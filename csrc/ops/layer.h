@@ -14,10 +14,9 @@ struct Outputs {
 struct BackwardEpilogue {
   at::Tensor saved;  // undefined: there is none to apply
   Activation act;
-  bool wants_dbias;
-  // Set by layer_backward.
-  bool applied = false;
-  at::Tensor dbias;  // [n of the layer below], if it was summed
+  at::Tensor dbias;  // [n of the layer below]; undefined where not wanted
+  // Set by layer_backward: the activation gradient was applied, dbias was summed.
+  bool applied = false, summed_dbias = false;
 };
 
 // y = act(x · weightᵀ + bias), by the steps of `plan`; bias is contiguous or undefined.

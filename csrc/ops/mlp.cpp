@@ -4,6 +4,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/activation.h"
 #include "ops/check.h"
@@ -19,6 +20,46 @@ struct Activations {
 
   explicit Activations(size_t layers) : h(layers), z(layers), mask(layers) {}
 };
+
+using Tensors = std::vector<at::Tensor>;
+
+// Gives what a member of an ensemble writes its own tensors. Kernels of the CPU write to parts of a stacked tensor. Those of
+// CUDA need tensors that begin where wide accesses may: they get new ones, which put() copies.
+class MemberOutputs {
+ public:
+  explicit MemberOutputs(int64_t member) : member_(member) {}
+
+  at::Tensor of(const at::Tensor& all) {
+    const at::Tensor mine = member_of(all, member_);
+    if (!mine.defined() || mine.is_cpu()) return mine;
+    made_.emplace_back(mine, new_empty(mine.sizes(), mine.options()));
+    return made_.back().second;
+  }
+  Tensors of(const Tensors& all) {
+    Tensors out;
+    for (const at::Tensor& t : all) out.push_back(of(t));
+    return out;
+  }
+  void put() const {
+    for (const auto& [to, from] : made_) to.copy_(from);
+  }
+
+ private:
+  int64_t member_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> made_;
+};
+
+Tensors members_of(const Tensors& all, int64_t e) {
+  Tensors out;
+  for (const at::Tensor& t : all) out.push_back(member_of(t, e));
+  return out;
+}
+
+Activations members_of(const Activations& all, int64_t e) {
+  Activations out(0);
+  out.h = members_of(all.h, e), out.z = members_of(all.z, e), out.mask = members_of(all.mask, e);
+  return out;
+}
 
 FusedMlpLayer fused_mlp_layer(const Problem& layer, const at::Tensor& weight, const at::Tensor& h,
                               const at::Tensor& z) {
@@ -38,6 +79,93 @@ FusedMlp fused_mlp_of(const std::vector<FusedMlpLayer>& layers, int64_t rows) {
   return p;
 }
 
+// ---- one chain: a call's own, or a member's ------------------------------------------------------------------------
+
+// Fills the activations that are defined; the last h is.
+void run_forward(const Device& device, const std::vector<Problem>& layers, const at::Tensor& x, const Tensors& weights,
+                 const Tensors& biases, Activations a) {
+  const DType dtype = layers[0].dtype;
+  std::vector<FusedMlpLayer> chain;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    chain.push_back(fused_mlp_layer(layers[l], weights[l], a.h[l], a.z[l]));
+    chain[l].bias = const_data_or_null(biases[l]);
+  }
+  FusedMlp p = fused_mlp_of(chain, layers[0].shape.m);
+  if (device.takes_fused_mlp(p, dtype)) {
+    const at::Tensor x2 = as_rows(x);
+    p.x = view_of(x2);
+    return device.fused_mlp_forward(p, dtype);
+  }
+  at::Tensor input = x;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    if (!a.h[l].defined()) a.h[l] = new_empty({layers[l].shape.m, layers[l].shape.n}, x.options());
+    layer_forward(device, layers[l], input, weights[l], biases[l], {a.h[l], a.z[l], a.mask[l]});
+    input = std::exchange(a.h[l], {});  // the last one that holds it, unless it is kept
+  }
+}
+
+// What a backward reads and writes, of all layers; those below `deepest` have no gradient to give.
+struct Backward {
+  const std::vector<Problem>& layers;
+  size_t deepest;
+  at::Tensor grad_y;
+  Tensors input, weight;
+  Activations a;
+  Tensors grads;  // [dx, dweight_0 ..., dbias_0 ...]; undefined where not wanted
+
+  bool need_input(size_t l) const { return l > deepest || grads[0].defined(); }
+};
+
+void run_fused_backward(const Device& device, const Backward& b, std::vector<FusedMlpLayer>& chain, FusedMlp p) {
+  const size_t count = b.layers.size();
+  for (size_t l = b.deepest; l < count; ++l) {
+    chain[l - b.deepest].dweight = data_or_null(b.grads[1 + l]);
+    chain[l - b.deepest].dbias = data_or_null(b.grads[1 + count + l]);
+  }
+  const at::Tensor x2 = b.grads[1 + b.deepest].defined() ? as_rows(b.input[b.deepest]) : at::Tensor();
+  const at::Tensor g2 = as_rows(b.grad_y);
+  if (x2.defined()) p.x = view_of(x2);
+  p.grad_y = view_of(g2);
+  p.dx = data_or_null(b.grads[0]);
+  device.fused_mlp_backward(p, b.layers[b.deepest].dtype, b.grad_y);
+}
+
+void run_backward(const Device& device, const Backward& b) {
+  const size_t count = b.layers.size();
+  std::vector<FusedMlpLayer> chain;
+  for (size_t l = b.deepest; l < count; ++l)
+    chain.push_back(fused_mlp_layer(b.layers[l], b.weight[l], b.a.h[l], b.a.z[l]));
+  const FusedMlp p = fused_mlp_of(chain, b.layers.back().shape.m);
+  if (device.takes_fused_mlp(p, b.layers.back().dtype)) return run_fused_backward(device, b, chain, p);
+
+  auto saved_by = [&](size_t l) {
+    if (b.a.mask[l].defined()) return b.a.mask[l];
+    const Act kind = b.layers[l].act.kind;
+    return kind == Act::none ? at::Tensor() : saves_output(kind) ? b.a.h[l] : b.a.z[l];
+  };
+  OutputGrad in = {as_rows(b.grad_y), saved_by(count - 1)};
+  bool has_dbias = false;  // dgrad of the layer above summed it
+  for (size_t l = count; l-- > b.deepest;) {
+    const auto [m, n, k] = b.layers[l].shape;
+    BackwardEpilogue below{};
+    if (l > b.deepest) below = {saved_by(l - 1), b.layers[l - 1].act, b.grads[count + l]};
+    at::Tensor dx = l == 0 ? b.grads[0] : at::Tensor();
+    if (l > 0 && b.need_input(l))
+      dx = std::get<0>(
+          new_gradients(b.layers[l].shape, in.g, in.g.scalar_type(), in.g.scalar_type(), true, false, false));
+    layer_backward(device, b.layers[l], in, b.input[l], b.weight[l],
+                   {dx, b.grads[1 + l], has_dbias ? at::Tensor() : b.grads[1 + count + l]}, &below);
+    in = {dx, below.applied ? at::Tensor() : below.saved};
+    has_dbias = below.summed_dbias;
+  }
+}
+
+bool runs_as_fused_mlp(const Device& device, const std::vector<Problem>& layers, at::TensorList weights) {
+  std::vector<FusedMlpLayer> chain;
+  for (size_t l = 0; l < layers.size(); ++l) chain.push_back(fused_mlp_layer(layers[l], weights[l], {}, {}));
+  return device.takes_fused_mlp(fused_mlp_of(chain, layers[0].shape.m), layers[0].dtype);
+}
+
 }  // namespace
 
 std::vector<at::Tensor> mlp_forward(const Device& device, const at::Tensor& x, at::TensorList weights,
@@ -45,38 +173,38 @@ std::vector<at::Tensor> mlp_forward(const Device& device, const at::Tensor& x, a
                                     at::IntArrayRef keep) {
   const std::vector<Problem> layers = check_mlp(x, weights, biases, acts, slope);
   const c10::DeviceGuard guard(x.device());
-  const DType dtype = layers[0].dtype;
   const size_t count = layers.size();
+  const bool stacked = weights[0].dim() == 3;
   TORCH_CHECK(keep.empty() || keep.size() == count, "mlp: expected ", count, " entries in keep, or none, got ",
               keep.size());
   auto keeps = [&](size_t l, Keep what) { return !keep.empty() && (keep[l] & what) != 0; };
-  std::vector<FusedMlpLayer> chain;
-  for (size_t l = 0; l < count; ++l) chain.push_back(fused_mlp_layer(layers[l], weights[l], {}, {}));
-  FusedMlp p = fused_mlp_of(chain, layers[0].shape.m);
-  const bool as_fused_mlp = device.takes_fused_mlp(p, dtype);
   Activations a(count);
-  std::vector<at::Tensor> bias(count);
+  Tensors bias(count);
+  bool keeps_mask = false;
   for (size_t l = 0; l < count; ++l) {
     const int64_t n = layers[l].shape.n;
     auto make = [&] { return new_empty(resized_last(x, n), x.options()); };
     if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
-    if (keeps(l, kKeepH) || !as_fused_mlp || l + 1 == count) a.h[l] = make();
+    if (keeps(l, kKeepH) || l + 1 == count) a.h[l] = make();
     if (keeps(l, kKeepZ)) a.z[l] = make();
-    if (keeps(l, kKeepMask) && !as_fused_mlp && device.takes_mask(layers[l]))
-      a.mask[l] = new_empty(resized_last(x, n / kMaskBits), x.options().dtype(at::kByte));
+    keeps_mask = keeps_mask || (keeps(l, kKeepMask) && !stacked && device.takes_mask(layers[l]));
   }
-
-  if (as_fused_mlp) {
-    for (size_t l = 0; l < count; ++l) {
-      chain[l] = fused_mlp_layer(layers[l], weights[l], a.h[l], a.z[l]);
-      chain[l].bias = bias[l].defined() ? bias[l].const_data_ptr() : nullptr;
-    }
-    const at::Tensor x2 = as_rows(x);
-    p.x = view_of(x2);
-    device.fused_mlp_forward(p, dtype);
-  } else {
+  if (keeps_mask && !runs_as_fused_mlp(device, layers, weights))
     for (size_t l = 0; l < count; ++l)
-      layer_forward(device, layers[l], l ? a.h[l - 1] : x, weights[l], bias[l], {a.h[l], a.z[l], a.mask[l]});
+      if (keeps(l, kKeepMask) && device.takes_mask(layers[l]))
+        a.mask[l] = new_empty(resized_last(x, layers[l].shape.n / kMaskBits), x.options().dtype(at::kByte));
+
+  if (stacked) {
+    const Tensors weight = weights.vec();
+    device.each_member(x.size(0), layers, [&](int64_t e) {
+      MemberOutputs outputs(e);
+      Activations mine(0);
+      mine.h = outputs.of(a.h), mine.z = outputs.of(a.z), mine.mask.resize(count);
+      run_forward(device, layers, member_of(x, e), members_of(weight, e), members_of(bias, e), mine);
+      outputs.put();
+    });
+  } else {
+    run_forward(device, layers, x, weights.vec(), bias, a);
   }
   std::vector<at::Tensor> out = {a.h.back()};
   for (size_t l = 0; l + 1 < count; ++l)
@@ -90,7 +218,7 @@ std::vector<at::Tensor> mlp_forward(const Device& device, const at::Tensor& x, a
 std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
                                      const OptionalTensors& weights, const std::optional<at::Tensor>& y,
                                      at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
-                                     at::IntArrayRef needs) {
+                                     at::IntArrayRef needs, bool stacked) {
   const size_t count = weights.size();
   TORCH_CHECK(count > 0 && acts.size() == count && keep.size() == count && needs.size() == 1 + 2 * count,
               "mlp: expected for each of ", count,
@@ -99,6 +227,8 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
   check_layout(grad_y, "grad_y", "mlp");
   const DType dtype = dtype_of(grad_y, "mlp");
   TORCH_CHECK(grad_y.dim() >= 1, "mlp: grad_y must be [..., out_features], got a 0-dimensional tensor");
+  TORCH_CHECK(!stacked || grad_y.dim() == 3, "mlp: grad_y of an ensemble must be [members, rows, out_features], got ",
+              grad_y.sizes());
   const c10::DeviceGuard guard(grad_y.device());
   const bool need_x = needs[0] != 0;
   auto need_weight = [&](size_t l) { return needs[1 + l] != 0; };
@@ -134,16 +264,20 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
   // Problem from the top down, where a layer's outputs are known.
   std::vector<Problem> layers(count);
   std::vector<at::Tensor> weight(count), input(count);
-  Shape shape{rows_of(grad_y), 0, grad_y.size(-1)};
+  Shape shape{stacked ? grad_y.size(1) : rows_of(grad_y), 0, grad_y.size(-1)};
   for (size_t l = count; l-- > deepest;) {
     shape = {shape.m, shape.k, 0};
     if (need_input(l)) {
       weight[l] = weights.get(l).value_or(at::Tensor());
       TORCH_CHECK(weight[l].defined(), "mlp: expected weights[", l, "] for these gradients, got None");
       check_like(weight[l], "a weight", grad_y, "grad_y", "mlp");
-      TORCH_CHECK(weight[l].dim() == 2 && weight[l].size(0) == shape.n, "mlp: weights[", l,
-                  "] must be [out_features, in_features] with out_features = ", shape.n, ", got ", weight[l].sizes());
-      shape.k = weight[l].size(1);
+      const int64_t d = stacked;  // dimensions before out_features
+      TORCH_CHECK(
+          weight[l].dim() == 2 + d && weight[l].size(d) == shape.n && (!stacked || weight[l].size(0) == grad_y.size(0)),
+          "mlp: weights[", l, "] must be ",
+          stacked ? "[members, out_features, in_features] with the members of grad_y" : "[out_features, in_features]",
+          " and out_features = ", shape.n, ", got ", weight[l].sizes());
+      shape.k = weight[l].size(1 + d);
     }
     if (need_weight(l)) {
       input[l] = l > 0 ? a.h[l - 1] : x.value_or(at::Tensor());
@@ -161,43 +295,28 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
     if (a.mask[l].defined()) check_rows(a.mask[l], l, name, own.n / kMaskBits, true);
   }
 
-  std::vector<FusedMlpLayer> chain;
-  for (size_t l = deepest; l < count; ++l) chain.push_back(fused_mlp_layer(layers[l], weight[l], a.h[l], a.z[l]));
-  FusedMlp p = fused_mlp_of(chain, shape.m);
-  std::vector<at::Tensor> grads(needs.size());
-  if (device.takes_fused_mlp(p, dtype)) {
-    const at::TensorOptions options = grad_y.options();
-    auto make = [&](size_t i, at::IntArrayRef sizes) { return (grads[i] = new_empty(sizes, options)).data_ptr(); };
-    for (size_t l = deepest; l < count; ++l) {
-      FusedMlpLayer& layer = chain[l - deepest];
-      if (need_weight(l)) layer.dweight = make(1 + l, {layer.n, layer.k});
-      if (need_bias(l)) layer.dbias = make(1 + count + l, {layer.n});
-    }
-    const at::Tensor x2 = need_weight(deepest) ? as_rows(input[deepest]) : at::Tensor(), g2 = as_rows(grad_y);
-    if (x2.defined()) p.x = view_of(x2);
-    p.grad_y = view_of(g2);
-    p.dx = need_x ? make(0, resized_last(grad_y, shape.k)) : nullptr;
-    device.fused_mlp_backward(p, dtype, grad_y);
+  Tensors grads(needs.size());
+  auto make = [&](size_t i, bool zero, std::vector<int64_t> sizes) {
+    if (!needs[i]) return;
+    if (stacked && i > 0) sizes.insert(sizes.begin(), grad_y.size(0));
+    grads[i] = zero ? aten::zeros(sizes, grad_y.options()) : new_empty(sizes, grad_y.options());
+  };
+  for (size_t l = deepest; l < count; ++l) {
+    const auto [m, n, k] = layers[l].shape;
+    const bool zero = layers[l].is_empty();
+    if (l == 0) make(0, zero, resized_last(grad_y, k));
+    make(1 + l, zero, {n, k});
+    make(1 + count + l, zero, {n});
+  }
+  if (stacked) {
+    device.each_member(grad_y.size(0), layers, [&](int64_t e) {
+      MemberOutputs outputs(e);
+      run_backward(device, {layers, deepest, member_of(grad_y, e), members_of(input, e), members_of(weight, e),
+                            members_of(a, e), outputs.of(grads)});
+      outputs.put();
+    });
   } else {
-    auto saved_by = [&](size_t l) {
-      if (a.mask[l].defined()) return a.mask[l];
-      const Act kind = layers[l].act.kind;
-      return kind == Act::none ? at::Tensor() : saves_output(kind) ? a.h[l] : a.z[l];
-    };
-    OutputGrad in = {grad_y, saved_by(count - 1)};
-    at::Tensor dbias;  // of this layer, where dgrad of the layer above summed it
-    for (size_t l = count; l-- > deepest;) {
-      BackwardEpilogue below{};
-      if (l > deepest) below = {saved_by(l - 1), layers[l - 1].act, need_bias(l - 1)};
-      const auto made = new_gradients(layers[l].shape, in.g, grad_y.scalar_type(), grad_y.scalar_type(), need_input(l),
-                                      need_weight(l), need_bias(l) && !dbias.defined());
-      layer_backward(device, layers[l], in, input[l], weight[l], made, &below);
-      grads[1 + l] = std::get<1>(made);
-      grads[1 + count + l] = dbias.defined() ? dbias : std::get<2>(made);
-      if (l == 0) grads[0] = std::get<0>(made);
-      in = {std::get<0>(made), below.applied ? at::Tensor() : below.saved};
-      dbias = below.dbias;
-    }
+    run_backward(device, {layers, deepest, grad_y, input, weight, a, grads});
   }
   std::vector<at::Tensor> out;
   for (size_t i = 0; i < needs.size(); ++i)

@@ -10,6 +10,9 @@
 
 namespace dlk {
 
+// Of an ensemble all tensors have the members as their first dimension: x [E, M, K], weights [E, N, K], biases [E, N]. Each
+// member has the bits of a call with its own tensors. An ensemble keeps no masks.
+
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 // Returns y and, behind it, the tensors that backward takes as `kept`: every h that `keep` asks for, then every z, then the
@@ -26,10 +29,10 @@ std::vector<at::Tensor> mlp_forward(const Device&, const at::Tensor& x, at::Tens
 
 // The gradients among [dx, dweight_0 ..., dbias_0 ...] that `needs`, in the same order, asks for. `keep` is what forward was
 // given. Only tensors that these gradients read have to be there: x for dweight_0, weights[l] for the gradients below layer
-// l, y where the last layer's act' reads it.
+// l, y where the last layer's act' reads it. `stacked`: of an ensemble.
 std::vector<at::Tensor> mlp_backward(const Device&, const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
                                      const OptionalTensors& weights, const std::optional<at::Tensor>& y,
                                      at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
-                                     at::IntArrayRef needs);
+                                     at::IntArrayRef needs, bool stacked);
 
 }  // namespace dlk

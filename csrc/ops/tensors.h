@@ -48,6 +48,16 @@ inline std::vector<int64_t> resized_last(const at::Tensor& t, int64_t last) {
   return sizes;
 }
 
+// Member e of a stacked tensor, for kernels: no autograd, and no call of an operator. Undefined stays undefined.
+inline at::Tensor member_of(const at::Tensor& t, int64_t e) {
+  if (!t.defined()) return t;
+  auto impl =
+      c10::make_intrusive<at::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(t.storage()),
+                                          t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView, t.dtype());
+  impl->set_sizes_and_strides(t.sizes().slice(1), t.strides().slice(1), t.storage_offset() + e * t.stride(0));
+  return at::Tensor(std::move(impl));
+}
+
 // A mask holds one bit per element of y (kernels/params.h).
 inline bool is_mask(const at::Tensor& t) { return t.defined() && t.scalar_type() == at::kByte; }
 

@@ -305,6 +305,13 @@ py::tuple explain_fused_mlp(bool cuda, const std::vector<std::array<int64_t, 3>>
                         slices * cpu::fused_mlp_parameters(p) * accumulator_size(type));
 }
 
+bool explain_members(int64_t members, const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype,
+                     int threads, bool in_bf16) {
+  std::vector<Problem> problems;
+  for (const auto& [m, n, k] : layers) problems.push_back({{m, n, k}, dtype_named(dtype), {}});
+  return cpu::members_in_parallel(members, problems, cpu::this_machine(threads, in_bf16));
+}
+
 }  // namespace
 
 void add_explain(py::module_& m) {
@@ -320,6 +327,9 @@ void add_explain(py::module_& m) {
   m.def("explain_fused_mlp", &explain_fused_mlp,
         "Slices, kernel and scratch in bytes of the fused MLP kernels for these layers; 0 slices: layer by layer.",
         py::arg("cuda"), py::arg("layers"), py::arg("dtype"));
+  m.def("explain_members", &explain_members,
+        "True if the members of an ensemble of such chains run at the same time on CPU, each on one thread.",
+        py::arg("members"), py::arg("layers"), py::arg("dtype"), py::arg("threads"), py::arg("in_bf16"));
 #ifdef DLKERNELS_CUDA
   // The values of DLKERNELS_CUDA_GEMM.
   m.attr("cuda_paths") = py::make_tuple("simt", "mma", "hopper", "cublas", "fused_mlp");

@@ -279,7 +279,7 @@ class StepPlan {
       std::tie(value, output, gradients) =
           call_mlp_loss(flattens_ ? x_tensor.flatten(1) : x_tensor, weights, biases, acts_, slope_, target_tensor,
                         kind_, class_weight_, reduction_, ignore_index_, label_smoothing_, needs_);
-      updates = !only_finite || !value.is_cpu() || std::isfinite(value.item<double>());
+      updates = !only_finite || !value.is_cpu() || std::isfinite((value.dim() ? value.sum() : value).item<double>());
       Tensors mine;
       for (const Group& group : groups_) {
         if (!updates) break;

@@ -1,11 +1,11 @@
 """Our operators written in torch's own, for programs that run without this package.
 
 A program that was exported where autograd records calls the recorded ops (``csrc/ops/autograd``), another one the
-kernels' ops. A chain of layers is exported layer by layer, so it has no decomposition. The gradients that a loss's
+kernels' ops. A chain of layers is exported layer by layer; that of an ensemble is one op. The gradients that a loss's
 kernel returns with its value are None here: a program that calls it has no backward that would read them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dlkernels._ops import masks
 from dlkernels._ops.activations import activation_of_code
+from dlkernels._ops.linear_act import stock_linear
 from dlkernels._ops.linear_cross_entropy import stock_linear_cross_entropy
 from dlkernels._ops.losses import Settings, grad_dtype, stock_cross_entropy, stock_gaussian_nll, stock_mse
 
@@ -53,6 +54,27 @@ def _glu(*args: Any) -> Tensor:
     return _glu_forward_z(*args)[0]
 
 
+def _mlp_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    acts: list[int],
+    slope: float,
+    keep: Sequence[int] = (),
+) -> list[Tensor]:
+    h, outputs, zs = x, [], []
+    for weight, bias, code in zip(weights, biases, acts, strict=True):
+        zs.append(stock_linear(h, weight, bias))
+        h = activation_of_code(code).value(zs[-1], slope)
+        outputs.append(h)
+    kept = [of[i] for of, what in ((outputs, 1), (zs, 2)) for i, flags in enumerate(keep) if flags & what]
+    return [h, *kept]
+
+
+def _mlp(*args: Any) -> Tensor:
+    return _mlp_forward(*args)[0]
+
+
 def _cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *settings: Any) -> Tensor:
     return stock_cross_entropy(input, target, weight, Settings(*settings))
 
@@ -89,6 +111,8 @@ LAYERS: Decompositions = {  # these return every output of the operator
     _ops._linear_act_forward.default: _forward,
     _ops._linear_act_forward_z.default: _forward_z,
     _ops._linear_act_forward_mask.default: _forward_mask,
+    _ops._mlp.default: _mlp,
+    _ops._mlp_forward.default: _mlp_forward,
     _ops._linear_glu.default: _glu,
     _ops._linear_glu_forward.default: _glu,
     _ops._linear_glu_forward_z.default: _glu_forward_z,

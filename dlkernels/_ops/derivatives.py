@@ -40,6 +40,15 @@ def rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # reshape(-1, n) refuses a tensor without elements
 
 
+def weight_gradient(q: Tensor, x: Tensor, stacked: bool) -> Tensor:
+    """qᵀ x over all rows; of stacked tensors [members, rows, features] for each member."""
+    return q.mT @ x if stacked else rows(q).t() @ rows(x)
+
+
+def bias_gradient(q: Tensor, stacked: bool) -> Tensor:
+    return q.sum(-2) if stacked else rows(q).sum(0)
+
+
 def sum_present(*terms: Tensor | None) -> Tensor | None:
     present = [t for t in terms if t is not None]
     return sum(present[1:], present[0]) if present else None
@@ -61,10 +70,11 @@ def double_backward(
     incoming one depends on its input.
     """
     gx, gw, gb = grads
+    stacked = weight is not None and weight.dim() == 3
     h = sum_present(
-        gx @ weight.t() if gx is not None and weight is not None else None,
-        x @ gw.t() if gw is not None and x is not None else None,
-        gb,
+        gx @ weight.mT if gx is not None and weight is not None else None,
+        x @ gw.mT if gw is not None and x is not None else None,
+        gb.unsqueeze(-2) if stacked and gb is not None else gb,
     )
     if h is None:
         return None, None, None, None
@@ -74,7 +84,7 @@ def double_backward(
     return (
         act.times_derivative(h, saved, slope) if need_g else None,
         q @ gw if need_x and gw is not None else None,
-        rows(q).t() @ rows(gx) if need_w and gx is not None else None,
+        weight_gradient(q, gx, stacked) if need_w and gx is not None else None,
         act.times_second_derivative(h * g, saved, slope) if need_saved else None,
     )
 
@@ -87,6 +97,7 @@ def backward_in_torch(
     act: Activation,
     slope: float,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    stacked: bool = False,
 ) -> Gradients:
     """The backward in torch's operators.
 
@@ -97,8 +108,8 @@ def backward_in_torch(
     need_x, need_weight, need_bias = needs
     return (
         q @ weight if need_x and weight is not None else None,
-        rows(q).t() @ rows(x) if need_weight and x is not None else None,
-        rows(q).sum(0) if need_bias else None,
+        weight_gradient(q, x, stacked) if need_weight and x is not None else None,
+        bias_gradient(q, stacked) if need_bias else None,
     )
 
 
@@ -139,11 +150,12 @@ def gradients(
     slope: float,
     needs: tuple[bool, bool, bool],
     anchor: Tensor | None = None,
+    stacked: bool = False,
 ) -> Gradients:
     """Return (dx, dweight, dbias) from the gradient ``g`` of y and the gradient ``gz`` of z or of the anchor.
 
     ``gz`` is not None where a second derivative returns through the saved tensor. The result is differentiable where
-    autograd records. ``saved`` is None for the identity.
+    autograd records. ``saved`` is None for the identity. ``stacked``: the tensors are of an ensemble.
     """
     if saved is not None and masks.is_mask(saved):
         if g is None and gz is not None:
@@ -154,8 +166,8 @@ def gradients(
 
     def through(g: Tensor, saved: Tensor, act: Activation) -> Gradients:
         recorded = torch.is_grad_enabled()
-        if under_transform() or (recorded and (act.name == "none" or is_batched(g))):
-            return backward_in_torch(g, x, weight, saved, act, slope, needs)
+        if stacked or under_transform() or (recorded and (act.name == "none" or is_batched(g))):
+            return backward_in_torch(g, x, weight, saved, act, slope, needs, stacked)
         if not recorded:
             return backward_op(g, x, weight, saved, act.code, slope, *needs)
         return _LinearActBackward.apply(g, x, weight, saved, act, slope, needs)

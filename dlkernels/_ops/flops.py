@@ -19,8 +19,11 @@ Shape = Sequence[int]
 
 
 def _product(rows: Shape, weight: Shape) -> int:
-    """The operations of [..., K] times [N, K]ᵀ. Each product of the backward, dgrad and wgrad, has the same number."""
-    return 2 * math.prod(rows[:-1]) * math.prod(weight)
+    """The operations of [..., K] times [N, K]ᵀ. Each product of the backward, dgrad and wgrad, has the same number.
+
+    Of an ensemble, [E, M, K] times [E, N, K]ᵀ, each row is multiplied by the weight of its member.
+    """
+    return 2 * math.prod(rows[:-1]) * math.prod(weight[-2:])
 
 
 @register_flop_formula(
@@ -86,7 +89,7 @@ def _mlp_forward(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
 
 @register_flop_formula(_ops._mlp_backward)
 def _mlp_backward(*args: Any, out_shape: Sequence[Shape], **_: Any) -> int:
-    g, _x, weights, *_rest, needs = args
+    g, _x, weights, *_rest, needs, _stacked = args
     # dweight has the weight's shape. The dgrad of a layer is needed if a layer below it has a gradient to compute.
     count = len(weights)
     gradients = iter(out_shape)

@@ -21,6 +21,7 @@ under ``torch.func.functionalize``. A Function's ``jvp`` is no alternative: it d
 level, so forward over forward would give zero.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -32,11 +33,12 @@ from dlkernels._ops.derivatives import (
     Gradients,
     backward_in_torch,
     backward_op,
+    bias_gradient,
     differentiable_op,
     double_backward,
     gradients,
-    rows,
     sum_present,
+    weight_gradient,
 )
 from dlkernels._ops.modes import (
     autocast_active,
@@ -50,6 +52,9 @@ from dlkernels._ops.modes import (
 _recorded = torch.ops.dlkernels._linear_act.default
 _forward = torch.ops.dlkernels._linear_act_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_forward_z.default
+_stacked_forward = torch.ops.dlkernels._mlp_forward.default
+_stacked_backward = torch.ops.dlkernels._mlp_backward.default
+_KEEP_Z = 2  # Keep of csrc/ops/mlp.h
 
 # ---- fake kernels: shapes and dtypes for compile, export and the meta device ---------------------------------------
 
@@ -150,27 +155,47 @@ def _(
 
 def _recompute_saved(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
     """The tensor that the forward saves, as a differentiable function of the forward's inputs."""
-    z = torch.nn.functional.linear(x, weight, bias)
+    z = stock_linear(x, weight, bias)
     return act.value(z, slope) if act.saves_output else z
 
 
-def _sample_by_sample(
-    function: Any, info: Any, in_dims: tuple[Any, ...], tensors: tuple[Any, ...], *settings: Any
+def stock_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b in torch's operators; of an ensemble, x [E, M, K] and weight [E, N, K], for each member."""
+    if weight.dim() == 2:
+        return torch.nn.functional.linear(x, weight, bias)
+    return x @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
+
+
+def _as_ensemble(
+    function: Any, batch: int, in_dims: tuple[Any, ...], tensors: tuple[Any, ...], *settings: Any
 ) -> tuple[Tensor, ...]:
-    """Apply ``function`` to each sample of the batched ``tensors``; every result is [batch, ...]."""
-    if info.batch_size == 0:  # a sample of zeros gives the shapes
-        tensors = tuple(
-            t if d is None else t.new_zeros(t.movedim(d, 0).shape[1:]) for t, d in zip(tensors, in_dims, strict=True)
-        )
-        return tuple(out.new_empty((0, *out.shape)) for out in function.apply(*tensors, *settings))
-    outs = [
-        function.apply(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)), *settings)
-        for i in range(info.batch_size)
-    ]
-    return tuple(torch.stack(out) for out in zip(*outs, strict=True))
+    """Apply ``function`` to an ensemble whose members are the samples; every result is [batch, ...].
+
+    ``tensors`` are [..., features], except for weight and bias; the weight is the one behind x. A layer that is an
+    ensemble already gets ``batch`` times as many members.
+    """
+    at = len(tensors) // 4  # of x: behind g, in the backward
+    stacked = tensors[at + 1].dim() - (in_dims[at + 1] is not None) == 3
+    flat: list[Tensor | None] = []
+    shape: Any = ()
+    for i, (t, d) in enumerate(zip(tensors, in_dims, strict=True)):
+        if t is not None:
+            t = t.expand(batch, *t.shape) if d is None else t.movedim(d, 0)
+            shape = t.shape[:-1] if i == at else shape
+            if stacked:
+                t = t.flatten(0, 1)
+            elif i not in (at + 1, at + 2):
+                t = t.reshape(batch, math.prod(t.shape[1:-1]), t.shape[-1])
+        flat.append(t)
+    outs = function.apply(*flat, *settings)
+    if stacked:
+        return tuple(out.unflatten(0, (batch, shape[1])) for out in outs)
+    return tuple(out.reshape(*shape, out.shape[-1]) if i in function.of_rows else out for i, out in enumerate(outs))
 
 
 class _LinearActBackwardTransform(torch.autograd.Function):
+    of_rows = (0,)  # the outputs that are [..., features]
+
     @staticmethod
     def forward(
         g: Tensor,
@@ -181,7 +206,10 @@ class _LinearActBackwardTransform(torch.autograd.Function):
         act: Activation,
         slope: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward_op(g, x, weight, saved, act.code, slope, True, True, True)
+        if weight.dim() == 2:
+            return backward_op(g, x, weight, saved, act.code, slope, True, True, True)
+        y, kept, keep = (saved, [], 0) if act.saves_output else (None, [saved], _KEEP_Z)
+        return tuple(_stacked_backward(g, x, [weight], y, kept, [keep], [act.code], slope, [1, 1, 1], True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -200,8 +228,8 @@ class _LinearActBackwardTransform(torch.autograd.Function):
         return (
             to_g,
             sum_present(to_x, r @ weight),
-            sum_present(to_w, rows(r).t() @ rows(x)),
-            rows(r).sum(0) if bias is not None else None,
+            sum_present(to_w, weight_gradient(r, x, weight.dim() == 3)),
+            bias_gradient(r, weight.dim() == 3) if bias is not None else None,
             None,
             None,
             None,
@@ -209,15 +237,27 @@ class _LinearActBackwardTransform(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return _sample_by_sample(_LinearActBackwardTransform, info, in_dims[:5], args[:5], *args[5:]), (0, 0, 0)
+        tensors, settings = args[:5], args[5:]
+        return _as_ensemble(_LinearActBackwardTransform, info.batch_size, in_dims[:5], tensors, *settings), (0, 0, 0)
 
 
 class _LinearActTransform(torch.autograd.Function):
-    """Returns (y, z). z is an output so that it can be saved; it is not differentiable."""
+    """Returns (y, z). z is an output so that it can be saved; it is not differentiable.
+
+    Of an ensemble: x [members, rows, in_features], weight [members, out_features, in_features].
+    """
+
+    of_rows = (0, 1)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> tuple[Tensor, Tensor]:
-        return _forward_z(x, weight, bias, act.code, slope)
+        if weight.dim() == 2:
+            return _forward_z(x, weight, bias, act.code, slope)
+        if act.saves_output:  # nobody reads z
+            y = _stacked_forward(x, [weight], [bias], [act.code], slope, [])[0]
+            return y, y.new_empty((*y.shape[:-1], 0))
+        y, z = _stacked_forward(x, [weight], [bias], [act.code], slope, [_KEEP_Z])
+        return y, z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -230,7 +270,7 @@ class _LinearActTransform(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, _gz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, saved = ctx.saved_tensors
         if forward_mode():
-            dx, dweight, dbias = backward_in_torch(g, x, weight, saved, ctx.act, ctx.slope)
+            dx, dweight, dbias = backward_in_torch(g, x, weight, saved, ctx.act, ctx.slope, stacked=weight.dim() == 3)
         else:
             dx, dweight, dbias = _LinearActBackwardTransform.apply(g, x, weight, bias, saved, ctx.act, ctx.slope)
         return dx, dweight, dbias if bias is not None else None, None, None
@@ -238,12 +278,19 @@ class _LinearActTransform(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         x, weight, bias, act, slope = args
-        if in_dims[1] is None and in_dims[2] is None:  # only x has a batch: its samples are more rows
+        if in_dims[1] is None and in_dims[2] is None and weight.dim() == 2:  # samples of x are more rows
             return _LinearActTransform.apply(x.movedim(in_dims[0], 0), weight, bias, act, slope), (0, 0)
-        return _sample_by_sample(_LinearActTransform, info, in_dims[:3], args[:3], act, slope), (0, 0)
+        return _as_ensemble(_LinearActTransform, info.batch_size, in_dims[:3], args[:3], act, slope), (0, 0)
 
 
 # ---- the entry -----------------------------------------------------------------------------------------------------
+
+
+def stacked_linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:
+    """One layer of an ensemble where its chain has no kernel: x [E, M, K], weight [E, N, K], bias [E, N] or None."""
+    if under_transform() and not (forward_mode() or tracing() or torch.compiler.is_dynamo_compiling()):
+        return _LinearActTransform.apply(x, weight, bias, act, slope)[0]
+    return act.value(stock_linear(x, weight, bias), slope)
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float) -> Tensor:

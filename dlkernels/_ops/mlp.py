@@ -4,6 +4,9 @@ It has two gains over the layers one by one. The epilogue of dgrad applies the a
 block of rows passes through all narrow layers while it is in cache (``csrc/kernels/cpu/mlp/fused_mlp.h``) or in shared
 memory (``csrc/kernels/cuda/mlp/fused_mlp.cuh``), forward and backward.
 
+An ensemble is the same with a dimension of members in front of every tensor. Its op keeps no masks, so it has a fake
+kernel for compilers too.
+
 Where the chain has no kernel (devices other than CPU and CUDA, ``torch.func``, tensor subclasses), and where Dynamo
 traces, the layers run one by one: the same products in the same order. They also run one by one under autocast if they
 have kernels that read float32 parameters without a cast (``autocast``), unless the chain is narrow.
@@ -27,7 +30,7 @@ from dlkernels import _C
 from dlkernels._ops import autocast
 from dlkernels._ops.activations import Activation, activation_of_code
 from dlkernels._ops.derivatives import differentiable_op, gradients, sum_present
-from dlkernels._ops.linear_act import linear_act
+from dlkernels._ops.linear_act import check_like, linear_act, stacked_linear_act
 from dlkernels._ops.modes import are_plain, autocast_active, autocast_operands, exporting, under_transform
 
 _recorded = torch.ops.dlkernels._mlp.default
@@ -52,6 +55,7 @@ def _(
     codes: Sequence[int],
     slope: float,
     needs: Sequence[int],
+    stacked: bool,
 ) -> tuple[list[Tensor], list[int]]:
     """Go through the layers one by one. Return the gradients that exist, and their places in ``needs``.
 
@@ -70,7 +74,7 @@ def _(
         through = bool(needs[0]) or any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i])
         wanted = through, bool(needs[1 + i]), bool(needs[1 + count + i])
         dx, found[1 + i], found[1 + count + i] = gradients(
-            g, grad_z.get(i), h.get(i - 1), weights[i], saved, act, slope, wanted
+            g, grad_z.get(i), h.get(i - 1), weights[i], saved, act, slope, wanted, stacked=stacked
         )
         if not through:
             break
@@ -104,6 +108,8 @@ def check_some(weights: Sequence[Any]) -> None:
 def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...], slope: float) -> Tensor:
     """See :func:`dlkernels.functional.mlp`."""
     check_some(weights)
+    if weights[0].dim() == 3:
+        return _ensemble(x, weights, biases, acts, slope)
     tensors = [x, *weights, *[b for b in biases if b is not None]]
     if torch.compiler.is_compiling():
         fusable = _is_traced_by_aot(*tensors)
@@ -135,6 +141,71 @@ def _is_traced_by_aot(*tensors: Tensor) -> bool:
 
 _TRACED = {Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor}
 
+
+# ---- ensembles -------------------------------------------------------------------------------------------------------
+
+
+def as_members(x: Tensor, weights: Tensors) -> Tensor:
+    """Return x as [members, ..., in_features]. An x of one or two dimensions is every member's; nothing is copied."""
+    return x.expand(weights[0].shape[0], *x.shape) if x.dim() < 3 else x
+
+
+def _ensemble(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...], slope: float) -> Tensor:
+    """The chain of each member: weights [E, N, K], biases [E, N]. The op takes x as [E, M, K]."""
+    if autocast_active(x):
+        x, *parameters = autocast_operands(x, *weights, *biases)
+        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+    x = as_members(x, weights)
+    if x.shape[0] != weights[0].shape[0]:
+        raise RuntimeError(
+            f"mlp: the weights are of {weights[0].shape[0]} members; x must then be [members, ..., in_features], or "
+            f"[rows, in_features] for all of them; got {tuple(x.shape)}"
+        )
+    rows = x if x.dim() == 3 else x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    tensors = [x, *weights, *[b for b in biases if b is not None]]
+    compiles = torch.compiler.is_compiling()
+    if under_transform() or not ((x.is_cpu or x.is_cuda) and (compiles or are_plain(*tensors))):
+        check_ensemble(rows, weights, biases)
+        y = rows
+        for weight, bias, act in zip(weights, biases, acts, strict=True):
+            y = stacked_linear_act(y, weight, bias, act, slope)
+    else:
+        codes = [act.code for act in acts]
+        records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        op = _recorded if records else _forward_y
+        y = op(rows, weights, biases, codes, slope)
+    return y if x.dim() == 3 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _forward_y(x: Tensor, weights: Tensors, biases: Biases, codes: Sequence[int], slope: float) -> Tensor:
+    return _forward(x, weights, biases, codes, slope, ())[0]
+
+
+def check_ensemble(x: Tensor, weights: Tensors, biases: Biases) -> list[tuple[int, ...]]:
+    """Raise unless the tensors fit together. Return the shape of each layer's output."""
+    members, features = weights[0].shape[0], x.shape[-1]
+    shapes: list[tuple[int, ...]] = []
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        torch._check(
+            weight.dim() == 3 and weight.shape[0] == members and weight.shape[2] == features,
+            lambda i=i, weight=weight, features=features: (
+                f"mlp: weights[{i}] must be [members, out_features, in_features] with {members} members and "
+                f"in_features = {features}, got shape {tuple(weight.shape)}"
+            ),
+        )
+        features = weight.shape[1]
+        torch._check(
+            bias is None or tuple(bias.shape) == (members, features),
+            lambda i=i, bias=bias, features=features: (
+                f"mlp: biases[{i}] must be [members, out_features] = [{members}, {features}], got shape "
+                f"{tuple(bias.shape)}"
+            ),
+        )
+        check_like("mlp", "x", x, (f"weights[{i}]", weight), (f"biases[{i}]", bias))
+        shapes.append((*x.shape[:-1], features))
+    return shapes
+
+
 # ---- fake kernels, for runs without data: FakeTensorMode -------------------------------------------------------------
 
 
@@ -144,9 +215,12 @@ def _(
 ) -> list[Tensor]:
     check_some(weights)
     outputs, h = [], x
-    for weight, bias in zip(weights, biases, strict=True):
-        h = _layer(h, weight, bias, 0, slope)
-        outputs.append(h)
+    if weights[0].dim() == 3:
+        outputs = [x.new_empty(shape) for shape in check_ensemble(x, weights, biases)]
+    else:
+        for weight, bias in zip(weights, biases, strict=True):
+            h = _layer(h, weight, bias, 0, slope)
+            outputs.append(h)
     # There are no masks: the device decides which layers run one by one.
     kept = [outputs[i] for what in (_H, _Z) for i, flags in enumerate(keep) if flags & what]
     return [outputs[-1], *(torch.empty_like(t) for t in kept)]
@@ -163,14 +237,16 @@ def _(
     acts: Sequence[int],
     slope: float,
     needs: Sequence[int],
+    stacked: bool,
 ) -> list[Tensor]:
     hidden = iter(kept)
     inputs = [x, *(next(hidden) if flags & _H else None for flags in keep)]
     # A tensor that is None is not read by any needed gradient.
-    features = [*(w.shape[1] if w is not None else 0 for w in weights), grad_y.shape[-1]]
+    members = grad_y.shape[:1] if stacked else ()
+    features = [*(w.shape[-1] if w is not None else 0 for w in weights), grad_y.shape[-1]]
     shapes = [
         (*grad_y.shape[:-1], features[0]),
-        *((n, h.shape[-1] if h is not None else 0) for n, h in zip(features[1:], inputs, strict=False)),
-        *((n,) for n in features[1:]),
+        *((*members, n, h.shape[-1] if h is not None else 0) for n, h in zip(features[1:], inputs, strict=False)),
+        *((*members, n) for n in features[1:]),
     ]
     return [grad_y.new_empty(shape) for shape, need in zip(shapes, needs, strict=True) if need]

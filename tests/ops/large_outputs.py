@@ -77,7 +77,7 @@ def results(large: bool) -> Iterator[tuple[str, list[Tensor]]]:
         y, *kept = OPS._mlp_forward(h, weights, biases, acts, 0.0, keep)
         yield f"mlp {name}", [y, *kept]
         needs = [1, 1, 1, 1, 0, 0, 0]
-        gradients = OPS._mlp_backward(y, h, weights, y, kept, keep, acts, 0.0, needs)
+        gradients = OPS._mlp_backward(y, h, weights, y, kept, keep, acts, 0.0, needs, False)
         yield f"mlp {name} backward", gradients
 
     x, target = normal(rows, wide), normal(rows, wide)

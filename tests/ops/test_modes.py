@@ -111,7 +111,7 @@ def test_operators_are_registered_as_torch_wants(act, device):
     for needs in [(1,) * 5, (0, 1, 0, 0, 0), (0, 0, 1, 0, 1), (0, 0, 0, 0, 1)]:
         lower = any(needs[:2])
         operands = x if needs[1] else None, [weights[0] if needs[0] else None, weights[1] if lower else None], y
-        torch.library.opcheck(backward, (g, *operands, kept, keep, codes, 0.0, needs), test_utils=tests)
+        torch.library.opcheck(backward, (g, *operands, kept, keep, codes, 0.0, needs, False), test_utils=tests)
 
 
 # ---- operations counted ------------------------------------------------------------------------------------------

@@ -20,12 +20,12 @@ std::vector<at::Tensor> call_mlp_forward(const at::Tensor& x, at::TensorList wei
 
 std::vector<at::Tensor> call_mlp_backward(const at::Tensor& g, const OptionalTensor& x, const OptionalTensors& weights,
                                           const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep,
-                                          at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
+                                          at::IntArrayRef acts, double slope, at::IntArrayRef needs, bool stacked) {
   using F =
       std::vector<at::Tensor>(const at::Tensor&, const OptionalTensor&, const OptionalTensors&, const OptionalTensor&,
-                              at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef);
+                              at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef, bool);
   static const auto op = dispatched<F>("dlkernels::_mlp_backward");
-  return op.call(g, x, weights, y, kept, keep, acts, slope, needs);
+  return op.call(g, x, weights, y, kept, keep, acts, slope, needs, stacked);
 }
 
 Saves saves_for(at::IntArrayRef acts, at::IntArrayRef needs) {
@@ -53,12 +53,12 @@ namespace {
 std::tuple<std::vector<at::Tensor>, std::vector<int64_t>> differentiable_backward(
     const OptionalTensor& g, const OptionalTensors& grads_kept, const OptionalTensor& x, const OptionalTensors& weights,
     const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
-    at::IntArrayRef needs) {
+    at::IntArrayRef needs, bool stacked) {
   using F = std::tuple<std::vector<at::Tensor>, std::vector<int64_t>>(
       const OptionalTensor&, const OptionalTensors&, const OptionalTensor&, const OptionalTensors&,
-      const OptionalTensor&, at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef);
+      const OptionalTensor&, at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef, bool);
   static const auto op = dispatched<F>("dlkernels::_mlp_differentiable_backward");
-  return op.call(g, grads_kept, x, weights, y, kept, keep, acts, slope, needs);
+  return op.call(g, grads_kept, x, weights, y, kept, keep, acts, slope, needs, stacked);
 }
 
 // Its outputs are y and the h and z that forward keeps, for the same reason as z of one layer (autograd/linear_act.cpp).
@@ -87,6 +87,7 @@ struct Mlp : Function<Mlp> {
     ctx->save("slope", slope);
     ctx->save("has_bias", has_bias);
     ctx->save("needs", needs);
+    ctx->save("stacked", weights[0].dim() == 3);
     variable_list outputs = {made[0]};
     outputs.insert(outputs.end(), made.begin() + 1 + s.constants, made.begin() + 1 + s.values);
     return outputs;
@@ -96,6 +97,7 @@ struct Mlp : Function<Mlp> {
     const std::vector<int64_t> acts = ctx->saved<std::vector<int64_t>>("acts");
     const std::vector<int64_t> has_bias = ctx->saved<std::vector<int64_t>>("has_bias");
     const double slope = ctx->saved<double>("slope");
+    const bool stacked = ctx->saved<bool>("stacked");
     const size_t count = acts.size();
     const Saves s = saves_for(acts, ctx->saved<std::vector<int64_t>>("needs"));
     const variable_list tensors = ctx->get_saved_variables();
@@ -114,14 +116,15 @@ struct Mlp : Function<Mlp> {
     std::vector<at::Tensor> found;
     std::vector<int64_t> places;
     if (is_opaque_backward(g) && std::none_of(grads.begin() + 1, grads.end(), is_defined)) {  // in training
-      found = call_mlp_backward(g, present(tensors[0]), weights, present(tensors[1]), kept, s.keep, acts, slope, needs);
+      found = call_mlp_backward(g, present(tensors[0]), weights, present(tensors[1]), kept, s.keep, acts, slope, needs,
+                                stacked);
       for (size_t i = 0; i < needs.size(); ++i)
         if (needs[i]) places.push_back(i);
     } else {
       for (size_t i = 0; i < s.constants; ++i) grads_kept.push_back(std::nullopt);
       for (size_t i = 1; i < grads.size(); ++i) grads_kept.push_back(present(grads[i]));
       std::tie(found, places) = differentiable_backward(present(g), grads_kept, present(tensors[0]), weights,
-                                                        present(tensors[1]), kept, s.keep, acts, slope, needs);
+                                                        present(tensors[1]), kept, s.keep, acts, slope, needs, stacked);
     }
     // One for each tensor that forward was given.
     variable_list out(needs.size());

@@ -28,6 +28,6 @@ std::vector<at::Tensor> call_mlp_forward(const at::Tensor& x, at::TensorList wei
 std::vector<at::Tensor> call_mlp_backward(const at::Tensor& grad_y, const OptionalTensor& x,
                                           const OptionalTensors& weights, const OptionalTensor& y, at::TensorList kept,
                                           at::IntArrayRef keep, at::IntArrayRef acts, double slope,
-                                          at::IntArrayRef needs);
+                                          at::IntArrayRef needs, bool stacked);
 
 }  // namespace dlk

@@ -3,6 +3,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Reduction.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 
@@ -24,6 +25,24 @@ std::tuple<at::Tensor, at::Tensor> loss_of(const at::Tensor& y, const at::Tensor
   return {loss, grad};
 }
 
+// The losses of the members [E], and their gradients [E, M, N]. A target without the dimension of members is every member's.
+std::tuple<at::Tensor, at::Tensor> losses_of_members(const at::Tensor& y, const at::Tensor& target, LossKind kind,
+                                                     const OptionalTensor& class_weight, int64_t reduction,
+                                                     int64_t ignore_index, double label_smoothing) {
+  const int64_t members = y.size(0);
+  TORCH_CHECK(members > 0, "mlp_loss: expected an ensemble with at least one member, got none");
+  const bool shared = target.dim() < (target.is_floating_point() ? 3 : 2);
+  TORCH_CHECK(shared || target.size(0) == members, "mlp_loss: expected a target for each of ", members,
+              " members, or one for all of them without a dimension of members; got shape ", target.sizes());
+  std::vector<at::Tensor> losses, grads;
+  for (int64_t e = 0; e < members; ++e) {
+    const auto [loss, grad] = loss_of(member_of(y, e), shared ? target : member_of(target, e), kind, class_weight,
+                                      reduction, ignore_index, label_smoothing);
+    losses.push_back(loss), grads.push_back(grad);
+  }
+  return {at::stack(losses), at::stack(grads)};
+}
+
 }  // namespace
 
 LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
@@ -41,17 +60,19 @@ LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTe
   std::vector<int64_t> all_needs = {0};  // x's
   all_needs.insert(all_needs.end(), needs.begin(), needs.end());
   const Saves saves = saves_for(acts, all_needs);
-  const std::vector<at::Tensor> outputs = call_mlp_forward(x, weights, biases, acts, slope, saves.keep);
+  const bool stacked = weights[0].dim() == 3, shared_x = stacked && x.dim() == 2;
+  const at::Tensor input = shared_x ? x.expand({weights[0].size(0), x.size(0), x.size(1)}) : x;
+  const std::vector<at::Tensor> outputs = call_mlp_forward(input, weights, biases, acts, slope, saves.keep);
   const at::Tensor& y = outputs[0];
-  const auto [loss, grad] =
-      loss_of(y, target, static_cast<LossKind>(kind), class_weight, reduction, ignore_index, label_smoothing);
+  const auto [loss, grad] = (stacked ? losses_of_members : loss_of)(
+      y, target, static_cast<LossKind>(kind), class_weight, reduction, ignore_index, label_smoothing);
   std::vector<at::Tensor> gradients;
   if (std::any_of(needs.begin(), needs.end(), [](int64_t need) { return need != 0; })) {
     OptionalTensors operands;
     for (size_t l = 0; l < count; ++l)
       operands.push_back(l < saves.first_weight ? std::nullopt : OptionalTensor(weights[l]));
-    gradients = call_mlp_backward(grad.to(y.scalar_type()), x, operands, y, at::TensorList(outputs).slice(1),
-                                  saves.keep, acts, slope, all_needs);
+    gradients = call_mlp_backward(grad.to(y.scalar_type()), input, operands, y, at::TensorList(outputs).slice(1),
+                                  saves.keep, acts, slope, all_needs, stacked);
   }
   return {loss, y, gradients};
 }

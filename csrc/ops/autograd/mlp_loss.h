@@ -13,6 +13,8 @@ using LossOfMlp = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 // The loss and the output of mlp(x, weights, biases) and the gradients among [dweight_0 ..., dbias_0 ...] that `needs`, in the same order,
 // asks for: those of the loss itself, which is a mean or a sum. class_weight, ignore_index and label_smoothing are of
 // cross_entropy. Nothing is recorded.
+// Of an ensemble (ops/mlp.h) each member has its own loss, [E], and the gradients are those of their sum. x [M, K] and a target
+// of one member are every member's.
 LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
                    double slope, const at::Tensor& target, int64_t kind, const OptionalTensor& class_weight,
                    int64_t reduction, int64_t ignore_index, double label_smoothing, at::IntArrayRef needs);

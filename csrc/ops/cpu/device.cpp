@@ -122,6 +122,14 @@ void run_fused_mlp_backward(FusedMlp p, DType dtype, const at::Tensor& like) {
   machine.table(dtype).fused_mlp_backward(p, threads_for_mlp(p, machine));
 }
 
+void each_member(int64_t members, const std::vector<Problem>& layers, c10::function_ref<void(int64_t)> body) {
+  const Machine machine = machine_for(layers[0].dtype);
+  const int threads = members_in_parallel(members, layers, machine) ? machine.threads : 1;
+  torch_threads(threads).run(members, &body, [](const void* context, int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) (*static_cast<const c10::function_ref<void(int64_t)>*>(context))(e);
+  });
+}
+
 Machine machine_that_runs(const Problem& p, bool asks_precision) {
   const Machine machine = machine_for(p.dtype, asks_precision);
   TORCH_CHECK_NOT_IMPLEMENTED(p.casts == Casts::none || machine.converts_parameters(),
@@ -132,12 +140,11 @@ Machine machine_that_runs(const Problem& p, bool asks_precision) {
 }  // namespace
 
 Machine machine_for(DType dtype, bool asks_precision) {
-  const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return this_machine(threads, asks_precision && dtype == DType::f32 && bf16_products_allowed());
+  return this_machine(at::get_num_threads(), asks_precision && dtype == DType::f32 && bf16_products_allowed());
 }
 
 Parallel torch_threads(int threads) {
-  if (threads == 1)
+  if (threads == 1 || at::in_parallel_region())  // plans do not depend on the region: it has the bits of a call outside
     return {1, [](int64_t tasks, const void* context, void (*body)(const void*, int64_t, int64_t)) {
               if (tasks > 0) body(context, 0, tasks);
             }};
@@ -213,6 +220,7 @@ const Device kCpu = {
     [](const FusedMlp& p, DType dtype) { return cpu::slices_of(p, dtype) > 0; },
     &cpu::run_fused_mlp_forward,
     &cpu::run_fused_mlp_backward,
+    &cpu::each_member,
     &cpu::elementwise_loss,
     &cpu::cross_entropy,
     &cpu::linear_cross_entropy,

@@ -270,6 +270,9 @@ const Device kCuda = {
     &cuda::fused_mlp_takes,
     [](const FusedMlp& p, DType dtype) { C10_CUDA_CHECK(cuda::fused_mlp_forward(p, dtype, cuda::stream())); },
     &cuda::run_fused_mlp_backward,
+    [](int64_t members, const std::vector<Problem>&, c10::function_ref<void(int64_t)> body) {
+      for (int64_t e = 0; e < members; ++e) body(e);
+    },
     &cuda::elementwise_loss,
     &cuda::cross_entropy,
     &cuda::linear_cross_entropy,

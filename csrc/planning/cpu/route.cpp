@@ -129,4 +129,19 @@ int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machin
   return slices < 2 ? 0 : static_cast<int>(slices < 32 ? slices : 32);
 }
 
+bool members_in_parallel(int64_t members, const std::vector<Problem>& layers, const Machine& machine) {
+  if (members < 2 || machine.threads == 1) return false;
+  int64_t most = 0, total = 0;
+  for (const Problem& layer : layers) {
+    for (const Op op : {Op::forward, Op::dgrad, Op::wgrad})
+      for (const bool contiguous : {true, false})
+        if (is_library(route(op, layer, contiguous, machine).path)) return false;
+    const int64_t multiplications = layer.shape.m * layer.shape.n * layer.shape.k;
+    most = most < multiplications ? multiplications : most;
+    total += multiplications;
+  }
+  const bool fills_threads = members >= machine.threads || machine.threads_for(most) == 1;
+  return fills_threads && machine.threads_for(members * total) > 1;
+}
+
 }  // namespace dlk::cpu

@@ -16,4 +16,9 @@ Route route(Op op, const Problem&, bool contiguous, const Machine&);
 // shapes, dtype and kernel set, not of the number of threads.
 int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machine&);
 
+// True if the members of an ensemble of such chains run at the same time, each on one thread. Otherwise they run one after
+// the other, each on all threads: where those are fewer than threads and large enough for several, and where a layer may go
+// to torch's GEMM, whose bits depend on the number of threads.
+bool members_in_parallel(int64_t members, const std::vector<Problem>& layers, const Machine&);
+
 }  // namespace dlk::cpu
