@@ -228,6 +228,7 @@ class StepPlan {
     g.update.rule = static_cast<cpu::UpdateRule>(rule);
     g.update.amsgrad = flag("amsgrad"), g.update.maximize = flag("maximize"), g.update.nesterov = flag("nesterov");
     g.update.parameters = unpack_all(parameters);
+    if (!weights_.empty() && weights_[0].dim() == 3) g.update.members = weights_[0].size(0);
     for (auto [from, to] : {std::pair(&means, &g.update.means), std::pair(&squares, &g.update.squares),
                             std::pair(&max_squares, &g.update.max_squares), std::pair(&steps, &g.update.steps)})
       for (py::handle t : *from) keep(t, *to);
