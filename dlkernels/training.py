@@ -125,9 +125,8 @@ def training_step(
     differ, and in 16-bit dtypes and on CUDA, torch's kernel makes it.
 
     Of an :class:`dlkernels.nn.MLPEnsemble` each member has its own loss, and a step returns the losses of the members.
-    Their sum is what is differentiated, so each member's gradient has the bits of the member trained alone. So has its
-    update where a parameter of a member fills whole registers of 32 bytes; elsewhere torch's kernels round some
-    elements in another order. x is ``[rows, in_features]`` for all members or ``[members, rows, in_features]``; the
+    Their sum is what is differentiated, so each member's gradient and update have the bits of the member trained alone
+    where ``step.why`` is empty. x is ``[rows, in_features]`` for all members or ``[members, rows, in_features]``; the
     target is one member's, for all of them, or has the members as one dimension more in front::
 
         value = torch.stack([loss(output, target) for output in model(x)])

@@ -6,8 +6,28 @@
 #include <ATen/ops/_fused_sgd_ops.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "ops/tensors.h"
+
 namespace dlk {
 namespace {
+
+// Each member's part of these tensors, as torch's kernels would get it from the member alone.
+std::vector<at::Tensor> split(at::TensorList tensors, int64_t members) {
+  std::vector<at::Tensor> parts;
+  for (const at::Tensor& t : tensors)
+    for (int64_t e = 0; e < members; ++e) parts.push_back(member_of(t, e));
+  return parts;
+}
+
+OptimizerGroup split(const OptimizerGroup& g) {
+  OptimizerGroup parts = g;
+  parts.parameters = split(g.parameters, g.members), parts.means = split(g.means, g.members);
+  parts.squares = split(g.squares, g.members), parts.max_squares = split(g.max_squares, g.members);
+  parts.steps.clear();
+  for (const at::Tensor& step : g.steps) parts.steps.insert(parts.steps.end(), g.members, step);
+  parts.members = 1;
+  return parts;
+}
 
 void count_steps(const std::vector<at::Tensor>& steps) {
   for (const at::Tensor& step : steps) {
@@ -44,7 +64,8 @@ void update(const OptimizerGroup& g, at::TensorList grads) {
   count_steps(g.steps);
   const at::Tensor& first = g.parameters[0];
   const bool ours = first.is_cpu() && !has_mode() && cpu::updates_like_torch(first.scalar_type(), g.rule);
-  if (!ours || !cpu::update_by_kernel(g, grads)) update_by_torch(g, grads);
+  if (!ours || !cpu::update_by_kernel(g, grads))
+    g.members > 1 ? update_by_torch(split(g), split(grads, g.members)) : update_by_torch(g, grads);
   // torch's fused kernels leave the versions as they are.
   for (const at::Tensor& p : g.parameters) p.unsafeGetTensorImpl()->bump_version();
 }

@@ -20,6 +20,7 @@ struct OptimizerGroup {
   std::vector<at::Tensor> squares;      // exp_avg_sq; adam and adamw
   std::vector<at::Tensor> max_squares;  // max_exp_avg_sq; amsgrad
   std::vector<at::Tensor> steps;        // of 0 dimensions, float32 or float64; adam and adamw
+  int64_t members = 1;  // of an ensemble, whose tensors are stacked: each has the bits of the member alone
 };
 
 // The same by torch's kernels alone, for steps that are counted already.

@@ -229,6 +229,8 @@ class StepPlan {
     g.update.rule = static_cast<cpu::UpdateRule>(rule);
     g.update.amsgrad = flag("amsgrad"), g.update.maximize = flag("maximize"), g.update.nesterov = flag("nesterov");
     for (py::handle parameter : parameters) g.parameters.push_back(parameter);  // the constructor has kept them
+    if (!weights_.empty() && unpack(weights_[0]).dim() == 3)
+      g.update.members = std::max<int64_t>(1, unpack(weights_[0]).size(0));
     for (auto [from, to] : {std::pair(&means, &g.update.means), std::pair(&squares, &g.update.squares),
                             std::pair(&max_squares, &g.update.max_squares), std::pair(&steps, &g.update.steps)})
       for (py::handle t : *from) {

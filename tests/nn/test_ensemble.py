@@ -58,9 +58,9 @@ def test_members_have_the_bits_of_those_trained_alone(optimizer, loss, shared):
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_members_of_odd_sizes_are_close_to_those_trained_alone(optimizer, loss):
-    for ours, alone in train(loss, OPTIMIZERS[optimizer], [5, 9, 6, 3], False, 10):
-        torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-6)
+def test_members_of_odd_sizes_have_the_bits_of_those_trained_alone(optimizer, loss):
+    for ours, alone in train(loss, OPTIMIZERS[optimizer], [5, 9, 6, 3], False, 200):
+        assert torch.equal(ours, alone)
 
 
 def test_separate_calls_give_the_losses_of_the_members():

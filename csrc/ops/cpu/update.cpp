@@ -84,19 +84,25 @@ bool update_by_kernel(const OptimizerGroup& g, at::TensorList grads) {
   const auto kernel = machine.table(dtype).update;
   if (!kernel) return false;
   std::vector<UpdatedTensor> tensors;
-  tensors.reserve(g.parameters.size());
+  tensors.reserve(g.parameters.size() * g.members);
   int64_t elements = 0;
   for (size_t i = 0; i < g.parameters.size(); ++i) {
     const at::Tensor& p = g.parameters[i];
-    UpdatedTensor t = {p.numel(),           p.data_ptr(),          grads[i].const_data_ptr(),
-                       data_at(g.means, i), data_at(g.squares, i), data_at(g.max_squares, i)};
+    UpdatedTensor t = {p.numel() / g.members, p.data_ptr(),          grads[i].const_data_ptr(),
+                       data_at(g.means, i),   data_at(g.squares, i), data_at(g.max_squares, i)};
     if (g.rule != UpdateRule::sgd) {
       const double step = step_of(g.steps[i]);
       t.step_size = g.lr / (1 - std::pow(g.beta1, step));
       t.correction = std::sqrt(1 - std::pow(g.beta2, step));
     }
-    elements += t.n;
-    tensors.push_back(t);
+    elements += p.numel();
+    const int64_t bytes = t.n * p.element_size();
+    for (int64_t e = 0; e < g.members; ++e) {
+      tensors.push_back(t);
+      for (void** data : {&t.p, &t.mean, &t.square, &t.max_square})
+        if (*data) *data = static_cast<char*>(*data) + bytes;
+      t.g = static_cast<const char*>(t.g) + bytes;
+    }
   }
   Update u = {g.rule, g.maximize, g.nesterov, g.lr, g.weight_decay, g.beta2, g.eps, g.dampening, g.beta1};
   u.tensors = tensors.data(), u.count = tensors.size();
