@@ -23,8 +23,10 @@ docs: .venv/.dev  ## the documentation site, in site/; a broken link fails it, a
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	$(BIN)/python -m pytest -q tests/docs/test_api_pages.py
 
-test: .venv/.dev  ## the whole suite
-	$(BIN)/python -m pytest
+# Each process has two threads, so that the parallel parts of the kernels run. A thread that waits leaves its core to the
+# other processes.
+test: .venv/.dev  ## the whole suite, in a process per core
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-isa: .venv/.dev  ## the kernel tests as on one processor after another: instruction sets capped, ours and torch's
 	$(BIN)/python -m tests.kernels.every_processor

@@ -64,8 +64,8 @@ class Plan:
         if not self.guessed:
             return ""
         return (
-            f"No GPU is visible, so the CUDA kernels are compiled for {self.archs.count(';') + 1} architectures, which "
-            "takes several minutes: TORCH_CUDA_ARCH_LIST=9.0a names one, FORCE_CPU=1 leaves CUDA out."
+            f"No GPU is visible, so the CUDA kernels are compiled for {self.archs.count(';') + 1} architectures, each in "
+            "about two minutes of processor time: TORCH_CUDA_ARCH_LIST=9.0a names one, FORCE_CPU=1 leaves CUDA out."
         )
 
 

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "CPU stock in-place dlkernels, on a GPU all but max-autotune, which compiles for minutes)",
     }
     parser.add_argument("--device", choices=tuple(COLUMNS), default="cpu", help="what is timed (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="fp32 and bf16, hot: two minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fp32 and bf16, hot: two to five minutes on two cores")
     for name, meaning in lists.items():
         parser.add_argument(f"--{name}", nargs="+", metavar=name[:-1].upper(), help=meaning)
     parser.add_argument("--budget", type=float, help="seconds for a layer in one mode and column")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from bench import peers
 from bench.peers import Op
 from dlkernels import functional
+from dlkernels.choices import Activation
 from dlkernels.testing import STOCK
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -71,7 +73,7 @@ def _has_linear_pointwise() -> bool:
 
 
 def _dlkernels(activation: str) -> Op:
-    return lambda x, weight, bias: functional.linear_act(x, weight, bias, activation)
+    return lambda x, weight, bias: functional.linear_act(x, weight, bias, cast(Activation, activation))
 
 
 OURS = "dlkernels"

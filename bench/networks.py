@@ -29,12 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import floors, grid, harness, machine, peak, peers
+from bench import floors, grid, harness, machine, peak, peers, table
 from bench.clock import Graph, clock_of
 from bench.harness import DTYPES
 from dlkernels import functional, losses, training_step
@@ -410,25 +408,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device == "cuda" and (why := machine.no_gpu()):
         parser.exit(1, f"bench.networks: {why}\n")
+    keys = ("network", "dtype", "timed")
     others = [STOCK, "in-place", PACKED, "our layers", TORCH_REFERENCE, TORCH_CHUNKED, FLOOR]
     others += [*peers.HEADS, *peers.BLOCKS] if args.device == "cuda" else []
     graphs = [OURS + GRAPH, STOCK + GRAPH] if args.device == "cuda" else []
-    heads = [f"{name} / ours" for name in others + graphs] + ["floor (b) / our graph"] * bool(graphs)
     one_call = [STOCK, "in-place", OURS]
-    heads += [f"{name} / {ONE_CALL}" for name in one_call]
-    table = Table("network", "dtype", "timed", "ours ms", *heads)
-    rows = []
+    rows, cells = [], []
     for row in measure(args.dtypes, args.budget, args.device):
         rows.append(row)
         us = {name: round(t["median"] * 1e6, 2) for name, t in row["times"].items()}
         log.case(f"{row['network']} {row['dtype']} {row['timed']}", us=us)
         ours = row["times"][OURS]["median"]
-        cells = [f"{ours * 1e3:.3g}", *(ratio(row, o) for o in others + graphs)]
-        if graphs:
-            cells.append(share(row))
-        cells += [ratio(row, o, ONE_CALL) for o in one_call]
-        table.add_row(row["network"], row["dtype"], row["timed"], *cells)
-    Console(width=200).print(table)
+        cells.append(
+            {name: row[name] for name in keys}
+            | {"ours ms": f"{ours * 1e3:.3g}"}
+            | {f"{other} /\nours": ratio(row, other) for other in others + graphs}
+            | ({"floor (b) /\nour graph": share(row)} if graphs else {})
+            | {f"{other} /\n{ONE_CALL}": ratio(row, other, ONE_CALL) for other in one_call}
+        )
+    console = table.make_console()
+    for each in table.fitting(console, cells, keys):
+        console.print(each)
     for row in rows:
         for why, what in (("not timed", "not timed"), ("not captured", "not captured as a graph")):
             for name, reason in row.get(why, {}).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -32,14 +32,21 @@ plain: steps launched one by one; graph: replayed as a CUDA graph. Both use many
 MB: peak memory of a step beyond its inputs, as torch's allocator counts it."""
 
 
+def make_console() -> Console:
+    # A pipe or a file has no width; tables folded at 80 columns would be unreadable.
+    return Console(width=None if sys.stdout.isatty() else 250, highlight=False, soft_wrap=True)
+
+
 def show(result: Record, console: Console | None = None) -> None:
     """Print tables by dtype, mode and column, then means, the layers where stock is faster, and the refusals."""
-    # A pipe or a file has no width; tables folded at 80 columns would be unreadable.
-    console = console or Console(width=None if sys.stdout.isatty() else 250, highlight=False, soft_wrap=True)
+    console = console or make_console()
     rows = figures.rows(result)
     console.print(f"\n[bold]{escape(title(result))}[/]\n")
     for group in dict.fromkeys((row.dtype, row.mode, row.column) for row in rows):
-        console.print(_table(group, [row for row in rows if (row.dtype, row.mode, row.column) == group]))
+        cells = [_cells(row) for row in rows if (row.dtype, row.mode, row.column) == group]
+        console.print(f"[bold]{', '.join(group)}[/]")
+        for table in fitting(console, cells, KEYS):
+            console.print(table)
     gpu = figures.on_gpu(result)
     console.print(GPU_NOTES if gpu else NOTES)
     console.print(_roofs(result))
@@ -79,34 +86,50 @@ def title(result: Record) -> str:
     return f"{what}; torch {result.versions['torch']}; commit {head}{changes}; {result.created[:10]}"
 
 
-def _table(group: tuple[str, str, str], rows: Sequence[Row]) -> Table:
-    table = Table(title=", ".join(group), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("layer", "M, K→N", "path"):
-        table.add_column(heading, no_wrap=True)
-    shares = ["of roof"] if rows[0].share_b is None else ["of (a)", "of (b)"]
-    if rows[0].share_of_peak is not None:
-        shares.append("of peak")
-    for heading in ("stock ms", "ours ms", "20-80 %", "ratio", "vs best", "GFLOP/s", *shares, "MB", "stock MB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        ours = row.ours
-        table.add_row(
-            f"[red]{row.label} ◀[/]" if row.loses else row.label,
-            str(row.shape),
-            row.paths,
-            _ms(row.stock.median),
-            _ms(ours.median),
-            f"{_ms(ours.q20)}-{_ms(ours.q80)}",
-            _ratio(row.ratio),
-            ("" if row.best_other == REFERENCE else f"{row.best_other} ") + f"{row.vs_best:.2f}x",
-            f"{row.rate / 1e9:.0f}",
-            f"{row.share:.0%}",
-            *([] if row.share_b is None else [f"{row.share_b:.0%}"]),
-            *([] if row.share_of_peak is None else [f"{row.share_of_peak:.0%}"]),
-            _megabytes(row.our_bytes),
-            _megabytes(row.stock_bytes),
-        )
-    return table
+def fitting(console: Console, rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> Iterator[Table]:
+    """Tables of ``rows`` (cells by heading) that fit the console: each has the columns ``keys`` and some others."""
+
+    def table(headings: Sequence[str]) -> Table:
+        made = Table(box=SIMPLE_HEAD, padding=(0, 1))
+        for heading in (*keys, *headings):
+            made.add_column(heading, justify="left" if heading in LEFT else "right", no_wrap=True)
+        for row in rows:
+            made.add_row(*(row[heading] for heading in (*keys, *headings)))
+        return made
+
+    unlimited = console.options.update(max_width=10_000)
+    others = [heading for heading in (rows[0] if rows else ()) if heading not in keys]
+    while others:
+        count = len(others)
+        while count > 1 and console.measure(table(others[:count]), options=unlimited).maximum > console.width:
+            count -= 1
+        yield table(others[:count])
+        del others[:count]
+
+
+KEYS = ("layer", "M, K→N")
+LEFT = (*KEYS, "path", "network", "dtype", "timed")
+
+
+def _cells(row: Row) -> dict[str, str]:
+    ours = row.ours
+    shares = {"of roof": row.share} if row.share_b is None else {"of (a)": row.share, "of (b)": row.share_b}
+    if row.share_of_peak is not None:
+        shares["of peak"] = row.share_of_peak
+    return {
+        "layer": f"[red]{row.label} ◀[/]" if row.loses else row.label,
+        "M, K→N": str(row.shape),
+        "path": row.paths,
+        "stock ms": _ms(row.stock.median),
+        "ours ms": _ms(ours.median),
+        "20-80 %": f"{_ms(ours.q20)}-{_ms(ours.q80)}",
+        "ratio": _ratio(row.ratio),
+        "vs best": ("" if row.best_other == REFERENCE else f"{row.best_other} ") + f"{row.vs_best:.2f}x",
+        "GFLOP/s": f"{row.rate / 1e9:.0f}",
+        **{name: f"{share:.0%}" for name, share in shares.items()},
+        "MB": _megabytes(row.our_bytes),
+        "stock MB": _megabytes(row.stock_bytes),
+    }
 
 
 def _roofs(result: Record) -> str:

@@ -1,5 +1,7 @@
 """Errors as one sentence."""
 
+from typing import Any
+
 
 class ExpectedError(Exception):
     """An error that a user can mend. The command line prints its message, and exits with ``exit_status``."""
@@ -11,6 +13,13 @@ class UsageError(ExpectedError):
     """A command line or a setting is not allowed."""
 
     exit_status = 2
+
+
+def require_whole(**numbers: Any) -> None:
+    """Raise TypeError unless each is a whole number: ``range(1.5)`` says nothing about epochs."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"expected {name} to be a whole number; got {value!r} ({type(value).__name__})")
 
 
 def first_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from dlkernels._ops import masks as _masks
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import Activation, activation_named
 from dlkernels._ops.modes import autocast, autocast_active
+from dlkernels.choices import Activation as ActivationName
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class MlpPlan(tuple[LayerPlan, ...]):
 
 
 def explain(
-    x: Tensor, weight: Tensor, activation: str = "relu", *, bias: bool = True, negative_slope: float = 0.01
+    x: Tensor, weight: Tensor, activation: ActivationName = "relu", *, bias: bool = True, negative_slope: float = 0.01
 ) -> LayerPlan:
     """The plan that :func:`functional.linear_act` would run for these tensors, forward and backward.
 
@@ -165,8 +166,8 @@ def explain(
 def explain_mlp(
     x: Tensor,
     weights: Sequence[Tensor],
-    activation: str | Sequence[str] = "relu",
-    last_activation: str = "none",
+    activation: ActivationName | Sequence[ActivationName] = "relu",
+    last_activation: ActivationName = "none",
     *,
     bias: bool = True,
 ) -> MlpPlan:
@@ -271,7 +272,7 @@ class GluPlan:
 
 
 def explain_glu(
-    x: Tensor, weight_gate: Tensor, weight_up: Tensor, activation: str = "silu", *, bias: bool = False
+    x: Tensor, weight_gate: Tensor, weight_up: Tensor, activation: ActivationName = "silu", *, bias: bool = False
 ) -> GluPlan:
     """The plan that :func:`functional.linear_glu` would run for these tensors, forward and backward.
 

@@ -13,6 +13,7 @@ from dlkernels._ops import linear_glu as _linear_glu
 from dlkernels._ops import losses as _losses
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import activation_named
+from dlkernels.choices import Activation
 from dlkernels.explanation import Explanation, explain, explain_glu, explain_mlp
 from dlkernels.losses import cross_entropy, gaussian_nll_loss, mse_loss
 
@@ -36,7 +37,7 @@ def linear_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    activation: str = "relu",
+    activation: Activation = "relu",
     *,
     negative_slope: float = 0.01,
 ) -> Tensor:
@@ -120,7 +121,7 @@ def linear_glu(
     weight_up: Tensor,
     bias_gate: Tensor | None = None,
     bias_up: Tensor | None = None,
-    activation: str = "silu",
+    activation: Activation = "silu",
     *,
     negative_slope: float = 0.01,
 ) -> Tensor:
@@ -171,9 +172,9 @@ def mlp(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
-    activation: str | Sequence[str] = "relu",
+    activation: Activation | Sequence[Activation] = "relu",
     *,
-    last_activation: str = "none",
+    last_activation: Activation = "none",
     negative_slope: float = 0.01,
 ) -> Tensor:
     """A chain of :func:`linear_act` layers as one op: ``h = act(h @ weight.T + bias)`` for one weight after the other.

@@ -16,6 +16,7 @@ from torch.fx import Proxy
 from torch.nn.modules.loss import _WeightedLoss
 from torch.nn.modules.module import _has_any_global_hook
 
+from dlkernels._decisions import Reads, Unknown, keep, may_be_kept, run_again
 from dlkernels._ops.activations import activation_named
 from dlkernels._ops.decompositions import LAYERS
 from dlkernels._ops.mlp import mlp
@@ -433,12 +434,36 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = None if torch.compiler.is_compiling() or isinstance(x, Proxy) else self._chain()
+        if torch.compiler.is_compiling() or isinstance(x, Proxy):
+            return super().forward(x)
+        if (y := run_again(id(self), self, x)) is not None:
+            return y
+        layers = self._chain()
         if layers is None:
             return super().forward(x)
         slope = next((layer.negative_slope for layer in layers if layer.activation == "leaky_relu"), 0.0)
         acts = tuple([activation_named(layer.activation) for layer in layers])
-        return mlp(x, [layer.weight for layer in layers], [layer.bias for layer in layers], acts, slope)
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        y = mlp(x, weights, biases, acts, slope)
+        if may_be_kept(x, *weights, *[b for b in biases if b is not None]):
+            self._remember(layers, [act.code for act in acts], slope)
+        return y
+
+    def _remember(self, layers: list[LinearAct], codes: list[int], slope: float) -> None:
+        reads = Reads(self)
+        reads.children(self, calls_forward_alone=False)
+        try:
+            for module in self._modules.values():
+                if type(module) is nn.Dropout:
+                    reads.attributes(module, ("p", "training"))
+                elif isinstance(module, LinearAct):
+                    reads.attributes(module, ("activation", "negative_slope"))
+                    reads.parameters(module)
+                else:  # an Identity
+                    reads.module(module)
+        except Unknown:
+            return
+        keep(id(self), reads.decided(list(zip(layers, codes, strict=True)), slope))
 
     def _chain(self) -> list[LinearAct] | None:
         """Return the layers if the chain of them is all that ``nn.Sequential`` would compute, else None.

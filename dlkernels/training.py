@@ -39,6 +39,33 @@ _READ_FROM_DICT = {
     *(nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
 }
 
+# The function of torch that the forward of a class calls, besides the linear map.
+_FUNCTION_OF: dict[Any, tuple[Any, str]] = {
+    nn.ReLU: (F, "relu"),
+    nn.LeakyReLU: (F, "leaky_relu"),
+    nn.GELU: (F, "gelu"),
+    nn.SiLU: (F, "silu"),
+    nn.Tanh: (torch, "tanh"),
+    nn.Sigmoid: (torch, "sigmoid"),
+    nn.Dropout: (F, "dropout"),
+    nn.MSELoss: (F, "mse_loss"),
+    nn.CrossEntropyLoss: (F, "cross_entropy"),
+}
+_OUR_LOSS_MODULES = (losses.MSELoss, losses.CrossEntropyLoss)
+
+# By class: what a call of it runs, as it was at import.
+_RUN_BY = {
+    kind: tuple(
+        (holder, name, getattr(holder, name))
+        for holder, name in ((kind, "forward"), *([_FUNCTION_OF[kind]] if kind in _FUNCTION_OF else []))
+    )
+    for kind in (*_READ_FROM_DICT, *_FUNCTION_OF, *_OUR_LOSS_MODULES)
+}
+_MLP_FORWARD = MLP.forward
+_STEPS: dict[Any, Any] = {kind: kind.step for kind in (optim.Adam, optim.AdamW, optim.SGD)}
+_ZERO_GRAD = optim.Optimizer.zero_grad
+_WITH_HOOKS = optim.Optimizer.profile_hook_step(lambda: None).__code__  # what torch puts around step
+
 _MSE, _CROSS_ENTROPY = 0, 1  # LossKind of csrc/ops/autograd/mlp_loss.h
 
 
@@ -87,7 +114,11 @@ def training_step(
     and the optimizer's state are where torch keeps them: checkpoints are the same, and any step may be done by the
     calls instead.
 
-    It cannot see hooks that other code put on autograd's accumulation nodes, as DistributedDataParallel does.
+    The calls also run where somebody has replaced ``forward`` of a class in the chain or of the loss, the function of
+    torch that it calls (``F.relu``, ``F.mse_loss``), or ``step`` or ``zero_grad`` of the optimizer's class.
+
+    It cannot see hooks that other code put on autograd's accumulation nodes, as DistributedDataParallel does, nor
+    functions that were replaced inside torch's optimizers or in ``torch.nn.Module``.
 
     The update is the one of ``optimizer`` with ``fused=True``, to the bit; without it torch rounds in another order. In
     float32 and float64 on CPU a kernel of ours makes it. It is compared with torch's once per process; where the bits
@@ -222,6 +253,10 @@ class _Made:
         kind = kind.__dict__.get("_fused_from", kind)
         for name in ("forward", "__iter__", *CALLED):
             plan.expect_attribute(kind, name, getattr(kind, name))
+        for holder, name, value in _run_by(self.model, self.loss):
+            plan.expect_attribute(holder, name, value)
+        for name in ("step", "zero_grad"):
+            plan.expect_attribute(type(self.optimizer), name, getattr(type(self.optimizer), name))
         for owner in (*modules, *([self.loss] if isinstance(self.loss, nn.Module) else ()), self.optimizer):
             plan.expect_class(owner)
             plan.expect_dict(owner.__dict__, ())
@@ -242,7 +277,7 @@ class _Made:
 def _check_exact(model: nn.Module, loss: Any, optimizer: optim.Optimizer) -> None:
     if type(model) is not MLP or model._chain() is None:
         raise _Ordinary("the model does not run as one chain of our layers")
-    if type(loss) not in (losses.MSELoss, losses.CrossEntropyLoss) and loss not in _OUR_LOSSES:
+    if type(loss) not in _OUR_LOSS_MODULES and loss not in _OUR_LOSSES:
         raise _Ordinary("the loss is none of ours")
     if not all(group.get("fused") is True for group in optimizer.param_groups):
         raise _Ordinary("the optimizer is not fused")
@@ -250,6 +285,9 @@ def _check_exact(model: nn.Module, loss: Any, optimizer: optim.Optimizer) -> Non
 
 def _plan(model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor, target: Tensor) -> _Made:
     _check_tensors(x, target)
+    for holder, name, value in _run_by(model, loss):
+        if getattr(holder, name) is not value:
+            raise _Ordinary(f"{holder.__name__}.{name} was replaced")
     rows, chain = _chain_of(model, x)
     parameters = [t for t in (*chain.weights, *chain.biases) if t is not None]
     if rows.dtype != parameters[0].dtype or rows.device != parameters[0].device:
@@ -276,6 +314,12 @@ def _plan(model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor, ta
     states = _add_groups(plan, optimizer, [p for p in parameters if p.requires_grad])
     plan.clear_gradients_of([p for group in optimizer.param_groups for p in group["params"]])
     return _Made(plan, model, loss, optimizer, states)
+
+
+def _run_by(model: nn.Module, loss: Any) -> list[tuple[Any, str, Any]]:
+    """Return what the calls run, as it was at import: the holder, the name, and the value there."""
+    kinds = {type(module) for module in (*model._modules.values(), loss)}
+    return [entry for kind in kinds for entry in _RUN_BY.get(kind, ())]
 
 
 # ---- the context -----------------------------------------------------------------------------------------------------
@@ -334,7 +378,7 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
 def _chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, _Chain]:
     """Return the model's layers, and x as its first layer gets it."""
     kind = type(model)
-    if not (isinstance(model, nn.Sequential) and (calls_in_order(kind) or calls_in_order(kind, MLP.forward))):
+    if not (isinstance(model, nn.Sequential) and (calls_in_order(kind) or calls_in_order(kind, _MLP_FORWARD))):
         raise _Ordinary(f"the model is a {kind.__name__}, not an nn.Sequential or MLP")
     if not untouched(model):
         raise _Ordinary("the model has a hook, or its forward was replaced or compiled")
@@ -454,6 +498,9 @@ def _add_groups(plan: _C.StepPlan, optimizer: optim.Optimizer, trained: list[Ten
         or _global_optimizer_post_hooks
     ):
         raise _Ordinary("the optimizer has a hook")
+    hooked = getattr(kind.step, "__code__", None) is _WITH_HOOKS
+    if _STEPS[kind] not in (kind.step, hooked and kind.step.__wrapped__) or kind.zero_grad is not _ZERO_GRAD:  # type: ignore[attr-defined]
+        raise _Ordinary(f"step or zero_grad of {kind.__name__} was replaced")
     step = optimizer.__dict__.get("step")  # a schedule wraps it
     if "zero_grad" in optimizer.__dict__ or (step is not None and getattr(step, "__wrapped__", None) is not kind.step):
         raise _Ordinary("the optimizer's step or zero_grad was replaced")

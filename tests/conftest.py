@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 from importlib.util import find_spec
 
@@ -10,6 +11,7 @@ import torch
 
 from dlkernels import _C, routing
 from dlkernels.trainer import graph
+from tests.support import shared
 
 HAS_GPU = torch.cuda.is_available() and _C.build_config()["cuda"] is not None
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_GPU else [])]
@@ -30,6 +32,10 @@ NEEDS = {
             "test_survives.py",
             "test_torchrun.py",
             "test_trainer.py",
+            "test_trainer_autocast.py",
+            "test_trainer_display.py",
+            "test_trainer_metrics.py",
+            "test_trainer_not_finite.py",
             "test_trainer_options.py",
             "test_training.py",
             "test_validation.py",
@@ -49,6 +55,20 @@ def pytest_ignore_collect(collection_path):
 # starts. The tests that send one would wait for it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    config.add_cleanup(shared.begin())
+
+
+def pytest_collection_modifyitems(items):
+    """pytest-xdist needs the same tests in each of its processes."""
+    for item in items:
+        if re.search(r" at 0x[0-9a-f]+", item.name):
+            raise pytest.UsageError(
+                f"expected the same name in every process, got {item.nodeid}: "
+                "give parametrize ids=without_address of tests/support/ids.py"
+            )
 
 
 def pytest_report_header():

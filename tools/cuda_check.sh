@@ -31,7 +31,8 @@ compile() { # SOURCE ARCH
     -gencode "arch=compute_$2,code=sm_$2" "$kind" "$1" -o "${log%.log}.o" >>"$log" 2>&1 || { cat "$log" >&2 && exit 255; }
 }
 export -f compile
-find csrc/kernels/cuda -name '*.cu' | sort | while read -r source; do
+# The longest, mlp and mma, begin before the many short ones, which fill the cores at the end.
+find csrc/kernels/cuda -name '*.cu' | sort -r | while read -r source; do
   for arch in 80 90a 100a; do echo "$source" "$arch"; done
 done | xargs -P "$(nproc)" -L 1 bash -c 'compile "$@"' compile
 "$python" tools/ptxas_report.py "$out/report.txt" "$out"/*.log
@@ -53,12 +54,11 @@ print(find_toolkit(os.environ).home)')
 if torch=$("$python" -c 'import os, torch; print(os.path.dirname(torch.__file__))' 2>/dev/null); then
   real=$torch/include/c10/cuda/impl/cuda_cmake_macros.h
   [[ -e $real ]] || echo '#define C10_CUDA_BUILD_SHARED_LIBS' >"$out/include/c10/cuda/impl/cuda_cmake_macros.h"
-  find csrc/{ops,planning}/cuda -name '*.cpp' | sort | xargs -P "$(nproc)" -I {} "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Werror \
-    -Wno-psabi -fopenmp -I csrc -I "$out/include" -isystem "$torch/include" \
-    -isystem "$torch/include/torch/csrc/api/include" -isystem "$toolkit/include" {}
-  # The Python module has a part for CUDA too.
-  "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Werror -DDLKERNELS_CUDA='""' -I csrc -isystem "$torch/include" \
-    -isystem "$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')" -isystem "$toolkit/include" csrc/python/explain.cpp
+  # csrc/python/explain.cpp, of the Python module, has a part for CUDA too.
+  { find csrc/{ops,planning}/cuda -name '*.cpp' && echo csrc/python/explain.cpp; } | xargs -P "$(nproc)" -I {} \
+    "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Werror -Wno-psabi -fopenmp -DDLKERNELS_CUDA='""' -I csrc \
+    -I "$out/include" -isystem "$torch/include" -isystem "$torch/include/torch/csrc/api/include" \
+    -isystem "$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')" -isystem "$toolkit/include" {}
   echo "$(find csrc/{ops,planning}/cuda -name '*.cpp' | wc -l) host files type-checked against $("$python" -c 'import torch; print("torch", torch.__version__)')"
 else
   echo "cuda-check: $python has no torch, so the host files were not type-checked"

@@ -14,7 +14,7 @@ DLKERNELS_SANITIZE=$kinds FORCE_CPU=1 .venv/bin/python setup.py --quiet build --
 # The runtime must be in the process before Python is. Leaks are not looked for: Python and torch never free
 # everything. The first test fails unless it is the instrumented package that is tested.
 # Tests that start a Python of their own (every_kernel_set) would leave the instrumented package.
-[[ $# -gt 0 ]] || set -- -m "not slow" -k "not every_kernel_set" tests/ops/test_{forward_backward,special_values,promises,losses,linear_cross_entropy,mlp}.py
+[[ $# -gt 0 ]] || set -- -m "not slow" -k "not every_kernel_set" tests/ops/test_{forward_backward,special_values,promises,losses,linear_cross_entropy{,_autograd,_interface},mlp}.py
 # --capture=sys: a sanitizer that ends the process writes its report past pytest, which would swallow it
 LD_PRELOAD="$(g++ -print-file-name=$runtime) $(g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \

@@ -4,6 +4,7 @@
 #include <ATen/TracerMode.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/GradMode.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -22,8 +23,9 @@ namespace {
 //
 // Pointers to Python objects are references that `owned` holds.
 
-// An object that must be the same as before. Modules, tensors, classes and functions are held by a weak reference, so that
-// a new object at an old address is not taken for the old one; numbers and strings cannot be, and are kept.
+// An object that must be the same as before. Modules, classes and functions are held by a weak reference, so that a new
+// object at an old address is not taken for the old one; numbers and strings cannot be, and are kept. There is none for a
+// parameter: torch.utils.swap_tensors refuses tensors that have weak references.
 struct Same {
   PyObject* object;
   bool weak;
@@ -62,8 +64,9 @@ struct Module {
   std::vector<Same> children;
 };
 
+// A layer's parameters are looked up at each call. Any that fit may take the place of those that were there before.
 struct Layer {
-  Same weight, bias;
+  size_t module;  // its place among the modules
   bool has_bias;
   int64_t in, out;
 };
@@ -93,6 +96,9 @@ struct Names {
                         interned("_backward_pre_hooks")};
   PyObject* replaced[3] = {interned("forward"), interned("_compiled_call_impl"), interned("_call_impl")};
   PyObject* modules = interned("_modules");
+  PyObject* parameters = interned("_parameters");
+  PyObject* weight = interned("weight");
+  PyObject* bias = interned("bias");
 };
 
 const Names& names() {
@@ -122,28 +128,31 @@ bool same_children(const Module& m, PyObject* dict) {
   return true;
 }
 
-bool unchanged(const Module& m) {
+using Dicts = c10::SmallVector<PyObject*, 16>;  // of the attributes of each module; the modules hold them
+
+// Return the module's attributes; null if it has changed.
+PyObject* unchanged(const Module& m) {
   PyObject* self = Same::referent(m.self.object);
-  if (self == Py_None || !m.cls.is(reinterpret_cast<PyObject*>(Py_TYPE(self)))) return false;
+  if (self == Py_None || !m.cls.is(reinterpret_cast<PyObject*>(Py_TYPE(self)))) return nullptr;
   const pybind11::object held = pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(self, nullptr));
   PyObject* dict = held.ptr();
   if (!dict) {
     PyErr_Clear();
-    return false;
+    return nullptr;
   }
   if (m.calls_forward_alone) {
     for (PyObject* key : names().hooks) {
       PyObject* hooks = item(dict, key);
-      if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks)) return false;
+      if (!hooks || !PyDict_Check(hooks) || PyDict_GET_SIZE(hooks)) return nullptr;
     }
     for (PyObject* key : names().replaced)
-      if (item(dict, key)) return false;
+      if (item(dict, key)) return nullptr;
   }
   for (const Entry& entry : m.entries) {
     PyObject* table = entry.table ? item(dict, entry.table) : dict;
-    if (!table || !holds(entry, table)) return false;
+    if (!table || !holds(entry, table)) return nullptr;
   }
-  return !m.fixed_children || same_children(m, dict);
+  return !m.fixed_children || same_children(m, dict) ? dict : nullptr;
 }
 
 // Modes of torch under which Python decides at each call.
@@ -162,7 +171,7 @@ const at::Tensor* plain_tensor(const State& s, PyObject* object) {
   return fits ? &t : nullptr;
 }
 
-bool unchanged(const State& s) {
+bool unchanged(const State& s, Dicts& dicts) {
   for (PyObject* dict : s.empty)
     if (PyDict_GET_SIZE(dict)) return false;
   for (const Entry& entry : s.globals)
@@ -173,13 +182,22 @@ bool unchanged(const State& s) {
     if (!now) PyErr_Clear();
     if (!entry.value.is(now.ptr())) return false;
   }
-  return std::all_of(s.modules.begin(), s.modules.end(), [](const Module& m) { return unchanged(m); });
+  for (const Module& m : s.modules) {
+    dicts.push_back(unchanged(m));
+    if (!dicts.back()) return false;
+  }
+  return true;
 }
 
-// Collects the tensors of all layers; false if one no longer fits.
-bool read_parameters(const State& s, std::vector<at::Tensor>& weights, OptionalTensors& biases, bool& learns) {
+// Collects the tensors of all layers; false if one does not fit.
+bool read_parameters(const State& s, const Dicts& dicts, std::vector<at::Tensor>& weights, OptionalTensors& biases,
+                     bool& learns) {
   for (const Layer& layer : s.layers) {
-    const at::Tensor* w = plain_tensor(s, Same::referent(layer.weight.object));
+    PyObject* parameters = item(dicts[layer.module], names().parameters);
+    PyObject *weight = parameters ? item(parameters, names().weight) : nullptr,
+             *bias = parameters ? item(parameters, names().bias) : nullptr;
+    if (!weight || !bias || (bias != Py_None) != layer.has_bias) return false;
+    const at::Tensor* w = plain_tensor(s, weight);
     if (!w || w->dim() != 2 || w->size(0) != layer.out || w->size(1) != layer.in) return false;
     weights.push_back(*w);
     learns = learns || w->requires_grad();
@@ -187,7 +205,7 @@ bool read_parameters(const State& s, std::vector<at::Tensor>& weights, OptionalT
       biases.push_back(std::nullopt);
       continue;
     }
-    const at::Tensor* b = plain_tensor(s, Same::referent(layer.bias.object));
+    const at::Tensor* b = plain_tensor(s, bias);
     if (!b || b->dim() != 1 || b->size(0) != layer.out) return false;
     biases.push_back(*b);
     learns = learns || b->requires_grad();
@@ -221,13 +239,14 @@ PyObject* run(PyObject* object, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const State& s = *reinterpret_cast<Decided*>(object)->state;
   TORCH_CHECK_TYPE(count == 2, "Decided.run: expected owner and x, got ", count, " arguments");
-  if (!s.modules[0].self.is(args[0]) || is_special_mode(s.device.type()) || !unchanged(s)) Py_RETURN_NONE;
+  Dicts dicts;
+  if (!s.modules[0].self.is(args[0]) || is_special_mode(s.device.type()) || !unchanged(s, dicts)) Py_RETURN_NONE;
   const at::Tensor* x = plain_tensor(s, args[1]);
   if (!x || x->dim() < 1 || x->size(-1) != s.layers[0].in) Py_RETURN_NONE;
   std::vector<at::Tensor> weights;
   OptionalTensors biases;
   bool learns = x->requires_grad();
-  if (!read_parameters(s, weights, biases, learns)) Py_RETURN_NONE;
+  if (!read_parameters(s, dicts, weights, biases, learns)) Py_RETURN_NONE;
   at::Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
@@ -297,13 +316,16 @@ void fill(State& s, const py::dict& read) {
   }
   const py::sequence plain = read["plain"];
   for (int i = 0; i < 2; ++i) s.plain[i] = same(s, plain[i]);
-  for (py::handle row : read["layers"]) {  // weight, bias or None, code of the activation
+  for (py::handle row : read["layers"]) {  // module, code of the activation
     const py::tuple parts = py::reinterpret_borrow<py::tuple>(row);
-    const at::Tensor& w = THPVariable_Unpack(parts[0].ptr());
-    const bool has_bias = !parts[1].is_none();
+    const auto at =
+        std::find_if(s.modules.begin(), s.modules.end(), [&](const Module& m) { return m.self.is(parts[0].ptr()); });
+    if (at == s.modules.end()) throw py::value_error("Decided: expected the layers among the modules");
+    const py::dict parameters = parts[0].attr("_parameters");
+    const at::Tensor& w = THPVariable_Unpack(py::handle(parameters["weight"]).ptr());
     s.layers.push_back(
-        {weakly(s, parts[0]), has_bias ? weakly(s, parts[1]) : Same{nullptr, false}, has_bias, w.size(1), w.size(0)});
-    s.acts.push_back(parts[2].cast<int64_t>());
+        {static_cast<size_t>(at - s.modules.begin()), !parameters["bias"].is_none(), w.size(1), w.size(0)});
+    s.acts.push_back(parts[1].cast<int64_t>());
     s.dtype = w.scalar_type(), s.device = w.device();
   }
   s.slope = read["slope"].cast<double>();

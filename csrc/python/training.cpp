@@ -3,6 +3,7 @@
 #include "python/training.h"
 
 #include <c10/core/GradMode.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -155,9 +156,12 @@ bool read_number(PyObject* found, double& value) {
   return true;
 }
 
+using Handles = std::vector<py::handle>;  // of tensors that `kept_` owns
+
 struct Group {
   py::dict settings;
-  OptimizerGroup update;
+  OptimizerGroup update;  // its parameters are unpacked at each step
+  Handles parameters;
   std::vector<int64_t> gradients;  // places among the gradients
   bool has_momentum;
 
@@ -181,12 +185,12 @@ struct Group {
 
 const at::Tensor& unpack(const py::handle& tensor) { return THPVariable_Unpack(tensor.ptr()); }
 
-Tensors unpack_all(const py::list& tensors) {
-  Tensors out;
-  for (py::handle t : tensors) out.push_back(unpack(t));
-  return out;
+void unpack_all(const Handles& tensors, Tensors& to) {
+  to.clear();
+  for (py::handle t : tensors) to.push_back(unpack(t));
 }
 
+// Of parameters it holds what Python holds, and no tensor of C++: torch.utils.swap_tensors refuses tensors that others hold.
 class StepPlan {
  public:
   // See StepPlan in dlkernels/_C.pyi.
@@ -205,15 +209,15 @@ class StepPlan {
         reduction_(reduction),
         ignore_index_(ignore_index),
         label_smoothing_(label_smoothing) {
-    for (py::handle weight : weights) keep(weight, weights_);
-    for (py::handle bias : biases) {
-      biases_.push_back(bias.is_none() ? OptionalTensor() : OptionalTensor(unpack(bias)));
-      if (!bias.is_none()) kept_.emplace_back(bias);
+    for (py::handle weight : weights) {
+      weights_.push_back(weight);
+      kept_.emplace_back(weight);
+      needs_.push_back(unpack(weight).requires_grad());
     }
-    for (const at::Tensor& weight : weights_) needs_.push_back(weight.requires_grad());
-    for (size_t l = 0; l < weights_.size(); ++l) {
-      const OptionalTensor bias = biases_.get(l);
-      needs_.push_back(bias && bias->requires_grad());
+    for (py::handle bias : biases) {
+      biases_.push_back(bias);
+      if (!bias.is_none()) kept_.emplace_back(bias);
+      needs_.push_back(!bias.is_none() && unpack(bias).requires_grad());
     }
     if (!class_weight.is_none()) {
       class_weight_ = unpack(class_weight);
@@ -223,14 +227,17 @@ class StepPlan {
 
   void add_group(py::dict settings, int rule, std::vector<int64_t> gradients, const py::list& parameters,
                  const py::list& means, const py::list& squares, const py::list& max_squares, const py::list& steps) {
-    Group g{std::move(settings), {}, std::move(gradients), !means.empty()};
+    Group g{std::move(settings), {}, {}, std::move(gradients), !means.empty()};
     auto flag = [&](const char* name) { return g.settings.contains(name) && py::cast<bool>(g.settings[name]); };
     g.update.rule = static_cast<cpu::UpdateRule>(rule);
     g.update.amsgrad = flag("amsgrad"), g.update.maximize = flag("maximize"), g.update.nesterov = flag("nesterov");
-    g.update.parameters = unpack_all(parameters);
+    for (py::handle parameter : parameters) g.parameters.push_back(parameter);  // the constructor has kept them
     for (auto [from, to] : {std::pair(&means, &g.update.means), std::pair(&squares, &g.update.squares),
                             std::pair(&max_squares, &g.update.max_squares), std::pair(&steps, &g.update.steps)})
-      for (py::handle t : *from) keep(t, *to);
+      for (py::handle t : *from) {
+        to->push_back(unpack(t));
+        kept_.emplace_back(t);
+      }
     groups_.push_back(std::move(g));
   }
 
@@ -245,7 +252,7 @@ class StepPlan {
     attributes_.push_back({std::move(object), std::move(name), std::move(value)});
   }
   // All parameters of the optimizer, whose gradients a step clears.
-  void clear_gradients_of(const py::list& parameters) { cleared_ = unpack_all(parameters); }
+  void clear_gradients_of(py::list parameters) { cleared_ = std::move(parameters); }
 
   // Return the loss and the output; or None, with nothing done, if anything has changed. With `only_finite` nothing is updated
   // if the loss, on the CPU, is NaN or infinite.
@@ -259,6 +266,14 @@ class StepPlan {
         !same_data(unpack(x), unpack(target)) || !holds())
       Py_RETURN_NONE;
     const at::Tensor x_tensor = unpack(x), target_tensor = unpack(target);
+    Tensors weights;
+    OptionalTensors biases;
+    unpack_all(weights_, weights);
+    for (py::handle bias : biases_) biases.push_back(bias.is_none() ? OptionalTensor() : OptionalTensor(unpack(bias)));
+    for (Group& group : groups_) unpack_all(group.parameters, group.update.parameters);
+    const auto forgets = c10::make_scope_exit([this] {
+      for (Group& group : groups_) group.update.parameters.clear();
+    });
     at::Tensor value, output;
     Tensors gradients;
     bool updates = true;
@@ -266,7 +281,7 @@ class StepPlan {
       const py::gil_scoped_release released;
       const c10::AutoGradMode no_grad(false);
       std::tie(value, output, gradients) =
-          call_mlp_loss(flattens_ ? x_tensor.flatten(1) : x_tensor, weights_, biases_, acts_, slope_, target_tensor,
+          call_mlp_loss(flattens_ ? x_tensor.flatten(1) : x_tensor, weights, biases, acts_, slope_, target_tensor,
                         kind_, class_weight_, reduction_, ignore_index_, label_smoothing_, needs_);
       updates = !only_finite || !value.is_cpu() || std::isfinite(value.item<double>());
       Tensors mine;
@@ -277,8 +292,8 @@ class StepPlan {
         update(group.update, mine);
       }
     }
-    for (const at::Tensor& parameter : cleared_)
-      if (parameter.grad().defined()) parameter.mutable_grad().reset();
+    for (py::handle parameter : cleared_)
+      if (unpack(parameter).grad().defined()) unpack(parameter).mutable_grad().reset();
     if (keep_grads && updates)
       for (const Group& group : groups_)
         for (size_t i = 0; i < group.gradients.size(); ++i)
@@ -300,20 +315,16 @@ class StepPlan {
     for (const Attribute& a : attributes_) Py_VISIT(a.object.ptr());
     for (const Kept& kept : kept_) Py_VISIT(kept.object.ptr());
     for (const Group& group : groups_) Py_VISIT(group.settings.ptr());
+    Py_VISIT(cleared_.ptr());
     return 0;
   }
   void forget() {
     auto cleared = std::make_tuple(std::move(owners_), std::move(dicts_), std::move(lists_), std::move(classes_),
-                                   std::move(attributes_), std::move(kept_), std::move(groups_));
+                                   std::move(attributes_), std::move(kept_), std::move(groups_), std::move(cleared_));
     owners_ = py::make_tuple(py::none(), py::none(), py::none());
   }
 
  private:
-  void keep(py::handle t, Tensors& to) {
-    to.push_back(unpack(t));
-    kept_.emplace_back(t);
-  }
-
   // Batches may have another number of rows.
   bool same_data(const at::Tensor& x, const at::Tensor& target) const {
     if (!x_.same_but_for_sizes(x) || !target_.same_but_for_sizes(target)) return false;
@@ -338,15 +349,14 @@ class StepPlan {
   PyTypeObject *x_type_, *target_type_;
   TensorFacts x_, target_;
   bool flattens_;
-  Tensors weights_;
-  OptionalTensors biases_;
+  Handles weights_, biases_;
   std::vector<int64_t> acts_, needs_;
   double slope_;
   int64_t kind_, reduction_, ignore_index_;
   double label_smoothing_;
   OptionalTensor class_weight_;
   std::vector<Group> groups_;
-  Tensors cleared_;
+  py::list cleared_;
   std::vector<Kept> kept_;
   std::vector<DictContents> dicts_;
   std::vector<ListContents> lists_;

@@ -16,9 +16,9 @@ The gradients come from two places:
 * A pair of Functions with ``setup_context`` and ``vmap`` serves ``torch.func`` transforms. It recomputes z where a
   derivative is itself differentiated.
 
-Torch's own operators are used in forward-mode AD, for batched gradients in backward, and under ``torch.jit.trace``. A
-Function's ``jvp`` is no alternative: it does not see the tangents of an enclosing level, so forward over forward would
-give zero.
+Torch's own operators are used in forward-mode AD, for batched gradients in backward, under ``torch.jit.trace`` and
+under ``torch.func.functionalize``. A Function's ``jvp`` is no alternative: it does not see the tangents of an enclosing
+level, so forward over forward would give zero.
 """
 
 from typing import Any
@@ -38,7 +38,14 @@ from dlkernels._ops.derivatives import (
     rows,
     sum_present,
 )
-from dlkernels._ops.modes import autocast_active, autocast_operands, forward_mode, tracing, under_transform
+from dlkernels._ops.modes import (
+    autocast_active,
+    autocast_operands,
+    forward_mode,
+    functionalizing,
+    tracing,
+    under_transform,
+)
 
 _recorded = torch.ops.dlkernels._linear_act.default
 _forward = torch.ops.dlkernels._linear_act_forward.default
@@ -65,7 +72,8 @@ def check_like(op: str, first_name: str, first: Tensor, *others: tuple[str, Tens
         )
 
 
-def _fake_y(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@torch.library.register_fake("dlkernels::_linear_act_forward")
+def _fake_y(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> Tensor:
     torch._check(
         x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1],
         lambda: (
@@ -81,20 +89,15 @@ def _fake_y(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("dlkernels::_linear_act_forward")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> Tensor:
-    return _fake_y(x, weight, bias)
-
-
 @torch.library.register_fake("dlkernels::_linear_act_forward_z")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
-    y = _fake_y(x, weight, bias)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y = _fake_y(*arguments)
     return y, torch.empty_like(y)
 
 
 @torch.library.register_fake("dlkernels::_linear_act_forward_mask")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float) -> tuple[Tensor, Tensor]:
-    y = _fake_y(x, weight, bias)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y = _fake_y(*arguments)
     return y, y.new_empty((*y.shape[:-1], y.shape[-1] // masks.BITS), dtype=torch.uint8)
 
 
@@ -255,7 +258,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, 
         x, weight, bias = autocast_operands(x, weight, bias)
     if under_transform():
         # A compiler that traces through a transform drops the Function's backward: gradients would be zero.
-        if forward_mode() or tracing() or torch.compiler.is_dynamo_compiling():
+        if forward_mode() or tracing() or torch.compiler.is_dynamo_compiling() or functionalizing():
             # torch's linear gives batched tangents of a 1-D x the wrong shape: x becomes a matrix of one row.
             is_vector = x.dim() == 1
             z = torch.nn.functional.linear(x.unsqueeze(0) if is_vector else x, weight, bias)

@@ -15,6 +15,8 @@ Under ``torch.func`` transforms, in forward-mode AD and under ``torch.jit.trace`
 two layers and a product, which have their own rules there (``linear_act``).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,15 @@ GluGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None,
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 
+@torch.library.register_fake("dlkernels::_linear_glu_forward")
 def _fake_y(
-    x: Tensor, weight_gate: Tensor, weight_up: Tensor, bias_gate: Tensor | None, bias_up: Tensor | None
+    x: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    bias_gate: Tensor | None,
+    bias_up: Tensor | None,
+    act: int,
+    slope: float,
 ) -> Tensor:
     torch._check(
         x.dim() >= 1 and weight_gate.dim() == 2 and x.shape[-1] == weight_gate.shape[1],
@@ -62,30 +71,9 @@ def _fake_y(
     return x.new_empty((*x.shape[:-1], weight_gate.shape[0]))
 
 
-@torch.library.register_fake("dlkernels::_linear_glu_forward")
-def _(
-    x: Tensor,
-    weight_gate: Tensor,
-    weight_up: Tensor,
-    bias_gate: Tensor | None,
-    bias_up: Tensor | None,
-    act: int,
-    slope: float,
-) -> Tensor:
-    return _fake_y(x, weight_gate, weight_up, bias_gate, bias_up)
-
-
 @torch.library.register_fake("dlkernels::_linear_glu_forward_z")
-def _(
-    x: Tensor,
-    weight_gate: Tensor,
-    weight_up: Tensor,
-    bias_gate: Tensor | None,
-    bias_up: Tensor | None,
-    act: int,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = _fake_y(x, weight_gate, weight_up, bias_gate, bias_up)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y = _fake_y(*arguments)
     return y, torch.empty_like(y), torch.empty_like(y)
 
 

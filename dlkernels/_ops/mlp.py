@@ -4,9 +4,9 @@ It has two gains over the layers one by one. The epilogue of dgrad applies the a
 block of rows passes through all narrow layers while it is in cache (``csrc/kernels/cpu/mlp/fused_mlp.h``) or in shared
 memory (``csrc/kernels/cuda/mlp/fused_mlp.cuh``), forward and backward.
 
-Where the chain has no kernel (devices other than CPU and CUDA, ``torch.compile``, ``torch.func``, tensor subclasses)
-the layers run one by one: the same products in the same order. They also run one by one under autocast if they have
-kernels that read float32 parameters without a cast (``autocast``), unless the chain is narrow.
+Where the chain has no kernel (devices other than CPU and CUDA, ``torch.func``, tensor subclasses), and where Dynamo
+traces, the layers run one by one: the same products in the same order. They also run one by one under autocast if they
+have kernels that read float32 parameters without a cast (``autocast``), unless the chain is narrow.
 
 The activations that forward saves are outputs of the Function (``csrc/ops/autograd/mlp.cpp``), as z is an output of one
 layer's (``linear_act``). So a gradient that is differentiated, batched or has a tangent needs no second forward. Its
@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from dlkernels import _C
 from dlkernels._ops import autocast
 from dlkernels._ops.activations import Activation, activation_of_code
 from dlkernels._ops.derivatives import differentiable_op, gradients, sum_present
 from dlkernels._ops.linear_act import linear_act
-from dlkernels._ops.modes import are_plain, autocast_active, autocast_operands, under_transform
+from dlkernels._ops.modes import are_plain, autocast_active, autocast_operands, exporting, under_transform
 
 _recorded = torch.ops.dlkernels._mlp.default
 _forward = torch.ops.dlkernels._mlp_forward.default
@@ -103,8 +105,11 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
     """See :func:`dlkernels.functional.mlp`."""
     check_some(weights)
     tensors = [x, *weights, *[b for b in biases if b is not None]]
-    fusable = (x.is_cpu or x.is_cuda) and are_plain(*tensors)
-    if not fusable or torch.compiler.is_compiling() or under_transform():
+    if torch.compiler.is_compiling():
+        fusable = _is_traced_by_aot(*tensors)
+    else:
+        fusable = (x.is_cpu or x.is_cuda) and are_plain(*tensors)
+    if not fusable or under_transform():
         return layer_by_layer(x, weights, biases, acts, slope)
     if autocast_active(x):
         if has_native_kernel(x, weights, biases):
@@ -116,6 +121,19 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
         return _recorded(x, weights, biases, codes, slope)
     return _forward(x, weights, biases, codes, slope, ())[0]
 
+
+def _is_traced_by_aot(*tensors: Tensor) -> bool:
+    """Return True if AOTAutograd traces this call, which our backend of ``torch.compile`` put into a graph of Dynamo.
+
+    On CUDA the layers run one by one: which masks they keep is known on the device alone. An exported program has
+    single layers too.
+    """
+    if torch.compiler.is_dynamo_compiling() or exporting():
+        return False
+    return tensors[0].is_cpu and _TRACED.issuperset(map(type, tensors))
+
+
+_TRACED = {Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor}
 
 # ---- fake kernels, for runs without data: FakeTensorMode -------------------------------------------------------------
 

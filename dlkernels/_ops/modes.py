@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -32,6 +33,11 @@ tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def under_transform() -> bool:
     """Return True in a ``torch.func`` transform, forward-mode AD or ``torch.jit.trace``: our ops are opaque to them."""
     return torch._C._are_functorch_transforms_active() or forward_mode() or tracing()
+
+
+def functionalizing() -> bool:
+    """Return True in ``torch.func.functionalize``: it has no rule for autograd Functions in Python."""
+    return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
 
 
 def is_batched(g: Tensor) -> bool:

@@ -8,6 +8,7 @@ import difflib
 import importlib
 import io
 import logging
+import os
 import signal
 import sys
 import threading
@@ -56,14 +57,20 @@ def run_command(args: argparse.Namespace) -> int:
     """Call the action of the parsed command, and return the exit status.
 
     An expected error (``ExpectedError``, ``OSError``, a missing library) is printed as one sentence. Ctrl-C gives
-    status 130. Any other exception is a bug, and keeps its traceback.
+    status 130, and an output that nobody reads on 141. Any other exception is a bug, and keeps its traceback.
     """
     try:
         try:
             importlib.import_module("dlkernels._core")  # imports torch and the compiled module; --help needs neither
         except ImportError as error:  # no torch; or dlkernels is not compiled, or compiled for another torch
             return _print_error(args, _missing_library(error), ExpectedError.exit_status)
-        return int(args.action(args))
+        status = int(args.action(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Nobody reads on, as in `dlkernels info | head -1`. Python would write the rest again at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ExpectedError, OSError) as error:
         return _print_error(args, error, getattr(error, "exit_status", ExpectedError.exit_status))
     except ModuleNotFoundError as error:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkernels._errors import require_whole
+
 
 class TensorLoader:
     """Iterates over batches of tensors that share their first dimension.
@@ -24,6 +26,7 @@ class TensorLoader:
     would write it to memory and read it back.
 
     Raises:
+        TypeError: ``batch_size`` is not a whole number.
         ValueError: no tensors, unequal first dimensions, or ``batch_size`` < 1.
     """
 
@@ -40,6 +43,7 @@ class TensorLoader:
         lengths = [len(tensor) for tensor in tensors]
         if len(set(lengths)) != 1:
             raise ValueError(f"expected tensors of the same length in their first dimension; got lengths {lengths}")
+        require_whole(batch_size=batch_size)
         if batch_size < 1:
             raise ValueError(f"expected batch_size >= 1; got {batch_size}")
         self.tensors = tensors

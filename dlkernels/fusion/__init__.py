@@ -10,10 +10,11 @@ Reading order:
 5. ``reading``: the activation behind a class or a function whose body is one call.
 6. ``analysis``: all of this for a model.
 7. ``gated``: gated layers, from their place in the syntax tree to the functions that the rewritten methods call;
-   ``series``: calls that follow one another in a method; ``joined``: the chains among them, before a call.
+   ``loops``: the same for loops that are chains; ``series``: calls that follow one another in a method; ``joined``:
+   the chains among them, before a call.
 8. ``rewrite``: the rewritten methods; ``swap``: the class that has them.
-9. ``call``, ``chain``, ``written``, ``known``: the functions that the rewritten methods call; ``stages`` decides how
-   many layers run as one op, ``memory`` remembers that.
+9. ``pairs``, ``chain``, ``written``, ``known``: the functions that the rewritten methods call; ``call`` decides for a
+   layer and its activation, ``stages`` how many layers run as one op, ``memory`` remembers both.
 10. ``apply``: ``fuse``, ``unfuse``, ``report``.
 
 Besides these, ``gated_graph`` finds gated layers for the backend, ``observe`` runs example inputs, ``sites`` holds the

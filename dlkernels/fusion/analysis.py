@@ -14,8 +14,9 @@ from torch import nn
 from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
 from dlkernels.fusion.chain import leaves, neighbours
 from dlkernels.fusion.gated import gates
-from dlkernels.fusion.joined import Line, line_of_series
+from dlkernels.fusion.joined import Line, line_of_loop, line_of_series
 from dlkernels.fusion.known import EXACT, are_known
+from dlkernels.fusion.loops import loops
 from dlkernels.fusion.patterns import Pattern, blocks, patterns, why_not_rewritable
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import METHODS, is_linear
@@ -240,6 +241,12 @@ def _lines(module: nn.Module, path: str, method: Method, source: Source, linears
                 yield Line(
                     module, path, method, _where(module, method, pattern.first[0]), stages, flat, None, pattern.at
                 )
+    for loop in loops(source.node) if not why_not_rewritable(source.node) else ():
+        stages = line_of_loop(names, loop)
+        if sum(id(stage.called) in linears for stage in stages) > 1:
+            check(source)
+            where = _where(module, method, loop.node.lineno)
+            yield Line(module, path, method, where, stages, loop=loop.at, unrolled=True)
     for written in series(source.node):
         stages = line_of_series(names, written)
         if sum(id(stage.called) in linears for stage in stages) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import fnmatch
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from dlkernels.fusion.observe import Seen, check_against_stock, observe
 from dlkernels.fusion.sites import Report, Site, Status
 from dlkernels.fusion.source import NoSource
 from dlkernels.fusion.swap import Plan, fused_class, plan_of, swap, swap_back, walk, why_not_back
+from dlkernels.fusion.syntax import position
 from dlkernels.fusion.values import state
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -387,6 +389,9 @@ def _runs(chain: Joined) -> bool:
 
 def _is_inside(pair: Pair, chain: Joined) -> bool:
     """Return True if a pair is a part of a chain."""
+    if chain.line.unrolled:
+        inside = any(isinstance(n, ast.For) and position(n) == chain.line.loop for n in pair.pattern.around)
+        return inside and pair.owner is chain.line.owner and pair.method == chain.line.method
     if chain.line.series is not None:
         here = pair.owner is chain.line.owner and pair.method == chain.line.method
         return here and pair.pattern.kind != "chain" and pair.pattern.first in chain.positions

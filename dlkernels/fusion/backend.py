@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dlkernels import functional
 from dlkernels.fusion.call import DEVICES, DTYPES, why_not_shapes
+from dlkernels.fusion.chain_graph import fuse_chains
 from dlkernels.fusion.gated_graph import fuse_gates
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import METHODS, Activation
@@ -43,6 +44,8 @@ def dlkernels(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: 
 def fuse_graph(graph: fx.GraphModule) -> int:
     """Replace every linear call whose only user is an activation, and return the number of replaced calls.
 
+    Of these, layers that follow one another become one ``mlp``, and halves of a gated layer one ``linear_glu``.
+
     The nodes must have example values in ``node.meta``, as Dynamo's nodes do.
     """
     count = 0
@@ -60,6 +63,7 @@ def fuse_graph(graph: fx.GraphModule) -> int:
         graph.graph.erase_node(linear)
         count += 1
     if count:
+        fuse_chains(graph.graph, lambda node: _parameters(node) if _is_plain_linear(node) else None)
         fuse_gates(graph.graph, lambda node: _parameters(node) if _is_linear(node) else None)
         graph.graph.lint()
         graph.recompile()
@@ -95,7 +99,11 @@ def _effects_between(first: fx.Node, last: fx.Node) -> bool:
 
 
 def _is_linear(node: fx.Node) -> bool:
-    if node.op != "call_function" or node.target not in _LINEAR or len(node.users) != 1:
+    return len(node.users) == 1 and _is_plain_linear(node)
+
+
+def _is_plain_linear(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target not in _LINEAR:
         return False
     tensors: list[Any] = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in _parameters(node)]
     x, weight, bias = tensors

@@ -1,4 +1,4 @@
-"""The functions that a rewritten forward calls in place of ``act(linear(x))``: each call decides for kernel or stock.
+"""Decides for ``act(linear(x))`` at each call: by our kernel, or by stock.
 
 The decision reads the state at the moment of the call. So no later change of the model can make it wrong: a hook, a
 parametrization, a wrapped or replaced layer, another activation, a tensor that the kernels do not take. Every refusal
@@ -23,15 +23,13 @@ from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.modes import are_plain, tracing
 from dlkernels.fusion.reading import activation_of, may_be_activation
-from dlkernels.fusion.rules import identity, linear_rule
+from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn import untouched
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "meta") if _C.build_config()["cuda"] is None else ("cpu", "meta", "cuda")
 
 STOCK_LINEAR = F.linear, nn.Linear.forward  # some tools replace these
-
-_NO_KEYWORDS: dict[str, Any] = {}
 
 Ready = tuple[Tensor, Tensor | None, str, float]  # weight, bias, activation, slope
 
@@ -176,84 +174,3 @@ def is_at(module: Any, path: str, linear: Any) -> bool:
 def _run(x: Tensor, ready: Ready) -> Tensor:
     weight, bias, name, slope = ready
     return _linear_act.linear_act(x, weight, bias, ACTIVATIONS[name], slope)  # functional.linear_act, checked above
-
-
-def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """``act(linear(x), *args, **kwargs)``, where the further arguments are constants."""
-    decision = decide(self, act, linear, x, args, kwargs)
-    if watcher is not None:
-        watcher(self, linear, act, x, decision, args, kwargs)
-    return act(linear(x), *args, **kwargs) if isinstance(decision, str) else _run(x, decision)
-
-
-def call_with_deferred_arguments(
-    self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tuple[Any, Any]], /
-) -> Any:
-    """The same, where the layer's call may change the further arguments: ``arguments()`` returns their values now."""
-    args, kwargs = arguments()
-    decision = decide(self, act, linear, x, args, kwargs)
-    if watcher is not None:
-        watcher(self, linear, act, x, decision, args, kwargs)
-    if not isinstance(decision, str):
-        return _run(x, decision)
-    z = linear(x)
-    args, kwargs = arguments()
-    return act(z, *args, **kwargs)
-
-
-def linear_or_fused(
-    self: Any, linear: Any, x: Any, act: Any, /, args: Any = (), kwargs: Any = _NO_KEYWORDS, between: Any = ()
-) -> tuple[Any, bool]:
-    """Return ``(act(linear(x)), True)``, fused, or ``(linear(x), False)``.
-
-    The value goes to ``act`` some statements later and nowhere else. There the flag says that act was already applied.
-    """
-    decision = decide(self, act, linear, x, args, kwargs)
-    if between and not isinstance(decision, str) and not all(_is_harmless(*part) for part in between):
-        decision = "a call between it and the activation may have a side effect"
-    if watcher is not None:
-        watcher(self, linear, act, x, decision, args, kwargs)
-    return (linear(x), False) if isinstance(decision, str) else (_run(x, decision), True)
-
-
-def linear_or_fused_if(self: Any, linear: Any, x: Any, early: Callable[[], Any], /) -> tuple[Any, bool]:
-    """The same, where ``early()`` returns what comes after x, or something false if act will not be called.
-
-    It looks names up and compares numbers. An error of it is raised where the source does the same.
-    """
-    try:
-        meant = early()
-    except (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):
-        meant = None
-    return linear_or_fused(self, linear, x, *meant) if type(meant) is tuple else (linear(x), False)
-
-
-def _is_harmless(called: Any, index: Any, x: Any) -> bool:
-    """Return True if ``called(x)``, or ``called[index](x)``, calls a layer or an activation without hooks.
-
-    ``x`` is None if it is the result of another such call.
-    """
-    if index is not None:
-        if type(called) not in _CONTAINERS:
-            return False
-        called = called[index]
-    if x is not None and not are_plain(x):
-        return False
-    return not (why_not_linear(called) and why_not_activation(called))
-
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, list, tuple)
-
-
-def linear_forward(self: Any, input: Any) -> Any:
-    """The forward of a linear layer without an activation."""
-    decision = decide(self, identity, self, input, (), {})
-    return nn.Linear.forward(self, input) if isinstance(decision, str) else _run(input, decision)
-
-
-def overridden(self: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """``method(*args, **kwargs)``, where ``method`` is ``super().name``: its rewritten form, if it has one."""
-    for old, new in getattr(type(self), "_fused_overridden", ()):
-        if type(method) is MethodType and method.__func__ is old and method.__self__ is self:
-            return new(self, *args, **kwargs)
-    return method(*args, **kwargs)

@@ -32,7 +32,7 @@ def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
         return y
     if isinstance(modules, GeneratorType) and modules.gi_code is _CHILDREN:
         modules = list(modules)
-    if not _is_container(modules):
+    if not is_container(modules):
         for module in modules:
             x = module(x)
         return x
@@ -170,7 +170,7 @@ _ITERATED = (nn.Sequential.__iter__, nn.ModuleList.__iter__)
 _CHILDREN = nn.Module.children.__code__
 
 
-def _is_container(modules: Any) -> bool:
+def is_container(modules: Any) -> bool:
     if isinstance(modules, nn.Sequential | nn.ModuleList):
         return type(modules).__iter__ in _ITERATED
     return type(modules) in (list, tuple, type({}.values()))

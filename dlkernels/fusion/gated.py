@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.linear_glu import linear_glu
-from dlkernels.fusion import call
+from dlkernels.fusion import call, pairs
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.syntax import (
     Position,
@@ -355,7 +355,7 @@ def up_and_gate(self: Any, up: Any, x: Any, later: Any, named: bool, /) -> Any:
         if named:
             return value, None
         act, gate, args, kwargs = later()
-        return value * call.call(self, act, gate, x, *args, **kwargs)
+        return value * pairs.call(self, act, gate, x, *args, **kwargs)
     act, gate, args, kwargs = later()
     ready = call.decide(self, act, gate, x, args, kwargs)
     both = ready if isinstance(ready, str) else _decide(self, ready, up, x)
@@ -364,7 +364,7 @@ def up_and_gate(self: Any, up: Any, x: Any, later: Any, named: bool, /) -> Any:
         y = _run(x, both)
         return (None, y) if named else y
     value = up(x)
-    return (value, None) if named else value * call.call(self, act, gate, x, *args, **kwargs)
+    return (value, None) if named else value * pairs.call(self, act, gate, x, *args, **kwargs)
 
 
 def packed(self: Any, linear: Any, x: Any, later: Any, gate_first: bool, /) -> tuple[Any, Any]:

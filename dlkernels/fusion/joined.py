@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from dlkernels.fusion import call
 from dlkernels.fusion.chain import Leaf, common
+from dlkernels.fusion.loops import Loop
 from dlkernels.fusion.rules import METHODS, is_linear
 from dlkernels.fusion.series import Series
 from dlkernels.fusion.series import callee as callee_of
@@ -32,6 +34,7 @@ class Line:
         flat: the modules with their containers, if the calls are those of a container.
         series: the calls as they are written; None if they are those of a container.
         loop: the position of the loop over the container.
+        unrolled: the calls are those of all iterations of a loop (module ``loops``).
     """
 
     owner: nn.Module
@@ -42,6 +45,7 @@ class Line:
     flat: tuple[Leaf, ...] = ()
     series: Series | None = None
     loop: Position | None = None
+    unrolled: bool = False
 
     def owner_of(self, i: int, k: int) -> Any:
         return common(self.flat[i], self.flat[k]) if self.flat else self.owner
@@ -68,13 +72,35 @@ class Joined:
 
 
 _UNKNOWN = Stage(None)
+_MOST_ITERATIONS = 1000
+_CONVERSIONS_READ = (("isinstance", isinstance), ("torch", torch))
 
 
 def line_of_series(names: Namespace, series: Series) -> tuple[Stage, ...]:
     """Return the stages of calls that are written out."""
     if not all(map(names.is_plain, series.reads())):
         return ()
+    if series.conversions() and not all(names.means(name, what) for name, what in _CONVERSIONS_READ):
+        return ()
     return tuple(_stage(names, node) for node in series.calls)
+
+
+def line_of_loop(names: Namespace, loop: Loop) -> tuple[Stage, ...]:
+    """Return the stages of all iterations of a loop; none if they are not known."""
+    items = names.items(loop.node.iter)
+    if items is None or len(items) > _MOST_ITERATIONS or not all(map(names.is_plain, loop.reads)):
+        return ()
+    stages: list[Stage] = []
+    for item in items:
+        count, values = item if loop.counts else (None, item)
+        several = values if len(loop.containers) > 1 else (values,)
+        with names.during(dict(zip(loop.names, (*[count] * loop.counts, *several), strict=True))):
+            for guards, calls in loop.steps:
+                sure, false = names.hold(guards)
+                if not false and not sure:
+                    return ()
+                stages += [] if false else [_stage(names, node) for node in calls]
+    return tuple(stages)
 
 
 def _stage(names: Namespace, node: Any) -> Stage:
@@ -113,7 +139,7 @@ def joined(line: Line, is_place: Callable[[Line, int, int], bool], selected: Sel
         chain = _begun(stages, i, take)
         if chain is not None:
             chain = extended(stages, chain, take, may_change_nothing)
-            if len(chain.layers) > 1 and (not line.flat or _owns(line, chain)):
+            if len(chain.layers) > 1 and (not line.flat or _owns(line, chain)) and _is_whole(line, chain):
                 yield _joined(line, chain)
                 i = chain.last
         i += 1
@@ -128,6 +154,12 @@ def _begun(stages: Sequence[Stage], i: int, take: Callable[[int, int, Any, str],
     if isinstance(known, str) or not take(i, k, stages[i].called, known[0]):
         return None
     return Chain(((*found, *known),), (k,), i, k)
+
+
+def _is_whole(line: Line, chain: Chain) -> bool:
+    """Return True if nothing else is left of a loop that is unrolled, which runs as a whole or as it is written."""
+    rest = line.stages[chain.last + 1 :]
+    return not line.unrolled or (chain.first == 0 and all(map(may_change_nothing, rest)))
 
 
 def _owns(line: Line, chain: Chain) -> bool:

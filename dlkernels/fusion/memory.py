@@ -1,11 +1,6 @@
-"""Decisions that hold until something changes that they read. So a call need not decide anew.
+"""What a decision for a chain reads (``_decisions``), and the decision itself.
 
-:func:`remembered` writes down all that the decision for a chain read: the classes of its modules, their hooks, the
-parameters, the flags of dropouts, the children of containers, the modes of torch. ``_C.Decided`` compares this list
-with what is there now, in less than a microsecond, and runs the chain; it returns None if anything differs. What cannot
-be written down (an activation whose body is read at each call, a rule of the user's) has no memory.
-
-:func:`run_again` is called by rewritten methods, before they look anything up.
+What cannot be written down (an activation whose body is read at each call, a rule of the user's) has no memory.
 """
 
 from __future__ import annotations
@@ -13,77 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
-from torch.utils import _python_dispatch
 
-from dlkernels import _C
+from dlkernels import _C, _decisions
+from dlkernels._decisions import MISSING, Unknown, keep, mark_of, may_be_kept, recall, run_again
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call, rules
 from dlkernels.fusion.stages import Chain, Stage, changes_nothing, is_identity, slope_of
 
-MISSING = object()
-_MOST = 4096  # decisions that are kept
-
-_HOOKS = (
-    "_global_backward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_forward_hooks",
-    "_global_forward_hooks_always_called",
-    "_global_forward_hooks_with_kwargs",
-)
-
-_decided: dict[Any, tuple[_C.Decided, Any]] = {}  # with a mark of the place's own
+__all__ = ["Reads", "Unknown", "decided", "keep", "mark_of", "may_be_kept", "recall", "run_again"]
 
 
-def run_again(key: Any, owner: Any, x: Any) -> Tensor | None:
-    """Return the chain's output if the decision under this key still holds, else None."""
-    found = _decided.get(key)
-    return None if found is None else found[0].run(owner, x)
-
-
-def recall(key: Any, owner: Any, x: Any) -> tuple[Tensor, Any] | None:
-    """The same, with the mark."""
-    found = _decided.get(key)
-    if found is None or (y := found[0].run(owner, x)) is None:
-        return None
-    return y, found[1]
-
-
-def keep(key: Any, decided: _C.Decided | None, mark: Any = None) -> None:
-    if decided is None:
-        _decided.pop(key, None)
-        return
-    if len(_decided) >= _MOST:  # most of their modules are gone
-        _decided.clear()
-    _decided[key] = decided, mark
-
-
-class Unknown(Exception):
-    """A part of the decision cannot be written down."""
-
-
-class Reads:
+class Reads(_decisions.Reads):
     """A list of all that a decision reads. The owner is the first module of the list."""
-
-    def __init__(self, owner: nn.Module) -> None:
-        self.modules: dict[int, tuple[nn.Module, bool, list[Any], list[Any] | None]] = {}
-        self.globals: list[tuple[Any, ...]] = []
-        self.class_attributes: list[tuple[Any, ...]] = []
-        self.module(owner, calls_forward_alone=False)
-
-    def module(self, module: nn.Module, calls_forward_alone: bool = True) -> list[Any]:
-        """Note the class of a module, and that a call of it runs its forward alone; return its list of entries."""
-        _, before, entries, children = self.modules.get(id(module), (module, False, [], None))
-        self.modules[id(module)] = module, calls_forward_alone or before, entries, children
-        return entries
-
-    def attributes(self, module: nn.Module, names: Iterable[str], values: dict[str, Any]) -> None:
-        self.module(module).extend((None, name, values.get(name, MISSING)) for name in names)
 
     def attribute(self, module: nn.Module, name: str) -> Any:
         """Note what ``module.name`` looks up, which is no attribute of the class; return its value."""
@@ -100,20 +38,10 @@ class Reads:
         entries.append((None, name, own[name]))
         return own[name]
 
-    def children(self, container: nn.Module, calls_forward_alone: bool) -> None:
-        """Note the children of a container in their order."""
-        entries = self.module(container, calls_forward_alone)
-        _, alone, _, _ = self.modules[id(container)]
-        self.modules[id(container)] = container, alone, entries, list(container._modules.values())
-
     def linear(self, linear: nn.Module) -> None:
         if type(linear) is not nn.Linear:
             raise Unknown
-        parameters = linear._parameters
-        entries = self.module(linear)
-        for name in ("weight", "bias"):
-            entries.append(("_parameters", name, parameters[name]))
-            entries.append((None, name, MISSING))
+        self.parameters(linear)
 
     def stage(self, stage: Stage) -> None:
         """Note what decided for a stage that is no layer."""
@@ -125,7 +53,7 @@ class Reads:
         if read is None:
             raise Unknown
         if isinstance(called, nn.Module):
-            self.attributes(called, read, called.__dict__)
+            self.attributes(called, read)
 
     def selection(self, owner: Any, plan: Any) -> None:
         """Note the class of an owner, and the modules on the paths that it leaves out."""
@@ -147,42 +75,29 @@ def decided(reads: Reads, stages: Sequence[Stage], chain: Chain, owners: Iterabl
     ``reads`` holds already what led to the stages. ``owners`` are the modules whose plans selected them.
     """
     weight = chain.layers[0][0]
-    if not (weight.is_cpu or (weight.is_cuda and len(chain.layers) > 1)) or call.watcher is not None:
-        return None
-    if torch.is_autocast_enabled(weight.device.type):
+    if call.watcher is not None or not may_be_kept(weight) or (weight.is_cuda and len(chain.layers) == 1):
         return None
     try:
         for owner in owners:
             reads.selection(owner, type(owner)._fused_plan)
+        layers = []
         for stage in stages[chain.first : chain.last + 1]:
             if rules.is_linear(stage.called):
                 reads.linear(stage.called)
+                layers.append(stage.called)
             else:
                 reads.stage(stage)
         _end(reads, stages, chain)
     except Unknown:
         return None
-    space = vars(torch_module)
-    return _C.Decided(
-        {
-            "missing": MISSING,
-            "empty": [space[name] for name in _HOOKS],
-            "globals": [
-                *((space, name, space[name]) for name in _HOOKS),
-                (vars(F), "linear", call.STOCK_LINEAR[0]),
-                (vars(_python_dispatch), "_is_in_non_infra_torch_dispatch_mode", False),
-                (vars(forward_ad), "_current_level", -1),
-                (vars(call), "watcher", None),
-                (vars(rules), "version", rules.version),
-                *reads.globals,
-            ],
-            "class_attributes": [(nn.Linear, "forward", call.STOCK_LINEAR[1]), *reads.class_attributes],
-            "modules": list(reads.modules.values()),
-            "plain": (Tensor, nn.Parameter),
-            "layers": [(weight, bias, ACTIVATIONS[name].code) for weight, bias, name, _ in chain.layers],
-            "slope": slope_of(chain.layers),
-        }
-    )
+    reads.globals += [
+        (vars(F), "linear", call.STOCK_LINEAR[0]),
+        (vars(call), "watcher", None),
+        (vars(rules), "version", rules.version),
+    ]
+    reads.class_attributes.append((nn.Linear, "forward", call.STOCK_LINEAR[1]))
+    codes = [ACTIVATIONS[name].code for _, _, name, _ in chain.layers]
+    return reads.decided(list(zip(layers, codes, strict=True)), slope_of(chain.layers))
 
 
 def _end(reads: Reads, stages: Sequence[Stage], chain: Chain) -> None:

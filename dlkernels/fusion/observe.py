@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dlkernels._errors import ExpectedError
-from dlkernels.fusion import call, gated, memory
+from dlkernels.fusion import call, gated, memory, pairs
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import is_linear
 from dlkernels.fusion.stages import Chain, Stage, decide
@@ -131,7 +131,7 @@ def _gain(owner: Any, linear: nn.Module, act: Any, x: Tensor, args: Any, kwargs:
     """Return stock's time over the time of a layer with its activation, or of the gated layer with these ``ways``."""
     stock, fused, layers = ways or (
         lambda leaf: act(linear(leaf), *args, **kwargs),
-        lambda leaf: call.call(owner, act, linear, leaf, *args, **kwargs),
+        lambda leaf: pairs.call(owner, act, linear, leaf, *args, **kwargs),
         (linear,),
     )
     return _measured(layers, x, stock, fused)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -37,6 +38,7 @@ from dlkernels.fusion.syntax import (
     further,
     in_scope,
     loads,
+    loops_over,
     one_argument,
     position,
     self_name,
@@ -103,7 +105,7 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
         elif isinstance(node, ast.For) and _is_chain(node, function):
             found.append(Pattern("chain", node.iter, node.iter, position(node), position(node)))
     for block in blocks(function):
-        for first, call, use in _only_uses(block, function, one_argument):
+        for first, call, use in _only_uses(block, function, one_argument, block is function.body):
             found.append(_named(first, call, use, function, around))
     for gate in gates(function, blocks):
         if gate.kind == "packed":
@@ -124,6 +126,7 @@ class Link(NamedTuple):
         first: the statement with ``inner`` that names its value; None if ``inner`` is the argument of ``outer`` itself.
         reads: what is looked up between the two calls, or in another statement than ``inner``.
         later: the statement with ``outer``.
+        conversions: statements in between that do nothing if the two are parts of a chain (:func:`_is_conversion`).
     """
 
     inner: ast.Call
@@ -131,6 +134,7 @@ class Link(NamedTuple):
     first: ast.stmt | None
     reads: tuple[ast.expr, ...]
     later: ast.stmt | None
+    conversions: tuple[ast.If, ...] = ()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -145,14 +149,48 @@ def links(function: FunctionNode) -> tuple[Link, ...]:
             found.append(Link(parts[1], node, None, (), None))  # type: ignore[arg-type]
     around = ancestors(function)
     for block in blocks(function):
-        for first, call, use in _only_uses(block, function, activation_call):
+        conversions = [s for s, later in itertools.pairwise(block) if _is_conversion(s, later)]
+        without = [s for s in block if s not in conversions]
+        for first, call, use in _only_uses(without, function, activation_call, block is function.body):
             name = target_of(first)
             if name is None or use.guards or _facts_read(function, name, use):
                 continue
             pattern = _named(first, call, use, function, around)
             if not (pattern.why or pattern.between or pattern.checks.given()):
-                found.append(Link(call, use.act, first, pattern.reads, use.later))
+                skipped = tuple(s for s in conversions if position(first) < position(s) < position(use.later))
+                found.append(Link(call, use.act, first, pattern.reads, use.later, skipped))  # type: ignore[arg-type]
     return tuple(found)
+
+
+def _is_conversion(statement: ast.stmt, following: ast.stmt) -> bool:
+    """Return True for ``if h.dtype != fc.weight.dtype: h = h.to(fc.weight.dtype)`` before a statement with ``fc(h)``.
+
+    The layers of a chain have one dtype, so in a chain it does nothing. Under autocast h has another dtype than the
+    weight; but there ``fc`` converts its input back. So the condition need not be evaluated, if that runs no code.
+    """
+    if not isinstance(statement, ast.If) or statement.orelse or len(statement.body) != 1:
+        return False
+    name, value = target_of(statement.body[0]), getattr(statement.body[0], "value", None)
+    for node in ast.walk(following):
+        if name is not None and isinstance(node, ast.Call) and applied_to(node, name) and one_argument(node):
+            layer = ast.unparse(node.func)
+            if value is not None and ast.unparse(value) == f"{name}.to({layer}.weight.dtype)":
+                return _asks_about(statement.test, name, layer)
+    return False
+
+
+def _asks_about(test: ast.expr, name: str, layer: str) -> bool:
+    """Return True if a condition compares the dtypes of a tensor and a weight, and asks if the weight is a tensor."""
+    if isinstance(test, ast.BoolOp):
+        return all(_asks_about(part, name, layer) for part in test.values)
+    if isinstance(test, ast.Compare):
+        dtypes = (f"{name}.dtype", f"{layer}.weight.dtype")
+        return all(ast.unparse(part) in dtypes or _is_of_torch(part) for part in (test.left, *test.comparators))
+    return ast.unparse(test) == f"isinstance({layer}.weight, torch.Tensor)"
+
+
+def _is_of_torch(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
 
 
 def _facts_read(function: FunctionNode, name: str, use: _Use) -> bool:
@@ -202,16 +240,8 @@ def _is_chain(loop: ast.For, function: FunctionNode) -> bool:
         and isinstance(value.args[0], ast.Name)
         and value.args[0].id == x != layer
         and loads(loop.iter, x) == 0
-        and loads(function, layer) == sum(loads(other, layer) for other in _loops_over(function, layer))
+        and loads(function, layer) == sum(loads(other, layer) for other in loops_over(function, layer))
     )
-
-
-def _loops_over(function: FunctionNode, name: str) -> list[ast.For]:
-    return [
-        n
-        for n in ast.walk(function)
-        if isinstance(n, ast.For) and isinstance(n.target, ast.Name) and n.target.id == name
-    ]
 
 
 def blocks(function: FunctionNode) -> Iterator[list[ast.stmt]]:
@@ -246,13 +276,13 @@ class _Use:
 
 
 def _only_uses(
-    block: list[ast.stmt], function: FunctionNode, takes: Callable[[ast.Call], Any]
+    block: list[ast.stmt], function: FunctionNode, takes: Callable[[ast.Call], Any], is_body: bool
 ) -> Iterator[tuple[ast.stmt, ast.Call, _Use]]:
     """Yield each statement that names a call's value, the call, if ``takes`` takes it, and the value's only use."""
     for i, first in enumerate(block):
         for call, target in _assigned_calls(first):
             if takes(call) and not in_scope(function, target):
-                use = _only_use(block[i + 1 :], target, function, (), (), block is function.body)
+                use = _only_use(block[i + 1 :], target, function, (), (), is_body)
                 if use is not None:
                     yield first, call, use
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import copy
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from dlkernels.fusion.loops import Loop, in_place_of
 from dlkernels.fusion.patterns import Pattern
 from dlkernels.fusion.series import Path, Series, callee, paths, tensor
 from dlkernels.fusion.source import FunctionNode
@@ -32,6 +34,7 @@ HELPERS = (
     "overridden",
     "are_known",
     "chain",
+    "unrolled",
     "gated",
     "up_and_gate",
     "packed",
@@ -48,9 +51,13 @@ def helper_name(name: str) -> str:
 
 
 def rewritten(
-    function: FunctionNode, chosen: list[Pattern], chains: list[Series], calls_overridden: bool = False
+    function: FunctionNode,
+    chosen: list[Pattern],
+    chains: list[Series],
+    loops: Sequence[Loop] = (),
+    calls_overridden: bool = False,
 ) -> FunctionNode:
-    """Return a copy of ``function`` whose chosen places and chains call our functions, by ``helper_name``.
+    """Return a copy of ``function`` whose chosen places, chains and loops call our functions, by ``helper_name``.
 
     With ``calls_overridden``, ``super().name(...)`` runs the rewritten form of the method that it overrides.
     """
@@ -61,7 +68,8 @@ def rewritten(
         for several in [part.groups()]
         for number in range(len(several))
     ]
-    return _Rewrite(self_name(function), chosen, groups, name).visit(copy.deepcopy(function))
+    conversions = {position(s): (i, number) for i, part in enumerate(chains) for s, number in part.conversions()}
+    return _Rewrite(self_name(function), chosen, groups, conversions, loops, name).visit(copy.deepcopy(function))
 
 
 class _Group(NamedTuple):
@@ -82,8 +90,17 @@ class _Group(NamedTuple):
 
 
 class _Rewrite(ast.NodeTransformer):
-    def __init__(self, self_name: str, chosen: list[Pattern], groups: list[_Group], overridden: str | None) -> None:
-        self.self_name, self.overridden = self_name, overridden
+    def __init__(
+        self,
+        self_name: str,
+        chosen: list[Pattern],
+        groups: list[_Group],
+        conversions: dict[Position, tuple[int, int]],
+        loops: Sequence[Loop],
+        overridden: str | None,
+    ) -> None:
+        self.loops = {loop.at: (number, loop) for number, loop in enumerate(loops)}
+        self.self_name, self.overridden, self.conversions = self_name, overridden, conversions
         self.groups = {position(group.calls[-1]): group for group in groups}
         self.nested = {p.at: p for p in chosen if p.kind == "nested"}
         self.chains = {p.at: p for p in chosen if p.kind == "chain"}
@@ -145,8 +162,12 @@ class _Rewrite(ast.NodeTransformer):
         return tuple_of([called, copy.deepcopy(given) if args or kwargs else ast.Constant(None)])
 
     def _unless_it_ran(self, group: _Group, ran: ast.expr, otherwise: ast.expr) -> ast.expr:
-        flag = ast.Name(f"__fused_chain_{group.chain}__", ast.Load())
-        return ast.IfExp(ast.Compare(flag, [ast.GtE()], [ast.Constant(group.number)]), ran, otherwise)
+        return ast.IfExp(_ran(group.chain, group.number), ran, otherwise)
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        if (found := self.conversions.get(position(node))) is not None:
+            node.test = placed(ast.BoolOp(ast.And(), [ast.UnaryOp(ast.Not(), _ran(*found)), node.test]), node.test)
+        return self.generic_visit(node)
 
     def _named_group(self, statement: ast.Assign | ast.AnnAssign, target: ast.expr, group: _Group) -> ast.AST:
         """Return the statement that names the value of a group, and beside it the number of the last that ran."""
@@ -182,6 +203,10 @@ class _Rewrite(ast.NodeTransformer):
 
     def visit_For(self, node: ast.For) -> ast.AST:
         where = position(node)
+        if (found := self.loops.get(where)) is not None:
+            number, loop = found
+            as_written = self.generic_visit(copy.deepcopy(node))
+            return in_place_of(loop, as_written, number, next(_slots), helper_name, self.self_name)
         if where not in self.chains:
             return self.generic_visit(node)
         step = node.body[0]
@@ -221,6 +246,12 @@ class _Rewrite(ast.NodeTransformer):
     def _helper(self, name: str, like: ast.expr, args: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:
         owner = ast.Name(self.self_name, ast.Load())
         return placed(ast.Call(ast.Name(helper_name(name), ast.Load()), [owner, *args], keywords), like)
+
+
+def _ran(chain: int, number: int) -> ast.expr:
+    """Return the condition that a group of a chain ran with an earlier one."""
+    flag = ast.Name(f"__fused_chain_{chain}__", ast.Load())
+    return ast.Compare(flag, [ast.GtE()], [ast.Constant(number)])
 
 
 def _known(pattern: Pattern) -> list[ast.expr]:

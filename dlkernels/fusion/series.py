@@ -42,6 +42,14 @@ class Series:
                 several.append([call])
         return several
 
+    def conversions(self) -> list[tuple[ast.If, int]]:
+        """Return the conversions between the calls, and the number of the group behind each."""
+        found, number = [], 0
+        for link in self.links:
+            number += link.first is not None
+            found += [(statement, number) for statement in link.conversions]
+        return found
+
     def reads(self) -> list[ast.expr]:
         """Return what is looked up between the calls, or earlier than in the source."""
         arguments = [a for call in self.calls for a in _arguments(call) if not isinstance(a, ast.Constant)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -48,6 +50,9 @@ class Site:
 @dataclass(frozen=True)
 class Report:
     """All sites of a model. ``str()`` gives a table; rows whose paths differ only in numbers are joined.
+
+    On a terminal that is narrower than the table, ``why`` and ``where`` are below their row, indented. Without a
+    terminal there is no limit, unless the environment variable ``COLUMNS`` sets one.
 
     The first line says so if fusing gains nothing: no layer is fused, or no measured one is faster than stock.
     ``agreement`` is the comparison with stock by example inputs; None without them.
@@ -96,9 +101,14 @@ class Report:
             groups.setdefault(key, []).append(site)
         header = ("layer", "", "activation", "status", "gain", "why", "where")
         rows = [header, *(_row(key, sites) for key, sites in groups.items())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        shown = [i for i, width in enumerate(widths) if width and (i == 1 or any(row[i] for row in rows[1:]))]
-        lines = ["  ".join(row[i].ljust(widths[i]) for i in shown).rstrip() for row in rows]
+        lines = _lines(rows, range(len(header)))
+        terminal = shutil.get_terminal_size((10_000, 24)).columns
+        if max(map(len, lines)) > terminal:
+            head, *short = _lines(rows, range(len(header) - 2))
+            lines = [head]
+            for line, (*_, why, where) in zip(short, rows[1:], strict=True):
+                below = "; ".join(filter(None, (why, where)))
+                lines += [line, *textwrap.wrap(below, terminal, initial_indent="  ", subsequent_indent="  ")]
         counts = (
             self._nothing_to_gain()
             + f"{len(self.fused)} fused, {len(self.skipped)} skipped"
@@ -113,11 +123,17 @@ def _joinable(path: str) -> str:
     return re.sub(r"(?<![^.])\d+(?=\.)", "*", path)
 
 
+def _lines(rows: list[tuple[str, ...]], columns: range) -> list[str]:
+    """Rows with these columns side by side, each aligned left; without the columns that are empty below the header."""
+    widths = {i: max(len(row[i]) for row in rows) for i in columns if any(row[i] for row in rows[1:])}
+    return ["  ".join(row[i].ljust(width) for i, width in widths.items()).rstrip() for row in rows]
+
+
 def _row(key: Site, sites: list[Site]) -> tuple[str, ...]:
     gains = [site.gain for site in sites if site.gain is not None]
     layers = (key if len(sites) > 1 else sites[0]).layers
     path, activation = (" → ".join(names) for names in zip(*layers, strict=True))
-    gain = f"{min(gains):.2f}-{max(gains):.2f}x" if len(gains) > 1 else f"{gains[0]:.2f}x" if gains else ""
+    gain = f"{'-'.join(dict.fromkeys(f'{gain:.2f}' for gain in (min(gains), max(gains))))}x" if gains else ""
     why = key.why or ("not reached by the example inputs" if key.reached is False else "")
     if key.up:
         path += f" * {key.up.rpartition('.')[2]}"

@@ -85,12 +85,12 @@ def decide(stages: Sequence[Stage], first: int, x: Any, owner: Owner) -> str | C
     return extended(stages, chain, selected, changes_nothing)
 
 
-# Of two stages that meet, a layer and its activation's name: if fuse was told to fuse them.
+# Arguments: two stages that meet, a layer, its activation's name. True if fuse was told to fuse them.
 Selected = Callable[[int, int, Any, str], bool]
 
 
 def extended(stages: Sequence[Stage], chain: Chain, selected: Selected, passes: Callable[[Stage], bool]) -> Chain:
-    """Return the chain with all layers behind it that can go on it; what ``passes`` takes may lie between them."""
+    """Return the chain with the layers after it that it can take in. ``passes``: if a stage may lie between them."""
     layers, ends = list(chain.layers), list(chain.ends)
     while layers[-1][2] != "none":
         following = _after(stages, ends[-1], passes)
@@ -105,7 +105,7 @@ def extended(stages: Sequence[Stage], chain: Chain, selected: Selected, passes: 
 def _next_layer(
     stages: Sequence[Stage], at: int, before: int, layers: Sequence[call.Ready], selected: Selected
 ) -> tuple[call.Ready, int] | None:
-    """Return the layer at ``stages[at]`` with its activation, and its last stage; None if it cannot go on the chain."""
+    """Return the layer at ``stages[at]`` with its activation, and its last stage; None if the chain cannot have it."""
     stage = stages[at]
     found = "it has more arguments" if stage.args or stage.kwargs else call._linear(stage.called)
     if isinstance(found, str):
@@ -156,15 +156,15 @@ def may_change_nothing(stage: Stage) -> bool:
 def changes_nothing(stage: Stage) -> bool:
     called, args, kwargs = stage
     if called is F.dropout:
-        return not _is_active(*args, **kwargs) if _has_plain_numbers((*args, *kwargs.values())) else False
+        return not _is_active(*args, **kwargs) if has_plain_numbers((*args, *kwargs.values())) else False
     if args or kwargs or not (type(called) is nn.Identity or type(called) is nn.Dropout):
         return False
     state = called.__dict__
-    plain = type(called) is nn.Identity or _has_plain_numbers((state.get("p"), state.get("training")))
+    plain = type(called) is nn.Identity or has_plain_numbers((state.get("p"), state.get("training")))
     return plain and does_nothing(called) and untouched(called)
 
 
-def _has_plain_numbers(values: tuple[Any, ...]) -> bool:
+def has_plain_numbers(values: tuple[Any, ...]) -> bool:
     return all(type(value) in (int, float, bool) for value in values)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dlkernels.fusion import call, chain, gated, written
+from dlkernels.fusion import chain, gated, loops, pairs, written
 from dlkernels.fusion.known import are_known
 from dlkernels.fusion.patterns import blocks, patterns
 from dlkernels.fusion.rewrite import HELPERS, helper_name, rewritten
@@ -119,7 +119,8 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
             node = gated.with_gates(source.node, gated.gates(source.node, blocks), gates, helper_name)
             where = sorted(positions for m, positions in plan.chains if m == method)
             joined = [part for positions in where if (part := chosen_series(source.node, positions)) is not None]
-            new = source.rebuilt(rewritten(node, chosen, joined, method.depth < most), _helpers())
+            unrolled = [loop for loop in loops.loops(source.node) if (method, loop.at) in plan.places]
+            new = source.rebuilt(rewritten(node, chosen, joined, unrolled, method.depth < most), _helpers())
             old = definitions(cls, name)[method.depth][1]
             if method.depth:
                 overridden.append((old, rewrap(old, source.function, new)))
@@ -127,7 +128,7 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
                 body[name] = rewrap(old, source.function, new)
     body["_fused_overridden"] = tuple(overridden)
     if plan.linear_forward:
-        body["forward"] = call.linear_forward
+        body["forward"] = pairs.linear_forward
     # The original class is the first base, so that it decides the layout of instances (its own first base may have
     # none: abc.ABC). Fused comes first only if it must hide an __init_subclass__ of the original.
     bases = (Fused, cls) if _hears_of_subclasses(cls) else (cls, Fused)
@@ -141,8 +142,8 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 def _helpers() -> dict[str, Any]:
     values = {"methods": METHODS, "are_known": are_known}
     sources = {"chain": chain, "gated": gated, "up_and_gate": gated, "packed": gated}
-    sources |= {"written": written, "written_there": written}
-    values |= {name: getattr(sources.get(name, call), name) for name in HELPERS if name not in values}
+    sources |= {"written": written, "written_there": written, "unrolled": loops}
+    values |= {name: getattr(sources.get(name, pairs), name) for name in HELPERS if name not in values}
     return {helper_name(name): value for name, value in values.items()}
 
 

@@ -62,6 +62,12 @@ def loads(node: ast.AST, name: str) -> int:
     return count
 
 
+def loops_over(function: FunctionNode, name: str) -> list[ast.For]:
+    """Return the loops whose variables have this name among them."""
+    loops = [n for n in ast.walk(function) if isinstance(n, ast.For)]
+    return [loop for loop in loops if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(loop.target))]
+
+
 def one_argument(call: ast.Call) -> bool:
     return len(call.args) == 1 and not call.keywords and not isinstance(call.args[0], ast.Starred)
 

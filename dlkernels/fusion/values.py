@@ -10,6 +10,7 @@ import ast
 import builtins
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -120,6 +121,10 @@ class Namespace:
             text += str(values[0])
         return [text]
 
+    def means(self, name: str, what: Any) -> bool:
+        """Return True if a name surely means this object."""
+        return _is_one(self._name(name), what)
+
     def is_plain(self, node: ast.expr) -> bool:
         """Return True if evaluating this name or attribute runs no code, whatever object it is at that time."""
         if not isinstance(node, ast.Attribute):
@@ -183,6 +188,15 @@ class Namespace:
                 yield from self.iterations(inside, sure)
         else:
             yield from self.iterations(inside, sure)
+
+    @contextmanager
+    def during(self, iteration: dict[str, Any]) -> Iterator[None]:
+        """Give names these values for a time."""
+        outer, self.iteration = self.iteration, {**self.iteration, **iteration}
+        try:
+            yield
+        finally:
+            self.iteration = outer
 
     def hold(self, guards: Iterable[tuple[ast.expr, bool]]) -> tuple[bool, str]:
         """Return True if all conditions are known to have the given values, and the first that has another value."""

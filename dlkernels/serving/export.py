@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from typing import Any
 
@@ -42,8 +43,10 @@ def export_program(
     """
     with eval_mode(model):
         program, sizes = _traced(model, example, dynamic_batch)
+        archive = io.BytesIO()  # torch ends the process if it writes to a file and the disk is full
+        torch.export.save(program, archive)
         with atomic_write(path) as file:
-            torch.export.save(program, file)
+            file.write(archive.getbuffer())
             file.seek(0)
             module = torch.export.load(file).module()
             return check(

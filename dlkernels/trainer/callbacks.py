@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dlkernels._errors import require_whole
 from dlkernels.trainer.monitor import Monitor, monitor_state, same_monitor
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, monitor: str | Monitor = "val_loss", *, patience: int = 5, min_delta: float = 0.0) -> None:
+        require_whole(patience=patience)
         if patience < 1 or min_delta < 0:
             raise ValueError(f"expected patience >= 1 and min_delta >= 0; got {patience} and {min_delta}")
         self._asked = monitor

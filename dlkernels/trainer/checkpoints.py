@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dlkernels._errors import require_whole
 from dlkernels.atomic import atomic_write, remove_leftovers
 from dlkernels.trainer import checkpoint
 from dlkernels.trainer.monitor import Monitor, monitor_state, same_monitor
@@ -75,6 +76,7 @@ class Checkpoints(CheckpointFile):
         every_seconds, every_batches: write within epochs too, after this time or this number of batches.
 
     Raises:
+        TypeError: ``keep_last`` or ``every_batches`` is not a whole number.
         ValueError: a number is too small.
         OSError: the folder cannot be made.
     """
@@ -88,6 +90,7 @@ class Checkpoints(CheckpointFile):
         every_seconds: float | None = None,
         every_batches: int | None = None,
     ) -> None:
+        require_whole(keep_last=keep_last, every_batches=1 if every_batches is None else every_batches)
         if keep_last < 1:
             raise ValueError(f"expected to keep at least the last checkpoint; got keep_last={keep_last}")
         for name, value in (("every_seconds", every_seconds), ("every_batches", every_batches)):

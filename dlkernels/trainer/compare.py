@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dlkernels._errors import require_whole
 from dlkernels.trainer.loop import Trainer
 
 BATCHES = 50  # batches of rule 1
@@ -131,8 +132,10 @@ def compare(
         validation_samples: the number of samples of the validation accuracy.
 
     Raises:
+        TypeError: ``epochs`` is not a whole number.
         ValueError: ``epochs`` < 1.
     """
+    require_whole(epochs=epochs)
     if epochs < 1:
         raise ValueError(f"expected at least 1 epoch to compare; got {epochs}")
     result = Comparison(Curve(), Curve(), Curve(), eps, validation_samples)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from dlkernels._errors import require_whole
 from dlkernels.trainer import checkpoint as checkpoint_file
 from dlkernels.trainer import distributed, sharded
 from dlkernels.trainer.batches import ResumableBatches
@@ -211,10 +212,15 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss became NaN or infinite.
             KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM. The state is consistent, and saved if ``checkpoint`` is set.
-            ValueError: a batch is not a pair or has no sample, or the loss is not a scalar with a gradient.
+            TypeError: ``epochs`` or ``at_most`` is not a whole number.
+            ValueError: one of them is negative; a batch is not a pair or has no sample; or the loss is not a scalar
+                with a gradient.
             OSError: the checkpoint cannot be written; the one before is untouched.
             RuntimeError: ``fit`` is running already, in another thread or around the callback that calls it.
         """
+        require_whole(epochs=epochs, at_most=self.epoch if at_most is None else at_most)
+        if epochs < 0 or (at_most is not None and at_most < 0):
+            raise ValueError(f"expected epochs and at_most of at least 0; got {epochs} and {at_most}")
         self._check_idle("fit")
         last = epochs if at_most is None else min(epochs, self.epoch + at_most)
         progress = make_progress(self._progress_mode if self.ranks.is_main_process else "silent")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlkernels._errors import require_whole
 from dlkernels.choices import HIGHEST_RATE, LOWEST_RATE, RATES
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.diagnose import NonFiniteLoss
@@ -109,8 +110,10 @@ def find_lr(
             get the same rate. Each rate is used for one update, which takes ``accumulate`` batches.
 
     Raises:
+        TypeError: ``batches`` is not a whole number.
         ValueError: not ``0 < first < last < inf``, fewer than 10 batches, or a loss that diverges at once.
     """
+    require_whole(batches=batches)
     if not 0 < first < last < math.inf or batches < 10:
         raise ValueError(f"expected 0 < first < last and at least 10 batches; got {first}, {last} and {batches}")
     factor = (last / first) ** (1 / (batches - 1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from dlkernels._errors import require_whole
 from dlkernels.trainer.transfer import cast_to_float32
 
 Every = Literal["update", "epoch"]
@@ -88,6 +89,7 @@ class Step:
     ema: InitVar[float | None] = None
 
     def __post_init__(self, ema: float | None) -> None:
+        require_whole(accumulate=self.accumulate)
         if self.accumulate < 1:
             raise ValueError(f"expected to accumulate at least 1 batch; got {self.accumulate}")
         if self.clip_norm is not None and not self.clip_norm > 0:

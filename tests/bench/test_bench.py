@@ -535,3 +535,20 @@ def test_tables_in_a_file_are_whole(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     table.show(records.load(ROOT / "bench/results/amd-epyc-2t.json"))
     assert "…" not in capsys.readouterr().out
+
+
+def test_tables_fit_a_narrow_terminal():
+    """Columns that have no room are in a second table, with the layers again."""
+    from bench import table
+
+    def columns(width):
+        console = Console(width=width, file=io.StringIO())
+        table.show(records.load(ROOT / "bench/results/amd-epyc-2t.json"), console)
+        lines = console.file.getvalue().splitlines()
+        heads = [line.split() for line in lines if line.lstrip().startswith("layer")]
+        return lines, [word for head in heads[: len(heads) // 4] for word in head]  # of one group of four
+
+    (narrow, folded), (_, whole) = columns(80), columns(250)
+    tables = [line for line in narrow if "  " in line.strip()]
+    assert max(map(len, tables)) <= 80 and "…" not in "".join(narrow)
+    assert set(folded) == set(whole) and folded.count("layer") > 1

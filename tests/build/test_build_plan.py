@@ -199,7 +199,7 @@ def test_a_long_build_is_announced(env):
     """Without a GPU and without architectures named, for all of them; it says how to have fewer, or none."""
     made = plan.make_plan(env, CUDA, gpus=())
     architectures = made.archs.count(";") + 1
-    assert f"for {architectures} architectures" in made.advice
+    assert f"for {architectures} architectures, each in about two minutes" in made.advice
     assert "TORCH_CUDA_ARCH_LIST=" in made.advice and "FORCE_CPU=1" in made.advice
     assert plan.make_plan(env, CUDA, gpus=[(9, 0)]).advice == ""
     assert plan.make_plan({**env, "TORCH_CUDA_ARCH_LIST": "9.0a"}, CUDA, gpus=()).advice == ""

@@ -218,7 +218,7 @@ def test_a_build_that_cannot_be_is_one_sentence(checkout, tmp_path, monkeypatch)
 
 
 def test_sources_without_a_build_say_so(tmp_path):
-    shutil.copytree(ROOT / "dlkernels", tmp_path / "dlkernels", ignore=shutil.ignore_patterns("_C*"))
+    shutil.copytree(ROOT / "dlkernels", tmp_path / "dlkernels", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     said = run(sys.executable, "-c", "import dlkernels", cwd=tmp_path, ok=False)
     assert "ImportError: dlkernels is not compiled" in said
     assert f"Run `pip install -e .` in {tmp_path}" in said

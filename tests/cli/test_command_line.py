@@ -10,7 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
-from typing import get_args
+from typing import TypeVar, get_args, get_type_hints
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ from dlkernels import choices, extras
 from dlkernels.__main__ import main
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.atomic import atomic_write
+from dlkernels.functional import explain, linear_act, linear_glu, mlp
+from dlkernels.nn import MLP, GatedMLP, LinearAct
 from dlkernels.trainer.progress import make_progress
 from dlkernels.trainer.schedule import FACTORS
 from tests.support.paths import ROOT
@@ -78,6 +80,16 @@ def test_all_that_the_package_has_is_an_attribute():
     with pytest.raises(AttributeError, match="'dlkernels' has no attribute 'nothing'"):
         dlkernels.nothing  # noqa: B018
     assert {"Trainer", "fuse", "tune", "nn", "testing", "serving"} <= set(dir(dlkernels))
+
+
+def test_types_help_an_editor():
+    """An activation is one of its names, and a model stays of its class."""
+    for function in (linear_act, linear_glu, explain, LinearAct.__init__, MLP.__init__, GatedMLP.__init__):
+        assert get_type_hints(function)["activation"] == choices.Activation
+    assert get_args(get_type_hints(mlp)["activation"])[0] == choices.Activation
+    for function in (dlkernels.fuse, dlkernels.unfuse):
+        hints = get_type_hints(function)
+        assert isinstance(hints["return"], TypeVar) and hints["model"] == hints["return"]
 
 
 def test_each_public_name_is_the_one_of_its_module():
@@ -215,6 +227,16 @@ def test_sigterm_leaves_no_temporary_file(tmp_path):
     process.terminate()
     assert process.wait(timeout=30) == 143
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["slow.py"]
+
+
+def test_an_output_that_nobody_reads(tmp_path):
+    """As in `dlkernels info | head -1`: no traceback, and no sentence."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dlkernels", "info"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_an_output_in_ascii(tmp_path):

@@ -4,7 +4,6 @@ the CUDA kernels and the host code in front of them run on the host."""
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,7 +14,7 @@ CHECKS, LOSS = "tests/emulation/cuda_ops/checks.py", "tests/ops/test_linear_cros
 GATED = "every_activation or over_shapes or leading or empty or views or special or apart or needs or explain"
 PATH, ROWS = "DLKERNELS_CUDA_GEMM", "DLKERNELS_LOSS_BLOCK_ROWS"
 
-# The runs, each in a process of its own, the longest first: arguments of pytest, and the environment.
+# The runs, each in a process of its own: arguments of pytest, and the environment.
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "what-a-gpu-would-run": (
         [
@@ -33,7 +32,10 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
         {ROWS: "50"},
     ),
     "loss-in-one-block": (
-        [LOSS, "-k", "oracle and mean and plain or gradcheck or subset or asked or leading or opcheck"],
+        [
+            *(LOSS, "tests/ops/test_linear_cross_entropy_autograd.py"),
+            *("-k", "oracle and mean and plain or gradcheck or subset or asked or leading or opcheck"),
+        ],
         {},
     ),
     "layers": ([CHECKS], {}),
@@ -71,18 +73,9 @@ def run(library, arguments, environment) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def running(library, request):
-    """Start those of RUNS that this session asks for, on all cores."""
-    chosen = {item.callspec.params["name"] for item in request.session.items if item.originalname == test_run.__name__}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {name: pool.submit(run, library, *RUNS[name]) for name in RUNS if name in chosen}
-        pool.shutdown(cancel_futures=True)  # after a failure the other runs are not needed
-
-
 @pytest.mark.parametrize("name", RUNS)
-def test_run(running, name):
-    done = running[name].result()
+def test_run(library, name):
+    done = run(library, *RUNS[name])
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
 
 

@@ -73,9 +73,10 @@ def test_seq2seq():
     assert min(exact) >= 0.8
 
 
-def test_gpt():
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_language_models_of_characters(name):
     pytest.importorskip("transformers")
-    _, learnt = run("gpt", fused=2)
+    _, learnt = run(name, fused=2)  # a chain or a gated MLP in each block
     for side in learnt:
         assert side.held_out < 0.8 * side.unigram
         assert len(side.text) == 64

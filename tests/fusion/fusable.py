@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dlkernels import _decisions
 from dlkernels.fusion import call, memory, stages
 
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -107,7 +108,7 @@ def fused_runs():
 
 
 def _remembered(key, owner, x):
-    return memory._decided[key][0].activations()
+    return _decisions._decided[key][0].activations()
 
 
 def runs_fused(model, x=X):

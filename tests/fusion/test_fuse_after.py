@@ -1,6 +1,7 @@
 """Fused models that are changed later: they compute the same as stock, and keep their state."""
 
 import copy
+import functools
 import io
 import pickle
 from unittest import mock
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dlkernels import fuse, report, unfuse
-from tests.fusion.fusable import THREE, Chained, Lora, Nested, Subclass, X, made, runs_fused
+from tests.fusion.fusable import THREE, Chained, Lora, Named, Nested, Subclass, X, made, runs_fused
 
 
 @THREE
@@ -218,3 +219,46 @@ def test_fusing_again_and_undoing():
     assert type(unfuse(model)) is Nested
     other = fuse(model, inplace=False)
     assert other is not model and type(model) is Nested and type(other) is once
+
+
+# ---- methods that somebody kept -------------------------------------------------------------------------------
+
+
+def functools_partial(model):
+    return functools.partial(model.forward)
+
+
+def decorated(model):
+    model.forward = torch.no_grad()(model.forward)
+    return model
+
+
+@pytest.mark.parametrize("cls", [Named, Nested])
+@pytest.mark.parametrize(
+    "keep", [lambda m: m.forward, functools_partial, decorated], ids=["bound", "partial", "instance"]
+)
+@pytest.mark.parametrize(
+    "then", [unfuse, fuse, lambda m: fuse(m, example_inputs=X), lambda m: fuse(m, activations="tanh")]
+)
+def test_a_bound_forward_outlives_its_class(cls, keep, then):
+    model = made(cls)
+    expected = model(X)
+    kept = keep(fuse(model))
+    then(model)
+    for run in (kept, model, copy.deepcopy(model)):
+        torch.testing.assert_close(run(X), expected, rtol=1e-12, atol=1e-12)
+    if "forward" not in model.__dict__:
+        assert type(unfuse(model)) is cls and not runs_fused(kept)
+
+
+def test_the_forward_of_a_lone_layer_outlives_its_class():
+    model = fuse(nn.Linear(6, 8).double(), activations="none")
+    kept, expected = model.forward, F.linear(X, model.weight, model.bias)
+    torch.testing.assert_close(unfuse(model) and kept(X), expected)
+
+
+def test_a_replaced_forward_is_not_called_left():
+    model = fuse(made(Nested))
+    model.forward = torch.no_grad()(model.forward)
+    (site,) = report(model)
+    assert site.status == "undecided" and "replaced" in site.why and runs_fused(model)

@@ -11,6 +11,7 @@ from torch import nn
 from dlkernels import fuse, register_fusion, report
 from dlkernels.fusion import rules
 from tests.fusion.fusable import X, fused_runs, made, numbers, runs_fused
+from tests.support.ids import without_address
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from tests.fusion.fusable import X, fused_runs, made, numbers, runs_fused
         ({"activations": ["relu", "none"], "exclude": "0"}, ["2", "4.0"]),
         ({"include": nn.Linear, "exclude": ["2", "4.0"]}, ["0"]),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_which_layers(settings, fused):
     model = nn.Sequential(

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from dlkernels import fuse, report, unfuse
+from dlkernels.fusion import memory
 from tests.fusion.fusable import Lora, X, fused_runs, made, numbers
 
 
@@ -97,7 +99,26 @@ class InBranches(Base):
         return self.fc3(self.fc1(x).relu())
 
 
-MODELS = [Sequence, Blocks, Loop, Nested, Statements, ByHand, WithArguments, OfAnExpression, InBranches]
+class Converted(Base):
+    """As in T5."""
+
+    def forward(self, x):
+        x = self.fc1(x)
+        x = self.act(x)
+        x = self.drop(x)
+        if (
+            isinstance(self.fc2.weight, torch.Tensor)
+            and x.dtype != self.fc2.weight.dtype
+            and self.fc2.weight.dtype != torch.int8
+        ):
+            x = x.to(self.fc2.weight.dtype)
+        x = torch.tanh(self.fc2(x))
+        if x.dtype != self.fc3.weight.dtype:
+            x = x.to(self.fc3.weight.dtype)
+        return self.fc3(x)
+
+
+MODELS = [Sequence, Blocks, Loop, Nested, Statements, ByHand, WithArguments, OfAnExpression, InBranches, Converted]
 EVERY = pytest.mark.parametrize("cls", MODELS, ids=lambda c: c.__name__)
 
 
@@ -139,7 +160,9 @@ def test_a_chain_is_one_site_and_one_call(cls):
     assert torch.equal(fused(X), stock(X)) and type(fused) is cls
 
 
-@pytest.mark.parametrize("cls", [Sequence, Blocks, Loop, Nested, Statements, ByHand], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [Sequence, Blocks, Loop, Nested, Statements, ByHand, Converted], ids=lambda c: c.__name__
+)
 def test_dropout_ends_a_chain_while_it_is_active(cls):
     stock, fused = made(cls), fuse(made(cls))
     for training in (True, False, True, False):
@@ -281,6 +304,26 @@ def test_a_global_name_that_is_rebound(monkeypatch):
     same(fused, stock)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_a_conversion_between_layers(low):
+    """It runs where the layers have several dtypes, and makes no difference under autocast."""
+    stock, fused = made(Converted).eval().float(), fuse(made(Converted)).eval().float()
+    x = X.float()
+    assert ops(fused, x) == (1, 2)
+    with torch.autocast("cpu", dtype=low):
+        torch.testing.assert_close(fused(x), stock(x), atol=0.02, rtol=0.02)
+        assert fused(x).dtype == stock(x).dtype == low
+    for model in (stock, fused):
+        model.to(low)
+        model.fc2.float()
+    same_low = fused(x.to(low)), stock(x.to(low))
+    torch.testing.assert_close(*same_low, atol=0.02, rtol=0.02)
+    assert same_low[0].dtype == same_low[1].dtype == low
+    with fused_runs() as runs:
+        fused(x.to(low))
+    assert (runs.ops, runs.layers) == (2, 2)
+
+
 def test_an_attribute_that_hides_a_layer():
     stock, fused = made(Nested).eval(), fuse(made(Nested)).eval()
     same(fused, stock)
@@ -317,6 +360,36 @@ class SecondUse(Base):
 class KeptInAnAttribute(Base):
     def forward(self, x):
         self.kept = h = F.relu(self.fc1(x))
+        return self.fc2(h)
+
+
+@ends(calls=1)
+class ConvertedToAnotherDtype(Base):
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        if h.dtype == self.fc2.weight.dtype:
+            h = h.to(self.norm.weight.dtype)
+        return self.fc2(h)
+
+
+@ends(calls=1)
+class ConvertedByAConditionThatRunsCode(Base):
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        if h.dtype != self.fc2.weight.dtype or self.log.append(1):
+            h = h.to(self.fc2.weight.dtype)
+        return self.fc2(h)
+
+
+@ends(calls=1)
+class ConvertedOrNot(Base):
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        if h.dtype != self.fc2.weight.dtype:
+            h = h.to(self.fc2.weight.dtype)
+        else:
+            self.log.append(1)
+            h = h * 2
         return self.fc2(h)
 
 
@@ -611,6 +684,25 @@ def test_exclude_splits_a_chain(cls):
         assert path in [s.path for s in report(model).skipped]
         same(model, stock)
         assert ops(model) == (1, 2 if i == 2 else 1)
+
+
+@EVERY
+def test_parameters_may_be_swapped(cls):
+    """torch.utils.swap_tensors raises if anybody else refers to a parameter. The decision continues to hold."""
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    same(fused, stock)
+    for model in (stock, fused):
+        for p in model.parameters():
+            torch.utils.swap_tensors(p, nn.Parameter(p.detach() * 2))
+    with fused_runs() as runs, mock.patch.object(memory, "keep", side_effect=AssertionError):
+        same(fused, stock)
+    assert runs.places == 2 * 2
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        stock.to(torch.float32), fused.to(torch.float32)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    torch.testing.assert_close(fused(X.float()), stock(X.float()))
 
 
 def test_a_memory_keeps_nothing_alive():

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from dlkernels import functional, fuse, report
 from dlkernels.fusion import backend
@@ -203,6 +205,113 @@ def test_backend_and_a_change_in_place_in_between(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), f(x))
     assert counts == [1]
+
+
+# ---- chains in the backend -------------------------------------------------------------------------------------------
+
+
+def graphs(monkeypatch):
+    """The calls of ours in each graph after it was fused, with the number of layers of each chain."""
+    found = []
+    real = backend.fuse_graph
+
+    def fuse_graph(graph):
+        count = real(graph)
+        nodes = [n for n in graph.graph.nodes if n.target in (*OURS, functional.mlp) or n.target in backend._LINEAR]
+        found.append([len(n.args[1]) if n.target is functional.mlp else n.target.__name__ for n in nodes])
+        return count
+
+    monkeypatch.setattr(backend, "fuse_graph", fuse_graph)
+    return found
+
+
+@pytest.mark.parametrize("then", ["eager", "aot_eager", "inductor"])
+def test_backend_makes_chains(then, monkeypatch):
+    """Through a dropout that is not active; an active one ends a chain."""
+    found = graphs(monkeypatch)
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(5, 6, requires_grad=True)
+    compiled = torch.compile(model, fullgraph=True, backend=backend.dlkernels, options={"then": then})
+    torch.testing.assert_close(results(model, compiled, x), results(model, model, x))
+    assert found == [[4]]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    model.train()
+    torch.manual_seed(1)
+    compiled(x)
+    assert found[-1] == [3, "linear"]
+
+
+def test_a_chain_of_the_backend_is_one_op_for_aot():
+    ops = []
+
+    def note(graph, inputs):
+        ops.append([n.target.name() for n in graph.graph.nodes if "dlkernels" in str(n.target)])
+        return make_boxed_func(graph.forward)
+
+    model, x = Net().eval(), torch.randn(5, 6)
+    torch._dynamo.backends.registry.register_backend(aot_autograd(fw_compiler=note, bw_compiler=note), "noted")
+    compiled = torch.compile(model, backend=backend.dlkernels, options={"then": "noted"})
+    torch.testing.assert_close(results(model, compiled, x), results(model, model, x))
+    assert ops == [["dlkernels::_mlp_forward"], ["dlkernels::_mlp_backward"]]
+
+
+class Broken(nn.Module):
+    """Layers that would be a chain, but for ``how``."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b, self.c = how, nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.register_buffer("scale", torch.ones(6, 6))
+
+    def forward(self, x):
+        h = F.relu(self.a(x))
+        if self.how == "second use":
+            return self.b(h) + h
+        if self.how == "change in between":
+            self.scale.mul_(2)
+            return F.linear(h, self.scale)
+        if self.how == "gradients off in between":
+            with torch.no_grad():
+                return F.relu(self.b(h)) + x
+        if self.how == "computed weight":
+            return F.linear(h, self.b.weight + self.c.weight)
+        if self.how == "weight of the value":
+            return F.linear(h, h[:, :6])
+        h = F.leaky_relu(self.b(h), 0.1)
+        return F.leaky_relu(self.c(h), 0.2)  # another slope
+
+
+BROKEN = {
+    "second use": ["linear_act", "linear"],
+    "change in between": ["linear_act", "linear"],
+    "gradients off in between": ["linear_act", "linear_act"],
+    "computed weight": ["linear_act", "linear"],
+    "weight of the value": ["linear_act", "linear"],
+    "another slope": [2, "linear_act"],
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_backend_ends_a_chain(how, monkeypatch):
+    found = graphs(monkeypatch)
+    model, x = Broken(how), torch.randn(6, 6)
+    again = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=backend.dlkernels, options={"then": "eager"})
+    for _ in range(2):
+        y, expected = compiled(x), again(x)
+        torch.testing.assert_close(y, expected)
+    assert found == [BROKEN[how]]
+
+
+def test_backend_makes_chains_under_autocast(monkeypatch):
+    found = graphs(monkeypatch)
+    model, x = Net().eval(), torch.randn(5, 6)
+    compiled = torch.compile(model, backend=backend.dlkernels, options={"then": "aot_eager"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = compiled(x), model(x)
+    assert found == [[4]] and y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, atol=0.02, rtol=0.02)
 
 
 def test_backend_options():

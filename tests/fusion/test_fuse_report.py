@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlkernels import fuse, report, unfuse
-from dlkernels.fusion import Report, Site, call, observe
-from tests.fusion.fusable import Nested, X, made
+from dlkernels.fusion import Report, Site, memory, observe
+from tests.fusion.fusable import Nested, X, fused_places, made
 
 
 class Net(nn.Module):
@@ -74,7 +74,8 @@ def net(forward, base=Net):
 def test_the_last_layer_that_has_no_activation_is_not_called_fused(forward):
     model = net(forward)
     expected = model(X)
-    assert [s.path for s in report(fuse(model)).fused] == ["layers.0", "layers.1"], str(report(model))
+    fused = fused_places(report(fuse(model)))
+    assert fused == [("layers.0", "relu"), ("layers.1", "relu")], str(report(model))
     torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -214,13 +215,14 @@ def test_what_was_not_selected_is_reported_as_such():
 
 
 def test_gain_counts_the_whole_call(monkeypatch):
-    model, real = made(Nested), call.decide
+    """Also the part that finds an earlier decision."""
+    model, real = made(Nested), memory.run_again
 
     def slow(*args):
         time.sleep(0.002)
         return real(*args)
 
-    monkeypatch.setattr(call, "decide", slow)
+    monkeypatch.setattr(memory, "run_again", slow)
     gain = report(fuse(model, example_inputs=X)).fused[0].gain
     assert gain < 0.5 and re.search(r"0\.\d\dx", str(report(model)))
 
@@ -331,6 +333,21 @@ def site(status="fused", gain=None):
 )
 def test_a_model_with_nothing_to_gain_is_told_so_in_the_first_line(sites, first_line):
     assert str(Report(sites)).splitlines()[0] == first_line
+
+
+def test_a_report_fits_a_narrow_terminal(monkeypatch):
+    """Reason and place of a layer are then below it, and a gain is one number where its range is none."""
+    sites = (
+        Site("encoder.layers.0.feed_forward", "gelu", "Encoder.forward:12", "fused", gain=1.2),
+        Site("encoder.layers.1.feed_forward", "gelu", "Encoder.forward:12", "fused", gain=1.2),
+        Site("head", "", "Encoder.forward:15", "skipped", "no activation takes its output, which is returned " * 2),
+    )
+    monkeypatch.setenv("COLUMNS", "64")
+    narrow = str(Report(sites)).splitlines()
+    assert max(map(len, narrow)) <= 64, narrow
+    assert narrow[2:4] == ["encoder.layers.*.feed_forward  ×2  gelu        fused    1.20x", "  Encoder.forward:12"]
+    monkeypatch.delenv("COLUMNS")
+    assert len(str(Report(sites)).splitlines()) == 4
 
 
 def test_a_model_without_activations_has_nothing_to_gain():

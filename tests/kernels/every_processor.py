@@ -17,12 +17,13 @@ import torch
 from dlkernels import _C
 from tests.support.paths import ROOT
 
+LOSS = "linear_cross_entropy linear_cross_entropy_autograd linear_cross_entropy_interface"
 FILES = (
     "forward_backward few_columns special_values conversions accuracy long_sums mlp autocast precision losses"
-    " losses_cross_entropy losses_gaussian_nll losses_regression linear_cross_entropy linear_glu update"
+    f" losses_cross_entropy losses_gaussian_nll losses_regression {LOSS} linear_glu update"
 )
 # Where torch's GEMM multiplies, its rounding and what it does to special values and subnormals are its own.
-LIBRARY = "forward_backward mlp losses linear_cross_entropy linear_glu"
+LIBRARY = f"forward_backward mlp losses {LOSS} linear_glu"
 # Left out, because once, in the whole suite, is enough: tests that start processes under sets of their own, and tests
 # of what torch's compiler does with an op, which depends on no instruction set.
 ONCE = ("every_kernel_set", "without_such_products", "compile", "opcheck", "export")

@@ -1,6 +1,7 @@
 """dlkernels.training_step: the same numbers as the separate calls; separate calls where it cannot take a step."""
 
 import copy
+import functools
 import gc
 import warnings
 import weakref
@@ -16,6 +17,7 @@ from dlkernels import losses
 from dlkernels.nn import MLP, LinearAct
 from dlkernels.testing import STOCK
 from dlkernels.training import training_step
+from tests.support.ids import without_address
 
 OPTIMIZERS = {
     "sgd": partial(optim.SGD, lr=0.05),
@@ -522,6 +524,95 @@ def test_replaced_methods_of_the_optimizer():
     assert "replaced" in step.why and called.count("step") == 1
 
 
+PATCHES = {
+    "activation": (nn.ReLU, "forward", lambda self, x: x * 2),
+    "function of the activation": (F, "relu", lambda x, inplace=False: x * 2),
+    "loss": (nn.MSELoss, "forward", lambda self, y, t: (y - t).abs().mean()),
+    "function of the loss": (F, "mse_loss", lambda y, t, reduction="mean": (y - t).abs().mean()),
+    "step": (optim.SGD, "step", lambda self, closure=None: self.param_groups[0]["params"][0].data.mul_(0.5)),
+    "zero_grad": (optim.SGD, "zero_grad", lambda self, set_to_none=True: None),
+    "linear": (F, "linear", lambda x, w, b: torch.zeros(len(x), len(w)) + w.sum(1)),
+}
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("kept", [True, False])
+def test_replaced_classes_and_functions_of_torch(monkeypatch, patch, kept):
+    """Before the first step, and while a plan is kept; afterwards steps take one call again."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    other = copy.deepcopy(model)
+    optimizer, its = (optim.SGD(m.parameters(), lr=0.1) for m in (model, other))
+    step = training_step(model, nn.MSELoss(), optimizer, keep_grads=True)
+    holder, name, value = PATCHES[patch]
+    *data, last = batches(nn.MSELoss(), 4)
+    if kept:
+        step(*data[0])
+        by_calls(other, nn.MSELoss(), its, *data.pop(0))
+        assert step._plan is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(holder, name, value)
+        for x, target in data:
+            torch.testing.assert_close(step(x, target), by_calls(other, nn.MSELoss(), its, x, target))
+            assert "replaced" in step.why
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    step(*last)
+    assert not step.why and step._plan is not None
+
+
+def test_a_step_that_was_replaced_by_a_wrapper():
+    """functools.wraps gives it the attributes of the original."""
+    original, called = optim.SGD.step, []
+
+    @functools.wraps(original)
+    def counted(self, closure=None):
+        called.append(self)
+        return original(self, closure)
+
+    model = MLP([5, 6, 3])
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    step = training_step(model, losses.MSELoss(), optimizer)
+    batch = next(batches(nn.MSELoss(), 1))
+    step(*batch)
+    assert not step.why
+    try:
+        optim.SGD.step = counted
+        step(*batch)
+    finally:
+        optim.SGD.step = original
+    assert "step" in step.why and called == [optimizer]
+
+
+SWAPS = {
+    "swap_tensors": lambda model: [
+        torch.utils.swap_tensors(p, nn.Parameter(p.detach() * 2)) for p in model.parameters()
+    ],
+    "to": lambda model: model.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_parameters_may_be_swapped(swap):
+    """torch.utils.swap_tensors raises if anybody else holds a parameter."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = MLP([5, 6, 3])
+        other = copy.deepcopy(model)
+        optimizer, its = (optim.SGD(m.parameters(), lr=0.1, fused=True) for m in (model, other))
+        step = training_step(model, losses.MSELoss(), optimizer)
+        for number, (x, target) in enumerate(batches(nn.MSELoss(), 6)):
+            if number in (2, 4):
+                assert step._plan is not None
+                SWAPS[swap](model), SWAPS[swap](other)
+            x, target = x.to(model[0].weight.dtype), target.to(model[0].weight.dtype)
+            step(x, target)
+            by_calls(other, losses.MSELoss(), its, x, target)
+            assert not step.why
+        assert_same(model, other)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def test_state_of_another_dtype_or_layout():
     """The error, or the update, is the one of the calls."""
     model = MLP([5, 6, 3])
@@ -620,7 +711,7 @@ def test_under_the_compiler():
             "slopes",
         ),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_what_it_leaves_to_the_calls(model, loss, make, why):
     other = copy.deepcopy(model)

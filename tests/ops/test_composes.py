@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -83,6 +83,41 @@ def test_vmap(activation, in_dims, device):
     # and its gradient through the map: reverse mode outside vmap
     outside = [grad(lambda *a, m=m: m(*a).square().sum(), argnums=(0, 1, 2))(*args) for m in mapped]
     assert_same(*outside)
+
+
+FUNCTIONALIZED = {
+    "alone": lambda f, args: functionalize(f)(*args),
+    "without views": lambda f, args: functionalize(f, remove="mutations_and_views")(*args),
+    "inside grad": lambda f, args: grad(functionalize(lambda *a: f(*a).square().sum()), argnums=(0, 1, 2))(*args),
+    "around grad": lambda f, args: functionalize(grad(lambda *a: f(*a).square().sum(), argnums=(0, 1, 2)))(*args),
+    "around vmap": lambda f, args: functionalize(vmap(f, (0, None, None)))(*args),
+    "inside vmap": lambda f, args: vmap(functionalize(f), (0, None, None))(*args),
+    "outside autograd": lambda f, args: torch.autograd.grad(functionalize(f)(*args).square().sum(), args),
+}
+BLOCKS = {
+    "linear_act": (ours("gelu"), stock("gelu")),
+    "linear_glu": (
+        lambda x, w, b: functional.linear_glu(x, w, w, b),
+        lambda x, w, b: F.silu(F.linear(x, w, b)) * F.linear(x, w),
+    ),
+    "mlp": (
+        lambda x, w, b: functional.mlp(x, [w, w.t()], [b, None], "tanh"),
+        lambda x, w, b: F.linear(torch.tanh(F.linear(x, w, b)), w.t()),
+    ),
+    "linear_cross_entropy": (
+        lambda x, w, b: functional.linear_cross_entropy(
+            x, w, torch.zeros(x.shape[:-1], dtype=torch.long), linear_bias=b
+        ),
+        lambda x, w, b: F.cross_entropy(F.linear(x, w, b), torch.zeros(x.shape[:-1], dtype=torch.long)),
+    ),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("how", FUNCTIONALIZED)
+def test_functionalize(how, block):
+    args = tuple(t.requires_grad_() for t in arguments((2, 3) if "vmap" in how else (3,), "cpu"))
+    assert_same(*(FUNCTIONALIZED[how](f, args) for f in BLOCKS[block]))
 
 
 @pytest.mark.parametrize("levels", [1, 2])

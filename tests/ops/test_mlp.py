@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import dlkernels
 from dlkernels._ops.activations import ACTIVATIONS
@@ -302,10 +303,17 @@ def test_mlp_refuses(call, error, message):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count how often nn.MLP ran as a chain."""
+    """Note how nn.MLP ran as a chain: "decided", or "again" by a decision that held."""
     counted = []
-    real = dlkernels.nn.mlp
-    monkeypatch.setattr(dlkernels.nn, "mlp", lambda *a, **k: (counted.append(1), real(*a, **k))[1])
+    real, real_again = dlkernels.nn.mlp, dlkernels.nn.run_again
+
+    def again(*args):
+        y = real_again(*args)
+        counted.extend([] if y is None else ["again"])
+        return y
+
+    monkeypatch.setattr(dlkernels.nn, "mlp", lambda *a, **k: (counted.append("decided"), real(*a, **k))[1])
+    monkeypatch.setattr(dlkernels.nn, "run_again", again)
     return counted
 
 
@@ -316,12 +324,46 @@ def test_module_runs_as_a_chain(calls):
     assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
+def test_a_decision_of_the_module_holds(calls):
+    """Also for other numbers of rows, for parameters that were loaded, replaced or moved, and not under other modes."""
+    model = MLP([12, 20, 5], "gelu", dropout=0.5).eval()
+    other = copy.deepcopy(model)
+    for rows in (3, 3, 1, 7):
+        x = torch.randn(rows, 12, requires_grad=True)
+        for m in (model, other):
+            m(x).square().sum().backward()
+    assert calls == ["decided", "decided"] + ["again"] * 6
+    model.load_state_dict(MLP([12, 20, 5], "gelu").state_dict(), strict=False)
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+    del calls[:]
+    torch.testing.assert_close(model(x), nn.Sequential.forward(model, x))
+    assert calls == ["again"]
+    model.double()
+    del calls[:]
+    for _ in range(2):
+        torch.testing.assert_close(model(x.double()), nn.Sequential.forward(model, x.double()))
+    assert calls == ["decided", "again"]
+    del calls[:]
+    for mode in (torch.autocast("cpu", dtype=torch.bfloat16), torch.device("cpu")):
+        with mode:
+            model(x.double())
+    torch.func.grad(lambda x: model(x).sum())(x.double())
+    assert calls == ["decided"] * 3
+    with FlopCounterMode(display=False):  # it has a hook for all modules
+        model(x.double())
+    model(x.double())
+    assert calls[3:] == ["again"]
+    with pytest.raises(RuntimeError, match="the last size of x"):
+        model(torch.randn(3, 11).double())
+
+
 def test_module_steps_aside_where_a_layer_is_special(calls):
     x = torch.randn(9, 12)
     # The fused MLP kernels, which this makes of any number of rows, add up in another order than a layer's.
     fused = os.environ.get("DLKERNELS_CPU_GEMM") == "own"
 
     def seen(change, model):
+        model(x)  # what it decides here must not hold after the change
         change(model)
         del calls[:]
         y, layers = model(x), nn.Sequential.forward(model, x)

@@ -130,6 +130,41 @@ def test_graph_is_freed_with_its_output(activation, device):
         gc.enable()
 
 
+LAYERS = {
+    "linear_act": (
+        lambda x, w, v: functional.linear_act(x, w, None, "gelu"),
+        lambda x, w, v: F.gelu(F.linear(x, w)),
+    ),
+    "linear_glu": (
+        lambda x, w, v: functional.linear_glu(x, w, w * 1),
+        lambda x, w, v: F.silu(F.linear(x, w)) * F.linear(x, w * 1),
+    ),
+    "mlp": (
+        lambda x, w, v: functional.mlp(x, [w, v], activation="silu"),
+        lambda x, w, v: F.linear(F.silu(F.linear(x, w)), v),
+    ),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("order", [1, 2])
+def test_data_that_was_replaced_before_backward(layer, order, device):
+    """Backward reads the memory that forward read, and gradients of gradients reach the parameter, as in stock."""
+    results = []
+    for f in LAYERS[layer]:
+        torch.manual_seed(0)
+        x, w, v = (
+            torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in ((3, 5), (4, 5), (2, 4))
+        )
+        y = f(x, w, v)
+        w.data, v.data = torch.ones_like(w), torch.ones_like(v)
+        found = torch.autograd.grad(y.square().sum(), [x, w], create_graph=order == 2)
+        if order == 2:
+            found += torch.autograd.grad(found[0].square().sum(), [x, w])
+        results.append(found)
+    torch.testing.assert_close(*results)
+
+
 # Each of these tensors is changed in place between forward and backward. Backward must raise where stock raises.
 # Stock's leaky_relu saves z, ours saves y (one tensor less): so there a changed y raises, but not in stock.
 CHANGED = ["x", "weight", "bias", "y"]

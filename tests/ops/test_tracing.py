@@ -1,4 +1,4 @@
-"""torch's own tracers and exporters on our layers: torch.fx.symbolic_trace and torch.onnx.export."""
+"""torch's own tracers and exporters on our layers: fx.symbolic_trace, onnx.export, TensorBoard's add_graph."""
 
 import copy
 
@@ -74,3 +74,14 @@ def test_onnx_export_by_torch_itself(make):
     assert {node.domain for node in program.model_proto.graph.node} <= {"", "ai.onnx"}
     pytest.importorskip("onnxruntime")
     torch.testing.assert_close(program(x)[0], module(x))
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_tensorboard_draws_the_graph(make):
+    """By torch.jit.trace, as `SummaryWriter.add_graph` calls it."""
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard._pytorch_graph import graph
+
+    drawn, _ = graph(make().eval(), torch.randn(3, 8))
+    operators = {node.op for node in drawn.node}
+    assert operators & {"aten::linear", "aten::addmm"} and not any("dlkernels" in op for op in operators)

@@ -154,6 +154,25 @@ def test_programs_run_where_the_package_is_not(tmp_path):
     assert python("-c", WITHOUT_US, *(str(tmp_path / name) for name in MODELS)).strip() == "the same"
 
 
+FULL_DISK = """
+import resource, sys, torch
+from dlkernels.nn import MLP
+from dlkernels.serving import export_program
+model, example = MLP([64, 64, 2]), torch.rand(3, 64)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    export_program(model, example, sys.argv[1])
+except OSError as error:
+    print(error.filename)
+"""
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    """The limit of the size of a file stands for the disk. torch itself would end the process."""
+    assert python("-c", FULL_DISK, str(tmp_path / "model.pt2")).strip() == str(tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_model_is_left_as_it_was(tmp_path):
     model = MLP([4, 5, 6, 2], dropout=0.5)
     model[0].eval()

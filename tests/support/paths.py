@@ -4,4 +4,3 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-EMULATION = ROOT / "tests" / "emulation"

@@ -10,6 +10,7 @@ from dlkernels import losses
 from dlkernels.nn import MLP
 from dlkernels.trainer import Callback, NonFiniteLoss, Trainer, adam, schedule, sgd
 from dlkernels.training import TrainingStep
+from tests.support.ids import without_address
 from tests.trainer.training import assert_same, batches
 
 ATTEMPT = TrainingStep.attempt
@@ -47,7 +48,7 @@ def fit_by_calls(monkeypatch, one, epochs=3):
     return one
 
 
-@pytest.mark.parametrize("options", [{}, {"scheduled": True, "ema": 0.9}, {"optimizer": sgd}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scheduled": True, "ema": 0.9}, {"optimizer": sgd}], ids=without_address)
 def test_same_as_by_calls(taken, monkeypatch, options):
     one_call = trainer(**options)
     one_call.fit(3)

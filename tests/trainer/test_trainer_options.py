@@ -22,6 +22,7 @@ from dlkernels.trainer import (
     Trainer,
     adam,
     adamw,
+    find_lr,
     graph,
     schedule,
     sgd,
@@ -175,6 +176,26 @@ def test_moving_average():
 def test_options_that_cannot_be(wrong, match):
     with pytest.raises(ValueError, match=match):
         make(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [1.5, "3", None, True, 2.0])
+def test_numbers_that_are_not_whole(wrong, tmp_path):
+    calls = {
+        "epochs": lambda: make().fit(wrong),
+        "accumulate": lambda: make(accumulate=wrong),
+        "patience": lambda: EarlyStopping(patience=wrong),
+        "keep_last": lambda: Checkpoints(tmp_path, keep_last=wrong),
+        "batches": lambda: find_lr(network(), nn.CrossEntropyLoss(), sgd, batches(), batches=wrong),
+        "batch_size": lambda: TensorLoader(X, batch_size=wrong),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"expected {name} to be a whole number; got {wrong!r}"):
+            call()
+
+
+def test_fewer_epochs_than_none():
+    with pytest.raises(ValueError, match="epochs and at_most of at least 0; got -1 and None"):
+        make().fit(-1)
 
 
 def test_compile_trains_the_same_model():

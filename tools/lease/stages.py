@@ -55,7 +55,7 @@ class Where:
         command = self.module("pytest", *own, *words)
         if timeout and find_spec("pytest_timeout"):
             command += (f"--timeout={timeout}", "--timeout-method=thread")
-        return command + (("-n", str(workers)) if workers and find_spec("xdist") else ())
+        return command + (("-n", str(workers), "--dist=worksteal") if workers and find_spec("xdist") else ())
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def light(where: Where) -> list[Job]:
 TESTS = tuple(
     f"tests/ops/test_{name}.py"
     for name in (
-        "cuda", "forward_backward", "masks", "mlp", "linear_cross_entropy", "special_values", "promises", "losses",
+        "cuda", "forward_backward", "masks", "mlp", "linear_cross_entropy", "linear_cross_entropy_autograd",
+        "linear_cross_entropy_interface", "special_values", "promises", "losses",
         "losses_cross_entropy", "losses_autograd", "losses_regression", "losses_gaussian_nll", "autograd", "autocast",
         "compile", "composes", "conversions", "errors", "explain", "modes", "precision",
     )
@@ -231,9 +232,8 @@ def all_tests(where: Where) -> list[Job]:
 
 def paths(where: Where) -> list[Job]:
     command = where.pytest("-m", "cuda and not slow", timeout=300, workers=8)
-    files = tuple(
-        f"tests/ops/test_{name}.py" for name in ("forward_backward", "mlp", "masks", "linear_cross_entropy", "cuda")
-    )
+    loss = ("linear_cross_entropy", "linear_cross_entropy_autograd")
+    files = tuple(f"tests/ops/test_{name}.py" for name in ("forward_backward", "mlp", "masks", *loss, "cuda"))
     counted = (
         "at_most_four_launches_per_layer_and_step",
         "forward_makes_no_full_size_temporary",

@@ -28,7 +28,7 @@ Gradients differentiable_backward(const at::Tensor& g, const at::Tensor& grad_sa
 void save(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
           const at::Tensor& saved, const at::Tensor& anchor, int64_t act, double slope) {
   const at::Tensor none;
-  ctx->save_for_backward({weight.requires_grad() ? x : none, x.requires_grad() ? weight : none,
+  ctx->save_for_backward({weight.requires_grad() ? x : none, x.requires_grad() ? with_its_memory(weight) : none,
                           static_cast<Act>(act) == Act::none ? none : saved, anchor});
   ctx->set_materialize_grads(false);
   ctx->saved_data["act"] = act;

@@ -30,8 +30,9 @@ struct LinearGlu : torch::autograd::Function<LinearGlu> {
                          requires_grad(bias_gate), requires_grad(bias_up)};
     const bool reads_gate = needs_up(needs) || (needs_gate(needs) && static_cast<Act>(act) != Act::none);
     const at::Tensor none;
-    ctx->save_for_backward({needs[kWeightGate] || needs[kWeightUp] ? x : none, needs[kX] ? weight_gate : none,
-                            needs[kX] ? weight_up : none, reads_gate ? gate : none, needs_gate(needs) ? up : none});
+    ctx->save_for_backward(
+        {needs[kWeightGate] || needs[kWeightUp] ? x : none, needs[kX] ? with_its_memory(weight_gate) : none,
+         needs[kX] ? with_its_memory(weight_up) : none, reads_gate ? gate : none, needs_gate(needs) ? up : none});
     ctx->set_materialize_grads(false);
     ctx->saved_data["act"] = act;
     ctx->saved_data["slope"] = slope;

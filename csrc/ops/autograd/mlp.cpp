@@ -77,7 +77,7 @@ struct Mlp : torch::autograd::Function<Mlp> {
     const Saves s = saves_for(acts, needs);
     std::vector<at::Tensor> made = call_mlp_forward(x, weights, biases, acts, slope, s.keep);
     variable_list saved = {s.x ? x : at::Tensor(), s.y ? made[0] : at::Tensor()};
-    saved.insert(saved.end(), weights.begin() + s.first_weight, weights.end());
+    for (size_t l = s.first_weight; l < count; ++l) saved.push_back(with_its_memory(weights[l]));
     saved.insert(saved.end(), made.begin() + 1, made.end());
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);

@@ -4,12 +4,11 @@ Index arithmetic, masks, epilogues, edges, barriers and determinism are those of
 occupancy and speed need a GPU.
 """
 
-import atexit
 import ctypes
 import functools
+import hashlib
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tests.support.paths import CSRC
+from tests.support.shared import once
 
 HERE = Path(__file__).parent
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the order of DType in csrc/kernels/params.h
@@ -50,7 +50,7 @@ def build(
 
     ``changes``, for tests of the tests: a file name, or the end of its path → (text, replacement). ``files``: patterns,
     in csrc and in the folders ``stand_ins``, whose headers come before those of csrc. ``compiling``: more options for
-    files that are no kernels. ``linking``: options for the library. A kernel is compiled once in a process, for all
+    files that are no kernels. ``linking``: options for the library. A kernel is compiled once in a test run, for all
     libraries that contain it.
     """
     source = CSRC
@@ -71,14 +71,11 @@ def build(
     return library
 
 
-@functools.cache
 def _compiled(path: Path, includes: tuple[Path, ...], options: str = "") -> Path:
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    output = folder / f"{path.stem}.o"
     folders = " ".join(f"-I {include}" for include in includes)
-    subprocess.run(f"{COMPILER} {folders} {options} -x c++ -c {path} -o {output}", shell=True, check=True)
-    return output
+    command = f"{COMPILER} {folders} {options} -x c++ -c {path}"
+    name = f"{path.stem}-{hashlib.sha256(command.encode()).hexdigest()[:16]}.o"
+    return once(name, lambda output: subprocess.run(f"{command} -o {output}", shell=True, check=True))
 
 
 def compile_kernels(changes: Mapping[str, tuple[str, str]] | None = None, **options: Any) -> ctypes.CDLL:

@@ -1,0 +1,139 @@
+"""The functions that a rewritten method calls in place of ``act(linear(x))``.
+
+Each call decides as module ``call`` does, or finds that an earlier decision still holds (``memory``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlkernels._ops.modes import are_plain
+from dlkernels.fusion import call as calls
+from dlkernels.fusion import memory
+from dlkernels.fusion.rules import identity
+from dlkernels.fusion.stages import Chain, Stage
+
+_NO_KEYWORDS: dict[str, Any] = {}
+
+
+# The ids of a module, an activation and a layer whose decision cannot be written down. Another object may have such an
+# id later: then it is decided at each call too.
+_unknown: set[tuple[int, int, int]] = set()
+_MOST = 4096
+
+
+def _run_again(self: Any, act: Any, linear: Any, x: Any) -> Tensor | None:
+    """Return ``act(linear(x))`` if it was decided before to fuse the two, and the decision holds; else None."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    return memory.run_again((id(self), id(act), id(linear)), self, x)
+
+
+def _remember(self: Any, act: Any, linear: Any, x: Any, ready: calls.Ready) -> None:
+    key = id(self), id(act), id(linear)
+    if torch.compiler.is_dynamo_compiling() or calls.watcher is not None or key in _unknown:
+        return
+    if memory.may_be_kept(x):
+        chain = Chain((ready,), (1,), 0, 1)
+        decided = memory.decided(memory.Reads(self), (Stage(linear), Stage(act)), chain, (self,))
+        if decided is None:
+            if len(_unknown) >= _MOST:
+                _unknown.clear()
+            _unknown.add(key)
+        memory.keep(key, decided)
+
+
+def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """``act(linear(x), *args, **kwargs)``, where the further arguments are constants."""
+    if args or kwargs:
+        decision = calls.decide(self, act, linear, x, args, kwargs)
+    elif (y := _run_again(self, act, linear, x)) is not None:
+        return y
+    elif not isinstance(decision := calls.decide(self, act, linear, x, (), {}), str):
+        _remember(self, act, linear, x, decision)
+    if calls.watcher is not None:
+        calls.watcher(self, linear, act, x, decision, args, kwargs)
+    return act(linear(x), *args, **kwargs) if isinstance(decision, str) else calls._run(x, decision)
+
+
+def call_with_deferred_arguments(
+    self: Any, act: Any, linear: Any, x: Any, arguments: Callable[[], tuple[Any, Any]], /
+) -> Any:
+    """The same, where the layer's call may change the further arguments: ``arguments()`` returns their values now."""
+    args, kwargs = arguments()
+    decision = calls.decide(self, act, linear, x, args, kwargs)
+    if calls.watcher is not None:
+        calls.watcher(self, linear, act, x, decision, args, kwargs)
+    if not isinstance(decision, str):
+        return calls._run(x, decision)
+    z = linear(x)
+    args, kwargs = arguments()
+    return act(z, *args, **kwargs)
+
+
+def linear_or_fused(
+    self: Any, linear: Any, x: Any, act: Any, /, args: Any = (), kwargs: Any = _NO_KEYWORDS, between: Any = ()
+) -> tuple[Any, bool]:
+    """Return ``(act(linear(x)), True)``, fused, or ``(linear(x), False)``.
+
+    The value goes to ``act`` some statements later and nowhere else. There the flag says that act was already applied.
+    """
+    alone = not (args or kwargs or between)
+    if alone and (y := _run_again(self, act, linear, x)) is not None:
+        return y, True
+    decision = calls.decide(self, act, linear, x, args, kwargs)
+    if alone and not isinstance(decision, str):
+        _remember(self, act, linear, x, decision)
+    if between and not isinstance(decision, str) and not all(_is_harmless(*part) for part in between):
+        decision = "a call between it and the activation may have a side effect"
+    if calls.watcher is not None:
+        calls.watcher(self, linear, act, x, decision, args, kwargs)
+    return (linear(x), False) if isinstance(decision, str) else (calls._run(x, decision), True)
+
+
+def linear_or_fused_if(self: Any, linear: Any, x: Any, early: Callable[[], Any], /) -> tuple[Any, bool]:
+    """The same, where ``early()`` returns what comes after x, or something false if act will not be called.
+
+    It looks names up and compares numbers. An error of it is raised where the source does the same.
+    """
+    try:
+        meant = early()
+    except (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):
+        meant = None
+    return linear_or_fused(self, linear, x, *meant) if type(meant) is tuple else (linear(x), False)
+
+
+def _is_harmless(called: Any, index: Any, x: Any) -> bool:
+    """Return True if ``called(x)``, or ``called[index](x)``, calls a layer or an activation without hooks.
+
+    ``x`` is None if it is the result of another such call.
+    """
+    if index is not None:
+        if type(called) not in _CONTAINERS:
+            return False
+        called = called[index]
+    if x is not None and not are_plain(x):
+        return False
+    return not (calls.why_not_linear(called) and calls.why_not_activation(called))
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, list, tuple)
+
+
+def linear_forward(self: Any, input: Any) -> Any:
+    """The forward of a linear layer without an activation."""
+    decision = calls.decide(self, identity, self, input, (), {})
+    return nn.Linear.forward(self, input) if isinstance(decision, str) else calls._run(input, decision)
+
+
+def overridden(self: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """``method(*args, **kwargs)``, where ``method`` is ``super().name``: its rewritten form, if it has one."""
+    for old, new in getattr(type(self), "_fused_overridden", ()):
+        if type(method) is MethodType and method.__func__ is old and method.__self__ is self:
+            return new(self, *args, **kwargs)
+    return method(*args, **kwargs)
