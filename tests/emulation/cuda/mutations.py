@@ -66,7 +66,8 @@ MUTATIONS = [
     # an edge
     Mutation("operand.cuh", "kAlongK ? i < inside : i * kRowStep < left;", "kAlongK || i * kRowStep < left;", GEMM),
     Mutation("operand.cuh", "kAlongK ? i < inside : i * kRowStep < left;", "!kAlongK || i < inside;", GEMM),
-    Mutation("operand.cuh", "min(int64_t{kChunk}, s.cols - col)", "int64_t{kChunk}", GEMM),
+    Mutation("operand.cuh", "min(int64_t{kChunk}, s.cols - col)) * sizeof(T)", "int64_t{kChunk}) * sizeof(T)", GEMM),
+    Mutation("operand.cuh", "const int exist = row0 + row < s.rows ? in_row : 0;", "const int exist = in_row;", GEMM),
     Mutation("operand.cuh", "min(int64_t{kChunk}, left)", "int64_t{kChunk}", GEMM),
     Mutation("mma_gemm.cuh", "      advance(from);\n", "", GEMM),
     Mutation("tile.cuh", "if (i >= p.m || j >= p.n) continue;", "if (j >= p.n) continue;", GEMM),
