@@ -21,7 +21,7 @@ template <class T, int kWidth>
 DLK_DEVICE Pack<T, kWidth> load_run(const View& v, int64_t row, int64_t col, bool in_packs, int64_t valid) {
   static_assert(kWidth <= kPack<T>);
   const T* from = static_cast<const T*>(v.data) + row * v.row_stride + col * v.col_stride;
-  if (in_packs && valid >= kWidth) return *reinterpret_cast<const Pack<T, kWidth>*>(from);
+  if (kWidth > 1 && in_packs && valid >= kWidth) return *reinterpret_cast<const Pack<T, kWidth>*>(from);
   Pack<T, kWidth> run{};
 #pragma unroll
   for (int e = 0; e < kWidth; ++e)

@@ -254,7 +254,7 @@ struct Logits {
 // Store the first `valid` values to elements c and following of a row.
 template <class Out, class A, int kWidth>
 DLK_DEVICE void store_run(void* data, int64_t stride, int64_t c, int valid, const A (&v)[kWidth]) {
-  if (stride == 1) return store_packs<Out>(data, c, allows_packs<Out, kWidth>({data, 0, 1}), valid, v);
+  if (kWidth > 1 && stride == 1) return store_packs<Out>(data, c, allows_packs<Out, kWidth>({data, 0, 1}), valid, v);
 #pragma unroll
   for (int e = 0; e < kWidth; ++e)
     if (e < valid) narrow(v[e], static_cast<Out*>(data) + (c + e) * stride);
@@ -372,8 +372,10 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
 }
 
 // kTeam threads share a row and hold kPer classes each. kPer = 0: any number of classes, in shared memory if `cached`.
+// A thread that holds 32 classes may need more registers than two blocks have.
 template <class T, int kTeam, int kPer>
-__global__ void __launch_bounds__(kLossThreads, 2) cross_entropy_kernel(const CrossEntropy p, const bool cached) {
+__global__ void __launch_bounds__(kLossThreads, kPer > 8 ? 1 : 2)
+    cross_entropy_kernel(const CrossEntropy p, const bool cached) {
   using A = Acc<T>;
   using O = Ops<A>;
   constexpr int kRows = kLossThreads / kTeam;

@@ -85,22 +85,12 @@ DLK_DEVICE void dgrad_rows(const T* weight, int n, int k, const T* dz, const T* 
     typename Tile::Sums acc = {};
     Tile::multiply(dz + i * pitch, pitch, weight + j, pitch_of<T>(k), ceil_div(n, Tile::kStep), units, acc);
     if (below) {
-      auto saved = [&](int row, int col) { return widen(below_saved[at + row * pitch + col]); };
-      auto with = [&](auto act) {
+      // In the code of the kernel, because a call would need more registers than are left.
+      with_activation(below->kind, [&](auto act) {
         Tile::each(units, acc, [&](float& v, int row, int col) {
-          v = decltype(act)::template grad<O>(v, saved(row, col), O::lit(below->slope));
+          v = decltype(act)::template grad<O>(v, widen(below_saved[at + row * pitch + col]), O::lit(below->slope));
         });
-      };
-      if constexpr (sizeof(T) == 4) {  // a call would need more registers than are left
-        with_activation(below->kind, with);
-      } else if (!with_comparison(below->kind, with)) {
-        Tile::each_unit(units, acc, [&](float (&v)[4], int q) {
-          float s[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[e] = saved(Tile::row(q, e), Tile::col(q, e));
-          gradient_long(*below, v, s);
-        });
-      }
+      });
     }
     Tile::store(out + at, pitch, rows - i, k - j, units, acc);
     made(i, j);

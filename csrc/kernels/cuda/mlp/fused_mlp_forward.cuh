@@ -47,11 +47,14 @@ DLK_DEVICE void forward_layer(const FusedMlpLayer& layer, const unsigned char* s
     store_rows(this_warp(), layer.z, i0, rows, n, strip, pitch);
     __syncwarp();
   }
-  const bool done = with_comparison(layer.act.kind, [&](auto act) {
+  auto with = [&](auto act) {
     Tile::each(units, acc,
                [&](float& v, int, int) { v = decltype(act)::template value<O>(v, O::lit(layer.act.slope)); });
-  });
-  if (!done) Tile::each_unit(units, acc, [&](float (&v)[4], int) { activate_long(layer.act, v); });
+  };
+  if constexpr (sizeof(T) == 4)  // a call would need more registers than are left
+    with_activation(layer.act.kind, with);
+  else if (!with_comparison(layer.act.kind, with))
+    Tile::each_unit(units, acc, [&](float (&v)[4], int) { activate_long(layer.act, v); });
   Tile::store(strip, pitch, kStrip, n, units, acc);
   __syncwarp();
   if (layer.h) store_rows(this_warp(), layer.h, i0, rows, n, strip, pitch);
