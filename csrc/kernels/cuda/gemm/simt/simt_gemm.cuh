@@ -14,9 +14,9 @@ struct SimtTraits {
   static constexpr int kTileM = 64, kTileN = 64, kTileK = 16;
   static constexpr int kLanesM = 16, kLanesN = 16;  // the threads of a block, as a grid over the tile of C
   static constexpr int kThreads = kLanesM * kLanesN;
-  // 65536 registers / (2 * 256 threads) = 128 each: room without spills, but not for f64. Products that come here are few
-  // blocks anyway.
-  static constexpr int kBlocksPerSM = sizeof(T) == 8 ? 1 : 2;
+  // Two blocks would leave 128 registers for a thread, which is too few for calls of the long activations. Products that
+  // come here are few blocks anyway.
+  static constexpr int kBlocksPerSM = 1;
   static constexpr int kPerM = kTileM / kLanesM, kPerN = kTileN / kLanesN;  // rows and columns of C per thread
   static_assert(kTileM % kLanesM == 0 && kTileN % kLanesN == 0);
   static_assert(kThreads >= kTileM, "one thread sums one row of A");
