@@ -40,10 +40,11 @@ def _compiled(mode: str) -> Callable[[str], Op]:
 
 
 def _addmm_activation(activation: str) -> Op | None:
-    """torch's private GEMM with an epilogue (cuBLASLt's). It has no backward."""
-    if activation != "relu":
+    """torch's private GEMM with an epilogue (cuBLASLt's, whose GELU is the tanh form). It has no backward."""
+    if activation not in ("relu", "gelu_tanh"):
         return None
-    return lambda x, weight, bias: torch._addmm_activation(bias, x, weight.t())  # type: ignore[arg-type]
+    gelu = activation == "gelu_tanh"
+    return lambda x, weight, bias: torch._addmm_activation(bias, x, weight.t(), use_gelu=gelu)  # type: ignore[arg-type]
 
 
 _POINTWISE = {

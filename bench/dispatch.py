@@ -43,11 +43,9 @@ JUDGED_ROWS = 1024  # rows at most for the check against float64, which is slow 
 PATIENCE = 300  # seconds for a path: one that hangs must not stop the others
 HOPELESS = 3.0  # times the measured time of cuBLAS
 # Multiplications a second that a path can reach at most on the largest GPUs: simt half of the plain FMAs' rate, since
-# shared memory feeds no more, in float32 also for 16 bits; mma the rate of mma.sync. (From data sheets, not measured.)
+# shared memory feeds no more; mma the rate of mma.sync. (From data sheets, not measured.)
 MOST = {
     ("simt", "fp32"): 17e12,
-    ("simt", "bf16"): 17e12,
-    ("simt", "fp16"): 17e12,
     ("mma", "bf16"): 250e12,
     ("mma", "fp16"): 250e12,
 }

@@ -8,8 +8,11 @@
   stacked parameters; the training step of all in one call beside one step after another of stock's.
 * gated: ``down(silu(gate(x)) * up(x))``, Llama's feed-forward block, forward, and forward with the gradients of the
   input and every parameter. Stock also with gate and up as one packed weight.
+* blocks: ``down(gelu(up(x)))`` without biases, by ``functional.mlp``, with the gradients of the input and the weights.
 * heads: ``cross_entropy(linear(x, weight), target)`` and its gradients for many classes. From torch 2.13 on
   ``F.linear_cross_entropy`` too, by its reference path (all logits at once) and by its chunked path (with ``options``).
+* On a GPU blocks and heads also by the other libraries of ``bench/peers.py`` that can be imported; for the others, and
+  for those whose results are wrong, the reason is printed.
 * With ``--device cuda`` each is also timed as a CUDA graph, with the share of a chain's floor (``bench/floors.py``).
 
 Every contender of ours is compared with float64 before it is timed. It is refused if its error is more than twice
@@ -31,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench import floors, grid, harness, machine, peak, table
+from bench import floors, grid, harness, machine, peak, peers, table
 from bench.clock import Graph, clock_of
 from bench.harness import DTYPES
 from dlkernels import functional, losses, training_step
@@ -53,6 +56,7 @@ CHAINS = {
     "mnist-deep, batch 256": (256, [784, 512, 512, 10]),
 }
 GPU_CHAINS = {"16384 x 1024-4096": (16384, [1024, 4096, 1024, 4096])}
+BLOCKS = {"gelu 768-3072-768, 4096 rows": (4096, 768, 3072)}  # rows, features, hidden features
 GATED = {"gated 512-1376-512, 1024 rows": (1024, 512, 1376)}  # rows, features, hidden features
 ENSEMBLES = {"16 members of 8-64-64-4, batch 256": (16, 256, [8, 64, 64, 4])}
 HEADS = {"32k classes": (1024, 256, 32768), "128k classes": (256, 256, 131072)}
@@ -62,8 +66,10 @@ PACKED = "stock, packed"
 # torch's one function for the loss head, from torch 2.13 on: without options it computes all logits, as stock does.
 TORCH_REFERENCE, TORCH_CHUNKED = "F.linear_cross_entropy", "F.linear_cross_entropy, chunked"
 GRAPH = ", graph"
+WRONG = 8.0  # times stock's error: a peer beyond it computes something else, and is not timed
 
 Calls = dict[str, Callable[[], Any]]
+Reasons = dict[str, str]  # of contenders that are not timed
 
 
 class Network:
@@ -270,6 +276,78 @@ class Gated:
         return {name: lambda name=name: self.gradients(name) for name in self.calls}  # type: ignore[misc]
 
 
+class Block:
+    """A block of two layers without biases, tanh GELU between them, with the same parameters in every contender.
+
+    ``others``: of ``peers.BLOCKS``. ``refused``: the reasons of those that are not timed.
+    """
+
+    def __init__(
+        self, rows: int, features: int, hidden: int, dtype: torch.dtype, device: str, others: peers.Makers
+    ) -> None:
+        torch.manual_seed(0)
+        self.leaves = [
+            (torch.randn(size) / scale).to(device, dtype).requires_grad_()
+            for size, scale in (
+                ((rows, features), 1.0),
+                ((hidden, features), features**0.5),
+                ((features, hidden), hidden**0.5),
+            )
+        ]
+        self.g = torch.randn(rows, features).to(device, dtype)
+        x, up, down = self.leaves
+        self.calls: dict[str, Callable[[], Tensor]] = {
+            STOCK: lambda: two_layers(x, up, down),
+            OURS: lambda: functional.mlp(x, (up, down), activation="gelu_tanh", last_activation="none"),
+        }
+        made, self.refused = peers.importable(others)
+        self.calls |= {name: lambda block=block: block(x, (up, down)) for name, block in made.items()}  # type: ignore[misc]
+
+    def gradients(self, name: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.calls[name](), self.leaves, self.g)
+
+    def refuse_wrong(self) -> None:
+        """Leave out peers that are wrong. AssertionError: our error against float64 is more than twice stock's."""
+        leaves = [t.detach().double().requires_grad_() for t in self.leaves]
+        want = torch.autograd.grad(two_layers(*leaves), leaves, self.g.double())
+        self.calls, refused = right(self.forward_backward(), want, self.calls)
+        self.refused |= refused
+
+    def forward(self) -> Calls:
+        return {name: torch.no_grad()(lambda call=call: call()) for name, call in self.calls.items()}
+
+    def forward_backward(self) -> Calls:
+        return {name: lambda name=name: self.gradients(name) for name in self.calls}  # type: ignore[misc]
+
+
+def two_layers(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down)
+
+
+def right(
+    gradients: Mapping[str, Callable[[], Sequence[Tensor]]], want: Sequence[Tensor], calls: Mapping[str, Any]
+) -> tuple[dict[str, Any], Reasons]:
+    """Return those of ``calls`` whose gradients are right, and the reasons of the others.
+
+    Raises:
+        AssertionError: our error against ``want``, which is exact, is more than twice stock's.
+    """
+    errors: dict[str, float] = {}
+    refused: Reasons = {}
+    for name, call in gradients.items():
+        try:
+            errors[name] = max(distance(a, b) for a, b in zip(call(), want, strict=True))
+        except Exception as failure:
+            if name in (OURS, STOCK):
+                raise
+            refused[name] = harness.reason(failure)  # a peer that takes no such operands must not stop the others
+    assert errors[OURS] <= 2 * errors[STOCK], f"error {errors[OURS]:.2g}, stock's {errors[STOCK]:.2g}"
+    for name, error in errors.items():
+        if not error <= WRONG * errors[STOCK]:
+            refused[name] = f"error {error:.2g}, stock's {errors[STOCK]:.2g}"
+    return {name: call for name, call in calls.items() if name not in refused}, refused
+
+
 def distance(actual: Tensor, exact: Tensor) -> float:
     """Return the relative error in the Frobenius norm."""
     return float((actual.detach().double() - exact.detach()).norm() / exact.detach().norm())
@@ -293,7 +371,10 @@ def floor_b(rows: int, sizes: Sequence[int], itemsize: int, backward: bool, rate
     return total
 
 
-def head(rows: int, features: int, classes: int, dtype: torch.dtype, device: str) -> Calls:
+def head(
+    rows: int, features: int, classes: int, dtype: torch.dtype, device: str, others: peers.Makers
+) -> tuple[Calls, Reasons]:
+    """Return the contenders of a head, and the reasons of those of ``others`` (``peers.HEADS``) that are not timed."""
     torch.manual_seed(0)
     x = torch.randn(rows, features).to(device, dtype).requires_grad_()
     target = torch.randint(classes, (rows,)).to(device)
@@ -306,41 +387,49 @@ def head(rows: int, features: int, classes: int, dtype: torch.dtype, device: str
         ops[TORCH_REFERENCE] = lambda: torchs(x, weight, target)
         if options := getattr(nn, "LinearCrossEntropyOptions", None):
             ops[TORCH_CHUNKED] = lambda: torchs(x, weight, target, options=options())
+    made, missing = peers.importable(others)
+    ops |= {name: lambda op=op: op(x, weight, target) for name, op in made.items()}  # type: ignore[misc]
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     want = torch.autograd.grad(F.cross_entropy(F.linear(*exact), target), exact)
 
     def gradients(op: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(op(), (x, weight))
 
-    errors = {name: max(distance(a, b) for a, b in zip(gradients(op), want, strict=True)) for name, op in ops.items()}
-    # torch's own functions are timed as they are: in bfloat16 the chunked one's error is about twice stock's.
-    assert errors[OURS] <= 2 * errors[STOCK], f"error {errors[OURS]:.2g}, stock's {errors[STOCK]:.2g}"
-    return {name: lambda op=op: gradients(op) for name, op in ops.items()}  # type: ignore[misc]
+    calls: Calls = {name: lambda op=op: gradients(op) for name, op in ops.items()}  # type: ignore[misc]
+    # In bfloat16 the error of torch's chunked function is about twice stock's.
+    calls, wrong = right(calls, want, calls)
+    return calls, missing | wrong
 
 
-def cases(dtypes: Sequence[str], device: str) -> Iterator[tuple[str, str, str, Calls]]:
-    """Yield the network, its dtype, the timed step, and the contenders."""
+def cases(dtypes: Sequence[str], device: str) -> Iterator[tuple[str, str, str, Calls, Reasons]]:
+    """Yield the network, its dtype, the timed step, the contenders, and the reasons of those that are missing."""
+    heads, blocks = (peers.HEADS, peers.BLOCKS) if device == "cuda" else ({}, {})
     for dtype in dtypes:
         for name, (rows, sizes) in chains(device).items():
             network = Network(rows, sizes, DTYPES[dtype], device)
             network.refuse_wrong()
-            yield name, dtype, "forward", network.forward()
-            yield name, dtype, "forward+backward", network.forward_backward()
+            yield name, dtype, "forward", network.forward(), {}
+            yield name, dtype, "forward+backward", network.forward_backward(), {}
             if sizes[-1] <= 10:
-                yield name, dtype, "training step", network.training()
+                yield name, dtype, "training step", network.training(), {}
+        for name, (rows, features, hidden) in BLOCKS.items():
+            block = Block(rows, features, hidden, DTYPES[dtype], device, blocks)
+            block.refuse_wrong()
+            yield name, dtype, "forward", block.forward(), block.refused
+            yield name, dtype, "forward+backward", block.forward_backward(), block.refused
         for name, (members, rows, sizes) in ENSEMBLES.items():
             ensemble = Ensemble(members, rows, sizes, DTYPES[dtype], device)
             ensemble.refuse_wrong()
-            yield name, dtype, "forward", ensemble.forward()
-            yield name, dtype, "forward+backward", ensemble.forward_backward()
-            yield name, dtype, "training step", ensemble.training()
+            yield name, dtype, "forward", ensemble.forward(), {}
+            yield name, dtype, "forward+backward", ensemble.forward_backward(), {}
+            yield name, dtype, "training step", ensemble.training(), {}
         for name, (rows, features, hidden) in GATED.items():
             gated = Gated(rows, features, hidden, DTYPES[dtype], device)
             gated.refuse_wrong()
-            yield name, dtype, "forward", gated.forward()
-            yield name, dtype, "forward+backward", gated.forward_backward()
+            yield name, dtype, "forward", gated.forward(), {}
+            yield name, dtype, "forward+backward", gated.forward_backward(), {}
         for name, (rows, features, classes) in HEADS.items():
-            yield name, dtype, "loss head", head(rows, features, classes, DTYPES[dtype], device)
+            yield name, dtype, "loss head", *head(rows, features, classes, DTYPES[dtype], device, heads)
 
 
 def chains(device: str) -> dict[str, tuple[int, list[int]]]:
@@ -349,8 +438,10 @@ def chains(device: str) -> dict[str, tuple[int, list[int]]]:
 
 def measure(dtypes: Sequence[str], budget: float, device: str) -> Iterator[dict[str, Any]]:
     probed = peak.probe(dtypes, device) if device == "cuda" else None
-    for name, dtype, what, calls in cases(dtypes, device):
+    for name, dtype, what, calls, missing in cases(dtypes, device):
         row: dict[str, Any] = {"network": name, "dtype": dtype, "timed": what}
+        if missing:
+            row["not timed"] = missing
         if probed:
             calls, row["not captured"] = with_graphs(calls)
             if name in chains(device) and what != "training step":
@@ -395,6 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(1, f"bench.networks: {why}\n")
     keys = ("network", "dtype", "timed")
     others = [STOCK, "in-place", PACKED, "our layers", TORCH_REFERENCE, TORCH_CHUNKED, FLOOR]
+    others += [*peers.HEADS, *peers.BLOCKS] if args.device == "cuda" else []
     graphs = [OURS + GRAPH, STOCK + GRAPH] if args.device == "cuda" else []
     one_call = [STOCK, "in-place", OURS]
     rows, cells = [], []
@@ -414,8 +506,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for each in table.fitting(console, cells, keys):
         console.print(each)
     for row in rows:
-        for name, reason in row.get("not captured", {}).items():
-            print(f"{name}, {row['network']} {row['dtype']} {row['timed']}: not captured as a graph: {reason}")
+        for why, what in (("not timed", "not timed"), ("not captured", "not captured as a graph")):
+            for name, reason in row.get(why, {}).items():
+                print(f"{name}, {row['network']} {row['dtype']} {row['timed']}: {what}: {reason}")
     if args.out:
         facts = {"created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": rows}
         write_json(

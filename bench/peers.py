@@ -1,18 +1,22 @@
 """Fused layers of other libraries, if they are installed. None is a dependency, and we have run none of them.
 
-Each maker returns, for an activation, a function of (x, weight, bias), or None if the library has no such form. It
-raises ImportError if the library is not installed. The judge checks the results of each before it is timed.
+Each maker of a layer returns, for an activation, a function of (x, weight, bias), or None if the library has no such
+form. Makers of heads return a function of (x, weight, target), the mean cross entropy of ``x @ weight.T``. Makers of
+blocks return a function of (x, weights), ``gelu(x @ weights[0].T, approximate="tanh") @ weights[1].T``. Every maker
+raises ImportError if the library is not installed. The results of each are checked before it is timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from dlkernels._errors import first_line
 
 Op = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -86,3 +90,37 @@ FORWARD_ONLY = ("quack",)
 def installed() -> tuple[str, ...]:
     """Return the names of the installed libraries, without importing them."""
     return tuple(name for name in MAKERS if find_spec(name) is not None)
+
+
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+Block = Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+def _liger() -> Head:
+    """Liger's fused linear cross entropy, which makes the gradients in forward, a block of rows at a time."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return lambda x, weight, target: LigerFusedLinearCrossEntropyFunction.apply(x, weight, target)[0]
+
+
+def _quack_mlp() -> Block:
+    """quack's block of two layers, tanh GELU between them."""
+    from quack.mlp import mlp_func
+
+    return lambda x, weights: mlp_func(x, *weights, "gelu_tanh_approx")
+
+
+Makers = Mapping[str, Callable[[], Callable[..., Tensor]]]
+HEADS: Makers = {"liger": _liger}
+BLOCKS: Makers = {"quack": _quack_mlp}
+
+
+def importable(makers: Makers) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what these makers make, by name, and the reasons of those that cannot."""
+    made, reasons = {}, {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except Exception as failure:  # ImportError, or whatever the import of a library raises on this machine
+            reasons[name] = f"{type(failure).__name__}: {first_line(failure)}"
+    return made, reasons

@@ -1,7 +1,8 @@
 """Builds on a machine without a GPU what a lent one needs, so that nothing is compiled there: ``make gpu-wheel``.
 
-In build/gpu-wheel, which git ignores: an environment with the torch of the lent machine, the extension for it, and the
-host tests' library for its GPU (first_light.py). They are checked as far as it goes without a GPU: size, the glibc that
+In build/gpu-wheel, which git ignores: an environment with the torch of the lent machine, the extension for it, the
+host tests' library for its GPU (first_light.py), and libraries in Python alone that the benchmark compares with. They
+are checked as far as it goes without a GPU: size, the glibc that
 they need, undefined symbols, and the import.
 """
 
@@ -24,6 +25,7 @@ PYTHON, TORCH, ARCH = "3.12", "torch==2.11.0", "9.0a"  # of the lent machine; fr
 MOST_BYTES = 64 << 20  # that travel, sources and libraries together
 NEEDED_DISK = 12 << 30  # bytes: downloads and environment, 5 GiB of it torch and CUDA's libraries
 GLIBC = (2, 39)  # of the lent machine, Ubuntu 24.04
+PEERS = ("liger-kernel",)  # of bench/peers.py, those that are Python alone; the benchmark runs without them, too
 STAY_BELOW = "setuptools>=77,<82"  # torch 2.11 does not build with newer ones
 
 
@@ -54,6 +56,13 @@ def build(python: Path) -> None:
     subprocess.run(command, cwd=ROOT, env=env, check=True)
     command = [str(python), "-m", "tools.first_light", str(LIBRARIES / "first_light.so"), ARCH]
     subprocess.run(command, cwd=ROOT, env=env, check=True)
+
+
+def peers(python: Path) -> list[str]:
+    """Put the libraries of PEERS into the folder ``peers``, and return those that could not be had."""
+    options = ["--quiet", "--upgrade", "--no-deps", "--no-compile", "--only-binary", ":all:"]
+    command = [str(python), "-m", "pip", "install", *options, "--target", str(LIBRARIES / "peers")]
+    return [name for name in PEERS if subprocess.run([*command, name]).returncode]
 
 
 def newest_glibc(symbols: str) -> tuple[int, ...]:
@@ -118,6 +127,8 @@ def main() -> int:
         say(f"environment with {TORCH} in {HOME / 'venv'}")
         build(python)
         say(f"built for {ARCH}")
+        missing = peers(python)
+        say("without " + ", ".join(missing) if missing else "with " + ", ".join(PEERS))
         libraries = [path for path in LIBRARIES.rglob("*") if path.is_file()]
         needed = max(check_glibc(path) for path in libraries if path.suffix == ".so")
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -54,9 +54,9 @@ template class Dispatched<Five(OptionalT, OptionalT, OptionalT, OptionalT, Optio
 // A chain: recorded, forward, the backwards, and a training step.
 template class Dispatched<at::Tensor(T, Ts, OptionalTs, Ints, double)>;
 template class Dispatched<Tensors(T, Ts, OptionalTs, Ints, double, Ints)>;
-template class Dispatched<Tensors(T, OptionalT, OptionalTs, OptionalT, Ts, Ints, Ints, double, Ints)>;
+template class Dispatched<Tensors(T, OptionalT, OptionalTs, OptionalT, Ts, Ints, Ints, double, Ints, bool)>;
 template class Dispatched<std::tuple<Tensors, std::vector<int64_t>>(OptionalT, OptionalTs, OptionalT, OptionalTs,
-                                                                    OptionalT, Ts, Ints, Ints, double, Ints)>;
+                                                                    OptionalT, Ts, Ints, Ints, double, Ints, bool)>;
 template class Dispatched<std::tuple<at::Tensor, at::Tensor, Tensors>(T, Ts, OptionalTs, Ints, double, T, Int,
                                                                       OptionalT, Int, Int, double, Ints)>;
 

@@ -226,7 +226,7 @@ struct CudaPlans {
   GluPlan glu_backward(const GluBackwardProblem& p) const { return cuda::plan_glu_backward(p, cuda::kMachine); }
   CudaPlans with(const Layer& other) const { return {other}; }
   int64_t scratch(const Step& step) const { return cuda::kMachine.scratch(step, l.problem); }
-  const char* kernel(Path path) const { return cuda::kernel(path, l.problem.dtype); }
+  const char* kernel(Path path) const { return cuda::kernel(path); }
   const char* kernel_of(const Step& step) const {
     if (step.kind == StepKind::activation_pass || step.kind == StepKind::gradient_pass) return "elementwise";
     return kernel(step.path);

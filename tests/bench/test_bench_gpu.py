@@ -5,11 +5,13 @@ import io
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from torch.nn import functional as F
 
 from bench import command, contenders, dispatch, figures, floors, harness, machine, networks, peak, peers
 from bench import record as records
@@ -233,6 +235,95 @@ def test_forward_only_contenders_are_judged_by_their_forward():
     assert judge.objection(op, backward=False) is None
     assert judge.objection(lambda x, w, b: op(x, w, b) * 1.01, backward=False).startswith("y: error")
     assert contenders.make(["addmm_activation"], "silu") == {}
+    assert contenders.make(["addmm_activation"], "gelu") == {}, "its GELU is the tanh form"
+
+
+def test_the_gelu_of_addmm_activation(monkeypatch):
+    """cuBLASLt's GELU is the tanh form; torch's stand-in for it on CPU is not."""
+
+    def on_a_gpu(bias, x, weight, *, use_gelu):
+        assert use_gelu
+        return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+    monkeypatch.setattr(torch, "_addmm_activation", on_a_gpu)
+    drawn = harness.draw(Shape("small", 24, 48, 16), "fp32", seed=1)
+    judge = LayerJudge(Layer(drawn.x, drawn.weight, drawn.bias, drawn.g, "gelu_tanh"))
+    op = contenders.make(["addmm_activation"], "gelu_tanh")["addmm_activation"]
+    assert judge.objection(op, backward=False) is None
+
+
+# ---- peers of heads and blocks: stand-ins for libraries that are not installed here ----------------------------------
+
+
+class Liger:
+    """Liger's autograd function, as far as it is called: the loss, and a second result."""
+
+    @staticmethod
+    def apply(x, weight, target):
+        return F.cross_entropy(F.linear(x, weight), target), None
+
+
+def quack_mlp(x, up, down, activation):
+    assert activation == "gelu_tanh_approx"
+    return F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Modules in place of Liger and quack."""
+
+    def module(name, **content):
+        for parent in (name.split(".")[0], name.rpartition(".")[0], name):
+            if parent not in sys.modules:
+                monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        for key, value in content.items():
+            monkeypatch.setattr(sys.modules[name], key, value, raising=False)
+
+    module("liger_kernel.ops.fused_linear_cross_entropy", LigerFusedLinearCrossEntropyFunction=Liger)
+    module("quack.mlp", mlp_func=quack_mlp)
+
+
+SMALL_HEAD, SMALL_BLOCK = (24, 16, 40, torch.float32, "cpu"), (24, 16, 32, torch.float32, "cpu")
+
+
+def test_peers_of_heads_and_blocks(stand_ins):
+    calls, missing = networks.head(*SMALL_HEAD, peers.HEADS)
+    assert {"stock", "liger", networks.OURS} <= set(calls) and not missing
+    block = networks.Block(*SMALL_BLOCK, peers.BLOCKS)
+    block.refuse_wrong()
+    assert list(block.forward()) == list(block.forward_backward()) == ["stock", networks.OURS, "quack"]
+    assert not block.refused
+    for call in [*calls.values(), *block.forward().values(), *block.forward_backward().values()]:
+        call()
+
+
+def test_peers_that_are_not_there_have_a_reason(monkeypatch):
+    for name in ("liger_kernel", "quack"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails, also where it is installed
+    calls, missing = networks.head(*SMALL_HEAD, peers.HEADS)
+    assert "liger" not in calls and "liger_kernel" in missing["liger"]
+    block = networks.Block(*SMALL_BLOCK, peers.BLOCKS)
+    block.refuse_wrong()
+    assert list(block.calls) == ["stock", networks.OURS]
+    assert "quack" in block.refused["quack"]
+
+
+def test_peers_that_fail_or_are_wrong_have_a_reason():
+    wrong, refuses = (lambda *given: 2 * Liger.apply(*given)[0]), (lambda *_: 1 / 0)
+    calls, missing = networks.head(*SMALL_HEAD, {"wrong": lambda: wrong, "refuses": lambda: refuses})
+    assert set(calls).isdisjoint(missing)
+    assert missing["wrong"].startswith("error ") and missing["refuses"].startswith("ZeroDivisionError")
+    twice = {"wrong": lambda: lambda x, weights: 2 * quack_mlp(x, *weights, "gelu_tanh_approx")}
+    block = networks.Block(*SMALL_BLOCK, twice)
+    block.refuse_wrong()
+    assert list(block.calls) == ["stock", networks.OURS] and block.refused["wrong"].startswith("error ")
+
+
+def test_our_own_wrong_results_are_an_error():
+    one = torch.ones(2)
+    gradients = {"stock": lambda: (one,), networks.OURS: lambda: (torch.zeros(2),)}
+    with pytest.raises(AssertionError, match="error 1, stock's"):
+        networks.right(gradients, (one.double() + 1e-7,), {})
 
 
 @pytest.mark.parametrize(
@@ -448,12 +539,12 @@ def test_cublas_is_timed_first_and_the_table_is_written_after_every_path(tmp_pat
 
 
 def test_what_cannot_come_near_cublas_is_not_timed():
-    large = Product(90, "bf16", 8192, 4096, 4096, "forward")  # 137 G multiplications: 8 ms on plain FMAs
-    assert dispatch.hopeless("simt", large, {large: 0.4e-3})
+    large, half = (Product(90, dtype, 8192, 4096, 4096, "forward") for dtype in ("fp32", "bf16"))
+    assert dispatch.hopeless("simt", large, {large: 2e-3})  # 137 G multiplications: 8 ms on plain FMAs
     assert not dispatch.hopeless("simt", large, {large: 4e-3})
-    assert not dispatch.hopeless("mma", large, {large: 0.4e-3})
+    assert not dispatch.hopeless("mma", half, {half: 0.4e-3})
     assert not dispatch.hopeless("simt", large, {}), "cuBLAS was not timed"
-    assert not dispatch.hopeless("hopper", large, {large: 1e-9}), "nothing is known about it"
+    assert not dispatch.hopeless("hopper", half, {half: 1e-9}), "nothing is known about it"
 
 
 SHAPES_ASKED = [("bf16", Shape("any", 256, 784, 256)), ("fp32", Shape("other", 8, 16, 32))]

@@ -4,6 +4,7 @@ is cut off. What is on disk then is whole."""
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,3 +276,14 @@ def test_what_would_not_run_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_wheel, "MOST_BYTES", 50)
     with pytest.raises(gpu_wheel.WheelError, match="MiB would travel"):
         gpu_wheel.check_size([tmp_path / "big"], [])
+
+
+def test_a_peer_that_cannot_be_had_stops_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_wheel, "LIBRARIES", tmp_path)
+    assert gpu_wheel.peers(Path(shutil.which("true"))) == []
+    assert gpu_wheel.peers(Path(shutil.which("false"))) == list(gpu_wheel.PEERS)
+
+
+def test_jobs_find_what_the_wheel_left(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    assert lease.path_with(ROOT) == os.pathsep.join((str(ROOT), "mine", str(stages.PREBUILT / "peers")))

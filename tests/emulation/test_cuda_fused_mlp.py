@@ -432,3 +432,18 @@ def test_no_rows(kernels, dtype):
     got = network.backward(h, z)
     assert got["dx"].shape == (0, 5)
     assert all((t == 0).all() for t in got.values())
+
+
+def test_a_kernel_may_first_run_in_a_capture(kernels):
+    """Loading a kernel is a call that a capture forbids; launches make it in a mode of their own, and end that mode."""
+    pretend(kernels, H100, 5)  # another device, on which no kernel was loaded
+    net = Network(kernels, [16, 24], 40, torch.bfloat16)
+    if kernels.on_device():
+        pytest.skip("a GPU loads kernels by itself")
+    assert kernels.capture(True)
+    try:
+        net.forward()
+        assert kernels.capture(True)
+    finally:
+        kernels.capture(False)
+        pretend(kernels, H100, 132)

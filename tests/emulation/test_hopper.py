@@ -31,7 +31,7 @@ SHAPES = [(1, 8, 8), (130, 264, 520), (300, 520, 72)]
 def compile_kernels(changes=None):
     compiled = library.compile_kernels(
         changes,
-        files=("kernels/cuda/gemm/hopper/*.cu", "entry.cpp", "entry_guarded.cpp"),
+        files=("kernels/cuda/gemm/hopper/*.cu", "kernels/cuda/gemm/slices.cu", "entry.cpp", "entry_guarded.cpp"),
         stand_ins=(library.HOPPER, library.HERE),
     )
     compiled.shared_descriptor.restype = ctypes.c_uint64

@@ -96,7 +96,11 @@ def test_every_wanted_gradient_is_made_once_and_no_other(planning, shape, forced
         ]
         plans += [
             cuda_backward(planning, shape, path=path, wants=bits, flags=flags, narrow=narrow)
-            for path, flags, narrow in itertools.product(("", "simt", "mma", "cublas"), (0, SAVED), (False, True))
+            for path, flags, narrow in itertools.product(("", "mma", "cublas"), (0, SAVED), (False, True))
+        ]
+        plans += [
+            cuda_backward(planning, shape, "float32", path=path, wants=bits, flags=flags)
+            for path, flags in itertools.product(("", "simt", "cublas"), (0, SAVED))
         ]
         for steps in plans:
             made = [name for step in steps for name in step.split()[2].split("+") if name != "dz"]
@@ -104,10 +108,11 @@ def test_every_wanted_gradient_is_made_once_and_no_other(planning, shape, forced
 
 
 def test_dz_is_made_before_it_is_read(planning):
-    for path, wants in itertools.product(("", "simt", "mma", "hopper", "cublas"), range(1, 8)):
+    paths = ("float32", "simt"), *(("bfloat16", path) for path in ("", "mma", "hopper", "cublas"))
+    for (dtype, path), wants in itertools.product(paths, range(1, 8)):
         bits = (wants & 1) * DX + (wants >> 1 & 1) * DWEIGHT + (wants >> 2 & 1) * DBIAS
         made = False
-        for step in cuda_backward(planning, (4096, 512, 512), path=path, wants=bits):
+        for step in cuda_backward(planning, (4096, 512, 512), dtype, path=path, wants=bits):
             kind, _, outputs, loads, *_ = step.split()
             assert made or loads == "load", step
             made = made or (kind == "gradient_pass" and "dz" in outputs.split("+"))
@@ -143,12 +148,13 @@ def test_the_layer_below(planning):
     assert cpu_backward(planning, BIG, forced=ATEN, flags=SAVED | BELOW)[1] == "dgrad aten dx - - 1"
     flags = SAVED | BELOW | DBIAS_BELOW
     assert cuda_backward(planning, BIG, path="mma", flags=flags)[1] == "dgrad mma dx+dbias_below - below 1"
-    assert cuda_backward(planning, BIG, path="simt", flags=flags)[0] == "dgrad simt dx load below 1"
+    assert cuda_backward(planning, BIG, "float32", path="simt", flags=flags)[0] == "dgrad simt dx load below 1"
     assert cuda_backward(planning, BIG, path="cublas", flags=flags)[1] == "dgrad cublas dx - - 1"
 
 
 def test_cuda_ways_to_dz(planning):
-    assert cuda_backward(planning, BIG, path="simt") == ["dgrad simt dx load - 1", "wgrad simt dweight+dbias load - 1"]
+    plain = cuda_backward(planning, BIG, "float32", path="simt")
+    assert plain == ["dgrad simt dx load - 1", "wgrad simt dweight+dbias load - 1"]
     lone = cuda_backward(planning, BIG, path="mma", wants=DWEIGHT | DBIAS)
     assert lone == ["wgrad mma dweight+dbias load - 1"]
     both = cuda_backward(planning, BIG, path="mma")
@@ -295,7 +301,7 @@ def test_rows_for_a_gpu(planning, table):
     steps = [step.split()[:2] for step in cuda_backward(planning, (4096, 512, 512))]
     assert steps == [["gradient_pass", "elementwise"], ["dgrad", "mma"], ["wgrad", "hopper"]]
     assert cuda_backward(planning, (4096, 512, 512), arch=80)[1].split()[:2] == ["dgrad", "cublas"]
-    assert cuda_backward(planning, (4096, 512, 512), path="simt")[0].split()[:2] == ["dgrad", "simt"]
+    assert cuda_backward(planning, (4096, 512, 512), path="mma")[2].split()[:2] == ["wgrad", "mma"]
     table((DGRAD, "bfloat16", (4096, 512, 512), 90, "fused_mlp"))
     assert cuda_backward(planning, (4096, 512, 512))[1].split()[:2] == ["dgrad", "cublas"], (
         "only where it takes the layer"

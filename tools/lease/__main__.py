@@ -104,7 +104,8 @@ class Run:
 
 
 def path_with(folder: Path) -> str:
-    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    """Return PYTHONPATH: this folder, what is on the path, and last the libraries that `make gpu-wheel` left."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"), str(PREBUILT / "peers"))))
 
 
 def commit() -> str:

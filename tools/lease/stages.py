@@ -146,8 +146,8 @@ def routes(where: Where) -> list[Job]:
     command = where.module("bench.dispatch", "--rounds", "1", "--patience", "32", "--table", str(where.table))
     command += ("--bf16", *BF16_SHAPES, "--fp32", *FP32_SHAPES)
     layers = len(BF16_SHAPES) + len(FP32_SHAPES)
-    # cuBLAS and simt take every layer; mma and hopper those in 16 bits; fused_mlp the narrow ones.
-    timed = 2 * layers + 2 * len(BF16_SHAPES) + 5
+    # cuBLAS takes every layer; simt those in fp32; mma and hopper those in 16 bits; fused_mlp the narrow ones.
+    timed = layers + len(FP32_SHAPES) + 2 * len(BF16_SHAPES) + 5
     expects = len(PATHS) * (EXPECTS["start"] + EXPECTS["context"]) + timed * EXPECTS["layer"]
     return [Job("routes", command, 600, expects)]
 
@@ -171,7 +171,7 @@ def grid(where: Where) -> list[Job]:
 def networks(where: Where) -> list[Job]:
     command = where.module("bench.networks", "--device", "cuda", "--dtypes", "bf16", "--budget", "0.1")
     env = {"DLKERNELS_ROUTES": str(where.table)} if where.table.exists() else {}
-    return [Job("networks and heads", command, 50, EXPECTS["start"] + EXPECTS["context"] + 25, env=env)]
+    return [Job("networks and heads", command, 50, EXPECTS["start"] + EXPECTS["context"] + 30, env=env)]
 
 
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")

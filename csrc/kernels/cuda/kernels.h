@@ -35,13 +35,13 @@ int gemm_splits(int64_t m, int64_t n, int64_t k);
 // SMs.
 int few_rows_splits(int64_t m, int64_t n, int64_t k);
 
-// The product on plain FMAs: any shape, stride and dtype. No column sums.
+// The product on plain FMAs: f32 and f64, any shape and stride. No masks, no column sums.
 cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream);
 
-// The product on tensor cores (sm_80 and later): bf16, fp16, and fp32 rounded to TF32. Any shape and stride. It is fast
-// where both operands pass mma_takes_fast: contiguous along one dimension and 16-byte aligned. tile: 64 or 128.
+// The product on tensor cores (sm_80 and later): bf16 and fp16, any shape and stride. It is fast where both operands pass
+// mma_takes_fast: contiguous along one dimension and 16-byte aligned. tile: 64 or 128.
 cudaError_t mma_gemm(const Gemm& p, cudaStream_t stream);
-bool mma_takes_fast(const View& operand, DType dtype);
+bool mma_takes_fast(const View& operand);
 
 // The product by TMA and wgmma: bf16 and fp16, on Hopper alone, where the library was built for sm_90a. tile: 128 or
 // 256 columns; a tile has 128 rows. It has not run on a GPU yet.

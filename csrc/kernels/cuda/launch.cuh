@@ -36,27 +36,36 @@ cudaError_t with_dtype(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// The dynamic shared memory that a block may use without permission. The limit is 48 KiB, and the kernel's own arrays
-// are counted in it.
-constexpr size_t kSharedUnasked = 32 * 1024;
+// While one exists, this thread may make calls that a capture forbids, such as those that load a kernel.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
 
-// Permit the blocks of a kernel to use all shared memory of a block on this device; done once per kernel and device.
-// The permission is not set to the need of one launch, because host threads that launch the kernel with different sizes
-// would overwrite each other's setting.
-inline cudaError_t allow_all_shared(const void* kernel) {
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // of the capture, while this exists
+};
+
+// Load a kernel to the current device, and permit its blocks to use all shared memory of a block; done once per kernel
+// and device. Otherwise the driver would load a kernel at its first launch, which may be in a capture. The permission is
+// not set to the need of one launch, because host threads that launch the kernel with different sizes would overwrite
+// each other's setting.
+inline cudaError_t prepare(const void* kernel) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
+  static std::set<std::pair<const void*, int>> prepared;
   DeviceFacts device;
   cudaError_t status = device_facts(&device);
   if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.count({kernel, device.index})) return cudaSuccess;
+  if (prepared.count({kernel, device.index})) return cudaSuccess;
+  const RelaxedCapture relaxed;
   cudaFuncAttributes own{};
   status = cudaFuncGetAttributes(&own, kernel);
   if (status == cudaSuccess)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   device.most_shared - static_cast<int>(own.sharedSizeBytes));
-  if (status == cudaSuccess) allowed.insert({kernel, device.index});
+  if (status == cudaSuccess) prepared.insert({kernel, device.index});
   return status;
 }
 
@@ -64,10 +73,8 @@ inline cudaError_t allow_all_shared(const void* kernel) {
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t dynamic_shared, cudaStream_t stream,
                    Args... args) {
-  if (dynamic_shared > kSharedUnasked) {
-    const cudaError_t status = allow_all_shared(reinterpret_cast<const void*>(kernel));
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = prepare(reinterpret_cast<const void*>(kernel));
+  if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));

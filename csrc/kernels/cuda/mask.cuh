@@ -39,13 +39,30 @@ DLK_DEVICE void store_mask(void* mask, int64_t at, const Acc<T> (&y)[kWidth]) {
   static_cast<uint8_t*>(mask)[at / kMaskBits] = static_cast<uint8_t>(bits);
 }
 
-// Load the byte of y[at ... at + 8) as 1 or 0.
+// The same for the activation `kind`, which has masks.
 template <class T, int kWidth>
-DLK_DEVICE void load_mask(const void* mask, int64_t at, Acc<T> (&out)[kWidth]) {
+DLK_DEVICE void store_mask_of(Act kind, void* mask, int64_t at, const Acc<T> (&y)[kWidth]) {
+  if (kind == Act::relu)
+    store_mask<ReLU, T>(mask, at, y);
+  else
+    store_mask<LeakyReLU, T>(mask, at, y);
+}
+
+// Return the byte of y[at ... at + 8).
+DLK_DEVICE unsigned mask_byte(const void* mask, int64_t at) {
+  return static_cast<const uint8_t*>(mask)[at / kMaskBits];
+}
+// Its bits as 1 or 0.
+template <class T, int kWidth>
+DLK_DEVICE void widen_mask(unsigned bits, Acc<T> (&out)[kWidth]) {
   static_assert(kHasMask<T, kWidth>);
-  const unsigned bits = static_cast<const uint8_t*>(mask)[at / kMaskBits];
 #pragma unroll
   for (int e = 0; e < kMaskBits; ++e) out[e] = static_cast<Acc<T>>(bits >> e & 1);
+}
+// Load them.
+template <class T, int kWidth>
+DLK_DEVICE void load_mask(const void* mask, int64_t at, Acc<T> (&out)[kWidth]) {
+  widen_mask<T>(mask_byte(mask, at), out);
 }
 
 // Load saved[at]; if `bits`, `saved` is a mask, whose bit is read as 1 or 0.

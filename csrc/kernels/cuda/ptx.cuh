@@ -49,8 +49,8 @@ DLK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// D[16, 8] += A[16, K] · B[K, 8] by a warp, K = 16 elements of 16 bits or 8 of tf32, sums in f32. With g = lane / 4,
-// t = lane % 4, and registers that hold 4 bytes of a row, where t counts registers along k, a lane has
+// D[16, 8] += A[16, 16] · B[16, 8] by a warp, elements of 16 bits, sums in f32. With g = lane / 4, t = lane % 4, and
+// registers that hold two elements of a row, where t counts registers along k, a lane has
 //
 //   a[0] A[g][t]   a[1] A[g + 8][t]   a[2] A[g][t + 4]   a[3] A[g + 8][t + 4]
 //   b[0] B[t][g]   b[1] B[t + 4][g]
@@ -68,20 +68,6 @@ DLK_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-DLK_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// Round f32 to tf32: 10 bits of mantissa, to nearest, ties away from zero.
-DLK_DEVICE uint32_t round_to_tf32(uint32_t f32) {
-  uint32_t tf32;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(tf32) : "r"(f32));
-  return tf32;
 }
 
 }  // namespace dlk::cuda

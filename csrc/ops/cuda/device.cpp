@@ -73,7 +73,7 @@ Gemm described(Op op, const Problem& c, const View& left, const View& right) {
 RouteQuery query(Op op, const Problem& c, const View& left, const View& right) {
   const int arch = current_arch();
   const Gemm p = described(op, c, left, right);
-  const bool aligned = mma_takes_fast(p.a, c.dtype) && mma_takes_fast(p.b, c.dtype);
+  const bool aligned = mma_takes_fast(p.a) && mma_takes_fast(p.b);
   const View& rows = op == Op::wgrad ? right : left;  // of x or of dz
   const bool in_rows = fused_mlp_takes_fast(rows, op == Op::dgrad ? c.shape.n : c.shape.k);
   return {op,

@@ -10,10 +10,10 @@ namespace {
 
 bool takes(Path path, const RouteQuery& a) {
   switch (path) {
-    case Path::mma: return is_16_bit(a.dtype) || (a.dtype == DType::f32 && a.tf32);
+    case Path::mma: return is_16_bit(a.dtype);
+    case Path::simt: return !is_16_bit(a.dtype);
     case Path::hopper: return is_16_bit(a.dtype) && a.hopper;
     case Path::fused_mlp: return a.narrow;
-    case Path::simt:
     case Path::cublas: return true;
     default: return false;
   }
@@ -76,7 +76,7 @@ const Path* forced_path() {
 
 Route route(const RouteQuery& a) {
   const auto [m, n, k] = a.shape;
-  if (m == 0 || n == 0 || k == 0) return {Path::simt, "nothing to multiply"};
+  if (m == 0 || n == 0 || k == 0) return {is_16_bit(a.dtype) ? Path::mma : Path::simt, "nothing to multiply"};
   if (a.forced && takes(*a.forced, a)) return {*a.forced, "DLKERNELS_CUDA_GEMM"};
   if (const RouteRow* row = measured_route(a)) return {row->path, row->why.c_str()};
   return unmeasured(a);
@@ -90,10 +90,10 @@ std::string explained(const Route& r, const RouteQuery& a) {
              : r.why;
 }
 
-const char* kernel(Path path, DType dtype) {
+const char* kernel(Path path) {
   switch (path) {
     case Path::simt: return "simt_gemm 64x64x16";
-    case Path::mma: return dtype == DType::f32 ? "mma_gemm m16n8k8 tf32" : "mma_gemm m16n8k16";
+    case Path::mma: return "mma_gemm m16n8k16";
     case Path::hopper: return "hopper_gemm wgmma";
     case Path::cublas: return "cublas";
     case Path::fused_mlp: return "fused_mlp, weights in shared memory";

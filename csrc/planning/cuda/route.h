@@ -30,6 +30,6 @@ Route route(const RouteQuery&);
 // The route's reason as explain() prints it: it names Hopper's kernel where that is off because it was not measured.
 std::string explained(const Route&, const RouteQuery&);
 
-const char* kernel(Path path, DType dtype);  // as explain() prints it
+const char* kernel(Path path);  // as explain() prints it
 
 }  // namespace dlk::cuda

@@ -38,6 +38,7 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorIllegalAddress = 700,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {
@@ -74,7 +75,8 @@ enum cudaDeviceAttr {
 inline cudaError_t cudaGetDevice(int* index) {
   static std::map<std::array<int, 4>, int> known;
   const auto& d = cuda_emulation::device;
-  const auto [place, added] = known.insert({{d.major, d.minor, d.processors, d.most_shared}, known.size()});
+  const auto [place, added] =
+      known.insert({{d.major, d.minor, d.processors, d.most_shared}, static_cast<int>(known.size())});
   return *index = place->second, cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -94,8 +96,22 @@ struct cudaFuncAttributes {
   int maxThreadsPerBlock;
   size_t sharedSizeBytes;
 };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
+namespace cuda_emulation {
+inline bool capturing = false;  // a stream is being captured
+inline cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+}  // namespace cuda_emulation
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  return std::swap(*mode, cuda_emulation::capture_mode), cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  if (cuda_emulation::capturing && cuda_emulation::capture_mode != cudaStreamCaptureModeRelaxed)
+    return cudaErrorStreamCaptureUnsupported;  // it loads the kernel
   *attributes = {cuda_emulation::device.most_threads, 0};
   return cudaSuccess;
 }

@@ -13,6 +13,11 @@ void pretend_device(size_t shared_per_block, int sms) {
   cuda_emulation::device.most_shared = static_cast<int>(shared_per_block);
   cuda_emulation::device.processors = sms;
 }
+// Begin or end a capture; return whether this thread was in the capture's own mode.
+int capture(int begin) {
+  cuda_emulation::capturing = begin != 0;
+  return cuda_emulation::capture_mode == cudaStreamCaptureModeGlobal;
+}
 #endif
 
 bool fused_mlp_takes(const dlk::FusedMlp* p, int dtype) {

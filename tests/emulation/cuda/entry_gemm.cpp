@@ -1,4 +1,5 @@
 // The CUDA products with C signatures, for ctypes.
+#include "kernels/cuda/gemm/waves.h"
 #include "kernels/cuda/kernels.h"
 #include "run.h"
 
@@ -25,6 +26,9 @@ int gemm(int path, int dtype, int64_t m, int64_t n, int64_t k, const void* a, in
 }
 
 int gemm_splits(int64_t m, int64_t n, int64_t k) { return dlk::cuda::gemm_splits(m, n, k); }
+int takes_large(int64_t large, int64_t small, int ratio, int64_t processors) {
+  return dlk::cuda::takes_large(large, small, ratio, processors);
+}
 int few_rows_splits(int64_t m, int64_t n, int64_t k) { return dlk::cuda::few_rows_splits(m, n, k); }
 
 int act_pass(int dtype, int64_t count, const void* z, int act, double slope, void* y, void* mask) {

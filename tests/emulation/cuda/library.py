@@ -29,7 +29,9 @@ HOPPER = HERE.parent / "hopper"  # headers in front of ours, of which they are a
 COMPILER = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE"
 ILLEGAL_ADDRESS = 700
 # Every kernel but Hopper's, as patterns in csrc.
-KERNELS = tuple(f"kernels/cuda/{room}/*.cu" for room in ("gemm/simt", "gemm/mma", "mlp", "losses", "elementwise"))
+KERNELS = tuple(
+    f"kernels/cuda/{room}/*.cu" for room in ("gemm", "gemm/simt", "gemm/mma", "mlp", "losses", "elementwise")
+)
 PLANNING = ("planning/plan.cpp", "planning/routes.cpp", "planning/linear_glu.cpp", "planning/cuda/*.cpp")
 ON_DEVICE = "DLKERNELS_TEST_ON_DEVICE"  # a library of the kernels that nvcc compiled (tools/first_light.py): for a GPU
 MUTATION = "DLKERNELS_TEST_MUTATION"  # JSON: file, text, its replacement, what to compile; see mutations.py

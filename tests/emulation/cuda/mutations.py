@@ -27,17 +27,19 @@ GEMM, PASS, LOSSES = "test_cuda_gemm.py", "test_cuda_grad_pass.py", "test_cuda_l
 MASKS = "test_cuda_masks.py"
 FUSED_MLP, OPS = "test_cuda_fused_mlp.py", "test_cuda_ops.py::test_run[layers]"
 LINEAR = "test_cuda_ops.py::test_run[loss-in-blocks]"
-PRODUCTS = ("kernels/cuda/gemm/simt/simt_gemm.cu", "kernels/cuda/gemm/mma/mma_gemm.cu")
+SLICES = "kernels/cuda/gemm/slices.cu"
+PRODUCTS = ("kernels/cuda/gemm/simt/simt_gemm.cu", "kernels/cuda/gemm/mma/mma_gemm.cu", SLICES)
 GRAD_PASS_AND_LOSSES = (
-    *(f"kernels/cuda/elementwise/{name}.cu" for name in ("grad_pass", "glu_pass", "glu_grad_pass")),
+    *(f"kernels/cuda/elementwise/{name}.cu" for name in ("grad_pass", "flat_passes", "glu_grad_pass")),
     "kernels/cuda/losses/losses.cu",
+    SLICES,
 )
 # The files that each of them has to compile.
 FILES = {
-    GEMM: (*PRODUCTS, "kernels/cuda/elementwise/act_pass.cu", "entry_gemm.cpp"),
+    GEMM: (*PRODUCTS, "kernels/cuda/elementwise/flat_passes.cu", "entry_gemm.cpp"),
     PASS: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
     LOSSES: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
-    FUSED_MLP: ("kernels/cuda/mlp/fused_mlp.cu", "entry_fused_mlp.cpp"),
+    FUSED_MLP: ("kernels/cuda/mlp/fused_mlp.cu", SLICES, "entry_fused_mlp.cpp"),
     MASKS: (
         *library.KERNELS,
         *(f"entry_{name}.cpp" for name in ("gemm", "losses", "fused_mlp")),
@@ -58,21 +60,24 @@ MUTATIONS = [
         GEMM,
     ),
     Mutation(
-        "epilogue.cuh", "    sums[sharer][output] = sum;\n    __syncthreads();", "    sums[sharer][output] = sum;", GEMM
+        "slices.cuh", "    sums[sharer][output] = sum;\n    __syncthreads();", "    sums[sharer][output] = sum;", GEMM
     ),
     Mutation("grad_pass.cuh", "sums[e][thread] = total[e];\n    __syncthreads();", "sums[e][thread] = total[e];", PASS),
     # an edge
     Mutation("operand.cuh", "kAlongK ? i < inside : i * kRowStep < left;", "kAlongK || i * kRowStep < left;", GEMM),
     Mutation("operand.cuh", "kAlongK ? i < inside : i * kRowStep < left;", "!kAlongK || i < inside;", GEMM),
-    Mutation("operand.cuh", "min(int64_t{kChunk}, s.cols - col)", "int64_t{kChunk}", GEMM),
+    Mutation("operand.cuh", "min(int64_t{kChunk}, s.cols - col)) * sizeof(T)", "int64_t{kChunk}) * sizeof(T)", GEMM),
+    Mutation("operand.cuh", "const int exist = row0 + row < s.rows ? in_row : 0;", "const int exist = in_row;", GEMM),
     Mutation("operand.cuh", "min(int64_t{kChunk}, left)", "int64_t{kChunk}", GEMM),
     Mutation("mma_gemm.cuh", "      advance(from);\n", "", GEMM),
     Mutation("tile.cuh", "if (i >= p.m || j >= p.n) continue;", "if (j >= p.n) continue;", GEMM),
     Mutation("simt_gemm.cuh", "if (row < p.m && col < p.n) store_c", "if (row < p.m) store_c", GEMM),
     Mutation("grad_pass.cuh", "min(p.m, (slice + 1) * cut.rows)", "(slice + 1) * cut.rows", PASS),
+    Mutation("grad_pass.cuh", "if (row >= end) continue;\n          loaded", "loaded", PASS),
     # a mask
     Mutation("activation.h", "return y <= O::lit(0) ? O::lit(0) : g;", "return y < O::lit(0) ? O::lit(0) : g;", GEMM),
     Mutation("activation.h", "return z < O::lit(0) ? O::lit(0) : z;", "return z > O::lit(0) ? z : O::lit(0);", GEMM),
+    Mutation("activate.cuh", "return f(LeakyReLU{}), true;", "return f(ReLU{}), true;", GEMM),
     # an index
     Mutation("operand.cuh", "step * 16 + q / 2 * 8 + l, i / 8 + q % 2", "step * 16 + q / 2 * 8 + l, i / 8", GEMM),
     Mutation("operand.cuh", "i + q % 2 * 8 + l, step * 2 + q / 2", "i + q / 2 * 8 + l, step * 2 + q % 2", GEMM),
@@ -84,12 +89,14 @@ MUTATIONS = [
     Mutation("mask.cuh", "(y[e])) << e;", "(y[e])) << (7 - e);", MASKS),
     Mutation("mask.cuh", "(bits >> e & 1);", "(bits >> (7 - e) & 1);", MASKS),
     Mutation("mask.cuh", ">> at % kMaskBits & 1", "& 1", MASKS),
-    Mutation("simt_gemm.cuh", "__syncthreads();  // the tile is in memory", "//", MASKS),
+    Mutation("mask.cuh", "if (kind == Act::relu)", "if (kind != Act::relu)", MASKS),
     Mutation("layer_backward.cuh", "at < bytes;", "at + 16 < bytes;", MASKS),
     Mutation("fused_mlp_forward.cuh", "kMaskBits); walk.row < rows;", "kMaskBits); walk.row < kStrip;", MASKS),
     Mutation("epilogue.cuh", "if (bits) return load_mask<T>(saved, at, out);", "", MASKS),
     Mutation("fused_mlp.cu", "p.layers == 1 && p.layer[0].mask;", "false;", MASKS),
     # the fused MLP and the losses
+    Mutation("launch.cuh", "  const RelaxedCapture relaxed;\n", "", FUSED_MLP),
+    Mutation("losses.cuh", "in_packs, classes - c);", "in_packs, kWidth);", LOSSES),
     Mutation("fused_mlp_forward.cuh", "__syncwarp();  // before the strip is loaded again", "", FUSED_MLP),
     Mutation(
         "fused_mlp_backward.cuh", "__syncthreads();  // dz and input are loaded, and `free` is free", "", FUSED_MLP
@@ -105,7 +112,7 @@ MUTATIONS = [
     Mutation("losses.cuh", "if (target == p.ignore_index) continue;", "", LOSSES),
     Mutation("losses.cuh", "} else if (index != p.ignore_index) {", "} else {", LOSSES),
     # a layer and its loss
-    Mutation("losses.cuh", "double{target_logit}", "double{widen(logits.row[index * logits.stride])}", LINEAR),
+    Mutation("losses.cuh", "double{target_logit}", "double{widen(logits.at(index))}", LINEAR),
     Mutation("losses.cuh", "static_cast<const A*>(p.row_grad)[row]", "static_cast<const A*>(p.row_grad)[0]", LINEAR),
     Mutation("epilogue.cuh", "p.output_mode == OutputMode::accumulate, acc", "false, acc", LINEAR),
     Mutation("ops/cuda/linear_cross_entropy.cpp", "p.counted = m;", "p.counted = 0;", LINEAR),

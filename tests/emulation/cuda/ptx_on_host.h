@@ -60,11 +60,6 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   }
 }
 
-inline uint32_t round_to_tf32(uint32_t f32) {
-  const bool finite = (f32 >> 23 & 0xff) != 0xff;
-  return finite ? (f32 + 0x1000) & ~0x1fffu : f32;  // adds half a unit of the last of 10 bits to the magnitude
-}
-
 // Return the k-th element of a register.
 inline float element(uint32_t r, unsigned k, Bf16) { return widen(Bf16{static_cast<uint16_t>(r >> 16 * k)}); }
 inline float element(uint32_t r, unsigned k, F16) {
@@ -73,16 +68,10 @@ inline float element(uint32_t r, unsigned k, F16) {
   std::memcpy(&v, &bits, 2);
   return widen(v);
 }
-inline float element(uint32_t r, unsigned, float) {
-  r &= ~0x1fffu;  // tensor cores do not read the low bits of a tf32
-  float v;
-  std::memcpy(&v, &r, 4);
-  return v;
-}
 
 template <class T>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
-  constexpr unsigned kElements = 4 / sizeof(T);  // of a register
+  constexpr unsigned kElements = 2;  // of a register
   struct Operands {
     float a[4][kElements], b[2][kElements];
   } mine;

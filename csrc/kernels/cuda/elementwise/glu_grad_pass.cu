@@ -2,6 +2,7 @@
 // gate and up. Blocks, slices and sums are those of grad_pass.cuh.
 #include "kernels/cuda/elementwise/grad_pass_cut.h"
 #include "kernels/cuda/elementwise/row_packs.cuh"
+#include "kernels/cuda/gemm/slices.h"
 
 namespace dlk::cuda {
 namespace {
@@ -28,28 +29,28 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
     const int64_t slice = block / cut.tiles, j = (block % cut.tiles * cut.lanes + lane) * kWidth;
     const int64_t end = min(p.m, (slice + 1) * cut.rows);
     double total_gate[kWidth] = {}, total_up[kWidth] = {};
-    with_activation(p.act.kind, [&](auto act) {
-      using Functor = decltype(act);
-      for (int64_t i = slice * cut.rows + first; i < end && j < p.n; i += step) {
-        A g[kWidth], gate[kWidth] = {}, up[kWidth] = {};
-        load_packs<T>(p.g, i, j, g_in_packs, kWidth, g);
-        if (p.gate.data) load_packs<T>(p.gate, i, j, gate_in_packs, kWidth, gate);
-        if (p.up.data) load_packs<T>(p.up, i, j, up_in_packs, kWidth, up);
+    for (int64_t i = slice * cut.rows + first; i < end && j < p.n; i += step) {
+      A g[kWidth], gate[kWidth] = {}, up[kWidth] = {};
+      load_packs<T>(p.g, i, j, g_in_packs, kWidth, g);
+      if (p.gate.data) load_packs<T>(p.gate, i, j, gate_in_packs, kWidth, gate);
+      if (p.up.data) load_packs<T>(p.up, i, j, up_in_packs, kWidth, up);
+      with_activation(p.act.kind, [&](auto act) {
+        using Functor = decltype(act);
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
           const A slope = O::lit(p.act.slope), value = Functor::template value<O>(gate[e], slope);
           gate[e] = Functor::template grad<O>(g[e] * up[e], Functor::saves_output ? value : gate[e], slope);
           up[e] = g[e] * value;
-          total_gate[e] += gate[e];
-          total_up[e] += up[e];
         }
-        auto keep = [&](void* dz, const A(&values)[kWidth]) {
-          if (dz) store_packs<T>(dz, i * p.dz_pitch + j, allows_packs<T, kWidth>({dz, p.dz_pitch, 1}), kWidth, values);
-        };
-        keep(of_gate.dz, gate);
-        keep(of_up.dz, up);
-      }
-    });
+      });
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) total_gate[e] += gate[e], total_up[e] += up[e];
+      auto keep = [&](void* dz, const A(&values)[kWidth]) {
+        if (dz) store_packs<T>(dz, i * p.dz_pitch + j, allows_packs<T, kWidth>({dz, p.dz_pitch, 1}), kWidth, values);
+      };
+      keep(of_gate.dz, gate);
+      keep(of_up.dz, up);
+    }
 
     // Add up the rows of threads of this block, for one half after the other.
     auto reduce = [&](const GluHalf& half, const double (&total)[kWidth]) {
@@ -90,7 +91,8 @@ cudaError_t run(const GluGradPass& p, cudaStream_t stream) {
   if (status != cudaSuccess || cut.slices == 1) return status;
   for (const GluHalf& half : {of_gate, of_up}) {
     if (!half.dbias) continue;
-    if (const cudaError_t summed = sum_slices<T>(half.partials, cut.slices, p.n, half.dbias, stream)) return summed;
+    const cudaError_t summed = sum_slices(p.dtype, half.partials, cut.slices, p.n, half.dbias, stream);
+    if (summed != cudaSuccess) return summed;
   }
   return cudaSuccess;
 }

@@ -1,5 +1,6 @@
 // The launcher of grad_pass.cuh: the switch from the dtype to a kernel.
 #include "kernels/cuda/elementwise/grad_pass.cuh"
+#include "kernels/cuda/gemm/slices.h"
 
 namespace dlk::cuda {
 namespace {
@@ -11,8 +12,9 @@ cudaError_t run(const GradPass& p, cudaStream_t stream) {
   const cudaError_t status = launch(wide ? grad_pass_kernel<T, kPack<T>> : grad_pass_kernel<T, 1>,
                                     dim3(grid_of(cut.tiles * cut.slices)), kGradPassThreads, 0, stream, p, cut);
   if (status != cudaSuccess || !p.dbias || cut.slices == 1) return status;
-  return p.output_mode == OutputMode::cast ? sum_slices<T>(p.partials, cut.slices, p.n, p.dbias, stream)
-                                           : sum_slices<Acc<T>>(p.partials, cut.slices, p.n, p.dbias, stream);
+  const DType accumulator = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+  return sum_slices(p.output_mode == OutputMode::cast ? p.dtype : accumulator, p.partials, cut.slices, p.n, p.dbias,
+                    stream);
 }
 
 }  // namespace

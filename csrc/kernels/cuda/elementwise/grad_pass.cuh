@@ -2,7 +2,7 @@
 // a library's product, which reads dz from memory, and where no product adds up dbias.
 //
 // A block takes a few columns and a slice of the rows. Its threads form rows × lanes. A thread sums the dz that it
-// makes, and adds every kBatch rows in f64. Then the block adds up its rows of threads, and sum_slices adds up the
+// makes, and adds every two rows in f64. Then the block adds up its rows of threads, and sum_slices adds up the
 // slices. The order is fixed, and the cuts depend on the shape alone.
 #pragma once
 
@@ -13,12 +13,15 @@
 
 namespace dlk::cuda {
 
+enum class Saved { nothing, bits, elements };
+template <Saved kSaved>
+using Reads = std::integral_constant<Saved, kSaved>;
+
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
     grad_pass_kernel(const GradPass p, const GradPassCut cut) {
   using A = Acc<T>;
   using O = Ops<A>;
-  constexpr int kBatch = sizeof(T) == 4 ? 2 : 1;  // rows that a thread loads at once: as many as registers allow
   __shared__ double sums[kWidth][kGradPassThreads];
   const int thread = threadIdx.x, lane = thread % cut.lanes, first = thread / cut.lanes;
   const int step = kGradPassThreads / cut.lanes;
@@ -29,38 +32,68 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
     const int64_t slice = block / cut.tiles, j = (block % cut.tiles * cut.lanes + lane) * kWidth;
     const int64_t end = min(p.m, (slice + 1) * cut.rows);
     double total[kWidth] = {};
-    with_activation(p.act.kind, [&](auto act) {
-      constexpr bool kReadsSaved = !std::is_same_v<decltype(act), Identity>;
+    // What act' reads: nothing, bits of a mask, or elements. Every row of a batch is loaded before the first is used: 64
+    // bytes of loads under way in a thread. gradient(g, saved) is called for one row after the other; where it is
+    // long, there is one copy of its code.
+    auto add_up = [&](auto reads, auto&& gradient) {
+      constexpr Saved kReads = decltype(reads)::value;
+      constexpr int kBatch = kReads == Saved::elements ? 2 : 4, kCopies = kReads == Saved::elements ? 1 : kBatch;
       for (int64_t i = slice * cut.rows + first; i < end && j < p.n; i += step * kBatch) {
-        A g[kBatch][kWidth], saved[kBatch][kWidth] = {}, sum[kWidth] = {};
+        Pack<T, kWidth> loaded[kBatch] = {}, read[kBatch] = {};
+        unsigned bits[kBatch] = {};
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
           const int64_t row = i + b * step;
           if (row >= end) continue;
-          load_packs<T>(p.g, row, j, g_in_packs, kWidth, g[b]);
-          if constexpr (kHasMask<T, kWidth> && decltype(act)::needs_sign_only) {
-            if (p.saved_is_mask) {
-              load_mask<T>(p.saved.data, row * p.n + j, saved[b]);
-              continue;
-            }
-          }
-          if constexpr (kReadsSaved) load_packs<T>(p.saved, row, j, saved_in_packs, kWidth, saved[b]);
+          loaded[b] = load_run<T, kWidth>(p.g, row, j, g_in_packs, kWidth);
+          if constexpr (kReads == Saved::bits) bits[b] = mask_byte(p.saved.data, row * p.n + j);
+          if constexpr (kReads == Saved::elements)
+            read[b] = load_run<T, kWidth>(p.saved, row, j, saved_in_packs, kWidth);
         }
+        A sum[kWidth] = {};
+#pragma unroll kCopies
+        for (int b = 0; b < kBatch && i + b * step < end; ++b) {
+          A g[kWidth], saved[kWidth];
+          widen(loaded[0], g);
+          if constexpr (kReads == Saved::bits)
+            widen_mask<T>(bits[0], saved);
+          else
+            widen(read[0], saved);
+          gradient(g, saved);
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          const int64_t row = i + b * step;
-          if (row >= end) continue;
+          for (int e = 0; e < kWidth; ++e) sum[e] += g[e];
+          if (b % 2 == 1) {  // two rows are a sum, so that bits and elements give the same bits
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) {
-            g[b][e] = decltype(act)::template grad<O>(g[b][e], saved[b][e], O::lit(p.act.slope));
-            sum[e] += g[b][e];
+            for (int e = 0; e < kWidth; ++e) total[e] += sum[e], sum[e] = 0;
           }
-          if (p.dz) store_packs<T>(p.dz, row * p.n + j, dz_in_packs, kWidth, g[b]);
+          if (p.dz) store_packs<T>(p.dz, (i + b * step) * p.n + j, dz_in_packs, kWidth, g);
+#pragma unroll
+          for (int next = 1; next < kBatch; ++next)  // registers cannot be indexed at run time
+            loaded[next - 1] = loaded[next], read[next - 1] = read[next], bits[next - 1] = bits[next];
         }
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) total[e] += sum[e];
       }
-    });
+    };
+    auto with = [&](auto act, A(&g)[kWidth], const A(&saved)[kWidth]) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) g[e] = decltype(act)::template grad<O>(g[e], saved[e], O::lit(p.act.slope));
+    };
+    bool done = false;
+    if constexpr (kHasMask<T, kWidth>) {
+      if (p.saved_is_mask) {
+        done = true;
+        add_up(Reads<Saved::bits>{}, [&](A(&g)[kWidth], const A(&saved)[kWidth]) {
+          with_comparison(p.act.kind, [&](auto act) { with(act, g, saved); });
+        });
+      }
+    }
+    if (!done && p.act.kind == Act::none)
+      add_up(Reads<Saved::nothing>{}, [](A(&)[kWidth], const A(&)[kWidth]) {});
+    else if (!done)
+      add_up(Reads<Saved::elements>{}, [&](A(&g)[kWidth], const A(&saved)[kWidth]) {
+        with_activation(p.act.kind, [&](auto act) { with(act, g, saved); });
+      });
     if (!p.dbias) continue;
 
 #pragma unroll

@@ -16,23 +16,23 @@ DLK_DEVICE bool allows_packs(const View& v) {
   return v.col_stride == 1 && v.row_stride % kWidth == 0 && reinterpret_cast<uintptr_t>(v.data) % kBytes == 0;
 }
 
-// Load the first `valid` of kWidth elements; the others are 0. `in_packs` is allows_packs(v).
+// Return the first `valid` of kWidth elements; the others are 0. `in_packs` is allows_packs(v).
+template <class T, int kWidth>
+DLK_DEVICE Pack<T, kWidth> load_run(const View& v, int64_t row, int64_t col, bool in_packs, int64_t valid) {
+  static_assert(kWidth <= kPack<T>);
+  const T* from = static_cast<const T*>(v.data) + row * v.row_stride + col * v.col_stride;
+  if (kWidth > 1 && in_packs && valid >= kWidth) return *reinterpret_cast<const Pack<T, kWidth>*>(from);
+  Pack<T, kWidth> run{};
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e)
+    if (e < valid) run.at[e] = from[e * v.col_stride];
+  return run;
+}
+// The same, widened.
 template <class T, int kWidth>
 DLK_DEVICE void load_packs(const View& v, int64_t row, int64_t col, bool in_packs, int64_t valid,
                            Acc<T> (&out)[kWidth]) {
-  const T* from = static_cast<const T*>(v.data) + row * v.row_stride + col * v.col_stride;
-  if (in_packs && valid >= kWidth) {
-    constexpr int kCount = kPackOf<T, kWidth>;
-#pragma unroll
-    for (int piece = 0; piece < kWidth; piece += kCount) {
-      const auto pack = *reinterpret_cast<const Pack<T, kCount>*>(from + piece);
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) out[piece + e] = widen(pack.at[e]);
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < kWidth; ++e) out[e] = e < valid ? widen(from[e * v.col_stride]) : Acc<T>(0);
-  }
+  widen(load_run<T, kWidth>(v, row, col, in_packs, valid), out);
 }
 
 // Store the first `valid` of kWidth elements to contiguous memory. `in_packs` is allows_packs of it.

@@ -16,7 +16,7 @@ DLK_DEVICE int swizzled(int row, int chunk) {
   return (row * kChunks + (chunk ^ (row / kRowsPerLine & kMask))) * 16;
 }
 
-// kExtent rows of A (or columns of B) by kTileK steps of k. kAlongK: k is the contiguous direction.
+// kExtent rows of A (or columns of B) by kTileK steps of k, in 16-bit elements. kAlongK: k is the contiguous direction.
 template <class T, bool kAlongK, int kExtent, int kTileK, int kThreads>
 struct Operand {
   static constexpr int kRows = kAlongK ? kExtent : kTileK, kCols = kAlongK ? kTileK : kExtent;
@@ -72,27 +72,32 @@ struct Operand {
     }
   };
 
-  // Load the tile through registers. Element (row, col) is value(row, col, place in its chunk), rounded to T; elements
-  // outside are zero.
+  // Load the tile element by element, through registers. change(row, col, exist, v) may change a chunk from column `col`
+  // on, of which the first `exist` elements are inside the source; the others are zero.
   template <class F>
-  DLK_DEVICE static void load_made(unsigned char* tile, const Source& s, int64_t i0, int64_t k0, F&& value) {
+  DLK_DEVICE static void load_changed(unsigned char* tile, const Source& s, int64_t i0, int64_t k0, F&& change) {
     const int64_t row0 = kAlongK ? i0 : k0, col0 = kAlongK ? k0 : i0;
     const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     const int64_t col = col0 + chunk * kChunk;
+    const int in_row = static_cast<int>(max(int64_t{0}, min(int64_t{kChunk}, s.cols - col)));
 #pragma unroll 1
     for (int row = first; row < kRows; row += kRowStep) {
+      const int exist = row0 + row < s.rows ? in_row : 0;
+      const T* from = s.data + (row0 + row) * s.row_stride + col * s.col_stride;
+      float v[kChunk];
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) v[e] = e < exist ? widen(from[e * s.col_stride]) : 0.0f;
+      change(row0 + row, col, exist, v);
       Pack<T, kChunk> pack;
 #pragma unroll
-      for (int e = 0; e < kChunk; ++e)
-        narrow(row0 + row < s.rows && col + e < s.cols ? value(row0 + row, col + e, e) : 0.0f, &pack.at[e]);
+      for (int e = 0; e < kChunk; ++e) narrow(e < exist ? v[e] : 0.0f, &pack.at[e]);
       *reinterpret_cast<Pack<T, kChunk>*>(tile + swizzled<kChunks>(row, chunk)) = pack;
     }
   }
 
-  // Load the tile element by element, without changing values.
+  // The same, without changes.
   DLK_DEVICE static void load_plain(unsigned char* tile, const Source& s, int64_t i0, int64_t k0) {
-    load_made(tile, s, i0, k0,
-              [&](int64_t row, int64_t col, int) { return widen(s.data[row * s.row_stride + col * s.col_stride]); });
+    load_changed(tile, s, i0, k0, [](int64_t, int64_t, int, float (&)[kChunk]) {});
   }
 
   // Load the registers a[0..3] of mma for rows i ... i + 15 of A and step `step` of the tile (ptx.cuh has the layout).
@@ -100,14 +105,9 @@ struct Operand {
     const int lane = threadIdx.x % 32, q = lane / 8, l = lane % 8;
     if constexpr (kAlongK) {
       ldmatrix_x4(r, tile + swizzled<kChunks>(i + q % 2 * 8 + l, step * 2 + q / 2));
-    } else if constexpr (sizeof(T) == 2) {
-      ldmatrix_x4_trans(r, tile + swizzled<kChunks>(step * 16 + q / 2 * 8 + l, i / 8 + q % 2));
     } else {
-      const int g = lane / 4, t = step * 8 + lane % 4;
-      r[0] = element(tile, t, i + g), r[1] = element(tile, t, i + g + 8);
-      r[2] = element(tile, t + 4, i + g), r[3] = element(tile, t + 4, i + g + 8);
+      ldmatrix_x4_trans(r, tile + swizzled<kChunks>(step * 16 + q / 2 * 8 + l, i / 8 + q % 2));
     }
-    round(r);
   }
 
   // Load the registers b[0..1] of mma for columns j ... j + 7 of B, then for the next eight columns.
@@ -115,25 +115,8 @@ struct Operand {
     const int lane = threadIdx.x % 32, q = lane / 8, l = lane % 8;
     if constexpr (kAlongK) {
       ldmatrix_x4(r, tile + swizzled<kChunks>(j + q / 2 * 8 + l, step * 2 + q % 2));
-    } else if constexpr (sizeof(T) == 2) {
-      ldmatrix_x4_trans(r, tile + swizzled<kChunks>(step * 16 + q % 2 * 8 + l, j / 8 + q / 2));
     } else {
-      const int g = lane / 4, t = step * 8 + lane % 4;
-      r[0] = element(tile, t, j + g), r[1] = element(tile, t + 4, j + g);
-      r[2] = element(tile, t, j + g + 8), r[3] = element(tile, t + 4, j + g + 8);
-    }
-    round(r);
-  }
-
- private:
-  // Load one 32-bit element, because ldmatrix transposes 16-bit elements only.
-  DLK_DEVICE static uint32_t element(const unsigned char* tile, int row, int col) {
-    return *reinterpret_cast<const uint32_t*>(tile + swizzled<kChunks>(row, col / kChunk) + col % kChunk * 4);
-  }
-  DLK_DEVICE static void round(uint32_t (&r)[4]) {
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (uint32_t& v : r) v = round_to_tf32(v);
+      ldmatrix_x4_trans(r, tile + swizzled<kChunks>(step * 16 + q % 2 * 8 + l, j / 8 + q / 2));
     }
   }
 };

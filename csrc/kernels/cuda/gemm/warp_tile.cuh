@@ -36,15 +36,20 @@ struct WarpTile {
     return unit / 4 * 32 + (kBAlongK ? lane % 8 + e * 8 : lane % 8 * 4 + e);
   }
 
+  // Call f(sums, q) for the four sums acc[q] of every one of the first `units`.
+  template <class F>
+  DLK_DEVICE static void each_unit(int units, Sums& acc, F&& f) {
+#pragma unroll
+    for (int q = 0; q < kStrips * kUnits; ++q)
+      if (q % kUnits < units) f(acc[q], q);
+  }
   // Call f(sum, row, col) for every sum in the first `units`.
   template <class F>
   DLK_DEVICE static void each(int units, Sums& acc, F&& f) {
+    each_unit(units, acc, [&](float (&sums)[4], int q) {
 #pragma unroll
-    for (int q = 0; q < kStrips * kUnits; ++q) {
-      if (q % kUnits >= units) continue;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) f(acc[q][e], row(q, e), col(q, e));
-    }
+      for (int e = 0; e < 4; ++e) f(sums[e], row(q, e), col(q, e));
+    });
   }
 
   // Store the sums to shared memory, rounded, with zeros outside [rows, cols].

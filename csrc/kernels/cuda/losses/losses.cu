@@ -39,7 +39,7 @@ cudaError_t launch_rows(const CrossEntropy& p, int64_t* blocks, cudaStream_t str
   constexpr int kRows = kLossThreads / kTeam;
   *blocks = std::min<int64_t>(ceil_div(p.outer * p.inner, kRows), kLossBlocks);
   if (*blocks == 0) return cudaSuccess;
-  const int64_t bytes = p.classes * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = ceil_div(p.classes, kPack<T>) * 16;
   const bool cached = kTeam == kLossThreads && bytes <= kCacheBytes;
   return launch(cross_entropy_kernel<T, kTeam, kPer>, dim3(grid_of(*blocks)), kLossThreads,
                 cached ? static_cast<size_t>(bytes) : 0, stream, p, cached);

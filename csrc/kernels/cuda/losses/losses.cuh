@@ -129,27 +129,64 @@ struct RowTerms {
 };
 
 // The logits of one row that belong to one thread of its team: in registers, or with kPer == 0 in shared or global
-// memory.
+// memory. There a thread has runs of kWidth neighbours, which are one 16-byte access where the row allows it.
 template <class T, int kTeam, int kPer>
 struct Logits {
   using A = Acc<T>;
-  static constexpr int kUnroll = sizeof(T) == 8 ? 1 : 4;  // the exp of f64 needs many registers
-  const T* row;
-  int64_t stride, classes;
+  static constexpr int kWidth = kPer > 0 || kTeam == 1 ? 1 : kPack<T>;
+  static constexpr int64_t kStep = int64_t{kTeam} * kWidth;  // from one run of a thread to its next
+  using Run = Pack<T, kWidth>;
+  View row;
+  int64_t classes;
   int rank;
-  T* cache;  // of the whole row, or nullptr
+  T* cache;  // of the whole row in whole runs, or nullptr
+  bool in_packs;
   A held[kPer ? kPer : 1];
 
-  // Call f(class, logit) for every logit of this thread.
+  DLK_DEVICE Logits(const View& logits, int64_t classes_, int rank_, T* cache_)
+      : row(logits), classes(classes_), rank(rank_), cache(cache_), in_packs(allows_packs<T, kWidth>(logits)) {}
+
+  DLK_DEVICE T at(int64_t c) const { return static_cast<const T*>(row.data)[c * row.col_stride]; }
+  DLK_DEVICE int valid(int64_t c) const { return static_cast<int>(min(int64_t{kWidth}, classes - c)); }
+  DLK_DEVICE Run from_memory(int64_t c) const { return load_run<T, kWidth>(row, 0, c, in_packs, classes - c); }
+
+  // Runs that were loaded at once are used one after the other, by one copy of the code that uses them if they are wide:
+  // more would need more registers than there are.
+  static constexpr int copies(int batch) { return kWidth == 1 ? batch : 1; }
+  template <int kBatch>
+  DLK_DEVICE static void drop_first(Run (&runs)[kBatch]) {  // registers cannot be indexed at run time
+#pragma unroll
+    for (int next = 1; next < kBatch; ++next) runs[next - 1] = runs[next];
+  }
+
+  // Call f(class, valid, logits) for every run of this thread, from this class on; `valid` of the logits exist.
   template <class F>
-  DLK_DEVICE void each(F&& f) const {
+  DLK_DEVICE void each_run(F&& f) const {
     if constexpr (kPer > 0) {
 #pragma unroll
-      for (int i = 0; i < kPer; ++i)
-        if (rank + i * kTeam < classes) f(int64_t{rank + i * kTeam}, held[i]);
+      for (int i = 0; i < kPer; ++i) {
+        const A v[1] = {held[i]};
+        if (rank + i * kTeam < classes) f(int64_t{rank + i * kTeam}, 1, v);
+      }
     } else {
-#pragma unroll kUnroll
-      for (int64_t c = rank; c < classes; c += kTeam) f(c, widen(cache ? cache[c] : row[c * stride]));
+      constexpr int kBatch = sizeof(T) == 8 ? 1 : kWidth == 1 ? 4 : 2;  // runs that are loaded at once
+      for (int64_t first = int64_t{rank} * kWidth; first < classes; first += kBatch * kStep) {
+        Run run[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int64_t c = first + b * kStep;
+          if (c < classes) run[b] = cache ? *reinterpret_cast<const Run*>(cache + c) : from_memory(c);
+        }
+        constexpr int kCopies = copies(kBatch);
+#pragma unroll kCopies
+        for (int b = 0; b < kBatch && first + b * kStep < classes; ++b) {
+          const int64_t c = first + b * kStep;
+          A v[kWidth];
+          widen(run[0], v);
+          f(c, valid(c), v);
+          drop_first(run);
+        }
+      }
     }
   }
 
@@ -163,33 +200,46 @@ struct Logits {
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
         const int64_t c = rank + i * kTeam;
-        held[i] = c < classes ? widen(row[c * stride]) : -inf;
+        held[i] = c < classes ? widen(at(c)) : -inf;
         max = held[i] > max ? held[i] : max;
       }
       max = Team<kTeam>::max(max);
-      each([&](int64_t, A v) { sum += O::exp(v - max); });
+      each_run([&](int64_t, int, const A(&v)[1]) { sum += O::exp(v[0] - max); });
     } else {  // online softmax: a larger logit scales down the sum so far (Milakov & Gimelshein, 2018)
-      constexpr int kBatch = 2 * kUnroll;
+      constexpr int kBatch = sizeof(T) == 8 ? 2 / kWidth : kWidth == 1 ? 8 : 2;  // runs that are loaded at once
       ThreadSum<A> thread_sum;
-      for (int64_t first = rank; first < classes; first += kTeam * kBatch) {
-        A v[kBatch], batch_max = max;
+      for (int64_t first = int64_t{rank} * kWidth; first < classes; first += kBatch * kStep) {
+        Run run[kBatch];
+        A batch_max = max;
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b)
+          if (first + b * kStep < classes) run[b] = from_memory(first + b * kStep);
+        // Beyond the end a logit counts as -inf.
+        auto logit = [&](int b, T loaded, int e) { return first + b * kStep + e < classes ? widen(loaded) : -inf; };
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-          const int64_t c = first + b * kTeam;
-          v[b] = -inf;
-          if (c >= classes) continue;
-          const T loaded = row[c * stride];
-          if (cache) cache[c] = loaded;
-          v[b] = widen(loaded);
-        }
+          const int64_t c = first + b * kStep;
+          if (cache && c < classes) *reinterpret_cast<Run*>(cache + c) = run[b];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) batch_max = v[b] > batch_max ? v[b] : batch_max;
+          for (int e = 0; e < kWidth; ++e) {
+            const A v = logit(b, run[b].at[e], e);
+            batch_max = v > batch_max ? v : batch_max;
+          }
+        }
         if (batch_max > max) thread_sum.scale(O::exp(max - batch_max));
         max = batch_max;
-        A batch_sum = 0;
+        A partial = 0;
+        constexpr int kCopies = copies(kBatch);
+#pragma unroll kCopies
+        for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) batch_sum += v[b] == -inf ? A(0) : O::exp(v[b] - max);
-        thread_sum.add(batch_sum);
+          for (int e = 0; e < kWidth; ++e) {
+            const A v = logit(b, run[0].at[e], e);
+            partial += v == -inf ? A(0) : O::exp(v - max);
+          }
+          if (kWidth > 1 || b == kBatch - 1) thread_sum.add(partial), partial = 0;
+          drop_first(run);
+        }
       }
       const A thread_max = max;
       max = Team<kTeam>::max(max);
@@ -200,6 +250,15 @@ struct Logits {
     *largest = max, *exp_sum = classes > 0 ? sum : A(1);
   }
 };
+
+// Store the first `valid` values to elements c and following of a row.
+template <class Out, class A, int kWidth>
+DLK_DEVICE void store_run(void* data, int64_t stride, int64_t c, int valid, const A (&v)[kWidth]) {
+  if (kWidth > 1 && stride == 1) return store_packs<Out>(data, c, allows_packs<Out, kWidth>({data, 0, 1}), valid, v);
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e)
+    if (e < valid) narrow(v[e], static_cast<Out*>(data) + (c + e) * stride);
+}
 
 // Return the loss of `row` in the first thread of its team, and 0 in the others. Outputs are stored only if `exists`.
 template <class T, int kTeam, int kPer>
@@ -213,29 +272,40 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   const bool soft = !p.target;
   const int64_t index = soft ? -1 : p.target[row];
   const bool legal = index >= 0 && index < p.classes;
-  Logits<T, kTeam, kPer> logits{
-      static_cast<const T*>(p.x) + offset(p.x_strides), p.x_strides.cls, p.classes, rank, cache, {}};
+  using Row = Logits<T, kTeam, kPer>;
+  Row logits({static_cast<const T*>(p.x) + offset(p.x_strides), 0, p.x_strides.cls}, p.classes, rank, cache);
   // The logit of the target is read here, because in place another thread may overwrite it after the next reduction of
   // the team.
-  const A target_logit = rank == 0 && legal ? widen(logits.row[index * logits.stride]) : A(0);
+  const A target_logit = rank == 0 && legal ? widen(logits.at(index)) : A(0);
   A largest, exp_sum;
   logits.softmax(&largest, &exp_sum);
   const A log_sum = O::log(exp_sum);
 
   // Two sums over q without the term at the target index: Σ q·(x - largest), in units of `uniform_share` for class
   // indices, and Σ q.
-  const T* const soft_row = soft ? static_cast<const T*>(p.soft) + offset(p.soft_strides) : nullptr;
-  auto soft_q = [&](int64_t c) {
-    return class_weight<A>(p, c) *
-           (O::lit(terms.uniform_share) + O::lit(terms.target_share) * widen(soft_row[c * p.soft_strides.cls]));
+  const View soft_row = {soft ? static_cast<const T*>(p.soft) + offset(p.soft_strides) : nullptr, 0,
+                         p.soft_strides.cls};
+  const bool soft_in_packs = allows_packs<T, Row::kWidth>(soft_row);
+  auto soft_q = [&](int64_t c, int valid, A(&q)[Row::kWidth]) {
+    load_packs<T>(soft_row, 0, c, soft_in_packs, valid, q);
+#pragma unroll
+    for (int e = 0; e < Row::kWidth; ++e)
+      if (e < valid)
+        q[e] = class_weight<A>(p, c + e) * (O::lit(terms.uniform_share) + O::lit(terms.target_share) * q[e]);
   };
   double dot = 0, q_sum = 0;
   if (terms.dense) {
     ThreadSum<A> dots, qs;
-    logits.each([&](int64_t c, A v) {
-      const A q = soft ? soft_q(c) : class_weight<A>(p, c);
-      dots.add(q * (v - largest));
-      qs.add(q);
+    logits.each_run([&](int64_t c, int valid, const A(&v)[Row::kWidth]) {
+      A q[Row::kWidth];
+      if (soft) soft_q(c, valid, q);
+#pragma unroll
+      for (int e = 0; e < Row::kWidth; ++e) {
+        if (e >= valid) continue;
+        if (!soft) q[e] = class_weight<A>(p, c + e);
+        dots.add(q[e] * (v[e] - largest));
+        qs.add(q[e]);
+      }
     });
     dot = Team<kTeam>::sum(dots.value());
     if (soft) q_sum = Team<kTeam>::sum(qs.value());
@@ -268,34 +338,44 @@ DLK_DEVICE double cross_entropy_row(const CrossEntropy& p, const RowTerms<Acc<T>
   if (rank == 0 && p.loss && !p.in_place) narrow(static_cast<A>(loss), static_cast<T*>(p.loss) + row);
   const int64_t grad_offset = offset(p.grad_strides), grad_stride = p.grad_strides.cls;
   if (p.grad) {
-    logits.each([&](int64_t c, A v) {
-      A q = 0;
-      if (c == target)
-        q = target_grad;
-      else if (soft)
-        q = soft_q(c) * scale;
-      else if (terms.dense && is_counted)
-        q = class_weight<A>(p, c) * O::lit(terms.uniform_share) * scale;
-      const A grad = O::exp(v - largest) * factor - q;
-      const int64_t at = grad_offset + c * grad_stride;
+    logits.each_run([&](int64_t c, int valid, const A(&v)[Row::kWidth]) {
+      A grad[Row::kWidth], q[Row::kWidth] = {};
+      if (soft) soft_q(c, valid, q);
+#pragma unroll
+      for (int e = 0; e < Row::kWidth; ++e) {
+        if (e >= valid) continue;
+        if (c + e == target)
+          q[e] = target_grad;
+        else if (soft)
+          q[e] *= scale;
+        else if (terms.dense && is_counted)
+          q[e] = class_weight<A>(p, c + e) * O::lit(terms.uniform_share) * scale;
+        grad[e] = O::exp(v[e] - largest) * factor - q[e];
+      }
       if (p.in_place)
-        narrow(grad, static_cast<T*>(p.grad) + at);
+        store_run<T>(static_cast<T*>(p.grad) + grad_offset, grad_stride, c, valid, grad);
       else
-        static_cast<A*>(p.grad)[at] = grad;
+        store_run<A>(static_cast<A*>(p.grad) + grad_offset, grad_stride, c, valid, grad);
     });
   }
   if (p.grad_soft) {
-    A* grad = static_cast<A*>(p.grad_soft) + grad_offset;
-    logits.each([&](int64_t c, A v) {
-      grad[c * grad_stride] = class_weight<A>(p, c) * O::lit(-terms.target_share) * scale * (v - largest - log_sum);
+    logits.each_run([&](int64_t c, int valid, const A(&v)[Row::kWidth]) {
+      A grad[Row::kWidth];
+#pragma unroll
+      for (int e = 0; e < Row::kWidth; ++e)
+        if (e < valid)
+          grad[e] = class_weight<A>(p, c + e) * O::lit(-terms.target_share) * scale * (v[e] - largest - log_sum);
+      store_run<A>(static_cast<A*>(p.grad_soft) + grad_offset, grad_stride, c, valid, grad);
     });
   }
   return rank == 0 ? loss : 0;
 }
 
 // kTeam threads share a row and hold kPer classes each. kPer = 0: any number of classes, in shared memory if `cached`.
+// A thread that holds 32 classes may need more registers than two blocks have.
 template <class T, int kTeam, int kPer>
-__global__ void __launch_bounds__(kLossThreads, 2) cross_entropy_kernel(const CrossEntropy p, const bool cached) {
+__global__ void __launch_bounds__(kLossThreads, kPer > 8 ? 1 : 2)
+    cross_entropy_kernel(const CrossEntropy p, const bool cached) {
   using A = Acc<T>;
   using O = Ops<A>;
   constexpr int kRows = kLossThreads / kTeam;

@@ -6,6 +6,7 @@
 // order, and nothing is atomic.
 #pragma once
 
+#include "kernels/cuda/gemm/slices.cuh"
 #include "kernels/cuda/gemm/warp_tile.cuh"
 
 namespace dlk::cuda {
@@ -52,25 +53,22 @@ DLK_HD int weight_rows(int n) {
 // Make dz = g · act'(saved) for `rows` rows of a block, in place of g. kBits: `saved` is the activation mask.
 template <bool kBits, class T>
 DLK_DEVICE void make_dz_rows(const Activation& activation, T* g, const T* saved, int pitch, int rows, int cols) {
-  using O = Ops<float>;
   constexpr int kChunk = kPack<T>;
   const int chunks = static_cast<int>(ceil_div(cols, kChunk));
-  with_activation(activation.kind, [&](auto act) {
 #pragma unroll 1
-    for (RowWalk walk(this_block(), chunks); walk.row < rows; walk.next()) {
-      const int col = walk.piece * kChunk, at = walk.row * pitch + col;
-      float gs[kChunk], s[kChunk];
-      load<T>(g, at, gs);
-      if constexpr (kBits)
-        load_mask<T>(saved, walk.row * cols + col, s);
-      else
-        load<T>(saved, at, s);
+  for (RowWalk walk(this_block(), chunks); walk.row < rows; walk.next()) {
+    const int col = walk.piece * kChunk, at = walk.row * pitch + col;
+    float gs[kChunk], s[kChunk];
+    load<T>(g, at, gs);
+    if constexpr (kBits)
+      load_mask<T>(saved, walk.row * cols + col, s);
+    else
+      load<T>(saved, at, s);
+    activation_gradient(activation, gs, s);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        gs[i] = col + i < cols ? decltype(act)::template grad<O>(gs[i], s[i], O::lit(activation.slope)) : 0.0f;
-      store<T>(g, at, gs);
-    }
-  });
+    for (int i = 0; i < kChunk; ++i) gs[i] = col + i < cols ? gs[i] : 0.0f;
+    store<T>(g, at, gs);
+  }
 }
 
 // out = (dz · weight) · act'(below_saved), rounded; without `below` the product alone. out may be the memory of
@@ -87,6 +85,7 @@ DLK_DEVICE void dgrad_rows(const T* weight, int n, int k, const T* dz, const T* 
     typename Tile::Sums acc = {};
     Tile::multiply(dz + i * pitch, pitch, weight + j, pitch_of<T>(k), ceil_div(n, Tile::kStep), units, acc);
     if (below) {
+      // In the code of the kernel, because a call would need more registers than are left.
       with_activation(below->kind, [&](auto act) {
         Tile::each(units, acc, [&](float& v, int row, int col) {
           v = decltype(act)::template grad<O>(v, widen(below_saved[at + row * pitch + col]), O::lit(below->slope));

@@ -20,15 +20,11 @@ DLK_HD int strip_bytes(int pitch) {
 // Store the activation mask of a strip.
 template <class T>
 DLK_DEVICE void mask_strip(const FusedMlpLayer& layer, const T* strip, int pitch, int64_t i0, int rows) {
-  with_activation(layer.act.kind, [&](auto act) {
-    if constexpr (decltype(act)::needs_sign_only) {
-      for (RowWalk walk(this_warp(), static_cast<int>(layer.n) / kMaskBits); walk.row < rows; walk.next()) {
-        float y[kMaskBits];
-        load<T>(strip, walk.row * pitch + walk.piece * kMaskBits, y);
-        store_mask<decltype(act), T>(layer.mask, (i0 + walk.row) * layer.n + walk.piece * kMaskBits, y);
-      }
-    }
-  });
+  for (RowWalk walk(this_warp(), static_cast<int>(layer.n) / kMaskBits); walk.row < rows; walk.next()) {
+    float y[kMaskBits];
+    load<T>(strip, walk.row * pitch + walk.piece * kMaskBits, y);
+    store_mask_of<T>(layer.act.kind, layer.mask, (i0 + walk.row) * layer.n + walk.piece * kMaskBits, y);
+  }
 }
 
 // Run one layer for the 16 rows of `strip`, in place. Before and after the call every lane of the warp may read the
@@ -51,10 +47,14 @@ DLK_DEVICE void forward_layer(const FusedMlpLayer& layer, const unsigned char* s
     store_rows(this_warp(), layer.z, i0, rows, n, strip, pitch);
     __syncwarp();
   }
-  with_activation(layer.act.kind, [&](auto act) {
+  auto with = [&](auto act) {
     Tile::each(units, acc,
                [&](float& v, int, int) { v = decltype(act)::template value<O>(v, O::lit(layer.act.slope)); });
-  });
+  };
+  if constexpr (sizeof(T) == 4)  // a call would need more registers than are left
+    with_activation(layer.act.kind, with);
+  else if (!with_comparison(layer.act.kind, with))
+    Tile::each_unit(units, acc, [&](float (&v)[4], int) { activate_long(layer.act, v); });
   Tile::store(strip, pitch, kStrip, n, units, acc);
   __syncwarp();
   if (layer.h) store_rows(this_warp(), layer.h, i0, rows, n, strip, pitch);

@@ -1,5 +1,7 @@
 // The launcher of hopper_gemm.cuh: the switch from dtype, layout and size to a kernel, and its two tensor maps.
 #include "kernels/cuda/gemm/hopper/hopper_gemm.cuh"
+#include "kernels/cuda/gemm/slices.h"
+#include "kernels/cuda/gemm/waves.h"
 
 #include <cuda.h>
 #include <cudaTypedefs.h>
@@ -64,6 +66,7 @@ cudaError_t encode(const View& view, int64_t extent, int64_t k, CUtensorMap* map
 // Return cudaSuccess if the current device is a Hopper GPU on which the kernels of this library can be launched. Sets
 // the number of its SMs.
 cudaError_t available(int* processors) {
+  const RelaxedCapture relaxed;
   DeviceFacts device;
   cudaFuncAttributes kernel{};
   using Any = HopperTraits<Bf16, true, true, kNarrow>;
@@ -86,14 +89,15 @@ cudaError_t run(const Gemm& p, int processors, cudaStream_t stream) {
                   static_cast<unsigned>(p.splits));
   status = launch(hopper_gemm_kernel<Traits>, grid, Traits::kThreads, Traits::kSharedBytes, stream, p, map_a, map_b);
   if (status != cudaSuccess) return status;
-  if (p.column_sum) return sum_slices<T>(p.partials, ceil_div(p.m, 64), p.n, p.column_sum, stream);
-  return p.splits > 1 ? splitk_reduce<T>(p, stream) : status;
+  if (p.column_sum) return sum_slices(p.dtype, p.partials, ceil_div(p.m, 64), p.n, p.column_sum, stream);
+  return p.splits > 1 ? splitk_reduce(p, stream) : status;
 }
 
 template <class T, bool kAAlongK, bool kBAlongK>
 cudaError_t run_layout(const Gemm& p, int processors, cudaStream_t stream) {
-  const int64_t wide = ceil_div(p.m, 128) * ceil_div(p.n, kWide) * p.splits;
-  const int tile = p.tile ? p.tile : wide >= processors ? kWide : kNarrow;  // not tuned, which needs a GPU
+  auto tiles = [&](int columns) { return ceil_div(p.m, 128) * ceil_div(p.n, columns) * p.splits; };
+  const bool wide = takes_large(tiles(kWide), tiles(kNarrow), 2, processors);
+  const int tile = p.tile ? p.tile : wide ? kWide : kNarrow;
   return tile == kWide ? run<HopperTraits<T, kAAlongK, kBAlongK, kWide>>(p, processors, stream)
                        : run<HopperTraits<T, kAAlongK, kBAlongK, kNarrow>>(p, processors, stream);
 }

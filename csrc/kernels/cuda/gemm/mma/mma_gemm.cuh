@@ -17,7 +17,7 @@ struct MmaTraits {
   static constexpr int kWarpM = kWarpM_, kWarpN = kWarpN_;  // of C per warp
   static constexpr int kWarpsM = 2, kWarpsN = 2, kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kTileM = kWarpM * kWarpsM, kTileN = kWarpN * kWarpsN;
-  static constexpr int kTileK = 64 / sizeof(T);  // rows of 64 bytes: two steps of mma
+  static constexpr int kTileK = 32;  // rows of 64 bytes: two steps of mma
   static constexpr int kStages = 4;
   using A = Operand<T, kAAlongK, kTileM, kTileK, kThreads>;
   using B = Operand<T, kBAlongK, kTileN, kTileK, kThreads>;
@@ -157,19 +157,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) mma_ge
   } else {
     multiply_steps([&](unsigned char* stage, int64_t k0) {
       if constexpr (!Traits::kAAlongK) {  // wgrad: dz and dbias are made while A is loaded
-        auto plain_or_masked = [&](auto act) {
-          Traits::A::load_made(stage, a, i0, k0, [&](int64_t row, int64_t col, int e) {
-            float v = widen(a.data[row * a.row_stride + col * a.col_stride]);
-            if (p.saved.data) {
-              const int64_t at = col * p.saved.row_stride + row * p.saved.col_stride;
-              v = decltype(act)::template grad<Ops<float>>(v, saved_at<T>(p.saved.data, p.saved_is_mask, at),
-                                                           static_cast<float>(p.act.slope));
+        Traits::A::load_changed(stage, a, i0, k0, [&](int64_t row, int64_t col, int exist, float (&v)[kPack<T>]) {
+          if (p.saved.data) {
+            float saved[kPack<T>];
+#pragma unroll
+            for (int e = 0; e < kPack<T>; ++e) {
+              const int64_t at = (col + e) * p.saved.row_stride + row * p.saved.col_stride;
+              saved[e] = e < exist ? saved_at<T>(p.saved.data, p.saved_is_mask, at) : 0.0f;
             }
-            if (sums_rows) row_sum[e] += v;
-            return v;
-          });
-        };
-        with_activation(p.act.kind, plain_or_masked);
+            activation_gradient(p.act, v, saved);
+          }
+#pragma unroll
+          for (int e = 0; e < kPack<T>; ++e) row_sum[e] += sums_rows && e < exist ? v[e] : 0.0f;
+        });
       } else {
         Traits::A::load_plain(stage, a, i0, k0);
       }

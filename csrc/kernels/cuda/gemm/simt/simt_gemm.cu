@@ -1,5 +1,6 @@
 // The launcher of simt_gemm.cuh: the switch from the dtype to a kernel, and the k-slices.
 #include "kernels/cuda/gemm/simt/simt_gemm.cuh"
+#include "kernels/cuda/gemm/slices.h"
 
 #include <algorithm>
 
@@ -14,17 +15,18 @@ cudaError_t run(const Gemm& p, cudaStream_t stream) {
   cudaError_t status = launch(simt_gemm_kernel<Traits>, grid, Traits::kThreads, 0, stream, p);
   if (status != cudaSuccess || p.splits == 1) return status;
 
-  if (p.n > 0) status = splitk_reduce<T>(p, stream);
+  if (p.n > 0) status = splitk_reduce(p, stream);
   if (status != cudaSuccess || !p.row_sum) return status;
-  return sum_slices<T>(static_cast<const Acc<T>*>(p.partials) + p.splits * p.m * p.n, p.splits, p.m, p.row_sum, stream);
+  return sum_slices(p.dtype, static_cast<const T*>(p.partials) + p.splits * p.m * p.n, p.splits, p.m, p.row_sum,
+                    stream);
 }
 
 }  // namespace
 
 cudaError_t simt_gemm(const Gemm& p, cudaStream_t stream) {
   if (p.m == 0 || (p.n == 0 && !p.row_sum)) return cudaSuccess;
-  if (p.column_sum || !mask_fits(p)) return cudaErrorInvalidValue;
-  return with_dtype(p.dtype, [&](auto t) { return run<decltype(t)>(p, stream); });
+  if (is_16_bit(p.dtype) || p.column_sum || p.mask) return cudaErrorInvalidValue;
+  return p.dtype == DType::f64 ? run<double>(p, stream) : run<float>(p, stream);
 }
 
 }  // namespace dlk::cuda

@@ -1,7 +1,7 @@
 // C = epilogue(A · B) on plain FMAs: one tiled kernel for the three products of a layer (table in params.h).
 //
-// It takes every shape, stride and dtype, and fp32 is fp32 (no TF32). Offsets are 64-bit. k is summed in one fixed
-// order and nothing is atomic, so the same inputs give the same bits.
+// It takes f32, which stays f32 (no TF32), and f64, of every shape and stride. Offsets are 64-bit. k is summed in one
+// fixed order and nothing is atomic, so the same inputs give the same bits.
 #pragma once
 
 #include "kernels/cuda/gemm/epilogue.cuh"
@@ -14,7 +14,9 @@ struct SimtTraits {
   static constexpr int kTileM = 64, kTileN = 64, kTileK = 16;
   static constexpr int kLanesM = 16, kLanesN = 16;  // the threads of a block, as a grid over the tile of C
   static constexpr int kThreads = kLanesM * kLanesN;
-  static constexpr int kBlocksPerSM = 2;  // 65536 registers / (2 * 256 threads) = 128 each: room without spills
+  // Two blocks would leave 128 registers for a thread, which is too few for calls of the long activations. Products that
+  // come here are few blocks anyway.
+  static constexpr int kBlocksPerSM = 1;
   static constexpr int kPerM = kTileM / kLanesM, kPerN = kTileN / kLanesN;  // rows and columns of C per thread
   static_assert(kTileM % kLanesM == 0 && kTileN % kLanesN == 0);
   static_assert(kThreads >= kTileM, "one thread sums one row of A");
@@ -29,70 +31,48 @@ DLK_HD int64_t slice_length(const Gemm& p) {
 
 // Load A[i, s]. With `saved` it is dz, which is made here.
 template <class T>
-DLK_DEVICE Acc<T> load_a(const Gemm& p, int64_t i, int64_t s) {
-  using O = Ops<Acc<T>>;
-  const Acc<T> a = widen(static_cast<const T*>(p.a.data)[i * p.a.row_stride + s * p.a.col_stride]);
-  if (!p.saved.data) return a;
-  const Acc<T> saved = saved_at<T>(p.saved.data, p.saved_is_mask, i * p.saved.row_stride + s * p.saved.col_stride);
-  return with_activation(p.act.kind,
-                         [&](auto act) { return decltype(act)::template grad<O>(a, saved, O::lit(p.act.slope)); });
+DLK_DEVICE T load_a(const Gemm& p, int64_t i, int64_t s) {
+  T a[1] = {static_cast<const T*>(p.a.data)[i * p.a.row_stride + s * p.a.col_stride]};
+  if (p.saved.data) {
+    const T saved[1] = {static_cast<const T*>(p.saved.data)[i * p.saved.row_stride + s * p.saved.col_stride]};
+    activation_gradient(p.act, a, saved);
+  }
+  return a[0];
 }
 
 // Load B[s, j].
 template <class T>
-DLK_DEVICE Acc<T> load_b(const Gemm& p, int64_t s, int64_t j) {
-  return widen(static_cast<const T*>(p.b.data)[s * p.b.row_stride + j * p.b.col_stride]);
+DLK_DEVICE T load_b(const Gemm& p, int64_t s, int64_t j) {
+  return static_cast<const T*>(p.b.data)[s * p.b.row_stride + j * p.b.col_stride];
 }
 
 // Store the sum of one k-slice to partials, or run the epilogue of C[i, j] if there is only one slice.
 template <class T>
-DLK_DEVICE void store_c(const Gemm& p, int64_t i, int64_t j, Acc<T> acc) {
+DLK_DEVICE void store_c(const Gemm& p, int64_t i, int64_t j, T sum) {
   if (p.splits > 1) {
-    static_cast<Acc<T>*>(p.partials)[(blockIdx.z * p.m + i) * p.n + j] = acc;
+    static_cast<T*>(p.partials)[(blockIdx.z * p.m + i) * p.n + j] = sum;
   } else {
-    Acc<T> one[1] = {acc};
+    T one[1] = {sum};
     apply_epilogue<T>(p, i, j, one);
   }
 }
 
 template <class T>
 DLK_DEVICE void store_row_sum(const Gemm& p, int64_t i, double sum) {
-  const auto acc = static_cast<Acc<T>>(sum);
-  if (p.splits > 1)
-    static_cast<Acc<T>*>(p.partials)[p.splits * p.m * p.n + blockIdx.z * p.m + i] = acc;
-  else
-    narrow(acc, static_cast<T*>(p.row_sum) + i);
-}
-
-// Make the activation mask of a tile of C from memory. No thread computes 8 neighbouring columns, so none has a whole
-// byte of the mask before C is stored.
-template <class Traits>
-DLK_DEVICE void mask_tile(const Gemm& p, int64_t i0, int64_t j0) {
-  using T = typename Traits::T;
-  if constexpr (kHasMask<T, kPack<T>>) {
-    constexpr int kAcross = Traits::kTileN / kMaskBits;
-    for (int e = threadIdx.x; e < Traits::kTileM * kAcross; e += Traits::kThreads) {
-      const int64_t i = i0 + e / kAcross, j = j0 + e % kAcross * kMaskBits;
-      if (i >= p.m || j >= p.n) continue;
-      float y[kMaskBits];
-      load<T>(p.c, i * p.n + j, y);
-      with_activation(p.act.kind, [&](auto act) {
-        if constexpr (decltype(act)::needs_sign_only) store_mask<decltype(act), T>(p.mask, i * p.n + j, y);
-      });
-    }
-  }
+  void* const to = p.splits > 1 ? p.partials : p.row_sum;
+  const int64_t at = p.splits > 1 ? p.splits * p.m * p.n + blockIdx.z * p.m + i : i;
+  static_cast<T*>(to)[at] = static_cast<T>(sum);
 }
 
 // blockIdx.x is the first tile of C of the block, blockIdx.z is the k-slice.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_gemm_kernel(const Gemm p) {
   using T = typename Traits::T;
-  using A = Acc<T>;
   constexpr int kTileM = Traits::kTileM, kTileN = Traits::kTileN, kTileK = Traits::kTileK;
   constexpr int kLanesM = Traits::kLanesM, kLanesN = Traits::kLanesN;
   // With one column of padding, threads that write down a column use different banks.
-  __shared__ A a_tile[kTileK][kTileM + 1];
-  __shared__ A b_tile[kTileK][kTileN + 1];
+  __shared__ T a_tile[kTileK][kTileM + 1];
+  __shared__ T b_tile[kTileK][kTileN + 1];
 
   const int thread = threadIdx.x;
   const int lane_m = thread / kLanesN, lane_n = thread % kLanesN;
@@ -108,27 +88,27 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
     const int64_t i0 = tile / tiles_n * kTileM, j0 = tile % tiles_n * kTileN;
     const bool sums_rows = p.row_sum && j0 == 0 && thread < kTileM;
     // Each tile of k is summed separately: sqrt(16 · k) instead of k rounding errors, for 1 more addition per 16.
-    A acc[Traits::kPerM][Traits::kPerN] = {};
+    T acc[Traits::kPerM][Traits::kPerN] = {};
     double row_sum = 0;
 
     for (int64_t k0 = k_begin; k0 < k_end; k0 += kTileK) {
       for (int e = thread; e < kTileM * kTileK; e += Traits::kThreads) {
         const int i = a_along_k ? e / kTileK : e % kTileM;
         const int s = a_along_k ? e % kTileK : e / kTileM;
-        a_tile[s][i] = i0 + i < p.m && k0 + s < k_end ? load_a<T>(p, i0 + i, k0 + s) : A(0);
+        a_tile[s][i] = i0 + i < p.m && k0 + s < k_end ? load_a<T>(p, i0 + i, k0 + s) : T(0);
       }
       for (int e = thread; e < kTileN * kTileK; e += Traits::kThreads) {
         const int j = b_along_k ? e / kTileK : e % kTileN;
         const int s = b_along_k ? e % kTileK : e / kTileN;
-        b_tile[s][j] = j0 + j < p.n && k0 + s < k_end ? load_b<T>(p, k0 + s, j0 + j) : A(0);
+        b_tile[s][j] = j0 + j < p.n && k0 + s < k_end ? load_b<T>(p, k0 + s, j0 + j) : T(0);
       }
       __syncthreads();
       if (sums_rows) {
-        A sum = 0;
+        T sum = 0;
         for (int s = 0; s < kTileK; ++s) sum += a_tile[s][thread];
         row_sum += sum;
       }
-      A tile_sum[Traits::kPerM][Traits::kPerN] = {};
+      T tile_sum[Traits::kPerM][Traits::kPerN] = {};
 #pragma unroll
       for (int s = 0; s < kTileK; ++s) {
 #pragma unroll
@@ -155,10 +135,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSM) simt_g
         const int64_t row = i0 + lane_m + i * kLanesM, col = j0 + lane_n + j * kLanesN;
         if (row < p.m && col < p.n) store_c<T>(p, row, col, acc[i][j]);
       }
-    }
-    if (p.mask && p.splits == 1) {
-      __syncthreads();  // the tile is in memory. With k-slices, splitk_reduce_kernel makes the mask.
-      mask_tile<Traits>(p, i0, j0);
     }
   }
 }
