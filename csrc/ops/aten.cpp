@@ -7,6 +7,7 @@
 #include <ATen/ops/mul_ops.h>
 #include <ATen/ops/neg_ops.h>
 #include <ATen/ops/scalar_tensor_ops.h>
+#include <ATen/ops/stack_ops.h>
 #include <ATen/ops/zeros_ops.h>
 
 namespace dlk::aten {
@@ -42,6 +43,8 @@ at::Tensor scalar_tensor(const at::Scalar& value, const at::TensorOptions& optio
 
 at::Tensor mul(const at::Tensor& a, const at::Tensor& b) { return at::_ops::mul_Tensor::call(a, b); }
 at::Tensor neg(const at::Tensor& a) { return at::_ops::neg::call(a); }
+
+at::Tensor stack(at::TensorList tensors) { return at::_ops::stack::call(tensors, 0); }
 
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b) { return at::_ops::mm::call(a, b); }
 

@@ -13,6 +13,7 @@ at::Tensor scalar_tensor(const at::Scalar& value, const at::TensorOptions& optio
 
 at::Tensor mul(const at::Tensor& a, const at::Tensor& b);
 at::Tensor neg(const at::Tensor& a);
+at::Tensor stack(at::TensorList tensors);
 
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b);
 at::Tensor& mm_out(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);

@@ -3,10 +3,10 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Reduction.h>
-#include <ATen/ops/stack.h>
 
 #include <algorithm>
 
+#include "ops/aten.h"
 #include "ops/autograd/function.h"
 #include "ops/autograd/losses.h"
 #include "ops/autograd/mlp.h"
@@ -40,7 +40,7 @@ std::tuple<at::Tensor, at::Tensor> losses_of_members(const at::Tensor& y, const 
                                       reduction, ignore_index, label_smoothing);
     losses.push_back(loss), grads.push_back(grad);
   }
-  return {at::stack(losses), at::stack(grads)};
+  return {aten::stack(losses), aten::stack(grads)};
 }
 
 }  // namespace
