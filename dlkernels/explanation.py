@@ -263,7 +263,9 @@ def explain_mlp(
     )
 
 
-def _explain_ensemble(x: Tensor, weights: Sequence[Tensor], hidden: Sequence[str], last: str, bias: bool) -> MlpPlan:
+def _explain_ensemble(
+    x: Tensor, weights: Sequence[Tensor], hidden: Sequence[ActivationName], last: ActivationName, bias: bool
+) -> MlpPlan:
     members = weights[0].shape[0]
     x = _mlp.as_members(x, weights)
     if members == 0:
