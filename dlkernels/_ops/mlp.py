@@ -31,7 +31,14 @@ from dlkernels._ops import autocast
 from dlkernels._ops.activations import Activation, activation_of_code
 from dlkernels._ops.derivatives import differentiable_op, gradients, sum_present
 from dlkernels._ops.linear_act import check_like, linear_act, stacked_linear_act
-from dlkernels._ops.modes import are_plain, autocast_active, autocast_operands, exporting, under_transform
+from dlkernels._ops.modes import (
+    are_plain,
+    autocast_active,
+    autocast_operands,
+    exporting,
+    only_mapped,
+    under_transform,
+)
 
 _recorded = torch.ops.dlkernels._mlp.default
 _forward = torch.ops.dlkernels._mlp_forward.default
@@ -115,7 +122,8 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
         fusable = _is_traced_by_aot(*tensors)
     else:
         fusable = (x.is_cpu or x.is_cuda) and are_plain(*tensors)
-    if not fusable or under_transform():
+    mapped = fusable and only_mapped()
+    if not fusable or (under_transform() and not mapped):
         return layer_by_layer(x, weights, biases, acts, slope)
     if autocast_active(x):
         if has_native_kernel(x, weights, biases):
@@ -123,7 +131,11 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
         x, *parameters = autocast_operands(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     codes = [act.code for act in acts]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    return (_recorded if mapped else _run)(x, weights, biases, codes, slope)  # vmap calls _mapped
+
+
+def _run(x: Tensor, weights: Tensors, biases: Biases, codes: Sequence[int], slope: float) -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases)):
         return _recorded(x, weights, biases, codes, slope)
     return _forward(x, weights, biases, codes, slope, ())[0]
 
@@ -170,15 +182,8 @@ def _ensemble(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activatio
         for weight, bias, act in zip(weights, biases, acts, strict=True):
             y = stacked_linear_act(y, weight, bias, act, slope)
     else:
-        codes = [act.code for act in acts]
-        records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        op = _recorded if records else _forward_y
-        y = op(rows, weights, biases, codes, slope)
+        y = _run(rows, weights, biases, [act.code for act in acts], slope)
     return y if x.dim() == 3 else y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _forward_y(x: Tensor, weights: Tensors, biases: Biases, codes: Sequence[int], slope: float) -> Tensor:
-    return _forward(x, weights, biases, codes, slope, ())[0]
 
 
 def check_ensemble(x: Tensor, weights: Tensors, biases: Biases) -> list[tuple[int, ...]]:
@@ -204,6 +209,26 @@ def check_ensemble(x: Tensor, weights: Tensors, biases: Biases) -> list[tuple[in
         check_like("mlp", "x", x, (f"weights[{i}]", weight), (f"biases[{i}]", bias))
         shapes.append((*x.shape[:-1], features))
     return shapes
+
+
+@torch.library.register_vmap("dlkernels::_mlp")
+def _mapped(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, weights: Tensors, biases: Biases, codes: Sequence[int], slope: float
+) -> tuple[Tensor, int]:
+    """The samples of a chain are the members of an ensemble. If only x has a batch, they are more rows."""
+    x_dim, weight_dims, bias_dims = in_dims[:3]
+    if all(dim is None for dim in (*weight_dims, *bias_dims)):
+        return _run(x.movedim(x_dim, 0), weights, biases, codes, slope), 0
+
+    def batch_first(t: Tensor, dim: int | None) -> Tensor:
+        return t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
+
+    x = batch_first(x, x_dim)
+    rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    stacked = list(map(batch_first, weights, weight_dims))
+    stacked_biases = [b if b is None else batch_first(b, d) for b, d in zip(biases, bias_dims, strict=True)]
+    y = _run(rows, stacked, stacked_biases, codes, slope)
+    return y.reshape(*x.shape[:-1], y.shape[-1]), 0
 
 
 # ---- fake kernels, for runs without data: FakeTensorMode -------------------------------------------------------------

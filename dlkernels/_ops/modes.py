@@ -40,6 +40,12 @@ def functionalizing() -> bool:
     return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
 
 
+def only_mapped() -> bool:
+    """Return True in ``torch.func.vmap`` that is in no other transform, and has none inside."""
+    levels = get_interpreter_stack() or ()
+    return len(levels) == 1 and levels[0].key() == TransformType.Vmap and not (forward_mode() or tracing())
+
+
 def is_batched(g: Tensor) -> bool:
     """Return True if ``g`` is a batch of gradients, from ``torch.autograd.grad(..., is_grads_batched=True)``.
 
