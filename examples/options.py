@@ -18,7 +18,10 @@ def say_what_is_missing(kind: type[BaseException], error: BaseException, traceba
     if isinstance(error, DataError):
         print(f"{name}: {error}", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError):
-        module = (error.name or "").split(".")[0]
+        cause: BaseException | None = error  # transformers raises one that names no module from another one
+        while cause and not getattr(cause, "name", None):
+            cause = cause.__cause__ or cause.__context__
+        module = getattr(cause, "name", "").split(".")[0]
         print(f"{name}: this example needs {module} ({error}): {how_to_get(module)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -47,6 +47,8 @@ def test_skorch_beside_scikit_learn(run, capsys):
 
 
 def test_accelerate_in_bfloat16_and_unfuse(run):
+    state = pytest.importorskip("accelerate").state.AcceleratorState
+    state._reset_state(reset_partial_state=True)  # a process has one, and another test may have left it
     outcome = run("with_accelerate", "accelerate")
     check(outcome, 1, at_most=0.02)
     assert min(outcome.stock.result, outcome.fused.result) > 0.9

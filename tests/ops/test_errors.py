@@ -219,4 +219,4 @@ def test_codes_of_the_backward_in_python(code):
     with pytest.raises(ValueError, match=rf"activation code in \[0, 9\), got {code}"):
         ops._linear_act_differentiable_backward(g, None, x, w, g, None, code, 0.0, True, True, True)
     with pytest.raises(ValueError, match=rf"activation code in \[0, 9\), got {code}"):
-        ops._mlp_differentiable_backward(g, [], x, [w], g, [], [0], [code], 0.0, [1, 1, 1])
+        ops._mlp_differentiable_backward(g, [], x, [w], g, [], [0], [code], 0.0, [1, 1, 1], False)

@@ -297,7 +297,8 @@ def test_comparison_fits_a_narrow_terminal(first, tmp_path, monkeypatch):
     assert max(map(len, text.splitlines())) <= 80 and "–" not in text
 
 
-def test_comparison_needs_two_runs_and_tells_them_apart(runs, first, capsys):
+def test_comparison_needs_two_runs_and_tells_them_apart(runs, first, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # the paths of the runs on one line
     assert main(["compare", str(first.path)]) == 2
     assert "at least two runs to compare; got 1" in capsys.readouterr().err
     assert main(["compare", str(first.path), str(runs / "first")]) == 0

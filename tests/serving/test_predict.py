@@ -312,6 +312,7 @@ def test_command_predicts(run, model, tmp_path, capsys, monkeypatch):
     Image.fromarray(255 - drawing()).save(tmp_path / "light.png")
     np.save(tmp_path / "rows.npy", RAW)
     capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "400")  # the paths of the inputs on one line
     inputs = [str(tmp_path / "light.png"), str(tmp_path / "rows.npy")]
     assert main(["predict", str(run), *inputs, "--top", "2", "--json", str(tmp_path / "out.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
