@@ -55,7 +55,7 @@ SMALL: dict[str, str | None] = {
     'python -c "from dlkernels import routing; print(routing.file_name())"': None,
     "python -m dlkernels train --resume --out runs/a": None,
     "python -m dlkernels train --resume --out runs/a --epochs 30":
-        "python -m dlkernels train --resume --out runs/mnist --epochs 2",  # runs/a has a schedule, which fixes the epochs
+        "python -m dlkernels train --resume --out runs/mnist --epochs 2",  # the schedule of runs/a fixes its epochs
     "python -m dlkernels train --resume runs/a/checkpoints/epoch-0003.pt --out runs/b": None,
     "python -m dlkernels find-lr --dataset digits --optimizer sgd":
         "python -m dlkernels find-lr --dataset digits --optimizer sgd --batches 10",
