@@ -1,0 +1,252 @@
+"""Every command that the README, the docs and the examples print is run as printed, but for a small setting.
+
+They run in their order, in a copy of the tracked files with the compiled extension, so that a later command finds what
+an earlier one wrote. A new command fails the test until it stands in one of the two tables: ``SMALL`` has what is run
+in its place, ``NOT_RUN`` the reason why it is not.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.docs.pages import BLOCKS, PAGES
+from tests.support.paths import ROOT
+
+TUNE = "--dtypes float32 --seconds 0.01 --out routes.json"
+BENCH = "--shapes 8x8x8 --modes forward --dtypes fp32 --budget 0.05 --out bench.json"
+
+# As printed, and as run; None: as printed.
+SMALL: dict[str, str | None] = {
+    "python -m dlkernels info": None,
+    "python -m dlkernels train": "python -m dlkernels train --dataset digits --epochs 1 --out runs/mnist",
+    "python -m dlkernels train --dataset digits --epochs 20 --schedule cosine --out runs/a":
+        "python -m dlkernels train --dataset digits --epochs 3 --schedule cosine --out runs/a",
+    "python -m dlkernels train --config runs/a/config.toml --lr 0.003 --out runs/b":
+        "python -m dlkernels train --config runs/a/config.toml --lr 0.003 --out runs/b --epochs 1",
+    "python -m dlkernels compare runs/a runs/b --out comparison.html": None,
+    "python -m dlkernels find-lr --dataset digits": "python -m dlkernels find-lr --dataset digits --batches 10",
+    "python -m dlkernels cross-validate --dataset digits":
+        "python -m dlkernels cross-validate --dataset digits --epochs 1 --folds 2",
+    "python -m dlkernels predict runs/mnist digit.png": None,
+    "python -m dlkernels export runs/mnist --format onnx": None,
+    "python -m dlkernels fuse --model torchvision:alexnet":
+        "python -m dlkernels fuse --model torchvision:alexnet --batch-size 1 --size 64",
+    "python -m bench.networks": "python -m bench.networks --dtypes fp32 --budget 0.01",
+    "python -m bench": f"python -m bench {BENCH}",
+    "python -m bench --quick": f"python -m bench --quick {BENCH}",
+    "python -m bench --activations none": f"python -m bench --activations none {BENCH}",
+    "python -m bench.overhead": "python -m bench.overhead --seconds 0.01",
+    "python -m bench.trainer_loop": "python -m bench.trainer_loop --epochs 1 --threads 1",
+    "python -m bench.readme_table bench/results/amd-epyc-2t.json": None,
+    "python -m bench.readme_table bench/results/intel-xeon-amx-2t.json": None,
+    "python -m bench.readme_table FILE": "python -m bench.readme_table bench/results/amd-epyc-2t.json",
+    "python -m dlkernels tune": f"python -m dlkernels tune --shapes 8x8x8 {TUNE}",
+    "python -m dlkernels tune --any-threads --seconds 0.6 --out dlkernels/routes/PROCESSOR-ISA.json":
+        f"python -m dlkernels tune --any-threads --shapes 8x8x8 {TUNE}",
+    "python -m tools.hub_kernel build/hub-kernel": None,
+    "python -m dlkernels tune --shapes 64x784x256 64x256x10 --threads 4":
+        f"python -m dlkernels tune --shapes 64x784x256 64x256x10 --threads 4 {TUNE}",
+    'python -c "from dlkernels import routing; print(routing.file_name())"': None,
+    "python -m dlkernels train --resume --out runs/a": None,
+    "python -m dlkernels train --resume --out runs/a --epochs 30":
+        "python -m dlkernels train --resume --out runs/mnist --epochs 2",  # the schedule of runs/a fixes its epochs
+    "python -m dlkernels train --resume runs/a/checkpoints/epoch-0003.pt --out runs/b": None,
+    "python -m dlkernels find-lr --dataset digits --optimizer sgd":
+        "python -m dlkernels find-lr --dataset digits --optimizer sgd --batches 10",
+    "python -m dlkernels cross-validate --config runs/a/config.toml --lr 0.01 --folds 5 --kind stratified":
+        "python -m dlkernels cross-validate --config runs/a/config.toml --lr 0.01 --folds 2 --kind stratified "
+        "--epochs 1",
+}  # fmt: skip
+
+# The libraries of no extra, and those of extras that a machine without a registry may lack.
+NEEDS = {"torchvision": "torchvision", "--format onnx": "onnxscript"}
+
+NETWORK = "downloads packages; tools/install_matrix.py runs it"
+CI = ".github/workflows runs it on each push"
+GPU = "needs a GPU"
+NAME = "the name of a program in a sentence"
+NOT_RUN = {
+    "pip install -e '.[train]'": NETWORK,
+    "pip install -e '.[dev]'": NETWORK,
+    "pip install -e '.[neighbours]'": NETWORK,
+    "pip install -e .": NETWORK,
+    "pip install .": NETWORK,
+    "pip install -v .": NETWORK,
+    "pip install --no-build-isolation .": NETWORK,
+    "pip install -U setuptools ninja": NETWORK,
+    "pip install dist/dlkernels-*.tar.gz": NETWORK,
+    "pip wheel --no-deps .": NETWORK,
+    "pip install --force-reinstall --no-deps --no-cache-dir .": NETWORK,
+    "pip install --no-deps torchvision==0.N.*": NETWORK,
+    "python -m build": NAME,
+    "python -m build --sdist": NETWORK,
+    "python -m build --wheel --no-isolation": NETWORK,
+    "python tools/install_matrix.py --record docs/guide/install.md": NETWORK,
+    "pip install torch": NETWORK,
+    "pip install git+file://FOLDER": NETWORK,
+    "make wheel": NETWORK,
+    "python -m tools.wheel": NETWORK,
+    "python -m tools.wheel --python python3.11 python3.12 --torch torch==2.13.0": NETWORK,
+    "python -m tools.hub_kernel build/hub-kernel --build": "compiles for minutes",
+    "make test": CI,
+    "make lint": CI,
+    "make docs": CI,
+    "make demo": "compiles and downloads for minutes; its commands are run one by one",
+    "make bench": "compiles; `python -m bench --quick` is run",
+    "make test-isa": "runs the suite several times",
+    "make sanitize": "runs the suite with sanitizers",
+    "make mutations": "compiles for an hour",
+    "make cuda-check": "needs nvcc",
+    "make gpu-wheel": "needs nvcc, and downloads 5 GB",
+    "make gpu-check": GPU,
+    'make gpu-check STAGES="build light"': GPU,
+    "make gpu-lease": GPU,
+    "make gpu-lease RUN=again": GPU,
+    "python -m bench.dispatch": GPU,
+    "python -m dlkernels tune --device cuda --shapes 64x784x256": GPU,
+    "torchrun --nproc-per-node=8 -m dlkernels train --dataset mnist --device cuda": GPU,
+    "torchrun --nproc-per-node=8 -m dlkernels train --dataset mnist --device cuda --parallel fsdp": GPU,
+    "torchrun --nproc-per-node=2 --max-restarts=3 -m dlkernels train --dataset digits": "half a minute; "
+    "tests/trainer/test_torchrun.py runs it",
+    "torchrun --nproc-per-node=8 train.py": "train.py is the reader's",
+    "torchrun -m dlkernels train": NAME,
+    "python -m dlkernels": NAME,
+    "python -m dlkernels COMMAND": NAME,
+    "python -m dlkernels COMMAND --help": NAME,
+    "python -m bench.readme_table": NAME,
+    "python -m tests.kernels.every_processor": "runs the suite several times",
+    "python setup.py build_ext --inplace": "compiles for minutes; the build that these tests use was made by it",
+    "python -m dlkernels tune --model torchvision:alexnet --batch-size 32": "times 4,096 wide layers for minutes; "
+    "tests/cli/test_tuning_cli.py tunes for a model",
+}
+
+# Runs the commands that come as JSON, in the current folder. Each is a fork of a process that has imported torch, which
+# alone takes two seconds. It prints the exit status and the output of each that failed.
+RUNNER = """
+import json, os, runpy, shlex, subprocess, sys, tempfile, traceback
+import torch
+
+torch.set_num_threads(1)
+
+def call(words):
+    if words[0] != "python":
+        return subprocess.run(words).returncode
+    try:
+        if words[1] == "-c":
+            exec(words[2], {"__name__": "__main__"})
+        else:
+            assert words[1] == "-m", words
+            sys.argv = words[2:]
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+for command in json.load(sys.stdin):
+    with tempfile.TemporaryFile("w+") as output:
+        if (child := os.fork()) == 0:
+            os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            try:
+                status = call(shlex.split(command))
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status:
+            output.seek(0)
+            print(f"{command}\\n{output.read()[-2000:]}exit status {status}\\n", flush=True)
+"""
+
+
+def printed():
+    """Every command on the pages with its page, in their order, but for blocks that say why they do not run."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for block in BLOCKS:
+            if block.page == page and block.language == "sh" and not block.not_run:
+                found += [(page, line.strip()) for line in block.text.replace("\\\n", " ").splitlines()]
+        found += [(page, line) for line in re.findall(r"`((?:python|pip|make|torchrun) [^`\n]*)`", text)]
+    commands = [(page, re.sub(r"\s+# .*", "", line)) for page, line in found]
+    return [(page, line) for page, line in commands if line and not line.startswith("#")]
+
+
+def test_every_printed_command_is_in_one_of_the_tables():
+    assert not SMALL.keys() & NOT_RUN.keys()
+    lines = {line for _, line in printed() if not re.match(r"python examples/\w+\.py", line)}
+    unknown = {line for line in lines if line not in SMALL and line not in NOT_RUN}
+    assert not unknown, f"{sorted(unknown)}: add it to SMALL or to NOT_RUN in {__file__}"
+    gone = (SMALL.keys() | NOT_RUN.keys()) - lines
+    assert not gone, f"{sorted(gone)}: no page prints it any more"
+
+
+def test_every_example_that_is_printed_is_run_by_its_tests():
+    """The tests of the examples call the ``main`` or ``train`` of each in its small setting."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests/examples").glob("test_*.py"))
+    named = {line.split()[1] for _, line in printed() if line.startswith("python examples/")} - {"examples/NAME.py"}
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        if re.search(rf"^python examples/{path.name}", path.read_text(), re.MULTILINE):
+            named.add(f"examples/{path.name}")
+    for name in sorted(named):
+        assert (ROOT / name).is_file()
+        # mnist_practice.py has no small setting: ten epochs of MNIST, which is downloaded
+        if name != "examples/mnist_practice.py":
+            stem = name.removeprefix("examples/").removesuffix(".py")
+            assert re.search(rf'"{stem}"', tests), f"no test in tests/examples runs {name}"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the tracked files, as a fresh clone has them, and the compiled extension."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    folder = tmp_path_factory.mktemp("clone")
+    extension = [str(path.relative_to(ROOT)) for path in (ROOT / "dlkernels").glob("_C*")]
+    for name in {*listed.stdout.splitlines(), *extension}:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def test_printed_commands_run(clone):
+    for library in ("sklearn", "matplotlib", "pydantic"):
+        pytest.importorskip(library)
+    from PIL import Image
+
+    Image.linear_gradient("L").resize((8, 8)).save(clone / "digit.png")
+    lines = dict.fromkeys(line for _, line in printed() if line in SMALL)  # each once, in the order of the pages
+    commands = [
+        SMALL[line] or line
+        for line in lines
+        if not any(part in line and find_spec(library) is None for part, library in NEEDS.items())
+    ]
+    assert len(commands) > 20
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    environment = {
+        "PYTHONPATH": str(clone),
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(clone / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(commands),
+        cwd=clone,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0 and not done.stdout, done.stdout
+    for made in ("comparison.html", "runs/a/report.html", "runs/mnist/model.onnx", "routes.json", "bench.json"):
+        assert (clone / made).exists(), made
