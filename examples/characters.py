@@ -5,10 +5,13 @@ The last tenth of the text is held out. At the end the model continues a sentenc
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from both import Training
+from both import Training, both
+from options import options
 from prose import TEXT
 from torch import Tensor, nn
 
@@ -83,3 +86,11 @@ def learn(model: nn.Module, setting: Setting) -> Training[Learnt]:
     )
     text = "".join(CHARACTERS[i] for i in written[0])
     return Learnt(loss_on(model, held_out, context), unigram_loss(ids, held_out), text)
+
+
+def compare(train: Callable[..., Any], doc: str) -> None:
+    """Run an example, whose docstring is ``doc``: train stock and fused, and print what each has learnt."""
+    args = options(doc)
+    outcome = both(partial(train, small=args.small), seed=args.seed)
+    outcome.stock.result.show("stock")
+    outcome.fused.result.show("fused")

@@ -6,11 +6,8 @@ SiLU and the product are fused: one call of dlkernels.functional.linear_glu. At 
 python examples/llama.py [--small]
 """
 
-from functools import partial
-
-from both import Prepare, Training, both
-from characters import CHARACTERS, FULL, SMALL, Learnt, learn
-from options import options
+from both import Prepare, Training
+from characters import CHARACTERS, FULL, SMALL, Learnt, compare, learn
 from prose import import_transformers
 
 
@@ -26,7 +23,4 @@ def train(prepare: Prepare, small: bool = False) -> Training[Learnt]:
 
 
 if __name__ == "__main__":
-    args = options(__doc__)
-    outcome = both(partial(train, small=args.small), seed=args.seed)
-    outcome.stock.result.show("stock")
-    outcome.fused.result.show("fused")
+    compare(train, __doc__)

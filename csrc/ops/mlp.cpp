@@ -104,7 +104,7 @@ void run_forward(const Device& device, const std::vector<Problem>& layers, const
   }
 }
 
-// What a backward reads and writes, of all layers; those below `deepest` have no gradient to give.
+// The tensors that a backward reads and writes, for all layers. Layers below `deepest` need no gradient.
 struct Backward {
   const std::vector<Problem>& layers;
   size_t deepest;

@@ -122,8 +122,9 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
         fusable = _is_traced_by_aot(*tensors)
     else:
         fusable = (x.is_cpu or x.is_cuda) and are_plain(*tensors)
-    mapped = fusable and only_mapped()
-    if not fusable or (under_transform() and not mapped):
+    transformed = under_transform()
+    mapped = transformed and fusable and only_mapped()
+    if not fusable or (transformed and not mapped):
         return layer_by_layer(x, weights, biases, acts, slope)
     if autocast_active(x):
         if has_native_kernel(x, weights, biases):

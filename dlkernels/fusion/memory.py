@@ -1,4 +1,4 @@
-"""What a decision for a chain reads (``_decisions``), and the decision itself.
+"""Makes decisions for chains that hold until something changes that they read (``_decisions``).
 
 An activation whose body is read, or that has a rule of the user's, is read again at each call (:class:`Checked`).
 """

@@ -9,7 +9,7 @@
 
 namespace dlk::cuda {
 
-// What such a function takes and returns. It stays in registers, as an array would not.
+// The functions below take and return this struct. The compiler keeps it in registers; it would not keep an array there.
 template <class A, int kCount>
 struct Values {
   A at[kCount];

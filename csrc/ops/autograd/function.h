@@ -20,8 +20,8 @@ namespace dlk {
 
 using variable_list = std::vector<at::Tensor>;
 
-// What forward leaves for backward; see torch::autograd::AutogradContext. A setting is an int64_t, a double, a bool or a list of
-// int64_t.
+// Forward saves tensors and settings here, and backward reads them; see torch::autograd::AutogradContext. A setting is an
+// int64_t, a double, a bool or a list of int64_t.
 class AutogradContext {
  public:
   explicit AutogradContext(torch::autograd::AutogradContext& torchs) : torchs_(torchs) {}

@@ -129,20 +129,25 @@ int main() {
         table.few_columns_backward(p, parallel);
       });
 
-  good &= same_on_any_number_of_threads("dz and dbias", {m * n, n}, [&](Results& r, const Parallel& parallel) {
-    std::vector<float> partials(slices(m) * n);
-    table.grad_pass({DType::f32,
-                     m,
-                     n,
-                     {g.data(), n, 1},
-                     {y.data(), n, 1},
-                     relu,
-                     r[0].data(),
-                     r[1].data(),
-                     OutputMode::cast,
-                     partials.data()},
-                    parallel);
-  });
+  auto grad_pass = [&](const float* grad, const float* saved, int64_t columns) {
+    return [=, &table](Results& r, const Parallel& parallel) {
+      std::vector<float> partials(slices(m) * columns);
+      table.grad_pass({DType::f32,
+                       m,
+                       columns,
+                       {grad, columns, 1},
+                       {saved, columns, 1},
+                       relu,
+                       r[0].data(),
+                       r[1].data(),
+                       OutputMode::cast,
+                       partials.data()},
+                      parallel);
+    };
+  };
+  good &= same_on_any_number_of_threads("dz and dbias", {m * n, n}, grad_pass(g.data(), y.data(), n));
+  // so many columns and so few slices that threads share a slice
+  good &= same_on_any_number_of_threads("dz and dbias of many columns", {m * k, k}, grad_pass(x.data(), x.data(), k));
   good &= same_on_any_number_of_threads(
       "update", {m * k, m * k, m * k, n, n, n}, [&](Results& r, const Parallel& parallel) {
         for (int i = 0; i < 3; ++i) {
@@ -155,22 +160,6 @@ int main() {
                                          {n, r[3].data(), b.data(), r[4].data(), r[5].data(), nullptr, 0.1, 0.5}};
         table.update({UpdateRule::adam, false, false, 0.1, 0.01, 0.99, 1e-8, 0, 0.9, tensors, 2}, parallel);
       });
-  // so many columns and so few slices that threads share a slice
-  good &= same_on_any_number_of_threads("dz and dbias of many columns", {m * k, k},
-                                        [&](Results& r, const Parallel& parallel) {
-                                          std::vector<float> partials(slices(m) * k);
-                                          table.grad_pass({DType::f32,
-                                                           m,
-                                                           k,
-                                                           {x.data(), k, 1},
-                                                           {x.data(), k, 1},
-                                                           relu,
-                                                           r[0].data(),
-                                                           r[1].data(),
-                                                           OutputMode::cast,
-                                                           partials.data()},
-                                                          parallel);
-                                        });
   good &= same_on_any_number_of_threads("activation", {m * k}, [&](Results& r, const Parallel& parallel) {
     table.act_pass({m * k, x.data(), {Act::gelu, 0}, r[0].data()}, parallel);
   });

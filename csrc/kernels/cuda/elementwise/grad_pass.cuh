@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
     const int64_t slice = block / cut.tiles, j = (block % cut.tiles * cut.lanes + lane) * kWidth;
     const int64_t end = min(p.m, (slice + 1) * cut.rows);
     double total[kWidth] = {};
-    // What act' reads: nothing, bits of a mask, or elements. Every row of a batch is loaded before the first is used: 64
-    // bytes of loads under way in a thread. gradient(g, saved) is called for one row after the other; where it is
-    // long, there is one copy of its code.
+    // `reads` says what the derivative of the activation reads: nothing, bits of a mask, or elements. A thread loads all
+    // rows of a batch before it uses the first, so 64 bytes of loads are under way. Then it calls gradient(g, saved) for
+    // one row after the other. A long gradient has one copy of its code.
     auto add_up = [&](auto reads, auto&& gradient) {
       constexpr Saved kReads = decltype(reads)::value;
       constexpr int kBatch = kReads == Saved::elements ? 2 : 4, kCopies = kReads == Saved::elements ? 1 : kBatch;

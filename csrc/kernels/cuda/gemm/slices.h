@@ -1,4 +1,4 @@
-// What follows a product or a pass that was cut in slices.
+// A product or a pass may be cut in slices. These launchers add the slices up afterwards.
 #pragma once
 
 #include "kernels/cuda/kernels.h"
