@@ -6,7 +6,7 @@ On a GPU the shares are of the floors (a) and (b) of ``bench/floors.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,7 @@ class Row:
     paths: str  # of forward, dgrad and wgrad; one word if they are equal
     ours: Timing
     stock: Timing
-    best_other: str
-    vs_best: float
+    vs_others: Mapping[str, float]  # the medians of all other contenders over ours, by name
     rate: float  # operations per second
     share: float  # the roofline's seconds over our median; on a GPU those of floor (a)
     share_of_peak: float | None  # of the rate of multiply-adds on registers alone; None where that was not measured
@@ -42,7 +41,15 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        return self.stock.median / self.ours.median
+        return self.vs_others[REFERENCE]
+
+    @property
+    def best_other(self) -> str:
+        return min(self.vs_others, key=self.vs_others.__getitem__)
+
+    @property
+    def vs_best(self) -> float:
+        return self.vs_others[self.best_other]
 
     @property
     def label(self) -> str:
@@ -96,7 +103,10 @@ def roofline(record: Record, shape: Shape, dtype: str, mode: str, column: str, r
 
 
 def geomeans(table: Iterable[Row]) -> list[dict[str, Any]]:
-    """Return the geometric mean, worst and best ratio by dtype, mode and column, and the mean of ``vs_best``."""
+    """Return the geometric mean, worst and best ratio by dtype, mode and column, and the mean of ``vs_best``.
+
+    ``others`` has a mean for every other contender, over the layers where it was timed.
+    """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in table:
         groups.setdefault((row.dtype, row.mode, row.column), []).append(row)
@@ -110,6 +120,7 @@ def geomeans(table: Iterable[Row]) -> list[dict[str, Any]]:
             "worst": min(row.ratio for row in group),
             "best": max(row.ratio for row in group),
             "layers": len(group),
+            "others": _means_of_others(group),
         }
         for (dtype, mode, column), group in groups.items()
     ]
@@ -145,8 +156,6 @@ def refused(record: Record) -> list[tuple[Layer, str, str]]:
 
 def _row(record: Record, layer: Layer, measurement: Measurement, rate: float) -> Row:
     times, shape = measurement.times, _shape(layer)
-    others = {name: timing.median for name, timing in times.items() if name != OURS}
-    best_other = min(others, key=others.__getitem__)
     ours, peak = times[OURS], register_rates(record).get(layer.dtype)
     floor_b = None
     if on_gpu(record):
@@ -165,8 +174,7 @@ def _row(record: Record, layer: Layer, measurement: Measurement, rate: float) ->
         paths=_paths(layer, measurement.mode),
         ours=ours,
         stock=times[REFERENCE],
-        best_other=best_other,
-        vs_best=others[best_other] / ours.median,
+        vs_others={name: timing.median / ours.median for name, timing in times.items() if name != OURS},
         rate=shape.flops(measurement.mode) / ours.median,
         share=floor / ours.median,
         share_of_peak=None if peak is None else shape.flops(measurement.mode) / ours.median / peak,
@@ -184,6 +192,14 @@ def _paths(layer: Layer, mode: str) -> str:
 
 def _shape(layer: Layer) -> Shape:
     return Shape(layer.shape, layer.m, layer.k, layer.n)
+
+
+def _means_of_others(group: Iterable[Row]) -> dict[str, float]:
+    ratios: dict[str, list[float]] = {}
+    for row in group:
+        for name, ratio in row.vs_others.items():
+            ratios.setdefault(name, []).append(ratio)
+    return {name: _geomean(values) for name, values in ratios.items() if name != REFERENCE}
 
 
 def _geomean(values: Iterable[float]) -> float:

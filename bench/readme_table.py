@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def rewrite(text: str, table: str) -> str:
 def markdown(result: Record, source: str, column: str = "hot") -> str:
     """Return a table of ratios to stock by layer (ReLU), dtype and mode, with geometric means, machine and commit.
 
-    The last row is the geometric mean of the ratios to the fastest other implementation of each cell.
+    The last rows are the geometric means of the ratios to every other implementation, over the layers where it was
+    timed, and to the fastest other one of each cell.
 
     Raises:
         ValueError: the run is not complete, or has no measurements for this column.
@@ -66,6 +68,11 @@ def markdown(result: Record, source: str, column: str = "hot") -> str:
     for name, shape in shapes.items():
         lines.append(f"| {name} | {shape} |" + "".join(f" {_cell(cells.get((name, *head)))} |" for head in heads))
     lines.append(f"| **geometric mean** | {len(shapes)} layers |" + _means(means, heads, "geomean", "**"))
+    others = list(dict.fromkeys(name for mean in means.values() for name in mean["others"]))
+    if len(others) > 1:
+        for name in others:
+            ratios = [means[head]["others"].get(name) for head in heads]
+            lines.append(f"| geometric mean against {name} | |" + "".join(f" {_maybe(ratio)} |" for ratio in ratios))
     lines.append("| geometric mean against the fastest other | |" + _means(means, heads, "geomean_vs_best"))
     return "\n".join([*lines, "", *_caption(result, rows, source, column)])
 
@@ -94,6 +101,10 @@ def _slower(row: Row) -> bool:
     return round(row.ratio, 2) < 1
 
 
+def _maybe(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
 def _means(means: Mapping[Head, Mapping[str, Any]], heads: Sequence[Head], which: str, mark: str = "") -> str:
     return "".join(f" {mark}{means[head][which]:.2f}x{mark} |" for head in heads)
 
@@ -101,10 +112,15 @@ def _means(means: Mapping[Head, Mapping[str, Any]], heads: Sequence[Head], which
 def _caption(result: Record, rows: Sequence[Row], source: str, column: str) -> list[str]:
     slower = sum(map(_slower, rows))
     others = dict.fromkeys(n for layer in result.layers for m in layer.measurements for n in m.times if n != OURS)
+    left_out = Counter(name for _, name, _ in figures.refused(result))
+    refused = "".join(
+        f" {name} was not timed in {count} layer{'s' * (count > 1)}: the file says why."
+        for name, count in left_out.items()
+    )
     return [
         f"Stock's time of `F.relu(F.linear(x, w, b))` divided by the time of dlkernels. Both are medians, with "
         f"{_BUFFERS[column]}. Above 1 dlkernels is faster; it is slower in {slower} of {len(rows)} cells. "
-        f"{title(result)}. Other implementations that were timed: {', '.join(others)}. The file "
+        f"{title(result)}. Other implementations that were timed: {', '.join(others)}.{refused} The file "
         f"[{Path(source).name}]({source}) has quantiles, memory, and the fastest matrix product of the machine. "
         f"Written by `python -m bench.readme_table {source}`.",
     ]

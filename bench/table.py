@@ -57,6 +57,8 @@ def show(result: Record, console: Console | None = None) -> None:
             f"{mean['geomean_vs_best']:.2f}x the best other; "
             f"{mean['worst']:.2f}x to {mean['best']:.2f}x over {mean['layers']} layers"
         )
+        if len(mean["others"]) > 1:
+            console.print("    " + ", ".join(f"{_ratio(ratio)} {name}" for name, ratio in mean["others"].items()))
     lost = figures.losses(rows)
     console.print(f"\n[bold]Slower than stock: {len(lost)} of {len(rows)}[/]")
     for loss in lost:

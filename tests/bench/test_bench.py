@@ -434,6 +434,21 @@ def test_readme_is_rewritten_between_its_markers_only(tmp_path):
         assert text.count(BEGIN) == text.count(END) == 1
 
 
+def test_readme_has_a_mean_for_every_other_contender():
+    result = made()
+    for layer, compiled in zip(result.layers, (4.0, None), strict=True):
+        if compiled is None:
+            layer.refused["compile"] = "y: error 7"
+            continue
+        for measurement in layer.measurements:
+            measurement.times["compile"] = Timing(compiled, compiled, compiled, 10)
+    table = markdown(result, "r.json")
+    assert "| geometric mean against in-place | | 2.00x |\n" in table
+    assert "| geometric mean against compile | | 4.00x |\n" in table
+    assert "compile was not timed in 1 layer: the file says why." in table
+    assert "2.00x in-place, 4.00x compile" in shown(result)
+
+
 @pytest.mark.parametrize(("ours", "cell"), [(3.012, "1.00x"), (3.016, "0.99x (slower)")])
 def test_readme_calls_slower_what_prints_below_one(ours, cell):
     result = made()
