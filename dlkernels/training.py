@@ -28,7 +28,8 @@ from dlkernels.fusion.call import STOCK_LINEAR
 from dlkernels.fusion.chain import calls_in_order
 from dlkernels.fusion.reading import CALLED, activation_of
 from dlkernels.fusion.rules import linear_rule
-from dlkernels.nn import MLP, LinearAct, LinearReLU, MLPEnsemble, StackedLinear, does_nothing, untouched
+from dlkernels.nn import MLP, LinearAct, LinearReLU, MLPEnsemble, StackedLinear
+from dlkernels.nn.untouched import does_nothing, untouched
 from dlkernels.trainer.step import use_one_call
 
 __all__ = ["TrainingStep", "training_step"]
