@@ -48,7 +48,7 @@ def explain_fused_mlp(cuda: bool, layers: list[tuple[int, ...]], dtype: str) -> 
 def updates_like_torch(dtype: str, rule: int) -> bool: ...
 
 class StepPlan:
-    """How a training step runs; see dlkernels/training.py.
+    """How a training step runs; see dlkernels/training/plan.py.
 
     Args:
         owners: the model, the loss and the optimizer.

@@ -1,4 +1,4 @@
-// dlkernels/training.py decides how a training step runs. A `StepPlan` holds that decision and what was read for it. At each
+// dlkernels/training decides how a training step runs. A `StepPlan` holds that decision and what was read for it. At each
 // step it compares what is there with what was read, by identity, and runs the step only if nothing has changed.
 #include "python/training.h"
 

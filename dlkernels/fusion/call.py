@@ -24,7 +24,7 @@ from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.modes import are_plain, tracing
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import linear_rule
-from dlkernels.nn import untouched
+from dlkernels.nn.untouched import untouched
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "meta") if _C.build_config()["cuda"] is None else ("cpu", "meta", "cuda")

@@ -19,7 +19,7 @@ from dlkernels.fusion import call, memory
 from dlkernels.fusion.reading import CALLED
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_nothing, decide, is_identity
-from dlkernels.nn import untouched
+from dlkernels.nn.untouched import untouched
 
 Leaf = tuple[Any, tuple[Any, ...]]  # a module, and the containers around it, outermost first
 

@@ -24,7 +24,7 @@ from dlkernels.fusion.rules import METHODS, Activation
 from dlkernels.fusion.source import FunctionNode, NoSource, check, source_of
 from dlkernels.fusion.syntax import activation_call, further, loads, self_name, target_of
 from dlkernels.fusion.values import Namespace, is_plain_attribute
-from dlkernels.nn import untouched
+from dlkernels.nn.untouched import untouched
 
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a callee, its arguments after the tensor, its keywords
 Body = Callable[..., Call | None]

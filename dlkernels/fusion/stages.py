@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call
-from dlkernels.nn import does_nothing, untouched
+from dlkernels.nn.untouched import does_nothing, untouched
 
 
 class Stage(NamedTuple):

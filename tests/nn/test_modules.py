@@ -1,6 +1,8 @@
 """LinearReLU, LinearAct and MLP compared with the stock modules that they replace."""
 
 import copy
+import pickle
+import pickletools
 import re
 from itertools import pairwise
 
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dlkernels.nn import MLP, LinearAct, LinearReLU
+from dlkernels.nn import MLP, GatedMLP, LinearAct, LinearCrossEntropyLoss, LinearReLU, MLPEnsemble
 from dlkernels.stock import ACTIVATIONS as STOCK_MODULES
 from dlkernels.testing import STOCK
 
@@ -210,3 +212,15 @@ def test_modules_are_torch_modules_throughout(device):
     assert sum(p.numel() for p in model.parameters()) == 4 * 3 + 3 + 3 * 2 + 2
     assert model.half()(torch.ones(1, 4, device=device).half()).dtype == torch.float16
     assert re.search(r"LinearAct\(in_features=4, out_features=3", repr(model))
+
+
+def test_pickles_name_the_public_module():
+    """A file that another version wrote loads, and so do the classes that add_safe_globals was given for it."""
+    modules = [LinearReLU(3, 2), LinearAct(3, 2), MLP([3, 4, 2], norm="layer"), MLPEnsemble(2, [3, 2])]
+    pickled = pickle.dumps([*modules, GatedMLP(3, 4), LinearCrossEntropyLoss(3, 2)], protocol=2)
+    named = [name for op, name, _ in pickletools.genops(pickled) if op.name == "GLOBAL"]
+    ours = {"GatedMLP", "LinearAct", "LinearReLU", "LinearCrossEntropyLoss", "MLP", "MLPEnsemble", "StackedLinear"}
+    assert {name for name in named if "dlkernels" in name} == {
+        f"dlkernels.nn {name}" for name in (*ours, "_Activation")
+    }
+    assert list(map(repr, pickle.loads(pickled)[:4])) == list(map(repr, modules))

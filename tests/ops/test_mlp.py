@@ -305,15 +305,15 @@ def test_mlp_refuses(call, error, message):
 def calls(monkeypatch):
     """Note how nn.MLP ran as a chain: "decided", or "again" by a decision that held."""
     counted = []
-    real, real_again = dlkernels.nn.mlp, dlkernels.nn.run_again
+    real, real_again = dlkernels.nn.mlp.mlp, dlkernels.nn.mlp.run_again
 
     def again(*args):
         y = real_again(*args)
         counted.extend([] if y is None else ["again"])
         return y
 
-    monkeypatch.setattr(dlkernels.nn, "mlp", lambda *a, **k: (counted.append("decided"), real(*a, **k))[1])
-    monkeypatch.setattr(dlkernels.nn, "run_again", again)
+    monkeypatch.setattr(dlkernels.nn.mlp, "mlp", lambda *a, **k: (counted.append("decided"), real(*a, **k))[1])
+    monkeypatch.setattr(dlkernels.nn.mlp, "run_again", again)
     return counted
 
 
