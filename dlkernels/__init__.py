@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dlkernels import _entry
+from dlkernels._errors import DlkernelsWarning
 from dlkernels._version import __version__
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ elif not _entry.is_command_line():
     from dlkernels import _core  # noqa: F401
 
 __all__ = [
+    "DlkernelsWarning",
     "Trainer",
     "__version__",
     "explain",

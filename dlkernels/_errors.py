@@ -3,6 +3,19 @@
 from typing import Any
 
 
+class DlkernelsWarning(UserWarning):
+    """The category of every warning of this package.
+
+    ``warnings.filterwarnings("ignore", category=dlkernels.DlkernelsWarning)`` silences them, and ``"error"`` makes errors
+    of them. Messages that ask for nothing go to the loggers ``dlkernels.*`` of :mod:`logging`. By default these print
+    nothing; ``logging.basicConfig(level=logging.INFO)`` shows them.
+    """
+
+
+class RouteTableWarning(DlkernelsWarning, RuntimeWarning):
+    """The route tables are others than expected: a layer may take another path, and so have other bits."""
+
+
 class ExpectedError(Exception):
     """An error that a user can mend. The command line prints its message, and exits with ``exit_status``."""
 

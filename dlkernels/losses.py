@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn import _reduction
 from torch.nn import functional as F
 
+from dlkernels._errors import DlkernelsWarning
 from dlkernels._ops import losses as _losses
 from dlkernels._ops.modes import autocast, autocast_active
 
@@ -90,6 +91,7 @@ def mse_loss(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
+            DlkernelsWarning,
             stacklevel=2,
         )
         input, target = torch.broadcast_tensors(input, target)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from dlkernels import _C
+from dlkernels._errors import RouteTableWarning
 from dlkernels._version import __version__
 
 VARIABLE = "DLKERNELS_ROUTES"
@@ -277,7 +278,7 @@ def _usable(files: Iterable[tuple[Path, str]]) -> list[Table]:
             why = f"it is damaged: {error}" if isinstance(error, RouteError) else f"it cannot be read: {error}"
         if why:
             again = "; `python -m dlkernels tune` measures again" if source == "tuned" else ""
-            warnings.warn(f"the route table {path} is ignored: {why}{again}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"the route table {path} is ignored: {why}{again}", RouteTableWarning, stacklevel=3)
         else:
             tables.append(table)
     return tables

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlkernels import routing
+from dlkernels._errors import RouteTableWarning
 from dlkernels.atomic import atomic_write
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.loop import Trainer
@@ -57,7 +58,7 @@ class RoutesLog(Callback):
             warnings.warn(
                 f"the run had the route tables {then}, and here they are {now}: it goes on as well, but not in the "
                 f"same bits. {routing.VARIABLE} chooses the tables",
-                RuntimeWarning,
+                RouteTableWarning,
                 stacklevel=2,
             )
 

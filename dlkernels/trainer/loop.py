@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from dlkernels._errors import require_whole
+from dlkernels._errors import DlkernelsWarning, require_whole
 from dlkernels.trainer import checkpoint as checkpoint_file
 from dlkernels.trainer import distributed, sharded
 from dlkernels.trainer.batches import ResumableBatches
@@ -555,5 +555,6 @@ def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, device
         warnings.warn(
             "the optimizer has no parameter of the model, which will stay as it is: make it of this model's "
             "parameters, after all that replaces them",
+            DlkernelsWarning,
             stacklevel=3,
         )

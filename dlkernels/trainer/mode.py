@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlkernels._errors import DlkernelsWarning
+
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -40,6 +42,7 @@ class TrainMode:
                 warnings.warn(
                     "the model is in eval mode, but for some of its modules: it is trained so; to train all of it in "
                     "train mode, call its train() before fit",
+                    DlkernelsWarning,
                     stacklevel=4,
                 )
         self.model.train()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dlkernels._errors import DlkernelsWarning
 from dlkernels.trainer import checkpoint, checkpoints, sharded
 from dlkernels.trainer.checkpoint import CheckpointError
 from dlkernels.trainer.optimizers import keep_lr_type
@@ -76,7 +77,7 @@ def read_checkpoint(trainer: Trainer, path: str | os.PathLike[str], fallback: bo
     )
     _check_same_run(file, state, trainer)
     for damage in damages:
-        warnings.warn(f"{damage}; going on from {file}", stacklevel=3)
+        warnings.warn(f"{damage}; going on from {file}", DlkernelsWarning, stacklevel=3)
     return file, state
 
 
@@ -109,4 +110,4 @@ def _check_same_run(path: object, state: Mapping[str, Any], trainer: Trainer) ->
         text = f"{path} was made on batches of {held}; this run's are {own}"
         if state["batch"]:
             raise CheckpointError(f"{text}: within an epoch only the same batches can go on")
-        warnings.warn(f"{text}: training goes on, but not as it would have", stacklevel=4)
+        warnings.warn(f"{text}: training goes on, but not as it would have", DlkernelsWarning, stacklevel=4)

@@ -190,7 +190,7 @@ def test_an_import_takes_the_routes_of_a_file(tmp_path):
     damaged = tmp_path / "damaged.json"
     damaged.write_text(file.read_text()[:-40])
     said = python("-c", code, check=False, DLKERNELS_ROUTES=str(damaged))
-    assert "path='packed'" in said and "RuntimeWarning: the route table" in said and "it is damaged" in said
+    assert "path='packed'" in said and "RouteTableWarning: the route table" in said and "it is damaged" in said
 
 
 def test_explain_and_info_name_table_and_row(places, capsys):
