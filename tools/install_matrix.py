@@ -6,9 +6,10 @@
     python tools/install_matrix.py --record docs/guide/install.md    # also writes the rows into that page
 
 The committed state of the sources is installed. Without --torch the environments see the torch of the Python that is
-named; with it each installs that requirement. A way works if the package computes a layer in another folder, or if it
-refuses as it should. Variables such as FORCE_CPU=1 hold for all. The first build takes minutes, the others of one call
-reuse its objects or, with ccache on PATH, its cache.
+named, except for uv, which looks for none outside and gets the same version; with --torch each installs that
+requirement. A way works if the package computes a layer in another folder, or if it refuses as it should. Variables
+such as FORCE_CPU=1 hold for all. The first build takes minutes, the others of one call reuse its objects or, with
+ccache on PATH, its cache.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Case:
     python: str
     torch: str | None
     cxx: str | None = None
-    other_torch: str = "torch==2.14.1"
+    other_torch: str = "torch==2.15.0"
 
 
 class Environment:
@@ -115,11 +116,15 @@ class Environment:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to install: its name in the table, its commands, and the sentence with which it is to be refused, if so."""
+    """A way to install: its name in the table, its commands, and the sentence with which it is to be refused, if so.
+
+    ``own_torch``: the environment needs a torch of its own, because the installer looks for none outside.
+    """
 
     name: str
     install: Callable[[Environment], None]
     refusal: str = ""
+    own_torch: bool = False
 
 
 def _no_isolation(env: Environment) -> None:
@@ -159,7 +164,7 @@ WAYS = {
     "sdist": Way("an sdist by `python -m build`, then pip", lambda env: env.pip(env.built("sdist"))),
     "wheel": Way("a wheel by `python -m build`, then pip", lambda env: env.pip(env.built("wheel", "--no-isolation"))),
     "git": Way("`pip install git+file://FOLDER`", lambda env: env.pip(f"git+file://{env.sources}")),
-    "uv": Way("`uv pip install --no-build-isolation .`", _uv),
+    "uv": Way("`uv pip install --no-build-isolation .`", _uv, own_torch=True),
     "dependency": Way("as a dependency of another project", _dependency),
     "torch-replaced": Way("`pip install .`, then another torch, then as the import says", _torch_replaced),
     "no-torch": Way("`pip install .` without torch", lambda env: env.pip(env.sources), "run `pip install torch` first"),
@@ -178,6 +183,8 @@ def attempt(way: Way, case: Case, place: Path) -> tuple[tuple[str, ...], bool]:
     code += "" if torch else "; print(version('torch'))"
     python, *has = subprocess.check_output([case.python, "-c", code], text=True).split()
     facts = [python, torch or has[0], case.cxx or "", ""]
+    if way.own_torch and not torch:
+        torch = f"torch=={has[0]}"
     try:
         env = Environment(case, torch, place / "sources", folder)
         begin = time.monotonic()

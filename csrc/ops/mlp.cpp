@@ -146,7 +146,6 @@ void run_backward(const Device& device, const Backward& b) {
   OutputGrad in = {as_rows(b.grad_y), saved_by(count - 1)};
   bool has_dbias = false;  // dgrad of the layer above summed it
   for (size_t l = count; l-- > b.deepest;) {
-    const auto [m, n, k] = b.layers[l].shape;
     BackwardEpilogue below{};
     if (l > b.deepest) below = {saved_by(l - 1), b.layers[l - 1].act, b.grads[count + l]};
     at::Tensor dx = l == 0 ? b.grads[0] : at::Tensor();
