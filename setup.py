@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,10 @@ from setuptools import setup
 sys.path.insert(0, str(Path(__file__).parent))
 from _build.kernels import CXX_FLAGS, compile_host_kernels, compile_kernels
 from _build.plan import Plan, PlanError, Torch, check_compiler, free_memory_gib, job_count, make_plan, usable_cores
+from _build.units import units
+
+# ninja starts kernels in their order: those that take longest go first, so that no core waits at the end.
+LONGEST = ("avx512.", "avx2.", "avx512_bf16.", "portable.", "amx.")
 
 
 def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
@@ -44,7 +49,8 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
 
     host = [p for p in glob("csrc/**/*.cpp", recursive=True) if "/cuda/" not in p]
     sources = sorted(p for p in host if p.split("/")[1] in ("ops", "python"))
-    host_kernels = sorted(set(host) - set(sources))
+    host_kernels = longest_first(set(host) - set(sources))
+    sources = units(sources)
     kernels: list[str] = []
     make_extension = cpp_extension.CppExtension
     if plan.toolkit:
@@ -94,6 +100,11 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
             Path(self.get_ext_fullpath(module.name)).with_name("_C.json").write_text(json.dumps(built) + "\n")
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def longest_first(kernels: Iterable[str]) -> list[str]:
+    places = {path: place for path in kernels for place, name in enumerate(LONGEST) if name in path}
+    return sorted(kernels, key=lambda path: (places.get(path, len(LONGEST)), path))
 
 
 def say(text: str) -> None:

@@ -6,8 +6,10 @@ python examples/table.py [--threads N] [NAME...]
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,13 +41,23 @@ def row(name: str, output: str) -> str:
     return f"| `{name}.py` | {span} | {counts if len(set(said)) > 1 else said[0]} |"
 
 
+def machine(threads: int) -> str:
+    """The processor, the torch, the date and the commit that the ratios are of."""
+    said = f"{processor()}, {threads} threads, torch {torch.__version__}, {datetime.date.today()}"
+    if shutil.which("git"):
+        git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        said += f", commit {commit}" if commit else ""  # outside a checkout there is none
+    return said
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of them")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     args = parser.parse_args()
     root = HERE.parent
-    print(f"{processor()}, {args.threads} threads, torch {torch.__version__}\n", flush=True)
+    print(f"{machine(args.threads)}\n", flush=True)
     print("| example | stock / fused | here |\n| --- | ---: | --- |", flush=True)
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     for name in args.names or names():

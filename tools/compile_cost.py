@@ -1,7 +1,8 @@
 """A table of what each C++ file of the extension costs a compiler: CPU seconds and memory.
 
 ``python tools/compile_cost.py [NAME...]`` compiles each file by itself, with the command of the build and without
-ccache, after ``python setup.py build_ext --inplace``. NAME is a part of a path. It prints the table in Markdown, most
+ccache, after ``python setup.py build_ext --inplace``. NAME is a part of a path. build/units has files that are compiled
+together (_build/units.py). It prints the table in Markdown, most
 memory first, and exits with 1 where a file or the sum is above the limits below.
 """
 
@@ -22,44 +23,37 @@ MEGABYTES = 400  # for each compiler process
 ALLOWED = {
     "csrc/python/tensors.cpp": 850,
     "csrc/ops/autograd/function.cpp": 810,
-    "csrc/python/training.cpp": 770,
-    "csrc/python/decided.cpp": 630,
     "csrc/ops/binding.cpp": 550,
-    "csrc/ops/dispatched.cpp": 540,
-    "csrc/python/explain.cpp": 460,
-    "csrc/ops/mlp.cpp": 445,
-    "csrc/ops/autograd/mlp.cpp": 435,
-    "csrc/ops/autograd/mlp_loss.cpp": 420,
-    "csrc/ops/check.cpp": 430,
+    "csrc/ops/dispatched.cpp": 550,
     "csrc/ops/cpu/device.cpp": 420,
-    "csrc/python/routes.cpp": 430,
     "csrc/kernels/cpu/isa/ukernel_avx2.cpp": 425,
-    "csrc/kernels/cpu/isa/ukernel_avx512.cpp": 420,
-    "csrc/kernels/cpu/isa/ukernel_avx512_bf16.cpp": 420,
+    "csrc/kernels/cpu/isa/ukernel_avx512.cpp": 425,
+    "csrc/kernels/cpu/isa/ukernel_avx512_bf16.cpp": 425,
 }
 
 
-def commands() -> dict[str, list[str]]:
-    """The build's command for each source, by its path from the root of the project."""
-    builds = sorted(Path("build/objects").glob("*/build.ninja"), key=lambda path: path.stat().st_mtime)
-    if not builds:
+def commands() -> dict[str, tuple[Path, list[str]]]:
+    """The folder and the command of the build for each source, by its path from the root of the project."""
+    builds = [path for path in Path("build/objects").glob("*/build.ninja") if "kernels" not in path.parent.name]
+    kernels = Path("build/objects/kernels/build.ninja")
+    if not builds or not kernels.exists():
         sys.exit("there is no build to take the commands from: run `python setup.py build_ext --inplace` first")
-    listed = subprocess.run(
-        ["ninja", "-C", str(builds[-1].parent), "-t", "compdb"], capture_output=True, check=True
-    ).stdout
     found = {}
-    for entry in json.loads(listed):
-        if entry["file"].endswith(".cpp"):
-            words = [word for word in shlex.split(entry["command"]) if word != "ccache"]
-            found[str(Path(entry["file"]).relative_to(Path.cwd()))] = words
+    for build in (kernels, max(builds, key=lambda path: path.stat().st_mtime)):
+        listed = subprocess.run(["ninja", "-C", build.parent, "-t", "compdb"], capture_output=True, check=True).stdout
+        for entry in json.loads(listed):
+            if entry["file"].endswith(".cpp"):
+                words = [word for word in shlex.split(entry["command"]) if word != "ccache"]
+                source = Path(entry["directory"], entry["file"]).resolve()
+                found[str(source.relative_to(Path.cwd()))] = (Path(entry["directory"]), words)
     return found
 
 
-def cost(command: list[str]) -> tuple[float, float]:
+def cost(place: Path, command: list[str]) -> tuple[float, float]:
     """CPU seconds and megabytes of the largest process."""
     with tempfile.TemporaryDirectory() as folder:
         line = re.sub(r" -o \S+", f" -o {folder}/object", re.sub(r" -MMD -MF \S+", "", shlex.join(command)))
-        pid = os.posix_spawnp("sh", ["sh", "-c", f"exec {line}"], os.environ)
+        pid = os.posix_spawnp("sh", ["sh", "-c", f"cd {place} && exec {line}"], os.environ)
         _, status, usage = os.wait4(pid, 0)  # of the compiler and what it has started
     if status:
         sys.exit(f"does not compile: {line}")
@@ -74,7 +68,7 @@ def main() -> int:
     }
     costs = {}
     for path, command in chosen.items():
-        costs[path] = cost(command)
+        costs[path] = cost(*command)
         print(f"{path}: {costs[path][0]:.1f} s, {costs[path][1]:.0f} MB", file=sys.stderr, flush=True)
     print("| file | CPU s | MB |\n| --- | ---: | ---: |")
     for path, (seconds, megabytes) in sorted(costs.items(), key=lambda item: -item[1][1]):

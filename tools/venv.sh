@@ -36,7 +36,7 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 # Show the counter and the file of ninja's lines. The lines of torch and setuptools are in the log.
 "$venv/bin/python" setup.py build_ext --inplace 2>&1 | tee "$log" |
-  sed -nu -e 's/^dlkernels: /  &/p' -e 's/^\(\[[0-9]*\/[0-9]*\]\).* -c [^ ]*\/\(csrc\/[^ ]*\) .*/  \1 \2/p' ||
+  sed -nu -e 's/^dlkernels: /  &/p' -e 's/^\(\[[0-9]*\/[0-9]*\]\).* -c [^ ]*\/\(\(csrc\|build\/units\)\/[^ ]*\) .*/  \1 \2/p' ||
   { cat "$log" >&2 && exit 1; }
 
 phase "packages: dlkernels[$extra]"

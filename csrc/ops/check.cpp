@@ -1,6 +1,5 @@
 #include "ops/check.h"
 
-#include <ATen/core/List.h>
 #include <c10/util/Exception.h>
 
 #include <string>
@@ -154,9 +153,8 @@ void check_mlp_counts(size_t weights, size_t biases, size_t acts) {
 
 namespace {
 
-std::vector<Problem> check_ensemble(const at::Tensor& x, at::TensorList weights,
-                                    const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts,
-                                    double slope) {
+std::vector<Problem> check_ensemble(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                                    at::IntArrayRef acts, double slope) {
   const int64_t members = weights[0].size(0);
   TORCH_CHECK(x.dim() == 3 && x.size(0) == members, "mlp: weights[0] of shape ", weights[0].sizes(), " has ", members,
               " members; x must then be [members, rows, in_features], or one x for all of them; got shape ", x.sizes());
@@ -172,7 +170,7 @@ std::vector<Problem> check_ensemble(const at::Tensor& x, at::TensorList weights,
                 l ? " (what the layer before gives)" : " (the last size of x)", ", got shape ", w.sizes());
     shape.k = shape.n;
     shape.n = w.size(1);
-    if (const std::optional<at::Tensor> b = biases.get(l)) {
+    if (const std::optional<at::Tensor> b = get(biases, l)) {
       check_like(*b, bias.c_str(), x, "x", "mlp");
       TORCH_CHECK(b->dim() == 2 && b->size(0) == members && b->size(1) == shape.n, "mlp: ", bias,
                   " must be [members, out_features] = [", members, ", ", shape.n, "], got shape ", b->sizes());
@@ -184,9 +182,9 @@ std::vector<Problem> check_ensemble(const at::Tensor& x, at::TensorList weights,
 
 }  // namespace
 
-std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
-                               const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope) {
-  check_mlp_counts(weights.size(), biases.size(), acts.size());
+std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                               at::IntArrayRef acts, double slope) {
+  check_mlp_counts(weights.size(), size_of(biases), acts.size());
   std::vector<Problem> layers;
   layers.reserve(weights.size());
   check_layout(x, "x", "mlp");
@@ -202,7 +200,7 @@ std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
                 l ? " (what the layer before gives)" : " (the last size of x)", ", got shape ", weights[l].sizes());
     shape.k = shape.n;
     shape.n = weights[l].size(0);
-    if (const std::optional<at::Tensor> b = biases.get(l)) {
+    if (const std::optional<at::Tensor> b = get(biases, l)) {
       check_like(*b, bias.c_str(), x, "x", "mlp");
       TORCH_CHECK(b->dim() == 1 && b->size(0) == shape.n, "mlp: ", bias, " must be [out_features] = [", shape.n,
                   "], got shape ", b->sizes());

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "ops/optional_tensors.h"
 #include "planning/problem.h"
 
 namespace dlk {
@@ -23,8 +24,8 @@ Problem check_backward(const at::Tensor& grad_y, const std::optional<at::Tensor>
 
 // One per layer of a chain: x [..., K], weights[l] [N_l, K_l], biases[l] [N_l] or None, acts[l] an activation's code. Of an
 // ensemble, whose tensors are x [members, M, K], weights[l] [members, N_l, K_l] and biases[l] [members, N_l], those of a member.
-std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights,
-                               const c10::List<std::optional<at::Tensor>>& biases, at::IntArrayRef acts, double slope);
+std::vector<Problem> check_mlp(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                               at::IntArrayRef acts, double slope);
 void check_mlp_counts(size_t weights, size_t biases, size_t acts);
 
 // The pieces of such checks, for the other ops; `op` begins the message.

@@ -2,9 +2,11 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <memory>
+#include <new>
 #include <utility>
 
-#include "ops/mlp.h"
+#include "ops/optional_tensors.h"
 #include "ops/tensors.h"
 
 namespace dlk {
@@ -69,5 +71,28 @@ template class Dispatched<Three(T, T, OptionalT, Int, Int, double, bool, bool)>;
 template class Dispatched<Two(T, T, T, OptionalT, Int, Int, double, bool, bool)>;
 template class Dispatched<Four(T, T, OptionalT, T, OptionalT, OptionalT, Int, Int, double, bool, bool, bool)>;
 template class Dispatched<Three(T, T, T, OptionalT, T, OptionalT, Int, Int, double, bool, bool, bool)>;
+
+// ---- ops/optional_tensors.h ----------------------------------------------------------------------------------------
+
+namespace {
+
+OptionalTensors* list_in(std::byte* memory) { return std::launder(reinterpret_cast<OptionalTensors*>(memory)); }
+const OptionalTensors* list_in(const std::byte* memory) {
+  return std::launder(reinterpret_cast<const OptionalTensors*>(memory));
+}
+
+}  // namespace
+
+size_t size_of(const OptionalTensors& list) { return list.size(); }
+OptionalTensor get(const OptionalTensors& list, size_t index) { return list.get(index); }
+
+OptionalTensorList::OptionalTensorList() {
+  static_assert(sizeof(OptionalTensors) == sizeof(list_) && alignof(OptionalTensors) <= alignof(void*));
+  new (list_) OptionalTensors;
+}
+OptionalTensorList::~OptionalTensorList() { std::destroy_at(list_in(list_)); }
+
+void OptionalTensorList::push_back(OptionalTensor tensor) { list_in(list_)->push_back(std::move(tensor)); }
+OptionalTensorList::operator const OptionalTensors&() const { return *list_in(list_); }
 
 }  // namespace dlk

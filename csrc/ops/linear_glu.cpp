@@ -11,7 +11,7 @@
 namespace dlk {
 namespace {
 
-constexpr const char* kOp = "linear_glu";
+constexpr const char* kGlu = "linear_glu";
 
 Problem check_glu_forward(const at::Tensor& x, const at::Tensor& weight_gate, const at::Tensor& weight_up,
                           const OptionalTensor& bias_gate, const OptionalTensor& bias_up, int64_t act, double slope) {
@@ -20,15 +20,15 @@ Problem check_glu_forward(const at::Tensor& x, const at::Tensor& weight_gate, co
   TORCH_CHECK(weight_gate.sizes() == weight_up.sizes(),
               "linear_glu: weight_gate and weight_up must have the same shape, got ", weight_gate.sizes(), " and ",
               weight_up.sizes());
-  return {shape, dtype, check_activation(act, slope, kOp)};
+  return {shape, dtype, check_activation(act, slope, kGlu)};
 }
 
 // `t` is like grad_y and of its shape, or it is not read.
 void check_saved(const OptionalTensor& t, const char* name, bool is_read, const at::Tensor& grad_y) {
-  TORCH_CHECK(t || !is_read, kOp, ": these gradients need ", name, ", got None");
+  TORCH_CHECK(t || !is_read, kGlu, ": these gradients need ", name, ", got None");
   if (!t) return;
-  check_like(*t, name, grad_y, "grad_y", kOp);
-  TORCH_CHECK(t->sizes() == grad_y.sizes(), kOp, ": ", name, " must have grad_y's shape ", grad_y.sizes(), ", got ",
+  check_like(*t, name, grad_y, "grad_y", kGlu);
+  TORCH_CHECK(t->sizes() == grad_y.sizes(), kGlu, ": ", name, " must have grad_y's shape ", grad_y.sizes(), ", got ",
               t->sizes());
 }
 
@@ -53,7 +53,7 @@ GluBackwardProblem check_glu_backward(const at::Tensor& grad_y, const OptionalTe
   check_saved(given(gate.z), "gate", p.up() || (p.gate() && !identity), grad_y);
   check_saved(given(up.z), "up", p.gate(), grad_y);
   if (gate.weight.defined() && up.weight.defined())
-    TORCH_CHECK(gate.weight.sizes() == up.weight.sizes(), kOp,
+    TORCH_CHECK(gate.weight.sizes() == up.weight.sizes(), kGlu,
                 ": weight_gate and weight_up must have the same shape, got ", gate.weight.sizes(), " and ",
                 up.weight.sizes());
   return p;
@@ -91,7 +91,7 @@ at::Tensor forward(const Device& device, const Problem& c, const at::Tensor& x, 
   return y;
 }
 
-struct Backward {
+struct GluBackward {
   const Device& device;
   const Problem& c;
   const GluPlan& plan;
@@ -186,7 +186,7 @@ GluGradients linear_glu_backward(const Device& device, const at::Tensor& grad_y,
        data_or_null(dz_up), side_by_side ? 2 * n : n, data_or_null(dbias_gate), data_or_null(dbias_up), nullptr},
       g);
 
-  const Backward backward = {device, p, plan, rows};
+  const GluBackward backward = {device, p, plan, rows};
   const at::Tensor dx_of_halves = side_by_side ? none : dx;
   backward.run_halves(dz_gate, dz_up, half_gate.weight, half_up.weight, dx_of_halves, dweight_gate, dweight_up);
   if (side_by_side) {

@@ -1,6 +1,5 @@
 #include "ops/mlp.h"
 
-#include <ATen/core/List.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
@@ -183,7 +182,7 @@ std::vector<at::Tensor> mlp_forward(const Device& device, const at::Tensor& x, a
   for (size_t l = 0; l < count; ++l) {
     const int64_t n = layers[l].shape.n;
     auto make = [&] { return new_empty(resized_last(x, n), x.options()); };
-    if (const std::optional<at::Tensor> b = biases.get(l)) bias[l] = b->contiguous();
+    if (const std::optional<at::Tensor> b = get(biases, l)) bias[l] = b->contiguous();
     if (keeps(l, kKeepH) || l + 1 == count) a.h[l] = make();
     if (keeps(l, kKeepZ)) a.z[l] = make();
     keeps_mask = keeps_mask || (keeps(l, kKeepMask) && !stacked && device.takes_mask(layers[l]));
@@ -218,7 +217,7 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
                                      const OptionalTensors& weights, const std::optional<at::Tensor>& y,
                                      at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
                                      at::IntArrayRef needs, bool stacked) {
-  const size_t count = weights.size();
+  const size_t count = size_of(weights);
   TORCH_CHECK(count > 0 && acts.size() == count && keep.size() == count && needs.size() == 1 + 2 * count,
               "mlp: expected for each of ", count,
               " weights an activation, an entry in keep and two in needs, after x's; ", "got ", acts.size(), ", ",
@@ -267,7 +266,7 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
   for (size_t l = count; l-- > deepest;) {
     shape = {shape.m, shape.k, 0};
     if (need_input(l)) {
-      weight[l] = weights.get(l).value_or(at::Tensor());
+      weight[l] = get(weights, l).value_or(at::Tensor());
       TORCH_CHECK(weight[l].defined(), "mlp: expected weights[", l, "] for these gradients, got None");
       check_like(weight[l], "a weight", grad_y, "grad_y", "mlp");
       const int64_t d = stacked;  // dimensions before out_features

@@ -7,13 +7,12 @@
 #include <vector>
 
 #include "ops/device.h"
+#include "ops/optional_tensors.h"
 
 namespace dlk {
 
 // Of an ensemble all tensors have the members as their first dimension: x [E, M, K], weights [E, N, K], biases [E, N]. Each
 // member has the bits of a call with its own tensors. An ensemble keeps no masks.
-
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
 // Returns y and, behind it, the tensors that backward takes as `kept`: every h that `keep` asks for, then every z, then the
 // masks.

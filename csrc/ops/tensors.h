@@ -10,10 +10,10 @@
 #include "kernels/cpu/huge_pages.h"
 #include "kernels/params.h"
 #include "ops/aten.h"
+#include "ops/optional_tensors.h"
 
 namespace dlk {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias; undefined where not wanted
 
 // An output or scratch that nothing has been written to yet. On CPU large ones ask for huge pages.

@@ -1,10 +1,10 @@
 // A decision of dlkernels.fusion that holds until something that it read changes.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <Python.h>
 
 namespace dlk::python {
 
-void add_decided(pybind11::module_& m);
+void add_decided(PyObject* module);
 
 }  // namespace dlk::python

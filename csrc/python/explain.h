@@ -1,10 +1,10 @@
 // The plans that would run, as Python sees them.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <Python.h>
 
 namespace dlk::python {
 
-void add_explain(pybind11::module_&);
+void add_explain(PyObject* module);
 
 }  // namespace dlk::python

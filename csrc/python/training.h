@@ -1,10 +1,10 @@
 // A training step that was decided on, and what the decision rests on.
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <Python.h>
 
 namespace dlk::python {
 
-void add_training(pybind11::module_&);
+void add_training(PyObject* module);
 
 }  // namespace dlk::python

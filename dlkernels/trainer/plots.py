@@ -48,7 +48,7 @@ def plot_comparison(comparison: Comparison, path: Path, title: str) -> None:
     allowed, compared = comparison.allowed_error, min(BATCHES, len(exact))
     distance.hlines(allowed, 1, compared, color="black", linewidth=1, label="allowed for fused's median")
     distance.set_yscale("log")
-    loss.set_yscale("log")
+    log_if_wide(loss)
     seconds.set_ylim(bottom=0)
     finish(loss, "epoch", "training loss")
     finish(accuracy, "epoch", "validation accuracy")
@@ -65,6 +65,13 @@ def plot_rates(rates: Sequence[float], losses: Sequence[float], suggestion: floa
     panel.set_xscale("log")
     finish(panel, "learning rate", "training loss")
     save_png(figure, path)
+
+
+def log_if_wide(panel: Axes) -> None:
+    """Make the vertical axis logarithmic if the curves span a factor of 10: below that its ticks are hard to read."""
+    low, high = panel.dataLim.intervaly
+    if low > 0 and high >= 10 * low:
+        panel.set_yscale("log")
 
 
 def new_figure(

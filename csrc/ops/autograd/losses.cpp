@@ -89,7 +89,7 @@ struct GaussianNllLoss : Function<GaussianNllLoss> {
   }
 };
 
-struct CrossEntropy : Function<CrossEntropy> {
+struct CrossEntropyLoss : Function<CrossEntropyLoss> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                             double label_smoothing) {
@@ -136,7 +136,7 @@ at::Tensor gaussian_nll_loss(const at::Tensor& input, const at::Tensor& target, 
 
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                          int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  return CrossEntropy::apply(input, target, weight, reduction, ignore_index, label_smoothing)[0];
+  return CrossEntropyLoss::apply(input, target, weight, reduction, ignore_index, label_smoothing)[0];
 }
 
 }  // namespace dlk

@@ -1,7 +1,5 @@
 #include "ops/autograd/mlp.h"
 
-#include <ATen/core/List.h>
-
 #include <algorithm>
 
 #include "kernels/activation.h"
@@ -68,7 +66,7 @@ struct Mlp : Function<Mlp> {
                                const std::vector<int64_t>& has_bias, at::IntArrayRef acts, double slope) {
     const size_t count = acts.size();
     const at::TensorList weights = parameters.slice(0, count);
-    OptionalTensors biases;
+    OptionalTensorList biases;
     std::vector<int64_t> needs = {x.requires_grad()};
     for (const at::Tensor& weight : weights) needs.push_back(weight.requires_grad());
     for (size_t l = 0, next = count; l < count; ++l) {
@@ -101,7 +99,7 @@ struct Mlp : Function<Mlp> {
     const size_t count = acts.size();
     const Saves s = saves_for(acts, ctx->saved<std::vector<int64_t>>("needs"));
     const variable_list tensors = ctx->get_saved_variables();
-    OptionalTensors weights, grads_kept;
+    OptionalTensorList weights, grads_kept;
     size_t next = 2;
     for (size_t l = 0; l < count; ++l)
       weights.push_back(l < s.first_weight ? std::nullopt : OptionalTensor(tensors[next++]));
@@ -139,10 +137,11 @@ struct Mlp : Function<Mlp> {
 
 at::Tensor mlp(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
                double slope) {
-  check_mlp_counts(weights.size(), biases.size(), acts.size());
+  check_mlp_counts(weights.size(), size_of(biases), acts.size());
   std::vector<at::Tensor> parameters = weights.vec();
   std::vector<int64_t> has_bias;
-  for (const OptionalTensor& bias : biases) {
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const OptionalTensor bias = get(biases, l);
     has_bias.push_back(bias.has_value());
     if (bias) parameters.push_back(*bias);
   }

@@ -1,7 +1,6 @@
 #include "ops/autograd/mlp_loss.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/List.h>
 #include <ATen/core/Reduction.h>
 
 #include <algorithm>
@@ -49,7 +48,7 @@ LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTe
                    double slope, const at::Tensor& target, int64_t kind, const OptionalTensor& class_weight,
                    int64_t reduction, int64_t ignore_index, double label_smoothing, at::IntArrayRef needs) {
   const size_t count = weights.size();
-  check_mlp_counts(count, biases.size(), acts.size());
+  check_mlp_counts(count, size_of(biases), acts.size());
   TORCH_CHECK(needs.size() == 2 * count, "mlp_loss: expected two entries in needs for each of ", count,
               " weights, got ", needs.size());
   TORCH_CHECK_VALUE(kind == 0 || kind == 1, "mlp_loss: expected loss kind 0 (mse) or 1 (cross entropy), got ", kind);
@@ -68,7 +67,7 @@ LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTe
       y, target, static_cast<LossKind>(kind), class_weight, reduction, ignore_index, label_smoothing);
   std::vector<at::Tensor> gradients;
   if (std::any_of(needs.begin(), needs.end(), [](int64_t need) { return need != 0; })) {
-    OptionalTensors operands;
+    OptionalTensorList operands;
     for (size_t l = 0; l < count; ++l)
       operands.push_back(l < saves.first_weight ? std::nullopt : OptionalTensor(weights[l]));
     gradients = call_mlp_backward(grad.to(y.scalar_type()), input, operands, y, at::TensorList(outputs).slice(1),

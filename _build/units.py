@@ -1,0 +1,48 @@
+"""Which sources of csrc/ops a compiler reads together.
+
+Most of the time of such a file goes into torch's headers: 1.5 s of about 2.3. A unit is a generated file that includes
+several of them, so that the headers are parsed once for all. All files of a unit share its namespaces: two of them
+cannot have a type or a function of one name, not even in an unnamed namespace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+FILES = 6  # in a unit, at most: more would take a compiler more than 400 MB
+# Beside these headers a file needs no company: one of them takes longer than all of a unit.
+LARGE = (
+    "ATen/Context.h",
+    "ATen/core/dispatch/Dispatcher.h",
+    "torch/csrc/autograd/custom_function.h",
+    "torch/library.h",
+)
+
+
+def units(sources: Sequence[str], folder: Path = Path("build", "units")) -> list[str]:
+    """The files to compile in place of ``sources``, paths from the root of the project.
+
+    Those of one folder in csrc/ops that include none of the ``LARGE`` headers are replaced by units, which are written
+    to ``folder``. Files for CUDA stay as they are.
+    """
+    rooms: dict[str, list[str]] = {}
+    alone = []
+    for source in sorted(sources):
+        room = Path(source).parent.as_posix()
+        large = any(f"#include <{name}>" in Path(source).read_text() for name in LARGE)
+        if large or not room.startswith("csrc/ops") or room.startswith("csrc/ops/cuda"):
+            alone.append(source)
+        else:
+            rooms.setdefault(room, []).append(source)
+    made = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for room, files in rooms.items():
+        count = -(-len(files) // FILES)
+        for number in range(count):
+            path = folder / f"{room.removeprefix('csrc/').replace('/', '-')}-{number + 1}.cpp"
+            text = "".join(f'#include "{name.removeprefix("csrc/")}"\n' for name in files[number::count])
+            if not path.exists() or path.read_text() != text:  # ninja looks at the time of a file
+                path.write_text(text)
+            made.append(path.as_posix())
+    return [*alone, *made]
