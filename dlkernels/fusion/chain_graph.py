@@ -1,7 +1,7 @@
 """Chains in a graph of Dynamo: ``linear_act(linear_act(x, ...), ...)`` becomes one ``mlp``.
 
-A layer is a call of ``functional.linear_act``, which the backend made, or of its op, where Dynamo has followed a call of
-our modules or of a model that ``fuse`` has changed.
+A layer is a call of ``functional.linear_act``, which the backend made, or of its op, where Dynamo has followed a call
+of our modules or of a model that ``fuse`` has changed.
 """
 
 from __future__ import annotations
