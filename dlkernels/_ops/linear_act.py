@@ -52,6 +52,7 @@ from dlkernels._ops.modes import (
 _recorded = torch.ops.dlkernels._linear_act.default
 _forward = torch.ops.dlkernels._linear_act_forward.default
 _forward_z = torch.ops.dlkernels._linear_act_forward_z.default
+LAYER = (_recorded, _forward)  # what a layer is in a graph of Dynamo: arguments x, weight, bias, code, slope, ...
 _stacked_forward = torch.ops.dlkernels._mlp_forward.default
 _stacked_backward = torch.ops.dlkernels._mlp_backward.default
 _KEEP_Z = 2  # Keep of csrc/ops/mlp.h

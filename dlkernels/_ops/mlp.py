@@ -7,8 +7,9 @@ memory (``csrc/kernels/cuda/mlp/fused_mlp.cuh``), forward and backward.
 An ensemble is the same with a dimension of members in front of every tensor. Its op keeps no masks, so it has a fake
 kernel for compilers too.
 
-Where the chain has no kernel (devices other than CPU and CUDA, ``torch.func``, tensor subclasses), and where Dynamo
-traces, the layers run one by one: the same products in the same order. They also run one by one under autocast if they
+Under ``torch.func`` the chain is one call too (``mlp_transform``). Where it has no kernel (devices other than CPU and
+CUDA, forward mode, tensor subclasses), and where Dynamo traces, the layers run one by one: the same products in the
+same order. They also run one by one under autocast if they
 have kernels that read float32 parameters without a cast (``autocast``), unless the chain is narrow.
 
 The activations that forward saves are outputs of the Function (``csrc/ops/autograd/mlp.cpp``), as z is an output of one
@@ -30,7 +31,8 @@ from dlkernels import _C
 from dlkernels._ops import autocast
 from dlkernels._ops.activations import Activation, activation_of_code
 from dlkernels._ops.derivatives import differentiable_op, gradients, sum_present
-from dlkernels._ops.linear_act import check_like, linear_act, stacked_linear_act
+from dlkernels._ops.linear_act import check_like
+from dlkernels._ops.mlp_transform import layer_by_layer, mapped, transformed
 from dlkernels._ops.modes import (
     are_plain,
     autocast_active,
@@ -92,12 +94,6 @@ def _(
     return [t for t in found if t is not None], places
 
 
-def layer_by_layer(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[Activation], slope: float) -> Tensor:
-    for weight, bias, act in zip(weights, biases, acts, strict=True):
-        x = linear_act(x, weight, bias, act, slope)
-    return x
-
-
 def has_native_kernel(x: Tensor, weights: Tensors, biases: Biases) -> bool:
     """Return True if these layers, under autocast, run one by one by kernels that read float32 without a cast."""
     if not all(autocast.has_native_kernel(x, w, b) for w, b in zip(weights, biases, strict=True)):
@@ -122,9 +118,7 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
         fusable = _is_traced_by_aot(*tensors)
     else:
         fusable = (x.is_cpu or x.is_cuda) and are_plain(*tensors)
-    transformed = under_transform()
-    mapped = transformed and fusable and only_mapped()
-    if not fusable or (transformed and not mapped):
+    if not fusable:
         return layer_by_layer(x, weights, biases, acts, slope)
     if autocast_active(x):
         if has_native_kernel(x, weights, biases):
@@ -132,7 +126,11 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
         x, *parameters = autocast_operands(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     codes = [act.code for act in acts]
-    return (_recorded if mapped else _run)(x, weights, biases, codes, slope)  # vmap calls _mapped
+    if not under_transform():
+        return _run(x, weights, biases, codes, slope)
+    if only_mapped():
+        return mapped(lambda x, weights, biases: _run(x, weights, biases, codes, slope), x, weights, biases)
+    return transformed(x, weights, biases, acts, slope)
 
 
 def _run(x: Tensor, weights: Tensors, biases: Biases, codes: Sequence[int], slope: float) -> Tensor:
@@ -179,9 +177,8 @@ def _ensemble(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activatio
     compiles = torch.compiler.is_compiling()
     if under_transform() or not ((x.is_cpu or x.is_cuda) and (compiles or are_plain(*tensors))):
         check_ensemble(rows, weights, biases)
-        y = rows
-        for weight, bias, act in zip(weights, biases, acts, strict=True):
-            y = stacked_linear_act(y, weight, bias, act, slope)
+        fusable = (x.is_cpu or x.is_cuda) and are_plain(*tensors)
+        y = (transformed if fusable else layer_by_layer)(rows, weights, biases, acts, slope)
     else:
         y = _run(rows, weights, biases, [act.code for act in acts], slope)
     return y if x.dim() == 3 else y.reshape(*x.shape[:-1], y.shape[-1])
@@ -210,26 +207,6 @@ def check_ensemble(x: Tensor, weights: Tensors, biases: Biases) -> list[tuple[in
         check_like("mlp", "x", x, (f"weights[{i}]", weight), (f"biases[{i}]", bias))
         shapes.append((*x.shape[:-1], features))
     return shapes
-
-
-@torch.library.register_vmap("dlkernels::_mlp")
-def _mapped(
-    info: Any, in_dims: tuple[Any, ...], x: Tensor, weights: Tensors, biases: Biases, codes: Sequence[int], slope: float
-) -> tuple[Tensor, int]:
-    """The samples of a chain are the members of an ensemble. If only x has a batch, they are more rows."""
-    x_dim, weight_dims, bias_dims = in_dims[:3]
-    if all(dim is None for dim in (*weight_dims, *bias_dims)):
-        return _run(x.movedim(x_dim, 0), weights, biases, codes, slope), 0
-
-    def batch_first(t: Tensor, dim: int | None) -> Tensor:
-        return t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
-
-    x = batch_first(x, x_dim)
-    rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-    stacked = list(map(batch_first, weights, weight_dims))
-    stacked_biases = [b if b is None else batch_first(b, d) for b, d in zip(biases, bias_dims, strict=True)]
-    y = _run(rows, stacked, stacked_biases, codes, slope)
-    return y.reshape(*x.shape[:-1], y.shape[-1]), 0
 
 
 # ---- fake kernels, for runs without data: FakeTensorMode -------------------------------------------------------------

@@ -50,7 +50,8 @@ def _tune(args: argparse.Namespace) -> int:
 
     from dlkernels import routing
     from dlkernels.cli.fuse import make, read_settings
-    from dlkernels.tuning import kind_of, tune
+    from dlkernels.tuning import tune
+    from dlkernels.tuning.layers import kind_of
 
     for name in ("batch_size", "size", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dlkernels import functional
 from dlkernels.fusion.call import DEVICES, DTYPES, why_not_shapes
-from dlkernels.fusion.chain_graph import fuse_chains
+from dlkernels.fusion.chain_graph import fuse_chains, is_harmless_call
 from dlkernels.fusion.gated_graph import fuse_gates
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import METHODS, Activation
@@ -49,6 +49,7 @@ def fuse_graph(graph: fx.GraphModule) -> int:
     The nodes must have example values in ``node.meta``, as Dynamo's nodes do.
     """
     count = 0
+    asked = _erase_unused_attributes(graph.graph)
     for node in list(graph.graph.nodes):
         if (found := _activation(node)) is None:
             continue
@@ -62,15 +63,24 @@ def fuse_graph(graph: fx.GraphModule) -> int:
         graph.graph.erase_node(node)
         graph.graph.erase_node(linear)
         count += 1
+    chains = fuse_chains(graph.graph, lambda node: _parameters(node) if _is_plain_linear(node) else None)
     if count:
-        fuse_chains(graph.graph, lambda node: _parameters(node) if _is_plain_linear(node) else None)
         fuse_gates(graph.graph, lambda node: _parameters(node) if _is_linear(node) else None)
+    if asked or count or chains:
         graph.graph.lint()
         graph.recompile()
     for inner in graph.children():  # bodies of checkpoints, conditions and loops
         if isinstance(inner, fx.GraphModule):
             count += fuse_graph(inner)
     return count
+
+
+def _erase_unused_attributes(graph: fx.Graph) -> int:
+    """Erase the questions that code of ours asked of tensors (``x.is_cpu``). Dynamo leaves them as users of a value."""
+    unused = [node for node in graph.nodes if node.target is getattr and not node.users]
+    for node in unused:
+        graph.erase_node(node)
+    return len(unused)
 
 
 def _activation(node: fx.Node) -> tuple[fx.Node, Activation] | None:
@@ -85,14 +95,11 @@ def _activation(node: fx.Node) -> tuple[fx.Node, Activation] | None:
     return (x, known) if known and not _effects_between(x, node) else None
 
 
-_HARMLESS = ("_log_api_usage_once", "_are_functorch_transforms_active")
-
-
 def _effects_between(first: fx.Node, last: fx.Node) -> bool:
     """Return True if a call in between has a side effect, such as turning gradients or autocast on or off."""
     node = first.next
     while node is not last:
-        if node.op.startswith("call") and not node.users and getattr(node.target, "__name__", "") not in _HARMLESS:
+        if node.op.startswith("call") and not node.users and not is_harmless_call(node):
             return True
         node = node.next
     return False

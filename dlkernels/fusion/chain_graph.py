@@ -1,4 +1,8 @@
-"""Chains in a graph of Dynamo: ``linear_act(linear_act(x, ...), ...)`` becomes one ``mlp``."""
+"""Chains in a graph of Dynamo: ``linear_act(linear_act(x, ...), ...)`` becomes one ``mlp``.
+
+A layer is a call of ``functional.linear_act``, which the backend made, or of its op, where Dynamo has followed a call
+of our modules or of a model that ``fuse`` has changed.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,30 @@ import torch
 from torch import fx
 
 from dlkernels import functional
+from dlkernels._ops.activations import activation_of_code
+from dlkernels._ops.linear_act import LAYER
 from dlkernels.fusion.stages import Stage, changes_nothing
 
 Parameters = tuple[Any, Any, Any]  # x, weight and bias of a linear call
 Linear = Callable[[fx.Node], Parameters | None]
 
-_FUSED = (functional.linear_act, functional.linear_glu, functional.mlp)
+_FUSED = (functional.linear_act, functional.linear_glu, functional.mlp, *LAYER)
+_HARMLESS = ("_log_api_usage_once", "_are_functorch_transforms_active")
+
+
+def _layer_of(node: fx.Node) -> tuple[Parameters, str, float] | None:
+    """Return x, weight, bias, activation and slope of a layer; None for other nodes."""
+    if node.target is functional.linear_act:
+        return node.args, node.kwargs["activation"], node.kwargs["negative_slope"]  # type: ignore[return-value]
+    if node.target in LAYER:
+        x, weight, bias, code, slope, *_ = node.args
+        return (x, weight, bias), activation_of_code(code).name, slope  # type: ignore[arg-type, return-value]
+    return None
+
+
+def is_harmless_call(node: fx.Node) -> bool:
+    """Return True if this call, whose result nobody uses, has no effect on layers."""
+    return getattr(node.target, "__name__", "") in _HARMLESS
 
 
 def fuse_chains(graph: fx.Graph, linear: Linear) -> int:
@@ -26,9 +48,9 @@ def fuse_chains(graph: fx.Graph, linear: Linear) -> int:
     count = 0
     inside: set[fx.Node] = set()
     for node in list(graph.nodes):
-        if node.target is not functional.linear_act or node in inside:
+        if node in inside or (layer := _layer_of(node)) is None:
             continue
-        chain = _chain_from(node, linear)
+        chain = _chain_from(node, layer, linear)
         inside.update(chain.nodes)
         if len(chain.weights) > 1:
             _replace(graph, chain)
@@ -59,26 +81,21 @@ class _Chain:
         return True
 
 
-def _chain_from(first: fx.Node, linear: Linear) -> _Chain:
+def _chain_from(first: fx.Node, first_layer: tuple[Parameters, str, float], linear: Linear) -> _Chain:
     chain = _Chain()
-    chain.add([first], first.args, first.kwargs["activation"], first.kwargs["negative_slope"])  # type: ignore[arg-type]
+    chain.add([first], *first_layer)
     while chain.activations[-1] != "none":
         last = chain.nodes[-1]
         passed = list(_to_next_call(last))
         layer = passed[-1] if passed else last
-        if layer.target is functional.linear_act:
-            parameters: Any = layer.args
-            activation, slope = layer.kwargs["activation"], layer.kwargs["negative_slope"]
-        else:
-            parameters = linear(layer) if passed else None
-            activation, slope = "none", 0.0
-        if parameters is None or parameters[0] is not (passed[-2] if len(passed) > 1 else last):
+        parameters, activation, slope = _layer_of(layer) or (linear(layer), "none", 0.0)
+        if not passed or parameters is None or parameters[0] is not (passed[-2] if len(passed) > 1 else last):
             break
         if not (_is_early(parameters[1:], first) and _is_alike(parameters[1:], chain.weights[0])):
             break
         if any(not _is_harmless(node, linear) for node in _between(last, layer)):
             break
-        if not chain.add(passed, parameters, activation, slope):  # type: ignore[arg-type]
+        if not chain.add(passed, parameters, activation, slope):
             break
     return chain
 
@@ -108,7 +125,7 @@ def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
 def _is_harmless(node: fx.Node, linear: Linear) -> bool:
     """Return True if this node changes neither a tensor nor a mode: the next layer may run before it."""
     alone = node.op in ("placeholder", "get_attr") or node.target in _FUSED
-    return alone or _changes_nothing(node) or linear(node) is not None
+    return alone or _changes_nothing(node) or linear(node) is not None or (not node.users and is_harmless_call(node))
 
 
 def _is_early(operands: tuple[Any, ...], first: fx.Node) -> bool:

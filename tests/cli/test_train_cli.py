@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlkernels import routing, tuning
+from dlkernels import routing
 from dlkernels.__main__ import main
 from dlkernels.data import TensorLoader, load_digits, load_mnist
 from dlkernels.nn import MLP
@@ -27,6 +27,7 @@ from dlkernels.runs.folder import RunFolder
 from dlkernels.stock import ACTIVATIONS, InAnotherOrder, copy_parameters, stock_mlp
 from dlkernels.trainer import Trainer, adam, set_printoptions
 from dlkernels.trainer.compare import compare
+from dlkernels.tuning.table import empty_table
 from tests.support.paths import ROOT
 
 DIGITS = ["train", "--dataset", "digits", "--progress", "lines"]
@@ -287,7 +288,7 @@ def test_resume_is_bitwise(tmp_path, capsys):
 
 def test_a_resume_under_other_routes_says_so(tmp_path, capsys):
     """The record and the checkpoints hold the hash of the tables."""
-    table = replace(tuning.empty_table(any_threads=True), name="mine.json", source="file")
+    table = replace(empty_table(any_threads=True), name="mine.json", source="file")
     assert train(tmp_path, "--epochs", 1) == 0
     assert history(tmp_path)["machine"]["routes"]["hash"] == "none"
     with warnings.catch_warnings():

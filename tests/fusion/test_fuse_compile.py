@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from dlkernels import functional, fuse, report
 from dlkernels.fusion import backend
+from dlkernels.nn import MLP, LinearReLU
 from tests.fusion.fusable import fused_places
 from tests.fusion.zoo import MODELS
 from tests.support.paths import ROOT
@@ -254,6 +255,24 @@ def test_a_chain_of_the_backend_is_one_op_for_aot():
     compiled = torch.compile(model, backend=backend.dlkernels, options={"then": "noted"})
     torch.testing.assert_close(results(model, compiled, x), results(model, model, x))
     assert ops == [["dlkernels::_mlp_forward"], ["dlkernels::_mlp_backward"]]
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("make", ["fused", "of ours"])
+def test_backend_makes_chains_of_layers_that_are_fused_already(make, grad, monkeypatch):
+    found = graphs(monkeypatch)
+    if make == "fused":
+        model = fuse(Net().eval())
+    else:
+        model = nn.Sequential(LinearReLU(6, 8), nn.Dropout(0.5), MLP([8, 8, 7], "gelu"), nn.Flatten(0)).eval()
+    x = torch.randn(5, 6, requires_grad=grad)
+    compiled = torch.compile(model, fullgraph=True, backend=backend.dlkernels, options={"then": "aot_eager"})
+    with torch.set_grad_enabled(grad):
+        y, expected = compiled(x), model(x)
+    assert found == [[4 if make == "fused" else 3]]
+    torch.testing.assert_close(y, expected)
+    if grad:
+        torch.testing.assert_close(results(model, compiled, x), results(model, model, x))
 
 
 class Broken(nn.Module):

@@ -15,7 +15,8 @@ from dlkernels import functional, losses
 from dlkernels.nn import MLP
 from dlkernels.routing import OPS
 from dlkernels.testing import STOCK, Layer, assert_layer_no_worse
-from dlkernels.tuning import Size, only_routes
+from dlkernels.tuning import Size
+from dlkernels.tuning.paths import only_routes
 from tests.conftest import fill_free_memory_with_nan
 from tests.ops.test_forward_backward import DTYPES, SHAPES, make, ours
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlkernels import _C, functional, routing, tuning
+from dlkernels import _C, functional, routing
 from dlkernels.__main__ import main
 from dlkernels._version import __version__
 from dlkernels.routing import LIBRARY, OPS, STOCK, RouteError, Row, Table
+from dlkernels.tuning.table import empty_table
 from tests.support.subprocess_utils import python
 
 SIZES = {"m": 300, "n": 200, "k": 100}
@@ -26,7 +27,7 @@ def row(op="forward", path="aten", where=None, us=None, **sizes):
 
 
 def table(*rows, **head):
-    return dataclasses.replace(tuning.empty_table(any_threads=False), rows=rows or (row(),), **head)
+    return dataclasses.replace(empty_table(any_threads=False), rows=rows or (row(),), **head)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_a_table_is_read_back_as_it_was():
     one = table(row(), row("dgrad"), any_threads=True)
     assert routing.parse(one.text()) == one
     assert table().hash != table(row(path="packed", us={})).hash
-    assert routing.parse(tuning.empty_table(False).text()).rows == ()
+    assert routing.parse(empty_table(False).text()).rows == ()
 
 
 def changed(**changes):

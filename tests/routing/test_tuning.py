@@ -13,7 +13,8 @@ import dlkernels
 from bench.grid import SHAPES
 from dlkernels import functional, routing, tuning
 from dlkernels.__main__ import main
-from dlkernels.tuning import Size, choose
+from dlkernels.tuning import Size, clock, layers, measurement
+from dlkernels.tuning.measurement import choose
 
 SMALL = (40, 70, 30)  # rows, in_features, out_features
 
@@ -33,11 +34,11 @@ def times(monkeypatch):
     """Microseconds by a clock in place of the real one: by path for forward, by pair of paths, and "stock"."""
     given = {"stock": 1.0}
 
-    def clock(layer, contenders, seconds):
+    def invented(layer, contenders, seconds):
         return {key: given.get(key, 9.0) for key in contenders}, given["stock"]
 
-    monkeypatch.setattr(tuning, "time_forward", clock)
-    monkeypatch.setattr(tuning, "time_backward", clock)
+    monkeypatch.setattr(measurement, "time_forward", invented)
+    monkeypatch.setattr(measurement, "time_backward", invented)
     return given
 
 
@@ -84,7 +85,7 @@ def test_a_wrong_path_is_not_timed(times, monkeypatch):
         packed = functional.explain(x, weight)[0].path == "packed"
         return right(x, weight, bias) * (1.001 if packed else 1)
 
-    monkeypatch.setattr(tuning.functional, "linear_relu", wrong)
+    monkeypatch.setattr(functional, "linear_relu", wrong)
     told = []
     table = dlkernels.tune(shapes=[SMALL], dtypes=["float32"], told=told.append)
     assert {row.path for row in table.rows} == {"aten"}
@@ -94,7 +95,7 @@ def test_a_wrong_path_is_not_timed(times, monkeypatch):
 
 
 def test_every_path_is_measured_on_the_real_clock(cache, monkeypatch):
-    monkeypatch.setattr(tuning, "STEADY", 1e9)  # other tests may run beside this one
+    monkeypatch.setattr(clock, "STEADY", 1e9)  # other tests may run beside this one
     table = dlkernels.tune(shapes=[SMALL, (4, 128, 30)], dtypes=["float32"], seconds=0.02)
     assert [(row.m, row.op) for row in table.rows] == [(m, op) for m in (4, 40) for op in routing.OPS]
     for row in table.rows:
@@ -142,12 +143,12 @@ def test_a_layer_that_a_busy_machine_measured_gets_no_row(monkeypatch, cache):
         return [[1.0, 1.0, 2.0, 2.0, 2.0]] * len(steps)
 
     attempts, told = [], []
-    monkeypatch.setattr(tuning, "take_turns", busy)
+    monkeypatch.setattr(clock, "take_turns", busy)
     assert dlkernels.tune(shapes=[SMALL], dtypes=["float32"], told=told.append).rows == ()
-    assert attempts == [3] * tuning.ATTEMPTS, "stock and two paths"
+    assert attempts == [3] * clock.ATTEMPTS, "stock and two paths"
     assert "no row, the machine is busy" in str(told[0])
     assert not cache.exists()
-    monkeypatch.setattr(tuning, "take_turns", lambda steps, seconds: [[1.0, 1.0, 1.0, 1.0, 9.0]] * len(steps))
+    monkeypatch.setattr(clock, "take_turns", lambda steps, seconds: [[1.0, 1.0, 1.0, 1.0, 9.0]] * len(steps))
     assert len(dlkernels.tune(shapes=[SMALL], dtypes=["float32"]).rows) == 3
 
 
@@ -167,7 +168,7 @@ def test_an_interruption_loses_nothing(times, cache):
 def test_a_table_is_whole_or_absent(times, cache, monkeypatch):
     dlkernels.tune(shapes=[SMALL], dtypes=["float32"])
     before = (cache / routing.file_name()).read_text()
-    monkeypatch.setattr(tuning, "choose", lambda times, stock, usual, library: usual)  # behind stock
+    monkeypatch.setattr(measurement, "choose", lambda times, stock, usual, library: usual)  # behind stock
     with pytest.raises(routing.RouteError, match="not clearly slower than stock"):
         dlkernels.tune(shapes=[SMALL], dtypes=["float32"])
     assert (cache / routing.file_name()).read_text() == before
@@ -178,7 +179,7 @@ def test_routes_are_back_after_an_error(monkeypatch):
     def fail(*args):
         raise RuntimeError("the clock stopped")
 
-    monkeypatch.setattr(tuning, "take_turns", fail)
+    monkeypatch.setattr(clock, "take_turns", fail)
     before = paths(*SMALL)
     with pytest.raises(RuntimeError, match="the clock stopped"):
         dlkernels.tune(shapes=[SMALL], dtypes=["float32"])
@@ -205,7 +206,7 @@ def test_the_layers_of_a_model_are_found(fused):
     if fused:
         dlkernels.fuse(model)
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
-    found = tuning.sizes_of(model, {"x": torch.randn(2, 3, 20), "scale": 2.0})
+    found = layers.sizes_of(model, {"x": torch.randn(2, 3, 20), "scale": 2.0})
     expected = [(20, 16), (16, 12), (12, 9), (9, 7)]
     assert found == [*(Size(6, k, n, "float32") for k, n in expected), Size(6, 7, 5, "float64")]
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks and model.training
@@ -246,9 +247,9 @@ def test_a_forced_path_leaves_nothing_to_measure(monkeypatch):
 
 def test_large_layers_are_judged_on_fewer_rows(times, monkeypatch):
     seen = []
-    monkeypatch.setattr(tuning, "JUDGED", 10 * 70 * 30)
-    monkeypatch.setattr(tuning, "objections", lambda layer, takes: seen.append(layer.x.shape) or {})
-    tuning.measure(Size(*SMALL, "float32"))
+    monkeypatch.setattr(measurement, "JUDGED", 10 * 70 * 30)
+    monkeypatch.setattr(measurement, "objections", lambda layer, takes: seen.append(layer.x.shape) or {})
+    measurement.measure(Size(*SMALL, "float32"))
     assert seen == [(10, 70)]
 
 

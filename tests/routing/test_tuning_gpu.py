@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import dlkernels
-from dlkernels import functional, routing, tuning
+from dlkernels import functional, routing
 from dlkernels.__main__ import main
-from dlkernels.tuning import Size, TuneError
+from dlkernels.tuning import Size, TuneError, clock, layers, measurement, paths
 from tests.conftest import HAS_GPU
 
 USUAL, SIZE = "mma", (48, 64, 16)
@@ -20,18 +20,19 @@ class InventedGpu:
 
     def __init__(self, monkeypatch, seconds):
         self.tables, self.table, self.now, self.seconds, self.captured = [], -1, 0.0, seconds, []
-        right, draw = functional.linear_relu, tuning.draw
+        right, draw = functional.linear_relu, measurement.draw
         # In the order of the calls: the paths, without which nothing can be asked; the layer; the clock.
-        monkeypatch.setattr(tuning, "_C", self)
-        monkeypatch.setattr(tuning.functional, "explain", self.explain)
-        monkeypatch.setattr(tuning.functional, "linear_relu", lambda *a: right(*a) * self.factor())
-        monkeypatch.setattr(tuning, "draw", lambda size: draw(Size(size.m, size.k, size.n, size.dtype)))
+        for module in (clock, paths):
+            monkeypatch.setattr(module, "_C", self)
+        monkeypatch.setattr(functional, "explain", self.explain)
+        monkeypatch.setattr(functional, "linear_relu", lambda *a: right(*a) * self.factor())
+        monkeypatch.setattr(measurement, "draw", lambda size: draw(Size(size.m, size.k, size.n, size.dtype)))
         monkeypatch.setattr(Size, "of", lambda x, w: Size(*x.shape, len(w), str(x.dtype)[6:], "cuda"))
-        monkeypatch.setattr(tuning, "no_gpu", lambda: "")
+        monkeypatch.setattr(layers, "no_gpu", lambda: "")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU (80 GB)")
-        monkeypatch.setattr(tuning.graph, "capture", self.capture)
-        monkeypatch.setattr(tuning.graph, "on_another_stream", lambda: torch.no_grad())
+        monkeypatch.setattr(clock.graph, "capture", self.capture)
+        monkeypatch.setattr(clock.graph, "on_another_stream", lambda: torch.no_grad())
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: InventedEvent(self))
 
     # what dlkernels._C offers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from dlkernels import functional
-from dlkernels.tuning import Size, only_routes
+from dlkernels.tuning import Size
+from dlkernels.tuning.paths import only_routes
 
 LAYERS = {
     "mma": (4096, 768, 3072),

@@ -1,0 +1,93 @@
+"""The public function."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlkernels import routing
+from dlkernels.routing import Table
+from dlkernels.tuning.layers import FORCED, TuneError, kind_of, sizes_named, sizes_of
+from dlkernels.tuning.measurement import SECONDS, MeasuredLayer, measure
+from dlkernels.tuning.table import empty_table, with_rows, write
+
+
+def tune(
+    model: nn.Module | None = None,
+    example_inputs: Any = None,
+    *,
+    shapes: Iterable[tuple[int, int, int]] = (),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    seconds: float = SECONDS,
+    out: str | os.PathLike[str] | None = None,
+    any_threads: bool = False,
+    device: str | torch.device | None = None,
+    told: Callable[[MeasuredLayer], None] = lambda layer: None,
+) -> Table:
+    """Measure layers on this machine and write its route table, which this process then takes its routes from.
+
+    Rows of earlier measurements stay in the table, unless the same product was measured again with the same number of
+    threads. The table is written after every layer, so an interruption loses none of those before. A layer whose calls
+    took too different times, because the machine did other work too, gets no rows. All layers of the process take the
+    routes that are tried meanwhile; so run nothing else beside it.
+
+        >>> table = dlkernels.tune(model, torch.randn(64, 784))
+
+    Args:
+        model: the linear layers that it runs are measured. Without a model, ``shapes`` are.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of the model. A copy of the model
+            runs on them in eval mode.
+        shapes: (rows, in_features, out_features) of layers; without a model and without shapes, ``GRID``.
+        dtypes: the dtypes in which ``shapes`` are measured: "float64", "float32", "bfloat16", "float16". A model's
+            layers are measured in the dtype in which they ran.
+        seconds: the time for the products of one direction of one layer, all paths together.
+        out: the file of the table; by default that of this processor or GPU in the user's cache folder.
+        any_threads: the rows hold for any number of threads, as in the tables that ship with the package. Rows of a GPU
+            always do.
+        device: "cpu" or "cuda"; by default that of the model's first parameter, and without a model the CPU.
+        told: called with the result of each layer.
+
+    Returns:
+        the table that was written.
+
+    Raises:
+        ValueError: a size or dtype that cannot be, or inputs without a model.
+        TuneError: an environment variable takes the choice of the path away, no layer of the model ran, a layer of it
+            is on another device, there is no GPU or the build has no CUDA kernels, or Python runs without assertions
+            (``-O``), which judge the results. It is a RuntimeError.
+        OSError: the table cannot be written.
+    """
+    if model is None and example_inputs is not None:
+        raise ValueError("tune: expected a model for the example inputs, or neither")
+    if not seconds > 0:
+        raise ValueError(f"tune: expected seconds above 0, got {seconds}")
+    where = kind_of(model, device)
+    if os.environ.get(FORCED[where]):
+        raise TuneError(f"tune: {FORCED[where]} takes the choice between paths away; unset it")
+    if not __debug__:
+        raise TuneError("tune: expected Python with assertions, which judge the results; got python -O")
+    sizes = sizes_of(model, example_inputs, where) if model is not None else sizes_named(shapes, dtypes, where)
+    file = routing.cache_folder() / routing.file_name(where) if out is None else Path(out)
+    table = empty_table(any_threads, where)
+    with contextlib.suppress(OSError, routing.RouteError):
+        before = routing.read(file, "")
+        same = (before.device, before.processor, before.any_threads) == (where, table.processor, table.any_threads)
+        if same and not routing.why_not_here(before):
+            table = replace(table, rows=before.rows)
+    try:
+        for size in sizes:
+            layer = measure(size, seconds)
+            told(layer)
+            if layer.rows:
+                table = with_rows(table, layer.rows)
+                write(table, file)  # now, so that an interruption loses nothing
+    finally:
+        routing.install()
+    return replace(table, name=file.name, source="tuned")
