@@ -369,7 +369,7 @@ class Graph(Gated):
 def test_backend(which, expected):
     torch._dynamo.reset()
     model = made(Graph)
-    y = torch.compile(model, fullgraph=True, backend="dlkernels", options={"then": "eager"})(X.clone(), which)
+    y = torch.compile(model, fullgraph=True, backend=backend.dlkernels, options={"then": "eager"})(X.clone(), which)
     torch.testing.assert_close(y, model(X.clone(), which))
     found = []
     torch._dynamo.reset()
