@@ -6,8 +6,8 @@ from typing import Any
 class DlkernelsWarning(UserWarning):
     """The category of every warning of this package.
 
-    ``warnings.filterwarnings("ignore", category=dlkernels.DlkernelsWarning)`` silences them, and ``"error"`` makes errors
-    of them. Messages that ask for nothing go to the loggers ``dlkernels.*`` of :mod:`logging`. By default these print
+    ``warnings.filterwarnings("ignore", category=dlkernels.DlkernelsWarning)`` silences them, and ``"error"`` makes
+    errors of them. Messages that ask for nothing go to the loggers ``dlkernels.*`` of :mod:`logging`. By default these print
     nothing; ``logging.basicConfig(level=logging.INFO)`` shows them.
     """
 

@@ -13,7 +13,6 @@
 
 #include "ops/dispatched.h"
 #include "ops/mlp.h"
-#include "python/objects.h"
 #include "python/tensors.h"
 
 namespace dlk::python {
@@ -72,8 +71,13 @@ struct Layer {
   int64_t in, out;
 };
 
+struct Decided {
+  PyObject_HEAD;
+  struct State* state;
+};
+
 struct State {
-  std::vector<Object> owned;
+  std::vector<PyObject*> owned;
   std::vector<Entry> globals, class_attributes;
   std::vector<PyObject*> empty;  // dicts
   std::vector<Module> modules;   // the first one is the owner
@@ -83,16 +87,7 @@ struct State {
   at::ScalarType dtype = at::kFloat;
   c10::Device device = at::kCPU;
   Same plain[2];  // torch.Tensor and torch.nn.Parameter
-
-  // For Python's garbage collector.
-  int visit(visitproc visit, void* arg) const {
-    for (const Object& held : owned) Py_VISIT(held.ptr());
-    return 0;
-  }
-  void forget() { const State gone = std::exchange(*this, State()); }  // releasing an object may run code of Python
 };
-
-using Decided = Holder<State>;
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
@@ -139,7 +134,7 @@ using Dicts = c10::SmallVector<PyObject*, 16>;  // of the attributes of each mod
 PyObject* unchanged(const Module& m) {
   PyObject* self = Same::referent(m.self.object);
   if (self == Py_None || !m.cls.is(reinterpret_cast<PyObject*>(Py_TYPE(self)))) return nullptr;
-  const Object held = Object::steal(PyObject_GenericGetDict(self, nullptr));
+  const pybind11::object held = pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(self, nullptr));
   PyObject* dict = held.ptr();
   if (!dict) {
     PyErr_Clear();
@@ -188,7 +183,8 @@ bool unchanged(const State& s, Dicts& dicts) {
   for (const Entry& entry : s.globals)
     if (!holds(entry, entry.table)) return false;
   for (const Entry& entry : s.class_attributes) {
-    const Object now = Object::steal(PyObject_GetAttr(entry.table, entry.key));
+    const pybind11::object now =
+        pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(entry.table, entry.key));
     if (!now) PyErr_Clear();
     if (!entry.value.is(now.ptr())) return false;
   }
@@ -246,11 +242,10 @@ at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const Optional
 
 // run(owner, x): the chain's output, or None if anything differs from what was decided.
 PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t count) {
-  const State& s = Decided::of(object);
+  const State& s = *reinterpret_cast<Decided*>(object)->state;
   TORCH_CHECK_TYPE(count == 2, "Decided.run: expected owner and x, got ", count, " arguments");
   Dicts dicts;
-  if (s.modules.empty() || !s.modules[0].self.is(args[0]) || is_special_mode(s.device.type()) || !unchanged(s, dicts))
-    Py_RETURN_NONE;
+  if (!s.modules[0].self.is(args[0]) || is_special_mode(s.device.type()) || !unchanged(s, dicts)) Py_RETURN_NONE;
   const at::Tensor* x = plain_tensor(s, args[1]);
   if (!x || x->dim() < 1 || x->size(-1) != s.layers[0].in) Py_RETURN_NONE;
   std::vector<at::Tensor> weights;
@@ -259,7 +254,7 @@ PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t c
   if (!read_parameters(s, dicts, weights, biases, learns)) Py_RETURN_NONE;
   at::Tensor y;
   {
-    const Unlocked no_gil;
+    const pybind11::gil_scoped_release no_gil;
     const bool recorded = learns && c10::GradMode::is_enabled();
     y = weights.size() == 1 ? run_layer(*x, weights[0], get(biases, 0), s.acts[0], s.slope, recorded)
                             : run_chain(*x, weights, biases, s.acts, s.slope, recorded);
@@ -272,7 +267,7 @@ PyObject* run(PyObject* object, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* activations(PyObject* object, PyObject*) {
-  const State& s = Decided::of(object);
+  const State& s = *reinterpret_cast<Decided*>(object)->state;
   PyObject* codes = PyTuple_New(static_cast<Py_ssize_t>(s.acts.size()));
   for (size_t i = 0; codes && i < s.acts.size(); ++i) PyTuple_SET_ITEM(codes, i, PyLong_FromLongLong(s.acts[i]));
   return codes;
@@ -280,90 +275,110 @@ PyObject* activations(PyObject* object, PyObject*) {
 
 // ---- from Python's lists ---------------------------------------------------------------------------------------------
 
-PyObject* own(State& s, PyObject* object) {
-  s.owned.push_back(Object::borrow(object));
-  return object;
+namespace py = pybind11;
+
+PyObject* own(State& s, py::handle object) {
+  s.owned.push_back(object.inc_ref().ptr());
+  return object.ptr();
 }
 
-Same same(State& s, PyObject* object) {
-  if (PyObject* weak = PyWeakref_NewRef(object, nullptr)) {
-    s.owned.push_back(Object::steal(weak));
+Same same(State& s, py::handle object) {
+  if (PyObject* weak = PyWeakref_NewRef(object.ptr(), nullptr)) {
+    s.owned.push_back(weak);
     return {weak, true};
   }
   PyErr_Clear();
   return {own(s, object), false};
 }
 
-Same weakly(State& s, PyObject* object) {
+Same weakly(State& s, py::handle object) {
   const Same made = same(s, object);
-  if (!made.weak) throw TypeError("Decided: expected an object that takes weak references");
+  if (!made.weak) throw py::type_error("Decided: expected an object that takes weak references");
   return made;
 }
 
-// A borrowed value of a dict that must have it.
-PyObject* entry_of(PyObject* dict, const char* key) {
-  PyObject* found = PyDict_Check(dict) ? PyDict_GetItemString(dict, key) : nullptr;
-  if (!found) throw TypeError("Decided: expected a dict with the key " + std::string(key));
-  return found;
-}
-
 // A row (table, key, value, ...); `missing` as the value stands for a key that must be absent.
-Entry entry(State& s, PyObject* row, PyObject* missing) {
-  const Items parts(row);
-  const bool absent = parts[2] == missing;
-  PyObject* table = parts[0] == Py_None ? nullptr : own(s, parts[0]);
+Entry entry(State& s, py::handle row, py::handle missing) {
+  const py::tuple parts = py::reinterpret_borrow<py::tuple>(row);
+  const bool absent = parts[2].ptr() == missing.ptr();
+  PyObject* table = parts[0].is_none() ? nullptr : own(s, parts[0]);
   return {table, own(s, parts[1]), absent ? Same{nullptr, false} : same(s, parts[2]), absent};
 }
 
-void fill(State& s, PyObject* read) {
-  auto rows = [&](const char* key) { return Items(entry_of(read, key)); };
-  PyObject* missing = entry_of(read, "missing");
-  for (PyObject* dict : rows("empty")) {
-    if (!PyDict_Check(dict)) throw TypeError("Decided: expected dicts in `empty`");
+void fill(State& s, const py::dict& read) {
+  const py::object missing = read["missing"];
+  for (py::handle dict : read["empty"]) {
+    if (!PyDict_Check(dict.ptr())) throw py::type_error("Decided: expected dicts in `empty`");
     s.empty.push_back(own(s, dict));
   }
-  for (PyObject* row : rows("globals")) s.globals.push_back(entry(s, row, missing));
-  for (PyObject* row : rows("class_attributes")) s.class_attributes.push_back(entry(s, row, missing));
-  for (PyObject* row : rows("modules")) {  // module, calls forward alone, entries, children or None
-    const Items parts(row);
-    Module m{weakly(s, parts[0]),
-             weakly(s, reinterpret_cast<PyObject*>(Py_TYPE(parts[0]))),
-             from_python<bool>(parts[1]),
-             {},
-             false,
-             {}};
-    for (PyObject* e : Items(parts[2])) m.entries.push_back(entry(s, e, missing));
-    m.fixed_children = parts[3] != Py_None;
+  for (py::handle row : read["globals"]) s.globals.push_back(entry(s, row, missing));
+  for (py::handle row : read["class_attributes"]) s.class_attributes.push_back(entry(s, row, missing));
+  for (py::handle row : read["modules"]) {  // module, calls forward alone, entries, children or None
+    const py::tuple parts = py::reinterpret_borrow<py::tuple>(row);
+    Module m{weakly(s, parts[0]), weakly(s, py::type::handle_of(parts[0])), parts[1].cast<bool>(), {}, false, {}};
+    for (py::handle e : parts[2]) m.entries.push_back(entry(s, e, missing));
+    m.fixed_children = !parts[3].is_none();
     if (m.fixed_children)
-      for (PyObject* child : Items(parts[3])) m.children.push_back(same(s, child));
+      for (py::handle child : parts[3]) m.children.push_back(same(s, child));
     s.modules.push_back(std::move(m));
   }
-  const Items plain = rows("plain");
+  const py::sequence plain = read["plain"];
   for (int i = 0; i < 2; ++i) s.plain[i] = same(s, plain[i]);
-  for (PyObject* row : rows("layers")) {  // module, code of the activation
-    const Items parts(row);
+  for (py::handle row : read["layers"]) {  // module, code of the activation
+    const py::tuple parts = py::reinterpret_borrow<py::tuple>(row);
     const auto at =
-        std::find_if(s.modules.begin(), s.modules.end(), [&](const Module& m) { return m.self.is(parts[0]); });
-    if (at == s.modules.end()) throw std::invalid_argument("Decided: expected the layers among the modules");
-    const Object parameters = made(PyObject_GetAttr(parts[0], names().parameters));
-    const at::Tensor& w = unpack(entry_of(parameters.ptr(), "weight"));
-    const bool has_bias = entry_of(parameters.ptr(), "bias") != Py_None;
-    s.layers.push_back({static_cast<size_t>(at - s.modules.begin()), has_bias, w.size(1), w.size(0)});
-    s.acts.push_back(from_python<int64_t>(parts[1]));
+        std::find_if(s.modules.begin(), s.modules.end(), [&](const Module& m) { return m.self.is(parts[0].ptr()); });
+    if (at == s.modules.end()) throw py::value_error("Decided: expected the layers among the modules");
+    const py::dict parameters = parts[0].attr("_parameters");
+    const at::Tensor& w = unpack(py::handle(parameters["weight"]).ptr());
+    s.layers.push_back(
+        {static_cast<size_t>(at - s.modules.begin()), !parameters["bias"].is_none(), w.size(1), w.size(0)});
+    s.acts.push_back(parts[1].cast<int64_t>());
     s.dtype = w.scalar_type(), s.device = w.device();
   }
-  s.slope = from_python<double>(entry_of(read, "slope"));
-  if (s.modules.empty() || s.layers.empty()) throw std::invalid_argument("Decided: expected an owner and a layer");
+  s.slope = read["slope"].cast<double>();
+  if (s.modules.empty() || s.layers.empty()) throw py::value_error("Decided: expected an owner and a layer");
 }
 
 PyObject* create(PyTypeObject* type, PyObject* args, PyObject*) {
   PyObject* read = nullptr;
   if (!PyArg_ParseTuple(args, "O!:Decided", &PyDict_Type, &read)) return nullptr;
-  return Decided::create(type, [&] {
-    auto state = std::make_unique<State>();
-    fill(*state, read);
-    return state.release();
-  });
+  PyObject* made = type->tp_alloc(type, 0);
+  if (!made) return nullptr;
+  reinterpret_cast<Decided*>(made)->state = new State;
+  try {
+    fill(*reinterpret_cast<Decided*>(made)->state, py::reinterpret_borrow<py::dict>(read));
+  } catch (py::error_already_set& error) {
+    error.restore();
+    Py_CLEAR(made);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_TypeError, error.what());
+    Py_CLEAR(made);
+  }
+  return made;
+}
+
+int traverse(PyObject* object, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(object));
+  if (const State* s = reinterpret_cast<Decided*>(object)->state)
+    for (PyObject* held : s->owned) Py_VISIT(held);
+  return 0;
+}
+
+int clear(PyObject* object) {
+  if (State* s = std::exchange(reinterpret_cast<Decided*>(object)->state, nullptr)) {
+    for (PyObject* held : s->owned) Py_DECREF(held);
+    delete s;
+  }
+  return 0;
+}
+
+void destroy(PyObject* object) {
+  PyTypeObject* type = Py_TYPE(object);
+  PyObject_GC_UnTrack(object);
+  clear(object);
+  type->tp_free(object);
+  Py_DECREF(type);
 }
 
 PyMethodDef kMethods[] = {
@@ -373,10 +388,21 @@ PyMethodDef kMethods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+PyType_Slot kSlots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(&create)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(&destroy)},
+    {Py_tp_traverse, reinterpret_cast<void*>(&traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(&clear)},
+    {Py_tp_methods, kMethods},
+    {0, nullptr},
+};
+
+PyType_Spec kSpec = {"dlkernels._C.Decided", sizeof(Decided), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, kSlots};
+
 }  // namespace
 
-void add_decided(PyObject* module) {
-  add_object(module, "Decided", class_of<State>("dlkernels._C.Decided", &create, kMethods));
+void add_decided(py::module_& m) {
+  m.add_object("Decided", py::reinterpret_steal<py::object>(PyType_FromSpec(&kSpec)));
 }
 
 }  // namespace dlk::python

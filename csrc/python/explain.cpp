@@ -1,5 +1,7 @@
 #include "python/explain.h"
 
+#include <pybind11/stl.h>
+
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -17,6 +19,8 @@
 
 namespace dlk::python {
 namespace {
+
+namespace py = pybind11;
 
 // (address, row stride, column stride) of a 2-D view, strides in elements.
 using PyView = std::array<int64_t, 3>;
@@ -57,39 +61,39 @@ std::vector<std::string> outputs_of(unsigned outputs, const Names& all) {
 }
 
 // A step as Python reads it. `kernel` as people read it, `scratch`: the bytes that it allocates.
-Dict row_of(const Step& step, const std::vector<std::string>& makes, const std::string& kernel, int64_t scratch) {
-  Dict row;
-  row.set("kind", name(step.kind));
-  row.set("path", name(step.path));
-  row.set("kernel", kernel);
-  row.set("makes", makes);
-  row.set("dz_in_load", step.dz_in_load);
-  row.set("below", step.below);
-  row.set("splits", step.splits);
-  row.set("scratch_bytes", scratch);
-  row.set("why", step.why);
+py::dict row_of(const Step& step, const std::vector<std::string>& makes, const std::string& kernel, int64_t scratch) {
+  py::dict row;
+  row["kind"] = name(step.kind);
+  row["path"] = name(step.path);
+  row["kernel"] = kernel;
+  row["makes"] = makes;
+  row["dz_in_load"] = step.dz_in_load;
+  row["below"] = step.below;
+  row["splits"] = step.splits;
+  row["scratch_bytes"] = scratch;
+  row["why"] = step.why;
   return row;
 }
 
 template <class Kernel, class Scratch>
-List steps_of(const Plan& plan, Kernel&& kernel, Scratch&& scratch) {
-  List steps;
+py::list steps_of(const Plan& plan, Kernel&& kernel, Scratch&& scratch) {
+  py::list steps;
   for (const Step& step : plan)
     steps.append(row_of(step, outputs_of(step.outputs, kLayerNames), kernel(step), scratch(step)));
   return steps;
 }
 
 template <class Plans>
-Dict plan_of(const Layer& l, const Plans& plans) {
-  List routes;
+py::dict plan_of(const Layer& l, const Plans& plans) {
+  py::list routes;
   auto add = [&](const char* op_name, Op op) {
     const auto [route, why, splits] = plans.route(op);
-    Dict row;
-    row.set("op", op_name);
-    row.set("path", name(route));
-    row.set("kernel", plans.kernel(route));
-    row.set("splits", splits);
-    row.set("why", why);
+    py::dict row;
+    row["op"] = op_name;
+    row["path"] = name(route);
+    row["kernel"] = plans.kernel(route);
+    row["splits"] = splits;
+    row["why"] = why;
     routes.append(row);
   };
   add("forward", Op::forward);
@@ -99,13 +103,12 @@ Dict plan_of(const Layer& l, const Plans& plans) {
   const View grad_y = contiguous_view(l.problem.shape.n);
   auto kernel = [&](const Step& step) { return std::string(plans.kernel_of(step)); };
   auto scratch = [&](const Step& step) { return plans.scratch(step); };
-  Dict out;
-  out.set("routes", routes);
-  out.set("forward", steps_of(plans.forward({l.problem, l.x, l.weight, l.z, l.mask}), kernel, scratch));
-  out.set(
-      "backward",
+  py::dict out;
+  out["routes"] = routes;
+  out["forward"] = steps_of(plans.forward({l.problem, l.x, l.weight, l.z, l.mask}), kernel, scratch);
+  out["backward"] =
       steps_of(plans.backward({l.problem, grad_y, l.saved, l.x, l.weight, true, true, l.bias, l.below, l.dbias_below}),
-               kernel, scratch));
+               kernel, scratch);
   return out;
 }
 
@@ -113,7 +116,7 @@ Dict plan_of(const Layer& l, const Plans& plans) {
 template <class Plans>
 struct GluSteps {
   const Plans& plans;  // of one half
-  List rows;
+  py::list rows;
 
   void add(const Step& step, unsigned outputs, int64_t scratch) {
     rows.append(row_of(step, outputs_of(outputs, kGluNames), plans.kernel_of(step), scratch));
@@ -140,7 +143,7 @@ struct GluSteps {
 
 // `half`: the plans of one half of the layer, a layer without activation.
 template <class Plans>
-Dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one_memory) {
+py::dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one_memory) {
   const Layer& l = half.l;
   const auto [m, n, k] = l.problem.shape;
   Problem c = l.problem;
@@ -148,8 +151,8 @@ Dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one_mem
   const GluPlan forward = half.glu_forward({c, l.x, l.weight, weight_up, true});
   const GluPlan backward =
       half.glu_backward({c, l.x, l.weight, weight_up, one_memory, true, true, l.bias, true, l.bias});
-  Dict out;
-  GluSteps<Plans> steps{half, List()};
+  py::dict out;
+  GluSteps<Plans> steps{half, py::list()};
   if (forward.fused) {
     const Step& step = forward.gate.steps[0];
     steps.add(step, step.outputs, 2 * half.scratch(step));
@@ -158,9 +161,9 @@ Dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one_mem
     steps.add_half(forward.up, kZUp, 0, 0);
     steps.add_pass(forward.pass);
   }
-  out.set("fused", forward.fused);
-  out.set("forward", steps.rows);
-  steps.rows = List();
+  out["fused"] = forward.fused;
+  out["forward"] = steps.rows;
+  steps.rows = py::list();
   steps.add_pass(backward.pass);
   const int64_t sum = backward.dx_sum == DxSum::unrounded ? m * k * accumulator_size(c.dtype) : 0;
   const int64_t added = backward.dx_sum == DxSum::apart ? m * k * element_size(c.dtype) : 0;
@@ -171,7 +174,7 @@ Dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one_mem
   const Plans both_plans = half.with(both);
   GluSteps<Plans> whole{both_plans, steps.rows};
   whole.add_half(backward.dgrad, kY, kDweight, 0);
-  out.set("backward", steps.rows);
+  out["backward"] = steps.rows;
   return out;
 }
 
@@ -250,9 +253,9 @@ Layer layer_of(int64_t m, int64_t n, int64_t k, const std::string& dtype, int ac
   return {problem, view_of(x), view_of(weight), beside == "z", beside == "mask", saved, bias, below, dbias_below};
 }
 
-Dict explain_layer(bool cuda, int64_t m, int64_t n, int64_t k, const std::string& dtype, int act, const PyView& x,
-                   const PyView& weight, const std::string& beside, bool saved, bool bias, bool below, bool dbias_below,
-                   const std::string& casts, int threads, bool in_bf16) {
+py::dict explain_layer(bool cuda, int64_t m, int64_t n, int64_t k, const std::string& dtype, int act, const PyView& x,
+                       const PyView& weight, const std::string& beside, bool saved, bool bias, bool below,
+                       bool dbias_below, const std::string& casts, int threads, bool in_bf16) {
   const Layer layer = layer_of(m, n, k, dtype, act, x, weight, beside, saved, bias, below, dbias_below, casts);
 #ifdef DLKERNELS_CUDA
   if (cuda) return plan_of(layer, CudaPlans{layer});
@@ -262,9 +265,9 @@ Dict explain_layer(bool cuda, int64_t m, int64_t n, int64_t k, const std::string
   return plan_of(layer, CpuPlans{layer, cpu::this_machine(threads, in_bf16)});
 }
 
-Dict explain_glu(bool cuda, int64_t m, int64_t n, int64_t k, const std::string& dtype, int act, const PyView& x,
-                 const PyView& weight_gate, const PyView& weight_up, bool one_memory, bool bias, int threads,
-                 bool in_bf16) {
+py::dict explain_glu(bool cuda, int64_t m, int64_t n, int64_t k, const std::string& dtype, int act, const PyView& x,
+                     const PyView& weight_gate, const PyView& weight_up, bool one_memory, bool bias, int threads,
+                     bool in_bf16) {
   const Layer half = layer_of(m, n, k, dtype, 0, x, weight_gate, "", false, bias, false, false, "");
   const Act kind = static_cast<Act>(act);
 #ifdef DLKERNELS_CUDA
@@ -275,7 +278,7 @@ Dict explain_glu(bool cuda, int64_t m, int64_t n, int64_t k, const std::string& 
   return glu_plan_of(CpuPlans{half, cpu::this_machine(threads, in_bf16)}, kind, view_of(weight_up), one_memory);
 }
 
-Object explain_fused_mlp(bool cuda, const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
+py::tuple explain_fused_mlp(bool cuda, const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
   const DType type = dtype_named(dtype);
   std::vector<FusedMlpLayer> described;
   std::vector<Shape> shapes;
@@ -291,14 +294,15 @@ Object explain_fused_mlp(bool cuda, const std::vector<std::array<int64_t, 3>>& l
 #ifdef DLKERNELS_CUDA
   if (cuda) {
     const auto [slices, bytes] = cuda::fused_mlp_slices_and_scratch(p, type);
-    return tuple_of(slices, "fused_mlp, weights in shared memory", bytes);
+    return py::make_tuple(slices, "fused_mlp, weights in shared memory", bytes);
   }
 #else
   refuse_cuda(cuda);
 #endif
   const cpu::Machine machine = cpu::this_machine(1, false);
   const int slices = cpu::fused_mlp_slices(shapes, type, machine);
-  return tuple_of(slices, machine.table(type).ukernel, slices * cpu::fused_mlp_parameters(p) * accumulator_size(type));
+  return py::make_tuple(slices, machine.table(type).ukernel,
+                        slices * cpu::fused_mlp_parameters(p) * accumulator_size(type));
 }
 
 bool explain_members(int64_t members, const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype,
@@ -308,35 +312,27 @@ bool explain_members(int64_t members, const std::vector<std::array<int64_t, 3>>&
   return cpu::members_in_parallel(members, problems, cpu::this_machine(threads, in_bf16));
 }
 
-constexpr std::array<const char*, 16> kExplain = {"cuda",        "m",      "n",       "k",      "dtype", "act",
-                                                  "x",           "weight", "beside",  "saved",  "bias",  "below",
-                                                  "dbias_below", "casts",  "threads", "in_bf16"};
-constexpr std::array<const char*, 13> kExplainGlu = {
-    "cuda", "m", "n", "k", "dtype", "act", "x", "weight_gate", "weight_up", "one_memory", "bias", "threads", "in_bf16"};
-constexpr std::array<const char*, 3> kExplainFusedMlp = {"cuda", "layers", "dtype"};
-constexpr std::array<const char*, 5> kExplainMembers = {"members", "layers", "dtype", "threads", "in_bf16"};
-
-PyMethodDef kFunctions[] = {
-    function<kExplain, &explain_layer>(
-        "explain", "The plan of a layer with all gradients: routes of its products, steps of forward and backward."),
-    function<kExplainGlu, &explain_glu>("explain_glu",
-                                        "The plan of a gated layer with all gradients: steps of forward and backward."),
-    function<kExplainFusedMlp, &explain_fused_mlp>(
-        "explain_fused_mlp",
-        "Slices, kernel and scratch in bytes of the fused MLP kernels for these layers; 0 slices: layer by layer."),
-    function<kExplainMembers, &explain_members>(
-        "explain_members",
-        "True if the members of an ensemble of such chains run at the same time on CPU, each on one thread."),
-    {nullptr, nullptr, 0, nullptr},
-};
-
 }  // namespace
 
-void add_explain(PyObject* module) {
-  add_functions(module, kFunctions);
+void add_explain(py::module_& m) {
+  m.def("explain", &explain_layer,
+        "The plan of a layer with all gradients: routes of its products, steps of forward and backward.",
+        py::arg("cuda"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("act"), py::arg("x"),
+        py::arg("weight"), py::arg("beside"), py::arg("saved"), py::arg("bias"), py::arg("below"),
+        py::arg("dbias_below"), py::arg("casts"), py::arg("threads"), py::arg("in_bf16"));
+  m.def("explain_glu", &explain_glu, "The plan of a gated layer with all gradients: steps of forward and backward.",
+        py::arg("cuda"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("act"), py::arg("x"),
+        py::arg("weight_gate"), py::arg("weight_up"), py::arg("one_memory"), py::arg("bias"), py::arg("threads"),
+        py::arg("in_bf16"));
+  m.def("explain_fused_mlp", &explain_fused_mlp,
+        "Slices, kernel and scratch in bytes of the fused MLP kernels for these layers; 0 slices: layer by layer.",
+        py::arg("cuda"), py::arg("layers"), py::arg("dtype"));
+  m.def("explain_members", &explain_members,
+        "True if the members of an ensemble of such chains run at the same time on CPU, each on one thread.",
+        py::arg("members"), py::arg("layers"), py::arg("dtype"), py::arg("threads"), py::arg("in_bf16"));
 #ifdef DLKERNELS_CUDA
   // The values of DLKERNELS_CUDA_GEMM.
-  add_object(module, "cuda_paths", tuple_of("simt", "mma", "hopper", "cublas", "fused_mlp"));
+  m.attr("cuda_paths") = py::make_tuple("simt", "mma", "hopper", "cublas", "fused_mlp");
 #endif
 }
 

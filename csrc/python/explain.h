@@ -1,10 +1,10 @@
 // The plans that would run, as Python sees them.
 #pragma once
 
-#include <Python.h>
+#include <pybind11/pybind11.h>
 
 namespace dlk::python {
 
-void add_explain(PyObject* module);
+void add_explain(pybind11::module_&);
 
 }  // namespace dlk::python

@@ -1,5 +1,7 @@
 #include "python/routes.h"
 
+#include <pybind11/stl.h>
+
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -12,6 +14,8 @@
 
 namespace dlk::python {
 namespace {
+
+namespace py = pybind11;
 
 using Row = std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int, std::string, std::string>;
 
@@ -47,8 +51,7 @@ int make_routes(const std::vector<Row>& rows) {
 int in_use[2] = {-1, -1};
 
 // Returns the table that was in use.
-int use_routes(int table, std::optional<bool> of_cuda) {
-  const bool cuda = of_cuda.value_or(false);
+int use_routes(int table, bool cuda) {
   const auto& kept = tables();
   if (table < -1 || table >= static_cast<int>(kept.size()))
     throw std::invalid_argument("expected a table of make_routes, or -1 for none; got " + std::to_string(table));
@@ -57,23 +60,18 @@ int use_routes(int table, std::optional<bool> of_cuda) {
   return std::exchange(in_use[cuda], table);
 }
 
-constexpr std::array<const char*, 1> kMakeRoutes = {"rows"};
-constexpr std::array<const char*, 2> kUseRoutes = {"table", "cuda"};
-
-PyMethodDef kFunctions[] = {
-    function<kMakeRoutes, &make_routes>("make_routes",
-                                        "Make a route table of rows (op, dtype, m, n, k, where, path, why) and return "
-                                        "its number. `where` is the number "
-                                        "of threads, 0 for any; on CUDA the architecture."),
-    function<kUseRoutes, &use_routes>(
-        "use_routes",
-        "Let all layers of the process take the routes of a table from now on (-1: of none). Returns the number of the "
-        "table before."),
-    {nullptr, nullptr, 0, nullptr},
-};
-
 }  // namespace
 
-void add_routes(PyObject* module) { add_functions(module, kFunctions); }
+void add_routes(py::module_& m) {
+  m.def(
+      "make_routes", &make_routes,
+      "Make a route table of rows (op, dtype, m, n, k, where, path, why) and return its number. `where` is the number "
+      "of threads, 0 for any; on CUDA the architecture.",
+      py::arg("rows"));
+  m.def("use_routes", &use_routes,
+        "Let all layers of the process take the routes of a table from now on (-1: of none). Returns the number of the "
+        "table before.",
+        py::arg("table"), py::arg("cuda") = false);
+}
 
 }  // namespace dlk::python

@@ -3,8 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-
-#include "python/objects.h"
+#include <Python.h>
 
 namespace dlk::python {
 
@@ -25,17 +24,7 @@ PyObject* with_torch_errors(PyObject* (*call)(const void* f), const void* f);
 // Return what f returns. If it throws, the error of Python is set, as in torch's own functions, and null is returned.
 template <class F>
 PyObject* with_torch_errors(const F& f) {
-  const auto call = [](const void* object) -> PyObject* {
-    try {
-      return (*static_cast<const F*>(object))();
-    } catch (const ErrorIsSet&) {  // torch knows neither of these
-      return nullptr;
-    } catch (const TypeError&) {
-      set_error();
-      return nullptr;
-    }
-  };
-  return with_torch_errors(call, &f);
+  return with_torch_errors([](const void* object) -> PyObject* { return (*static_cast<const F*>(object))(); }, &f);
 }
 
 }  // namespace dlk::python

@@ -4,6 +4,7 @@
 
 #include <c10/core/GradMode.h>
 #include <c10/util/ScopeExit.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,26 +15,22 @@
 #include "ops/autograd/mlp_loss.h"
 #include "ops/update.h"
 #include "python/names.h"
-#include "python/objects.h"
 #include "python/tensors.h"
 
 namespace dlk::python {
 namespace {
 
+namespace py = pybind11;
 using Tensors = std::vector<at::Tensor>;
 
 // The entries of a dict as they were read, in their order. Of those with the keys `numbers` only the key must stay: their
 // values are read at each step.
 class DictContents {
  public:
-  DictContents(PyObject* dict, PyObject* numbers) : dict_(Object::borrow(dict)) {
-    if (!PyDict_Check(dict)) throw TypeError("StepPlan: expected a dict");
-    PyObject *key = nullptr, *value = nullptr;
-    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
-      const int is_number = PySequence_Contains(numbers, key);
-      if (is_number < 0) throw ErrorIsSet();
-      keys_.push_back(Object::borrow(key));
-      values_.push_back(is_number ? Object() : Object::borrow(value));
+  DictContents(py::dict dict, const py::tuple& numbers) : dict_(std::move(dict)) {
+    for (auto [key, value] : dict_) {
+      keys_.push_back(py::reinterpret_borrow<py::object>(key));
+      values_.push_back(numbers.contains(key) ? py::object() : py::reinterpret_borrow<py::object>(value));
     }
   }
 
@@ -48,21 +45,19 @@ class DictContents {
   // For Python's garbage collector.
   int visit(visitproc visit, void* arg) const {
     Py_VISIT(dict_.ptr());
-    for (const Object& key : keys_) Py_VISIT(key.ptr());
-    for (const Object& value : values_) Py_VISIT(value.ptr());
+    for (const py::object& value : values_) Py_VISIT(value.ptr());
     return 0;
   }
 
  private:
-  Object dict_;
-  std::vector<Object> keys_, values_;
+  py::dict dict_;
+  std::vector<py::object> keys_, values_;
 };
 
 class ListContents {
  public:
-  explicit ListContents(PyObject* list) : list_(Object::borrow(list)) {
-    if (!PyList_Check(list)) throw TypeError("StepPlan: expected a list");
-    for (PyObject* item : Items(list)) items_.push_back(Object::borrow(item));
+  explicit ListContents(py::list list) : list_(std::move(list)) {
+    for (py::handle item : list_) items_.push_back(py::reinterpret_borrow<py::object>(item));
   }
 
   bool same() const {
@@ -74,22 +69,22 @@ class ListContents {
 
   int visit(visitproc visit, void* arg) const {
     Py_VISIT(list_.ptr());
-    for (const Object& item : items_) Py_VISIT(item.ptr());
+    for (const py::object& item : items_) Py_VISIT(item.ptr());
     return 0;
   }
 
  private:
-  Object list_;
-  std::vector<Object> items_;
+  py::list list_;
+  std::vector<py::object> items_;
 };
 
 // The class of an object, and what an attribute of it was.
 struct ObjectClass {
-  Object object;
+  py::object object;
   PyTypeObject* type;
 };
 struct Attribute {
-  Object object, name, value;
+  py::object object, name, value;
 
   bool same() const {
     PyObject* now = PyObject_GetAttr(object.ptr(), name.ptr());
@@ -123,14 +118,17 @@ struct TensorFacts {
 
 // A parameter, or a tensor of a state or of the loss: a leaf without hooks.
 struct Kept {
-  Object object;
+  py::object object;
   TensorFacts facts;
   bool contiguous;
 
-  explicit Kept(PyObject* t) : object(Object::borrow(t)), facts(unpack(t)), contiguous(unpack(t).is_contiguous()) {}
+  explicit Kept(py::handle t)
+      : object(py::reinterpret_borrow<py::object>(t)),
+        facts(python::unpack(t.ptr())),
+        contiguous(python::unpack(t.ptr()).is_contiguous()) {}
 
   bool same() const {
-    const at::Tensor& tensor = unpack(object.ptr());
+    const at::Tensor& tensor = python::unpack(object.ptr());
     return facts.same(tensor) && tensor.is_contiguous() == contiguous && !tensor.grad_fn() && !has_hooks(object.ptr());
   }
 };
@@ -148,18 +146,18 @@ bool read_number(PyObject* found, double& value) {
     return true;
   }
   if (!is_exactly_tensor(found)) return false;
-  const at::Tensor& t = unpack(found);
+  const at::Tensor& t = python::unpack(found);
   if (!t.is_cpu() || t.numel() != 1 || !t.is_floating_point()) return false;
   value = t.item<double>();
   return true;
 }
 
-using Borrowed = std::vector<PyObject*>;  // tensors that `kept_` owns
+using Handles = std::vector<py::handle>;  // of tensors that `kept_` owns
 
 struct Group {
-  Object settings;        // a dict
+  py::dict settings;
   OptimizerGroup update;  // its parameters are unpacked at each step
-  Borrowed parameters;
+  Handles parameters;
   std::vector<int64_t> gradients;  // places among the gradients
   bool has_momentum;
 
@@ -181,22 +179,23 @@ struct Group {
   }
 };
 
-void unpack_all(const Borrowed& tensors, Tensors& to) {
+const at::Tensor& unpack(const py::handle& tensor) { return python::unpack(tensor.ptr()); }
+
+void unpack_all(const Handles& tensors, Tensors& to) {
   to.clear();
-  for (PyObject* t : tensors) to.push_back(unpack(t));
+  for (py::handle t : tensors) to.push_back(unpack(t));
 }
 
 // Of parameters it holds what Python holds, and no tensor of C++: torch.utils.swap_tensors refuses tensors that others hold.
 class StepPlan {
  public:
-  using Owners = std::array<PyObject*, 3>;
-
   // See StepPlan in dlkernels/_C.pyi.
-  StepPlan(Owners owners, PyObject* x, PyObject* target, bool flattens, PyObject* weights, PyObject* biases,
-           std::vector<int64_t> acts, double slope, int64_t kind, PyObject* class_weight, int64_t reduction,
-           int64_t ignore_index, double label_smoothing)
-      : x_type_(Py_TYPE(x)),
-        target_type_(Py_TYPE(target)),
+  StepPlan(py::tuple owners, py::object x, py::object target, bool flattens, const py::list& weights,
+           const py::list& biases, std::vector<int64_t> acts, double slope, int64_t kind,
+           const py::object& class_weight, int64_t reduction, int64_t ignore_index, double label_smoothing)
+      : owners_(std::move(owners)),
+        x_type_(Py_TYPE(x.ptr())),
+        target_type_(Py_TYPE(target.ptr())),
         x_(unpack(x)),
         target_(unpack(target)),
         flattens_(flattens),
@@ -206,38 +205,34 @@ class StepPlan {
         reduction_(reduction),
         ignore_index_(ignore_index),
         label_smoothing_(label_smoothing) {
-    for (size_t i = 0; i < owners.size(); ++i) owners_[i] = Object::borrow(owners[i]);
-    for (PyObject* weight : Items(weights)) {
+    for (py::handle weight : weights) {
       weights_.push_back(weight);
       kept_.emplace_back(weight);
       needs_.push_back(unpack(weight).requires_grad());
     }
-    for (PyObject* bias : Items(biases)) {
+    for (py::handle bias : biases) {
       biases_.push_back(bias);
-      if (bias != Py_None) kept_.emplace_back(bias);
-      needs_.push_back(bias != Py_None && unpack(bias).requires_grad());
+      if (!bias.is_none()) kept_.emplace_back(bias);
+      needs_.push_back(!bias.is_none() && unpack(bias).requires_grad());
     }
-    if (class_weight != Py_None) {
+    if (!class_weight.is_none()) {
       class_weight_ = unpack(class_weight);
       kept_.emplace_back(class_weight);
     }
   }
 
-  void add_group(PyObject* settings, int rule, std::vector<int64_t> gradients, PyObject* parameters, PyObject* means,
-                 PyObject* squares, PyObject* max_squares, PyObject* steps) {
-    Group g{Object::borrow(settings), {}, {}, std::move(gradients), Items(means).size() > 0};
-    auto flag = [&](const char* name) {
-      PyObject* found = PyDict_GetItemString(settings, name);
-      return found && from_python<bool>(found);
-    };
+  void add_group(py::dict settings, int rule, std::vector<int64_t> gradients, const py::list& parameters,
+                 const py::list& means, const py::list& squares, const py::list& max_squares, const py::list& steps) {
+    Group g{std::move(settings), {}, {}, std::move(gradients), !means.empty()};
+    auto flag = [&](const char* name) { return g.settings.contains(name) && py::cast<bool>(g.settings[name]); };
     g.update.rule = static_cast<cpu::UpdateRule>(rule);
     g.update.amsgrad = flag("amsgrad"), g.update.maximize = flag("maximize"), g.update.nesterov = flag("nesterov");
-    for (PyObject* parameter : Items(parameters)) g.parameters.push_back(parameter);  // the constructor has kept them
+    for (py::handle parameter : parameters) g.parameters.push_back(parameter);  // the constructor has kept them
     if (!weights_.empty() && unpack(weights_[0]).dim() == 3)
       g.update.members = std::max<int64_t>(1, unpack(weights_[0]).size(0));
-    for (auto [from, to] : {std::pair(means, &g.update.means), std::pair(squares, &g.update.squares),
-                            std::pair(max_squares, &g.update.max_squares), std::pair(steps, &g.update.steps)})
-      for (PyObject* t : Items(from)) {
+    for (auto [from, to] : {std::pair(&means, &g.update.means), std::pair(&squares, &g.update.squares),
+                            std::pair(&max_squares, &g.update.max_squares), std::pair(&steps, &g.update.steps)})
+      for (py::handle t : *from) {
         to->push_back(unpack(t));
         kept_.emplace_back(t);
       }
@@ -245,28 +240,33 @@ class StepPlan {
   }
 
   // The plan holds while these are as they are now.
-  void expect_dict(PyObject* dict, PyObject* numbers) { dicts_.emplace_back(dict, numbers); }
-  void expect_list(PyObject* list) { lists_.emplace_back(list); }
-  void expect_class(PyObject* object) { classes_.push_back({Object::borrow(object), Py_TYPE(object)}); }
-  void expect_attribute(PyObject* object, PyObject* name, PyObject* value) {
-    attributes_.push_back({Object::borrow(object), Object::borrow(name), Object::borrow(value)});
+  void expect_dict(py::dict dict, const py::tuple& numbers) { dicts_.emplace_back(std::move(dict), numbers); }
+  void expect_list(py::list list) { lists_.emplace_back(std::move(list)); }
+  void expect_class(py::object object) {
+    PyTypeObject* type = Py_TYPE(object.ptr());
+    classes_.push_back({std::move(object), type});
+  }
+  void expect_attribute(py::object object, py::str name, py::object value) {
+    attributes_.push_back({std::move(object), std::move(name), std::move(value)});
   }
   // All parameters of the optimizer, whose gradients a step clears.
-  void clear_gradients_of(PyObject* parameters) { cleared_ = Object::borrow(parameters); }
+  void clear_gradients_of(py::list parameters) { cleared_ = std::move(parameters); }
 
   // Return the loss and the output; or None, with nothing done, if anything has changed. With `only_finite` nothing is updated
   // if the loss, on the CPU, is NaN or infinite.
-  Object run(PyObject* model, PyObject* loss, PyObject* optimizer, PyObject* x, PyObject* target, bool keep_grads,
-             bool only_finite) {
-    const bool same_owners = model == owners_[0].ptr() && loss == owners_[1].ptr() && optimizer == owners_[2].ptr();
-    if (!same_owners || Py_TYPE(x) != x_type_ || Py_TYPE(target) != target_type_ ||
+  PyObject* run(py::handle model, py::handle loss, py::handle optimizer, py::handle x, py::handle target,
+                bool keep_grads, bool only_finite) {
+    const bool same_owners = model.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 0))) &&
+                             loss.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 1))) &&
+                             optimizer.is(py::handle(PyTuple_GET_ITEM(owners_.ptr(), 2)));
+    if (!same_owners || Py_TYPE(x.ptr()) != x_type_ || Py_TYPE(target.ptr()) != target_type_ ||
         !same_data(unpack(x), unpack(target)) || !holds())
-      return Object::borrow(Py_None);
+      Py_RETURN_NONE;
     const at::Tensor x_tensor = unpack(x), target_tensor = unpack(target);
     Tensors weights;
     OptionalTensorList biases;
     unpack_all(weights_, weights);
-    for (PyObject* bias : biases_) biases.push_back(bias == Py_None ? OptionalTensor() : OptionalTensor(unpack(bias)));
+    for (py::handle bias : biases_) biases.push_back(bias.is_none() ? OptionalTensor() : OptionalTensor(unpack(bias)));
     for (Group& group : groups_) unpack_all(group.parameters, group.update.parameters);
     const auto forgets = c10::make_scope_exit([this] {
       for (Group& group : groups_) group.update.parameters.clear();
@@ -275,7 +275,7 @@ class StepPlan {
     Tensors gradients;
     bool updates = true;
     {
-      const Unlocked released;
+      const py::gil_scoped_release released;
       const c10::AutoGradMode no_grad(false);
       std::tie(value, output, gradients) =
           call_mlp_loss(flattens_ ? x_tensor.flatten(1) : x_tensor, weights, biases, acts_, slope_, target_tensor,
@@ -289,17 +289,20 @@ class StepPlan {
         update(group.update, mine);
       }
     }
-    for (PyObject* parameter : Items(cleared_.ptr()))
+    for (py::handle parameter : cleared_)
       if (unpack(parameter).grad().defined()) unpack(parameter).mutable_grad().reset();
     if (keep_grads && updates)
       for (const Group& group : groups_)
         for (size_t i = 0; i < group.gradients.size(); ++i)
           group.update.parameters[i].mutable_grad() = gradients[group.gradients[i]];
-    return tuple_of(made(wrap(value)), made(wrap(output)));
+    return py::make_tuple(py::reinterpret_steal<py::object>(wrap(value)),
+                          py::reinterpret_steal<py::object>(wrap(output)))
+        .release()
+        .ptr();
   }
 
   int visit(visitproc visit, void* arg) const {
-    for (const Object& owner : owners_) Py_VISIT(owner.ptr());
+    Py_VISIT(owners_.ptr());
     for (const DictContents& dict : dicts_)
       if (int stop = dict.visit(visit, arg)) return stop;
     for (const ListContents& list : lists_)
@@ -317,6 +320,7 @@ class StepPlan {
   void forget() {
     auto cleared = std::make_tuple(std::move(owners_), std::move(dicts_), std::move(lists_), std::move(classes_),
                                    std::move(attributes_), std::move(kept_), std::move(groups_), std::move(cleared_));
+    owners_ = py::make_tuple(py::none(), py::none(), py::none());
   }
 
  private:
@@ -340,18 +344,18 @@ class StepPlan {
            std::all_of(groups_.begin(), groups_.end(), [](Group& group) { return group.read(); });
   }
 
-  std::array<Object, 3> owners_;  // model, loss, optimizer
+  py::tuple owners_;  // model, loss, optimizer
   PyTypeObject *x_type_, *target_type_;
   TensorFacts x_, target_;
   bool flattens_;
-  Borrowed weights_, biases_;
+  Handles weights_, biases_;
   std::vector<int64_t> acts_, needs_;
   double slope_;
   int64_t kind_, reduction_, ignore_index_;
   double label_smoothing_;
   OptionalTensor class_weight_;
   std::vector<Group> groups_;
-  Object cleared_ = List();
+  py::list cleared_;
   std::vector<Kept> kept_;
   std::vector<DictContents> dicts_;
   std::vector<ListContents> lists_;
@@ -359,58 +363,46 @@ class StepPlan {
   std::vector<Attribute> attributes_;
 };
 
-bool updates_like_torch(const std::string& dtype, int rule) {
-  const at::ScalarType types[] = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};
-  return cpu::updates_like_torch(types[static_cast<int>(dtype_named(dtype))], static_cast<cpu::UpdateRule>(rule));
+// Python's garbage collector sees through a plan: a model may hold the step that holds the plan.
+void collect(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+#if PY_VERSION_HEX >= 0x03090000
+    Py_VISIT(Py_TYPE(self));
+#endif
+    if (!py::detail::is_holder_constructed(self)) return 0;
+    return py::cast<StepPlan&>(py::handle(self)).visit(visit, arg);
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::cast<StepPlan&>(py::handle(self)).forget();
+    return 0;
+  };
 }
-
-// See StepPlan in dlkernels/_C.pyi. Python's garbage collector sees through it: a model may hold the step that holds the plan.
-using Plan = Holder<StepPlan>;
-
-PyObject* create(PyTypeObject* type, PyObject* args, PyObject* keywords) {
-  if (keywords && PyDict_GET_SIZE(keywords)) {
-    PyErr_SetString(PyExc_TypeError, "StepPlan takes no keyword arguments");
-    return nullptr;
-  }
-  return Plan::create(type, [&] {
-    using Arguments = std::tuple<StepPlan::Owners, PyObject*, PyObject*, bool, PyObject*, PyObject*,
-                                 std::vector<int64_t>, double, int64_t, PyObject*, int64_t, int64_t, double>;
-    return std::apply([](auto&&... a) { return new StepPlan(std::move(a)...); }, from_python<Arguments>(args));
-  });
-}
-
-PyObject* run(PyObject* plan, PyObject* args) {
-  return with_torch_errors([&]() -> PyObject* {
-    using Arguments = std::tuple<PyObject*, PyObject*, PyObject*, PyObject*, PyObject*, bool, bool>;
-    auto run = [&](const auto&... a) { return Plan::of(plan).run(a...); };
-    return std::apply(run, from_python<Arguments>(args)).release();
-  });
-}
-
-constexpr std::array<const char*, 2> kUpdatesLikeTorch = {"dtype", "rule"};
-
-PyMethodDef kFunctions[] = {
-    function<kUpdatesLikeTorch, &updates_like_torch>("updates_like_torch",
-                                                     "True if our update of parameters has the bits of torch's."),
-    {nullptr, nullptr, 0, nullptr},
-};
-
-PyMethodDef kMethods[] = {
-    method<&StepPlan::add_group>("add_group"),
-    method<&StepPlan::expect_dict>("expect_dict"),
-    method<&StepPlan::expect_list>("expect_list"),
-    method<&StepPlan::expect_class>("expect_class"),
-    method<&StepPlan::expect_attribute>("expect_attribute"),
-    method<&StepPlan::clear_gradients_of>("clear_gradients_of"),
-    {"run", &run, METH_VARARGS, nullptr},
-    {nullptr, nullptr, 0, nullptr},
-};
 
 }  // namespace
 
-void add_training(PyObject* module) {
-  add_functions(module, kFunctions);
-  add_object(module, "StepPlan", class_of<StepPlan>("dlkernels._C.StepPlan", &create, kMethods));
+void add_training(py::module_& m) {
+  m.def("updates_like_torch", [](const std::string& dtype, int rule) {
+    const at::ScalarType types[] = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};
+    return cpu::updates_like_torch(types[static_cast<int>(dtype_named(dtype))], static_cast<cpu::UpdateRule>(rule));
+  });
+  py::class_<StepPlan>(m, "StepPlan", py::custom_type_setup(&collect))
+      .def(py::init<py::tuple, py::object, py::object, bool, const py::list&, const py::list&, std::vector<int64_t>,
+                    double, int64_t, const py::object&, int64_t, int64_t, double>())
+      .def("add_group", &StepPlan::add_group)
+      .def("expect_dict", &StepPlan::expect_dict)
+      .def("expect_list", &StepPlan::expect_list)
+      .def("expect_class", &StepPlan::expect_class)
+      .def("expect_attribute", &StepPlan::expect_attribute)
+      .def("clear_gradients_of", &StepPlan::clear_gradients_of)
+      .def("run", [](StepPlan& plan, py::handle model, py::handle loss, py::handle optimizer, py::handle x,
+                     py::handle target, bool keep_grads, bool only_finite) {
+        PyObject* values =
+            with_torch_errors([&] { return plan.run(model, loss, optimizer, x, target, keep_grads, only_finite); });
+        if (!values) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(values);
+      });
 }
 
 }  // namespace dlk::python

@@ -1,4 +1,4 @@
-"""The functions of dlkernels._C take arguments as functions of Python do, and refuse others in words."""
+"""The functions of dlkernels._C refuse other arguments in words, and the garbage collector sees what a plan holds."""
 
 import gc
 import weakref
@@ -27,26 +27,16 @@ def test_arguments_by_place_and_by_name():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: _C.use_routes(), TypeError, "expected the argument 'table'"),
-        (lambda: _C.use_routes(-1, False, 0), TypeError, "expected 2 arguments, got 3"),
-        (lambda: _C.use_routes(-1, table=-1), TypeError, "got the argument 'table' twice"),
-        (lambda: _C.use_routes(tables=-1), TypeError, "there is no argument 'tables'"),
-        (lambda: _C.use_routes("1"), TypeError, "'str' object cannot be interpreted as an integer"),
-        (lambda: _C.use_routes(1.0), TypeError, "'float' object cannot be interpreted as an integer"),
-        (lambda: _C.use_routes(2**31), TypeError, "expected an int of 32 bits, got 2147483648"),
-        (lambda: _C.use_routes(2**70), OverflowError, "too big"),
+        (lambda: _C.use_routes(), TypeError, "incompatible function arguments"),
+        (lambda: _C.use_routes("1"), TypeError, "incompatible function arguments"),
+        (lambda: _C.use_routes(2**31), TypeError, "incompatible function arguments"),
         (lambda: _C.use_routes(10**6), ValueError, "expected a table of make_routes, or -1 for none; got 1000000"),
-        (lambda: _C.make_routes(3), TypeError, "expected an iterable"),
-        (lambda: _C.make_routes([ROW[:-1]]), TypeError, "expected 8 values, got 7"),
+        (lambda: _C.make_routes([ROW[:-1]]), TypeError, "incompatible function arguments"),
         (lambda: _C.make_routes([("sideways", *ROW[1:])]), ValueError, "expected forward, dgrad or wgrad"),
-        (lambda: _C.make_routes([(b"forward", *ROW[1:])]), TypeError, "bad argument type"),
-        (lambda: _C.explain_fused_mlp(False, [(1, 2)], "float32"), TypeError, "expected 3 values, got 2"),
         (lambda: _C.explain_fused_mlp(False, [], "float8"), TypeError, "expected float64, float32"),
-        (lambda: _C.StepPlan(), TypeError, "expected 13 values, got 0"),
-        (lambda: _C.StepPlan(x=1), TypeError, "StepPlan takes no keyword arguments"),
-        (lambda: _C.Decided({}), TypeError, "Decided: expected a dict with the key missing"),
+        (lambda: _C.StepPlan(), TypeError, "incompatible constructor arguments"),
     ],
-)  # fmt: skip
+)
 def test_others_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
@@ -73,15 +63,3 @@ def test_the_garbage_collector_sees_through_a_plan():
     del owner
     gc.collect()
     assert gone() is None
-
-
-def test_methods_of_a_plan_refuse_other_arguments():
-    plan = step_plan(Owner())
-    with pytest.raises(TypeError, match="expected 2 values, got 1"):
-        plan.expect_dict({})
-    with pytest.raises(TypeError, match="expected a list"):
-        plan.expect_list((1, 2))
-    with pytest.raises(TypeError, match="expected a dict"):
-        plan.expect_dict([], ())
-    with pytest.raises(TypeError, match="expected 7 values, got 0"):
-        plan.run()

@@ -38,7 +38,10 @@ def build(folder: Path) -> Path:
             *("kernels/cuda/gemm/hopper/*.cu", "ops/cuda/*.cpp", *library.PLANNING),
             *(
                 f"ops/{name}.cpp"
-                for name in "aten check check_losses dispatched layer linear_act linear_glu losses mlp".split()
+                for name in (
+                    *("aten", "check", "check_losses", "dispatched"),
+                    *("layer", "linear_act", "linear_glu", "losses", "mlp"),
+                )
             ),
             "kernels/cpu/huge_pages.cpp",
             *("entry.cpp", "entry_ops.cpp"),  # the replacement of the driver for Hopper; the registration
