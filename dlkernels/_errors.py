@@ -6,9 +6,9 @@ from typing import Any
 class DlkernelsWarning(UserWarning):
     """The category of every warning of this package.
 
-    ``warnings.filterwarnings("ignore", category=dlkernels.DlkernelsWarning)`` silences them, and ``"error"`` makes
-    errors of them. Messages that ask for nothing go to the loggers ``dlkernels.*`` of :mod:`logging`. By default these print
-    nothing; ``logging.basicConfig(level=logging.INFO)`` shows them.
+    ``warnings.filterwarnings("ignore", category=dlkernels.DlkernelsWarning)`` silences them, and ``"error"`` in place
+    of ``"ignore"`` makes errors of them. Messages that ask for nothing go to the loggers ``dlkernels.*`` of
+    :mod:`logging`. By default these print nothing; ``logging.basicConfig(level=logging.INFO)`` shows them.
     """
 
 

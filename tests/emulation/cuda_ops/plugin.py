@@ -19,6 +19,7 @@ from tests.emulation.cuda import library
 
 HERE = Path(__file__).parent
 LIBRARY = "DLKERNELS_TEST_CUDA_OPS"
+OPS = ("aten", "check", "check_losses", "dispatched", "layer", "linear_act", "linear_glu", "losses", "mlp")
 # Tests that a GPU runs but that are left out here:
 EXCEPT = {
     "test_more_than_2_31_elements": "minutes",
@@ -36,13 +37,7 @@ def build(folder: Path) -> Path:
         files=(
             *library.KERNELS,
             *("kernels/cuda/gemm/hopper/*.cu", "ops/cuda/*.cpp", *library.PLANNING),
-            *(
-                f"ops/{name}.cpp"
-                for name in (
-                    *("aten", "check", "check_losses", "dispatched"),
-                    *("layer", "linear_act", "linear_glu", "losses", "mlp"),
-                )
-            ),
+            *(f"ops/{name}.cpp" for name in OPS),
             "kernels/cpu/huge_pages.cpp",
             *("entry.cpp", "entry_ops.cpp"),  # the replacement of the driver for Hopper; the registration
         ),
