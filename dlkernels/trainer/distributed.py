@@ -201,8 +201,9 @@ def process_group(device: str) -> Iterator[Ranks]:
 def _store_of_this_attempt() -> dict[str, Any]:
     """Arguments of ``init_process_group``: torchrun's store with a prefix per attempt, if torchrun shares its store.
 
-    Without the prefix torch 2.11 to 2.15 find the names of the dead processes of earlier attempts (pytorch issue 135712).
-    An agent counts its own restarts; if a node is replaced, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun.
+    Without the prefix torch (2.11 to 2.15) finds the names of dead processes of earlier attempts (pytorch issue
+    135712). An agent counts its own restarts; if a node is replaced, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for
+    torchrun.
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

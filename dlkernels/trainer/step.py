@@ -178,11 +178,12 @@ class Step:
     def _clip(self, norm: float) -> None:
         try:
             nn.utils.clip_grad_norm_(self._parameters(), norm)
-        except NotImplementedError:
+        except NotImplementedError:  # torch before 2.14 has no norm of sparse tensors
             if not any(p.grad is not None and p.grad.is_sparse for p in self._parameters()):
                 raise
             raise ValueError(
-                "expected dense gradients to clip; got sparse ones: leave clip_norm out, or sparse=True"
+                "expected dense gradients to clip; got sparse ones: leave clip_norm out, or sparse=True, "
+                "or use torch 2.14 or newer"
             ) from None
 
     def after_optimizer_step(self) -> None:
