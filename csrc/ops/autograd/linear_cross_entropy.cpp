@@ -2,6 +2,8 @@
 // a reduction every row has a grad_loss of its own: backward calls the op again and passes grad_loss to it. A backward that is
 // recorded differentiates torch's formula (dlkernels/_ops/linear_cross_entropy.py), which holds all logits.
 #include <ATen/core/Reduction.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/mul_ops.h>
 
 #include "ops/autograd/cross_entropy_settings.h"
 #include "ops/autograd/losses.h"
@@ -35,6 +37,21 @@ Gradients differentiable_backward(const at::Tensor& g, const at::Tensor& x, cons
 // t, or a copy: autograd cannot save an inference tensor. Where torch's linear saves t too, both raise.
 at::Tensor savable(const at::Tensor& t, bool stock_saves) {
   return t.defined() && !stock_saves && t.is_inference() ? t.clone() : t;
+}
+
+// It has memory of the CPU, and no mode or transform has to see what happens to it.
+bool is_plain_on_cpu(const at::Tensor& t) {
+  const c10::DispatchKeySet keys =
+      t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
+  return keys == c10::DispatchKeySet(c10::DispatchKey::CPU);
+}
+
+// d · g in `dtype`. d may be as large as the weight: where we allocate the product, it has huge pages.
+at::Tensor product(const at::Tensor& d, const at::Tensor& g, at::ScalarType dtype) {
+  if (d.scalar_type() != dtype || g.scalar_type() != dtype || !is_plain_on_cpu(d) || !is_plain_on_cpu(g))
+    return aten::mul(d, g).to(dtype);
+  at::Tensor out = new_empty(d.sizes(), d.options());
+  return at::_ops::mul_out::call(d, g, out);
 }
 
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
@@ -73,7 +90,7 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
           dlk::forward(x, weight, present(bias), target, present(class_weight), g, reduction, ignore_index,
                        label_smoothing, need_x, need_weight, need_bias);
     for (at::Tensor& d : out)
-      if (d.defined()) d = (each_row ? d : aten::mul(d, g)).to(x.scalar_type());
+      if (d.defined()) d = each_row ? d.to(x.scalar_type()) : product(d, g, x.scalar_type());
     out.resize(5);  // target and class_weight have no gradient
     return out;
   }
