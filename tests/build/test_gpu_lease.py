@@ -84,15 +84,24 @@ def test_a_stage_ends_with_its_slot_and_leaves_its_time_to_the_next(where):
     assert summary["stages"][2]["jobs"] == {"a": PASSED}
 
 
-def test_without_a_kernel_only_what_needs_none_of_torch_s_runs(where):
+def test_without_a_gpu_only_what_needs_none_of_torch_s_runs(where):
     _, summary, _ = run(
         where,
-        stage("facts", job("one kernel", FAIL), vital=True, needs_torch=False),
+        stage("facts", job("gpu", FAIL), vital=("gpu",), needs_torch=False),
         stage("light", job("host tests", PASS), needs_torch=False),
         stage("grid", job("grid", PASS)),
     )
-    assert [entry.get("jobs") for entry in summary["stages"]] == [{"one kernel": FAILED}, {"host tests": PASSED}, None]
-    assert "no kernel runs" in summary["stages"][2]["left out"]
+    assert [entry.get("jobs") for entry in summary["stages"]] == [{"gpu": FAILED}, {"host tests": PASSED}, None]
+    assert "no kernel can run" in summary["stages"][2]["left out"]
+
+
+def test_one_kernel_or_a_slow_start_leaves_no_stage_out(where):
+    """A kernel that faults says nothing about the others, and a machine that reads torch from its disk for the first
+    time may outlast the first stage."""
+    slow, fault = job("gpu", HANGS, limit=1.0), job("one kernel", FAULTS)
+    facts = stage("facts", slow, fault, vital=("gpu",), needs_torch=False, at_once=2)
+    _, summary, _ = run(where, facts, stage("grid", job("grid", PASS)))
+    assert [entry["jobs"] for entry in summary["stages"]] == [{"one kernel": FAULT, "gpu": HANG}, {"grid": PASSED}]
 
 
 CUT = """
@@ -218,6 +227,7 @@ def test_the_stages_name_what_there_is(where, table):
     where.table.touch()
     every = [one for stage in table for one in stage.jobs(where)]
     assert len({one.name for one in every}) == len(every)
+    assert all(set(stage.vital) <= {one.name for one in stage.jobs(where)} for stage in table)
     for one in every:
         words = (*one.command, *one.select)
         for word in words:

@@ -183,11 +183,12 @@ def test_row_sums_alone(kernels, splits):
 
 
 @OF_PATHS
-def test_epilogue_behind_slices_of_k(kernels, path, dtype):
+@pytest.mark.parametrize("n", [24, 20, 23])  # rows of whole packs, of packs of the slices alone, of none
+def test_epilogue_behind_slices_of_k(kernels, path, dtype, n):
     x, weight, bias = (
         tensor(40, 200, dtype=dtype),
-        tensor(24, 200, dtype=dtype, seed=1),
-        tensor(24, dtype=dtype, seed=2),
+        tensor(n, 200, dtype=dtype, seed=1),
+        tensor(n, dtype=dtype, seed=2),
     )
     want = torch.relu(x.double() @ weight.double().T + bias.double())
     scale = x.double().abs() @ weight.double().abs().T + bias.double().abs()

@@ -58,6 +58,17 @@ def test_forward(kernels, path, dtype, act):
 
 @OF_PATHS
 @OF_DTYPES
+@OF_ACTIVATIONS
+def test_forward_of_nan_and_inf(kernels, path, dtype, act):
+    """A NaN is active for relu and not for leaky_relu, as in torch's gradients."""
+    x, weight = tensor(9, 24, dtype=dtype), tensor(16, 24, dtype=dtype, seed=1)
+    x[1, 0], x[4, 3], x[8, 23] = float("nan"), float("inf"), -float("inf")
+    y, mask = gemm(kernels, path, x, weight.T, act, wants=["mask"], aligned=True)
+    assert y[1].isnan().all() and torch.equal(mask, mask_of(y, act))
+
+
+@OF_PATHS
+@OF_DTYPES
 def test_forward_behind_slices_of_k(kernels, path, dtype):
     x, weight = tensor(40, 200, dtype=dtype), tensor(24, 200, dtype=dtype, seed=1)
     y, mask = gemm(kernels, path, x, weight.T, "relu", splits=3, wants=["mask"], aligned=True)
@@ -158,6 +169,15 @@ def test_a_narrow_layer(kernels, sizes, rows, sms, act, dtype):
         of_y, of_mask = net.backward([y], z), net.backward([None], z, mask=masks[0])
         assert all(same_bits(of_mask[name], of_y[name]) for name in of_y)
         fused_mlp.pretend(kernels, fused_mlp.H100, 132)
+
+
+@OF_DTYPES
+@OF_ACTIVATIONS
+def test_a_narrow_layer_of_nan(kernels, act, dtype):
+    net, masks = fused_mlp.Network(kernels, [24, 16], 20, dtype, [act]), []
+    net.x[3, 5] = float("nan")
+    (y,), _ = net.forward(masks=masks)
+    assert y[3].isnan().all() and torch.equal(masks[0], mask_of(y, act))
 
 
 @OF_DTYPES

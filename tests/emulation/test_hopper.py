@@ -28,9 +28,9 @@ OF_KERNELS = pytest.mark.parametrize(
 SHAPES = [(1, 8, 8), (130, 264, 520), (300, 520, 72)]
 
 
-def compile_kernels(changes=None):
+def compile_kernels():
     compiled = library.compile_kernels(
-        changes,
+        library.mutation()[0],
         files=("kernels/cuda/gemm/hopper/*.cu", "kernels/cuda/gemm/slices.cu", "entry.cpp", "entry_guarded.cpp"),
         stand_ins=(library.HOPPER, library.HERE),
     )

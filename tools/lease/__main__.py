@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.lease import log
-from tools.lease.jobs import FAILED, FAULT, HANG, PASSED, SKIPPED, Job, Outcome
+from tools.lease.jobs import FAILED, FAULT, HANG, PASSED, Job, Outcome
 from tools.lease.jobs import run as run_jobs
 from tools.lease.log import FILE, JOB
 from tools.lease.stages import AGAIN, CHECK, LEASE, PREBUILT, ROOT, Stage, Where
@@ -52,10 +52,12 @@ class Run:
             planned += stage.seconds
             until = self.began + min(planned, planned if total is None else total)
             if broken and stage.needs_torch:
-                self.summary["stages"].append({"stage": stage.name, "left out": "no kernel runs: see the first stage"})
+                self.summary["stages"].append(
+                    {"stage": stage.name, "left out": "no kernel can run: see the first stage"}
+                )
             else:
                 outcomes = self.stage(stage, until)
-                broken |= stage.vital and any(word not in (PASSED, SKIPPED) for word in outcomes.values())
+                broken |= any(outcomes[name] in (FAILED, FAULT) for name in stage.vital)
             self.save()
         self.summary["complete"] = True
         self.save()

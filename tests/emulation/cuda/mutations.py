@@ -24,7 +24,7 @@ class Mutation(NamedTuple):
 
 
 GEMM, PASS, LOSSES = "test_cuda_gemm.py", "test_cuda_grad_pass.py", "test_cuda_losses.py"
-MASKS = "test_cuda_masks.py"
+MASKS, GLU, HOPPER = "test_cuda_masks.py", "test_cuda_glu_passes.py", "test_hopper.py"
 FUSED_MLP, OPS = "test_cuda_fused_mlp.py", "test_cuda_ops.py::test_run[layers]"
 LINEAR = "test_cuda_ops.py::test_run[loss-in-blocks]"
 SLICES = "kernels/cuda/gemm/slices.cu"
@@ -39,6 +39,7 @@ FILES = {
     GEMM: (*PRODUCTS, "kernels/cuda/elementwise/flat_passes.cu", "entry_gemm.cpp"),
     PASS: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
     LOSSES: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
+    GLU: (*GRAD_PASS_AND_LOSSES, "entry_losses.cpp"),
     FUSED_MLP: ("kernels/cuda/mlp/fused_mlp.cu", SLICES, "entry_fused_mlp.cpp"),
     MASKS: (
         *library.KERNELS,
@@ -46,6 +47,7 @@ FILES = {
     ),
     OPS: (),  # they compile everything
     LINEAR: (),
+    HOPPER: (),  # they compile what they need
 }
 MUTATIONS = [
     # a barrier or a wait
@@ -116,6 +118,41 @@ MUTATIONS = [
     Mutation("losses.cuh", "static_cast<const A*>(p.row_grad)[row]", "static_cast<const A*>(p.row_grad)[0]", LINEAR),
     Mutation("epilogue.cuh", "p.output_mode == OutputMode::accumulate, acc", "false, acc", LINEAR),
     Mutation("ops/cuda/linear_cross_entropy.cpp", "p.counted = m;", "p.counted = 0;", LINEAR),
+    # 16 bytes at a time, several rows or runs at once
+    Mutation("epilogue.cuh", "p.n % 4 == 0 &&", "", GEMM),
+    Mutation("tile.cuh", "            if (j + e < p.n)\n", "", GEMM),
+    Mutation("slices.cu", "acc[e + i] += pack.at[i]", "acc[e] += pack.at[i]", GEMM),
+    Mutation("operand.cuh", "from += tile_step, left -= kTileK;", "from += tile_step;", GEMM),
+    Mutation("grad_pass.cuh", ", bits[next - 1] = bits[next];", ";", MASKS),
+    Mutation("grad_pass.cuh", "total[e] += sum[e], sum[e] = 0;", "total[e] += sum[e];", PASS),
+    Mutation("losses.cuh", "add(partial), partial = 0;", "add(partial);", LOSSES),
+    Mutation("losses.cuh", "runs[next - 1] = runs[next];", "(void)runs[next];", LOSSES),
+    Mutation("losses.cuh", "first + b * kStep + e < classes ?", "first + b * kStep < classes ?", LOSSES),
+    # functions for the long activations, tiles, devices
+    Mutation("activate.cuh", "if (!done) activate_long(activation, z);", "", GEMM),
+    Mutation("activate.cuh", "if (!done) gradient_long(activation, g, saved);", "", GEMM),
+    Mutation("waves.h", "* ratio * 4", "* ratio * 2", GEMM),
+    Mutation("mma_gemm.cu", "k / 512", "k / 256", GEMM),
+    Mutation("kernels/cuda/device.h", "known.find(index);", "known.begin();", FUSED_MLP),
+    Mutation("launch.cuh", "device.most_shared - static_cast<int>(own.sharedSizeBytes)", "48 * 1024", FUSED_MLP),
+    # a gated layer
+    Mutation("glu_grad_pass.cu", "__syncthreads();  // the sums of the half before were read", "", GLU),
+    Mutation("glu_grad_pass.cu", "Functor::saves_output ? value : gate[e]", "gate[e]", GLU),
+    Mutation("glu_grad_pass.cu", "partials + (p.dbias_gate ? cut.slices * p.n : 0)", "partials", GLU),
+    # hopper
+    Mutation("ring.h", "stage = 0, parity ^= 1;", "stage = 0;", HOPPER),
+    Mutation("ring.h", "kAlongK ? 16 : kBoxBytes", "16", HOPPER),
+    Mutation("hopper_gemm.cuh", "mbarrier_wait(ring.empty(stage), place.parity ^ 1);", "", HOPPER),
+    Mutation("hopper_gemm.cuh", "mbarrier_wait(ring.full(place.stage), place.parity);", "", HOPPER),
+    Mutation("hopper_gemm.cuh", "wgmma_wait<1>();", "wgmma_wait<2>();", HOPPER),
+    Mutation("hopper_gemm.cuh", "row + box * 64", "row", HOPPER),
+    Mutation(
+        "hopper_gemm.cuh", "  barrier_sync(1 + group, Traits::kGroupThreads);\n  if (thread", "  if (thread", HOPPER
+    ),
+    Mutation(
+        "hopper_gemm.cuh", "barrier_sync(1 + group, Traits::kGroupThreads);  // the strips are free again", "", HOPPER
+    ),
+    Mutation("hopper_gemm.cu", "v.row_stride % 8 == 0", "true", HOPPER),
     # the host code in front of the kernels
     Mutation("cuda/device.cpp", ": saves_output(c.act.kind) ? one.layer.h : one.layer.z)", ": one.layer.h)", OPS),
     Mutation("ops/layer.cpp", "p.below_act = below->act;", "", OPS),
