@@ -1,12 +1,14 @@
-"""Which sources of csrc/ops a compiler reads together.
+"""Which sources a compiler reads together.
 
-Most of the time of such a file goes into torch's headers: 1.5 s of about 2.3. A unit is a generated file that includes
-several of them, so that the headers are parsed once for all. All files of a unit share its namespaces: two of them
-cannot have a type or a function of one name, not even in an unnamed namespace.
+Most of the time of a small file of csrc/ops goes into torch's headers: 1.5 s of about 2.3. In csrc/python it goes into
+those of pybind11: 5 s of 6. A unit is a generated file that includes several of them, so that the headers are parsed
+once for all. All files of a unit share its namespaces: two of them cannot have a type or a function of one name, not
+even in an unnamed namespace.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,23 +20,23 @@ LARGE = (
     "torch/csrc/autograd/custom_function.h",
     "torch/library.h",
 )
+TORCH = re.compile(r"^#include <(ATen|c10|torch)/", re.MULTILINE)
 
 
 def units(sources: Sequence[str], folder: Path = Path("build", "units")) -> list[str]:
     """The files to compile in place of ``sources``, paths from the root of the project.
 
     Those of one folder in csrc/ops that include none of the ``LARGE`` headers are replaced by units, which are written
-    to ``folder``. Files for CUDA stay as they are.
+    to ``folder``, and so are those of csrc/python that include none of torch's. Files for CUDA stay as they are.
     """
     rooms: dict[str, list[str]] = {}
     alone = []
     for source in sorted(sources):
         room = Path(source).parent.as_posix()
-        large = any(f"#include <{name}>" in Path(source).read_text() for name in LARGE)
-        if large or not room.startswith("csrc/ops") or room.startswith("csrc/ops/cuda"):
-            alone.append(source)
-        else:
+        if _joins(room, Path(source).read_text()):
             rooms.setdefault(room, []).append(source)
+        else:
+            alone.append(source)
     made = []
     folder.mkdir(parents=True, exist_ok=True)
     for room, files in rooms.items():
@@ -46,3 +48,10 @@ def units(sources: Sequence[str], folder: Path = Path("build", "units")) -> list
                 path.write_text(text)
             made.append(path.as_posix())
     return [*alone, *made]
+
+
+def _joins(room: str, text: str) -> bool:
+    if room == "csrc/python":
+        return not TORCH.search(text)
+    large = any(f"#include <{name}>" in text for name in LARGE)
+    return room.startswith("csrc/ops") and not room.startswith("csrc/ops/cuda") and not large

@@ -178,7 +178,7 @@ py::dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one
   return out;
 }
 
-struct RouteRow {
+struct ChosenRow {
   Path path;
   std::string why;
   int splits;
@@ -204,7 +204,7 @@ struct CpuPlans {
     if (step.kind == StepKind::activation_pass || step.kind == StepKind::gradient_pass) return "elementwise";
     return is_library(step.path) ? "torch's GEMM" : kernel(step.path);
   }
-  RouteRow route(Op op) const {
+  ChosenRow route(Op op) const {
     const bool x = l.x.col_stride == 1, weight = l.weight.col_stride == 1;
     const bool contiguous = op == Op::forward ? x && weight : op == Op::dgrad ? weight : x;
     const auto [m, n, k] = l.problem.shape;
@@ -231,7 +231,7 @@ struct CudaPlans {
     if (step.kind == StepKind::activation_pass || step.kind == StepKind::gradient_pass) return "elementwise";
     return kernel(step.path);
   }
-  RouteRow route(Op op) const {
+  ChosenRow route(Op op) const {
     const View dz = contiguous_view(l.problem.shape.n);
     const View left = op == Op::forward ? l.x : dz, right = op == Op::wgrad ? l.x : l.weight;
     const cuda::RouteQuery query = cuda::kMachine.query(op, l.problem, left, right);
