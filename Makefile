@@ -11,7 +11,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := pyproject.toml setup.py $(wildcard _build/*.py tools/*.sh) $(shell find csrc -type f)
 
-.PHONY: demo docs test test-isa lint bench bench-full sanitize cuda-check gpu-check gpu-wheel gpu-lease mutations wheel clean
+.PHONY: demo docs test test-isa lint bench bench-full sanitize cuda-check gpu-check gpu-wheel gpu-lease mutations races wheel clean
 
 demo: .venv/.demo  ## train 784-256-10 on MNIST, fused beside stock
 	@tools/demo.sh .venv
@@ -54,6 +54,9 @@ gpu-lease:  ## on a lent GPU, with what gpu-wheel built: evidence in 560 s; `mak
 
 mutations: .venv/.dev  ## break the CUDA kernels in one place at a time: the host tests must fail
 	$(BIN)/python -m tests.emulation.cuda.mutations
+
+races: .venv/.dev  ## the host tests of the CUDA kernels, where an access that no barrier orders fails
+	DLKERNELS_TEST_RACES=1 $(BIN)/python -m pytest -q $(patsubst %,tests/emulation/test_%.py,cuda_gemm cuda_grad_pass cuda_glu_passes cuda_fused_mlp hopper)
 
 wheel:  ## a manylinux wheel for PYTHON and its torch, else TORCH, in dist/; `python -m tools.wheel` takes several of each
 	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m tools.wheel; else $(PYTHON) -m tools.wheel --torch="$(TORCH)"; fi

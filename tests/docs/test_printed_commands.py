@@ -102,6 +102,7 @@ NOT_RUN = {
     "make test-isa": "runs the suite several times",
     "make sanitize": "runs the suite with sanitizers",
     "make mutations": "compiles for an hour",
+    "make races": "compiles for minutes",
     "make cuda-check": "needs nvcc",
     "make gpu-wheel": "needs nvcc, and downloads 5 GB",
     "make gpu-check": GPU,

@@ -140,6 +140,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const size_t shared_bytes = (config->dynamicSmemBytes + 127) / 128 * 128;
   const bool legal = without_fault([&] {
     dynamic_shared.allocate(shared_bytes);
+    races::shared_memory(dynamic_shared.data, shared_bytes);
+    races::begin_launch();
     for (unsigned z = 0; z < grid.z; ++z)
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = dim3(x, 0, z);
@@ -147,5 +149,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         run_block(block.x, lot, [](unsigned t) { threadIdx = dim3(t, 0, 0); });
       }
   });
+  races::begin_quiet();
   return legal ? cudaSuccess : cudaErrorIllegalAddress;
 }

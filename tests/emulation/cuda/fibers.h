@@ -16,6 +16,8 @@
 #include <random>
 #include <vector>
 
+#include "races.h"
+
 namespace cuda_emulation {
 
 constexpr size_t kStack = 64 * 1024;
@@ -69,12 +71,17 @@ inline std::vector<std::function<void()>> in_flight;  // operations of the hardw
 inline std::mt19937* lots = nullptr;
 
 inline void leave(At at) {
+  const races::Quiet quiet;
   current->at = at;
   if (!_setjmp(current->here)) _longjmp(scheduler, 1);
 }
 
 inline void fiber_main() {
+  {
+    const races::Quiet ends;
+  }
   (*body)();
+  races::begin_quiet();
   current->at = At::end;
   _longjmp(scheduler, 1);
 }
@@ -105,6 +112,7 @@ void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
   warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   std::vector<unsigned> ready, at_condition;
   lots = &lot;
+  races::begin_block();
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
     getcontext(&fiber.start);
@@ -127,6 +135,7 @@ void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
       ready[drawn] = ready.back();
       ready.pop_back();
       resume(t);
+      races::resume(t);
       enter(fibers[t]);
       if (!in_flight.empty() && lot() % 64 == 0) finish_one_in_flight();
       Warp& warp = warps[t / kWarp];
@@ -136,6 +145,7 @@ void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
       if (fibers[t].at == At::warp && ++warp.waiting == warp.lanes) {
         warp.waiting = 0;
         warp.same_or_die();
+        if (!std::strcmp(warp.what[0], "syncwarp")) races::passed_warp(t / kWarp);
         for (unsigned lane = 0; lane < warp.lanes; ++lane) ready.push_back(t / kWarp * kWarp + lane);
       }
     }
@@ -151,6 +161,7 @@ void run_block(unsigned threads, std::mt19937& lot, Resume resume) {
     }
     if (at_block != threads) die("some threads wait at a barrier which others never reach");
     at_block = 0;
+    races::passed_block();
     for (unsigned t = 0; t < threads; ++t) ready.push_back(t);
   }
   if (!in_flight.empty()) die("a block ends before what it started in its shared memory");
@@ -160,6 +171,7 @@ inline void block_barrier() { leave(At::block); }
 
 // Wait until `condition` is true; other threads or the hardware make it true.
 inline void wait_until(std::function<bool()> condition) {
+  const races::Quiet quiet;
   while (!condition()) {
     current->until = condition;
     leave(At::condition);
@@ -184,6 +196,7 @@ template <class T>
 Lanes<T> exchange(const T& mine, const char* what) {
   static_assert(sizeof(T) <= Warp::kBytes);
   Warp& warp = warps[current->index / kWarp];
+  const races::Quiet quiet;
   const unsigned lane = current->index % kWarp, round = current->exchanges++ % 2;
   std::memcpy(warp.slot[round][lane], &mine, sizeof mine);
   warp.what[lane] = what;

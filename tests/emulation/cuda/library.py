@@ -27,6 +27,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the or
 HOPPER = HERE.parent / "hopper"  # headers in front of ours, of which they are an extension
 # a fortified longjmp refuses to switch stacks
 COMPILER = f"{os.environ.get('CXX', 'g++')} -std=c++17 -O2 -march=native -fPIC -U_FORTIFY_SOURCE"
+RACES = "DLKERNELS_TEST_RACES"  # in the environment: look for races (races.h)
+INSTRUMENTED = "-fsanitize=thread -fno-tree-vectorize"  # kernels
 ILLEGAL_ADDRESS = 700
 # Every kernel but Hopper's, as patterns in csrc.
 KERNELS = tuple(
@@ -64,6 +66,8 @@ def build(
         return _compiled(path, (*stand_ins, source), compiling)
 
     paths = [path for pattern in files for place in (source, *stand_ins) for path in sorted(place.glob(pattern))]
+    if RACES in os.environ:
+        paths.append(HERE / "races.cpp")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = " ".join(map(str, pool.map(compiled, paths)))
     library = here / "kernels.so"
@@ -73,6 +77,8 @@ def build(
 
 def _compiled(path: Path, includes: tuple[Path, ...], options: str = "") -> Path:
     folders = " ".join(f"-I {include}" for include in includes)
+    if RACES in os.environ:
+        options += f" -DDLK_TEST_RACES {INSTRUMENTED if path.suffix == '.cu' else ''}"
     command = f"{COMPILER} {folders} {options} -x c++ -c {path}"
     name = f"{path.stem}-{hashlib.sha256(command.encode()).hexdigest()[:16]}.o"
     return once(name, lambda output: subprocess.run(f"{command} -o {output}", shell=True, check=True))

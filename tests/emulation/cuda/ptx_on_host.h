@@ -19,21 +19,27 @@ inline void check_aligned(const void* p, const char* what, int to = 16) {
 inline void cp_async(void* shared, const void* global, int bytes, int size) {
   check_aligned(shared, "cp.async to an address that is not aligned to its size", size);
   check_aligned(global, "cp.async from an address that is not aligned to its size", size);
+  cuda_emulation::races::access(shared, static_cast<size_t>(size), true, nullptr);
+  const cuda_emulation::races::Quiet quiet;
   std::memset(shared, 0xff, static_cast<size_t>(size));
   cuda_emulation::current->open.push_back({shared, global, bytes, size});
 }
 inline void cp_async_16(void* shared, const void* global, int bytes) { cp_async(shared, global, bytes, 16); }
 inline void cp_async_4(void* shared, const void* global, int bytes) { cp_async(shared, global, bytes, 4); }
 inline void cp_async_commit() {
+  const cuda_emulation::races::Quiet quiet;
   auto* fiber = cuda_emulation::current;
   fiber->groups.push_back(std::move(fiber->open));
   fiber->open.clear();
 }
 template <int kPending>
 void cp_async_wait() {
+  const cuda_emulation::races::Quiet quiet;
   auto& groups = cuda_emulation::current->groups;
   while (groups.size() > kPending) {
     for (const cuda_emulation::Copy& copy : groups.front()) {
+      cuda_emulation::races::access(copy.to, static_cast<size_t>(copy.size), true, nullptr);
+      cuda_emulation::races::access(copy.from, static_cast<size_t>(copy.bytes), false, nullptr);
       std::memset(copy.to, 0, static_cast<size_t>(copy.size));
       std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     }

@@ -49,14 +49,19 @@ inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
                                           static_cast<uint8_t>(arrivals), 0, 0};
 }
 inline void fence_barrier_init() {}
-inline void mbarrier_arrive(uint64_t* barrier) { Barrier::at(barrier).arrive(); }
+inline void mbarrier_arrive(uint64_t* barrier) {
+  const cuda_emulation::races::Quiet quiet;
+  Barrier::at(barrier).arrive();
+}
 inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  const cuda_emulation::races::Quiet quiet;
   Barrier& b = Barrier::at(barrier);
   b.bytes += static_cast<int32_t>(bytes);
   b.arrive();
 }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   if (parity > 1) die("a parity that is neither 0 nor 1");
+  const cuda_emulation::races::Quiet quiet;
   Barrier& b = Barrier::at(barrier);
   cuda_emulation::wait_until([&b, parity] { return b.phase != parity; });
 }
@@ -69,6 +74,7 @@ inline uint32_t swizzled_128(uint32_t address) { return address ^ (address >> 7 
 
 // Until the box has been written, the destination holds the bits of NaN.
 inline void tma_load(void* shared, const CUtensorMap* map, int32_t column, int32_t row, uint64_t* barrier) {
+  const cuda_emulation::races::Quiet quiet;
   const uint32_t to = shared_address(shared);
   const uint32_t bytes = map->box[0] * map->box[1] * 2;
   if (to % 1024) die("a swizzled TMA box at an address that is not a multiple of 1024");
@@ -133,12 +139,14 @@ inline Products& products() {
 inline void wgmma_fence() { cuda_emulation::exchange(0, "wgmma.fence"); }
 inline void wgmma_commit() {
   cuda_emulation::exchange(0, "wgmma.commit");
+  const cuda_emulation::races::Quiet quiet;
   products().groups.push_back(std::move(products().open));
   products().open.clear();
 }
 template <int kPending>
 void wgmma_wait() {
   cuda_emulation::exchange(0, "wgmma.wait");
+  const cuda_emulation::races::Quiet quiet;
   auto& groups = products().groups;
   for (; groups.size() > kPending; groups.pop_front())
     for (const auto& product : groups.front()) product();
@@ -152,6 +160,7 @@ void wgmma_wait_all(float (&)[kParts][8][4]) {
 template <bool kAcrossA, bool kAcrossB, int kParts, class T>
 void wgmma_mma(float (&d)[kParts][8][4], uint64_t a, uint64_t b, T) {
   cuda_emulation::exchange(0, "wgmma.mma");
+  const cuda_emulation::races::Quiet quiet;
   struct Operands {
     float a[2][16], b[kParts][8][2][16];
   };
@@ -196,12 +205,16 @@ void claim_registers() {
 }
 
 inline void barrier_sync(int number, int threads) {
+  const cuda_emulation::races::Quiet quiet;
   static struct {
     int come = 0, round = 0;
   } barriers[16];
   auto& barrier = barriers[number];
   const int round = barrier.round;
-  if (++barrier.come == threads) barrier.come = 0, ++barrier.round;
+  if (++barrier.come == threads) {
+    barrier.come = 0, ++barrier.round;
+    cuda_emulation::races::passed_group(threadIdx.x / 128);
+  }
   cuda_emulation::wait_until([&barrier, round] { return barrier.round != round; });
 }
 

@@ -63,7 +63,7 @@ DLK_DEVICE void load_saved(const void* saved, bool bits, int64_t at, Acc<T> (&ou
 
 // Return whether rows of C, and what the epilogue reads beside them, allow 16-byte packs.
 template <class T>
-DLK_DEVICE bool rows_allow_packs(const Gemm& p) {
+DLK_HD bool rows_allow_packs(const Gemm& p) {
   auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
   return p.n % kPack<T> == 0 && aligned(p.c) && aligned(p.z) && aligned(p.below_saved) && aligned(p.bias);
 }

@@ -54,9 +54,12 @@ __global__ void __launch_bounds__(kSumOutputs* kSumSharers)
 }  // namespace
 
 cudaError_t splitk_reduce(const Gemm& p, cudaStream_t stream) {
-  const dim3 grid(grid_of(ceil_div(p.m * p.n, kReduceThreads)));
-  return with_dtype(
-      p.dtype, [&](auto t) { return launch(splitk_reduce_kernel<decltype(t)>, grid, kReduceThreads, 0, stream, p); });
+  return with_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const int width = rows_allow_packs<T>(p) ? kPack<T> : 1;  // of C per thread
+    const dim3 grid(grid_of(ceil_div(p.m * p.n, kReduceThreads * width)));
+    return launch(splitk_reduce_kernel<T>, grid, kReduceThreads, 0, stream, p);
+  });
 }
 
 cudaError_t sum_slices(DType dtype, const void* partials, int64_t slices, int64_t count, void* out,
