@@ -111,7 +111,11 @@ struct Backward {
   Tensors input, weight;
   Activations a;
   Tensors grads;  // [dx, dweight_0 ..., dbias_0 ...]; undefined where not wanted
+  const GradientUser* user = nullptr;
 
+  void finish(size_t l) const {
+    if (user) user->use(l, grads[1 + l], grads[1 + layers.size() + l]);
+  }
   bool need_input(size_t l) const { return l > deepest || grads[0].defined(); }
 };
 
@@ -135,7 +139,11 @@ void run_backward(const Device& device, const Backward& b) {
   for (size_t l = b.deepest; l < count; ++l)
     chain.push_back(fused_mlp_layer(b.layers[l], b.weight[l], b.a.h[l], b.a.z[l]));
   const FusedMlp p = fused_mlp_of(chain, b.layers.back().shape.m);
-  if (device.takes_fused_mlp(p, b.layers.back().dtype)) return run_fused_backward(device, b, chain, p);
+  if (device.takes_fused_mlp(p, b.layers.back().dtype)) {
+    run_fused_backward(device, b, chain, p);
+    for (size_t l = count; l-- > b.deepest;) b.finish(l);
+    return;
+  }
 
   auto saved_by = [&](size_t l) {
     if (b.a.mask[l].defined()) return b.a.mask[l];
@@ -153,16 +161,42 @@ void run_backward(const Device& device, const Backward& b) {
           new_gradients(b.layers[l].shape, in.g, in.g.scalar_type(), in.g.scalar_type(), true, false, false));
     layer_backward(device, b.layers[l], in, b.input[l], b.weight[l],
                    {dx, b.grads[1 + l], has_dbias ? at::Tensor() : b.grads[1 + count + l]}, &below);
+    b.finish(l);
     in = {dx, below.applied ? at::Tensor() : below.saved};
     has_dbias = below.summed_dbias;
   }
 }
 
-bool runs_as_fused_mlp(const Device& device, const std::vector<Problem>& layers, at::TensorList weights) {
+// Of the layers from `deepest` on.
+bool runs_as_fused_mlp(const Device& device, const std::vector<Problem>& layers, at::TensorList weights,
+                       size_t deepest = 0) {
   std::vector<FusedMlpLayer> chain;
-  for (size_t l = 0; l < layers.size(); ++l) chain.push_back(fused_mlp_layer(layers[l], weights[l], {}, {}));
-  return device.takes_fused_mlp(fused_mlp_of(chain, layers[0].shape.m), layers[0].dtype);
+  for (size_t l = deepest; l < layers.size(); ++l) chain.push_back(fused_mlp_layer(layers[l], weights[l], {}, {}));
+  return device.takes_fused_mlp(fused_mlp_of(chain, layers.back().shape.m), layers.back().dtype);
 }
+
+// Makes dweight of one layer after the other in the memory of the largest.
+class SharedGradient {
+ public:
+  SharedGradient(const std::vector<Problem>& layers, size_t deepest, const at::TensorOptions& options) {
+    int64_t most = 0;
+    for (size_t l = deepest; l < layers.size(); ++l) most = std::max(most, layers[l].shape.n * layers[l].shape.k);
+    memory_ = new_empty({1, most}, options);
+  }
+  at::Tensor dweight(const Shape& s) const {
+    at::Tensor t = member_of(memory_, 0);
+    t.unsafeGetTensorImpl()->set_sizes_contiguous({s.n, s.k});
+    return t;
+  }
+
+ private:
+  at::Tensor memory_;
+};
+
+Tensors backward(const Device& device, const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                 const OptionalTensors& weights, const std::optional<at::Tensor>& y, at::TensorList kept,
+                 at::IntArrayRef keep, at::IntArrayRef acts, double slope, at::IntArrayRef needs, bool stacked,
+                 const GradientUser* user);
 
 }  // namespace
 
@@ -217,6 +251,22 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
                                      const OptionalTensors& weights, const std::optional<at::Tensor>& y,
                                      at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
                                      at::IntArrayRef needs, bool stacked) {
+  return backward(device, grad_y, x, weights, y, kept, keep, acts, slope, needs, stacked, nullptr);
+}
+
+std::vector<at::Tensor> mlp_backward_for(const Device& device, const GradientUser& user, const at::Tensor& grad_y,
+                                         const std::optional<at::Tensor>& x, const OptionalTensors& weights,
+                                         const std::optional<at::Tensor>& y, at::TensorList kept, at::IntArrayRef keep,
+                                         at::IntArrayRef acts, double slope, at::IntArrayRef needs) {
+  return backward(device, grad_y, x, weights, y, kept, keep, acts, slope, needs, false, &user);
+}
+
+namespace {
+
+Tensors backward(const Device& device, const at::Tensor& grad_y, const std::optional<at::Tensor>& x,
+                 const OptionalTensors& weights, const std::optional<at::Tensor>& y, at::TensorList kept,
+                 at::IntArrayRef keep, at::IntArrayRef acts, double slope, at::IntArrayRef needs, bool stacked,
+                 const GradientUser* user) {
   const size_t count = size_of(weights);
   TORCH_CHECK(count > 0 && acts.size() == count && keep.size() == count && needs.size() == 1 + 2 * count,
               "mlp: expected for each of ", count,
@@ -294,6 +344,9 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
   }
 
   Tensors grads(needs.size());
+  std::optional<SharedGradient> shared;
+  if (user && !user->keeps && !runs_as_fused_mlp(device, layers, weight, deepest))
+    shared.emplace(layers, deepest, grad_y.options());
   auto make = [&](size_t i, bool zero, std::vector<int64_t> sizes) {
     if (!needs[i]) return;
     if (stacked && i > 0) sizes.insert(sizes.begin(), grad_y.size(0));
@@ -303,7 +356,10 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
     const auto [m, n, k] = layers[l].shape;
     const bool zero = layers[l].is_empty();
     if (l == 0) make(0, zero, resized_last(grad_y, k));
-    make(1 + l, zero, {n, k});
+    if (shared && needs[1 + l] && !zero)
+      grads[1 + l] = shared->dweight(layers[l].shape);
+    else
+      make(1 + l, zero, {n, k});
     make(1 + count + l, zero, {n});
   }
   if (stacked) {
@@ -314,12 +370,15 @@ std::vector<at::Tensor> mlp_backward(const Device& device, const at::Tensor& gra
       outputs.put();
     });
   } else {
-    run_backward(device, {layers, deepest, grad_y, input, weight, a, grads});
+    run_backward(device, {layers, deepest, grad_y, input, weight, a, grads, user});
   }
   std::vector<at::Tensor> out;
+  if (user && !user->keeps) return out;
   for (size_t i = 0; i < needs.size(); ++i)
     if (needs[i]) out.push_back(grads[i]);
   return out;
 }
+
+}  // namespace
 
 }  // namespace dlk

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
 
 #include <optional>
 #include <vector>
@@ -33,5 +34,19 @@ std::vector<at::Tensor> mlp_backward(const Device&, const at::Tensor& grad_y, co
                                      const OptionalTensors& weights, const std::optional<at::Tensor>& y,
                                      at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
                                      at::IntArrayRef needs, bool stacked);
+
+// The user of a layer's gradients, who gets them while they are in cache.
+struct GradientUser {
+  // Called when backward has finished a layer: from the last one to the first. It reads the weight and bias of that layer no
+  // more. A gradient that is not wanted is undefined.
+  c10::function_ref<void(size_t layer, const at::Tensor& dweight, const at::Tensor& dbias)> use;
+  bool keeps;  // the gradients are also returned; else all dweights take turns in one memory, and nothing is returned
+};
+
+// mlp_backward of a chain that is no ensemble.
+std::vector<at::Tensor> mlp_backward_for(const Device&, const GradientUser&, const at::Tensor& grad_y,
+                                         const std::optional<at::Tensor>& x, const OptionalTensors& weights,
+                                         const std::optional<at::Tensor>& y, at::TensorList kept, at::IntArrayRef keep,
+                                         at::IntArrayRef acts, double slope, at::IntArrayRef needs);
 
 }  // namespace dlk

@@ -59,12 +59,28 @@ void update_by_torch(const OptimizerGroup& g, at::TensorList grads) {
   }
 }
 
+bool updates_by_kernel(const OptimizerGroup& g) {
+  const at::Tensor& first = g.parameters[0];
+  return first.is_cpu() && !has_mode() && cpu::updates_like_torch(first.scalar_type(), g.rule);
+}
+
+OptimizerGroup part_of(const OptimizerGroup& g, at::ArrayRef<size_t> places) {
+  OptimizerGroup part = {g.rule,         g.amsgrad, g.maximize, g.nesterov,  g.lr,
+                         g.weight_decay, g.beta2,   g.eps,      g.dampening, g.beta1};
+  part.members = g.members;
+  auto pick = [&](const std::vector<at::Tensor>& from, std::vector<at::Tensor>& to) {
+    for (const size_t i : places)
+      if (i < from.size()) to.push_back(from[i]);
+  };
+  pick(g.parameters, part.parameters), pick(g.means, part.means), pick(g.squares, part.squares);
+  pick(g.max_squares, part.max_squares), pick(g.steps, part.steps);
+  return part;
+}
+
 void update(const OptimizerGroup& g, at::TensorList grads) {
   if (g.parameters.empty()) return;
   count_steps(g.steps);
-  const at::Tensor& first = g.parameters[0];
-  const bool ours = first.is_cpu() && !has_mode() && cpu::updates_like_torch(first.scalar_type(), g.rule);
-  if (!ours || !cpu::update_by_kernel(g, grads))
+  if (!updates_by_kernel(g) || !cpu::update_by_kernel(g, grads))
     g.members > 1 ? update_by_torch(split(g), split(grads, g.members)) : update_by_torch(g, grads);
   // torch's fused kernels leave the versions as they are.
   for (const at::Tensor& p : g.parameters) p.unsafeGetTensorImpl()->bump_version();

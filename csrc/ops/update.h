@@ -30,6 +30,11 @@ void update_by_torch(const OptimizerGroup&, at::TensorList grads);
 // torch's, which is tried once per process, dtype and rule, else by torch's.
 void update(const OptimizerGroup&, at::TensorList grads);
 
+// Return true if our kernel makes this update, to the bit, and no mode has to see torch's. Any part of the parameters may then
+// be updated before the others, by `part_of`.
+bool updates_by_kernel(const OptimizerGroup&);
+OptimizerGroup part_of(const OptimizerGroup&, at::ArrayRef<size_t> places);
+
 namespace cpu {
 
 // Update by our kernel, for steps that are counted already. Return false, and do nothing, where there is none for this dtype.

@@ -186,6 +186,21 @@ void unpack_all(const Handles& tensors, Tensors& to) {
   for (py::handle t : tensors) to.push_back(unpack(t));
 }
 
+// No weight shares memory with another or with x: two parameters may have one `.data`. All are contiguous but x, whose whole
+// storage counts.
+bool are_disjoint(const at::Tensor& x, const Tensors& weights) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  auto add = [&](const void* data, size_t bytes) {
+    const char* const from = static_cast<const char*>(data);
+    if (bytes > 0) ranges.emplace_back(from, from + bytes);
+  };
+  add(x.storage().data(), x.storage().nbytes());
+  for (const at::Tensor& weight : weights) add(weight.const_data_ptr(), weight.nbytes());
+  std::sort(ranges.begin(), ranges.end());
+  return std::adjacent_find(ranges.begin(), ranges.end(),
+                            [](const auto& a, const auto& b) { return b.first < a.second; }) == ranges.end();
+}
+
 // Of parameters it holds what Python holds, and no tensor of C++: torch.utils.swap_tensors refuses tensors that others hold.
 class StepPlan {
  public:
@@ -277,13 +292,24 @@ class StepPlan {
     {
       const py::gil_scoped_release released;
       const c10::AutoGradMode no_grad(false);
-      std::tie(value, output, gradients) =
-          call_mlp_loss(flattens_ ? x_tensor.flatten(1) : x_tensor, weights, biases, acts_, slope_, target_tensor,
-                        kind_, class_weight_, reduction_, ignore_index_, label_smoothing_, needs_);
-      updates = !only_finite || !value.is_cpu() || std::isfinite((value.dim() ? value.sum() : value).item<double>());
+      const at::Tensor rows = flattens_ ? x_tensor.flatten(1) : x_tensor;
+      const bool by_layer = updates_by_layer(rows, weights);
+      if (by_layer) {
+        const auto use = [this](size_t l, const at::Tensor& dweight, const at::Tensor& dbias) {
+          update_layer(l, dweight, dbias);
+        };
+        std::tie(value, output, gradients) =
+            mlp_loss_for({use, keep_grads}, only_finite, rows, weights, biases, acts_, slope_, target_tensor, kind_,
+                         class_weight_, reduction_, ignore_index_, label_smoothing_, needs_);
+      } else {
+        std::tie(value, output, gradients) =
+            call_mlp_loss(rows, weights, biases, acts_, slope_, target_tensor, kind_, class_weight_, reduction_,
+                          ignore_index_, label_smoothing_, needs_);
+      }
+      updates = !only_finite || !value.is_cpu() || is_finite(value);
       Tensors mine;
       for (const Group& group : groups_) {
-        if (!updates) break;
+        if (!updates || by_layer) break;
         mine.clear();
         for (const int64_t place : group.gradients) mine.push_back(gradients[place]);
         update(group.update, mine);
@@ -342,6 +368,33 @@ class StepPlan {
            std::all_of(dicts_.begin(), dicts_.end(), same) && std::all_of(lists_.begin(), lists_.end(), same) &&
            std::all_of(attributes_.begin(), attributes_.end(), same) && std::all_of(kept_.begin(), kept_.end(), same) &&
            std::all_of(groups_.begin(), groups_.end(), [](Group& group) { return group.read(); });
+  }
+
+  // Return true if each layer is updated as soon as its gradients are there: backward reads its weight no more. In smaller
+  // networks the gradients stay in cache until the end, and a state that is read in between would take the place of what
+  // backward needs: at 784-512-512-10, 256 rows, a step took 2 % longer.
+  bool updates_by_layer(const at::Tensor& x, const Tensors& weights) const {
+    constexpr size_t kLarge = size_t{8} << 20;
+    size_t bytes = 0;
+    for (const at::Tensor& weight : weights) bytes += weight.nbytes();
+    return bytes > kLarge && weights[0].is_cpu() && weights[0].dim() == 2 &&
+           std::all_of(groups_.begin(), groups_.end(), [](const Group& g) { return updates_by_kernel(g.update); }) &&
+           are_disjoint(x, weights);
+  }
+
+  void update_layer(size_t l, const at::Tensor& dweight, const at::Tensor& dbias) const {
+    for (const Group& group : groups_) {
+      std::vector<size_t> places;
+      Tensors mine;
+      auto add = [&](size_t need, const at::Tensor& grad) {
+        const auto place = std::count_if(needs_.begin(), needs_.begin() + need, [](int64_t n) { return n != 0; });
+        const auto at = std::find(group.gradients.begin(), group.gradients.end(), place);
+        if (grad.defined() && at != group.gradients.end())
+          places.push_back(at - group.gradients.begin()), mine.push_back(grad);
+      };
+      add(l, dweight), add(weights_.size() + l, dbias);
+      if (!places.empty()) update(part_of(group.update, places), mine);
+    }
   }
 
   py::tuple owners_;  // model, loss, optimizer

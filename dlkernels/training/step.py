@@ -112,7 +112,8 @@ class TrainingStep:
 
         Raises:
             RuntimeError, ValueError, TypeError: what the model, the loss or the optimizer raise for these tensors. An
-                error before the update leaves the parameters as they were.
+                error before the update leaves the parameters as they were. In large networks on CPU that of the last
+                layers comes before the backward of the first ones, so memory must not run out in between.
         """
         values = self._attempt(x, target, False)
         return self._by_calls(x, target) if values is None else values[0]

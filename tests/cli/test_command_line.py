@@ -97,11 +97,11 @@ def test_types_help_an_editor():
 
 
 def test_each_public_name_is_the_one_of_its_module():
-    for name in dlkernels.__all__:
-        if name not in ("__version__", "load_run"):
-            module = dlkernels._MODULES.get(name)
-            there = importlib.import_module(f"dlkernels.{module or name}")
-            assert getattr(dlkernels, name) is (getattr(there, name) if module else there)
+    for name, module in dlkernels._MODULES.items():
+        assert name in dlkernels.__all__
+        assert getattr(dlkernels, name) is getattr(importlib.import_module(f"dlkernels.{module}"), name)
+    for name in dlkernels._SUBMODULES:
+        assert getattr(dlkernels, name) is importlib.import_module(f"dlkernels.{name}")
 
 
 def test_in_the_command_s_own_process_too(tmp_path):

@@ -15,22 +15,9 @@ from dlkernels import losses
 from dlkernels.nn import MLP, LinearAct
 from dlkernels.testing import STOCK
 from dlkernels.training import training_step
-from tests.nn.training_steps import REASONS, assert_same, batches, by_calls
+from tests.nn.training_steps import OPTIMIZERS, REASONS, assert_same, batches, by_calls, trained_both_ways
 from tests.support.ids import without_address
 
-OPTIMIZERS = {
-    "sgd": partial(optim.SGD, lr=0.05),
-    "momentum": partial(optim.SGD, lr=0.02, momentum=0.9, weight_decay=0.01),
-    "nesterov": partial(optim.SGD, lr=0.02, momentum=0.9, nesterov=True),
-    "sgd maximize": partial(optim.SGD, lr=0.0001, maximize=True),
-    "dampening": partial(optim.SGD, lr=0.02, momentum=0.8, dampening=0.3),
-    "adam": partial(optim.Adam, lr=0.01, weight_decay=0.01),
-    "amsgrad": partial(optim.Adam, lr=0.01, betas=(0.8, 0.9), amsgrad=True),
-    "adamw": partial(optim.AdamW, lr=0.01, weight_decay=0.1),
-    "adamw maximize": partial(optim.AdamW, lr=0.001, maximize=True),
-    "adamw amsgrad": partial(optim.AdamW, lr=0.003, betas=(0.4, 0.99), amsgrad=True, weight_decay=0.01),
-    "nesterov decay": partial(optim.SGD, lr=0.01, momentum=0.8, nesterov=True, weight_decay=0.05),
-}
 LOSSES = {
     "mse": losses.MSELoss(),
     "mse sum": losses.MSELoss(reduction="sum"),
@@ -39,20 +26,6 @@ LOSSES = {
         weight=torch.tensor([0.5, 9.0, 1.0, 9.0, 2.0])[::2], ignore_index=1, reduction="sum"
     ),
 }
-
-
-def trained_both_ways(model, loss, make, steps, dtype=torch.float32):
-    """Train copies by the op and by separate calls, with torch's fused optimizer; all values must be the same bits."""
-    other = copy.deepcopy(model)
-    optimizer, its = make(model.parameters(), fused=True), make(other.parameters(), fused=True)
-    step = training_step(model, loss, optimizer)
-    for number, (x, target) in enumerate(batches(loss, steps, dtype)):
-        assert torch.equal(step(x, target), by_calls(other, loss, its, x, target))
-        assert not step.why or (number == 0 and "first step" in step.why)
-        assert all(p.grad is None for p in model.parameters())
-    assert not step.why
-    assert_same(model, other)
-    return optimizer, its
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -1,7 +1,26 @@
 """For the tests of training_step: batches, a step by the separate calls, and changes after which it needs these."""
 
+import copy
+from functools import partial
+
 import torch
-from torch import nn
+from torch import nn, optim
+
+from dlkernels.training import training_step
+
+OPTIMIZERS = {
+    "sgd": partial(optim.SGD, lr=0.05),
+    "momentum": partial(optim.SGD, lr=0.02, momentum=0.9, weight_decay=0.01),
+    "nesterov": partial(optim.SGD, lr=0.02, momentum=0.9, nesterov=True),
+    "sgd maximize": partial(optim.SGD, lr=0.0001, maximize=True),
+    "dampening": partial(optim.SGD, lr=0.02, momentum=0.8, dampening=0.3),
+    "adam": partial(optim.Adam, lr=0.01, weight_decay=0.01),
+    "amsgrad": partial(optim.Adam, lr=0.01, betas=(0.8, 0.9), amsgrad=True),
+    "adamw": partial(optim.AdamW, lr=0.01, weight_decay=0.1),
+    "adamw maximize": partial(optim.AdamW, lr=0.001, maximize=True),
+    "adamw amsgrad": partial(optim.AdamW, lr=0.003, betas=(0.4, 0.99), amsgrad=True, weight_decay=0.01),
+    "nesterov decay": partial(optim.SGD, lr=0.01, momentum=0.8, nesterov=True, weight_decay=0.05),
+}
 
 
 def batches(loss, count, dtype=torch.float32):
@@ -22,6 +41,20 @@ def by_calls(model, loss, optimizer, x, target):
 def assert_same(model, other):
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def trained_both_ways(model, loss, make, steps, dtype=torch.float32):
+    """Train copies by the op and by separate calls, with torch's fused optimizer; all values must be the same bits."""
+    other = copy.deepcopy(model)
+    optimizer, its = make(model.parameters(), fused=True), make(other.parameters(), fused=True)
+    step = training_step(model, loss, optimizer)
+    for number, (x, target) in enumerate(batches(loss, steps, dtype)):
+        assert torch.equal(step(x, target), by_calls(other, loss, its, x, target))
+        assert not step.why or (number == 0 and "first step" in step.why)
+        assert all(p.grad is None for p in model.parameters())
+    assert not step.why
+    assert_same(model, other)
+    return optimizer, its
 
 
 def hooked(model, optimizer, loss):

@@ -2,8 +2,10 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Reduction.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "ops/aten.h"
 #include "ops/autograd/function.h"
@@ -42,11 +44,11 @@ std::tuple<at::Tensor, at::Tensor> losses_of_members(const at::Tensor& y, const 
   return {aten::stack(losses), aten::stack(grads)};
 }
 
-}  // namespace
-
-LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
-                   double slope, const at::Tensor& target, int64_t kind, const OptionalTensor& class_weight,
-                   int64_t reduction, int64_t ignore_index, double label_smoothing, at::IntArrayRef needs) {
+// `user` may be null.
+LossOfMlp compute(const GradientUser* user, bool only_finite, const at::Tensor& x, at::TensorList weights,
+                  const OptionalTensors& biases, at::IntArrayRef acts, double slope, const at::Tensor& target,
+                  int64_t kind, const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                  double label_smoothing, at::IntArrayRef needs) {
   const size_t count = weights.size();
   check_mlp_counts(count, size_of(biases), acts.size());
   TORCH_CHECK(needs.size() == 2 * count, "mlp_loss: expected two entries in needs for each of ", count,
@@ -66,14 +68,37 @@ LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTe
   const auto [loss, grad] = (stacked ? losses_of_members : loss_of)(
       y, target, static_cast<LossKind>(kind), class_weight, reduction, ignore_index, label_smoothing);
   std::vector<at::Tensor> gradients;
-  if (std::any_of(needs.begin(), needs.end(), [](int64_t need) { return need != 0; })) {
+  const bool any = std::any_of(needs.begin(), needs.end(), [](int64_t need) { return need != 0; });
+  if (any && (!only_finite || is_finite(loss))) {
     OptionalTensorList operands;
     for (size_t l = 0; l < count; ++l)
       operands.push_back(l < saves.first_weight ? std::nullopt : OptionalTensor(weights[l]));
-    gradients = call_mlp_backward(grad.to(y.scalar_type()), input, operands, y, at::TensorList(outputs).slice(1),
-                                  saves.keep, acts, slope, all_needs, stacked);
+    const at::Tensor g = grad.to(y.scalar_type());
+    const at::TensorList kept = at::TensorList(outputs).slice(1);
+    gradients = user ? mlp_backward_for(kCpu, *user, g, input, operands, y, kept, saves.keep, acts, slope, all_needs)
+                     : call_mlp_backward(g, input, operands, y, kept, saves.keep, acts, slope, all_needs, stacked);
   }
   return {loss, y, gradients};
+}
+
+}  // namespace
+
+bool is_finite(const at::Tensor& loss) { return std::isfinite((loss.dim() ? loss.sum() : loss).item<double>()); }
+
+LossOfMlp mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
+                   double slope, const at::Tensor& target, int64_t kind, const OptionalTensor& class_weight,
+                   int64_t reduction, int64_t ignore_index, double label_smoothing, at::IntArrayRef needs) {
+  return compute(nullptr, false, x, weights, biases, acts, slope, target, kind, class_weight, reduction, ignore_index,
+                 label_smoothing, needs);
+}
+
+LossOfMlp mlp_loss_for(const GradientUser& user, bool only_finite, const at::Tensor& x, at::TensorList weights,
+                       const OptionalTensors& biases, at::IntArrayRef acts, double slope, const at::Tensor& target,
+                       int64_t kind, const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                       double label_smoothing, at::IntArrayRef needs) {
+  RECORD_FUNCTION("dlkernels::_mlp_loss", c10::ArrayRef<const c10::IValue>{});
+  return compute(&user, only_finite, x, weights, biases, acts, slope, target, kind, class_weight, reduction,
+                 ignore_index, label_smoothing, needs);
 }
 
 LossOfMlp call_mlp_loss(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,

@@ -25,4 +25,14 @@ LossOfMlp call_mlp_loss(const at::Tensor& x, at::TensorList weights, const Optio
                         const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
                         double label_smoothing, at::IntArrayRef needs);
 
+// The same of a chain that is no ensemble, on the CPU, where `user` gets the gradients of each layer as soon as they are there.
+// They are returned only if it keeps them. With `only_finite` there are none if the loss is NaN or infinite.
+LossOfMlp mlp_loss_for(const GradientUser& user, bool only_finite, const at::Tensor& x, at::TensorList weights,
+                       const OptionalTensors& biases, at::IntArrayRef acts, double slope, const at::Tensor& target,
+                       int64_t kind, const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
+                       double label_smoothing, at::IntArrayRef needs);
+
+// Of an ensemble: the sum of the losses is finite.
+bool is_finite(const at::Tensor& loss);
+
 }  // namespace dlk
