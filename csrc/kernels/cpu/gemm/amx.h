@@ -69,7 +69,7 @@ DLK_INLINE void tile_product(int64_t cells, const typename E::Cell* a, int64_t a
 // The micro-kernel of AMX.
 template <class E, int R, int C>
 void tile_ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t, float* c, int64_t ldc,
-                  bool add, const char*) {
+                  bool add, const LinesAhead*) {
   tile_product<E, R, C, false>(cells, a, kAStride<E> * sizeof(*a), b, c, ldc, add);
 }
 

@@ -49,11 +49,18 @@ DLK_INLINE void prefetch_tile(const typename E::Acc* c, int64_t ldc) {
   for (int i = 0; i < R; ++i) prefetch_lines(c + i * ldc, C * DLK_VBYTES);
 }
 
+// Memory that is read soon: rows of whole cache lines, of which the first `left` lines begin at `at`. The next row begins
+// `jump` bytes behind the end of its predecessor, and has `per_row` lines.
+struct LinesAhead {
+  const char* at;
+  int64_t left, per_row, jump;
+};
+
 // c[R, C registers] = a · b over `cells` cells along k, or c += a · b with `add`. ldb is in cells, ldc in accumulators.
-// kNext: on the way it prefetches from `next` on, one line in kStepsPerLine steps. It costs 4 % where nothing is gained.
+// kNext: on the way it prefetches `next`, one line in kStepsPerLine steps. It costs 4 % where nothing is gained.
 template <class E, AOrder order, int R, int C, bool kNext = false>
 void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb, typename E::Acc* c,
-             int64_t ldc, bool add, [[maybe_unused]] const char* next) {
+             int64_t ldc, bool add, [[maybe_unused]] const LinesAhead* next) {
   using V = typename E::V;
   constexpr int64_t row = order == kRowMajor ? kAStride<E> : 1;
   constexpr int64_t step = order == kRowMajor ? 1 : order == kKMajor ? kMR : kAStride<E>;
@@ -63,11 +70,16 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) acc[i][j] = V{};
   if (add) prefetch_tile<E, R, C>(c, ldc);
+  [[maybe_unused]] LinesAhead lines;
+  if constexpr (kNext) lines = *next;
 #pragma GCC unroll 1
   for (int64_t p = 0; p < cells; ++p, a += step, b += ldb) {
     prefetch_lines(b + kStepsAhead * ldb, C * DLK_VBYTES);
     if constexpr (kNext)
-      if (p % kStepsPerLine == 0) prefetch_l2(next), next += 64;
+      if (p % kStepsPerLine == 0) {
+        prefetch_l2(lines.at), lines.at += 64;
+        if (--lines.left == 0) lines.at += lines.jump, lines.left = lines.per_row;
+      }
     V bv[C];
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) bv[j] = load_bits<V>(b + j * E::kVL);
@@ -87,7 +99,7 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
 
 template <class E>
 using Ukernel = void (*)(int64_t, const typename E::Cell*, const typename E::Cell*, int64_t, typename E::Acc*, int64_t,
-                         bool, const char*);
+                         bool, const LinesAhead*);
 
 // Return the micro-kernel for this many rows and registers. Every size of edge tile has its own, so that no row is
 // computed that does not exist. `next`: whole micro-tiles prefetch the next block.
