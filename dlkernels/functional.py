@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import _reduction
 
+from dlkernels._ops import calls as _calls
 from dlkernels._ops import flops as _flops  # noqa: F401  registers the operators' formulas
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops import linear_cross_entropy as _linear_cross_entropy
@@ -70,6 +71,8 @@ def linear_act(
         TypeError: a dtype the kernels do not have, no tensor, a nested one, or a ``negative_slope`` that is no number.
         RuntimeError: shapes, dtypes, devices or layouts that do not fit together.
     """
+    if (y := _calls.linear_act(x, weight, bias, activation, negative_slope)) is not None:
+        return y
     _check_tensors(x, weight, bias)
     _check_slope("linear_act", negative_slope)
     return _linear_act.linear_act(x, weight, bias, activation_named(activation), negative_slope)

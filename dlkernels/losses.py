@@ -28,6 +28,7 @@ from torch.nn import _reduction
 from torch.nn import functional as F
 
 from dlkernels._errors import DlkernelsWarning
+from dlkernels._ops import calls as _calls
 from dlkernels._ops import losses as _losses
 from dlkernels._ops.modes import autocast, autocast_active
 
@@ -84,6 +85,8 @@ def mse_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if weight is None and (loss := _calls.mse_loss(input, target, reduction)) is not None:
+        return loss
     if weight is not None:
         return F.mse_loss(input, target, reduction=reduction, weight=weight)  # type: ignore[call-arg]
     if target.size() != input.size():
@@ -134,6 +137,10 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if weight is None:
+        loss = _calls.cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+        if loss is not None:
+            return loss
     is_probabilities = target.is_floating_point()
     input, *others = _in_float32(input, *([target] if is_probabilities else []), *([] if weight is None else [weight]))
     if is_probabilities:

@@ -62,7 +62,9 @@ template class Dispatched<std::tuple<Tensors, std::vector<int64_t>>(OptionalT, O
 template class Dispatched<std::tuple<at::Tensor, at::Tensor, Tensors>(T, Ts, OptionalTs, Ints, double, T, Int,
                                                                       OptionalT, Int, Int, double, Ints)>;
 
-// Losses: forward and the differentiable backward of each.
+// Losses: recorded, forward and the differentiable backward of each.
+template class Dispatched<at::Tensor(T, T, Int)>;
+template class Dispatched<at::Tensor(T, T, OptionalT, Int, Int, double)>;
 template class Dispatched<Two(T, T, Int, bool)>;
 template class Dispatched<Two(T, T, T, Int, bool, bool)>;
 template class Dispatched<Three(T, T, T, bool, double, Int, bool, bool)>;

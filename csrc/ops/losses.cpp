@@ -50,8 +50,8 @@ struct ElementOrder {
 };
 
 // [N, C, d1, ...] as [outer, classes, inner]. Without d's the rows are `inner`, so that neighbours are worked on together.
-ClassStrides class_strides(const at::Tensor& t) {  // t is [N, C, d1·d2·...]
-  if (t.size(2) == 1) return {0, t.stride(1), t.stride(0)};
+ClassStrides class_strides(const at::Tensor& t) {  // t is [N, C] or [N, C, d1·d2·...]
+  if (t.dim() == 2 || t.size(2) == 1) return {0, t.stride(1), t.stride(0)};
   return {t.stride(0), t.stride(1), t.stride(2)};
 }
 
@@ -110,9 +110,10 @@ LossAndGrads cross_entropy_forward(const Device& device, const at::Tensor& input
   const c10::OptionalDeviceGuard guard(guarded_device(input));
   call.dtype = dtype;
   call.rows = input.numel() ? outer * inner : 0;
-  call.x = input.reshape({outer, classes, inner});
-  if (soft) call.probabilities = target.reshape({outer, classes, inner});
-  if (!soft) call.indices = target.to(at::kLong).contiguous();
+  const auto by_class = [&](const at::Tensor& t) { return t.dim() == 2 ? t : t.reshape({outer, classes, inner}); };
+  call.x = by_class(input);
+  if (soft) call.probabilities = by_class(target);
+  if (!soft) call.indices = (target.scalar_type() == at::kLong ? target : target.to(at::kLong)).contiguous();
   if (weight) call.weights = weight->to(accumulator_type(input)).contiguous();
 
   std::vector<int64_t> row_sizes = input.sizes().vec();

@@ -1,9 +1,6 @@
 #include "python/decided.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/TracerMode.h>
 #include <c10/core/GradMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
 
@@ -13,6 +10,7 @@
 
 #include "ops/dispatched.h"
 #include "ops/mlp.h"
+#include "python/calls.h"
 #include "python/tensors.h"
 
 namespace dlk::python {
@@ -155,19 +153,6 @@ PyObject* unchanged(const Module& m) {
   return !m.fixed_children || same_children(m, dict) ? dict : nullptr;
 }
 
-// at::autocast::is_autocast_enabled, whose header includes half of torch.
-bool is_autocast_enabled(at::DeviceType device) {
-  return !c10::impl::tls_is_dispatch_key_excluded(device == at::kCUDA ? c10::DispatchKey::AutocastCUDA
-                                                                      : c10::DispatchKey::AutocastCPU);
-}
-
-// Modes of torch under which Python decides at each call.
-bool is_special_mode(at::DeviceType device) {
-  return at::tracer::impl::is_dispatch_enabled() || at::impl::PythonTorchFunctionTLS::stack_len() > 0 ||
-         c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         is_autocast_enabled(device);
-}
-
 const at::Tensor* plain_tensor(const State& s, PyObject* object) {
   PyObject* cls = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (!s.plain[0].is(cls) && !s.plain[1].is(cls)) return nullptr;
@@ -219,16 +204,6 @@ bool read_parameters(const State& s, const Dicts& dicts, std::vector<at::Tensor>
   return true;
 }
 
-at::Tensor run_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t act,
-                     double slope, bool recorded) {
-  using Recorded = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, double, bool);
-  using Forward = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, double);
-  static const auto with_gradients = dispatched<Recorded>("dlkernels::_linear_act");
-  static const auto forward = dispatched<Forward>("dlkernels::_linear_act_forward");
-  // A mask is saved on CUDA alone, and a chain of one layer is decided here on CPU alone.
-  return recorded ? with_gradients.call(x, weight, bias, act, slope, false) : forward.call(x, weight, bias, act, slope);
-}
-
 at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
                      double slope, bool recorded) {
   using Recorded = at::Tensor(const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef, double);
@@ -256,6 +231,7 @@ PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t c
   {
     const pybind11::gil_scoped_release no_gil;
     const bool recorded = learns && c10::GradMode::is_enabled();
+    // A chain of one layer is decided here on CPU alone.
     y = weights.size() == 1 ? run_layer(*x, weights[0], get(biases, 0), s.acts[0], s.slope, recorded)
                             : run_chain(*x, weights, biases, s.acts, s.slope, recorded);
   }

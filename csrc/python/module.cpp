@@ -9,6 +9,7 @@
 
 #include "kernels/cpu/isa/isa.h"
 #include "planning/cpu/machine.h"
+#include "python/calls.h"
 #include "python/decided.h"
 #include "python/explain.h"
 #include "python/names.h"
@@ -102,6 +103,7 @@ PYBIND11_MODULE(_C, m) {
         "True where layers under bfloat16 autocast convert float32 parameters themselves.");
   m.def("peak_loop", &peak_loop, py::arg("dtype"), py::arg("steps"),
         "Multiply on the registers of the calling thread; return the operations. For the benchmark.");
+  dlk::python::add_calls(m);
   dlk::python::add_decided(m);
   dlk::python::add_explain(m);
   dlk::python::add_routes(m);

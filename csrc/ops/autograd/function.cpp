@@ -13,6 +13,14 @@ std::vector<Backward>& backwards() {
   return all;
 }
 
+// Of no subclass, and no wrapper of a transform.
+bool has_memory_of_its_own(const at::Tensor& t) {
+  constexpr c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
+                                        c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                        c10::autocast_dispatch_keyset;
+  return (t.key_set().raw_repr() & ~plain.raw_repr()) == 0;
+}
+
 // The Function of every op.
 struct Recorded : torch::autograd::Function<Recorded> {
   static variable_list forward(torch::autograd::AutogradContext* ctx, at::TensorList, const AnyForward& forward,
@@ -69,15 +77,17 @@ std::vector<int64_t> AutogradContext::saved(const char* name) const {
 }
 
 at::Tensor with_its_memory(const at::Tensor& weight) {
-  constexpr c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
-                                        c10::autograd_dispatch_keyset_with_ADInplaceOrView |
-                                        c10::autocast_dispatch_keyset;
-  if ((weight.key_set().raw_repr() & ~plain.raw_repr()) != 0 || weight.is_inference()) return weight;
+  if (!has_memory_of_its_own(weight) || weight.is_inference()) return weight;
   at::Tensor copy(weight.unsafeGetTensorImpl()->shallow_copy_and_detach(torch::autograd::impl::version_counter(weight),
                                                                         /*allow_tensor_metadata_change=*/false));
   if (weight.requires_grad())
     torch::autograd::impl::set_gradient_edge(copy, torch::autograd::impl::gradient_edge(weight));
   return copy;
+}
+
+bool is_plain_on_cpu(const at::Tensor& t) {
+  return t.is_cpu() && t.layout() == at::kStrided && has_memory_of_its_own(t) &&
+         !c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::Python);
 }
 
 bool is_opaque_backward(const at::Tensor& g) {

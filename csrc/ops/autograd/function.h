@@ -104,6 +104,10 @@ inline OptionalTensor present(const at::Tensor& t) { return t.defined() ? Option
 // .data to replace, and see the weight itself.
 at::Tensor with_its_memory(const at::Tensor& weight);
 
+// Return true for a tensor of the CPU whose memory may be read and written without torch's operators: it is of no subclass, and
+// no mode of torch sees operators.
+bool is_plain_on_cpu(const at::Tensor&);
+
 // Return true if nobody looks into a backward that gets g: it is not recorded, g is neither a batch of gradients nor has it a
 // tangent, and neither a transform of torch.func nor torch.jit.trace is active.
 bool is_opaque_backward(const at::Tensor& g);

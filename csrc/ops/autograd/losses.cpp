@@ -27,9 +27,28 @@ namespace {
 using Pair = std::tuple<at::Tensor, at::Tensor>;
 using Triple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// `grad` is in float32 or float64. The product is rounded to the dtype of `like`.
+template <class T>
+void multiply(const at::Tensor& grad, double factor, const at::Tensor& product) {
+  const T *from = grad.const_data_ptr<T>(), by = static_cast<T>(factor);
+  T* to = product.data_ptr<T>();
+  for (int64_t i = 0, n = grad.numel(); i < n; ++i) to[i] = from[i] * by;
+}
+
+// `grad` is in float32 or float64. The product is rounded to the dtype of `like`. torch's operator costs 2 µs, so few numbers
+// are multiplied here.
 at::Tensor times_grad_loss(const at::Tensor& grad, const at::Tensor& grad_loss, const at::Tensor& like) {
-  return aten::mul(grad, grad_loss).to(like.scalar_type());
+  constexpr int64_t few = 4096;
+  const bool is_float = grad_loss.scalar_type() == at::kFloat;
+  at::Tensor product;
+  if (grad.numel() <= few && grad.is_contiguous() && grad_loss.dim() == 0 && is_opaque_backward(grad_loss) &&
+      (is_float || grad_loss.scalar_type() == at::kDouble) && is_plain_on_cpu(grad) && is_plain_on_cpu(grad_loss)) {
+    const double factor = is_float ? *grad_loss.const_data_ptr<float>() : *grad_loss.const_data_ptr<double>();
+    product = new_empty(grad.sizes(), grad.options());
+    (grad.scalar_type() == at::kFloat ? multiply<float> : multiply<double>)(grad, factor, product);
+  } else {
+    product = aten::mul(grad, grad_loss);
+  }
+  return product.scalar_type() == like.scalar_type() ? product : product.to(like.scalar_type());
 }
 
 struct MseLoss : Function<MseLoss> {

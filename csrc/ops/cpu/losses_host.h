@@ -8,9 +8,20 @@
 #include <vector>
 
 #include "kernels/cpu/losses/loss_kernels.h"
-#include "ops/aten.h"
+#include "ops/tensors.h"
 
 namespace dlk::cpu {
+
+// Write the value of a 0-dimensional tensor, rounded to its dtype.
+inline void write_rounded(const at::Tensor& t, double value) {
+  void* const to = t.data_ptr();
+  switch (t.scalar_type()) {
+    case at::kDouble: *static_cast<double*>(to) = value; break;
+    case at::kFloat: *static_cast<float*>(to) = static_cast<float>(value); break;
+    case at::kBFloat16: *static_cast<c10::BFloat16*>(to) = static_cast<float>(value); break;
+    default: *static_cast<c10::Half*>(to) = static_cast<float>(value);
+  }
+}
 
 // `each` where there is no reduction, else the sum of the slices, for the mean over `denominator`.
 inline at::Tensor reduced(const at::Tensor& each, const std::vector<double>& sums, at::Reduction::Reduction reduction,
@@ -19,10 +30,10 @@ inline at::Tensor reduced(const at::Tensor& each, const std::vector<double>& sum
   ExactSum total;
   for (double sum : sums) total.add(sum);
   const double value = total.value();
-  // Converting a tensor turns values beyond the dtype's range into infinity; converting a number would raise.
-  const at::Tensor exact =
-      aten::scalar_tensor(reduction == at::Reduction::Mean ? value / denominator : value, options.dtype(at::kDouble));
-  return exact.to(options.dtype().toScalarType());
+  // Values beyond the dtype's range become infinity, as where torch converts a tensor.
+  const at::Tensor loss = new_empty({}, options);
+  write_rounded(loss, reduction == at::Reduction::Mean ? value / denominator : value);
+  return loss;
 }
 
 // f(class) for the weight of a class; 1 without weights.

@@ -1,0 +1,173 @@
+#include "python/calls.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TracerMode.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include "ops/dispatched.h"
+#include "python/tensors.h"
+
+namespace dlk::python {
+namespace {
+
+// at::autocast::is_autocast_enabled, whose header includes half of torch.
+bool is_autocast_enabled(at::DeviceType device) {
+  return !c10::impl::tls_is_dispatch_key_excluded(device == at::kCUDA ? c10::DispatchKey::AutocastCUDA
+                                                                      : c10::DispatchKey::AutocastCPU);
+}
+
+// What Python tells this file: where the level of forward-mode AD is, and the codes of activations and reductions.
+struct Known {
+  PyObject* forward_ad = nullptr;  // the dict of the module
+  PyObject* activations = nullptr;
+  PyObject* reductions = nullptr;
+  PyObject* level = PyUnicode_InternFromString("_current_level");
+};
+
+Known& known() {
+  static Known* made = new Known;
+  return *made;
+}
+
+bool is_forward_mode() {
+  PyObject* level = PyDict_GetItemWithError(known().forward_ad, known().level);
+  return !level || PyLong_AsLong(level) != -1;
+}
+
+const at::Tensor* dense_on_cpu(PyObject* object) {
+  if (!is_exactly_tensor(object)) return nullptr;
+  const at::Tensor& t = unpack(object);
+  return t.is_cpu() && t.layout() == at::kStrided && !t.is_nested() ? &t : nullptr;
+}
+
+// The code of a name in the dict, or -1.
+int64_t code_of(PyObject* codes, PyObject* name) {
+  PyObject* code = PyUnicode_CheckExact(name) ? PyDict_GetItemWithError(codes, name) : nullptr;
+  return code ? PyLong_AsLongLong(code) : -1;
+}
+
+// linear_act(x, weight, bias, activation, negative_slope): y, or None where it is no ordinary call.
+PyObject* linear_act(PyObject* const* args, Py_ssize_t count) {
+  if (count != 5 || !known().activations) Py_RETURN_NONE;
+  const at::Tensor *x = dense_on_cpu(args[0]), *weight = dense_on_cpu(args[1]);
+  const at::Tensor* bias = args[2] == Py_None ? nullptr : dense_on_cpu(args[2]);
+  const int64_t act = code_of(known().activations, args[3]);
+  if (!x || !weight || (!bias && args[2] != Py_None) || act < 0 || !PyFloat_CheckExact(args[4]) ||
+      is_special_mode(at::kCPU) || is_forward_mode())
+    Py_RETURN_NONE;
+  const double slope = PyFloat_AS_DOUBLE(args[4]);
+  const bool learns = x->requires_grad() || weight->requires_grad() || (bias && bias->requires_grad());
+  at::Tensor y;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    y = run_layer(*x, *weight, bias ? OptionalTensor(*bias) : std::nullopt, act, slope,
+                  learns && c10::GradMode::is_enabled());
+  }
+  return wrap(y);
+}
+
+// mse_loss(input, target, reduction): the loss, or None.
+PyObject* mse_loss(PyObject* const* args, Py_ssize_t count) {
+  if (count != 3 || !known().reductions) Py_RETURN_NONE;
+  const at::Tensor *input = dense_on_cpu(args[0]), *target = dense_on_cpu(args[1]);
+  const int64_t reduction = code_of(known().reductions, args[2]);
+  if (!input || !target || reduction < 0 || input->scalar_type() != target->scalar_type() ||
+      input->sizes() != target->sizes() || is_special_mode(at::kCPU) || is_forward_mode())
+    Py_RETURN_NONE;
+  const bool learns = (input->requires_grad() || target->requires_grad()) && c10::GradMode::is_enabled();
+  at::Tensor loss;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    using Recorded = at::Tensor(const at::Tensor&, const at::Tensor&, int64_t);
+    using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, int64_t, bool);
+    static const auto with_gradients = dispatched<Recorded>("dlkernels::_mse_loss");
+    static const auto forward = dispatched<Forward>("dlkernels::_mse_loss_forward");
+    loss = learns ? with_gradients.call(*input, *target, reduction)
+                  : std::get<0>(forward.call(*input, *target, reduction, false));
+  }
+  return wrap(loss);
+}
+
+// cross_entropy(input, target, ignore_index, reduction, label_smoothing): the loss, or None. target holds class indices.
+PyObject* cross_entropy(PyObject* const* args, Py_ssize_t count) {
+  if (count != 5 || !known().reductions) Py_RETURN_NONE;
+  const at::Tensor *input = dense_on_cpu(args[0]), *target = dense_on_cpu(args[1]);
+  const int64_t reduction = code_of(known().reductions, args[3]);
+  if (!input || !target || reduction < 0 || target->scalar_type() != at::kLong || !PyLong_CheckExact(args[2]) ||
+      !PyFloat_CheckExact(args[4]) || is_special_mode(at::kCPU) || is_forward_mode())
+    Py_RETURN_NONE;
+  const int64_t ignore_index = PyLong_AsLongLong(args[2]);
+  if (ignore_index == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  const double label_smoothing = PyFloat_AS_DOUBLE(args[4]);
+  const bool learns = input->requires_grad() && c10::GradMode::is_enabled();
+  at::Tensor loss;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    using Recorded = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double);
+    using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
+                                                                   const OptionalTensor&, int64_t, int64_t, double,
+                                                                   bool, bool);
+    static const auto with_gradients = dispatched<Recorded>("dlkernels::_cross_entropy");
+    static const auto forward = dispatched<Forward>("dlkernels::_cross_entropy_forward");
+    loss = learns ? with_gradients.call(*input, *target, std::nullopt, reduction, ignore_index, label_smoothing)
+                  : std::get<0>(forward.call(*input, *target, std::nullopt, reduction, ignore_index, label_smoothing,
+                                             false, false));
+  }
+  return wrap(loss);
+}
+
+// `call` as a function of Python.
+template <PyObject* (*call)(PyObject* const*, Py_ssize_t)>
+PyCFunction function() {
+  PyObject* (*made)(PyObject*, PyObject* const*, Py_ssize_t) = [](PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return with_torch_errors([=] { return call(args, count); });
+  };
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(made));
+}
+
+PyMethodDef kCalls[] = {
+    {"linear_act", function<linear_act>(), METH_FASTCALL,
+     "linear_act(x, weight, bias, activation, negative_slope): y; None where it is no ordinary call on CPU."},
+    {"mse_loss", function<mse_loss>(), METH_FASTCALL,
+     "mse_loss(input, target, reduction): the loss; None where it is no ordinary call on CPU."},
+    {"cross_entropy", function<cross_entropy>(), METH_FASTCALL,
+     "cross_entropy(input, target, ignore_index, reduction, label_smoothing): the loss of class indices; None where it is "
+     "no ordinary call on CPU."},
+};
+
+}  // namespace
+
+bool is_special_mode(at::DeviceType device) {
+  return at::tracer::impl::is_dispatch_enabled() || at::impl::PythonTorchFunctionTLS::stack_len() > 0 ||
+         c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         is_autocast_enabled(device);
+}
+
+at::Tensor run_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t act,
+                     double slope, bool recorded) {
+  using Recorded = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, double, bool);
+  using Forward = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, double);
+  static const auto with_gradients = dispatched<Recorded>("dlkernels::_linear_act");
+  static const auto forward = dispatched<Forward>("dlkernels::_linear_act_forward");
+  return recorded ? with_gradients.call(x, weight, bias, act, slope, false) : forward.call(x, weight, bias, act, slope);
+}
+
+void add_calls(pybind11::module_& m) {
+  for (PyMethodDef& call : kCalls)
+    m.add_object(call.ml_name, pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&call, nullptr)));
+  m.def(
+      "prepare_calls",
+      [](const pybind11::dict& forward_ad, const pybind11::dict& activations, const pybind11::dict& reductions) {
+        known().forward_ad = forward_ad.inc_ref().ptr();
+        known().activations = activations.inc_ref().ptr();
+        known().reductions = reductions.inc_ref().ptr();
+      },
+      pybind11::arg("forward_ad"), pybind11::arg("activations"), pybind11::arg("reductions"),
+      "Until this call the calls return None. forward_ad: the dict of the module. The others: codes by name.");
+}
+
+}  // namespace dlk::python
