@@ -108,9 +108,8 @@ PyObject* cross_entropy(PyObject* const* args, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release no_gil;
     using Recorded = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double);
-    using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
-                                                                   const OptionalTensor&, int64_t, int64_t, double,
-                                                                   bool, bool);
+    using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+        const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, bool, bool);
     static const auto with_gradients = dispatched<Recorded>("dlkernels::_cross_entropy");
     static const auto forward = dispatched<Forward>("dlkernels::_cross_entropy_forward");
     loss = learns ? with_gradients.call(*input, *target, std::nullopt, reduction, ignore_index, label_smoothing)
@@ -135,7 +134,8 @@ PyMethodDef kCalls[] = {
     {"mse_loss", function<mse_loss>(), METH_FASTCALL,
      "mse_loss(input, target, reduction): the loss; None where it is no ordinary call on CPU."},
     {"cross_entropy", function<cross_entropy>(), METH_FASTCALL,
-     "cross_entropy(input, target, ignore_index, reduction, label_smoothing): the loss of class indices; None where it is "
+     "cross_entropy(input, target, ignore_index, reduction, label_smoothing): the loss of class indices; None where it "
+     "is "
      "no ordinary call on CPU."},
 };
 

@@ -1,7 +1,7 @@
 """Ordinary calls on CPU, which C++ hands to the dispatcher: plain tensors, no mode of torch, no transform.
 
-``torch.ops`` reads a schema and boxes every argument. Together with the questions about the context that is 3 to 8 µs of
-a small call. Each function returns None where a call is not ordinary; the caller then decides itself.
+``torch.ops`` reads a schema and boxes every argument. Together with the questions about the context that takes 3 to 8
+µs of a small call. Each function returns None where a call is not ordinary; the caller then decides itself.
 """
 
 from typing import Any

@@ -383,6 +383,9 @@ def gated_layers_of_dtensors():
     expected, exact = (
         layer(stock, None, [t.to(dtype) for t in args], g.to(dtype)) for dtype in (torch.float32, torch.float64)
     )
+    # Stock with its sums in another order: of these few terms one order can be twice as good as another by chance.
+    flipped = layer(stock, None, [args[0].flip(0, 1), *(w.flip(1) for w in args[1:])], g.flip(0))
+    expected += [t.flip(dims) for t, dims in zip(flipped, ((0,), (0, 1), (1,), (1,)), strict=True)]
     for of_x, of_weights in ((Replicate(), Shard(0)), (Shard(0), Replicate()), (Shard(1), Shard(1))):
         placements = of_x, of_weights, of_weights
         split = [distribute_tensor(t, mesh(), [p]) for t, p in zip(args, placements, strict=True)]

@@ -1,12 +1,12 @@
 // The loop nest of the packed product. C is cut in tiles that fit L2. A task computes one tile, and packs what it
 // multiplies.
 //
-//   task (tile of C)                          threads take tasks; a task has no barrier
+//   task (tile of C)                          threads take tasks from one counter; a task has no barrier
 //     for each k block                        the A block is packed to scratch of the thread (dz is made here)
 //       for each B block                      packed likewise, or in advance for all tasks, or read in place; in L2
 //         for each A micro-panel              stays in L1
 //           for each B micro-panel            streams from L2
-//             micro-kernel                    accumulators in registers
+//             micro-kernel                    accumulators in registers; prefetches what comes next (ahead.h)
 //             total                           after every kTotalCells cells of k, in f64
 //             epilogue                        after the last k block, with the micro-tile still in L1
 //
@@ -209,18 +209,68 @@ struct Worker {
   Ahead next_b, next_a;
 };
 
-// The A and B that a task packs at k = p0, where they lie in memory.
+// What is multiplied behind a k block of a tile: its next k block, or the first one of the thread's next task.
+struct Following {
+  Tile tile;
+  int64_t p0;
+  bool packs_a, packs_b;  // neither at the end of the last task
+};
+
 template <class E>
-void add_a_ahead(const GemmCall<E>& call, const Tile& tile, int64_t p0, Ahead& ahead) {
+Following following(const GemmCall<E>& call, const Tile& tile, int64_t p0, TaskQueue& tasks) {
+  const bool last = p0 + call.t.kb >= tile.k1;
+  const int64_t task = last ? tasks.next() : -1;
+  if (last && task < 0) return {tile, p0, false, false};
+  const Tile next = last ? tile_of<E>(call, task) : tile;
+  const int64_t next_p0 = last ? next.k0 : p0 + call.t.kb;
+  const bool sums_rows = call.p->row_sum && next.j0 == 0;
+  return {next, next_p0, next.i0 != tile.i0 || next_p0 != p0 || sums_rows,
+          !call.p->panels && (next.j0 != tile.j0 || next_p0 != p0 || call.t.nb < tile.cols)};
+}
+
+// The A block at k = p0, where it lies in memory.
+template <class E>
+Ahead a_ahead(const GemmCall<E>& call, const Tile& tile, int64_t p0) {
   using Elem = typename E::Elem;
   const int64_t ks = min(call.t.kb, tile.k1 - p0);
+  Ahead ahead;
   ahead.add(RowsAhead::of_block<Elem>(call.a.view, tile.i0, tile.rows, p0, ks));
   if (call.a.grad) ahead.add(RowsAhead::of_block<Elem>(call.a.saved, tile.i0, tile.rows, p0, ks));
+  return ahead;
 }
+
+// A B block, likewise. Column jb of the tile is its first.
 template <class E>
-void add_b_ahead(const GemmCall<E>& call, const View& b, const Tile& tile, int64_t p0, int64_t jb, Ahead& ahead) {
+Ahead b_ahead(const GemmCall<E>& call, const View& b, const Tile& tile, int64_t p0, int64_t jb) {
   const int64_t ks = min(call.t.kb, tile.k1 - p0), cols = min(call.t.nb, tile.cols - jb);
+  Ahead ahead;
   ahead.add(RowsAhead::of_block<typename E::ElemB>(b, p0, ks, tile.j0 + jb, cols));
+  return ahead;
+}
+
+// A shared B block, where it lies packed.
+template <class E>
+Ahead shared_ahead(const GemmCall<E>& call, int64_t block) {
+  Ahead ahead;
+  ahead.add(RowsAhead::of(shared_block(call, block), 1, call.b_cells * sizeof(typename E::Cell), 0));
+  return ahead;
+}
+
+// The B block that is multiplied behind the one at column jb of `product`.
+template <class E>
+Ahead next_b_ahead(const GemmCall<E>& call, const Tile& tile, int64_t p0, int64_t jb, int64_t product,
+                   const Following& next) {
+  const Tiling& t = call.t;
+  const Gemm& p = *call.p;
+  const int64_t tj = tile.j0 / t.nc, k_block = (p0 - tile.k0) / t.kb;
+  const auto shared = [&](int64_t k_block, int64_t jb) { return t.b_block(tile.tk, k_block, tj, jb / t.nb); };
+  if (product + 1 < t.products)
+    return p.panels ? shared_ahead<E>(call, t.b_blocks() + shared(k_block, jb))
+                    : b_ahead<E>(call, p.b_up, tile, p0, jb);
+  if (jb + t.nb < tile.cols)
+    return p.panels ? shared_ahead<E>(call, shared(k_block, jb + t.nb)) : b_ahead<E>(call, p.b, tile, p0, jb + t.nb);
+  if (p.panels && p0 + t.kb < tile.k1) return shared_ahead<E>(call, shared(k_block + 1, 0));
+  return next.packs_b ? b_ahead<E>(call, p.b, next.tile, next.p0, 0) : Ahead{};
 }
 
 // Return the lines that the micro-kernels of a block prefetch.
@@ -244,30 +294,24 @@ void run_tile(const GemmCall<E>& call, const Tile& tile, Worker<E>& w) {
   for (int64_t p0 = k0; p0 < k1 || p0 == k0; p0 += t.kb) {  // with an empty k the tile is still written
     const int64_t ks = min(t.kb, k1 - p0), k_block = (p0 - k0) / t.kb, in_sum = k_block % t.per_total;
     const bool last = p0 + t.kb >= k1;
+    w.next_a = {};
     const bool new_a = w.a.move_to(i0, p0) || sum_rows;
     if (new_a && call.order == kRowMajor)
       pack_a_rows<E>(call.a, s.a, i0, rows, p0, ks);
     else if (new_a)
       pack_a_cols<E>(call.a, s.a, i0, rows, p0, ks, s.row_buffer, sum_rows ? &s.row_sum : nullptr);
-    // Behind this k block comes the next one, or that of the next task.
-    const int64_t task = last ? w.tasks.next() : -1;
-    const bool ends = last && task < 0;
-    const Tile next = task < 0 ? tile : tile_of<E>(call, task);
-    const int64_t next_p0 = last ? next.k0 : p0 + t.kb;
-    const bool next_packs_a = !ends && (next.i0 != i0 || next_p0 != p0 || (p.row_sum && next.j0 == 0));
-    const bool next_packs_b = !ends && !p.panels && (next.j0 != j0 || next_p0 != p0 || t.nb < cols);
+    const Following next = following<E>(call, tile, p0, w.tasks);
     // The next A is prefetched as late as there is room for it beside the next B.
-    Ahead next_a;
-    if (next_packs_a) add_a_ahead<E>(call, next, next_p0, next_a);
+    const Ahead next_a = next.packs_a ? a_ahead<E>(call, next.tile, next.p0) : Ahead{};
     const int64_t b_lines = p.panels ? call.b_cells * sizeof(typename E::Cell) / 64 : 0;
     const int64_t room = lines_per_block<E>(rows, min(cols, t.nb), cells_of<E>(ks)) - b_lines;
     int64_t blocks_left = ceil_div(cols, t.nb) * t.products;
-    w.next_a = {};
+    bool prefetches_a = false;
     for (int64_t jb = 0; jb < cols; jb += t.nb) {
       const int64_t width = min(t.nb, cols - jb);
       const int64_t shared = p.panels ? t.b_block(tk, k_block, tj, jb / t.nb) : 0;
       for (int64_t product = 0; product < t.products; ++product) {
-        const bool is_up = product == 1, more_products = product + 1 < t.products, more_columns = jb + t.nb < cols;
+        const bool is_up = product == 1, waits = product + 1 < t.products;
         const View& b = is_up ? p.b_up : p.b;
         auto* const own_b = is_up ? s.b_up : s.b;
         const auto* block_b = own_b;
@@ -289,23 +333,11 @@ void run_tile(const GemmCall<E>& call, const Tile& tile, Worker<E>& w) {
                        t.has_totals() ? s.total + sums : nullptr,
                        k_block < t.per_total,
                        last,
-                       more_products,
+                       waits,
                        nullptr};
         if (call.b_in_place) at.b_there = (const typename E::Cell*)b.data + p0 * b.row_stride + j0 + jb;
-        w.next_b = {};
-        if (p.panels && (more_products || more_columns || !last)) {
-          const int64_t to = more_products  ? (product + 1) * t.b_blocks() + shared
-                             : more_columns ? shared + 1
-                                            : t.b_block(tk, k_block + 1, tj, 0);
-          w.next_b.add(RowsAhead::of(shared_block(call, to), 1, call.b_cells * sizeof(typename E::Cell), 0));
-        } else if (!p.panels && more_products) {
-          add_b_ahead<E>(call, p.b_up, tile, p0, jb, w.next_b);
-        } else if (!p.panels && more_columns) {
-          add_b_ahead<E>(call, p.b, tile, p0, jb + t.nb, w.next_b);
-        } else if (next_packs_b) {
-          add_b_ahead<E>(call, p.b, next, next_p0, 0, w.next_b);
-        }
-        if (Ahead::empty(w.next_a) && blocks_left * room <= next_a.lines()) w.next_a = next_a, next_a = {};
+        w.next_b = next_b_ahead<E>(call, tile, p0, jb, product, next);
+        if (!prefetches_a && blocks_left * room <= next_a.lines()) w.next_a = next_a, prefetches_a = true;
         --blocks_left;
         multiply_block<E>(call, at, s.a, block_b, s.acc + sums, round_up(cols, nr), w.next_b, w.next_a);
       }
