@@ -11,8 +11,9 @@ With d = act'(z), s the saved y or z, g the gradient of y and q = g·d (all elem
 The gradients come from two places:
 
 * The op ``_linear_act`` (``csrc/ops/autograd/linear_act.cpp``) serves eager, compile and export. It is a Function in
-  C++, and s is one of its outputs. Where its backward is itself differentiated, it calls the op in Python below, and
-  the gradient of s continues through the Function. So every order of derivative is right, and no input is saved for it.
+  C++, and s is one of its outputs. Where its backward is itself differentiated, it calls the op in Python below, which
+  is made of torch's operators, and the gradient of s continues through the Function. So every order of derivative is
+  right, and no input is saved for it.
 * A pair of Functions with ``setup_context`` and ``vmap`` serves ``torch.func`` transforms. It recomputes z where a
   derivative is itself differentiated.
 
