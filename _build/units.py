@@ -1,7 +1,7 @@
 """Which sources a compiler reads together.
 
 Most of the time of a small file of csrc/ops goes into torch's headers: 1.5 s of about 2.3. In csrc/python it goes into
-those of pybind11: 5 s of 6. A unit is a generated file that includes several of them, so that the headers are parsed
+those of pybind11: 5 s of 6 to 10. A unit is a generated file that includes several of them, so that the headers are parsed
 once for all. All files of a unit share its namespaces: two of them cannot have a type or a function of one name, not
 even in an unnamed namespace.
 """
@@ -20,20 +20,21 @@ LARGE = (
     "torch/csrc/autograd/custom_function.h",
     "torch/library.h",
 )
-TORCH = re.compile(r"^#include <(ATen|c10|torch)/", re.MULTILINE)
+TORCH = re.compile(r"^#include <torch/", re.MULTILINE)
+TENSORS = re.compile(r"^#include <(ATen|c10)/", re.MULTILINE)
 
 
 def units(sources: Sequence[str], folder: Path = Path("build", "units")) -> list[str]:
     """The files to compile in place of ``sources``, paths from the root of the project.
 
     Those of one folder in csrc/ops that include none of the ``LARGE`` headers are replaced by units, which are written
-    to ``folder``, and so are those of csrc/python that include none of torch's. Files for CUDA stay as they are.
+    to ``folder``, and so are those of csrc/python: one unit of files with tensors, one of files without. Files that
+    include ``torch/...`` stay as they are, and so do files for CUDA.
     """
     rooms: dict[str, list[str]] = {}
     alone = []
     for source in sorted(sources):
-        room = Path(source).parent.as_posix()
-        if _joins(room, Path(source).read_text()):
+        if room := _room(source):
             rooms.setdefault(room, []).append(source)
         else:
             alone.append(source)
@@ -50,8 +51,11 @@ def units(sources: Sequence[str], folder: Path = Path("build", "units")) -> list
     return [*alone, *made]
 
 
-def _joins(room: str, text: str) -> bool:
-    if room == "csrc/python":
-        return not TORCH.search(text)
-    large = any(f"#include <{name}>" in text for name in LARGE)
-    return room.startswith("csrc/ops") and not room.startswith("csrc/ops/cuda") and not large
+def _room(source: str) -> str | None:
+    """The name of the units that the file belongs to; None for a file that is compiled alone."""
+    folder, text = Path(source).parent.as_posix(), Path(source).read_text()
+    if folder.startswith("csrc/ops/cuda") or any(f"#include <{name}>" in text for name in LARGE) or TORCH.search(text):
+        return None
+    if folder == "csrc/python" and TENSORS.search(text):
+        return "csrc/python/tensors"
+    return folder if folder == "csrc/python" or folder.startswith("csrc/ops") else None
