@@ -17,11 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-SECONDS = 190  # of CPU time, for all files; the aim is 90 s on two cores
+SECONDS = 235  # of CPU time, for all files; the aim is 90 s on two cores
 MEGABYTES = 400  # for each compiler process
 # Files above that; docs/internals/design.md has what each needs. The limit is what it took, and 5%.
 ALLOWED = {
     "csrc/python/tensors.cpp": 850,
+    "build/units/python-1.cpp": 620,
+    "build/units/python-tensors-1.cpp": 670,
+    "build/units/ops-autograd-1.cpp": 475,
     "csrc/ops/autograd/function.cpp": 810,
     "csrc/ops/binding.cpp": 550,
     "csrc/ops/dispatched.cpp": 550,
