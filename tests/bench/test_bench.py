@@ -167,6 +167,16 @@ def inputs(mode, count=1):
     return [harness.draw(SMALL, "fp32", seed).leaves(mode) for seed in range(count)]
 
 
+def test_a_slow_contender_is_timed_once_and_the_others_in_turns(monkeypatch):
+    monkeypatch.setattr(harness, "SLOW", 0.01)
+    steps = {"fast": lambda _: None, "slow": lambda _: time.sleep(0.06)}
+    found = harness.take_turns(steps, lambda: None, budget=0.05, refill=False)
+    assert found["slow"].calls == 1 and found["slow"].median >= 0.06
+    assert found["fast"].calls > harness.TURN_CALLS
+    alone = harness.take_turns({"slow": steps["slow"]}, lambda: None, budget=0.05, refill=False)
+    assert alone["slow"].calls >= harness.LEAST_TURNS
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_contenders_take_turns_and_training_changes_the_weight(mode):
     order, versions = [], []
