@@ -162,9 +162,10 @@ void pack_shared_block(const GemmCall<E>& call, int64_t block, Buffers<E>& s) {
   if (ks > 0 && cols > 0) pack_b<E>(is_up ? p.b_up : p.b, to, p0, ks, j0, cols, s.row_buffer);
 }
 
-// One task: a tile of C over one k-slice.
+// One task: a tile of C over one k-slice. Its rows, columns and k elements begin at i0, j0 and k0. It is number tj among the
+// tiles of its rows, and tk among the slices.
 struct Tile {
-  int64_t i0, rows, j0, cols, k0, k1, tk;
+  int64_t i0, rows, tj, j0, cols, k0, k1, tk;
 };
 
 template <class E>
@@ -179,7 +180,7 @@ Tile tile_of(const GemmCall<E>& call, int64_t task) {
   const int64_t panels = ceil_div(p.m, kMR);  // tiles are equally high, to one panel
   const int64_t i0 = panels * ti / t.mt * kMR, i1 = min(panels * (ti + 1) / t.mt * kMR, p.m);
   const int64_t j0 = tj * t.nc, k0 = min(tk * t.k_slice, p.k);
-  return {i0, i1 - i0, j0, min(t.nc, p.n - j0), k0, min(k0 + t.k_slice, p.k), tk};
+  return {i0, i1 - i0, tj, j0, min(t.nc, p.n - j0), k0, min(k0 + t.k_slice, p.k), tk};
 }
 
 // The tasks of a product. Threads take one after the other, so that a thread that is slowed down runs fewer.
@@ -200,16 +201,15 @@ struct TaskQueue {
   }
 };
 
-// What a thread keeps from one task to the next.
+// The state of a thread, from its first task to its last.
 template <class E>
 struct Worker {
   TaskQueue tasks;
   Buffers<E> buffers;
   PackedBlockKey a, b[2];
-  Ahead next_b, next_a;
 };
 
-// What is multiplied behind a k block of a tile: its next k block, or the first one of the thread's next task.
+// The k block that a thread multiplies next: of the same tile, or the first one of its next task.
 struct Following {
   Tile tile;
   int64_t p0;
@@ -223,7 +223,7 @@ Following following(const GemmCall<E>& call, const Tile& tile, int64_t p0, TaskQ
   if (last && task < 0) return {tile, p0, false, false};
   const Tile next = last ? tile_of<E>(call, task) : tile;
   const int64_t next_p0 = last ? next.k0 : p0 + call.t.kb;
-  const bool sums_rows = call.p->row_sum && next.j0 == 0;
+  const bool sums_rows = call.p->row_sum && next.tj == 0;
   return {next, next_p0, next.i0 != tile.i0 || next_p0 != p0 || sums_rows,
           !call.p->panels && (next.j0 != tile.j0 || next_p0 != p0 || call.t.nb < tile.cols)};
 }
@@ -262,8 +262,8 @@ Ahead next_b_ahead(const GemmCall<E>& call, const Tile& tile, int64_t p0, int64_
                    const Following& next) {
   const Tiling& t = call.t;
   const Gemm& p = *call.p;
-  const int64_t tj = tile.j0 / t.nc, k_block = (p0 - tile.k0) / t.kb;
-  const auto shared = [&](int64_t k_block, int64_t jb) { return t.b_block(tile.tk, k_block, tj, jb / t.nb); };
+  const int64_t k_block = (p0 - tile.k0) / t.kb;
+  const auto shared = [&](int64_t k_block, int64_t jb) { return t.b_block(tile.tk, k_block, tile.tj, jb / t.nb); };
   if (product + 1 < t.products)
     return p.panels ? shared_ahead<E>(call, t.b_blocks() + shared(k_block, jb))
                     : b_ahead<E>(call, p.b_up, tile, p0, jb);
@@ -286,15 +286,13 @@ void run_tile(const GemmCall<E>& call, const Tile& tile, Worker<E>& w) {
   const Gemm& p = *call.p;
   const Tiling& t = call.t;
   Buffers<E>& s = w.buffers;
-  const auto [i0, rows, j0, cols, k0, k1, tk] = tile;
-  const int64_t tj = j0 / t.nc;
-  const bool sum_rows = p.row_sum && j0 == 0;
+  const auto [i0, rows, tj, j0, cols, k0, k1, tk] = tile;
+  const bool sum_rows = p.row_sum && tj == 0;
   if (sum_rows) s.row_sum.clear(rows);
 
   for (int64_t p0 = k0; p0 < k1 || p0 == k0; p0 += t.kb) {  // with an empty k the tile is still written
     const int64_t ks = min(t.kb, k1 - p0), k_block = (p0 - k0) / t.kb, in_sum = k_block % t.per_total;
     const bool last = p0 + t.kb >= k1;
-    w.next_a = {};
     const bool new_a = w.a.move_to(i0, p0) || sum_rows;
     if (new_a && call.order == kRowMajor)
       pack_a_rows<E>(call.a, s.a, i0, rows, p0, ks);
@@ -302,7 +300,7 @@ void run_tile(const GemmCall<E>& call, const Tile& tile, Worker<E>& w) {
       pack_a_cols<E>(call.a, s.a, i0, rows, p0, ks, s.row_buffer, sum_rows ? &s.row_sum : nullptr);
     const Following next = following<E>(call, tile, p0, w.tasks);
     // The next A is prefetched as late as there is room for it beside the next B.
-    const Ahead next_a = next.packs_a ? a_ahead<E>(call, next.tile, next.p0) : Ahead{};
+    Ahead next_a = next.packs_a ? a_ahead<E>(call, next.tile, next.p0) : Ahead{};
     const int64_t b_lines = p.panels ? call.b_cells * sizeof(typename E::Cell) / 64 : 0;
     const int64_t room = lines_per_block<E>(rows, min(cols, t.nb), cells_of<E>(ks)) - b_lines;
     int64_t blocks_left = ceil_div(cols, t.nb) * t.products;
@@ -336,10 +334,11 @@ void run_tile(const GemmCall<E>& call, const Tile& tile, Worker<E>& w) {
                        waits,
                        nullptr};
         if (call.b_in_place) at.b_there = (const typename E::Cell*)b.data + p0 * b.row_stride + j0 + jb;
-        w.next_b = next_b_ahead<E>(call, tile, p0, jb, product, next);
-        if (!prefetches_a && blocks_left * room <= next_a.lines()) w.next_a = next_a, prefetches_a = true;
+        Ahead next_b = next_b_ahead<E>(call, tile, p0, jb, product, next), none;
+        prefetches_a = prefetches_a || blocks_left * room <= next_a.lines();
         --blocks_left;
-        multiply_block<E>(call, at, s.a, block_b, s.acc + sums, round_up(cols, nr), w.next_b, w.next_a);
+        multiply_block<E>(call, at, s.a, block_b, s.acc + sums, round_up(cols, nr), next_b,
+                          prefetches_a ? next_a : none);
       }
     }
   }
@@ -412,7 +411,7 @@ void gemm_with(const Gemm& p, const Parallel& parallel) {
     const auto& [of, taken] = *(const Run*)context;
     const GemmCall<E>& call = *of;
     const Tiling& t = call.t;
-    Worker<E> worker = {{t.tasks(), taken}, Buffers<E>::get(t.has_totals(), t.products == 2), {}, {}, {}, {}};
+    Worker<E> worker = {{t.tasks(), taken}, Buffers<E>::get(t.has_totals(), t.products == 2), {}, {}};
     [[maybe_unused]] const typename E::Scope scope;
     for (int64_t task; (task = worker.tasks.take()) >= 0;) run_tile<E>(call, tile_of<E>(call, task), worker);
   });

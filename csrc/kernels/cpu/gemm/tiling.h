@@ -40,7 +40,7 @@ constexpr int64_t sum_cells(int64_t k) {
 
 // How one product is cut in tiles, slices and blocks.
 struct Tiling {
-  int64_t mc, nc;       // tile of C
+  int64_t nc;           // columns of a tile of C
   int64_t nb;           // columns of a B block
   int64_t mt, nt;       // tiles per direction
   int64_t k_slice, kt;  // k elements per slice, slices
@@ -88,8 +88,7 @@ Tiling tile(const Gemm& p, int threads) {
       const int64_t cost = rounds * (products * mc * round_up(nc, E::kVL) + 16 * (mc + products * nc));
       if (best_cost < 0 || cost < best_cost) {
         best_cost = cost;
-        best = {mc,
-                nc,
+        best = {nc,
                 one_block ? nc : min(nc, kNB),
                 ceil_div(p.m, mc),
                 ceil_div(p.n, nc),
