@@ -152,13 +152,10 @@ def take_turns(
     takes longer than the budget (and than a second) is timed once, so that the others get their turns.
     """
     clock = clock or HostClock()
-    samples: dict[str, list[float]] = {name: [] for name in steps}
     with _no_garbage_collection():
         rough = {name: _warm_up(s, argument, clock) for name, s in steps.items()}
-        slow = {name for name, t in rough.items() if t > max(budget, SLOW)}
-        names = [name for name in steps if name not in slow] or list(steps)
-        for name in set(steps) - set(names):
-            samples[name] = [rough[name]]
+        names = [name for name, t in rough.items() if t <= max(budget, SLOW)] or list(steps)
+        samples = {name: [] if name in names else [t] for name, t in rough.items()}
         calls = {name: max(1, min(TURN_CALLS, int(TURN / (t * clock.repeats)))) for name, t in rough.items()}
         start, turns = time.perf_counter(), 0
         while (spent := time.perf_counter() - start) < budget or turns < LEAST_TURNS:

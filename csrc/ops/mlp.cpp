@@ -167,7 +167,7 @@ void run_backward(const Device& device, const Backward& b) {
   }
 }
 
-// Of the layers from `deepest` on.
+// Return true if the layers from `deepest` on run as one kernel.
 bool runs_as_fused_mlp(const Device& device, const std::vector<Problem>& layers, at::TensorList weights,
                        size_t deepest = 0) {
   std::vector<FusedMlpLayer> chain;

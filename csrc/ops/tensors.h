@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
 #include <tuple>
@@ -57,6 +58,9 @@ inline at::Tensor member_of(const at::Tensor& t, int64_t e) {
   impl->set_sizes_and_strides(t.sizes().slice(1), t.strides().slice(1), t.storage_offset() + e * t.stride(0));
   return at::Tensor(std::move(impl));
 }
+
+// Return true under a mode in Python that sees operators (TorchDispatchMode).
+inline bool has_mode() { return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::Python); }
 
 // A mask holds one bit per element of y (kernels/params.h).
 inline bool is_mask(const at::Tensor& t) { return t.defined() && t.scalar_type() == at::kByte; }

@@ -4,7 +4,6 @@
 #include <ATen/ops/_fused_adam_ops.h>
 #include <ATen/ops/_fused_adamw_ops.h>
 #include <ATen/ops/_fused_sgd_ops.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "ops/tensors.h"
 
@@ -40,9 +39,6 @@ void count_steps(const std::vector<at::Tensor>& steps) {
   }
 }
 
-// Modes that see torch's operators see torch's update too.
-bool has_mode() { return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::Python); }
-
 }  // namespace
 
 void update_by_torch(const OptimizerGroup& g, at::TensorList grads) {
@@ -59,6 +55,7 @@ void update_by_torch(const OptimizerGroup& g, at::TensorList grads) {
   }
 }
 
+// Modes that see torch's operators see torch's update too.
 bool updates_by_kernel(const OptimizerGroup& g) {
   const at::Tensor& first = g.parameters[0];
   return first.is_cpu() && !has_mode() && cpu::updates_like_torch(first.scalar_type(), g.rule);

@@ -5,6 +5,7 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "ops/autograd/losses.h"
 #include "ops/dispatched.h"
 #include "python/tensors.h"
 
@@ -17,7 +18,7 @@ bool is_autocast_enabled(at::DeviceType device) {
                                                                       : c10::DispatchKey::AutocastCPU);
 }
 
-// What Python tells this file: where the level of forward-mode AD is, and the codes of activations and reductions.
+// Python hands these over: the place of the level of forward-mode AD, and the codes of activations and reductions.
 struct Known {
   PyObject* forward_ad = nullptr;  // the dict of the module
   PyObject* activations = nullptr;
@@ -35,6 +36,11 @@ bool is_forward_mode() {
   return !level || PyLong_AsLong(level) != -1;
 }
 
+// Return true if a call of this many arguments may be an ordinary one in the present context.
+bool is_ordinary(Py_ssize_t count, Py_ssize_t expected) {
+  return count == expected && known().forward_ad && !is_special_mode(at::kCPU) && !is_forward_mode();
+}
+
 const at::Tensor* dense_on_cpu(PyObject* object) {
   if (!is_exactly_tensor(object)) return nullptr;
   const at::Tensor& t = unpack(object);
@@ -49,13 +55,11 @@ int64_t code_of(PyObject* codes, PyObject* name) {
 
 // linear_act(x, weight, bias, activation, negative_slope): y, or None where it is no ordinary call.
 PyObject* linear_act(PyObject* const* args, Py_ssize_t count) {
-  if (count != 5 || !known().activations) Py_RETURN_NONE;
+  if (!is_ordinary(count, 5)) Py_RETURN_NONE;
   const at::Tensor *x = dense_on_cpu(args[0]), *weight = dense_on_cpu(args[1]);
   const at::Tensor* bias = args[2] == Py_None ? nullptr : dense_on_cpu(args[2]);
   const int64_t act = code_of(known().activations, args[3]);
-  if (!x || !weight || (!bias && args[2] != Py_None) || act < 0 || !PyFloat_CheckExact(args[4]) ||
-      is_special_mode(at::kCPU) || is_forward_mode())
-    Py_RETURN_NONE;
+  if (!x || !weight || (!bias && args[2] != Py_None) || act < 0 || !PyFloat_CheckExact(args[4])) Py_RETURN_NONE;
   const double slope = PyFloat_AS_DOUBLE(args[4]);
   const bool learns = x->requires_grad() || weight->requires_grad() || (bias && bias->requires_grad());
   at::Tensor y;
@@ -69,33 +73,31 @@ PyObject* linear_act(PyObject* const* args, Py_ssize_t count) {
 
 // mse_loss(input, target, reduction): the loss, or None.
 PyObject* mse_loss(PyObject* const* args, Py_ssize_t count) {
-  if (count != 3 || !known().reductions) Py_RETURN_NONE;
+  if (!is_ordinary(count, 3)) Py_RETURN_NONE;
   const at::Tensor *input = dense_on_cpu(args[0]), *target = dense_on_cpu(args[1]);
   const int64_t reduction = code_of(known().reductions, args[2]);
   if (!input || !target || reduction < 0 || input->scalar_type() != target->scalar_type() ||
-      input->sizes() != target->sizes() || is_special_mode(at::kCPU) || is_forward_mode())
+      input->sizes() != target->sizes())
     Py_RETURN_NONE;
   const bool learns = (input->requires_grad() || target->requires_grad()) && c10::GradMode::is_enabled();
   at::Tensor loss;
   {
     const pybind11::gil_scoped_release no_gil;
     using Recorded = at::Tensor(const at::Tensor&, const at::Tensor&, int64_t);
-    using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, int64_t, bool);
     static const auto with_gradients = dispatched<Recorded>("dlkernels::_mse_loss");
-    static const auto forward = dispatched<Forward>("dlkernels::_mse_loss_forward");
     loss = learns ? with_gradients.call(*input, *target, reduction)
-                  : std::get<0>(forward.call(*input, *target, reduction, false));
+                  : std::get<0>(call_mse_loss_forward(*input, *target, reduction, false));
   }
   return wrap(loss);
 }
 
 // cross_entropy(input, target, ignore_index, reduction, label_smoothing): the loss, or None. target holds class indices.
 PyObject* cross_entropy(PyObject* const* args, Py_ssize_t count) {
-  if (count != 5 || !known().reductions) Py_RETURN_NONE;
+  if (!is_ordinary(count, 5)) Py_RETURN_NONE;
   const at::Tensor *input = dense_on_cpu(args[0]), *target = dense_on_cpu(args[1]);
   const int64_t reduction = code_of(known().reductions, args[3]);
   if (!input || !target || reduction < 0 || target->scalar_type() != at::kLong || !PyLong_CheckExact(args[2]) ||
-      !PyFloat_CheckExact(args[4]) || is_special_mode(at::kCPU) || is_forward_mode())
+      !PyFloat_CheckExact(args[4]))
     Py_RETURN_NONE;
   const int64_t ignore_index = PyLong_AsLongLong(args[2]);
   if (ignore_index == -1 && PyErr_Occurred()) {
@@ -108,13 +110,10 @@ PyObject* cross_entropy(PyObject* const* args, Py_ssize_t count) {
   {
     const pybind11::gil_scoped_release no_gil;
     using Recorded = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double);
-    using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-        const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, int64_t, double, bool, bool);
     static const auto with_gradients = dispatched<Recorded>("dlkernels::_cross_entropy");
-    static const auto forward = dispatched<Forward>("dlkernels::_cross_entropy_forward");
     loss = learns ? with_gradients.call(*input, *target, std::nullopt, reduction, ignore_index, label_smoothing)
-                  : std::get<0>(forward.call(*input, *target, std::nullopt, reduction, ignore_index, label_smoothing,
-                                             false, false));
+                  : std::get<0>(call_cross_entropy_forward(*input, *target, std::nullopt, reduction, ignore_index,
+                                                           label_smoothing, false, false));
   }
   return wrap(loss);
 }
@@ -134,9 +133,8 @@ PyMethodDef kCalls[] = {
     {"mse_loss", function<mse_loss>(), METH_FASTCALL,
      "mse_loss(input, target, reduction): the loss; None where it is no ordinary call on CPU."},
     {"cross_entropy", function<cross_entropy>(), METH_FASTCALL,
-     "cross_entropy(input, target, ignore_index, reduction, label_smoothing): the loss of class indices; None where it "
-     "is "
-     "no ordinary call on CPU."},
+     "cross_entropy(input, target, ignore_index, reduction, label_smoothing): the loss of class indices; "
+     "None where it is no ordinary call on CPU."},
 };
 
 }  // namespace

@@ -28,11 +28,13 @@ class Activation:
     second_derivative: Callable[[Tensor, float], Tensor] | None  # d(dy/dz)/ds; None: zero wherever it exists
     needs_sign_only: bool  # dy/dz depends on the sign of y only, as in csrc/kernels/activation.h
     masks_gradient: bool  # where s <= 0, the gradient of z is 0, even for an infinite gradient of y
+    backward: Callable[[Tensor, Tensor, float], Tensor] | None  # (g, s, slope): g * dy/dz by one operator of torch
 
     def times_derivative(self, g: Tensor, s: Tensor, slope: float) -> Tensor:
         """The gradient of z, ``g * derivative(s)``, for the gradient g of y."""
-        backward = _BACKWARD.get(self.name)
-        return self._masked(g * self.derivative(s, slope), s) if backward is None else backward(g, s, slope)
+        if self.backward is not None:
+            return self.backward(g, s, slope)
+        return self._masked(g * self.derivative(s, slope), s)
 
     def times_second_derivative(self, hg: Tensor, s: Tensor, slope: float) -> Tensor | None:
         """The gradient of s, ``hg * second_derivative(s)``; None for the identity, whose derivative does not read s.
@@ -53,8 +55,8 @@ _threshold = torch.ops.aten.threshold_backward.default
 _leaky = torch.ops.aten.leaky_relu_backward.default
 
 
-# By name the operator of torch that makes g * derivative(s) in one pass. Each has derivatives of every order. That of
-# silu has none, and that of gelu cancels in the left tail.
+# By name the operator of torch that makes g * derivative(s) in one pass, and has derivatives of every order. silu and
+# gelu are not among them: torch cannot differentiate the operator of silu, and that of gelu cancels in the left tail.
 _aten = torch.ops.aten
 _BACKWARD: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "relu": lambda g, s, slope: _threshold(g, s, 0),
@@ -165,7 +167,17 @@ _SIGN_ONLY = {"relu", "leaky_relu"}
 _MASKS_GRADIENT = {"relu", "relu2"}
 
 ACTIVATIONS: dict[str, Activation] = {
-    name: Activation(name, code, saves_output, value, first, second, name in _SIGN_ONLY, name in _MASKS_GRADIENT)
+    name: Activation(
+        name,
+        code,
+        saves_output,
+        value,
+        first,
+        second,
+        name in _SIGN_ONLY,
+        name in _MASKS_GRADIENT,
+        _BACKWARD.get(name),
+    )
     for code, (name, saves_output, value, first, second) in enumerate(_ALL)
 }
 _BY_CODE = tuple(ACTIVATIONS.values())

@@ -13,7 +13,7 @@ std::vector<Backward>& backwards() {
   return all;
 }
 
-// Of no subclass, and no wrapper of a transform.
+// Return true for a tensor that is of no subclass, and no wrapper of a transform.
 bool has_memory_of_its_own(const at::Tensor& t) {
   constexpr c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
                                         c10::autograd_dispatch_keyset_with_ADInplaceOrView |
@@ -86,8 +86,7 @@ at::Tensor with_its_memory(const at::Tensor& weight) {
 }
 
 bool is_plain_on_cpu(const at::Tensor& t) {
-  return t.is_cpu() && t.layout() == at::kStrided && has_memory_of_its_own(t) &&
-         !c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::Python);
+  return t.is_cpu() && t.layout() == at::kStrided && has_memory_of_its_own(t) && !has_mode();
 }
 
 bool is_opaque_backward(const at::Tensor& g) {

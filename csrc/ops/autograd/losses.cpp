@@ -7,10 +7,10 @@
 namespace dlk {
 
 std::tuple<at::Tensor, at::Tensor> call_mse_loss_forward(const at::Tensor& input, const at::Tensor& target,
-                                                         int64_t reduction) {
+                                                         int64_t reduction, bool need_grad) {
   using F = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, int64_t, bool);
   static const auto op = dispatched<F>("dlkernels::_mse_loss_forward");
-  return op.call(input, target, reduction, true);
+  return op.call(input, target, reduction, need_grad);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> call_cross_entropy_forward(
@@ -54,7 +54,7 @@ at::Tensor times_grad_loss(const at::Tensor& grad, const at::Tensor& grad_loss, 
 struct MseLoss : Function<MseLoss> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             int64_t reduction) {
-    auto [loss, grad] = call_mse_loss_forward(input, target, reduction);
+    auto [loss, grad] = call_mse_loss_forward(input, target, reduction, true);
     ctx->save_for_backward({input, target, grad});
     ctx->save("reduction", reduction);
     return loss;

@@ -20,7 +20,7 @@ namespace {
 std::tuple<at::Tensor, at::Tensor> loss_of(const at::Tensor& y, const at::Tensor& target, LossKind kind,
                                            const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
                                            double label_smoothing) {
-  if (kind == LossKind::mse) return call_mse_loss_forward(y, target, reduction);
+  if (kind == LossKind::mse) return call_mse_loss_forward(y, target, reduction, true);
   auto [loss, grad, grad_target] =
       call_cross_entropy_forward(y, target, class_weight, reduction, ignore_index, label_smoothing, true, false);
   return {loss, grad};

@@ -32,7 +32,7 @@ LossOfMlp mlp_loss_for(const GradientUser& user, bool only_finite, const at::Ten
                        int64_t kind, const OptionalTensor& class_weight, int64_t reduction, int64_t ignore_index,
                        double label_smoothing, at::IntArrayRef needs);
 
-// Of an ensemble: the sum of the losses is finite.
+// Return true if the loss is finite. The losses of an ensemble are added up for this.
 bool is_finite(const at::Tensor& loss);
 
 }  // namespace dlk
