@@ -9,6 +9,7 @@
 //   value(z, slope)    act(z)
 //   grad(g, s, slope)  g · act', where s is the saved y or z. ReLU selects g or 0 and does not multiply, so that an
 //                      infinite g through an inactive unit gives 0, as in torch.
+//   grad2, grad3       t · the second and the third derivative, of gelu and silu alone: torch has no operators for them
 #pragma once
 
 #include "kernels/params.h"
@@ -82,6 +83,20 @@ struct GELU {
     T scaled = O::lit(0.39894228040143267794) * z;  // 1/sqrt(2π); times z first, because φ(z) alone can be subnormal
     return g * (O::normal_cdf(z) + scaled * O::normal_exp(O::lit(-0.5) * z * z));
   }
+  // t · (2 - z²)·φ(z)
+  template <class O, class T = typename O::T>
+  DLK_HD static T grad2(T t, T z) {
+    return t * (O::lit(2) - z * z) * density<O>(z);
+  }
+  // t · (z² - 4)·z·φ(z)
+  template <class O, class T = typename O::T>
+  DLK_HD static T grad3(T t, T z) {
+    return t * (z * z - O::lit(4)) * z * density<O>(z);
+  }
+  template <class O, class T = typename O::T>
+  DLK_HD static T density(T z) {
+    return O::lit(0.39894228040143267794) * O::normal_exp(O::lit(-0.5) * z * z);
+  }
 };
 
 // The tanh form of GELU: z/2·(1 + tanh u), u = sqrt(2/π)·(z + 0.044715 z³).
@@ -114,6 +129,18 @@ struct SiLU {
   DLK_HD static T grad(T g, T z, T) {
     T s = O::lit(1) / (O::lit(1) + O::exp(-z));
     return g * s * (O::lit(1) + z * (O::lit(1) - s));
+  }
+  // t · s(1 - s)·(2 + z(1 - 2s)), s = σ(z)
+  template <class O, class T = typename O::T>
+  DLK_HD static T grad2(T t, T z) {
+    T s = O::lit(1) / (O::lit(1) + O::exp(-z));
+    return t * s * (O::lit(1) - s) * (O::lit(2) + z * (O::lit(1) - O::lit(2) * s));
+  }
+  // t · s(1 - s)·(3(1 - 2s) + z(1 - 6s(1 - s))), s = σ(z)
+  template <class O, class T = typename O::T>
+  DLK_HD static T grad3(T t, T z) {
+    T s = O::lit(1) / (O::lit(1) + O::exp(-z)), slope = s * (O::lit(1) - s);
+    return t * slope * (O::lit(3) * (O::lit(1) - O::lit(2) * s) + z * (O::lit(1) - O::lit(6) * slope));
   }
 };
 

@@ -119,6 +119,17 @@ struct ActPass {
   void* y;
 };
 
+// out = t · the derivative of this order of act at z, elementwise over count contiguous elements. act is gelu or silu,
+// order is from 1 to kDerivatives. A second derivative of a network reads order 2, its backward order 3. CPU.
+constexpr int kDerivatives = 3;
+struct DerivativePass {
+  int64_t count;
+  const void *t, *z;
+  Act act;
+  int order;
+  void* out;
+};
+
 // y = act(z + bias), [m, n] contiguous, behind a library's product without a bias. The memory of y, or of z_sum, may be
 // that of z. CPU.
 struct BiasActPass {

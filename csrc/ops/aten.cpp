@@ -1,13 +1,21 @@
 #include "ops/aten.h"
 
 #include <ATen/ops/addmm_ops.h>
+#include <ATen/ops/arange_ops.h>
 #include <ATen/ops/empty_ops.h>
 #include <ATen/ops/empty_strided_ops.h>
+#include <ATen/ops/gelu_backward_ops.h>
+#include <ATen/ops/leaky_relu_backward_ops.h>
 #include <ATen/ops/mm_ops.h>
 #include <ATen/ops/mul_ops.h>
 #include <ATen/ops/neg_ops.h>
 #include <ATen/ops/scalar_tensor_ops.h>
+#include <ATen/ops/sigmoid_backward_ops.h>
 #include <ATen/ops/stack_ops.h>
+#include <ATen/ops/tanh_backward_ops.h>
+#include <ATen/ops/threshold_backward_ops.h>
+#include <ATen/ops/threshold_ops.h>
+#include <ATen/ops/zeros_like_ops.h>
 #include <ATen/ops/zeros_ops.h>
 
 namespace dlk::aten {
@@ -43,6 +51,25 @@ at::Tensor scalar_tensor(const at::Scalar& value, const at::TensorOptions& optio
 
 at::Tensor mul(const at::Tensor& a, const at::Tensor& b) { return at::_ops::mul_Tensor::call(a, b); }
 at::Tensor neg(const at::Tensor& a) { return at::_ops::neg::call(a); }
+at::Tensor zeros_like(const at::Tensor& a) { return at::_ops::zeros_like::call(a, {}, {}, {}, {}, {}); }
+
+at::Tensor arange(int64_t end, const at::TensorOptions& options) {
+  return at::_ops::arange::call(end, dtype_of(options), options.layout_opt(), options.device_opt(),
+                                options.pinned_memory_opt());
+}
+
+at::Tensor threshold(const at::Tensor& a, double limit) { return at::_ops::threshold::call(a, limit, 0); }
+at::Tensor threshold_backward(const at::Tensor& g, const at::Tensor& s) {
+  return at::_ops::threshold_backward::call(g, s, 0);
+}
+at::Tensor leaky_relu_backward(const at::Tensor& g, const at::Tensor& y, double slope) {
+  return at::_ops::leaky_relu_backward::call(g, y, slope, /*self_is_result=*/true);
+}
+at::Tensor gelu_tanh_backward(const at::Tensor& g, const at::Tensor& z) {
+  return at::_ops::gelu_backward::call(g, z, "tanh");
+}
+at::Tensor tanh_backward(const at::Tensor& g, const at::Tensor& y) { return at::_ops::tanh_backward::call(g, y); }
+at::Tensor sigmoid_backward(const at::Tensor& g, const at::Tensor& y) { return at::_ops::sigmoid_backward::call(g, y); }
 
 at::Tensor stack(at::TensorList tensors) { return at::_ops::stack::call(tensors, 0); }
 

@@ -1,6 +1,7 @@
 // Op schemas and their implementations. The ops are private: dlkernels/_ops calls them.
 #include <torch/library.h>
 
+#include "ops/autograd/derivatives.h"
 #include "ops/autograd/linear_act.h"
 #include "ops/autograd/linear_glu.h"
 #include "ops/autograd/losses.h"
@@ -13,13 +14,15 @@
 #include "ops/on_device.h"
 
 TORCH_LIBRARY(dlkernels, m) {
-  // Ops that autograd records, from csrc/ops/autograd. The differentiable backwards are written in Python, in dlkernels/_ops.
+  // Ops that autograd records, from csrc/ops/autograd. The differentiable backwards of gated layers and of losses are written in
+  // Python, in dlkernels/_ops.
   m.def("_linear_act(Tensor x, Tensor weight, Tensor? bias, int act, float slope, bool mask) -> Tensor");
   m.def("_linear_act_autocast(Tensor x, Tensor weight, Tensor? bias, int act, float slope) -> Tensor");
   m.def(
       "_linear_act_differentiable_backward(Tensor? grad_y, Tensor? grad_saved, Tensor? x, Tensor? weight, "
-      "Tensor? saved, Tensor? anchor, int act, float slope, bool need_x, bool need_weight, bool need_bias) -> "
-      "(Tensor, Tensor, Tensor)");
+      "Tensor? saved, Tensor? anchor, int act, float slope, bool need_x, bool need_weight, bool need_bias, "
+      "bool stacked) -> (Tensor, Tensor, Tensor)");
+  m.def("_act_derivative(Tensor t, Tensor saved, int act, float slope, int order) -> Tensor");
   m.def(
       "_linear_glu(Tensor x, Tensor weight_gate, Tensor weight_up, Tensor? bias_gate, Tensor? bias_up, int act, "
       "float slope) -> Tensor");
@@ -29,9 +32,6 @@ TORCH_LIBRARY(dlkernels, m) {
       "bool need_weight_gate, bool need_weight_up, bool need_bias_gate, bool need_bias_up) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_mlp(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope) -> Tensor");
-  m.def(
-      "_mlp_differentiable_backward(Tensor? grad_y, Tensor?[] grads_kept, Tensor? x, Tensor?[] weights, Tensor? y, "
-      "Tensor[] kept, int[] keep, int[] acts, float slope, int[] needs, bool stacked) -> (Tensor[], int[])");
   m.def(
       "_mlp_loss(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, Tensor target, int kind, "
       "Tensor? class_weight, int reduction, int ignore_index, float label_smoothing, int[] needs) -> "
@@ -112,6 +112,17 @@ TORCH_LIBRARY_IMPL(dlkernels, CompositeImplicitAutograd, m) {
   m.impl("_cross_entropy", &dlk::cross_entropy);
   m.impl("_linear_cross_entropy", &dlk::linear_cross_entropy);
 }
+
+// Made of operators that torch sees; a batch goes through those too.
+#define DLK_IMPLEMENT_IN_TORCH(key)                                                          \
+  TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                                    \
+    m.impl("_linear_act_differentiable_backward", &dlk::linear_act_differentiable_backward); \
+    m.impl("_act_derivative", &dlk::act_derivative);                                         \
+  }
+
+DLK_IMPLEMENT_IN_TORCH(CompositeImplicitAutograd)
+DLK_IMPLEMENT_IN_TORCH(Batched)
+DLK_IMPLEMENT_IN_TORCH(FuncTorchBatchedDecomposition)
 
 #define DLK_IMPLEMENT(key, device)                                                                           \
   TORCH_LIBRARY_IMPL(dlkernels, key, m) {                                                                    \

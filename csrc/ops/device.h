@@ -38,7 +38,8 @@ struct Device {
   // y = act(z), in place where z is y. With a bias it adds that to z first, in memory too where z is not y.
   void (*activation_pass)(const Problem&, const at::Tensor& z, const at::Tensor& bias, const at::Tensor& y,
                           const at::Tensor& mask);
-  bool (*pass_adds_bias)(DType);  // activation_pass takes a bias
+  bool (*pass_adds_bias)(DType);                          // activation_pass takes a bias
+  void (*derivative_pass)(const DerivativePass&, DType);  // nullptr: torch's operators do that
   // dz has g's dtype; dbias has g's dtype or accumulators. Either may be undefined.
   void (*gradient_pass)(const Problem&, const OutputGrad&, const at::Tensor& dz, const at::Tensor& dbias);
   // A gated layer (ops/linear_glu.h): its plans, and its passes. A fused forward is a product.

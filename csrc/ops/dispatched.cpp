@@ -43,8 +43,6 @@ template class Dispatched<at::Tensor(T, T, OptionalT, Int, double)>;
 template class Dispatched<Two(T, T, OptionalT, Int, double)>;
 template class Dispatched<Three(T, OptionalT, OptionalT, T, Int, double, bool, bool, bool)>;
 template class Dispatched<Three(T, OptionalT, OptionalT, T, at::ScalarType, Int, double, bool, bool, bool)>;
-template class Dispatched<Three(OptionalT, OptionalT, OptionalT, OptionalT, OptionalT, OptionalT, Int, double, bool,
-                                bool, bool)>;
 
 // A gated layer: forward with the preactivations, and the backwards.
 template class Dispatched<Three(T, T, T, OptionalT, OptionalT, Int, double)>;
@@ -57,8 +55,6 @@ template class Dispatched<Five(OptionalT, OptionalT, OptionalT, OptionalT, Optio
 template class Dispatched<at::Tensor(T, Ts, OptionalTs, Ints, double)>;
 template class Dispatched<Tensors(T, Ts, OptionalTs, Ints, double, Ints)>;
 template class Dispatched<Tensors(T, OptionalT, OptionalTs, OptionalT, Ts, Ints, Ints, double, Ints, bool)>;
-template class Dispatched<std::tuple<Tensors, std::vector<int64_t>>(OptionalT, OptionalTs, OptionalT, OptionalTs,
-                                                                    OptionalT, Ts, Ints, Ints, double, Ints, bool)>;
 template class Dispatched<std::tuple<at::Tensor, at::Tensor, Tensors>(T, Ts, OptionalTs, Ints, double, T, Int,
                                                                       OptionalT, Int, Int, double, Ints)>;
 

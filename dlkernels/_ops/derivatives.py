@@ -1,7 +1,4 @@
-"""A layer's backward: the tensors it saves, the backward as an op, and the backward in plain torch.
-
-Plain torch is for a backward that is itself differentiated. The formulas are in ``linear_act``.
-"""
+"""A layer's backward as ops, and the derivative of its backward. The formulas are in ``linear_act``."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkernels._ops import masks
-from dlkernels._ops.activations import ACTIVATIONS, Activation
-from dlkernels._ops.modes import under_transform
+from dlkernels._ops.activations import Activation
 
 backward_op = torch.ops.dlkernels._linear_act_backward.default
 
+_in_torch = torch.ops.dlkernels._linear_act_differentiable_backward.default
 _library = torch.library.Library("dlkernels", "IMPL")
 
 
@@ -99,55 +95,5 @@ def backward_in_torch(
     needs: tuple[bool, bool, bool] = (True, True, True),
     stacked: bool = False,
 ) -> Gradients:
-    """The backward in torch's operators.
-
-    It is for a backward that is differentiated itself, and for a g with a tangent or a batch dimension, where torch
-    must see every step.
-    """
-    q = g if act.name == "none" else act.times_derivative(g, saved, slope)
-    need_x, need_weight, need_bias = needs
-    return (
-        q @ weight if need_x and weight is not None else None,
-        weight_gradient(q, x, stacked) if need_weight and x is not None else None,
-        bias_gradient(q, stacked) if need_bias else None,
-    )
-
-
-def gradients(
-    g: Tensor | None,
-    gz: Tensor | None,
-    x: Tensor | None,
-    weight: Tensor | None,
-    saved: Tensor | None,
-    act: Activation,
-    slope: float,
-    needs: tuple[bool, bool, bool],
-    anchor: Tensor | None = None,
-    stacked: bool = False,
-) -> Gradients:
-    """Return (dx, dweight, dbias) from the gradient ``g`` of y and the gradient ``gz`` of z or of the anchor.
-
-    ``gz`` is not None where a second derivative returns through the saved tensor. The result is differentiable where
-    autograd records. ``saved`` is None for the identity. ``stacked``: the tensors are of an ensemble.
-    """
-    if saved is not None and masks.is_mask(saved):
-        if g is None and gz is not None:
-            g = masks.zeros_like_y(saved, gz)
-        gz = None
-        if g is not None:
-            saved = masks.unpack(saved, g.dtype, anchor)
-
-    def through(g: Tensor, saved: Tensor, act: Activation) -> Gradients:
-        # Torch's operators are recorded faster than a Function of ours: a PINN's step of 32 rows took 1.17 ms by one,
-        # 0.81 by them, and 0.70 in stock torch.
-        if torch.is_grad_enabled() or stacked or under_transform():
-            return backward_in_torch(g, x, weight, saved, act, slope, needs, stacked)
-        return backward_op(g, x, weight, saved, act.code, slope, *needs)
-
-    # The identity's backward reads no saved tensor: g takes its place, a tensor of the same shape.
-    from_y = through(g, g if saved is None else saved, act) if g is not None else (None, None, None)
-    if gz is None:
-        return from_y
-    from_z = through(gz, gz, ACTIVATIONS["none"])
-    dx, dweight, dbias = map(sum_present, from_y, from_z)
-    return dx, dweight, dbias
+    """The backward in torch's operators, for a g with a tangent or a batch: torch must see every step."""
+    return _in_torch(g, None, x, weight, saved, None, act.code, slope, *needs, stacked)

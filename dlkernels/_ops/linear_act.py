@@ -11,9 +11,9 @@ With d = act'(z), s the saved y or z, g the gradient of y and q = g·d (all elem
 The gradients come from two places:
 
 * The op ``_linear_act`` (``csrc/ops/autograd/linear_act.cpp``) serves eager, compile and export. It is a Function in
-  C++, and s is one of its outputs. Where its backward is itself differentiated, it calls the op in Python below, which
-  is made of torch's operators, and the gradient of s continues through the Function. So every order of derivative is
-  right, and no input is saved for it.
+  C++, and s is one of its outputs. Where its backward is itself differentiated, it is made of torch's operators
+  (``csrc/ops/autograd/derivatives.cpp``), and the gradient of s continues through the Function. So every order of
+  derivative is right, and no input is saved for it.
 * A pair of Functions with ``setup_context`` and ``vmap`` serves ``torch.func`` transforms. It recomputes z where a
   derivative is itself differentiated.
 
@@ -29,15 +29,13 @@ import torch
 from torch import Tensor
 
 from dlkernels._ops import autocast, masks, sharding
-from dlkernels._ops.activations import ACTIVATIONS, Activation, activation_of_code
+from dlkernels._ops.activations import ACTIVATIONS, Activation
 from dlkernels._ops.derivatives import (
     Gradients,
     backward_in_torch,
     backward_op,
     bias_gradient,
-    differentiable_op,
     double_backward,
-    gradients,
     sum_present,
     weight_gradient,
 )
@@ -132,24 +130,6 @@ def _(
 def check_shapes(x: Tensor, weight: Tensor) -> None:
     """Raise the op's own error if these two shapes do not fit; nothing is computed."""
     _forward(x.to("meta"), weight.to("meta"), None, 0, 0.0)
-
-
-# ---- the backward that is differentiated, batched or has tangents ---------------------------------------------------
-
-
-@differentiable_op("_linear_act_differentiable_backward")
-def _(
-    g: Tensor | None,
-    grad_saved: Tensor | None,
-    x: Tensor | None,
-    weight: Tensor | None,
-    saved: Tensor | None,
-    anchor: Tensor | None,
-    act: int,
-    slope: float,
-    *needs: bool,
-) -> Gradients:
-    return gradients(g, grad_saved, x, weight, saved, activation_of_code(act), slope, needs, anchor)  # type: ignore[arg-type]
 
 
 # ---- the pair for torch.func transforms ----------------------------------------------------------------------------

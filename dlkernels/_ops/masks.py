@@ -39,23 +39,8 @@ def is_mask(saved: Tensor) -> bool:
     return saved.dtype == torch.uint8
 
 
-def unpack(mask: Tensor, dtype: torch.dtype, anchor: Tensor | None = None) -> Tensor:
-    """Return 1 where the bit is set and 0 elsewhere, [..., N].
-
-    Every derivative at these numbers is the one at y. The result depends on ``anchor``, whose sum is 0.
-    """
-    bits = torch.arange(BITS, dtype=torch.uint8, device=mask.device)
-    ones = (mask.unsqueeze(-1) >> bits & 1).flatten(-2).to(dtype)
-    return ones if anchor is None else ones + anchor.sum()
-
-
-def zeros_like_y(mask: Tensor, anchor: Tensor) -> Tensor:
-    """Return zeros for the gradient of y, for a backward that gets the gradient of the anchor only."""
-    return anchor.new_zeros((*mask.shape[:-1], mask.shape[-1] * BITS))
-
-
 def pack(y: Tensor, act: Activation) -> Tensor:
     """Return the mask of y."""
-    is_set = act.derivative(y, 0.0) != 0
+    is_set = act.times_derivative(torch.ones_like(y), y, 0.0) != 0
     bits = torch.arange(BITS, dtype=torch.uint8, device=y.device)
     return (is_set.unflatten(-1, (-1, BITS)).to(torch.uint8) << bits).sum(-1, dtype=torch.uint8)

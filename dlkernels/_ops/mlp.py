@@ -14,8 +14,8 @@ have kernels that read float32 parameters without a cast (``autocast``), unless 
 
 The activations that forward saves are outputs of the Function (``csrc/ops/autograd/mlp.cpp``), as z is an output of one
 layer's (``linear_act``). So a gradient that is differentiated, batched or has a tangent needs no second forward. Its
-backward, which is the op in Python below, goes through the layers one by one, and the gradient that it sends to a saved
-activation returns through the chain.
+backward goes through the layers one by one, and the gradient that it sends to a saved activation returns through the
+chain.
 """
 
 import math
@@ -29,8 +29,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from dlkernels import _C
 from dlkernels._ops import autocast
-from dlkernels._ops.activations import Activation, activation_of_code
-from dlkernels._ops.derivatives import differentiable_op, gradients, sum_present
+from dlkernels._ops.activations import Activation
 from dlkernels._ops.linear_act import check_like
 from dlkernels._ops.mlp_transform import layer_by_layer, mapped, transformed
 from dlkernels._ops.modes import (
@@ -50,48 +49,6 @@ Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
 
 _H, _Z = 1, 2  # Keep of csrc/ops/mlp.h
-
-
-@differentiable_op("_mlp_differentiable_backward")
-def _(
-    g: Tensor | None,
-    grads_kept: Sequence[Tensor | None],
-    x: Tensor | None,
-    weights: Sequence[Tensor | None],
-    y: Tensor | None,
-    kept: Tensors,
-    keep: Sequence[int],
-    codes: Sequence[int],
-    slope: float,
-    needs: Sequence[int],
-    stacked: bool,
-) -> tuple[list[Tensor], list[int]]:
-    """Go through the layers one by one. Return the gradients that exist, and their places in ``needs``.
-
-    ``g`` is the gradient of y, ``grads_kept`` are the gradients of the saved activations ``kept``.
-    """
-    count = len(codes)
-    hidden, kept_z = ([i for i, flags in enumerate(keep) if flags & what] for what in (_H, _Z))
-    h = dict(zip(hidden, kept, strict=False)) | {-1: x, count - 1: y}
-    z = dict(zip(kept_z, kept[len(hidden) :], strict=False))
-    grad_h = dict(zip(hidden, grads_kept, strict=False))
-    grad_z = dict(zip(kept_z, grads_kept[len(hidden) :], strict=False))
-    found: list[Tensor | None] = [None] * len(needs)
-    for i in reversed(range(count)):
-        act = activation_of_code(codes[i])
-        saved = None if act.name == "none" else h.get(i) if act.saves_output else z.get(i)
-        through = bool(needs[0]) or any(needs[1 : 1 + i]) or any(needs[1 + count : 1 + count + i])
-        wanted = through, bool(needs[1 + i]), bool(needs[1 + count + i])
-        dx, found[1 + i], found[1 + count + i] = gradients(
-            g, grad_z.get(i), h.get(i - 1), weights[i], saved, act, slope, wanted, stacked=stacked
-        )
-        if not through:
-            break
-        g = sum_present(dx, grad_h.get(i - 1)) if i else None
-        if not i:
-            found[0] = dx
-    places = [i for i, t in enumerate(found) if t is not None]
-    return [t for t in found if t is not None], places
 
 
 def has_native_kernel(x: Tensor, weights: Tensors, biases: Biases) -> bool:

@@ -19,8 +19,8 @@ from tests.support.paths import ROOT
 
 LOSS = "linear_cross_entropy linear_cross_entropy_autograd linear_cross_entropy_interface"
 FILES = (
-    "forward_backward few_columns special_values conversions accuracy long_sums mlp autocast precision losses"
-    f" losses_cross_entropy losses_gaussian_nll losses_regression {LOSS} linear_glu update"
+    "forward_backward act_derivative few_columns special_values conversions accuracy long_sums mlp autocast precision"
+    f" losses losses_cross_entropy losses_gaussian_nll losses_regression {LOSS} linear_glu update"
 )
 # Where torch's GEMM multiplies, its rounding and what it does to special values and subnormals are its own.
 LIBRARY = f"forward_backward mlp losses {LOSS} linear_glu"

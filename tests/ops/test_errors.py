@@ -213,10 +213,10 @@ for call in (functional.linear_relu, functional.explain):
 
 
 @pytest.mark.parametrize("code", [-1, 9])
-def test_codes_of_the_backward_in_python(code):
+def test_codes_of_the_backward_in_torch(code):
     ops, g = torch.ops.dlkernels, torch.ones(2, 4)
     x, w = torch.ones(2, 3), torch.ones(4, 3)
     with pytest.raises(ValueError, match=rf"activation code in \[0, 9\), got {code}"):
-        ops._linear_act_differentiable_backward(g, None, x, w, g, None, code, 0.0, True, True, True)
+        ops._linear_act_differentiable_backward(g, None, x, w, g, None, code, 0.0, True, True, True, False)
     with pytest.raises(ValueError, match=rf"activation code in \[0, 9\), got {code}"):
-        ops._mlp_differentiable_backward(g, [], x, [w], g, [], [0], [code], 0.0, [1, 1, 1], False)
+        ops._act_derivative(g, g, code, 0.0, 1)

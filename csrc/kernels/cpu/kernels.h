@@ -102,6 +102,7 @@ struct KernelTable {
   const char* ukernel;  // dtype, micro-tile and instruction set, as explain() prints them
   void (*act_pass)(const ActPass&, const Parallel&);
   void (*bias_act_pass)(const BiasActPass&, const Parallel&);
+  void (*derivative_pass)(const DerivativePass&, const Parallel&);
   PackedProduct packed;
   // Few rows, nothing packed. forward needs x and weight contiguous along k, dgrad needs weight contiguous along k.
   FewForward few_forward;

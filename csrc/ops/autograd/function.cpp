@@ -89,11 +89,11 @@ bool is_plain_on_cpu(const at::Tensor& t) {
   return t.is_cpu() && t.layout() == at::kStrided && has_memory_of_its_own(t) && !has_mode();
 }
 
-bool is_opaque_backward(const at::Tensor& g) {
-  if (!g.defined() || c10::GradMode::is_enabled() || at::tracer::impl::is_dispatch_enabled()) return false;
+bool is_opaque(const at::Tensor& t) {
+  if (at::tracer::impl::is_dispatch_enabled()) return false;
   const c10::DispatchKeySet keys = c10::impl::tls_local_dispatch_key_set().included_;
-  return !keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && !g.key_set().has(c10::DispatchKey::Batched) &&
-         !g._fw_grad(0).defined();
+  return !keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && !t.key_set().has(c10::DispatchKey::Batched) &&
+         !t._fw_grad(0).defined();
 }
 
 }  // namespace dlk

@@ -108,8 +108,12 @@ at::Tensor with_its_memory(const at::Tensor& weight);
 // no mode of torch sees operators.
 bool is_plain_on_cpu(const at::Tensor&);
 
-// Return true if nobody looks into a backward that gets g: it is not recorded, g is neither a batch of gradients nor has it a
-// tangent, and neither a transform of torch.func nor torch.jit.trace is active.
-bool is_opaque_backward(const at::Tensor& g);
+// Return true if nobody but autograd looks into what is done with t: it is neither a batch of gradients nor has it a tangent,
+// and neither a transform of torch.func nor torch.jit.trace is active.
+bool is_opaque(const at::Tensor& t);
+// Return true if nobody looks into a backward that gets g, and autograd does not record it either.
+inline bool is_opaque_backward(const at::Tensor& g) {
+  return g.defined() && !c10::GradMode::is_enabled() && is_opaque(g);
+}
 
 }  // namespace dlk

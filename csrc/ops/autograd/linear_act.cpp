@@ -1,6 +1,7 @@
 #include "ops/autograd/linear_act.h"
 
 #include "kernels/activation.h"
+#include "ops/autograd/derivatives.h"
 #include "ops/autograd/function.h"
 
 namespace dlk {
@@ -9,17 +10,6 @@ namespace {
 using Pair = std::tuple<at::Tensor, at::Tensor>;
 using Forward = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, double);
 using ForwardBeside = Pair(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, double);
-
-// A backward that is recorded or looked into, in torch's operators. `anchor` is a mask's (dlkernels/_ops/masks.py).
-Gradients differentiable_backward(const at::Tensor& g, const at::Tensor& grad_saved, const at::Tensor& x,
-                                  const at::Tensor& weight, const at::Tensor& saved, const at::Tensor& anchor,
-                                  int64_t act, double slope, const std::array<bool, 3>& needs) {
-  using F = Gradients(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                      const OptionalTensor&, const OptionalTensor&, int64_t, double, bool, bool, bool);
-  static const auto op = dispatched<F>("dlkernels::_linear_act_differentiable_backward");
-  return op.call(present(g), present(grad_saved), present(x), present(weight), present(saved), present(anchor), act,
-                 slope, needs[0], needs[1], needs[2]);
-}
 
 // Only the tensors that the needed gradients read are saved (those of the identity read neither y nor z). The others cost no
 // memory and may be changed in place before backward, as in stock torch.
@@ -84,10 +74,11 @@ struct LinearAct : Function<LinearAct> {
                         double, bool, bool, bool);
     static const auto op = dispatched<F>("dlkernels::_linear_act_backward");
     const Saved s(ctx, grads);
-    auto [dx, dweight, dbias] = s.in_training() ? op.call(s.g, present(s.x), present(s.weight), s.saved_or_g(), s.act,
-                                                          s.slope, s.needs[0], s.needs[1], s.needs[2])
-                                                : differentiable_backward(s.g, s.grad_saved, s.x, s.weight, s.saved,
-                                                                          s.anchor, s.act, s.slope, s.needs);
+    auto [dx, dweight, dbias] =
+        s.in_training()
+            ? op.call(s.g, present(s.x), present(s.weight), s.saved_or_g(), s.act, s.slope, s.needs[0], s.needs[1],
+                      s.needs[2])
+            : backward_in_torch({s.g, s.grad_saved, s.x, s.weight, s.saved, s.anchor, s.act, s.slope, s.needs});
     return {dx, dweight, dbias};
   }
 };
@@ -120,9 +111,15 @@ struct LinearActAutocast : Function<LinearActAutocast> {
       return {dx, dweight, dbias};
     }
     auto cast = [](const at::Tensor& t, at::ScalarType dtype) { return t.defined() ? t.to(dtype) : t; };
-    auto [dx, dweight, dbias] =
-        differentiable_backward(s.g, s.grad_saved, cast(s.x, at::kBFloat16), cast(s.weight, at::kBFloat16), s.saved, {},
-                                s.act, s.slope, s.needs);
+    auto [dx, dweight, dbias] = backward_in_torch({s.g,
+                                                   s.grad_saved,
+                                                   cast(s.x, at::kBFloat16),
+                                                   cast(s.weight, at::kBFloat16),
+                                                   s.saved,
+                                                   {},
+                                                   s.act,
+                                                   s.slope,
+                                                   s.needs});
     return {cast(dx, x_dtype), cast(dweight, at::kFloat), cast(dbias, at::kFloat)};
   }
 };

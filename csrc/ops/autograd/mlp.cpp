@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/activation.h"
+#include "ops/autograd/derivatives.h"
 #include "ops/autograd/function.h"
 #include "ops/check.h"
 
@@ -47,16 +48,52 @@ Saves saves_for(at::IntArrayRef acts, at::IntArrayRef needs) {
 
 namespace {
 
-// The gradients that exist, and their places in `needs`.
-std::tuple<std::vector<at::Tensor>, std::vector<int64_t>> differentiable_backward(
-    const OptionalTensor& g, const OptionalTensors& grads_kept, const OptionalTensor& x, const OptionalTensors& weights,
-    const OptionalTensor& y, at::TensorList kept, at::IntArrayRef keep, at::IntArrayRef acts, double slope,
-    at::IntArrayRef needs, bool stacked) {
-  using F = std::tuple<std::vector<at::Tensor>, std::vector<int64_t>>(
-      const OptionalTensor&, const OptionalTensors&, const OptionalTensor&, const OptionalTensors&,
-      const OptionalTensor&, at::TensorList, at::IntArrayRef, at::IntArrayRef, double, at::IntArrayRef, bool);
-  static const auto op = dispatched<F>("dlkernels::_mlp_differentiable_backward");
-  return op.call(g, grads_kept, x, weights, y, kept, keep, acts, slope, needs, stacked);
+// The backward in operators that torch sees, layer by layer. `grads` are the gradients of y and of the h and z that forward
+// returned. Returns a gradient for each of `needs`, undefined where nothing flows to it.
+variable_list backward_layer_by_layer(const variable_list& grads, const Saves& s, const at::Tensor& x,
+                                      const variable_list& weights, const at::Tensor& y, at::TensorList kept,
+                                      at::IntArrayRef acts, double slope, at::IntArrayRef needs, bool stacked) {
+  const size_t count = acts.size();
+  variable_list h(count), z(count), grad_h(count), grad_z(count);
+  size_t next = 0;
+  const auto take = [&](Keep flag, variable_list& values, variable_list& gradients) {
+    for (size_t l = 0; l < count; ++l) {
+      if (!(s.keep[l] & flag)) continue;
+      values[l] = kept[next];
+      if (next >= s.constants) gradients[l] = grads[1 + next - s.constants];
+      ++next;
+    }
+  };
+  take(kKeepH, h, grad_h);
+  take(kKeepZ, z, grad_z);
+  h[count - 1] = y;
+
+  variable_list found(needs.size());
+  at::Tensor g = grads[0];
+  for (size_t l = count; l-- > 0;) {
+    bool is_lowest = !needs[0];  // nothing below needs a gradient
+    for (size_t below = 0; below < l; ++below) is_lowest = is_lowest && !needs[1 + below] && !needs[1 + count + below];
+    const Act act = static_cast<Act>(acts[l]);
+    const at::Tensor saved = act == Act::none ? at::Tensor() : saves_output(act) ? h[l] : z[l];
+    const auto [dx, dweight, dbias] = backward_in_torch({g,
+                                                         grad_z[l],
+                                                         l ? h[l - 1] : x,
+                                                         weights[l],
+                                                         saved,
+                                                         {},
+                                                         acts[l],
+                                                         slope,
+                                                         {!is_lowest, needs[1 + l] != 0, needs[1 + count + l] != 0},
+                                                         stacked});
+    found[1 + l] = dweight;
+    found[1 + count + l] = dbias;
+    if (is_lowest) break;
+    if (l == 0)
+      found[0] = dx;
+    else
+      g = sum_present(dx, grad_h[l - 1]);
+  }
+  return found;
 }
 
 // Its outputs are y and the h and z that forward keeps, for the same reason as z of one layer (autograd/linear_act.cpp).
@@ -99,34 +136,28 @@ struct Mlp : Function<Mlp> {
     const size_t count = acts.size();
     const Saves s = saves_for(acts, ctx->saved<std::vector<int64_t>>("needs"));
     const variable_list tensors = ctx->get_saved_variables();
-    OptionalTensorList weights, grads_kept;
+    variable_list weights(count);
     size_t next = 2;
-    for (size_t l = 0; l < count; ++l)
-      weights.push_back(l < s.first_weight ? std::nullopt : OptionalTensor(tensors[next++]));
+    for (size_t l = s.first_weight; l < count; ++l) weights[l] = tensors[next++];
     const at::TensorList kept = at::TensorList(tensors).slice(next);
 
     std::vector<int64_t> needs;
     for (size_t i = 0; i <= count; ++i) needs.push_back(ctx->needs_input_grad(i));
     for (size_t l = 0, edge = 1 + count; l < count; ++l) needs.push_back(has_bias[l] && ctx->needs_input_grad(edge++));
 
-    const at::Tensor& g = grads[0];
     const auto is_defined = [](const at::Tensor& t) { return t.defined(); };
-    std::vector<at::Tensor> found;
-    std::vector<int64_t> places;
-    if (is_opaque_backward(g) && std::none_of(grads.begin() + 1, grads.end(), is_defined)) {  // in training
-      found = call_mlp_backward(g, present(tensors[0]), weights, present(tensors[1]), kept, s.keep, acts, slope, needs,
-                                stacked);
-      for (size_t i = 0; i < needs.size(); ++i)
-        if (needs[i]) places.push_back(i);
+    variable_list out;
+    if (is_opaque_backward(grads[0]) && std::none_of(grads.begin() + 1, grads.end(), is_defined)) {  // in training
+      OptionalTensorList given;
+      for (const at::Tensor& weight : weights) given.push_back(present(weight));
+      const std::vector<at::Tensor> found = call_mlp_backward(grads[0], present(tensors[0]), given, present(tensors[1]),
+                                                              kept, s.keep, acts, slope, needs, stacked);
+      auto made = found.begin();
+      for (const int64_t need : needs) out.push_back(need ? *made++ : at::Tensor());
     } else {
-      for (size_t i = 0; i < s.constants; ++i) grads_kept.push_back(std::nullopt);
-      for (size_t i = 1; i < grads.size(); ++i) grads_kept.push_back(present(grads[i]));
-      std::tie(found, places) = differentiable_backward(present(g), grads_kept, present(tensors[0]), weights,
-                                                        present(tensors[1]), kept, s.keep, acts, slope, needs, stacked);
+      out = backward_layer_by_layer(grads, s, tensors[0], weights, tensors[1], kept, acts, slope, needs, stacked);
     }
     // One for each tensor that forward was given.
-    variable_list out(needs.size());
-    for (size_t i = 0; i < found.size(); ++i) out[places[i]] = found[i];
     for (size_t l = count; l-- > 0;)
       if (!has_bias[l]) out.erase(out.begin() + 1 + count + l);
     return out;

@@ -82,6 +82,11 @@ void run_activation_pass(const Problem& c, const at::Tensor& z, const at::Tensor
 // In 16 bits the product would be rounded before the bias is added.
 bool pass_adds_bias(DType dtype) { return !is_16_bit(dtype); }
 
+void run_derivative_pass(const DerivativePass& p, DType dtype) {
+  const Machine machine = machine_for(dtype, false);
+  machine.table(dtype).derivative_pass(p, threads_for_elements(machine, p.count));
+}
+
 void run_glu_pass(const Problem& c, const GluPass& p) {
   const Machine machine = machine_for(c.dtype, false);
   machine.table(c.dtype).glu_pass(p, threads_for_elements(machine, p.count));
@@ -207,6 +212,7 @@ const Device kCpu = {
     &cpu::few_columns_backward,
     &cpu::run_activation_pass,
     &cpu::pass_adds_bias,
+    &cpu::run_derivative_pass,
     &cpu::gradient_pass,
     [](const GluForwardProblem& p) {
       return cpu::plan_glu_forward(p, cpu::machine_that_runs(p, cpu_routes() != nullptr));

@@ -258,6 +258,7 @@ const Device kCuda = {
     &cuda::narrow_backward,
     &cuda::run_activation_pass,
     /*pass_adds_bias=*/[](DType) { return false; },
+    /*derivative_pass=*/nullptr,
     &cuda::run_gradient_pass,
     [](const GluForwardProblem& p) { return cuda::plan_glu_forward(p, cuda::kMachine); },
     [](const GluBackwardProblem& p) { return cuda::plan_glu_backward(p, cuda::kMachine); },

@@ -3,6 +3,7 @@
 //   grad_pass  dz = g · act'(saved) and dbias = Σ dz over rows: in front of a library's product, which reads dz from
 //              memory, and where no wgrad of ours adds up dbias while it packs dz
 //   act_pass   y = act(z): behind a library's product
+//   derivative_pass  t · a derivative of gelu or silu, of order 1, 2 or 3: for second derivatives of a network
 //   bias_act_pass  y = act(z + bias): behind one without a bias. A library adds the bias by writing it to every row of C
 //                  first, which is another pass over C
 //
@@ -90,6 +91,33 @@ void act_pass_with(const ActPass& p, const Parallel& parallel) {
     with_activation(p.act.kind, [&](auto functor) {
       act_row<T, decltype(functor)>((const T*)p.z + from, (T*)p.y + from, n, p.act.slope);
     });
+  });
+}
+
+template <class T, class Act, int order>
+void derivative_row(const T* t, const T* z, T* out, int64_t n) {
+  using O = Ops<Acc<T>>;
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const int64_t valid = min(kLanes<T>, n - i);
+    const auto a = load_partial(t + i, 1, valid), b = load_partial(z + i, 1, valid);
+    if constexpr (order == 1) store_partial(out + i, Act::template grad<O>(a, b, O::lit(0)), valid);
+    if constexpr (order == 2) store_partial(out + i, Act::template grad2<O>(a, b), valid);
+    if constexpr (order == 3) store_partial(out + i, Act::template grad3<O>(a, b), valid);
+  }
+}
+
+template <class T>
+void derivative_pass_with(const DerivativePass& p, const Parallel& parallel) {
+  constexpr int64_t kChunk = 4096;
+  parallel.run(ceil_div(p.count, kChunk), &p, [](const void* context, int64_t begin, int64_t end) {
+    const auto& p = *(const DerivativePass*)context;
+    const int64_t from = begin * kChunk, n = min(end * kChunk, p.count) - from;
+    const bool is_gelu = p.act == Act::gelu;
+    void (*const rows[])(const T*, const T*, T*, int64_t) = {
+        is_gelu ? &derivative_row<T, GELU, 1> : &derivative_row<T, SiLU, 1>,
+        is_gelu ? &derivative_row<T, GELU, 2> : &derivative_row<T, SiLU, 2>,
+        is_gelu ? &derivative_row<T, GELU, 3> : &derivative_row<T, SiLU, 3>};
+    rows[p.order - 1]((const T*)p.t + from, (const T*)p.z + from, (T*)p.out + from, n);
   });
 }
 

@@ -29,6 +29,7 @@ constexpr KernelTable make_kernel_table(const char* ukernel) {
   return {ukernel,
           &act_pass_with<typename E::Elem>,
           &bias_act_pass_with<typename E::Elem>,
+          &derivative_pass_with<typename E::Elem>,
           packed_product<E>(),
           {&few_forward_with<E>, 1, kFewRowsForward},
           {},
