@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from bench import command, contenders, dispatch, figures, floors, harness, machine, networks, peak, peers
+from bench import command, contenders, dispatch, figures, floors, harness, machine, peak, peers
 from bench import record as records
 from bench.__main__ import main, parser
 from bench.clock import CudaClock
@@ -21,6 +21,7 @@ from bench.dispatch import Product
 from bench.floors import Rates
 from bench.grid import COLUMNS, DTYPES, GPU_SHAPES, MODES, SHAPES, Shape, shape_named
 from bench.harness import Timing
+from bench.networks import blocks, chains, common, heads
 from bench.peak import Peak
 from bench.table import show
 from dlkernels import routing
@@ -145,9 +146,9 @@ def test_floor_of_a_chain():
     rows, sizes = 1000, [64, 32, 16]
     first, last = Shape("", rows, 64, 32), Shape("", rows, 32, 16)
     expected = floors.forward(first, BF16, H200, True) + floors.forward(last, BF16, H200, False)
-    assert networks.floor_b(rows, sizes, BF16, False, H200) < expected
+    assert chains.floor_b(rows, sizes, BF16, False, H200) < expected
     expected += floors.backward_b(first, BF16, H200, need_dx=False) + floors.backward_b(last, BF16, H200)
-    assert networks.floor_b(rows, sizes, BF16, True, H200) == pytest.approx(expected)
+    assert chains.floor_b(rows, sizes, BF16, True, H200) == pytest.approx(expected)
 
 
 def made(ours=2e-3, best=3e-3):
@@ -287,11 +288,11 @@ SMALL_HEAD, SMALL_BLOCK = (24, 16, 40, torch.float32, "cpu"), (24, 16, 32, torch
 
 
 def test_peers_of_heads_and_blocks(stand_ins):
-    calls, missing = networks.head(*SMALL_HEAD, peers.HEADS)
-    assert {"stock", "liger", networks.OURS} <= set(calls) and not missing
-    block = networks.Block(*SMALL_BLOCK, peers.BLOCKS)
+    calls, missing = heads.head(*SMALL_HEAD, peers.HEADS)
+    assert {"stock", "liger", common.OURS} <= set(calls) and not missing
+    block = blocks.Block(*SMALL_BLOCK, peers.BLOCKS)
     block.refuse_wrong()
-    assert list(block.forward()) == list(block.forward_backward()) == ["stock", networks.OURS, "quack"]
+    assert list(block.forward()) == list(block.forward_backward()) == ["stock", common.OURS, "quack"]
     assert not block.refused
     for call in [*calls.values(), *block.forward().values(), *block.forward_backward().values()]:
         call()
@@ -300,30 +301,30 @@ def test_peers_of_heads_and_blocks(stand_ins):
 def test_peers_that_are_not_there_have_a_reason(monkeypatch):
     for name in ("liger_kernel", "quack"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails, also where it is installed
-    calls, missing = networks.head(*SMALL_HEAD, peers.HEADS)
+    calls, missing = heads.head(*SMALL_HEAD, peers.HEADS)
     assert "liger" not in calls and "liger_kernel" in missing["liger"]
-    block = networks.Block(*SMALL_BLOCK, peers.BLOCKS)
+    block = blocks.Block(*SMALL_BLOCK, peers.BLOCKS)
     block.refuse_wrong()
-    assert list(block.calls) == ["stock", networks.OURS]
+    assert list(block.calls) == ["stock", common.OURS]
     assert "quack" in block.refused["quack"]
 
 
 def test_peers_that_fail_or_are_wrong_have_a_reason():
     wrong, refuses = (lambda *given: 2 * Liger.apply(*given)[0]), (lambda *_: 1 / 0)
-    calls, missing = networks.head(*SMALL_HEAD, {"wrong": lambda: wrong, "refuses": lambda: refuses})
+    calls, missing = heads.head(*SMALL_HEAD, {"wrong": lambda: wrong, "refuses": lambda: refuses})
     assert set(calls).isdisjoint(missing)
     assert missing["wrong"].startswith("error ") and missing["refuses"].startswith("ZeroDivisionError")
     twice = {"wrong": lambda: lambda x, weights: 2 * quack_mlp(x, *weights, "gelu_tanh_approx")}
-    block = networks.Block(*SMALL_BLOCK, twice)
+    block = blocks.Block(*SMALL_BLOCK, twice)
     block.refuse_wrong()
-    assert list(block.calls) == ["stock", networks.OURS] and block.refused["wrong"].startswith("error ")
+    assert list(block.calls) == ["stock", common.OURS] and block.refused["wrong"].startswith("error ")
 
 
 def test_our_own_wrong_results_are_an_error():
     one = torch.ones(2)
-    gradients = {"stock": lambda: (one,), networks.OURS: lambda: (torch.zeros(2),)}
+    gradients = {"stock": lambda: (one,), common.OURS: lambda: (torch.zeros(2),)}
     with pytest.raises(AssertionError, match="error 1, stock's"):
-        networks.right(gradients, (one.double() + 1e-7,), {})
+        common.right(gradients, (one.double() + 1e-7,), {})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Gated multi-layer perceptrons: ``down(silu(gate(x)) * up(x))``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.networks.common import OURS, STOCK, Calls, Case, distance
+from dlkernels.nn import GatedMLP
+
+GATED = {"gated 512-1376-512, 1024 rows": (1024, 512, 1376)}  # rows, features, hidden features
+PACKED = "stock, packed"
+
+
+class Gated:
+    """One gated multi-layer perceptron without biases, with the same parameters in every contender."""
+
+    def __init__(self, rows: int, features: int, hidden: int, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(rows, features).to(device, dtype).requires_grad_()
+        self.g = torch.randn(rows, features).to(device, dtype)
+        ours = GatedMLP(features, hidden, dtype=dtype, device=device)
+        gate, up, down = ours.gate_proj.weight, ours.up_proj.weight, ours.down_proj.weight
+        packed = torch.cat([gate, up]).detach().requires_grad_()
+
+        def of_packed() -> Tensor:
+            halves = F.linear(self.x, packed).chunk(2, -1)
+            return F.linear(F.silu(halves[0]) * halves[1], down)
+
+        self.calls: dict[str, Callable[[], Tensor]] = {
+            STOCK: lambda: F.linear(F.silu(F.linear(self.x, gate)) * F.linear(self.x, up), down),
+            PACKED: of_packed,
+            OURS: lambda: ours(self.x),
+        }
+        self.leaves: dict[str, list[Tensor]] = {name: [self.x, *ours.parameters()] for name in (STOCK, OURS)}
+        self.leaves[PACKED] = [self.x, packed, down]
+        self.weights = gate, up, down
+
+    def gradients(self, name: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.calls[name](), self.leaves[name], self.g)
+
+    def refuse_wrong(self) -> None:
+        """Raise AssertionError if our error against float64 is more than twice stock's."""
+        leaves = [t.detach().double().requires_grad_() for t in (self.x, *self.weights)]
+        x, gate, up, down = leaves
+        exact = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        want = (exact, *torch.autograd.grad(exact, leaves, self.g.double()))
+        ours, stocks = (
+            max(distance(a, b) for a, b in zip((self.calls[name](), *self.gradients(name)), want, strict=True))
+            for name in (OURS, STOCK)
+        )
+        assert ours <= 2 * stocks, f"gated: error {ours:.2g}, stock {stocks:.2g}"
+
+    def forward(self) -> Calls:
+        return {name: torch.no_grad()(lambda call=call: call()) for name, call in self.calls.items()}
+
+    def forward_backward(self) -> Calls:
+        return {name: lambda name=name: self.gradients(name) for name in self.calls}  # type: ignore[misc]
+
+
+def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+    for name, (rows, features, hidden) in GATED.items():
+        gated = Gated(rows, features, hidden, dtype, device)
+        gated.refuse_wrong()
+        yield Case(name, "forward", gated.forward(), {})
+        yield Case(name, "forward+backward", gated.forward_backward(), {})
