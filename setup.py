@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,12 +18,9 @@ from typing import Any
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _build.kernels import CXX_FLAGS, compile_host_kernels, compile_kernels
+from _build.kernels import BROKEN, CXX_FLAGS, RELEASE, compile_host_kernels, compile_kernels, host_kernels
 from _build.plan import Plan, PlanError, Torch, check_compiler, free_memory_gib, job_count, make_plan, usable_cores
 from _build.units import units
-
-# ninja starts kernels in their order: those that take longest go first, so that no core waits at the end.
-LONGEST = ("avx512.", "avx2.", "avx512_bf16.", "portable.", "amx.")
 
 
 def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
@@ -45,12 +41,12 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
         cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"]
         link.append(f"-fsanitize={sanitize}")
     else:
-        cxx += ["-O3", "-g0"]
+        cxx += RELEASE
 
-    host = [p for p in glob("csrc/**/*.cpp", recursive=True) if "/cuda/" not in p]
-    sources = sorted(p for p in host if p.split("/")[1] in ("ops", "python"))
-    host_kernels = longest_first(set(host) - set(sources))
-    sources = units(sources)
+    sources = units(
+        [p for room in ("ops", "python") for p in glob(f"csrc/{room}/**/*.cpp", recursive=True) if "/cuda/" not in p]
+    )
+    on_host = host_kernels()
     kernels: list[str] = []
     make_extension = cpp_extension.CppExtension
     if plan.toolkit:
@@ -82,29 +78,24 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
                 check_compiler(os.environ)
             except PlanError as e:
                 sys.exit(f"dlkernels: {e}")
-            files, jobs = len(sources) + len(host_kernels) + len(kernels), int(os.environ["MAX_JOBS"])
+            files, jobs = len(sources) + len(on_host) + len(kernels), int(os.environ["MAX_JOBS"])
             say(f"dlkernels: building {plan}; {files} files, {jobs} at a time. {plan.advice}")
             try:
                 folder = f"kernels{'-' + sanitize if sanitize else ''}".replace(",", "-")
-                module.extra_objects += compile_host_kernels(host_kernels, cxx, jobs, folder)
+                module.extra_objects += compile_host_kernels(on_host, cxx, jobs, folder)
                 if plan.toolkit:
                     arch_flags = cpp_extension._get_cuda_arch_flags()
                     module.extra_objects += compile_kernels(kernels, plan.toolkit, arch_flags, jobs)
             except PlanError as e:
                 sys.exit(f"dlkernels: {e}")
             except subprocess.CalledProcessError:
-                sys.exit("dlkernels: a kernel does not compile; the compiler's message is above")
+                sys.exit(BROKEN)
             super().run()
             # Read before the module is loaded (dlkernels/_load.py), hence a file of its own beside it.
             built = {"torch": torch.version, "cuda": plan.archs or None, "plan": str(plan)}
             Path(self.get_ext_fullpath(module.name)).with_name("_C.json").write_text(json.dumps(built) + "\n")
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
-
-
-def longest_first(kernels: Iterable[str]) -> list[str]:
-    places = {path: place for path in kernels for place, name in enumerate(LONGEST) if name in path}
-    return sorted(kernels, key=lambda path: (places.get(path, len(LONGEST)), path))
 
 
 def say(text: str) -> None:

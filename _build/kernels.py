@@ -1,6 +1,7 @@
 """Compiles the kernels. They include neither torch nor Python, so one set of objects serves every version of both.
 
-ninja keeps track of commands and headers, so a second build compiles only what changed.
+ninja keeps track of commands and headers, so a second build compiles only what changed. ``python -m _build.kernels``
+compiles those of the CPU by themselves: they can be ready before torch is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _build.plan import PlanError, Toolkit
+from _build.plan import PlanError, Toolkit, check_compiler, free_memory_gib, job_count, usable_cores
 
 CUDA_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 INCLUDE = ("-I", "../../../csrc")  # as seen from build/objects/FOLDER: an absolute path could hold spaces
@@ -25,6 +26,18 @@ CXX_FLAGS = (
 )
 # As torch and Python compile an extension, so that kernels here and operators there agree.
 HOST_FLAGS = ("-std=c++20", "-DNDEBUG", "-fwrapv", "-fPIC")
+RELEASE = ("-O3", "-g0")
+BROKEN = "dlkernels: a kernel does not compile; the compiler's message is above"
+# ninja starts kernels in their order: those that take longest go first, so that no core waits at the end.
+LONGEST = ("avx512.", "portable.", "avx2.", "avx512_bf16.", "amx.")
+
+
+def host_kernels() -> list[str]:
+    """The sources that include neither torch nor Python: all in C++ but the operators, the module and CUDA's."""
+    every = (path.as_posix() for path in Path("csrc").rglob("*.cpp"))
+    mine = [path for path in every if path.split("/")[1] not in ("ops", "python") and "/cuda/" not in path]
+    places = {path: place for path in mine for place, name in enumerate(LONGEST) if name in path}
+    return sorted(mine, key=lambda path: (places.get(path, len(LONGEST)), path))
 
 
 def compile_kernels(
@@ -46,7 +59,9 @@ def compile_kernels(
     return _ninja(command, sources, f"{folder}-cuda{toolkit.version}", jobs)
 
 
-def compile_host_kernels(sources: Sequence[str], options: Sequence[str], jobs: int, folder: str = "kernels") -> list[str]:
+def compile_host_kernels(
+    sources: Sequence[str], options: Sequence[str], jobs: int, folder: str = "kernels"
+) -> list[str]:
     """Compile the kernels for the CPU and the planning by the C++ compiler; otherwise as :func:`compile_kernels`."""
     compiler = os.environ.get("CXX", "").strip() or "c++"
     flags = [*HOST_FLAGS, *options, *INCLUDE]
@@ -67,3 +82,20 @@ def _ninja(command: str, sources: Sequence[str], folder: str, jobs: int) -> list
     (place / "build.ninja").write_text(rule + "".join(builds))
     subprocess.run([ninja, "-C", str(place), f"-j{jobs}"], check=True)
     return [str(place / name) for name in objects]
+
+
+def main() -> int:
+    """Compile the host kernels as setup.py does without CUDA and sanitizers, which then finds them."""
+    jobs = int(os.environ.get("MAX_JOBS") or job_count(usable_cores(), free_memory_gib(), cuda=False))
+    try:
+        check_compiler(os.environ)
+        compile_host_kernels(host_kernels(), [*CXX_FLAGS, *RELEASE], jobs)
+    except PlanError as e:
+        sys.exit(f"dlkernels: {e}")
+    except subprocess.CalledProcessError:
+        sys.exit(BROKEN)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

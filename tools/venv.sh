@@ -23,23 +23,32 @@ if [[ ! -x $venv/bin/python ]]; then
     "$PYTHON" -m venv "$venv"
   fi
 fi
+pip install --quiet "setuptools>=77" ninja
+
+# The kernels need no torch: they compile while pip fetches it. The counter and the file of ninja's lines are shown; what
+# else a compiler says is in the log.
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+counted() {
+  tee -a "$log" | sed -nu -e 's/^dlkernels: /  &/p' -e 's/^\(\[[0-9]*\/[0-9]*\]\).* -c [^ ]*\/\(\(csrc\|build\/units\)\/[^ ]*\) .*/  \1 \2/p'
+}
+phase "packages: torch and what dlkernels[$extra] needs; the kernels compile meanwhile"
+"$venv/bin/python" -m _build.kernels 2>&1 | counted &
+kernels=$!
 if ! "$venv/bin/python" -c "$has_torch" 2>/dev/null; then
-  phase "torch: $TORCH, the largest download"
+  echo "  $TORCH, the largest download"
   # shellcheck disable=SC2086  # TORCH may hold options too, such as an index
   pip install --quiet $TORCH
 fi
+"$venv/bin/python" tools/requirements.py "$extra" >"$venv/requirements"
+pip install --quiet --requirement "$venv/requirements"
 
 # Compiled here, where it can be seen, and not by pip, which shows nothing until it is done: pip finds the objects.
-phase "build: compiling the kernels"
-pip install --quiet "setuptools>=77" ninja
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-# Show the counter and the file of ninja's lines. The lines of torch and setuptools are in the log.
-"$venv/bin/python" setup.py build_ext --inplace 2>&1 | tee "$log" |
-  sed -nu -e 's/^dlkernels: /  &/p' -e 's/^\(\[[0-9]*\/[0-9]*\]\).* -c [^ ]*\/\(\(csrc\|build\/units\)\/[^ ]*\) .*/  \1 \2/p' ||
-  { cat "$log" >&2 && exit 1; }
+phase "build: the rest of the kernels, and the operators"
+wait "$kernels" || { cat "$log" >&2 && exit 1; }
+"$venv/bin/python" setup.py build_ext --inplace 2>&1 | counted || { cat "$log" >&2 && exit 1; }
 
-phase "packages: dlkernels[$extra]"
+phase "install: dlkernels[$extra]"
 pip install --quiet --no-build-isolation --editable ".[$extra]"
 
 # The tests of `fuse` use torchvision's models. Its wheels pin one torch, which may not be this one: so without their

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from _build.kernels import CXX_FLAGS, compile_host_kernels
+from _build.kernels import CXX_FLAGS, RELEASE, compile_host_kernels
 from _build.plan import free_memory_gib, job_count, usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,10 +187,10 @@ def build(out: Path) -> Path:
         every = sorted(map(str, Path("csrc").rglob("*.cpp")))
         kernels = [source for source in every if not source.startswith("csrc/ops/")]
         operators = [source for source in every if source.startswith("csrc/ops/")]
-        objects = compile_host_kernels(kernels, [*CXX_FLAGS, "-O3", "-g0"], jobs)
+        objects = compile_host_kernels(kernels, [*CXX_FLAGS, *RELEASE], jobs)
         Path("build/objects/registration.h").write_text(REGISTRATION)
         places = [*include_paths("cpu"), sysconfig.get_path("include"), str(Path("build/objects").absolute())]
-        flags = [*CXX_FLAGS, "-O3", "-g0", f"-DTORCH_EXTENSION_NAME={module}", "-DAT_PER_OPERATOR_HEADERS="]
+        flags = [*CXX_FLAGS, *RELEASE, f"-DTORCH_EXTENSION_NAME={module}", "-DAT_PER_OPERATOR_HEADERS="]
         flags += [word for place in places for word in ("-isystem", place)]
         objects += compile_host_kernels([*operators, "torch-ext/torch_binding.cpp"], flags, jobs, folder="operators")
         variant = Path("build", variant.name)
