@@ -11,7 +11,10 @@ phase() {
   echo "== $* (after $SECONDS s)"
 }
 
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# pip need not compile the thousands of modules of torch: Python does that with those that are imported, where it may.
+options=(--quiet)
+[[ -n ${PYTHONDONTWRITEBYTECODE:-} ]] || options+=(--no-compile)
+pip_install() { "$venv/bin/python" -m pip --disable-pip-version-check install "${options[@]}" "$@"; }
 
 if [[ ! -x $venv/bin/python ]]; then
   # A torch that is there already is the one its owner wants to build against.
@@ -23,7 +26,7 @@ if [[ ! -x $venv/bin/python ]]; then
     "$PYTHON" -m venv "$venv"
   fi
 fi
-pip install --quiet "setuptools>=77" ninja
+pip_install "setuptools>=77" ninja
 
 # The kernels need no torch: they compile while pip fetches it. The counter and the file of ninja's lines are shown; what
 # else a compiler says is in the log.
@@ -38,10 +41,10 @@ kernels=$!
 if ! "$venv/bin/python" -c "$has_torch" 2>/dev/null; then
   echo "  $TORCH, the largest download"
   # shellcheck disable=SC2086  # TORCH may hold options too, such as an index
-  pip install --quiet $TORCH
+  pip_install $TORCH
 fi
 "$venv/bin/python" tools/requirements.py "$extra" >"$venv/requirements"
-pip install --quiet --requirement "$venv/requirements"
+pip_install --requirement "$venv/requirements"
 
 # Compiled here, where it can be seen, and not by pip, which shows nothing until it is done: pip finds the objects.
 phase "build: the rest of the kernels, and the operators"
@@ -49,13 +52,13 @@ wait "$kernels" || { cat "$log" >&2 && exit 1; }
 "$venv/bin/python" setup.py build_ext --inplace 2>&1 | counted || { cat "$log" >&2 && exit 1; }
 
 phase "install: dlkernels[$extra]"
-pip install --quiet --no-build-isolation --editable ".[$extra]"
+pip_install --no-build-isolation --editable ".[$extra]"
 
 # The tests of `fuse` use torchvision's models. Its wheels pin one torch, which may not be this one: so without their
 # dependencies, in the release that goes with torch 2.N. Where there is none, those tests are skipped and say so.
 if [[ $extra == dev ]]; then
   release=$("$venv/bin/python" -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)')
-  pip install --quiet --no-deps "torchvision==0.$release.*" pillow ||
+  pip_install --no-deps "torchvision==0.$release.*" pillow ||
     echo "no torchvision 0.$release for this torch: the tests of its models will be skipped" >&2
 fi
 phase "ready"
