@@ -189,14 +189,15 @@ def mlp(
       features (128 in bfloat16) over at least 2,048 rows. On CUDA it is for layers of up to 128 features over any
       number of rows, if their weights fit in shared memory together (five of 128 features in bfloat16 on an H100).
 
-    On other devices, under ``torch.compile`` and ``torch.func``, and with tensor subclasses, the layers run one by one.
+    On other devices, under ``torch.compile`` and with tensor subclasses, the layers run one by one. Under
+    ``torch.func`` the chain is one call where that was measured to be faster, and elsewhere in torch's operators.
 
     Weights ``[members, out_features, in_features]`` are an **ensemble** of such chains. x ``[members, ...,
     in_features]``, or one x ``[rows, in_features]`` for all members, gives ``[members, ..., out_features]`` in one
     call. On CPU the members run at the same time, each on one thread, if they are small or as many as the threads;
     otherwise one after the other. Each member has the bits of a call with its own weights: values and gradients, except
     that the gradient of an x for all members is the sum of theirs. On CUDA there are as many launches as for single
-    calls. ``torch.func.vmap`` over stacked weights runs the same kernels, a call per layer. Under ``torch.compile``
+    calls. ``torch.func.vmap`` over stacked weights runs the same kernels. Under ``torch.compile``
     the ensemble is one op.
 
     Args:

@@ -42,6 +42,7 @@ from dlkernels._ops.derivatives import (
 from dlkernels._ops.modes import (
     autocast_active,
     autocast_operands,
+    derivative_pays,
     forward_mode,
     functionalizing,
     tracing,
@@ -287,7 +288,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, 
         x, weight, bias = autocast_operands(x, weight, bias)
     if under_transform():
         # A compiler that traces through a transform drops the Function's backward: gradients would be zero.
-        if forward_mode() or tracing() or torch.compiler.is_dynamo_compiling() or functionalizing():
+        in_torch = forward_mode() or tracing() or torch.compiler.is_dynamo_compiling() or functionalizing()
+        if in_torch or not derivative_pays(x, (weight,), (bias,)):
             # torch's linear gives batched tangents of a 1-D x the wrong shape: x becomes a matrix of one row.
             is_vector = x.dim() == 1
             z = torch.nn.functional.linear(x.unsqueeze(0) if is_vector else x, weight, bias)

@@ -26,8 +26,8 @@ from torch.autograd.function import _SingleLevelFunction
 
 from dlkernels._ops.activations import Activation
 from dlkernels._ops.derivatives import backward_in_torch
-from dlkernels._ops.linear_act import linear_act, stacked_linear_act
-from dlkernels._ops.modes import forward_mode, functionalizing, is_batched, tracing
+from dlkernels._ops.linear_act import linear_act, stacked_linear_act, stock_linear
+from dlkernels._ops.modes import derivative_pays, forward_mode, functionalizing, is_batched, tracing
 
 _forward = torch.ops.dlkernels._mlp_forward.default
 _backward = torch.ops.dlkernels._mlp_backward.default
@@ -51,6 +51,10 @@ def transformed(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[Acti
     # A compiler that traces through a transform drops the Function's backward: gradients would be zero.
     if forward_mode() or tracing() or torch.compiler.is_dynamo_compiling() or functionalizing():
         return layer_by_layer(x, weights, biases, acts, slope)
+    if not derivative_pays(x, weights, biases):
+        for weight, bias, act in zip(weights, biases, acts, strict=True):
+            x = act.value(stock_linear(x, weight, bias), slope)
+        return x
     return _apply(_MlpTransform, x, _Layers(acts, slope), *weights, *biases)[0]
 
 

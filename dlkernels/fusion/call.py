@@ -21,7 +21,7 @@ from torch.utils._device import DeviceContext
 from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops.activations import ACTIVATIONS
-from dlkernels._ops.modes import are_plain, tracing
+from dlkernels._ops.modes import are_plain, derivative_pays, forward_mode, tracing
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn.untouched import untouched
@@ -120,6 +120,8 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
 
     ``self`` is the module whose forward is running. Its class holds the selected activations and layers.
     """
+    if torch._C._are_functorch_transforms_active() and _is_faster_in_torch(linear, x):
+        return "torch's operators are faster in these transforms of torch.func"
     if _has_any_global_hook():
         return "there is a global module hook"
     if tracing():
@@ -156,6 +158,13 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
     if not alike and not torch.is_autocast_enabled(x.device.type):
         return "input, weight and bias do not fit together"
     return weight, bias, name, slope
+
+
+def _is_faster_in_torch(linear: Any, x: Any) -> bool:
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
+        return False  # it is refused by what it is
+    return forward_mode() or not derivative_pays(x, (weight,))
 
 
 def _only_device_modes(count: int) -> bool:
