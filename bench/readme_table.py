@@ -33,12 +33,12 @@ _BUFFERS = {
 }
 
 
-def rewrite(text: str, table: str) -> str:
+def rewrite(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """Return ``text`` with ``table`` between its markers; ValueError unless each marker is there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one line {BEGIN} and after it one line {END} around the table; put them in")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table.strip()}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one line {begin} and after it one line {end} around the table; put them in")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table.strip()}\n{end}{rest.split(end)[1]}"
 
 
 def markdown(result: Record, source: str, column: str = "hot") -> str:
