@@ -7,10 +7,10 @@ memory (``csrc/kernels/cuda/mlp/fused_mlp.cuh``), forward and backward.
 An ensemble is the same with a dimension of members in front of every tensor. Its op keeps no masks, so it has a fake
 kernel for compilers too.
 
-Under ``torch.func`` the chain is one call too (``mlp_transform``). Where it has no kernel (devices other than CPU and
-CUDA, forward mode, tensor subclasses), and where Dynamo traces, the layers run one by one: the same products in the
-same order. They also run one by one under autocast if they
-have kernels that read float32 parameters without a cast (``autocast``), unless the chain is narrow.
+Under ``torch.func`` the chain is one call too (``mlp_transform``) where that pays, and otherwise in torch's operators.
+Where it has no kernel (devices other than CPU and CUDA, forward mode, tensor subclasses), and where Dynamo traces, the
+layers run one by one: the same products in the same order. They also run one by one under autocast if they have kernels
+that read float32 parameters without a cast (``autocast``), unless the chain is narrow.
 
 The activations that forward saves are outputs of the Function (``csrc/ops/autograd/mlp.cpp``), as z is an output of one
 layer's (``linear_act``). So a gradient that is differentiated, batched or has a tangent needs no second forward. Its

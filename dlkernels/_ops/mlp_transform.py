@@ -1,9 +1,9 @@
 """A chain under ``torch.func`` transforms: one call forward and one backward, however many levels there are.
 
 Under ``vmap`` alone the chain of the samples is the op itself, on the tensors below the level (``mapped``). In other
-transforms it is a pair of Functions with ``setup_context`` and ``vmap``, like those of one layer (``linear_act``). The
-activations that backward reads are outputs of the Function, as in eager mode. Where the backward is itself
-differentiated, the chain is computed again, layer by layer.
+transforms, where it pays (``modes.derivative_pays``), it is a pair of Functions with ``setup_context`` and ``vmap``,
+like those of one layer (``linear_act``). The activations that backward reads are outputs of the Function, as in eager
+mode. Where the backward is itself differentiated, the chain is computed again, layer by layer.
 
 Samples are the members of an ensemble. If only x has a batch, they are more rows.
 
