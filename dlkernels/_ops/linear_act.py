@@ -42,9 +42,9 @@ from dlkernels._ops.derivatives import (
 from dlkernels._ops.modes import (
     autocast_active,
     autocast_operands,
-    derivative_pays,
     forward_mode,
     functionalizing,
+    pays_in_transforms,
     tracing,
     under_transform,
 )
@@ -289,7 +289,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, 
     if under_transform():
         # A compiler that traces through a transform drops the Function's backward: gradients would be zero.
         in_torch = forward_mode() or tracing() or torch.compiler.is_dynamo_compiling() or functionalizing()
-        if in_torch or not derivative_pays(x, (weight,), (bias,)):
+        if in_torch or not pays_in_transforms(x, (weight,), (bias,)):
             # torch's linear gives batched tangents of a 1-D x the wrong shape: x becomes a matrix of one row.
             is_vector = x.dim() == 1
             z = torch.nn.functional.linear(x.unsqueeze(0) if is_vector else x, weight, bias)

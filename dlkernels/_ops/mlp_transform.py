@@ -1,7 +1,7 @@
 """A chain under ``torch.func`` transforms: one call forward and one backward, however many levels there are.
 
 Under ``vmap`` alone the chain of the samples is the op itself, on the tensors below the level (``mapped``). In other
-transforms, where it pays (``modes.derivative_pays``), it is a pair of Functions with ``setup_context`` and ``vmap``,
+transforms, where it pays (``modes.pays_in_transforms``), it is a pair of Functions with ``setup_context`` and ``vmap``,
 like those of one layer (``linear_act``). The activations that backward reads are outputs of the Function, as in eager
 mode. Where the backward is itself differentiated, the chain is computed again, layer by layer.
 
@@ -27,7 +27,7 @@ from torch.autograd.function import _SingleLevelFunction
 from dlkernels._ops.activations import Activation
 from dlkernels._ops.derivatives import backward_in_torch
 from dlkernels._ops.linear_act import linear_act, stacked_linear_act, stock_linear
-from dlkernels._ops.modes import derivative_pays, forward_mode, functionalizing, is_batched, tracing
+from dlkernels._ops.modes import forward_mode, functionalizing, is_batched, pays_in_transforms, tracing
 
 _forward = torch.ops.dlkernels._mlp_forward.default
 _backward = torch.ops.dlkernels._mlp_backward.default
@@ -51,7 +51,7 @@ def transformed(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[Acti
     # A compiler that traces through a transform drops the Function's backward: gradients would be zero.
     if forward_mode() or tracing() or torch.compiler.is_dynamo_compiling() or functionalizing():
         return layer_by_layer(x, weights, biases, acts, slope)
-    if not derivative_pays(x, weights, biases):
+    if not pays_in_transforms(x, weights, biases):
         for weight, bias, act in zip(weights, biases, acts, strict=True):
             x = act.value(stock_linear(x, weight, bias), slope)
         return x

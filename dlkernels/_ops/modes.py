@@ -48,23 +48,22 @@ def functionalizing() -> bool:
     return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
 
 
-# Under ``torch.func`` our Functions pay for one derivative, from so many multiplications on, and from so many rows of
-# each sample. Stock's time over ours, on Zen 4 with two threads: ``grad`` of 8-64-64-4 over 512 rows (2e6) 0.91, over
-# 4,096 rows (2e7) 1.24; ``vmap(grad)`` of 128 members of it over 16 rows (1e7) 0.95, over 256 rows 1.92, and of 512
-# samples of one row 0.56; ``grad`` of ``grad`` 0.15 to 0.32.
+# Under ``torch.func`` our Functions pay from so many multiplications on, for one derivative at most, and for that of
+# samples of so many rows. Stock's time over ours, on Zen 4 with two threads: ``grad`` of 8-64-64-4 over 512 rows (2e6)
+# 0.91, over 4,096 rows (2e7) 1.24; ``vmap(grad)`` of 128 members of it over 16 rows (1e7) 0.95, over 256 rows 1.92, and
+# of 512 samples of one row 0.56; ``grad`` of ``grad`` 0.15 to 0.32; ``vmap`` of its layers one by one, over 256 samples
+# of one row (1e6) 0.42, of 32 rows (4e7) 2.12.
 MOST_DERIVATIVES = 1
 LEAST_MULTIPLICATIONS = 1 << 24
 LEAST_ROWS = 64
 
 
-def derivative_pays(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> bool:
+def pays_in_transforms(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> bool:
     """Return True if this call is to run our Functions in the transforms around it, and not torch's operators."""
     levels = get_interpreter_stack() or ()
     mapped = [level for level in levels if level.key() == TransformType.Vmap]
-    if len(levels) == len(mapped) == 1:  # vmap alone, whose kernels autograd may record below
-        return True
     derivatives, rows = len(levels) - len(mapped), math.prod(x.shape[:-1])
-    if derivatives > MOST_DERIVATIVES or (mapped and rows < LEAST_ROWS):
+    if derivatives > MOST_DERIVATIVES or (derivatives and mapped and rows < LEAST_ROWS):
         return False
     samples = math.prod(CVmapInterpreterPtr(level).batchSize() for level in mapped)
     of_one = sum(rows // (len(w) if w.dim() == 3 else 1) * w.numel() for w in weights)

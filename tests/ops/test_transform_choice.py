@@ -70,6 +70,12 @@ def test_gradients_of_each_sample():
     assert not ops_of(lambda: vmap(jacrev(lambda x: functional_call(model, p, (x,))))(x[:4]))
 
 
+def test_a_layer_under_vmap_alone():
+    layer = LinearAct(64, 64)
+    assert not ops_of(lambda: vmap(layer)(torch.randn(256, 1, 64)))
+    assert ops_of(lambda: vmap(layer)(torch.randn(256, 32, 64)))
+
+
 def test_vmap_alone_and_forward_mode():
     model, p, x = network(*SMALL)
     stacked = {k: torch.stack([v, v]) for k, v in p.items()}
