@@ -123,6 +123,7 @@ NOT_RUN = {
     "python -m dlkernels COMMAND --help": NAME,
     "python -m bench.readme_table": NAME,
     "python -m tests.kernels.every_processor": "runs the suite several times",
+    "python -m _build.kernels": "compiles for a minute; `make` runs it",
     "python setup.py build_ext --inplace": "compiles for minutes; the build that these tests use was made by it",
     "python -m dlkernels tune --model torchvision:alexnet --batch-size 32": "times 4,096 wide layers for minutes; "
     "tests/cli/test_tuning_cli.py tunes for a model",
