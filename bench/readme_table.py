@@ -41,6 +41,13 @@ def rewrite(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     return f"{before}{begin}\n{table.strip()}\n{end}{rest.split(end)[1]}"
 
 
+def write(page: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put ``table`` between the markers of ``page``; ValueError as of :func:`rewrite`, and then nothing is written."""
+    text = rewrite(page.read_text(), table, begin, end)
+    with atomic_write(page) as file:
+        file.write(text.encode())
+
+
 def markdown(result: Record, source: str, column: str = "hot") -> str:
     """Return a table of ratios to stock by layer (ReLU), dtype and mode, with geometric means, machine and commit.
 
@@ -136,11 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = [Path(os.path.relpath(path.resolve(), args.readme.resolve().parent)).as_posix() for path in args.records]
     try:
         records = [record.load(path) for path in args.records]
-        text = rewrite(args.readme.read_text(), side_by_side(list(zip(records, sources, strict=True)), args.column))
+        write(args.readme, side_by_side(list(zip(records, sources, strict=True)), args.column))
     except (OSError, ValueError) as wrong:
         parser.error(str(wrong))
-    with atomic_write(args.readme) as file:
-        file.write(text.encode())
     return 0
 
 

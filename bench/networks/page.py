@@ -15,8 +15,7 @@ from typing import Any
 from bench.machine import ROOT
 from bench.networks import chains, gated, heads
 from bench.networks.common import FLOOR, IN_PLACE, OURS, STOCK
-from bench.readme_table import rewrite
-from dlkernels.atomic import atomic_write
+from bench.readme_table import write
 
 BEGIN, END = "<!-- networks:begin -->", "<!-- networks:end -->"
 PAGE = ROOT / "docs" / "internals" / "performance.md"
@@ -58,12 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="(default: docs/internals/performance.md)")
     args = parser.parse_args(argv)
     try:
-        table = markdown(json.loads(args.record.read_text()))
-        text = rewrite(args.page.read_text(), table, BEGIN, END)
+        write(args.page, markdown(json.loads(args.record.read_text())), BEGIN, END)
     except (OSError, ValueError) as wrong:
         parser.error(str(wrong))
-    with atomic_write(args.page) as file:
-        file.write(text.encode())
     return 0
 
 

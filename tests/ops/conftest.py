@@ -1,4 +1,4 @@
-"""What holds for all tests of the ops."""
+"""The fixture that all tests of the ops share."""
 
 import pytest
 

@@ -8,9 +8,8 @@
 
 namespace dlk {
 
-// t · d^order y / dz ds^(order - 1), elementwise, where y = act(z) and s is the saved tensor: y or z. Order 1 makes the
-// gradient of z from t, the gradient of y. Order 2 makes the gradient of s from t, the gradient of order 1's result times its
-// own t; and so on.
+// t · D, elementwise. For order 1, D is dy/dz, where y = act(z), as a function of the saved tensor s, which is y or z. For each
+// further order, D is differentiated by s once more. So order 1 makes the gradient of z from the gradient t of y.
 at::Tensor act_derivative(const at::Tensor& t, const at::Tensor& s, int64_t act, double slope, int64_t order);
 
 // dx, dweight and dbias of one layer, undefined where not needed or where nothing flows to them. `grad_y` is the gradient of
