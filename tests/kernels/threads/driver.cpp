@@ -44,7 +44,7 @@ using Results = std::vector<std::vector<float>>;
 template <class F>
 bool same_on_any_number_of_threads(const char* name, const std::vector<int64_t>& sizes, F run) {
   Results first;
-  for (const int threads : {1, 2, 3, 7}) {
+  for (const int threads : {1, 2, 3, 7, 40}) {
     Results results;
     for (const int64_t size : sizes) results.emplace_back(size);
     threads_in_use = threads;

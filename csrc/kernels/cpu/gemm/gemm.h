@@ -72,7 +72,8 @@ void add_to_total(A* c, int64_t ldc, double* total, int64_t ld, int64_t rows, in
 // A second B lies like the first.
 template <class E>
 bool reads_b_in_place(const Gemm& p) {
-  constexpr int64_t few = 4 * kMR, bad_pitch = 8192 / sizeof(typename E::Cell);
+  // Processors without AVX-512 have as little as 256 or 512 KiB of L2. At 64x512x512, dgrad, packing was 1.08 times as fast.
+  constexpr int64_t few = 4 * kMR, bad_pitch = (kMR == 6 ? 2048 : 8192) / sizeof(typename E::Cell);
   const bool alike = !p.gated || (p.b_up.col_stride == 1 && p.b_up.row_stride == p.b.row_stride);
   return kIsSame<typename E::Cell, typename E::ElemB> && !p.panels && p.b.col_stride == 1 && alike &&
          p.m <= kInPlaceRows && (p.m <= few || p.b.row_stride % bad_pitch != 0);
@@ -173,11 +174,8 @@ Tile tile_of(const GemmCall<E>& call, int64_t task) {
   const Gemm& p = *call.p;
   const Tiling& t = call.t;
   const int64_t tk = task / (t.mt * t.nt), c = task % (t.mt * t.nt);
-  // With one k block the next task is the tile below, which shares the B block. With several it is the tile to the
-  // right, which shares A in L3.
-  const bool down = t.one_block;
-  const int64_t ti = down ? c % t.mt : c / t.nt, tj = down ? c / t.mt : c % t.nt;
-  const int64_t panels = ceil_div(p.m, kMR);  // tiles are equally high, to one panel
+  const int64_t ti = c / t.nt, tj = c % t.nt;  // the next task is the tile to the right, which shares A
+  const int64_t panels = ceil_div(p.m, kMR);   // tiles are equally high, to one panel
   const int64_t i0 = panels * ti / t.mt * kMR, i1 = min(panels * (ti + 1) / t.mt * kMR, p.m);
   const int64_t j0 = tj * t.nc, k0 = min(tk * t.k_slice, p.k);
   return {i0, i1 - i0, tj, j0, min(t.nc, p.n - j0), k0, min(k0 + t.k_slice, p.k), tk};
@@ -376,7 +374,8 @@ int64_t b_block_cells(const Tiling& t) {
 template <class E>
 int64_t panels_size(const Gemm& p, int threads) {
   const Tiling t = tile<E>(p, threads);
-  return t.mt < kSharedTiles ? 0 : t.products * t.b_blocks() * b_block_cells<E>(t) * sizeof(typename E::Cell);
+  const bool shares = t.mt >= kSharedTiles || (t.mt == 2 && p.k * p.n <= kSharedByTwo);
+  return shares ? t.products * t.b_blocks() * b_block_cells<E>(t) * sizeof(typename E::Cell) : 0;
 }
 
 template <class E>

@@ -249,13 +249,24 @@ DLK_INLINE V shuffled(V a, V b, I index) {
 #endif
 }
 
-// a0 b0 a1 b1 ... from the lower halves (half = 0) or the upper halves (half = 1) of a and b.
-template <int half, class V>
+// a0 b0 a1 b1 ... from the lower halves (half = 0) or the upper halves (half = 1) of a and b. With `part`, of every part of
+// so many lanes.
+template <int half, int part = 0, class V>
 DLK_INLINE V interleave(V a, V b) {
+  constexpr int lanes = sizeof(V) / sizeof(a[0]), of = part ? part : lanes;
+  using I = decltype(a < b);
+  I index;
+  for (int i = 0; i < lanes; ++i) index[i] = i / of * of + half * of / 2 + i % of / 2 + (i % 2) * lanes;
+  return shuffled(a, b, index);
+}
+
+// The lower halves (half = 0) or the upper halves (half = 1) of a and b, one behind the other.
+template <int half, class V>
+DLK_INLINE V halves(V a, V b) {
   constexpr int lanes = sizeof(V) / sizeof(a[0]);
   using I = decltype(a < b);
   I index;
-  for (int i = 0; i < lanes; ++i) index[i] = half * lanes / 2 + i / 2 + (i % 2) * lanes;
+  for (int i = 0; i < lanes; ++i) index[i] = half * lanes / 2 + i % (lanes / 2) + (i < lanes / 2 ? 0 : lanes);
   return shuffled(a, b, index);
 }
 
@@ -275,26 +286,37 @@ DLK_INLINE V halves_interleaved(V ab) {
 #endif
 }
 
-// Transpose a square of lanes × lanes in registers, by log2(lanes) rounds of perfect shuffles of rows i and i +
-// lanes/2.
+// Transpose a square of lanes × lanes in registers, by log2(lanes) rounds of perfect shuffles of rows i and i + lanes/2.
+// AVX2 shuffles within halves alone in one instruction. So its halves change places first, and then both halves of a
+// register are parts of squares of their own: 24 instructions for 8 × 8, where rounds over whole registers take 48.
 template <class V>
 DLK_INLINE void transpose(V* rows) {
-  constexpr int lanes = sizeof(V) / sizeof(rows[0][0]);
-  V other[lanes];
-  V *from = rows, *to = other;
+  constexpr int lanes = sizeof(V) / sizeof(rows[0][0]), square = sizeof(V) == 32 ? lanes / 2 : lanes;
+  if constexpr (square < lanes)
 #pragma GCC unroll 8
-  for (int round = 1; round < lanes; round *= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes / 2; ++i) {
-      to[2 * i] = interleave<0>(from[i], from[i + lanes / 2]);
-      to[2 * i + 1] = interleave<1>(from[i], from[i + lanes / 2]);
+    for (int i = 0; i < square; ++i) {
+      const V a = rows[i], b = rows[i + square];
+      rows[i] = halves<0>(a, b);
+      rows[i + square] = halves<1>(a, b);
     }
-    V* swap = from;
-    from = to;
-    to = swap;
+#pragma GCC unroll 2
+  for (int first = 0; first < lanes; first += square) {
+    V other[square];
+    V *from = rows + first, *to = other;
+#pragma GCC unroll 8
+    for (int round = 1; round < square; round *= 2) {
+#pragma GCC unroll 16
+      for (int i = 0; i < square / 2; ++i) {
+        to[2 * i] = interleave<0, square>(from[i], from[i + square / 2]);
+        to[2 * i + 1] = interleave<1, square>(from[i], from[i + square / 2]);
+      }
+      V* swap = from;
+      from = to;
+      to = swap;
+    }
+    if (from != rows + first)
+      for (int i = 0; i < square; ++i) rows[first + i] = from[i];
   }
-  if (from != rows)
-    for (int i = 0; i < lanes; ++i) rows[i] = from[i];
 }
 
 // Lane i of the result is from a where i has the bit `bit` clear, from b where it is set. It is lane i of that register
