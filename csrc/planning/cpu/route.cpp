@@ -13,10 +13,14 @@ bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_row
   const bool few = op == Op::forward ? shape.m <= most_rows : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
   return (contiguous || op == Op::wgrad) && few && shape.k >= 64 && shape.m > 0 && shape.n > 0;
 }
+bool runs(const char* isa, const Machine& machine) { return !std::strcmp(machine.kernels->isa, isa); }
+
 // In f32 and f64 the dot products reload a row of x for each row of weight, and add up lanes at their end. The packed product
-// overtakes them at 16 rows, and earlier where k is short. Measured on a Xeon with AVX-512 at 64→64 to 4096→4096.
-int64_t few_rows_forward(const Shape& shape, DType dtype) {
-  if (is_16_bit(dtype)) return kFewRowsForward;
+// overtakes them at 16 rows, and earlier where k is short. Measured on a Xeon with AVX-512 at 64→64 to 4096→4096. AVX2 widens
+// every row of weight again for two rows of x, by two instructions for bf16 and one for f16. Measured on Zen 3 at 1024→1024,
+// the packed product's time over theirs: bf16 1.29 at 8 rows, 0.97 at 12; f16 1.21 at 24.
+int64_t few_rows_forward(const Shape& shape, DType dtype, const Machine& machine) {
+  if (is_16_bit(dtype)) return runs("avx2", machine) ? (dtype == DType::bf16 ? 8 : 24) : kFewRowsForward;
   return shape.k < 256 ? shape.k / 16 : 16;
 }
 // For tiles every thread packs all of x: at most 8 MiB.
@@ -25,20 +29,30 @@ bool fits_tiles(Op op, const Shape& shape, const FewForward& tiles) {
 }
 constexpr Route kFewRowsRoute = {Path::few_rows, "few rows: packing weight would cost more than it saves"};
 
-// Forward's dot products cost n · (k + 48) per row: to add up the lanes of one costs as much as 48 elements of k. Packed, a row
-// costs 24 · (k + 10) for any n up to 16. Both fitted on AVX-512 in f32: few_columns had 0.84 of packed's speed at
-// 1000x10x10, 1.3 times it at 4096x256x16, 1.9 at 16384x64x8, 3.8 at 20000x32x1.
-constexpr int64_t kLanesCost = 48, kPackedCost = 24, kPackedRow = 10;
+// Forward's dot products cost n · (k + lanes) per row, where lanes is the cost of adding up the lanes of one, in elements of k.
+// Packed, a row costs packed · (k + 10) for any n up to 16. Fitted in f32. On AVX-512 few_columns had 0.84 of packed's speed at
+// 1000x10x10, 1.3 times it at 4096x256x16, 1.9 at 16384x64x8, 3.8 at 20000x32x1; on AVX2 0.75 at 4096x32x16, 1.0 at
+// 4096x512x16, 1.2 at 4096x128x12, 2.5 at 4096x32x2.
+struct DotCost {
+  int64_t lanes, packed;
+};
+constexpr DotCost kAvx512Dots = {48, 24}, kAvx2Dots = {32, 16};
 // Where bf16 is multiplied in pairs, packed products are faster: forward had 1.2 times packed's speed at 12345x77x3 and 0.6 at
-// 16384x64x8, forward + backward 1.0 at 4096x256x8 and 0.6 at 4096x256x16. In f32 backward won at every shape measured.
-constexpr int64_t kPairedForward = 4, kPairedBackward = 8;
+// 16384x64x8, forward + backward 1.0 at 4096x256x8 and 0.6 at 4096x256x16. In f32 backward won at every shape measured. Where
+// AVX2 widens bf16, forward had 2.0 times packed's speed at 4096x512x4 and 0.8 at 4096x128x8, backward always won.
+constexpr int64_t kWidenedForward = 4, kPairedForward = 4, kPairedBackward = 8;
+
+int64_t most_columns(Op op, DType dtype, const Machine& machine) {
+  if (dtype == DType::bf16 && machine.kernels->f32_in_bf16.ukernel)
+    return op == Op::forward ? kPairedForward : kPairedBackward;
+  return op == Op::forward && is_16_bit(dtype) && runs("avx2", machine) ? kWidenedForward : kFewColumns;
+}
 
 bool takes_few_columns(Op op, const Shape& shape, DType dtype, bool contiguous, const Machine& machine) {
   const auto [m, n, k] = shape;
-  const bool in_pairs = dtype == DType::bf16 && machine.kernels->f32_in_bf16.ukernel;
-  const int64_t most = !in_pairs ? kFewColumns : op == Op::forward ? kPairedForward : kPairedBackward;
-  if (!contiguous || m == 0 || n == 0 || k == 0 || n > most) return false;
-  return op != Op::forward || n * (k + kLanesCost) <= kPackedCost * (k + kPackedRow);
+  if (!contiguous || m == 0 || n == 0 || k == 0 || n > most_columns(op, dtype, machine)) return false;
+  const DotCost cost = runs("avx2", machine) ? kAvx2Dots : kAvx512Dots;
+  return op != Op::forward || n * (k + cost.lanes) <= cost.packed * (k + 10);
 }
 
 Route autocast_route(Op op, const Shape& shape, bool contiguous) {
@@ -48,7 +62,7 @@ Route autocast_route(Op op, const Shape& shape, bool contiguous) {
 
 // Nobody has measured this kernel set beside torch, and nobody asked for it.
 bool is_unmeasured(const Machine& machine) {
-  return machine.forced == Forced::no && !machine.isa_capped && !std::strcmp(machine.kernels->isa, "portable");
+  return machine.forced == Forced::no && !machine.isa_capped && runs("portable", machine);
 }
 
 // The kernels can compute this product by this path, fast or not.
@@ -93,20 +107,19 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
             "no measurement says that our portable kernels are faster here: torch's GEMM, our passes around it"};
   // Measured on AVX-512 BF16 with 128 rows and weights of 17 and 38 million elements: ours 0.76 to 0.95 of torch's speed.
   const bool large_weight = shape.m <= 256 && shape.n * shape.k >= (int64_t{1} << 23);
-  if (free && dtype == DType::bf16 && large_weight && shape.m > kFewRowsForward &&
-      !std::strcmp(machine.kernels->isa, "avx512_bf16"))
+  if (free && dtype == DType::bf16 && large_weight && shape.m > kFewRowsForward && runs("avx512_bf16", machine))
     return {Path::aten,
             "bf16, a large weight and few rows: torch's GEMM measured faster, our elementwise passes around it"};
   // Measured on a Xeon with AMX, forward, against stock in place: ours 0.78 to 0.98, torch's GEMM and our pass 0.97 to 1.10, from
   // 192 rows and weights of a million elements on; below them ours 1.14 and more. k in whole tiles, or x would be copied.
   const bool library_is_faster = shape.m > 128 && shape.n * shape.k >= (int64_t{1} << 20) && shape.k % 32 == 0;
-  if (free && op == Op::forward && dtype == DType::bf16 && library_is_faster &&
-      !std::strcmp(machine.kernels->isa, "amx"))
+  if (free && op == Op::forward && dtype == DType::bf16 && library_is_faster && runs("amx", machine))
     return {Path::aten, "bf16 by AMX and a large weight: torch's GEMM measured faster, our elementwise pass behind it"};
   if (takes_few_columns(op, shape, dtype, contiguous, machine))
     return {Path::few_columns, "few columns: x is read where it lies, packing it would cost more than it saves"};
   const KernelTable& table = machine.table(dtype);
-  const int64_t most_rows = table.tiles_forward.run ? table.tiles_forward.most_rows : few_rows_forward(shape, dtype);
+  const int64_t most_rows =
+      table.tiles_forward.run ? table.tiles_forward.most_rows : few_rows_forward(shape, dtype, machine);
   if (fits_tiles(op, shape, table.tiles_forward) && takes_few_rows(op, shape, contiguous, most_rows))
     return kFewRowsRoute;
   return {Path::packed, "our packed GEMM with the fused epilogue"};

@@ -77,8 +77,8 @@ struct Bf16Pairs {
       store_bits(out + i + kVL, interleave<1>(lo, hi));
     }
     for (; i < n; i += kVL) {
-      const VU32 lo = __builtin_convertvector(load_bits<VU16>(even + i), VU32);
-      const VU32 hi = __builtin_convertvector(load_bits<VU16>(odd + i), VU32);
+      const VU32 lo = widened(load_bits<VU16>(even + i));
+      const VU32 hi = widened(load_bits<VU16>(odd + i));
       store_bits(out + i, lo | (hi << 16));
     }
   }
