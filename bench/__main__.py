@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
         "cores. A contender whose results are wrong is not timed; if that is dlkernels, the exit status is 1.",
     )
     lists = {
-        "dtypes": f"from {' '.join(DTYPES)}; fp16 only on request: on a CPU without instructions for it a "
-        "single step of stock torch can take half a minute",
+        "dtypes": f"from {' '.join(DTYPES)}; fp16 only on request, and bf16 on a CPU without AVX-512: a single step "
+        "of stock torch can take half a minute there",
         "shapes": f"MxKxN, or from {' '.join(GPU_SHAPES)}",
         "activations": "of dlkernels.functional.linear_act (default: relu)",
         "modes": "from " + ", ".join(map(repr, MODES)),

@@ -16,6 +16,7 @@ from bench.harness import DTYPES
 from bench.networks import blocks, chains, ensembles, gated, heads, residuals
 from bench.networks.common import FLOOR, IN_PLACE, OURS, STOCK, Calls, Case, Reasons
 from dlkernels.atomic import write_json
+from dlkernels.tuning.layers import usual_dtypes
 from tools.lease import log
 
 ROOMS = (chains, residuals, blocks, ensembles, gated, heads)
@@ -73,7 +74,8 @@ def share(row: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.networks", description=bench.networks.__doc__.split("\n")[0])
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    add = parser.add_argument
+    add("--dtypes", nargs="+", choices=("fp32", "bf16"), help="(default: both; fp32 on a CPU without AVX-512)")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for each row (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     parser.add_argument("--device", choices=tuple(grid.COLUMNS), default="cpu", help="(default: %(default)s)")
@@ -86,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     graphs = [OURS + GRAPH, STOCK + GRAPH] if args.device == "cuda" else []
     one_call = [STOCK, IN_PLACE, OURS]
     rows, cells = [], []
-    for row in measure(args.dtypes, args.budget, args.device):
+    usual = [name for name in ("fp32", "bf16") if str(DTYPES[name]).split(".")[1] in usual_dtypes(args.device)]
+    for row in measure(args.dtypes or usual, args.budget, args.device):
         rows.append(row)
         us = {name: round(t["median"] * 1e6, 2) for name, t in row["times"].items()}
         log.case(f"{row['network']} {row['dtype']} {row['timed']}", us=us)

@@ -37,7 +37,12 @@ def add_parser(subparsers: Any) -> None:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model or its configuration")
     add("--batch-size", type=int, default=8, metavar="N", help="of the model (default: 8)")
     add("--size", type=int, metavar="N", help="pixels or tokens of the model")
-    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        help="default: float32, and bfloat16 unless stock torch would take half a minute for a step of it on this CPU",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--threads", type=int, metavar="N", help="CPU threads; the rows are for this number (default: torch's)")
     add("--seconds", type=float, default=0.3, metavar="S", help="for one direction of one layer (default: 0.3)")
@@ -51,7 +56,7 @@ def _tune(args: argparse.Namespace) -> int:
     from dlkernels import routing
     from dlkernels.cli.fuse import make, read_settings
     from dlkernels.tuning import tune
-    from dlkernels.tuning.layers import kind_of
+    from dlkernels.tuning.layers import kind_of, usual_dtypes
 
     for name in ("batch_size", "size", "threads"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -65,11 +70,14 @@ def _tune(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {"seconds": args.seconds, "out": args.out, "any_threads": args.any_threads}
     options["device"] = args.device
     options["told"] = lambda layer: print(layer, flush=True)
+    dtypes = args.dtypes or usual_dtypes(args.device)
+    if not args.dtypes and "bfloat16" not in dtypes:
+        print("bfloat16 is left out: stock torch has no library for it on this CPU; --dtypes bfloat16 measures it")
     if args.model is None:
-        table = tune(shapes=shapes, dtypes=args.dtypes, **options)
+        table = tune(shapes=shapes, dtypes=dtypes, **options)
     else:
         torch.manual_seed(0)
-        for dtype in args.dtypes:
+        for dtype in dtypes:
             model, inputs = make(args.model, read_settings(args.set), args.batch_size, args.size)
             table = tune(*_cast(model, inputs, getattr(torch, dtype), args.device), **options)
     where = args.out or routing.cache_folder() / routing.file_name(args.device)

@@ -14,7 +14,7 @@ from torch import nn
 
 from dlkernels import routing
 from dlkernels.routing import Table
-from dlkernels.tuning.layers import FORCED, TuneError, kind_of, sizes_named, sizes_of
+from dlkernels.tuning.layers import FORCED, TuneError, kind_of, sizes_named, sizes_of, usual_dtypes
 from dlkernels.tuning.measurement import SECONDS, MeasuredLayer, measure
 from dlkernels.tuning.table import empty_table, with_rows, write
 
@@ -24,7 +24,7 @@ def tune(
     example_inputs: Any = None,
     *,
     shapes: Iterable[tuple[int, int, int]] = (),
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] | None = None,
     seconds: float = SECONDS,
     out: str | os.PathLike[str] | None = None,
     any_threads: bool = False,
@@ -45,8 +45,9 @@ def tune(
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of the model. A copy of the model
             runs on them in eval mode.
         shapes: (rows, in_features, out_features) of layers; without a model and without shapes, ``GRID``.
-        dtypes: the dtypes in which ``shapes`` are measured: "float64", "float32", "bfloat16", "float16". A model's
-            layers are measured in the dtype in which they ran.
+        dtypes: the dtypes in which ``shapes`` are measured: "float64", "float32", "bfloat16", "float16". By default
+            float32, and bfloat16 unless stock torch has no fast product of it on this CPU and would take an hour. A
+            model's layers are measured in the dtype in which they ran.
         seconds: the time for the products of one direction of one layer, all paths together.
         out: the file of the table; by default that of this processor or GPU in the user's cache folder.
         any_threads: the rows hold for any number of threads, as in the tables that ship with the package. Rows of a GPU
@@ -73,7 +74,8 @@ def tune(
         raise TuneError(f"tune: {FORCED[where]} takes the choice between paths away; unset it")
     if not __debug__:
         raise TuneError("tune: expected Python with assertions, which judge the results; got python -O")
-    sizes = sizes_of(model, example_inputs, where) if model is not None else sizes_named(shapes, dtypes, where)
+    named = dtypes or usual_dtypes(where)
+    sizes = sizes_of(model, example_inputs, where) if model is not None else sizes_named(shapes, named, where)
     file = routing.cache_folder() / routing.file_name(where) if out is None else Path(out)
     table = empty_table(any_threads, where)
     with contextlib.suppress(OSError, routing.RouteError):

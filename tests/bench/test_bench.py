@@ -511,8 +511,9 @@ def test_settings_name_what_is_unknown(capsys):
         runs.Settings(contenders=["stock"])
 
 
-def test_quick_and_full_defaults():
+def test_quick_and_full_defaults(monkeypatch, capsys):
     parse = parser().parse_args
+    monkeypatch.setattr(command, "usual_dtypes", lambda: ("float32", "bfloat16"))
     quick, full = (command.settings(parse(argv)) for argv in (["--quick"], []))
     assert (quick.dtypes, quick.columns) == (("fp32", "bf16"), ("hot",))
     assert (full.dtypes, full.columns, full.modes) == (("fp32", "bf16", "fp64"), ("hot", "cold"), MODES)
@@ -521,6 +522,17 @@ def test_quick_and_full_defaults():
     assert command.settings(parse(["--contenders", "all"])).contenders == contenders.names("cpu")
     assert command.default_path(True, quick).parent.name == "local"
     assert command.default_path(False, full).parent.name == "results"
+    assert not capsys.readouterr().err
+
+
+def test_bfloat16_is_left_out_where_stock_would_take_half_a_minute_for_a_step(monkeypatch, capsys):
+    parse = parser().parse_args
+    monkeypatch.setattr(command, "usual_dtypes", lambda: ("float32",))
+    assert command.settings(parse(["--quick"])).dtypes == ["fp32"]
+    assert command.settings(parse([])).dtypes == ["fp32", "fp64"]
+    assert "--dtypes bf16 measures it" in capsys.readouterr().err
+    assert command.settings(parse(["--dtypes", "bf16"])).dtypes == ["bf16"]
+    assert not capsys.readouterr().err
 
 
 def test_the_command_line_is_read_before_torch_loads():

@@ -282,6 +282,18 @@ def test_the_command_tunes_a_model(times, tmp_path, monkeypatch, capsys):
     assert "6 rows" in lines[2]
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_bfloat16_is_measured_unless_stock_torch_would_take_an_hour(times, is_fast, monkeypatch, capsys):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_fast)
+    table = dlkernels.tune(shapes=[(40, 70, 30)])
+    assert {row.dtype for row in table.rows} == ({"float32", "bfloat16"} if is_fast else {"float32"})
+    assert main(["tune", "--shapes", "40x70x30"]) == 0
+    printed = capsys.readouterr().out
+    assert ("--dtypes bfloat16 measures it" in printed) == (not is_fast)
+    assert main(["tune", "--shapes", "40x70x30", "--dtypes", "bfloat16"]) == 0
+    assert "left out" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "why"),
     [
