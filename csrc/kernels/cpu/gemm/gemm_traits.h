@@ -35,7 +35,7 @@ struct Convert {
   DLK_INLINE void make_cells(Cell* out, const Packed* row, const Packed*, int64_t n) {
     for (int64_t i = 0; i < n; i += kVL) store(out + i, load(row + i));
   }
-  DLK_INLINE V multiply_add(V acc, Cell a, V b) { return fma(broadcast(a), b, acc); }
+  DLK_INLINE V multiply_add(V acc, Cell a, V b) { return fma_in_place(broadcast(a), b, acc); }
   DLK_INLINE V multiply_add(V acc, V a, V b) { return fma(a, b, acc); }
 };
 
