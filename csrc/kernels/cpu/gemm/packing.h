@@ -70,7 +70,7 @@ void pack_a_cols(const RowSource<E>& a, typename E::Cell* out, int64_t i0, int64
                  typename E::Packed* row_buffer, ColumnSum<E>* row_sum) {
   using Cell = typename E::Cell;
   constexpr int64_t kRowBuffer = Buffers<E>::kRowBuffer;
-  const int64_t cells = cells_of<E>(ks);
+  const int64_t cells = cells_of<E>(ks), pitch = panel_at<E>(kMR, kMR, cells);
   Cell* line = (Cell*)(row_buffer + 2 * kRowBuffer);
   for (int64_t q = 0; q < cells; ++q) {
     for (int64_t s = 0; s < E::kStep; ++s) {
@@ -89,10 +89,12 @@ void pack_a_cols(const RowSource<E>& a, typename E::Cell* out, int64_t i0, int64
       line = row_buffer;
     // Whole registers are written. Surplus lanes fall on the next k step, which is written later, or in the panel gap.
     static_assert(round_up(kMR, E::kVL) - kMR <= kPanelGap<E>);
-    if constexpr (E::kDepth > 1)
+    if constexpr (E::kDepth > 1) {
       E::pack_k_step(out, line, q, rows);
-    else
-      for (int64_t i = 0; i < rows; i += kMR) copy_panel_row<E>(out + panel_at<E>(i, kMR, cells) + q * kMR, line + i);
+    } else {
+      Cell* to = out + q * kMR;
+      for (int64_t i = 0; i < rows; i += kMR, to += pitch) copy_panel_row<E>(to, line + i);
+    }
   }
 }
 

@@ -87,9 +87,10 @@ struct ColumnSum {
     in_block = 0;
   }
   void add(const typename E::Packed* row, int64_t n) {
+    auto* const sums = block;  // a copy, which the stores below cannot change
     for (int64_t i = 0; i < n; i += E::kVL) {
       const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
-      store_partial(block + i, load_partial(block + i, 1, valid) + load_partial(row + i, 1, valid), valid);
+      store_partial(sums + i, load_partial(sums + i, 1, valid) + load_partial(row + i, 1, valid), valid);
     }
     if (++in_block == kBlock) flush(n);
   }
