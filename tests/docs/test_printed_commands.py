@@ -44,6 +44,7 @@ SMALL: dict[str, str | None] = {
     "python -m bench.overhead": "python -m bench.overhead --seconds 0.01",
     "python -m bench.trainer_loop": "python -m bench.trainer_loop --epochs 1 --threads 1",
     "python -m bench.readme_table bench/results/amd-epyc-2t.json": None,
+    "python -m bench.readme_table bench/results/amd-epyc-zen3-2t.json": None,
     "python -m bench.readme_table bench/results/intel-xeon-amx-2t.json": None,
     "python -m bench.networks.page FILE": "python -m bench.networks.page bench/results/amd-epyc-2t-networks.json",
     "python -m bench.readme_table FILE": "python -m bench.readme_table bench/results/amd-epyc-2t.json",
