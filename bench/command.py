@@ -38,13 +38,16 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def default_path(quick: bool, settings: Settings) -> Path:
-    """Return a path named after the GPU, or after processor, threads and cap: other results are not comparable."""
+    """Return a path named after the GPU, or after processor, instruction set and threads: others are not comparable.
+
+    Processors hide their models behind one name, such as "AMD EPYC".
+    """
     where = machine.facts(settings.device)
     if settings.device == "cuda":
         name = machine.slug(str(where["gpu"]))
     else:
         cpu, threads = machine.slug(str(where["cpu"])), settings.threads or where["threads"]
-        name = "-".join(filter(None, (cpu, f"{threads}t", settings.isa)))
+        name = f"{cpu}-{where['isa']}-{threads}t{'-capped' if settings.isa else ''}"
     return (RESULTS / "local" if quick else RESULTS) / f"{name}.json"
 
 

@@ -522,6 +522,8 @@ def test_quick_and_full_defaults(monkeypatch, capsys):
     assert command.settings(parse(["--contenders", "all"])).contenders == contenders.names("cpu")
     assert command.default_path(True, quick).parent.name == "local"
     assert command.default_path(False, full).parent.name == "results"
+    path = command.default_path(False, command.settings(parse(["--threads", "3"])))
+    assert path.stem.endswith(f"-{_C.cpu_kernels()['isa']}-3t"), "two kinds of AMD EPYC have two files"
     assert not capsys.readouterr().err
 
 
