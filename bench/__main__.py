@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="default: bench/results/CPU-ISA-THREADS.json or GPU.json; with --quick in results/local, which git ignores",
+        help="default: bench/results/CPU-ISA-THREADS.json or GPU.json; with --quick in results/local, ignored by git",
     )
     return parser
 
