@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import contenders, figures, machine, plot, table
+from bench import contenders, figures, harness, machine, plot, table
 from bench.run import GPU, QUICK, Settings, run
-from dlkernels.tuning.layers import usual_dtypes
 
-WITHOUT_BF16 = (
-    "bench: bf16 is left out. On this CPU stock torch has no library for it, and takes up to half a minute for a step; "
-    "--dtypes bf16 measures it"
-)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -29,10 +23,8 @@ def settings(args: argparse.Namespace) -> Settings:
     if args.device == "cuda":
         tuned = [name for name in contenders.names("cuda") if "max-autotune" not in name]
         defaults = GPU | {"contenders": tuned} | ({"columns": ("graph",), "budget": 0.1} if args.quick else {})
-    elif "dtypes" not in given and "bfloat16" not in usual_dtypes():
-        kept = [name for name in defaults.get("dtypes", Settings.dtypes) if name != "bf16"]
-        defaults = defaults | {"dtypes": kept}
-        print(WITHOUT_BF16, file=sys.stderr)
+    if "dtypes" not in given:
+        given["dtypes"] = harness.usual_dtypes(defaults.get("dtypes", Settings.dtypes), args.device)
     chosen = defaults | given
     return Settings(**{name: value for name, value in chosen.items() if name in Settings.__dataclass_fields__})
 

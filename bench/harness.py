@@ -17,6 +17,7 @@ import contextlib
 import gc
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from bench.clock import Clock, CudaClock, Graph, HostClock, Step, clock_of
 from bench.contenders import Op
 from bench.grid import Shape
 from dlkernels._errors import first_line
+from dlkernels.tuning import layers
 
 TURN = 5e-3  # seconds of calls in one turn ...
 TURN_CALLS = 50  # ... and at most so many
@@ -71,6 +73,21 @@ class Timing:
     q20: float
     q80: float
     calls: int
+
+
+def usual_dtypes(names: Sequence[str], device: str = "cpu") -> Sequence[str]:
+    """Return those of the names that are timed unless others are asked for. Says on stderr what it leaves out.
+
+    It leaves out bf16 where stock torch would take up to half a minute for a step of it (``tuning.layers``).
+    """
+    if "bfloat16" in layers.usual_dtypes(device) or "bf16" not in names:
+        return names
+    print(
+        "bench: bf16 is left out. On this CPU stock torch has no library for it, and takes up to half a minute for a "
+        "step; --dtypes bf16 measures it",
+        file=sys.stderr,
+    )
+    return [name for name in names if name != "bf16"]
 
 
 def draw(shape: Shape, dtype: str, seed: int, device: str = "cpu") -> Inputs:

@@ -16,7 +16,6 @@ from bench.harness import DTYPES
 from bench.networks import blocks, chains, ensembles, gated, heads, residuals
 from bench.networks.common import FLOOR, IN_PLACE, OURS, STOCK, Calls, Case, Reasons
 from dlkernels.atomic import write_json
-from dlkernels.tuning.layers import usual_dtypes
 from tools.lease import log
 
 ROOMS = (chains, residuals, blocks, ensembles, gated, heads)
@@ -88,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     graphs = [OURS + GRAPH, STOCK + GRAPH] if args.device == "cuda" else []
     one_call = [STOCK, IN_PLACE, OURS]
     rows, cells = [], []
-    usual = [name for name in ("fp32", "bf16") if str(DTYPES[name]).split(".")[1] in usual_dtypes(args.device)]
-    for row in measure(args.dtypes or usual, args.budget, args.device):
+    dtypes = args.dtypes or harness.usual_dtypes(("fp32", "bf16"), args.device)
+    for row in measure(dtypes, args.budget, args.device):
         rows.append(row)
         us = {name: round(t["median"] * 1e6, 2) for name, t in row["times"].items()}
         log.case(f"{row['network']} {row['dtype']} {row['timed']}", us=us)

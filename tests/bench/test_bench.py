@@ -25,6 +25,7 @@ from bench.readme_table import main as write_readme
 from bench.table import show
 from dlkernels import _C
 from dlkernels.testing import STOCK, Layer, LayerJudge
+from dlkernels.tuning import layers
 from tests.support.paths import ROOT
 
 SMALL = Shape("small", 24, 48, 16)
@@ -513,7 +514,7 @@ def test_settings_name_what_is_unknown(capsys):
 
 def test_quick_and_full_defaults(monkeypatch, capsys):
     parse = parser().parse_args
-    monkeypatch.setattr(command, "usual_dtypes", lambda: ("float32", "bfloat16"))
+    monkeypatch.setattr(layers, "usual_dtypes", lambda device: ("float32", "bfloat16"))
     quick, full = (command.settings(parse(argv)) for argv in (["--quick"], []))
     assert (quick.dtypes, quick.columns) == (("fp32", "bf16"), ("hot",))
     assert (full.dtypes, full.columns, full.modes) == (("fp32", "bf16", "fp64"), ("hot", "cold"), MODES)
@@ -529,7 +530,7 @@ def test_quick_and_full_defaults(monkeypatch, capsys):
 
 def test_bfloat16_is_left_out_where_stock_would_take_half_a_minute_for_a_step(monkeypatch, capsys):
     parse = parser().parse_args
-    monkeypatch.setattr(command, "usual_dtypes", lambda: ("float32",))
+    monkeypatch.setattr(layers, "usual_dtypes", lambda device: ("float32",))
     assert command.settings(parse(["--quick"])).dtypes == ["fp32"]
     assert command.settings(parse([])).dtypes == ["fp32", "fp64"]
     assert "--dtypes bf16 measures it" in capsys.readouterr().err

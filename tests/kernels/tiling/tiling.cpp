@@ -2,13 +2,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define DLK_ISA portable
-#define DLK_VBYTES 16
-#define DLK_MR 4
-#define DLK_NV 2
-#define DLK_DOT_M 2
-#define DLK_DOT_N 2
-#include "kernels/cpu/isa/kernel_set.h"
+#include "kernels/cpu/isa/ukernel_portable.cpp"
 
 int main(int, char** argv) {
   using namespace dlk::cpu::portable;
