@@ -7,12 +7,13 @@ from dlkernels import functional
 from dlkernels.testing import STOCK, Layer, assert_layer_no_worse
 
 # M, K, N. Chosen against the tiles (14 × 32, few rows <= 8 and <= 32, k blocks of 128 and 256, slices): one below,
-# at and above each edge, primes, ones, and what the landmark models use. The last row: B in place or not, low tiles.
+# at and above each edge, primes, ones, and what the landmark models use. The last row: B in place or not, low tiles, and
+# products multiplied as their transpose.
 SHAPES = [
     (1, 1, 1), (1, 1, 17), (1, 63, 5), (1, 64, 1), (1, 1024, 257), (2, 3, 5), (3, 100, 33), (4, 64, 24), (8, 65, 31),
     (9, 128, 49), (13, 31, 16), (14, 32, 32), (15, 33, 33), (28, 257, 64), (31, 96, 47), (32, 200, 130), (33, 64, 65),
     (64, 300, 10), (97, 1, 101), (101, 103, 1), (129, 513, 40), (256, 784, 256), (337, 129, 270), (4099, 7, 3),
-    (30, 2048, 70), (57, 2048, 40), (281, 90, 33), (701, 300, 800), (700, 800, 290),
+    (30, 2048, 70), (57, 2048, 40), (281, 90, 33), (701, 300, 800), (700, 800, 290), (18, 300, 77), (40, 331, 600),
 ]  # fmt: skip
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -146,3 +147,13 @@ def test_same_bits_every_time_on_any_number_of_threads(shape, dtype):
                 assert torch.equal(t, again[name]), f"{name} on {threads} threads"
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(24, 200, 60), (40, 331, 600), (128, 1030, 259)], ids=str)
+def test_same_bits_where_the_transpose_is_multiplied(shape, dtype):
+    """It takes x and weight as they lie along k; with x the other way round the product itself is multiplied."""
+    layer = make(*shape, dtype, "gelu")
+    y = functional.linear_act(layer.x, layer.weight, layer.bias, "gelu")
+    x = layer.x.t().contiguous().t()
+    assert torch.equal(y, functional.linear_act(x, layer.weight, layer.bias, "gelu"))

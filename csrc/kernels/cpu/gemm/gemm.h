@@ -19,7 +19,8 @@ namespace dlk::cpu::DLK_ISA {
 
 template <class E>
 struct GemmCall {
-  const Gemm* p;
+  const Gemm* p;       // the product as it is multiplied
+  const Gemm* result;  // the product as the epilogue writes it: p, or the one that p is the transpose of
   Tiling t;
   int64_t b_cells;  // of a B block in p->panels
   bool b_in_place;  // whole panels of B are read where they lie
@@ -87,6 +88,49 @@ bool stores_sums(const Gemm& p) {
          !p.z && !p.below_saved && !p.gated && p.output_mode != OutputMode::accumulate;
 }
 
+// Return whether cᵀ = bᵀ · aᵀ is multiplied in place of c = a · b, with the same bits. Both operands lie along k. A is packed by
+// copying rows, B by transposing squares, which costs more; so weight becomes A where it is much the larger one. Micro-tiles
+// are transposed on their way to C, which pays where k is long. Registers across rows of C may not be a quarter empty.
+template <class E>
+bool multiplies_transposed(const Gemm& p) {
+  if (!kTransposes) return false;
+  const bool along_k = p.a.col_stride == 1 && p.b.row_stride == 1 && p.b.col_stride != 1;
+  const bool plain = !p.saved.data && !p.row_sum && !p.gated && !p.below_saved && p.splits == 1 &&
+                     p.output_mode == OutputMode::cast && kIsSame<typename E::Elem, typename E::ElemB>;
+  const bool pays = p.m <= kTransposedRows && 2 * p.m <= p.n && kTransposedDepth * p.m <= p.k &&
+                    3 * round_up(p.m, E::kVL) <= 4 * p.m;
+  return along_k && plain && pays;
+}
+
+// Return the product as it is multiplied.
+template <class E>
+Gemm as_multiplied(const Gemm& p) {
+  if (!multiplies_transposed<E>(p)) return p;
+  Gemm transposed = p;
+  transposed.m = p.n, transposed.n = p.m;
+  transposed.a = p.b.transposed(), transposed.b = p.a.transposed();
+  return transposed;
+}
+
+// The epilogue of a micro-tile of cᵀ, rows × cols of C.
+template <class E>
+void transposed_epilogue(const GemmCall<E>& call, const typename E::Acc* ct, int64_t i0, int64_t j0, int64_t rows,
+                         int64_t cols) {
+  constexpr int64_t nr = kNV * E::kVL, ld = round_up(kMR, E::kVL);
+  typename E::Acc c[nr * ld];
+  for (int64_t i = 0; i < rows; i += E::kVL)
+    for (int64_t j = 0; j < cols; j += E::kVL) {
+      typename E::V square[E::kVL];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < E::kVL; ++r)
+        square[r] = j + r < cols ? load_bits<typename E::V>(ct + (j + r) * nr + i) : typename E::V{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < E::kVL; ++r) store_bits(c + (i + r) * ld + j, square[r]);
+    }
+  call.epilogue(*call.result, c, ld, i0, j0, rows, cols);
+}
+
 // Multiply the packed A block and the B block into acc. After the last k block of a sum, add it to the total;
 // after the last sum, run the epilogue or store partial sums.
 template <class E>
@@ -128,7 +172,9 @@ void multiply_block(const GemmCall<E>& call, const Block<E>& at, const typename 
       if (!at.last || c_in_place) continue;
       if (at.total) add_to_total(c, nr, at.total + micro_tile, nr, r, width, at.first_sum, at.last_sum);
       if (!at.last_sum || at.waits) continue;
-      if (call.glu) {
+      if (kTransposes && call.result != &p) {
+        transposed_epilogue<E>(call, c, at.j0 + j, at.i0 + i, n, r);
+      } else if (call.glu) {
         call.glu(p, c - kUpAt, c, nr, at.i0 + i, at.j0 + j, r, n);
       } else if (call.t.kt == 1) {
         call.epilogue(p, c, nr, at.i0 + i, at.j0 + j, r, n);
@@ -333,8 +379,8 @@ void run_tile(const GemmCall<E>& call, const Tile& tile, Worker<E>& w) {
                        nullptr};
         if (call.b_in_place) at.b_there = (const typename E::Cell*)b.data + p0 * b.row_stride + j0 + jb;
         Ahead next_b = next_b_ahead<E>(call, tile, p0, jb, product, next), none;
-        prefetches_a = prefetches_a || blocks_left * room <= next_a.lines();
         --blocks_left;
+        prefetches_a = prefetches_a || blocks_left * room < next_a.lines();
         multiply_block<E>(call, at, s.a, block_b, s.acc + sums, round_up(cols, nr), next_b,
                           prefetches_a ? next_a : none);
       }
@@ -372,24 +418,29 @@ int64_t b_block_cells(const Tiling& t) {
 // Return the bytes of p.panels, or 0 where packing B once for all tasks does not pay. It pays where several tiles would
 // pack the same block.
 template <class E>
-int64_t panels_size(const Gemm& p, int threads) {
+int64_t panels_size(const Gemm& of, int threads) {
+  const Gemm p = as_multiplied<E>(of);
   const Tiling t = tile<E>(p, threads);
   const bool shares = t.mt >= kSharedTiles || (t.mt == 2 && p.k * p.n <= kSharedByTwo);
   return shares ? t.products * t.b_blocks() * b_block_cells<E>(t) * sizeof(typename E::Cell) : 0;
 }
 
 template <class E>
-void gemm_with(const Gemm& p, const Parallel& parallel) {
+void gemm_with(const Gemm& result, const Parallel& parallel) {
   using C = typename E::ElemC;
+  const bool transposed = multiplies_transposed<E>(result);
+  const Gemm multiplied = as_multiplied<E>(result);
+  const Gemm& p = transposed ? multiplied : result;
   // dzᵀ is contiguous along its rows. All other operands are read along k.
   const bool k_major = p.a.row_stride == 1 && p.a.col_stride != 1;
   const AOrder order = k_major || p.row_sum ? kKMajor : kRowMajor;
   const Tiling t = tile<E>(p, parallel.threads);
   const GemmCall<E> call = {&p,
+                            &result,
                             t,
                             b_block_cells<E>(t),
                             reads_b_in_place<E>(p),
-                            stores_sums<E>(p),
+                            !transposed && stores_sums<E>(p),
                             RowSource<E>::of(p.a, p.saved, p.act),
                             order,
                             epilogue_of<C, typename E::ElemB>(p),
