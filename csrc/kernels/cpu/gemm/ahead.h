@@ -51,6 +51,14 @@ struct Ahead {
     for (a.line += lines; a.line >= q.per_row; a.line -= q.per_row) ++a.row;
     if (a.row >= q.rows) ++a.first, a.row = a.line = 0;
   }
+  // Call multiply(next), which runs a micro-kernel of so many cells along k. `next` is nullptr where the queue is empty.
+  template <class Multiply>
+  DLK_INLINE void serve(Ahead& a, int64_t cells, Multiply multiply) {
+    if (empty(a)) return multiply(nullptr);
+    const LinesAhead next = here(a);
+    multiply(&next);
+    pass(a, ceil_div(cells, kStepsPerLine));
+  }
 };
 
 }  // namespace dlk::cpu::DLK_ISA

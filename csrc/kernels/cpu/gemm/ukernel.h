@@ -59,20 +59,18 @@ struct LinesAhead {
   int64_t left, per_row, jump;
 };
 
-// c[R, C registers] = a · b over `cells` cells along k, or c += a · b with `add`. ldb is in cells, ldc in accumulators.
-// kNext: on the way it prefetches `next`, one line in kStepsPerLine steps. It costs 4 % where nothing is gained.
-template <class E, AOrder order, int R, int C, bool kNext = false>
-void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb, typename E::Acc* c,
-             int64_t ldc, bool add, [[maybe_unused]] const LinesAhead* next) {
+// acc[R, C registers] = a · b over `cells` cells along k. ldb is in cells. kNext: on the way the panel's micro-kernel prefetches
+// `next`, one line in kStepsPerLine steps. It costs 4 % where nothing is gained.
+template <class E, AOrder order, int R, int C, bool kNext>
+DLK_INLINE void multiply_panels(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
+                                typename E::V (&acc)[R][C], [[maybe_unused]] const LinesAhead* next) {
   using V = typename E::V;
   constexpr int64_t row = order == kRowMajor ? kAStride<E> : 1;
   constexpr int64_t step = order == kRowMajor ? 1 : order == kKMajor ? kMR : kAStride<E>;
-  V acc[R][C];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) acc[i][j] = V{};
-  if (add) prefetch_tile<E, R, C>(c, ldc);
   [[maybe_unused]] LinesAhead lines;
   if constexpr (kNext) lines = *next;
   const auto k_step = [&](const typename E::Cell* a, const typename E::Cell* b) __attribute__((always_inline)) {
@@ -99,6 +97,16 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
   if constexpr (kUnrolled > 1)
 #pragma GCC unroll 1
     for (; p < cells; ++p, a += step, b += ldb) k_step(a, b);
+}
+
+// c[R, C registers] = a · b, or c += a · b with `add`. ldc is in accumulators.
+template <class E, AOrder order, int R, int C, bool kNext = false>
+void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb, typename E::Acc* c,
+             int64_t ldc, bool add, const LinesAhead* next) {
+  using V = typename E::V;
+  if (add) prefetch_tile<E, R, C>(c, ldc);
+  V acc[R][C];
+  multiply_panels<E, order, R, C, kNext>(cells, a, b, ldb, acc, next);
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
@@ -107,6 +115,61 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
       store_bits(at, add ? load_bits<V>(at) + acc[i][j] : acc[i][j]);
     }
 }
+
+// A whole micro-tile of C, where its epilogue writes it from the registers that the last sum ends in.
+template <class E>
+struct TileOfC {
+  typename E::ElemC* c;  // rows are `pitch` elements apart
+  int64_t pitch;
+  const typename E::ElemB* bias;  // or nullptr
+
+  // The micro-tile at row i and column j.
+  static TileOfC of(const Gemm& p, int64_t i, int64_t j) {
+    return {(typename E::ElemC*)p.c + i * p.n + j, p.n, p.bias ? (const typename E::ElemB*)p.bias + j : nullptr};
+  }
+};
+
+// out = act(a · b + sums + bias), with `add`; else without the sums. A row of them has kNV registers.
+template <class E, class Act, bool kNext>
+void ukernel_to_c(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
+                  const typename E::Acc* sums, bool add, const LinesAhead* next, const TileOfC<E>& out) {
+  using P = typename E::Panels;
+  using V = typename E::V;
+  constexpr int R = kMR, C = kNV;
+  if (add) prefetch_tile<P, R, C>(sums, C * E::kVL);
+  V acc[R][C], bias[C];
+  multiply_panels<P, kRowMajor, R, C, kNext>(cells, a, b, ldb, acc, next);
+#pragma GCC unroll 4
+  for (int j = 0; j < C; ++j) bias[j] = out.bias ? load(out.bias + j * E::kVL) : V{};
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) {
+      if (add) acc[i][j] = load_bits<V>(sums + (i * C + j) * E::kVL) + acc[i][j];
+      store(out.c + i * out.pitch + j * E::kVL, Act::template value<Ops<typename E::Acc>>(acc[i][j] + bias[j], V{}));
+    }
+}
+
+template <class E>
+using UkernelToC = void (*)(int64_t, const typename E::Cell*, const typename E::Cell*, int64_t, const typename E::Acc*,
+                            bool, const LinesAhead*, const TileOfC<E>&);
+
+// The pair of them for the epilogue of p, without and with kNext; both nullptr where the epilogue is no matter of a few
+// instructions per register.
+template <class E>
+struct UkernelsToC {
+  UkernelToC<E> plain, prefetching;
+
+  static UkernelsToC of(const Gemm& p) {
+    if constexpr (E::kDepth == 1 && kIsSame<typename E::ElemB, typename E::ElemC>) {
+      const Act act = p.saved.data ? Act::none : p.act.kind;  // in backward `act` belongs to dz
+      const bool to_c = p.splits == 1 && !p.z && !p.below_saved && !p.gated && p.output_mode == OutputMode::cast;
+      if (to_c && act == Act::none) return {&ukernel_to_c<E, Identity, false>, &ukernel_to_c<E, Identity, true>};
+      if (to_c && act == Act::relu) return {&ukernel_to_c<E, ReLU, false>, &ukernel_to_c<E, ReLU, true>};
+    }
+    return {};
+  }
+};
 
 template <class E>
 using Ukernel = void (*)(int64_t, const typename E::Cell*, const typename E::Cell*, int64_t, typename E::Acc*, int64_t,

@@ -124,16 +124,19 @@ void fused_mlp_value(const FusedMlpLayer& layer, const MicroTile& t, const typen
   using O = Ops<typename E::Acc>;
   using T = typename E::Elem;
   const auto slope = O::lit(layer.act.slope);
+  // Read before the loops, as in epilogue.h.
+  const int64_t pitch = layer.n, first = (i0 + t.i) * pitch + t.j, rows = t.rows;
+  T *const z_out = layer.z ? (T*)layer.z + first : nullptr, *const h_out = layer.h ? (T*)layer.h + first : nullptr;
+  typename E::Packed* const block = h ? h + t.i * kPitch<E> + t.j : nullptr;
   for (int64_t j = 0; j < t.cols; j += E::kVL) {
     const int64_t n = min(E::kVL, t.cols - j);
     const auto bias = layer.bias ? load_partial((const T*)layer.bias + t.j + j, 1, n) : O::lit(0);
-    for (int64_t i = 0; i < t.rows; ++i) {
-      const int64_t at = (i0 + t.i + i) * layer.n + t.j + j;
+    for (int64_t i = 0; i < rows; ++i) {
       const auto z = load(acc + i * kNV * E::kVL + j) + bias;
       const auto value = Act::template value<O>(z, slope);
-      if (h) store_block_row<E>(h + (t.i + i) * kPitch<E> + t.j + j, value, n);
-      if (layer.z) store_partial((T*)layer.z + at, z, n);
-      if (layer.h) store_partial((T*)layer.h + at, value, n);
+      if (block) store_block_row<E>(block + i * kPitch<E> + j, value, n);
+      if (z_out) store_partial(z_out + i * pitch + j, z, n);
+      if (h_out) store_partial(h_out + i * pitch + j, value, n);
     }
   }
 }
@@ -145,15 +148,17 @@ void fused_mlp_grad(const FusedMlpLayer& layer, const MicroTile& t, const G* g, 
                     typename E::Packed* dz, double* sum) {
   using O = Ops<typename E::Acc>;
   const auto slope = O::lit(layer.act.slope);
-  const auto* saved = (const typename E::Elem*)(Act::saves_output ? layer.h : layer.z) + (i0 + t.i) * layer.n + t.j;
+  const int64_t pitch = layer.n, rows = t.rows;
+  const auto* saved = (const typename E::Elem*)(Act::saves_output ? layer.h : layer.z) + (i0 + t.i) * pitch + t.j;
+  typename E::Packed* const block = dz + t.i * kPitch<E> + t.j;
   for (int64_t j = 0; j < t.cols; j += E::kVL) {
     const int64_t n = min(E::kVL, t.cols - j);
     typename E::V total{};  // of the rows of a micro-tile; micro-tiles are added in f64
-    for (int64_t i = 0; i < t.rows; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       auto d = load(g + i * ld + j);
       if constexpr (!kIsSame<Act, Identity>)  // the identity saves nothing
-        d = Act::template grad<O>(d, load_partial(saved + i * layer.n + j, 1, n), slope);
-      store_block_row<E>(dz + (t.i + i) * kPitch<E> + t.j + j, d, n);
+        d = Act::template grad<O>(d, load_partial(saved + i * pitch + j, 1, n), slope);
+      store_block_row<E>(block + i * kPitch<E> + j, d, n);
       total += d;
     }
     typename E::Acc lanes[E::kVL];
@@ -186,12 +191,13 @@ DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E:
                                   int64_t k, typename E::Acc* acc, Out&& out) {
   constexpr int64_t nr = kNV * E::kVL;
   const int64_t cells = ceil_div(k, E::kStep), padded = round_up(cols, E::kVL);
+  const auto whole = ukernel_for<E, kRowMajor>(kMR, kNV);
   for (int64_t i = 0; i < rows; i += kMR) {
     const int64_t r = min(kMR, rows - i);
     const auto* panel_a = (const typename E::Cell*)(a + i * kPitch<E>);
     for (int64_t j = 0; j < padded; j += nr) {
       const int64_t width = min(nr, padded - j);
-      const auto uk = ukernel_for<E, kRowMajor>(r, width / E::kVL);
+      const auto uk = r == kMR && width == nr ? whole : ukernel_for<E, kRowMajor>(r, width / E::kVL);
       const auto* panel_b = b + panel_at<E>(j, nr, cells);
       uk(cells, panel_a, panel_b, width, acc, nr, false, nullptr);
       out(MicroTile{i, j, r, min(width, cols - j)});
