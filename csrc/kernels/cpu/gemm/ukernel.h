@@ -116,20 +116,31 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
     }
 }
 
-// A whole micro-tile of C, where its epilogue writes it from the registers that the last sum ends in.
+// A whole micro-tile of C, and what its epilogue reads.
 template <class E>
 struct TileOfC {
-  typename E::ElemC* c;  // rows are `pitch` elements apart
+  using T = typename E::ElemC;
+  T* c;  // rows are `pitch` elements apart
   int64_t pitch;
   const typename E::ElemB* bias;  // or nullptr
+  T* copy = nullptr;              // receives C too, or nullptr
+  int64_t copy_pitch = 0;
 
   // The micro-tile at row i and column j.
   static TileOfC of(const Gemm& p, int64_t i, int64_t j) {
-    return {(typename E::ElemC*)p.c + i * p.n + j, p.n, p.bias ? (const typename E::ElemB*)p.bias + j : nullptr};
+    return {(T*)p.c + i * p.n + j, p.n, p.bias ? (const typename E::ElemB*)p.bias + j : nullptr};
   }
 };
 
-// out = act(a · b + sums + bias), with `add`; else without the sums. A row of them has kNV registers.
+template <class E>
+DLK_INLINE void store_tile(typename E::ElemC* c, int64_t pitch, const typename E::V (&tile)[kMR][kNV]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kMR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kNV; ++j) store(c + i * pitch + j * E::kVL, tile[i][j]);
+}
+
+// C = act(a · b + sums + bias), with `add`; else without the sums. They are kNV registers per row.
 template <class E, class Act, bool kNext>
 void ukernel_to_c(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
                   const typename E::Acc* sums, bool add, const LinesAhead* next, const TileOfC<E>& out) {
@@ -146,28 +157,33 @@ void ukernel_to_c(int64_t cells, const typename E::Cell* a, const typename E::Ce
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) {
       if (add) acc[i][j] = load_bits<V>(sums + (i * C + j) * E::kVL) + acc[i][j];
-      store(out.c + i * out.pitch + j * E::kVL, Act::template value<Ops<typename E::Acc>>(acc[i][j] + bias[j], V{}));
+      acc[i][j] = Act::template value<Ops<typename E::Acc>>(acc[i][j] + bias[j], V{});
     }
+  store_tile<E>(out.c, out.pitch, acc);
+  if (out.copy) store_tile<E>(out.copy, out.copy_pitch, acc);
 }
 
 template <class E>
 using UkernelToC = void (*)(int64_t, const typename E::Cell*, const typename E::Cell*, int64_t, const typename E::Acc*,
                             bool, const LinesAhead*, const TileOfC<E>&);
 
-// The pair of them for the epilogue of p, without and with kNext; both nullptr where the epilogue is no matter of a few
-// instructions per register.
+// The pair of them, without and with kNext, for an activation of a few instructions; of another both are nullptr.
 template <class E>
 struct UkernelsToC {
   UkernelToC<E> plain, prefetching;
 
-  static UkernelsToC of(const Gemm& p) {
+  static UkernelsToC of(Act act) {
     if constexpr (E::kDepth == 1 && kIsSame<typename E::ElemB, typename E::ElemC>) {
-      const Act act = p.saved.data ? Act::none : p.act.kind;  // in backward `act` belongs to dz
-      const bool to_c = p.splits == 1 && !p.z && !p.below_saved && !p.gated && p.output_mode == OutputMode::cast;
-      if (to_c && act == Act::none) return {&ukernel_to_c<E, Identity, false>, &ukernel_to_c<E, Identity, true>};
-      if (to_c && act == Act::relu) return {&ukernel_to_c<E, ReLU, false>, &ukernel_to_c<E, ReLU, true>};
+      if (act == Act::none) return {&ukernel_to_c<E, Identity, false>, &ukernel_to_c<E, Identity, true>};
+      if (act == Act::relu) return {&ukernel_to_c<E, ReLU, false>, &ukernel_to_c<E, ReLU, true>};
     }
     return {};
+  }
+  // Those that can write C of this product.
+  static UkernelsToC of(const Gemm& p) {
+    const bool to_c = p.splits == 1 && !p.z && !p.below_saved && !p.gated && p.output_mode == OutputMode::cast;
+    if (!to_c) return {};
+    return of(p.saved.data ? Act::none : p.act.kind);  // in backward `act` belongs to dz
   }
 };
 

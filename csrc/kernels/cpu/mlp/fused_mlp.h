@@ -185,24 +185,59 @@ FusedMlpGradFn<E, G> fused_mlp_grad_of(Act kind) {
 
 // ---- the products --------------------------------------------------------------------------------------------------
 
-// Compute block · panels, and call out(tile) for every micro-tile. Its sums are in acc then, in rows of kNV registers.
-template <class E, class Out>
+// Compute block · panels, and call out(tile) for every micro-tile. Its sums are in acc then, in rows of kNV registers. A whole
+// micro-tile is first offered to whole(panel of the block, panel, i, j), which returns true if it has computed and stored it.
+template <class E, class Out, class Whole>
 DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E::Cell* b, int64_t rows, int64_t cols,
-                                  int64_t k, typename E::Acc* acc, Out&& out) {
+                                  int64_t k, typename E::Acc* acc, Out&& out, Whole&& whole) {
   constexpr int64_t nr = kNV * E::kVL;
   const int64_t cells = ceil_div(k, E::kStep), padded = round_up(cols, E::kVL);
-  const auto whole = ukernel_for<E, kRowMajor>(kMR, kNV);
+  const auto uk_whole = ukernel_for<E, kRowMajor>(kMR, kNV);
   for (int64_t i = 0; i < rows; i += kMR) {
     const int64_t r = min(kMR, rows - i);
     const auto* panel_a = (const typename E::Cell*)(a + i * kPitch<E>);
     for (int64_t j = 0; j < padded; j += nr) {
       const int64_t width = min(nr, padded - j);
-      const auto uk = r == kMR && width == nr ? whole : ukernel_for<E, kRowMajor>(r, width / E::kVL);
       const auto* panel_b = b + panel_at<E>(j, nr, cells);
+      if (r == kMR && j + nr <= cols && whole(panel_a, panel_b, i, j)) continue;
+      const auto uk = r == kMR && width == nr ? uk_whole : ukernel_for<E, kRowMajor>(r, width / E::kVL);
       uk(cells, panel_a, panel_b, width, acc, nr, false, nullptr);
       out(MicroTile{i, j, r, min(width, cols - j)});
     }
   }
+}
+
+template <class E, class Out>
+DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E::Cell* b, int64_t rows, int64_t cols,
+                                  int64_t k, typename E::Acc* acc, Out&& out) {
+  const auto none = [](auto...) { return false; };
+  fused_mlp_product<E>(a, b, rows, cols, k, acc, out, none);
+}
+
+// A layer's forward: h[i0.., n] = act(block · panels + bias), to the layer's tensors and, unless it is nullptr, to `out`.
+template <class E>
+void fused_mlp_layer_forward(const FusedMlpLayer& layer, const typename E::Packed* block,
+                             const typename E::Cell* panels, int64_t i0, int64_t rows, typename E::Acc* acc,
+                             typename E::Packed* out) {
+  using T = typename E::Elem;
+  const auto value = fused_mlp_value_of<E>(layer.act.kind);
+  const auto each = [&](const MicroTile& t) { value(layer, t, acc, out, i0); };
+  if constexpr (kIsSame<typename E::Packed, T>) {
+    const auto to_c = layer.z ? nullptr : UkernelsToC<E>::of(layer.act.kind).plain;
+    if (to_c)
+      return fused_mlp_product<E>(
+          block, panels, rows, layer.n, layer.k, acc, each, [&](const auto* a, const auto* b, int64_t i, int64_t j) {
+            T* const to = out ? out + i * kPitch<E> + j : nullptr;
+            TileOfC<E> tile{to, kPitch<E>, layer.bias ? (const T*)layer.bias + j : nullptr};
+            if (layer.h) {
+              tile.c = (T*)layer.h + (i0 + i) * layer.n + j, tile.pitch = layer.n;
+              tile.copy = to, tile.copy_pitch = kPitch<E>;
+            }
+            to_c(ceil_div(layer.k, E::kStep), a, b, kNV * E::kVL, nullptr, false, nullptr, tile);
+            return true;
+          });
+  }
+  fused_mlp_product<E>(block, panels, rows, layer.n, layer.k, acc, each);
 }
 
 // sums[n, k] = dzᵀ · h, or sums += dzᵀ · h with `add`. h is rows i0.. of the layer's input; the rows of sums have a
@@ -249,10 +284,8 @@ void fused_mlp_block_forward(const FusedMlp& p, const FusedMlpBuffers<E>& s, int
   fused_mlp_load<E>(p.x, i0, rows, p.layer[0].k, h);
   for (int l = 0; l < p.layers; ++l) {
     const FusedMlpLayer& layer = p.layer[l];
-    const auto value = fused_mlp_value_of<E>(layer.act.kind);
     auto* out = l + 1 < p.layers ? next : nullptr;
-    fused_mlp_product<E>(h, s.weight[l], rows, layer.n, layer.k, s.acc,
-                         [&](const MicroTile& t) { value(layer, t, s.acc, out, i0); });
+    fused_mlp_layer_forward<E>(layer, h, s.weight[l], i0, rows, s.acc, out);
     next = h, h = out;
   }
 }
