@@ -19,6 +19,8 @@
 #include "kernels/cpu/gemm/tiling.h"
 #include "kernels/cpu/gemm/packing.h"
 #include "kernels/cpu/gemm/ahead.h"
+#include "kernels/cpu/gemm/transposed.h"
+#include "kernels/cpu/gemm/block.h"
 #include "kernels/cpu/gemm/gemm.h"
 
 namespace dlk::cpu {

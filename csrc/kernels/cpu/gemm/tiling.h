@@ -27,11 +27,6 @@ constexpr int64_t kLowMC = kMR == 14 ? kMC / 2 : kMC;
 constexpr int64_t kLowColumns = 3 * kNB;
 // B is read in place by at most so many rows of A: packing it would cost more than its rows, which lie apart in memory.
 constexpr int64_t kInPlaceRows = 20 * kMR;
-// A product of at most so many rows, with at least so many elements of k for each of them, is multiplied as its transpose.
-// Measured on AVX2 alone, forward: 1.18 times as fast at 32x3136x512, 1.08 at 24x1024x1024, 1.02 at 64x512x512 and
-// 128x1024x1024; 0.98 at 96x512x512, 0.88 at 48x100x256.
-constexpr bool kTransposes = kMR == 6;
-constexpr int64_t kTransposedRows = 128, kTransposedDepth = 8;
 // From this many tiles above each other on, the tiles share one packed B. Two share it where it is small: a large one, which
 // every tile reads from memory packed or not, costs its writing. Measured on AVX2 with 256 rows: shared at 784→256 1.04 times
 // as fast, at 2048→2048 0.99.

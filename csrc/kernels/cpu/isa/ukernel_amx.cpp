@@ -17,6 +17,8 @@
 #include "kernels/cpu/gemm/tiling.h"
 #include "kernels/cpu/gemm/packing.h"
 #include "kernels/cpu/gemm/ahead.h"
+#include "kernels/cpu/gemm/transposed.h"
+#include "kernels/cpu/gemm/block.h"
 #include "kernels/cpu/gemm/gemm.h"
 #include "kernels/cpu/gemm/amx_few_rows.h"
 #include "kernels/cpu/gemm/autocast.h"
