@@ -116,21 +116,43 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
     }
 }
 
-// A whole micro-tile of C, and what its epilogue reads.
+// A whole micro-tile of C, and what its epilogue reads and writes beside it.
 template <class E>
 struct TileOfC {
   using T = typename E::ElemC;
   T* c;  // rows are `pitch` elements apart
   int64_t pitch;
-  const typename E::ElemB* bias;  // or nullptr
-  T* copy = nullptr;              // receives C too, or nullptr
+  const typename E::ElemB* bias = nullptr;  // of a forward, or nullptr
+  const T* below_saved = nullptr;           // of a dgrad that makes dz of the layer below; its rows are as far apart as
+  int64_t below_pitch = 0;                  // this
+  T* copy = nullptr;                        // receives C too, or nullptr
   int64_t copy_pitch = 0;
+  double* column_sums = nullptr;  // the columns of dz are added to them, or nullptr
 
   // The micro-tile at row i and column j.
   static TileOfC of(const Gemm& p, int64_t i, int64_t j) {
-    return {(T*)p.c + i * p.n + j, p.n, p.bias ? (const typename E::ElemB*)p.bias + j : nullptr};
+    TileOfC tile{(T*)p.c + i * p.n + j, p.n};
+    if (p.bias) tile.bias = (const typename E::ElemB*)p.bias + j;
+    if (p.below_saved) tile.below_saved = (const T*)p.below_saved + i * p.n + j, tile.below_pitch = p.n;
+    return tile;
   }
 };
+
+// The sums of a micro-tile, with `add` on top of those at `sums`, which are kNV registers per row.
+template <class E, bool kNext>
+DLK_INLINE void whole_sums(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
+                           const typename E::Acc* sums, bool add, const LinesAhead* next,
+                           typename E::V (&acc)[kMR][kNV]) {
+  using P = typename E::Panels;
+  constexpr int R = kMR, C = kNV;
+  if (add) prefetch_tile<P, R, C>(sums, C * E::kVL);
+  multiply_panels<P, kRowMajor, R, C, kNext>(cells, a, b, ldb, acc, next);
+  if (!add) return;
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) acc[i][j] = load_bits<typename E::V>(sums + (i * C + j) * E::kVL) + acc[i][j];
+}
 
 template <class E>
 DLK_INLINE void store_tile(typename E::ElemC* c, int64_t pitch, const typename E::V (&tile)[kMR][kNV]) {
@@ -140,50 +162,77 @@ DLK_INLINE void store_tile(typename E::ElemC* c, int64_t pitch, const typename E
     for (int j = 0; j < kNV; ++j) store(c + i * pitch + j * E::kVL, tile[i][j]);
 }
 
-// C = act(a · b + sums + bias), with `add`; else without the sums. They are kNV registers per row.
+// C = act(a · b + bias).
 template <class E, class Act, bool kNext>
-void ukernel_to_c(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
+void ukernel_to_y(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
                   const typename E::Acc* sums, bool add, const LinesAhead* next, const TileOfC<E>& out) {
-  using P = typename E::Panels;
   using V = typename E::V;
-  constexpr int R = kMR, C = kNV;
-  if (add) prefetch_tile<P, R, C>(sums, C * E::kVL);
-  V acc[R][C], bias[C];
-  multiply_panels<P, kRowMajor, R, C, kNext>(cells, a, b, ldb, acc, next);
+  V acc[kMR][kNV], bias[kNV];
+  whole_sums<E, kNext>(cells, a, b, ldb, sums, add, next, acc);
 #pragma GCC unroll 4
-  for (int j = 0; j < C; ++j) bias[j] = out.bias ? load(out.bias + j * E::kVL) : V{};
+  for (int j = 0; j < kNV; ++j) bias[j] = out.bias ? load(out.bias + j * E::kVL) : V{};
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
+  for (int i = 0; i < kMR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
-      if (add) acc[i][j] = load_bits<V>(sums + (i * C + j) * E::kVL) + acc[i][j];
-      acc[i][j] = Act::template value<Ops<typename E::Acc>>(acc[i][j] + bias[j], V{});
-    }
+    for (int j = 0; j < kNV; ++j) acc[i][j] = Act::template value<Ops<typename E::Acc>>(acc[i][j] + bias[j], V{});
   store_tile<E>(out.c, out.pitch, acc);
   if (out.copy) store_tile<E>(out.copy, out.copy_pitch, acc);
+}
+
+// C = (a · b) · act'(below_saved), the dz of the layer below.
+template <class E, class Act, bool kNext>
+void ukernel_to_dz(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
+                   const typename E::Acc* sums, bool add, const LinesAhead* next, const TileOfC<E>& out) {
+  using V = typename E::V;
+  V acc[kMR][kNV];
+  whole_sums<E, kNext>(cells, a, b, ldb, sums, add, next, acc);
+#pragma GCC unroll 16
+  for (int i = 0; i < kMR; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kNV; ++j)
+      acc[i][j] = Act::template grad<Ops<typename E::Acc>>(
+          acc[i][j], load(out.below_saved + i * out.below_pitch + j * E::kVL), V{});
+  store_tile<E>(out.c, out.pitch, acc);
+  if (!out.column_sums) return;
+  typename E::Acc lanes[kNV * E::kVL];
+#pragma GCC unroll 4
+  for (int j = 0; j < kNV; ++j) {
+    V column{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kMR; ++i) column += acc[i][j];
+    store(lanes + j * E::kVL, column);
+  }
+  for (int64_t c = 0; c < kNV * E::kVL; ++c) out.column_sums[c] += lanes[c];
 }
 
 template <class E>
 using UkernelToC = void (*)(int64_t, const typename E::Cell*, const typename E::Cell*, int64_t, const typename E::Acc*,
                             bool, const LinesAhead*, const TileOfC<E>&);
 
-// The pair of them, without and with kNext, for an activation of a few instructions; of another both are nullptr.
+// A pair of these, without and with kNext, where the epilogue is a few instructions; elsewhere both are nullptr.
 template <class E>
 struct UkernelsToC {
   UkernelToC<E> plain, prefetching;
 
-  static UkernelsToC of(Act act) {
-    if constexpr (E::kDepth == 1 && kIsSame<typename E::ElemB, typename E::ElemC>) {
-      if (act == Act::none) return {&ukernel_to_c<E, Identity, false>, &ukernel_to_c<E, Identity, true>};
-      if (act == Act::relu) return {&ukernel_to_c<E, ReLU, false>, &ukernel_to_c<E, ReLU, true>};
+  static constexpr bool kOneType = E::kDepth == 1 && kIsSame<typename E::ElemB, typename E::ElemC>;
+
+  static UkernelsToC to_y(Act act) {
+    if constexpr (kOneType) {
+      if (act == Act::none) return {&ukernel_to_y<E, Identity, false>, &ukernel_to_y<E, Identity, true>};
+      if (act == Act::relu) return {&ukernel_to_y<E, ReLU, false>, &ukernel_to_y<E, ReLU, true>};
     }
+    return {};
+  }
+  static UkernelsToC to_dz(Act below) {
+    if constexpr (kOneType)
+      if (below == Act::relu) return {&ukernel_to_dz<E, ReLU, false>, &ukernel_to_dz<E, ReLU, true>};
     return {};
   }
   // Those that can write C of this product.
   static UkernelsToC of(const Gemm& p) {
-    const bool to_c = p.splits == 1 && !p.z && !p.below_saved && !p.gated && p.output_mode == OutputMode::cast;
-    if (!to_c) return {};
-    return of(p.saved.data ? Act::none : p.act.kind);  // in backward `act` belongs to dz
+    if (p.splits > 1 || p.z || p.gated || p.output_mode != OutputMode::cast) return {};
+    if (p.below_saved) return to_dz(p.below_act.kind);
+    return to_y(p.saved.data ? Act::none : p.act.kind);  // in backward `act` belongs to dz
   }
 };
 

@@ -185,11 +185,11 @@ FusedMlpGradFn<E, G> fused_mlp_grad_of(Act kind) {
 
 // ---- the products --------------------------------------------------------------------------------------------------
 
-// Compute block · panels, and call out(tile) for every micro-tile. Its sums are in acc then, in rows of kNV registers. A whole
-// micro-tile is first offered to whole(panel of the block, panel, i, j), which returns true if it has computed and stored it.
+// Compute block · panels, and call out(tile) for every micro-tile. Its sums are in acc then, in rows of kNV registers. Where there
+// is a to_c, it computes whole micro-tiles to whole(i, j) instead.
 template <class E, class Out, class Whole>
 DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E::Cell* b, int64_t rows, int64_t cols,
-                                  int64_t k, typename E::Acc* acc, Out&& out, Whole&& whole) {
+                                  int64_t k, typename E::Acc* acc, Out&& out, UkernelToC<E> to_c, Whole&& whole) {
   constexpr int64_t nr = kNV * E::kVL;
   const int64_t cells = ceil_div(k, E::kStep), padded = round_up(cols, E::kVL);
   const auto uk_whole = ukernel_for<E, kRowMajor>(kMR, kNV);
@@ -199,7 +199,10 @@ DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E:
     for (int64_t j = 0; j < padded; j += nr) {
       const int64_t width = min(nr, padded - j);
       const auto* panel_b = b + panel_at<E>(j, nr, cells);
-      if (r == kMR && j + nr <= cols && whole(panel_a, panel_b, i, j)) continue;
+      if (to_c && r == kMR && j + nr <= cols) {
+        to_c(cells, panel_a, panel_b, nr, nullptr, false, nullptr, whole(i, j));
+        continue;
+      }
       const auto uk = r == kMR && width == nr ? uk_whole : ukernel_for<E, kRowMajor>(r, width / E::kVL);
       uk(cells, panel_a, panel_b, width, acc, nr, false, nullptr);
       out(MicroTile{i, j, r, min(width, cols - j)});
@@ -207,37 +210,53 @@ DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E:
   }
 }
 
-template <class E, class Out>
-DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E::Cell* b, int64_t rows, int64_t cols,
-                                  int64_t k, typename E::Acc* acc, Out&& out) {
-  const auto none = [](auto...) { return false; };
-  fused_mlp_product<E>(a, b, rows, cols, k, acc, out, none);
-}
+// Rows of a block can be written from registers, rounded like those of a tensor.
+template <class E>
+constexpr bool kBlockIsTensor = kIsSame<typename E::Packed, typename E::Elem>;
 
-// A layer's forward: h[i0.., n] = act(block · panels + bias), to the layer's tensors and, unless it is nullptr, to `out`.
+// A layer's forward: rows i0.. of act(block · panels + bias), to the layer's tensors and, unless it is nullptr, to `to`.
 template <class E>
 void fused_mlp_layer_forward(const FusedMlpLayer& layer, const typename E::Packed* block,
                              const typename E::Cell* panels, int64_t i0, int64_t rows, typename E::Acc* acc,
-                             typename E::Packed* out) {
+                             typename E::Packed* to) {
   using T = typename E::Elem;
   const auto value = fused_mlp_value_of<E>(layer.act.kind);
-  const auto each = [&](const MicroTile& t) { value(layer, t, acc, out, i0); };
-  if constexpr (kIsSame<typename E::Packed, T>) {
-    const auto to_c = layer.z ? nullptr : UkernelsToC<E>::of(layer.act.kind).plain;
-    if (to_c)
-      return fused_mlp_product<E>(
-          block, panels, rows, layer.n, layer.k, acc, each, [&](const auto* a, const auto* b, int64_t i, int64_t j) {
-            T* const to = out ? out + i * kPitch<E> + j : nullptr;
-            TileOfC<E> tile{to, kPitch<E>, layer.bias ? (const T*)layer.bias + j : nullptr};
-            if (layer.h) {
-              tile.c = (T*)layer.h + (i0 + i) * layer.n + j, tile.pitch = layer.n;
-              tile.copy = to, tile.copy_pitch = kPitch<E>;
-            }
-            to_c(ceil_div(layer.k, E::kStep), a, b, kNV * E::kVL, nullptr, false, nullptr, tile);
-            return true;
-          });
-  }
-  fused_mlp_product<E>(block, panels, rows, layer.n, layer.k, acc, each);
+  const auto out = [&](const MicroTile& t) { value(layer, t, acc, to, i0); };
+  const auto whole = [&](int64_t i, int64_t j) {
+    TileOfC<E> tile{};
+    if constexpr (kBlockIsTensor<E>) {
+      tile.c = to ? to + i * kPitch<E> + j : nullptr, tile.pitch = kPitch<E>;
+      if (layer.bias) tile.bias = (const T*)layer.bias + j;
+      if (layer.h) {
+        tile.copy = tile.c, tile.copy_pitch = tile.pitch;
+        tile.c = (T*)layer.h + (i0 + i) * layer.n + j, tile.pitch = layer.n;
+      }
+    }
+    return tile;
+  };
+  const auto to_y = kBlockIsTensor<E> && !layer.z ? UkernelsToC<E>::to_y(layer.act.kind).plain : nullptr;
+  fused_mlp_product<E>(block, panels, rows, layer.n, layer.k, acc, out, to_y, whole);
+}
+
+// A layer's dgrad: dz of the layer below, in the block `to`, and its columns added to dbias.
+template <class E>
+void fused_mlp_layer_dgrad(const FusedMlpLayer& layer, const FusedMlpLayer& below, const typename E::Packed* dz,
+                           const typename E::Cell* panels, int64_t i0, int64_t rows, typename E::Acc* acc,
+                           typename E::Packed* to, double* dbias) {
+  using T = typename E::Elem;
+  const auto grad = fused_mlp_grad_of<E, typename E::Acc>(below.act.kind);
+  const auto out = [&](const MicroTile& t) { grad(below, t, acc, kNV * E::kVL, i0, to, dbias); };
+  const auto whole = [&](int64_t i, int64_t j) {
+    TileOfC<E> tile{};
+    if constexpr (kBlockIsTensor<E>) {
+      tile.c = to + i * kPitch<E> + j, tile.pitch = kPitch<E>;
+      tile.below_saved = (const T*)below.h + (i0 + i) * below.n + j, tile.below_pitch = below.n;
+      tile.column_sums = dbias + j;
+    }
+    return tile;
+  };
+  const auto to_dz = kBlockIsTensor<E> ? UkernelsToC<E>::to_dz(below.act.kind).plain : nullptr;
+  fused_mlp_product<E>(dz, panels, rows, layer.k, layer.n, acc, out, to_dz, whole);
 }
 
 // sums[n, k] = dzᵀ · h, or sums += dzᵀ · h with `add`. h is rows i0.. of the layer's input; the rows of sums have a
@@ -310,16 +329,13 @@ void fused_mlp_block_backward(const FusedMlp& p, FusedMlpBuffers<E>& s, int64_t 
     if (l > 0) {
       const FusedMlpLayer& below = p.layer[l - 1];
       sums -= below.n * fused_mlp_pitch(below.k) + fused_mlp_pitch(below.n);
-      const auto grad = fused_mlp_grad_of<E, typename E::Acc>(below.act.kind);
-      fused_mlp_product<E>(dz, s.weight_t[l], rows, layer.k, layer.n, s.acc,
-                           [&](const MicroTile& t) { grad(below, t, s.acc, kNV * E::kVL, i0, next, s.dbias[l - 1]); });
+      fused_mlp_layer_dgrad<E>(layer, below, dz, s.weight_t[l], i0, rows, s.acc, next, s.dbias[l - 1]);
       auto* swap = dz;
       dz = next, next = swap;
     } else if (p.dx) {
-      FusedMlpLayer x{};
-      x.n = layer.k, x.h = p.dx;
-      fused_mlp_product<E>(dz, s.weight_t[0], rows, layer.k, layer.n, s.acc,
-                           [&](const MicroTile& t) { fused_mlp_value<E, Identity>(x, t, s.acc, nullptr, i0); });
+      FusedMlpLayer x{};  // dx, written like the output of a layer without activation
+      x.n = layer.k, x.k = layer.n, x.h = p.dx;
+      fused_mlp_layer_forward<E>(x, dz, s.weight_t[0], i0, rows, s.acc, nullptr);
     }
   }
 }
