@@ -105,6 +105,21 @@ def test_instruction_set_on_request():
     assert all("portable" in row["kernel"] and row["path"] == "packed" for row in rows)
 
 
+_TRANSPOSED = """
+import torch
+from dlkernels import _C, functional
+torch.set_num_threads(2)
+print(_C.cpu_kernels()["isa"], functional.explain(torch.ones(32, 3136), torch.ones(512, 3136)).forward[0].scratch_bytes)
+"""
+
+
+def test_scratch_of_a_product_that_is_multiplied_as_its_transpose():
+    isa, scratch = python("-c", _TRANSPOSED, DLKERNELS_CPU_ISA="avx2", DLKERNELS_CPU_GEMM="own").split()
+    if isa != "avx2":
+        pytest.skip("only AVX2 multiplies the transpose")
+    assert int(scratch) >= 32 * 3136 * 4, "x is packed once, for all tiles of rows of weight"
+
+
 def test_explain_mlp_names_the_chain_where_it_runs():
     def paths_of(m, sizes, **kind):
         weights = [torch.randn(n, k, **kind) for k, n in pairwise(sizes)]

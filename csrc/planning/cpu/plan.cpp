@@ -74,7 +74,8 @@ int64_t scratch_bytes(const Step& step, const Problem& p, const Machine& machine
   }
   if (step.path != Path::packed) return 0;
   const Op op = step.kind == StepKind::forward ? Op::forward : step.kind == StepKind::dgrad ? Op::dgrad : Op::wgrad;
-  Gemm described = product(op, p.shape, p.dtype, {nullptr, 1, 1}, {nullptr, 1, 1});
+  const View rows = contiguous_view(k);  // how x and weight lie decides how a forward is multiplied (transposed.h)
+  Gemm described = product(op, p.shape, p.dtype, rows, rows);
   described.splits = step.splits;
   described.row_sum = step.outputs & kDbias ? &described : nullptr;  // only compared with null
   return machine.packed(p, op).panels_size(described, machine.threads_for(m * n * k)) +

@@ -9,7 +9,7 @@ struct GemmCall {
   Tiling t;
   int64_t b_cells;  // of a B block in p->panels
   bool b_in_place;  // whole panels of B are read where they lie
-  bool c_in_place;  // the sums are C: there is no epilogue to run
+  bool c_in_place;  // the sums are C, without an epilogue, where to_c does not write it
   RowSource<E> a;
   AOrder order;
   EpilogueFn<typename E::ElemC> epilogue;
@@ -52,8 +52,8 @@ void finish_micro_tile(const GemmCall<E>& call, const Block<E>& at, typename E::
   const int64_t i0 = at.i0 + i, j0 = at.j0 + j;
   if (at.total) add_to_total(c, nr, at.total + micro_tile, nr, rows, width, at.first_sum, at.last_sum);
   if (!at.last_sum || at.waits) return;
-  if (kTransposes && call.result != &p)
-    return transposed_epilogue<E>(*call.result, call.epilogue, c, j0, i0, cols, rows);
+  if constexpr (kTransposes)
+    if (call.result != &p) return transposed_epilogue<E>(*call.result, call.epilogue, c, j0, i0, cols, rows);
   if (call.glu) return call.glu(p, c - kUpAt, c, nr, i0, j0, rows, cols);
   if (call.t.kt == 1) return call.epilogue(p, c, nr, i0, j0, rows, cols);
   auto* part = (typename E::Acc*)p.partials + (at.tk * p.m + i0) * p.n + j0;
@@ -95,7 +95,6 @@ void multiply_block(const GemmCall<E>& call, const Block<E>& at, const typename 
       const bool in_place = c_in_place && !to_c;
       A* const c = in_place ? row_of_c + j : one_block ? acc : acc + i * ld + j * kMR;
       const int64_t ldc = in_place ? p.n : nr;
-      const auto out = TileOfC<E>::of(p, at.i0 + i, at.j0 + j);
       Ahead& ahead = Ahead::empty(next_b) ? next_a : next_b;
       int64_t q = 0;
       for (; q + per_sum < at.cells; q += per_sum)  // the sums before the last
@@ -108,7 +107,8 @@ void multiply_block(const GemmCall<E>& call, const Block<E>& at, const typename 
       const bool add = !at.first || q > 0;
       Ahead::serve(ahead, cells, [&](const LinesAhead* next) {
         if (to_c)
-          (next ? call.to_c.prefetching : call.to_c.plain)(cells, a, b, ldb, c, add, next, out);
+          (next ? call.to_c.prefetching : call.to_c.plain)(cells, a, b, ldb, c, add, next,
+                                                           TileOfC<E>::of(p, at.i0 + i, at.j0 + j));
         else
           (next ? prefetching : plain)(cells, a, b, ldb, c, ldc, add, next);
       });

@@ -8,7 +8,7 @@
 //           for each B micro-panel            streams from L2
 //             micro-kernel                    accumulators in registers; prefetches what comes next (ahead.h)
 //             total                           after every kTotalCells cells of k, in f64
-//             epilogue                        after the last k block, with the micro-tile still in L1
+//             epilogue                        after the last k block, in registers (TileOfC) or with the sums still in L1
 //
 // Every element of C is accumulated over k in the same order for every tiling, so the result does not depend on the
 // number of threads.

@@ -4,21 +4,21 @@
 // one, becomes A. Micro-tiles are transposed on their way to C, which costs little where k is long.
 namespace dlk::cpu::DLK_ISA {
 
-// A product of at most so many rows, with at least so many elements of k for each of them, is multiplied as its transpose.
-// Measured on AVX2 alone, forward: 1.18 times as fast at 32x3136x512, 1.08 at 24x1024x1024, 1.02 at 64x512x512 and
-// 128x1024x1024; 0.98 at 96x512x512, 0.88 at 48x100x256.
-constexpr bool kTransposes = kMR == 6;
-constexpr int64_t kTransposedRows = 128, kTransposedDepth = 8;
+// So many rows of C, with at least kTransposedDepth elements of k for each of them. Measured on AVX2 alone, forward: 1.18 times
+// as fast at 32x3136x512, 1.08 at 16x256x256 and 24x1024x1024, 1.02 at 64x512x512 and 128x1024x1024; 1.0 at 12x512x512, 0.98 at
+// 96x512x512, 0.88 at 48x100x256.
+constexpr bool kTransposes = kMR == 6;  // the micro-tiles of AVX2
+constexpr int64_t kTransposedRows = 16, kTransposedMostRows = 128, kTransposedDepth = 8;
 
 // Return whether p is multiplied so. Its rows become columns of micro-tiles, of which at most a quarter may be padding.
 template <class E>
 bool multiplies_transposed(const Gemm& p) {
-  if (!kTransposes) return false;
+  if constexpr (!kTransposes) return false;
   const bool along_k = p.a.col_stride == 1 && p.b.row_stride == 1 && p.b.col_stride != 1;
   const bool plain = !p.saved.data && !p.row_sum && !p.gated && !p.below_saved && p.splits == 1 &&
                      p.output_mode == OutputMode::cast && kIsSame<typename E::Elem, typename E::ElemB>;
-  const bool pays =
-      p.m <= kTransposedRows && 2 * p.m <= p.n && kTransposedDepth * p.m <= p.k && 3 * round_up(p.m, E::kVL) <= 4 * p.m;
+  const bool pays = kTransposedRows <= p.m && p.m <= kTransposedMostRows && 2 * p.m <= p.n &&
+                    kTransposedDepth * p.m <= p.k && 3 * round_up(p.m, E::kVL) <= 4 * p.m;
   return along_k && plain && pays;
 }
 
@@ -32,7 +32,7 @@ Gemm as_multiplied(const Gemm& p) {
   return transposed;
 }
 
-// Run the epilogue of p on a micro-tile of cᵀ, which is rows × cols of c.
+// Run the epilogue of p on a micro-tile of rows × cols of C. At ct it lies transposed: `cols` rows, kNV registers apart.
 template <class E>
 void transposed_epilogue(const Gemm& p, EpilogueFn<typename E::ElemC> epilogue, const typename E::Acc* ct, int64_t i0,
                          int64_t j0, int64_t rows, int64_t cols) {

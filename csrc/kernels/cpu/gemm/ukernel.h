@@ -123,8 +123,8 @@ struct TileOfC {
   T* c;  // rows are `pitch` elements apart
   int64_t pitch;
   const typename E::ElemB* bias = nullptr;  // of a forward, or nullptr
-  const T* below_saved = nullptr;           // of a dgrad that makes dz of the layer below; its rows are as far apart as
-  int64_t below_pitch = 0;                  // this
+  const T* below_saved = nullptr;           // of a dgrad that makes dz of the layer below
+  int64_t below_pitch = 0;                  // between its rows
   T* copy = nullptr;                        // receives C too, or nullptr
   int64_t copy_pitch = 0;
   double* column_sums = nullptr;  // the columns of dz are added to them, or nullptr
