@@ -42,8 +42,8 @@ void add_to_total(A* c, int64_t ldc, double* total, int64_t ld, int64_t rows, in
   }
 }
 
-// A micro-tile whose last sum is at c: rows × cols of C at i and j of the block, in `width` padded columns. Add the sum to the
-// total; behind the last sum of the tile run the epilogue, or store a partial sum.
+// Finish a sum of the micro-tile at i and j of the block. It is at c: rows × cols of C, in `width` padded columns. Add it to the
+// total. After the last sum of the tile run the epilogue, or store a partial sum.
 template <class E>
 void finish_micro_tile(const GemmCall<E>& call, const Block<E>& at, typename E::Acc* c, int64_t micro_tile, int64_t i,
                        int64_t j, int64_t rows, int64_t cols, int64_t width) {

@@ -4,9 +4,9 @@
 // one, becomes A. Micro-tiles are transposed on their way to C, which costs little where k is long.
 namespace dlk::cpu::DLK_ISA {
 
-// So many rows of C, with at least kTransposedDepth elements of k for each of them. Measured on AVX2 alone, forward: 1.18 times
-// as fast at 32x3136x512, 1.08 at 16x256x256 and 24x1024x1024, 1.02 at 64x512x512 and 128x1024x1024; 1.0 at 12x512x512, 0.98 at
-// 96x512x512, 0.88 at 48x100x256.
+// C has kTransposedRows to kTransposedMostRows rows, and k has kTransposedDepth elements or more for each of them. Measured on
+// AVX2 alone, forward: 1.18 times as fast at 32x3136x512, 1.08 at 16x256x256 and 24x1024x1024, 1.02 at 64x512x512 and
+// 128x1024x1024; 1.0 at 12x512x512, 0.98 at 96x512x512, 0.88 at 48x100x256.
 constexpr bool kTransposes = kMR == 6;  // the micro-tiles of AVX2
 constexpr int64_t kTransposedRows = 16, kTransposedMostRows = 128, kTransposedDepth = 8;
 

@@ -59,8 +59,8 @@ struct LinesAhead {
   int64_t left, per_row, jump;
 };
 
-// acc[R, C registers] = a · b over `cells` cells along k. ldb is in cells. kNext: on the way the panel's micro-kernel prefetches
-// `next`, one line in kStepsPerLine steps. It costs 4 % where nothing is gained.
+// acc[R, C registers] = a · b over `cells` cells along k. ldb is in cells. kNext: on the way prefetch `next`,
+// one line in kStepsPerLine steps. It costs 4 % where nothing is gained.
 template <class E, AOrder order, int R, int C, bool kNext>
 DLK_INLINE void multiply_panels(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
                                 typename E::V (&acc)[R][C], [[maybe_unused]] const LinesAhead* next) {
