@@ -2,26 +2,15 @@
 // every product that errs, beside sums in f64, and exits with 1 if there is one.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <memory>
 #include <random>
 #include <vector>
 
 #define DLK_ISA micro_tiles
 #define DLK_VBYTES 16
 #define DLK_NV 2
-#include "kernels/cpu/isa/vec.h"
-#include "kernels/cpu/isa/vmath.h"
-#include "kernels/cpu/gemm/gemm_traits.h"
-#include "kernels/cpu/gemm/strided_rows.h"
-#include "kernels/cpu/gemm/epilogue.h"
-#include "kernels/cpu/gemm/ukernel.h"
-#include "kernels/cpu/gemm/tiling.h"
-#include "kernels/cpu/gemm/packing.h"
-#include "kernels/cpu/gemm/ahead.h"
-#include "kernels/cpu/gemm/transposed.h"
-#include "kernels/cpu/gemm/block.h"
-#include "kernels/cpu/gemm/gemm.h"
+#define DLK_DOT_M 2
+#define DLK_DOT_N 2
+#include "kernels/cpu/isa/kernel_set.h"
 
 namespace dlk::cpu {
 

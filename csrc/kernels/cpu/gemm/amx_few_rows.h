@@ -62,21 +62,6 @@ void copy_edge(const Gemm& p, int64_t j0, int64_t rows, int64_t k, int64_t cells
   }
 }
 
-// out[c, r] = in[r, c], 32 × 32.
-template <class E>
-void transpose_tile(const float* in, float* out) {
-  constexpr int64_t size = FewRowsTiles<E>::kRows, lanes = E::kVL;
-  for (int64_t r = 0; r < size; r += lanes)
-    for (int64_t c = 0; c < size; c += lanes) {
-      typename E::V square[lanes];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) square[i] = load_bits<typename E::V>(in + (r + i) * size + c);
-      transpose(square);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < lanes; ++i) store_bits(out + (c + i) * size + r, square[i]);
-    }
-}
-
 // The rows of weight of one task. The first `whole` cells of each are read in place, the last step from the copy
 // `edge`.
 template <class E>
@@ -115,7 +100,7 @@ void few_rows_tile(const FewRowsTiles<E>& call, const FewRowsBuffers<E>& s, cons
       packed(E::kDepth, s.edge, E::kDepth * sizeof(Cell), x + weight.whole * width, s.yt_tile, size, true);
     if (call.cells > kTotalCells<E>) add_to_total(s.yt_tile, size, s.total, size, size, size, q == 0, to == call.cells);
   }
-  transpose_tile<E>(s.yt_tile, s.y_tile);
+  transpose_squares<E>(s.yt_tile, size, size, size, s.y_tile, size);
 }
 
 template <class E>

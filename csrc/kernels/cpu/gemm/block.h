@@ -5,7 +5,7 @@ namespace dlk::cpu::DLK_ISA {
 template <class E>
 struct GemmCall {
   const Gemm* p;       // the product as it is multiplied
-  const Gemm* result;  // the product as the epilogue writes it: p, or the one that p is the transpose of
+  const Gemm* result;  // the product that p is the transpose of, which the epilogue writes; or nullptr
   Tiling t;
   int64_t b_cells;  // of a B block in p->panels
   bool b_in_place;  // whole panels of B are read where they lie
@@ -53,7 +53,7 @@ void finish_micro_tile(const GemmCall<E>& call, const Block<E>& at, typename E::
   if (at.total) add_to_total(c, nr, at.total + micro_tile, nr, rows, width, at.first_sum, at.last_sum);
   if (!at.last_sum || at.waits) return;
   if constexpr (kTransposes)
-    if (call.result != &p) return transposed_epilogue<E>(*call.result, call.epilogue, c, j0, i0, cols, rows);
+    if (call.result) return transposed_epilogue<E>(*call.result, call.epilogue, c, j0, i0, cols, rows);
   if (call.glu) return call.glu(p, c - kUpAt, c, nr, i0, j0, rows, cols);
   if (call.t.kt == 1) return call.epilogue(p, c, nr, i0, j0, rows, cols);
   auto* part = (typename E::Acc*)p.partials + (at.tk * p.m + i0) * p.n + j0;
@@ -82,6 +82,8 @@ void multiply_block(const GemmCall<E>& call, const Block<E>& at, const typename 
     return row_major ? ukernel_for<M, kRowMajor>(rows, registers, next)
                      : ukernel_for<M, kKMajor>(rows, registers, next);
   };
+  const bool sums_in_c = c_in_place && !to_c;  // of whole micro-tiles
+  const int64_t ldc = sums_in_c ? p.n : nr;
   const auto plain = uk_of(kMR, kNV, false), prefetching = uk_of(kMR, kNV, true);
   const int64_t a_step = row_major ? 1 : kMR;
   for (int64_t i = 0; i < at.rows; i += kMR) {
@@ -92,9 +94,7 @@ void multiply_block(const GemmCall<E>& call, const Block<E>& at, const typename 
     const int64_t ldb = at.b_there ? p.b.row_stride : nr;
     for (; r == kMR && j + nr <= at.cols; j += nr) {
       const Cell* const panel_b = at.b_there ? at.b_there + j : block_b + panel_at<E>(j, nr, at.cells);
-      const bool in_place = c_in_place && !to_c;
-      A* const c = in_place ? row_of_c + j : one_block ? acc : acc + i * ld + j * kMR;
-      const int64_t ldc = in_place ? p.n : nr;
+      A* const c = sums_in_c ? row_of_c + j : one_block ? acc : acc + i * ld + j * kMR;
       Ahead& ahead = Ahead::empty(next_b) ? next_a : next_b;
       int64_t q = 0;
       for (; q + per_sum < at.cells; q += per_sum)  // the sums before the last
@@ -108,11 +108,11 @@ void multiply_block(const GemmCall<E>& call, const Block<E>& at, const typename 
       Ahead::serve(ahead, cells, [&](const LinesAhead* next) {
         if (to_c)
           (next ? call.to_c.prefetching : call.to_c.plain)(cells, a, b, ldb, c, add, next,
-                                                           TileOfC<E>::of(p, at.i0 + i, at.j0 + j));
+                                                           TileOfC<typename E::ElemC>::of(p, at.i0 + i, at.j0 + j));
         else
           (next ? prefetching : plain)(cells, a, b, ldb, c, ldc, add, next);
       });
-      if (at.last && !to_c && !in_place) finish_micro_tile<E>(call, at, c, i * ld + j * kMR, i, j, r, nr, nr);
+      if (at.last && !to_c && !sums_in_c) finish_micro_tile<E>(call, at, c, i * ld + j * kMR, i, j, r, nr, nr);
     }
     for (; j < padded; j += nr) {
       const int64_t width = min(nr, padded - j), n = min(width, at.cols - j);

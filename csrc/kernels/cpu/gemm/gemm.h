@@ -281,7 +281,7 @@ int64_t b_block_cells(const Tiling& t) {
 // pack the same block.
 template <class E>
 int64_t panels_size(const Gemm& of, int threads) {
-  const Gemm p = as_multiplied<E>(of);
+  const Gemm p = multiplies_transposed<E>(of) ? transposed_product(of) : of;
   const Tiling t = tile<E>(p, threads);
   const bool shares = t.mt >= kSharedTiles || (t.mt == 2 && p.k * p.n <= kSharedByTwo);
   return shares ? t.products * t.b_blocks() * b_block_cells<E>(t) * sizeof(typename E::Cell) : 0;
@@ -291,14 +291,13 @@ template <class E>
 void gemm_with(const Gemm& result, const Parallel& parallel) {
   using C = typename E::ElemC;
   const bool transposed = multiplies_transposed<E>(result);
-  const Gemm multiplied = as_multiplied<E>(result);
-  const Gemm& p = transposed ? multiplied : result;
+  const Gemm p = transposed ? transposed_product(result) : result;
   // dzᵀ is contiguous along its rows. All other operands are read along k.
   const bool k_major = p.a.row_stride == 1 && p.a.col_stride != 1;
   const AOrder order = k_major || p.row_sum ? kKMajor : kRowMajor;
   const Tiling t = tile<E>(p, parallel.threads);
   const GemmCall<E> call = {&p,
-                            &result,
+                            transposed ? &result : nullptr,
                             t,
                             b_block_cells<E>(t),
                             reads_b_in_place<E>(p),

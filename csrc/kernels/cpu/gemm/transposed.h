@@ -22,14 +22,29 @@ bool multiplies_transposed(const Gemm& p) {
   return along_k && plain && pays;
 }
 
-// Return the product as it is multiplied.
-template <class E>
-Gemm as_multiplied(const Gemm& p) {
-  if (!multiplies_transposed<E>(p)) return p;
+// Return the product cᵀ = bᵀ · aᵀ.
+inline Gemm transposed_product(const Gemm& p) {
   Gemm transposed = p;
   transposed.m = p.n, transposed.n = p.m;
   transposed.a = p.b.transposed(), transposed.b = p.a.transposed();
   return transposed;
+}
+
+// out[c, r] = in[r, c] for rows × cols, in squares of registers. Of the last squares all columns are read, and zeros stand for
+// the rows that are missing.
+template <class E>
+DLK_INLINE void transpose_squares(const typename E::Acc* in, int64_t ld_in, int64_t rows, int64_t cols,
+                                  typename E::Acc* out, int64_t ld_out) {
+  for (int64_t c = 0; c < cols; c += E::kVL)
+    for (int64_t r = 0; r < rows; r += E::kVL) {
+      typename E::V square[E::kVL];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < E::kVL; ++i)
+        square[i] = r + i < rows ? load_bits<typename E::V>(in + (r + i) * ld_in + c) : typename E::V{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < E::kVL; ++i) store_bits(out + (c + i) * ld_out + r, square[i]);
+    }
 }
 
 // Run the epilogue of p on a micro-tile of rows × cols of C. At ct it lies transposed: `cols` rows, kNV registers apart.
@@ -38,16 +53,7 @@ void transposed_epilogue(const Gemm& p, EpilogueFn<typename E::ElemC> epilogue, 
                          int64_t j0, int64_t rows, int64_t cols) {
   constexpr int64_t nr = kNV * E::kVL, ld = round_up(kMR, E::kVL);
   typename E::Acc c[nr * ld];
-  for (int64_t i = 0; i < rows; i += E::kVL)
-    for (int64_t j = 0; j < cols; j += E::kVL) {
-      typename E::V square[E::kVL];
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < E::kVL; ++r)
-        square[r] = j + r < cols ? load_bits<typename E::V>(ct + (j + r) * nr + i) : typename E::V{};
-      transpose(square);
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < E::kVL; ++r) store_bits(c + (i + r) * ld + j, square[r]);
-    }
+  transpose_squares<E>(ct, nr, cols, rows, c, ld);
   epilogue(p, c, ld, i0, j0, rows, cols);
 }
 

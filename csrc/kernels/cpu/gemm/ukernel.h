@@ -117,22 +117,21 @@ void ukernel(int64_t cells, const typename E::Cell* a, const typename E::Cell* b
 }
 
 // A whole micro-tile of C, and what its epilogue reads and writes beside it.
-template <class E>
+template <class T>
 struct TileOfC {
-  using T = typename E::ElemC;
   T* c;  // rows are `pitch` elements apart
   int64_t pitch;
-  const typename E::ElemB* bias = nullptr;  // of a forward, or nullptr
-  const T* below_saved = nullptr;           // of a dgrad that makes dz of the layer below
-  int64_t below_pitch = 0;                  // between its rows
-  T* copy = nullptr;                        // receives C too, or nullptr
+  const T* bias = nullptr;         // of a forward, or nullptr
+  const T* below_saved = nullptr;  // of a dgrad that makes dz of the layer below
+  int64_t below_pitch = 0;         // between its rows
+  T* copy = nullptr;               // receives C too, or nullptr
   int64_t copy_pitch = 0;
   double* column_sums = nullptr;  // the columns of dz are added to them, or nullptr
 
   // The micro-tile at row i and column j.
   static TileOfC of(const Gemm& p, int64_t i, int64_t j) {
     TileOfC tile{(T*)p.c + i * p.n + j, p.n};
-    if (p.bias) tile.bias = (const typename E::ElemB*)p.bias + j;
+    if (p.bias) tile.bias = (const T*)p.bias + j;
     if (p.below_saved) tile.below_saved = (const T*)p.below_saved + i * p.n + j, tile.below_pitch = p.n;
     return tile;
   }
@@ -143,10 +142,9 @@ template <class E, bool kNext>
 DLK_INLINE void whole_sums(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
                            const typename E::Acc* sums, bool add, const LinesAhead* next,
                            typename E::V (&acc)[kMR][kNV]) {
-  using P = typename E::Panels;
   constexpr int R = kMR, C = kNV;
-  if (add) prefetch_tile<P, R, C>(sums, C * E::kVL);
-  multiply_panels<P, kRowMajor, R, C, kNext>(cells, a, b, ldb, acc, next);
+  if (add) prefetch_tile<E, R, C>(sums, C * E::kVL);
+  multiply_panels<E, kRowMajor, R, C, kNext>(cells, a, b, ldb, acc, next);
   if (!add) return;
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
@@ -154,18 +152,18 @@ DLK_INLINE void whole_sums(int64_t cells, const typename E::Cell* a, const typen
     for (int j = 0; j < C; ++j) acc[i][j] = load_bits<typename E::V>(sums + (i * C + j) * E::kVL) + acc[i][j];
 }
 
-template <class E>
-DLK_INLINE void store_tile(typename E::ElemC* c, int64_t pitch, const typename E::V (&tile)[kMR][kNV]) {
+template <class E, class T>
+DLK_INLINE void store_tile(T* c, int64_t pitch, const typename E::V (&tile)[kMR][kNV]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kMR; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kNV; ++j) store(c + i * pitch + j * E::kVL, tile[i][j]);
 }
 
-// C = act(a · b + bias).
-template <class E, class Act, bool kNext>
+// C = act(a · b + bias). E are the Panels of its product, and T is the type of C.
+template <class E, class T, class Act, bool kNext>
 void ukernel_to_y(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
-                  const typename E::Acc* sums, bool add, const LinesAhead* next, const TileOfC<E>& out) {
+                  const typename E::Acc* sums, bool add, const LinesAhead* next, const TileOfC<T>& out) {
   using V = typename E::V;
   V acc[kMR][kNV], bias[kNV];
   whole_sums<E, kNext>(cells, a, b, ldb, sums, add, next, acc);
@@ -180,9 +178,9 @@ void ukernel_to_y(int64_t cells, const typename E::Cell* a, const typename E::Ce
 }
 
 // C = (a · b) · act'(below_saved), the dz of the layer below.
-template <class E, class Act, bool kNext>
+template <class E, class T, class Act, bool kNext>
 void ukernel_to_dz(int64_t cells, const typename E::Cell* a, const typename E::Cell* b, int64_t ldb,
-                   const typename E::Acc* sums, bool add, const LinesAhead* next, const TileOfC<E>& out) {
+                   const typename E::Acc* sums, bool add, const LinesAhead* next, const TileOfC<T>& out) {
   using V = typename E::V;
   V acc[kMR][kNV];
   whole_sums<E, kNext>(cells, a, b, ldb, sums, add, next, acc);
@@ -207,25 +205,27 @@ void ukernel_to_dz(int64_t cells, const typename E::Cell* a, const typename E::C
 
 template <class E>
 using UkernelToC = void (*)(int64_t, const typename E::Cell*, const typename E::Cell*, int64_t, const typename E::Acc*,
-                            bool, const LinesAhead*, const TileOfC<E>&);
+                            bool, const LinesAhead*, const TileOfC<typename E::ElemC>&);
 
 // A pair of these, without and with kNext, where the epilogue is a few instructions; elsewhere both are nullptr.
 template <class E>
 struct UkernelsToC {
   UkernelToC<E> plain, prefetching;
 
-  static constexpr bool kOneType = E::kDepth == 1 && kIsSame<typename E::ElemB, typename E::ElemC>;
+  using P = typename E::Panels;
+  using T = typename E::ElemC;
+  static constexpr bool kOneType = E::kDepth == 1 && kIsSame<typename E::ElemB, T>;
 
   static UkernelsToC to_y(Act act) {
     if constexpr (kOneType) {
-      if (act == Act::none) return {&ukernel_to_y<E, Identity, false>, &ukernel_to_y<E, Identity, true>};
-      if (act == Act::relu) return {&ukernel_to_y<E, ReLU, false>, &ukernel_to_y<E, ReLU, true>};
+      if (act == Act::none) return {&ukernel_to_y<P, T, Identity, false>, &ukernel_to_y<P, T, Identity, true>};
+      if (act == Act::relu) return {&ukernel_to_y<P, T, ReLU, false>, &ukernel_to_y<P, T, ReLU, true>};
     }
     return {};
   }
   static UkernelsToC to_dz(Act below) {
     if constexpr (kOneType)
-      if (below == Act::relu) return {&ukernel_to_dz<E, ReLU, false>, &ukernel_to_dz<E, ReLU, true>};
+      if (below == Act::relu) return {&ukernel_to_dz<P, T, ReLU, false>, &ukernel_to_dz<P, T, ReLU, true>};
     return {};
   }
   // Those that can write C of this product.

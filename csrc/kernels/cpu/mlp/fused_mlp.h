@@ -223,7 +223,7 @@ void fused_mlp_layer_forward(const FusedMlpLayer& layer, const typename E::Packe
   const auto value = fused_mlp_value_of<E>(layer.act.kind);
   const auto out = [&](const MicroTile& t) { value(layer, t, acc, to, i0); };
   const auto whole = [&](int64_t i, int64_t j) {
-    TileOfC<E> tile{};
+    TileOfC<T> tile{};
     if constexpr (kBlockIsTensor<E>) {
       tile.c = to ? to + i * kPitch<E> + j : nullptr, tile.pitch = kPitch<E>;
       if (layer.bias) tile.bias = (const T*)layer.bias + j;
@@ -247,7 +247,7 @@ void fused_mlp_layer_dgrad(const FusedMlpLayer& layer, const FusedMlpLayer& belo
   const auto grad = fused_mlp_grad_of<E, typename E::Acc>(below.act.kind);
   const auto out = [&](const MicroTile& t) { grad(below, t, acc, kNV * E::kVL, i0, to, dbias); };
   const auto whole = [&](int64_t i, int64_t j) {
-    TileOfC<E> tile{};
+    TileOfC<T> tile{};
     if constexpr (kBlockIsTensor<E>) {
       tile.c = to + i * kPitch<E> + j, tile.pitch = kPitch<E>;
       tile.below_saved = (const T*)below.h + (i0 + i) * below.n + j, tile.below_pitch = below.n;
