@@ -10,11 +10,10 @@ template <class T, class Act>
 void glu_row(const T* gate, const T* up, T* y, int64_t n, double slope) {
   using O = Ops<Acc<T>>;
   const auto s = O::lit(slope);
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const int64_t valid = min(kLanes<T>, n - i);
+  each_register<T>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
     const auto z = load_partial(gate + i, 1, valid), z_up = load_partial(up + i, 1, valid);
     store_partial(y + i, Act::template value<O>(z, s) * z_up, valid);
-  }
+  });
 }
 
 template <class T>
@@ -41,22 +40,19 @@ template <class T, class Act>
 void glu_grad_row(const GluGradPass& p, Acc<T>* dz_gate, Acc<T>* dz_up, int64_t row, int64_t j, int64_t n) {
   using O = Ops<Acc<T>>;
   const auto slope = O::lit(p.act.slope);
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const int64_t valid = min(kLanes<T>, n - i);
+  each_register<T>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
     const auto g = load_at<T>(p.g, row, j + i, valid), z = load_at<T>(p.gate, row, j + i, valid);
     const auto z_up = load_at<T>(p.up, row, j + i, valid), value = Act::template value<O>(z, slope);
     store_partial(dz_gate + i, Act::template grad<O>(g * z_up, Act::saves_output ? value : z, slope), valid);
     store_partial(dz_up + i, g * value, valid);
-  }
+  });
 }
 
 // Store one row of dz, and add it to its column sums.
 template <class T>
 DLK_INLINE void keep_row(const Acc<T>* dz, void* to, int64_t at, ColumnSum<Convert<T>>* sum, int64_t n) {
   if (sum) sum->add(dz, n);
-  if (!to) return;
-  for (int64_t c = 0; c < n; c += kLanes<T>)
-    store_partial((T*)to + at + c, load_partial(dz + c, 1, min(kLanes<T>, n - c)), n - c);
+  if (to) store_row((T*)to + at, dz, n);
 }
 
 template <class T>

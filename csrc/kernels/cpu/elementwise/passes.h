@@ -56,9 +56,7 @@ void grad_pass_with(const GradPass& p, const Parallel& parallel) {
           if (out) dz = out;  // dz is made where it belongs
         RowSource<E>::along_row(g, dz, i, j, n);
         if (p.dbias) sum.add(dz, n);
-        if (!out || (const void*)dz == out) continue;
-        for (int64_t c = 0; c < n; c += kLanes<T>)
-          store_partial(out + c, load_partial(dz + c, 1, min(kLanes<T>, n - c)), n - c);
+        if (out && (const void*)dz != out) store_row(out, dz, n);
       }
       if (!p.dbias) continue;
       sum.flush(n);
@@ -76,10 +74,9 @@ template <class T, class Act>
 void act_row(const T* z, T* y, int64_t n, double slope) {
   using O = Ops<Acc<T>>;
   const auto s = O::lit(slope);
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const int64_t valid = min(kLanes<T>, n - i);
+  each_register<T>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
     store_partial(y + i, Act::template value<O>(load_partial(z + i, 1, valid), s), valid);
-  }
+  });
 }
 
 template <class T>
@@ -97,13 +94,12 @@ void act_pass_with(const ActPass& p, const Parallel& parallel) {
 template <class T, class Act, int order>
 void derivative_row(const T* t, const T* z, T* out, int64_t n) {
   using O = Ops<Acc<T>>;
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const int64_t valid = min(kLanes<T>, n - i);
+  each_register<T>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
     const auto a = load_partial(t + i, 1, valid), b = load_partial(z + i, 1, valid);
     if constexpr (order == 1) store_partial(out + i, Act::template grad<O>(a, b, O::lit(0)), valid);
     if constexpr (order == 2) store_partial(out + i, Act::template grad2<O>(a, b), valid);
     if constexpr (order == 3) store_partial(out + i, Act::template grad3<O>(a, b), valid);
-  }
+  });
 }
 
 template <class T>
@@ -126,12 +122,11 @@ template <class T, class Act>
 void bias_act_row(const T* z, const T* bias, T* y, T* z_sum, int64_t n, double slope) {
   using O = Ops<Acc<T>>;
   const auto s = O::lit(slope);
-  for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const int64_t valid = min(kLanes<T>, n - i);
+  each_register<T>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
     const auto sum = load_partial(z + i, 1, valid) + load_partial(bias + i, 1, valid);
     if (z_sum) store_partial(z_sum + i, sum, valid);
     store_partial(y + i, Act::template value<O>(sum, s), valid);
-  }
+  });
 }
 
 template <class T>

@@ -38,7 +38,7 @@ DLK_INLINE void column_dots(const Gemm& p, int64_t i0, int64_t j0, typename E::A
   for (int64_t k = 0, k0 = 0; k0 < p.k; k0 += kDotSums * span) {
     const int64_t k1 = min(k0 + kDotSums * span, p.k);
     V acc[kSums] = {};
-    const auto step = [&](int64_t n) __attribute__((always_inline)) {
+    const auto step = [&](int64_t n) DLK_INLINED {
       V wv[C];
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) wv[j] = E::load_cells(w + j * p.b.col_stride + k, n);
@@ -177,7 +177,7 @@ DLK_INLINE void outer_products(const Acc<T>* dz, int64_t n, const T* x, int64_t 
                                Acc<T>* sums, int64_t pitch, const T* ahead) {
   constexpr int U = kStripeSums / (N * V) < 4 ? kStripeSums / (N * V) : 4;
   Vec<Acc<T>> acc[U][N][V] = {};
-  const auto add = [&](int64_t i, Vec<Acc<T>>(&to)[N][V]) __attribute__((always_inline)) {
+  const auto add = [&](int64_t i, Vec<Acc<T>>(&to)[N][V]) DLK_INLINED {
     if (ahead) prefetch_lines(ahead + i * x_stride, V * kLanes<T> * sizeof(T));
     Vec<Acc<T>> xv[V];
     load_stripe<T, V>(x + i * x_stride, cols, xv);
@@ -239,11 +239,11 @@ DLK_INLINE void backward_stripe(const ColumnsBackward& p, const Acc<T>* dz, int6
                             j == 0 ? ahead : nullptr);
 }
 
-// Run one task: columns j0 .. j0 + cols of x, over one slice of rows. The sums go to dweight and dbias, whose elements
-// are D.
-template <class T, class D>
+// Run one task: columns j0 .. j0 + cols of x, over one slice of rows. The sums go to dweight and dbias, rounded to T, or
+// are partials of several slices.
+template <class T>
 void backward_columns(const ColumnsBackward& p, const DzRows<Convert<T>>& source, int64_t i0, int64_t i1, int64_t j0,
-                      int64_t cols, D* dweight, D* dbias) {
+                      int64_t cols, void* dweight, void* dbias, bool are_partials) {
   using A = Acc<T>;
   constexpr int64_t wide = kStripe * kLanes<T>;
   // Where rows are 1 KiB apart, the 64 rows of a stripe would share 16 sets of L1 and not fit.
@@ -277,13 +277,16 @@ void backward_columns(const ColumnsBackward& p, const DzRows<Convert<T>>& source
     }
     if (sums && i1 - i0 > kSumRows) add_to_total(sums, pitch, total, pitch, p.n, cols, k0 == i0, k1 == i1);
   }
-  for (int64_t n = 0; sums && n < p.n; ++n)
-    for (int64_t j = 0; j < cols; j += kLanes<T>)
-      store_partial(dweight + n * p.k + j0 + j, load(sums + n * pitch + j), cols - j);
-  if (!dbias) return;
-  bias.flush(bias_width);
-  for (int64_t at = p.n; at < bias_width; ++at) bias_total[at % p.n] += bias_total[at];
-  bias.store(dbias, p.n);
+  if (dbias) {
+    bias.flush(bias_width);
+    for (int64_t at = p.n; at < bias_width; ++at) bias_total[at % p.n] += bias_total[at];
+  }
+  const auto store_sums = [&](auto* to_weight, auto* to_bias) {
+    for (int64_t n = 0; to_weight && n < p.n; ++n) store_row(to_weight + n * p.k + j0, sums + n * pitch, cols);
+    if (to_bias) bias.store(to_bias, p.n);
+  };
+  if (are_partials) return store_sums((A*)dweight, (A*)dbias);
+  store_sums((T*)dweight, (T*)dbias);
 }
 
 template <class T>
@@ -306,11 +309,11 @@ void few_columns_backward_with(const ColumnsBackward& p, const Parallel& paralle
       const int64_t i0 = slice * steps / count * step, i1 = min((slice + 1) * steps / count * step, p.m);
       const bool sum_bias = p.dbias && j0 == 0;
       if (count == 1) {
-        backward_columns<T>(p, call.dz, i0, i1, j0, cols, (T*)p.dweight, sum_bias ? (T*)p.dbias : nullptr);
+        backward_columns<T>(p, call.dz, i0, i1, j0, cols, p.dweight, sum_bias ? p.dbias : nullptr, false);
       } else {
         auto* part = (Acc<T>*)p.partials + slice * p.n * (p.k + 1);
         backward_columns<T>(p, call.dz, i0, i1, j0, cols, p.dweight ? part : nullptr,
-                            sum_bias ? part + p.n * p.k : nullptr);
+                            sum_bias ? part + p.n * p.k : nullptr, true);
       }
     }
   });

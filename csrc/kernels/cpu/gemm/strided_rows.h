@@ -37,6 +37,13 @@ DLK_INLINE void copy_row(typename E::Packed* dst, const T* src, int64_t stride, 
   }
 }
 
+// out[0..n) = row[0..n), rounded to T.
+template <class T>
+DLK_INLINE void store_row(T* out, const Acc<T>* row, int64_t n) {
+  each_register<T>(
+      n, [&](int64_t i, int64_t valid) DLK_INLINED { store_partial(out + i, load_partial(row + i, 1, valid), valid); });
+}
+
 #ifdef DLK_BF16_PAIRS
 // ReLU's gradient in bf16 is g or 0, and is selected without widening to f32. It is g where the bits of y are above 0
 // as a signed integer (y > 0, or a NaN), or above -Inf as an unsigned one (a NaN with the sign bit).
@@ -51,25 +58,26 @@ DLK_INLINE void relu_dz_row(Bf16* dst, const Bf16* g, const Bf16* y, int64_t n) 
 }
 #endif
 
-// dst[0..n) = g · act'(saved): one row of dz, the gradient of the preactivation.
-template <class E, class Act>
-void dz_row(typename E::Packed* dst, const typename E::Elem* g, int64_t g_stride, const typename E::Elem* saved,
-            int64_t saved_stride, int64_t n, double slope) {
-  using O = Ops<typename E::Acc>;
-  const typename E::V s = O::lit(slope);
+// dst[0..n) = g · act'(saved): one row of dz, the gradient of the preactivation. It is a function of the packed type P and
+// of the tensors' type T, which several traits have in common.
+template <class P, class T, class Act>
+void dz_row(P* dst, const T* g, int64_t g_stride, const T* saved, int64_t saved_stride, int64_t n, double slope) {
+  using O = Ops<Acc<T>>;
+  constexpr int64_t kVL = kLanes<T>;
+  const auto s = O::lit(slope);
 #ifdef DLK_BF16_PAIRS
-  if constexpr (kIsSame<Act, ReLU> && kIsSame<typename E::Packed, Bf16> && kIsSame<typename E::Elem, Bf16>)
+  if constexpr (kIsSame<Act, ReLU> && kIsSame<P, Bf16> && kIsSame<T, Bf16>)
     if (g_stride == 1 && saved_stride == 1) return relu_dz_row(dst, g, saved, n);
 #endif
   int64_t i = 0;
   if (g_stride == 1 && saved_stride == 1) {
-    for (; i + E::kVL <= n; i += E::kVL) E::pack_store(dst + i, Act::template grad<O>(load(g + i), load(saved + i), s));
+    for (; i + kVL <= n; i += kVL) store(dst + i, Act::template grad<O>(load(g + i), load(saved + i), s));
   }
-  for (; i < n; i += E::kVL) {
-    const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+  for (; i < n; i += kVL) {
+    const int64_t valid = n - i < kVL ? n - i : kVL;
     auto gv = load_partial(g + i * g_stride, g_stride, valid);
     auto sv = load_partial(saved + i * saved_stride, saved_stride, valid);
-    E::pack_store_partial(dst + i, Act::template grad<O>(gv, sv, s), valid);
+    store_partial(dst + i, Act::template grad<O>(gv, sv, s), valid);
   }
 }
 
@@ -88,10 +96,9 @@ struct ColumnSum {
   }
   void add(const typename E::Packed* row, int64_t n) {
     auto* const sums = block;  // a copy, which the stores below cannot change
-    for (int64_t i = 0; i < n; i += E::kVL) {
-      const int64_t valid = n - i < E::kVL ? n - i : E::kVL;
+    each_register<typename E::Elem>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
       store_partial(sums + i, load_partial(sums + i, 1, valid) + load_partial(row + i, 1, valid), valid);
-    }
+    });
     if (++in_block == kBlock) flush(n);
   }
   void flush(int64_t n) {
@@ -126,7 +133,7 @@ struct RowSource {
   void (*grad)(Packed*, const Elem*, int64_t, const Elem*, int64_t, int64_t, double);  // dz_row, or nullptr: plain
 
   static RowSource of(const View& view, const View& saved, const Activation& act) {
-    auto grad = with_activation(act.kind, [](auto functor) { return &dz_row<E, decltype(functor)>; });
+    auto grad = with_activation(act.kind, [](auto functor) { return &dz_row<Packed, Elem, decltype(functor)>; });
     return {view, saved, act.slope, saved.data ? grad : nullptr};
   }
 

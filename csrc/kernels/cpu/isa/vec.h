@@ -14,6 +14,7 @@
 #endif
 
 #define DLK_INLINE static inline __attribute__((always_inline))
+#define DLK_INLINED __attribute__((always_inline))  // behind the parameters of a lambda
 
 namespace dlk::cpu::DLK_ISA {
 
@@ -141,9 +142,10 @@ DLK_INLINE VU16 to_bits(Bf16, VF32 f) {
 }
 
 #if defined(__x86_64__) && DLK_VBYTES == 64
-DLK_INLINE VF32 from_bits(F16, VU16 h) { return (VF32)_mm512_cvtph_ps((__m256i)h); }
+// With a mask of all lanes: GCC 12 warns of an uninitialized register inside the forms without one. The code is the same.
+DLK_INLINE VF32 from_bits(F16, VU16 h) { return (VF32)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
 DLK_INLINE VU16 to_bits(F16, VF32 f) {
-  return (VU16)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (VU16)_mm512_maskz_cvtps_ph(0xffff, (__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #elif defined(__x86_64__) && DLK_VBYTES == 32
 DLK_INLINE VF32 from_bits(F16, VU16 h) { return (VF32)_mm256_cvtph_ps((__m128i)h); }
@@ -207,45 +209,80 @@ using Acc = typename AccOf<T>::type;
 template <class T>
 constexpr int kLanes = DLK_VBYTES / sizeof(Acc<T>);
 
-#if defined(__x86_64__) && DLK_VBYTES == 64
-// The first n elements of a register, 0 < n < lanes, by masked loads and stores. Other lanes are zero, or not stored.
-#define DLK_MASKS
-DLK_INLINE VF32 load_masked(const float* p, int64_t n) { return (VF32)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
-DLK_INLINE VF64 load_masked(const double* p, int64_t n) { return (VF64)_mm512_maskz_loadu_pd((1u << n) - 1, p); }
+// The first n elements of a register, 0 < n < lanes. Other lanes are zero, or not stored. Where no instruction takes a mask
+// these are out of line: inlined, such loops were a quarter of the code of all kernels, and of the time that a compiler takes.
 template <class T>
-DLK_INLINE VF32 load_masked(const T* p, int64_t n) {
+static __attribute__((noinline)) Vec<Acc<T>> load_lanes(const T* p, int64_t stride, int64_t n) {
+  T lanes[kLanes<T>] = {};
+  if (n >= kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) lanes[i] = p[i * stride];
+  } else {
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i * stride];
+  }
+  return load(lanes);
+}
+template <class T>
+static __attribute__((noinline)) void store_lanes(T* p, Vec<Acc<T>> v, int64_t n) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+#if defined(__x86_64__) && DLK_VBYTES == 64
+DLK_INLINE VF32 load_first(const float* p, int64_t n) { return (VF32)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+DLK_INLINE VF64 load_first(const double* p, int64_t n) { return (VF64)_mm512_maskz_loadu_pd((1u << n) - 1, p); }
+template <class T>
+DLK_INLINE VF32 load_first(const T* p, int64_t n) {
   return from_bits(T{}, (VU16)_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 }
-DLK_INLINE void store_masked(float* p, VF32 v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
-DLK_INLINE void store_masked(double* p, VF64 v, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v); }
+DLK_INLINE void store_first(float* p, VF32 v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v); }
+DLK_INLINE void store_first(double* p, VF64 v, int64_t n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v); }
 template <class T>
-DLK_INLINE void store_masked(T* p, VF32 v, int64_t n) {
+DLK_INLINE void store_first(T* p, VF32 v, int64_t n) {
   _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)to_bits(T{}, v));
+}
+#else
+#if defined(__x86_64__) && DLK_VBYTES == 32
+DLK_INLINE __m256i first_of_8(int64_t n) { return (__m256i)(VI32{0, 1, 2, 3, 4, 5, 6, 7} < (int)n); }
+DLK_INLINE __m256i first_of_4(int64_t n) { return (__m256i)(VI64{0, 1, 2, 3} < n); }
+DLK_INLINE VF32 load_first(const float* p, int64_t n) { return (VF32)_mm256_maskload_ps(p, first_of_8(n)); }
+DLK_INLINE VF64 load_first(const double* p, int64_t n) { return (VF64)_mm256_maskload_pd(p, first_of_4(n)); }
+DLK_INLINE void store_first(float* p, VF32 v, int64_t n) { _mm256_maskstore_ps(p, first_of_8(n), (__m256)v); }
+DLK_INLINE void store_first(double* p, VF64 v, int64_t n) { _mm256_maskstore_pd(p, first_of_4(n), (__m256d)v); }
+#endif
+template <class T>
+DLK_INLINE Vec<Acc<T>> load_first(const T* p, int64_t n) {
+  return load_lanes(p, 1, n);
+}
+template <class T>
+DLK_INLINE void store_first(T* p, Vec<Acc<T>> v, int64_t n) {
+  store_lanes(p, v, n);
 }
 #endif
 
 // Load min(n, lanes) elements at a stride; the other lanes are zero.
 template <class T>
 DLK_INLINE Vec<Acc<T>> load_partial(const T* p, int64_t stride, int64_t n) {
-  if (stride == 1 && n >= kLanes<T>) return load(p);
-#ifdef DLK_MASKS
-  if (stride == 1) return n > 0 ? load_masked(p, n) : Vec<Acc<T>>{};
-#endif
-  T lanes[kLanes<T>] = {};
-  for (int64_t i = 0; i < n && i < kLanes<T>; ++i) lanes[i] = p[i * stride];
-  return load(lanes);
+  if (stride != 1) return load_lanes(p, stride, n);
+  if (n >= kLanes<T>) return load(p);
+  return n > 0 ? load_first(p, n) : Vec<Acc<T>>{};
 }
 // Store the first min(n, lanes) lanes.
 template <class T>
 DLK_INLINE void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {
   if (n >= kLanes<T>) return store(p, v);
-#ifdef DLK_MASKS
-  if (n > 0) store_masked(p, v, n);
-#else
-  T lanes[kLanes<T>];
-  store(lanes, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
-#endif
+  if (n > 0) store_first(p, v, n);
+}
+
+// Call f(i, valid) for every register of a row of n elements; element i is its first one. On AVX2 `valid` is a constant for
+// whole registers: 16-bit elements are called for at the end of a row, and a loop with a call in it keeps nothing in registers.
+template <class T, class F>
+DLK_INLINE void each_register(int64_t n, F&& f) {
+  constexpr int64_t lanes = kLanes<T>;
+  int64_t i = 0;
+  if constexpr (DLK_VBYTES == 32)
+    for (; i + lanes <= n; i += lanes) f(i, lanes);
+  for (; i < n; i += lanes) f(i, n - i < lanes ? n - i : lanes);
 }
 
 // A sum in every lane that keeps what each addition rounds away (Knuth's two-sum). A long sum errs no more than a short

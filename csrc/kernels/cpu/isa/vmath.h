@@ -21,7 +21,7 @@ struct Ops<double> {
   DLK_INLINE T normal_cdf(T x) {
     return lanes(x, [](double z) { return 0.5 * ::erfc(z * -0.70710678118654752440); });  // 1/sqrt(2)
   }
-  DLK_INLINE T lanes(T x, double (*f)(double)) {
+  __attribute__((noinline)) static T lanes(T x, double (*f)(double)) {
     for (int i = 0; i < kF64Lanes; ++i) x[i] = f(x[i]);
     return x;
   }

@@ -158,12 +158,13 @@ void cross_entropy_rows(const CrossEntropy& p, int64_t outer, int64_t inner0, in
   A* const values = (A*)scratch(registers * kVL * sizeof(A));  // x - max, or its exponential
   const A weight_one = 1;
 
-  // Call f(i, classes from this register on, valid lanes) for every register.
+  // Call f(i, classes from this register on, valid lanes) for every register. For whole registers of classes the last two
+  // are constants.
   auto each = [&](auto&& f) {
-    for (int64_t i = 0; i < registers; ++i) {
-      const int64_t classes = p.classes - i * L::kClasses;
-      f(i, classes, L::lanes(classes, rows));
-    }
+    const int64_t whole = p.classes / L::kClasses, rest = p.classes % L::kClasses;
+    for (int64_t i = 0; i < whole; ++i) f(i, L::kClasses, L::lanes(L::kClasses, rows));
+    if constexpr (L::kClasses > 1)
+      if (rest) f(whole, rest, L::lanes(rest, rows));
   };
   // Return the sum of f(i, classes, lanes) over a row, for every row.
   auto sum = [&](auto&& f) {
