@@ -136,7 +136,6 @@ MUTATIONS = [
     Mutation("kernels/cuda/device.h", "known.find(index);", "known.begin();", FUSED_MLP),
     Mutation("launch.cuh", "device.most_shared - static_cast<int>(own.sharedSizeBytes)", "48 * 1024", FUSED_MLP),
     # a gated layer
-    Mutation("glu_grad_pass.cu", "__syncthreads();  // the sums of the half before were read", "", GLU),
     Mutation("glu_grad_pass.cu", "Functor::saves_output ? value : gate[e]", "gate[e]", GLU),
     Mutation("glu_grad_pass.cu", "partials + (p.dbias_gate ? cut.slices * p.n : 0)", "partials", GLU),
     # hopper

@@ -52,10 +52,10 @@ __global__ void __launch_bounds__(kGradPassThreads, kGradPassBlocks)
       keep(of_up.dz, up);
     }
 
-    // Add up the rows of threads of this block, for one half after the other.
+    // Add up the rows of threads of this block, for one half after the other. Between them there is no barrier: after the last
+    // one below a thread reads its own sums alone, and it overwrites no others.
     auto reduce = [&](const GluHalf& half, const double (&total)[kWidth]) {
       if (!half.dbias) return;
-      __syncthreads();  // the sums of the half before were read
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) sums[e][thread] = total[e];
       __syncthreads();
