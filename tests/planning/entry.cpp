@@ -166,12 +166,12 @@ const char* cuda_backward(const char* path, int arch, int narrow, int64_t m, int
                                      kDevice));
 }
 
-const char* cuda_forward(const char* path, int arch, int64_t m, int64_t n, int64_t k, int dtype, int act, int z,
-                         int mask) {
+const char* cuda_forward(const char* path, int arch, int narrow, int64_t m, int64_t n, int64_t k, int dtype, int act,
+                         int z, int mask) {
   is_forced = *path != 0;
   for (int p = 0; is_forced && p <= static_cast<int>(Path::fused_mlp); ++p)
     if (!std::strcmp(name(static_cast<Path>(p)), path)) given_path = static_cast<Path>(p);
-  given_arch = arch, given_narrow = 0;
+  given_arch = arch, given_narrow = narrow;
   const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}};
   return text_of(cuda::plan_forward({p, {nullptr, k, 1}, {nullptr, k, 1}, z != 0, mask != 0}, kDevice));
 }

@@ -6,16 +6,14 @@ Machines are made up: a kernel set by its name, a GPU by what it answers. A step
 
 import ctypes
 import itertools
-import os
-import subprocess
 
 import pytest
 
 from dlkernels._ops.activations import ACTIVATIONS
-from tests.support.paths import CSRC, ROOT
+from tests.planning import gpu_plans
+from tests.planning.library import DBIAS, DTYPES, DWEIGHT, DX, compiled
+from tests.support.paths import ROOT
 
-DTYPES = ["float64", "float32", "bfloat16", "float16"]  # the order of DType in csrc/kernels/params.h
-DX, DWEIGHT, DBIAS = 16, 32, 64  # Output in csrc/planning/plan.h
 ALL = DX | DWEIGHT | DBIAS
 SAVED, BELOW, DBIAS_BELOW = 1, 2, 4
 NO, OWN, ATEN = range(3)
@@ -24,15 +22,7 @@ BIG, FEW_ROWS, FEW_COLUMNS = (1000, 300, 200), (4, 300, 200), (5000, 4, 64)
 
 @pytest.fixture(scope="module")
 def planning(tmp_path_factory):
-    library = tmp_path_factory.mktemp("planning") / "planning.so"
-    sources = [path for path in CSRC.glob("planning/**/*.cpp") if path.name != "machine.cpp"]
-    sources += [CSRC / "kernels/cpu/sizes.cpp", ROOT / "tests/planning/entry.cpp"]
-    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-Wall", "-shared", "-fPIC", f"-I{CSRC}"]
-    subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    for name in ("cpu_forward", "cpu_backward", "cuda_forward", "cuda_backward", "glu_forward", "glu_backward"):
-        getattr(loaded, name).restype = ctypes.c_char_p
-    return loaded
+    return compiled(tmp_path_factory.mktemp("planning") / "planning.so")
 
 
 def sizes(shape):
@@ -174,9 +164,9 @@ def test_forward_by_a_library_ends_in_a_pass(planning):
     assert cpu("gelu", 1, ATEN) == ["forward aten z - - 1", "activation_pass elementwise y - - 1"]
     assert cpu("none", 0, ATEN) == ["forward aten y - - 1"]
     m, n, k = sizes(BIG)
-    masked = planning.cuda_forward(b"cublas", 90, m, n, k, 2, act_code("relu"), 0, 1).decode().split("|")
+    masked = planning.cuda_forward(b"cublas", 90, 0, m, n, k, 2, act_code("relu"), 0, 1).decode().split("|")
     assert masked == ["forward cublas y - - 1", "activation_pass elementwise y+mask - - 1"]
-    masked = planning.cuda_forward(b"mma", 90, m, n, k, 2, act_code("relu"), 0, 1).decode().split("|")
+    masked = planning.cuda_forward(b"mma", 90, 0, m, n, k, 2, act_code("relu"), 0, 1).decode().split("|")
     assert masked == ["forward mma y+mask - - 1"]
 
 
@@ -397,3 +387,8 @@ def test_every_gradient_of_a_gated_layer_is_made_once(planning, shape, isa):
         made = [name for name in makes.split("+") if name.startswith("dbias")]
         made += by_gate + [f"{name}_up" if name != "dx" else name for name in by_up]
         assert set(made) == wanted and len(made) == len(wanted) + ("dx" in wanted)
+
+
+def test_the_guide_shows_the_plans_of_a_gpu(planning):
+    """As ``python -m tests.planning.gpu_plans`` prints them."""
+    assert gpu_plans.table(planning) in (ROOT / "docs/guide/routes.md").read_text()
