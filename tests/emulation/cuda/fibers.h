@@ -77,9 +77,7 @@ inline void leave(At at) {
 }
 
 inline void fiber_main() {
-  {
-    const races::Quiet ends;
-  }
+  races::end_quiet();
   (*body)();
   races::begin_quiet();
   current->at = At::end;

@@ -13,11 +13,13 @@
 namespace cuda_emulation::races {
 
 #ifdef DLK_TEST_RACES
-// The functions of the emulation call this: their own accesses are none of the kernel's.
+// The functions of the emulation make one of these: their own accesses are none of the kernel's. Functions that call each
+// other make several, so each restores what was before it.
 inline bool quiet = true;
 struct Quiet {
+  const bool before = quiet;
   Quiet() { quiet = true; }
-  ~Quiet() { quiet = false; }
+  ~Quiet() { quiet = before; }
 };
 // The time of a thread: what the barriers that it has passed make of an access of another thread.
 struct Clock {
@@ -31,6 +33,7 @@ void access(const void* at, size_t bytes, bool writes, const void* pc);
 void shared_memory(const void* begin, size_t bytes);  // the dynamic one
 
 inline void begin_quiet() { quiet = true; }
+inline void end_quiet() { quiet = false; }
 inline void begin_launch() { ++clock.launch; }
 inline void begin_block() { ++clock.block; }
 inline void passed_block() { ++clock.of_block; }
@@ -43,6 +46,7 @@ struct Quiet {
 };
 inline void access(const void*, size_t, bool, const void*) {}
 inline void begin_quiet() {}
+inline void end_quiet() {}
 inline void shared_memory(const void*, size_t) {}
 inline void begin_launch() {}
 inline void begin_block() {}
