@@ -38,6 +38,7 @@ SMALL: dict[str, str | None] = {
     "python -m dlkernels fuse --model torchvision:alexnet":
         "python -m dlkernels fuse --model torchvision:alexnet --batch-size 1 --size 64",
     "python -m bench.networks": "python -m bench.networks --dtypes fp32 --budget 0.01",
+    "python -m tests.planning.gpu_plans": None,
     "python -m bench": f"python -m bench {BENCH}",
     "python -m bench --quick": f"python -m bench --quick {BENCH}",
     "python -m bench --activations none": f"python -m bench --activations none {BENCH}",
