@@ -274,8 +274,9 @@ DLK_INLINE void store_partial(T* p, Vec<Acc<T>> v, int64_t n) {
   if (n > 0) store_first(p, v, n);
 }
 
-// Call f(i, valid) for every register of a row of n elements; element i is its first one. On AVX2 `valid` is a constant for
-// whole registers: 16-bit elements are called for at the end of a row, and a loop with a call in it keeps nothing in registers.
+// Call f(i, valid) for every register of a row of n elements; element i is its first one. On AVX2 whole registers have a loop
+// of their own, where `valid` is a constant: the end of a 16-bit row takes a call, and a loop with a call in it keeps nothing
+// in registers.
 template <class T, class F>
 DLK_INLINE void each_register(int64_t n, F&& f) {
   constexpr int64_t lanes = kLanes<T>;
