@@ -78,7 +78,9 @@ def build(
 def _compiled(path: Path, includes: tuple[Path, ...], options: str = "") -> Path:
     folders = " ".join(f"-I {include}" for include in includes)
     if RACES in os.environ:
-        options += f" -DDLK_TEST_RACES {INSTRUMENTED if path.suffix == '.cu' else ''}"
+        # Without gnu-unique: with it all libraries of a process have the shared memory of the first one, and races.cpp
+        # looks for it in its own.
+        options += f" -DDLK_TEST_RACES -fno-gnu-unique {INSTRUMENTED if path.suffix == '.cu' else ''}"
     command = f"{COMPILER} {folders} {options} -x c++ -c {path}"
     name = f"{path.stem}-{hashlib.sha256(command.encode()).hexdigest()[:16]}.o"
     return once(name, lambda output: subprocess.run(f"{command} -o {output}", shell=True, check=True))
