@@ -1,4 +1,4 @@
-"""Questions about the context of a call: function transforms, autocast, tracing, tensor subclasses."""
+"""Questions about the context of a call: function transforms, autocast, tracing, tensor subclasses, libraries."""
 
 import math
 from collections.abc import Sequence
@@ -120,3 +120,8 @@ def autocast_operands(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(autocast(t, dtype) if t is not None else None for t in (x, *others))
+
+
+def has_bf16_library() -> bool:
+    """Return whether torch multiplies bfloat16 on this CPU by oneDNN, and not by plain loops."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

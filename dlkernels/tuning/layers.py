@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dlkernels import _C, routing
 from dlkernels._errors import ExpectedError
+from dlkernels._ops.modes import has_bf16_library
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.fusion.swap import walk
 from dlkernels.nn import LinearAct
@@ -97,8 +98,7 @@ def usual_dtypes(device: str = "cpu") -> tuple[str, ...]:
     On a CPU without AVX-512, torch has no library for bfloat16. Its backward runs plain loops: a step of 128, 9216→4096
     took 31 s on a Zen 3, and the whole grid more than an hour.
     """
-    has_library = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return ("float32", "bfloat16") if device == "cuda" or has_library else ("float32",)
+    return ("float32", "bfloat16") if device == "cuda" or has_bf16_library() else ("float32",)
 
 
 def sizes_named(shapes: Iterable[tuple[int, int, int]], dtypes: Sequence[str], device: str = "cpu") -> list[Size]:
