@@ -1,7 +1,7 @@
 """Installation as a user does it: real builds by pip in environments of their own, each seeing this torch.
 
-One full compilation serves them all: sdist → unpack → `pip install .`; what follows, in the same folder and
-for the same interpreter, reuses its objects.
+One full compilation serves them all, in all processes of a run: sdist → unpack → `pip install .`; what follows, in the
+same folder and for the same interpreter, reuses its objects. One test at a time uses this environment.
 """
 
 import json
@@ -12,14 +12,19 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import venv
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 
 import dlkernels
 from dlkernels import _C, _load
+from tests.support import shared
 from tests.support.paths import ROOT
 
 SITE = Path(torch.__file__).parents[1]
@@ -80,10 +85,8 @@ def readme_commands(heading: str) -> list[str]:
     return [line for line in block.splitlines() if line]
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """The sources, without anything built."""
-    folder = tmp_path_factory.mktemp("checkout") / "dlkernels"
+def sources(folder: Path) -> Path:
+    """Copy the sources to ``folder``, without anything built."""
     anywhere = shutil.ignore_patterns(".*", "*.egg-info", "_C*.so", "_C.json", "__pycache__")
     made = {"build", "dist", "runs"}  # here; dlkernels/runs is a package
     return shutil.copytree(
@@ -92,14 +95,17 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unpacked(checkout, tmp_path_factory):
-    """An sdist made by `python -m build`, whose isolated environment has no torch, and unpacked."""
-    out = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "-m", "build", "--sdist", "--outdir", out, checkout)
-    [archive] = out.glob("*.tar.gz")
+def checkout(tmp_path_factory):
+    return sources(tmp_path_factory.mktemp("checkout") / "dlkernels")
+
+
+def unpacked(folder: Path) -> Path:
+    """Make an sdist by `python -m build`, whose isolated environment has no torch, and unpack it in ``folder``."""
+    run(sys.executable, "-m", "build", "--sdist", "--outdir", folder, sources(folder / "checkout"))
+    [archive] = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(out)
-    return out / archive.name.removesuffix(".tar.gz")
+        tar.extractall(folder)
+    return folder / archive.name.removesuffix(".tar.gz")
 
 
 IMPORT = """
@@ -114,23 +120,49 @@ print(json.dumps([dlkernels.__file__, torch.__file__, torch.__version__, _C.buil
 """
 
 
-def facts(python: Path, cwd: Path) -> tuple[Path, Path, str, dict]:
+class Facts(NamedTuple):
+    """Where an installed package was imported from, beside which torch, and how it was built."""
+
+    where: Path
+    torch_where: Path
+    version: str
+    config: dict[str, Any]
+
+
+def facts(python: Path, cwd: Path) -> Facts:
     where, torch_where, version, config = json.loads(run(python, "-c", IMPORT, cwd=cwd).splitlines()[-1])
-    return Path(where), Path(torch_where), version, config
+    return Facts(Path(where), Path(torch_where), version, config)
 
 
-@pytest.fixture(scope="module")
-def installed(unpacked, tmp_path_factory):
-    """(interpreter, what pip said, facts): `pip install .`, with no flags but the verbosity we read."""
-    folder = tmp_path_factory.mktemp("env")
+class Installed(NamedTuple):
+    """The folder of the sources, the environment's interpreter, and what pip said and made at first."""
+
+    unpacked: Path
+    python: Path
+    said: str
+    facts: Facts
+
+
+def install(record: Path) -> None:
+    """`pip install .`, with no flags but the verbosity we read. ``record`` is told where everything is."""
+    folder = Path(tempfile.mkdtemp(prefix="install-", dir=record.parent))
+    made = unpacked(folder)
     python = environment(folder / "env", with_torch=True)
-    said = pip_install(python, "--verbose", ".", cwd=unpacked)
-    return python, said, facts(python, folder)
+    said = pip_install(python, "--verbose", ".", cwd=made)
+    record.write_text(json.dumps([str(made), str(python), said, facts(python, folder)], default=str))
+
+
+@pytest.fixture
+def installed() -> Iterator[Installed]:
+    record = shared.once("install.json", install)
+    made, python, said, (where, torch_where, *others) = json.loads(record.read_text())
+    with FileLock(record.with_suffix(".in-use")):
+        yield Installed(Path(made), Path(python), said, Facts(Path(where), Path(torch_where), *others))
 
 
 @pytest.mark.slow
 def test_plain_install_builds_against_the_torch_that_is_there(installed):
-    python, said, (where, torch_where, version, config) = installed
+    _, python, said, (where, torch_where, version, config) = installed
     assert where.is_relative_to(python.parents[1])
     assert torch_where == Path(torch.__file__)
     assert config["torch"] == version == torch.__version__
@@ -140,7 +172,7 @@ def test_plain_install_builds_against_the_torch_that_is_there(installed):
 
 @pytest.mark.slow
 def test_plain_install_does_not_fetch_another_torch(installed):
-    python, said, _ = installed
+    _, python, said, _ = installed
     assert "Collecting setuptools" in said  # the isolated environment was made, and pip speaks this language
     fetched = re.findall(r"(?:Collecting|Downloading|Processing) \S*\btorch[-=<> \d].*", said)
     assert fetched == []
@@ -149,7 +181,7 @@ def test_plain_install_does_not_fetch_another_torch(installed):
 
 @pytest.mark.slow
 def test_another_torch_is_refused_before_the_module_is_loaded(installed, tmp_path):
-    python, *_ = installed
+    python = installed.python
     said = run(
         python,
         "-c",
@@ -164,8 +196,8 @@ def test_another_torch_is_refused_before_the_module_is_loaded(installed, tmp_pat
 
 
 @pytest.mark.slow
-def test_editable_install_reuses_the_objects(installed, unpacked, tmp_path):
-    python, *_ = installed
+def test_editable_install_reuses_the_objects(installed, tmp_path):
+    unpacked, python, *_ = installed
     said = pip_install(python, "--verbose", "--editable", ".", cwd=unpacked)
     assert "ninja: no work to do" in said
     where, _, _, config = facts(python, tmp_path)
@@ -176,9 +208,9 @@ def test_editable_install_reuses_the_objects(installed, unpacked, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readme_s_order_of_commands(installed, unpacked):
+def test_the_readme_s_order_of_commands(installed):
     """Its Install, as printed, in the folder of the sources."""
-    python, *_ = installed
+    unpacked, python, *_ = installed
     install, *commands = readme_commands("## Install")
     pip_install(python, *shlex.split(install)[2:], cwd=unpacked)
     assert commands[0].startswith("python -m dlkernels info")
@@ -190,8 +222,8 @@ def test_the_readme_s_order_of_commands(installed, unpacked):
 
 
 @pytest.mark.slow
-def test_install_without_isolation(installed, unpacked, tmp_path):
-    python, *_ = installed
+def test_install_without_isolation(installed, tmp_path):
+    unpacked, python, *_ = installed
     pip_install(python, "--no-build-isolation", ".", cwd=unpacked)
     where, _, _, config = facts(python, tmp_path)
     assert where.is_relative_to(python.parents[1])
