@@ -52,18 +52,21 @@ def probe(dtypes: Iterable[str], device: str = "cpu") -> Peak:
     stream = _stream() if device == "cpu" else _device_copy()
     peak = Peak({dtype: _gemm(dtype, device) for dtype in dtypes}, stream)
     if device == "cpu":
-        peak.registers.update({dtype: [_registers(dtype)] for dtype in dtypes})
+        peak.registers.update({dtype: [registers(dtype)] for dtype in dtypes})
     return peak
 
 
 def probe_again(peak: Peak) -> None:
     """Add the rates of the loop on registers at the end of a run."""
     for dtype, rates in peak.registers.items():
-        rates.append(_registers(dtype))
+        rates.append(registers(dtype))
 
 
-def _registers(dtype: str) -> float:
-    """Return the median rate of all threads together; the fastest call would have a clock that does not last."""
+def registers(dtype: str) -> float:
+    """Return the operations per second of the loop on registers, all threads together.
+
+    It is the median of many calls: the fastest one would have a clock that does not last.
+    """
     name, threads = str(DTYPES[dtype]).removeprefix("torch."), torch.get_num_threads()
     seconds, steps = 0.0, 1000
     while seconds < _LOOP:  # also a warm-up: a processor takes its time to the clock of wide registers

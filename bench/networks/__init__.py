@@ -15,7 +15,11 @@
   ``F.linear_cross_entropy`` too, by its reference path (all logits at once) and by its chunked path (with ``options``).
 * On a GPU blocks and heads also by the other libraries of ``bench/peers.py`` that can be imported; for the others, and
   for those whose results are wrong, the reason is printed.
+* With ``--compile`` chains, blocks and gated networks also by ``torch.compile`` of stock. Of a training step two forms:
+  the compiled network in an eager step; and forward with its loss and the optimizer, Adam, compiled too.
 * With ``--device cuda`` each is also timed as a CUDA graph, with the share of a chain's floor (``bench/floors.py``).
+
+The operations of a row are those of the matrix products in stock's call, as ``torch.utils.flop_counter`` counts them.
 
 Every contender of ours is compared with float64 before it is timed. It is refused if its error is more than twice
 stock's.

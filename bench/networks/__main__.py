@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import argparse
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench.networks
 from bench import floors, grid, harness, machine, peak, peers, table
 from bench.clock import Graph, clock_of
 from bench.harness import DTYPES
 from bench.networks import blocks, chains, ensembles, gated, heads, residuals
-from bench.networks.common import FLOOR, IN_PLACE, OURS, STOCK, Calls, Case, Reasons
+from bench.networks.common import COMPILED, COMPILED_STEP, FLOOR, IN_PLACE, OURS, STOCK, Asked, Calls, Case, Reasons
 from dlkernels.atomic import write_json
 from tools.lease import log
 
 ROOMS = (chains, residuals, blocks, ensembles, gated, heads)
 GRAPH = ", graph"
+COMPILATIONS = 3  # calls: the optimizer's second one finds state that the first one made, and is compiled anew
 STEPS = ("training step", residuals.STEP)  # a chain's floor is of its products, forward or forward + backward
 
 
-def measure(dtypes: Sequence[str], budget: float, device: str) -> Iterator[dict[str, Any]]:
+def measure(dtypes: Sequence[str], budget: float, device: str, compiled: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the rows. On CPU each has the rate of the loop on registers right before it, "registers"."""
     probed = peak.probe(dtypes, device) if device == "cuda" else None
-    for dtype, case in every_case(dtypes, device):
-        row: dict[str, Any] = {"network": case.network, "dtype": dtype, "timed": case.timed}
+    for dtype, case in every_case(dtypes, device, compiled):
         calls = case.calls
+        row: dict[str, Any] = {"network": case.network, "dtype": dtype, "timed": case.timed}
+        row["flops"] = flops(calls[STOCK])
         if case.refused:
             row["not timed"] = case.refused
-        if probed:
+        for name in {COMPILED, COMPILED_STEP} & set(calls):
+            for _ in range(COMPILATIONS):
+                calls[name]()
+        if not probed:
+            row["registers"] = peak.registers(dtype)
+        else:
             calls, row["not captured"] = with_graphs(calls)
             if case.network in chains.chains(device) and case.timed not in STEPS:
                 rates = floors.Rates(probed.gemm[dtype], probed.bandwidth(0, cold=True))
@@ -41,11 +51,18 @@ def measure(dtypes: Sequence[str], budget: float, device: str) -> Iterator[dict[
         yield {**row, "times": {k: asdict(t) for k, t in times.items()}}
 
 
-def every_case(dtypes: Sequence[str], device: str) -> Iterator[tuple[str, Case]]:
+def every_case(dtypes: Sequence[str], device: str, compiled: bool) -> Iterator[tuple[str, Case]]:
     for dtype in dtypes:
         for room in ROOMS:
-            for case in room.cases(DTYPES[dtype], device):
+            for case in room.cases(Asked(DTYPES[dtype], device, compiled)):
                 yield dtype, case
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Return the operations of torch's matrix products in the call."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def with_graphs(calls: Calls) -> tuple[Calls, Reasons]:
@@ -76,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--dtypes", nargs="+", choices=("fp32", "bf16"), help="(default: both; fp32 on a CPU without AVX-512)")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds for each row (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile of stock too: takes minutes more")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
     parser.add_argument("--device", choices=tuple(grid.COLUMNS), default="cpu", help="(default: %(default)s)")
     args = parser.parse_args(argv)
@@ -83,12 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(1, f"bench.networks: {why}\n")
     keys = ("network", "dtype", "timed")
     others = [STOCK, IN_PLACE, gated.PACKED, chains.OUR_LAYERS, heads.TORCH_REFERENCE, heads.TORCH_CHUNKED, FLOOR]
+    others += [COMPILED, COMPILED_STEP] if args.compile else []
     others += [*peers.HEADS, *peers.BLOCKS] if args.device == "cuda" else []
     graphs = [OURS + GRAPH, STOCK + GRAPH] if args.device == "cuda" else []
-    one_call = [STOCK, IN_PLACE, OURS]
+    one_call = [STOCK, IN_PLACE, *([COMPILED, COMPILED_STEP] if args.compile else []), OURS]
     rows, cells = [], []
     dtypes = args.dtypes or harness.usual_dtypes(("fp32", "bf16"), args.device)
-    for row in measure(dtypes, args.budget, args.device):
+    for row in measure(dtypes, args.budget, args.device, args.compile):
         rows.append(row)
         us = {name: round(t["median"] * 1e6, 2) for name, t in row["times"].items()}
         log.case(f"{row['network']} {row['dtype']} {row['timed']}", us=us)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import peers
-from bench.networks.common import OURS, STOCK, Calls, Case, right
+from bench.networks.common import COMPILED, OURS, STOCK, Asked, Calls, Case, compiled, right
 from dlkernels import functional
 
 BLOCKS = {"gelu 768-3072-768, 4096 rows": (4096, 768, 3072)}  # rows, features, hidden features
@@ -21,10 +21,9 @@ class Block:
     ``others``: of ``peers.BLOCKS``. ``refused``: the reasons of those that are not timed.
     """
 
-    def __init__(
-        self, rows: int, features: int, hidden: int, dtype: torch.dtype, device: str, others: peers.Makers
-    ) -> None:
+    def __init__(self, rows: int, features: int, hidden: int, asked: Asked, others: peers.Makers) -> None:
         torch.manual_seed(0)
+        dtype, device, with_compiled = asked
         self.leaves = [
             (torch.randn(size) / scale).to(device, dtype).requires_grad_()
             for size, scale in (
@@ -39,6 +38,10 @@ class Block:
             STOCK: lambda: two_layers(x, up, down),
             OURS: lambda: functional.mlp(x, (up, down), activation="gelu_tanh", last_activation="none"),
         }
+        if with_compiled:
+            torch.compiler.reset()
+            by_compile = compiled(two_layers)
+            self.calls[COMPILED] = lambda: by_compile(x, up, down)
         made, self.refused = peers.importable(others)
         self.calls |= {name: lambda block=block: block(x, (up, down)) for name, block in made.items()}  # type: ignore[misc]
 
@@ -63,10 +66,10 @@ def two_layers(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down)
 
 
-def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    others = peers.BLOCKS if device == "cuda" else {}
+def cases(asked: Asked) -> Iterator[Case]:
+    others = peers.BLOCKS if asked.device == "cuda" else {}
     for name, (rows, features, hidden) in BLOCKS.items():
-        block = Block(rows, features, hidden, dtype, device, others)
+        block = Block(rows, features, hidden, asked, others)
         block.refuse_wrong()
         yield Case(name, "forward", block.forward(), block.refused)
         yield Case(name, "forward+backward", block.forward_backward(), block.refused)

@@ -12,7 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import floors, grid
-from bench.networks.common import FLOOR, IN_PLACE, OURS, STOCK, Calls, Case, distance, stock
+from bench.networks.common import (
+    COMPILED,
+    COMPILED_STEP,
+    FLOOR,
+    IN_PLACE,
+    OURS,
+    STOCK,
+    Asked,
+    Calls,
+    Case,
+    compiled,
+    distance,
+    stock,
+)
 from dlkernels import losses, training_step
 from dlkernels.nn import MLP
 
@@ -36,8 +49,9 @@ ONE_CALL, OUR_LAYERS = "training_step", "our layers"
 class Network:
     """One multi-layer perceptron, with the same parameters in every contender, and its data."""
 
-    def __init__(self, rows: int, sizes: Sequence[int], dtype: torch.dtype, device: str) -> None:
+    def __init__(self, rows: int, sizes: Sequence[int], asked: Asked) -> None:
         torch.manual_seed(0)
+        dtype, device, self.compiled = asked
         self.sizes = sizes
         self.x = torch.randn(rows, sizes[0]).to(device, dtype)
         self.g = torch.randn(rows, sizes[-1]).to(device, dtype)
@@ -52,6 +66,9 @@ class Network:
         for model in self.models.values():
             model.load_state_dict(ours.state_dict())
             model.to(device)
+        if self.compiled:
+            torch.compiler.reset()
+            self.models[COMPILED] = compiled(copy.deepcopy(self.models[STOCK]))  # type: ignore[assignment]
 
     def gradients(self, model: nn.Module) -> tuple[Tensor, ...]:
         return torch.autograd.grad(model(self.x), list(model.parameters()), self.g)
@@ -117,11 +134,28 @@ class Network:
             return run
 
         calls: Calls = {name: steps(name, model) for name, model in self.models.items()}
+        if self.compiled:
+            calls[COMPILED_STEP] = self.compiled_step(stocks, target)
         if not self.x.is_cuda:
             model = copy.deepcopy(self.models[OURS])
             step = training_step(model, ours, adam(model))
             calls[ONE_CALL] = lambda: step(self.x, target)
         return calls
+
+    def compiled_step(self, loss: Callable[[Tensor, Tensor], Tensor], target: Tensor) -> Callable[[], Any]:
+        """Return a training step of stock's with forward and loss compiled together, and the optimizer too."""
+        model = copy.deepcopy(self.models[STOCK])
+        # Dynamo cannot look into the fused Adam; it fuses the updates of the plain one.
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, capturable=self.x.is_cuda)
+        forward = compiled(lambda: loss(model(self.x), target))
+        update = torch.compile(optimizer.step, dynamic=False)  # its hooks are no part of a full graph
+
+        def run() -> None:
+            optimizer.zero_grad()
+            forward().backward()
+            update()
+
+        return run
 
 
 def chains(device: str) -> dict[str, tuple[int, list[int]]]:
@@ -139,9 +173,9 @@ def floor_b(rows: int, sizes: Sequence[int], itemsize: int, backward: bool, rate
     return total
 
 
-def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    for name, (rows, sizes) in chains(device).items():
-        network = Network(rows, sizes, dtype, device)
+def cases(asked: Asked) -> Iterator[Case]:
+    for name, (rows, sizes) in chains(asked.device).items():
+        network = Network(rows, sizes, asked)
         network.refuse_wrong()
         yield Case(name, "forward", network.forward(), {})
         yield Case(name, "forward+backward", network.forward_backward(), {})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bench import harness
 
 OURS, STOCK, IN_PLACE, FLOOR = "dlkernels", "stock", "in-place", "products alone"
+COMPILED, COMPILED_STEP = "compile", "compile, optimizer too"
 WRONG = 8.0  # times stock's error: a peer beyond it computes something else, and is not timed
 
 Calls = dict[str, Callable[[], Any]]
@@ -25,6 +26,23 @@ class Case(NamedTuple):
     timed: str
     calls: Calls
     refused: Reasons
+
+
+class Asked(NamedTuple):
+    """The rows that are asked for. ``compiled``: with ``torch.compile`` of stock as a contender."""
+
+    dtype: torch.dtype
+    device: str
+    compiled: bool = False
+
+
+def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``torch.compile`` of the call, which compiles when it is called for the first time.
+
+    Dynamo counts the recompilations of a function, here ``nn.Sequential.forward`` of all networks, and gives up at its
+    limit: so each network begins with ``torch.compiler.reset()``.
+    """
+    return torch.compile(call, fullgraph=True, dynamic=False)
 
 
 def right(

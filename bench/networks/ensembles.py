@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.networks.chains import ONE_CALL
-from bench.networks.common import OURS, STOCK, Calls, Case, right, stock
+from bench.networks.common import OURS, STOCK, Asked, Calls, Case, right, stock
 from dlkernels import losses, training_step
 from dlkernels.nn import MLP, MLPEnsemble
 
@@ -79,9 +79,9 @@ class Ensemble:
         return calls
 
 
-def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+def cases(asked: Asked) -> Iterator[Case]:
     for name, (members, rows, sizes) in ENSEMBLES.items():
-        ensemble = Ensemble(members, rows, sizes, dtype, device)
+        ensemble = Ensemble(members, rows, sizes, asked.dtype, asked.device)
         ensemble.refuse_wrong()
         yield Case(name, "forward", ensemble.forward(), {})
         yield Case(name, "forward+backward", ensemble.forward_backward(), {})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.networks.common import OURS, STOCK, Calls, Case, distance
+from bench.networks.common import COMPILED, OURS, STOCK, Asked, Calls, Case, compiled, distance
 from dlkernels.nn import GatedMLP
 
 GATED = {"gated 512-1376-512, 1024 rows": (1024, 512, 1376)}  # rows, features, hidden features
@@ -18,8 +18,9 @@ PACKED = "stock, packed"
 class Gated:
     """One gated multi-layer perceptron without biases, with the same parameters in every contender."""
 
-    def __init__(self, rows: int, features: int, hidden: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, rows: int, features: int, hidden: int, asked: Asked) -> None:
         torch.manual_seed(0)
+        dtype, device, with_compiled = asked
         self.x = torch.randn(rows, features).to(device, dtype).requires_grad_()
         self.g = torch.randn(rows, features).to(device, dtype)
         ours = GatedMLP(features, hidden, dtype=dtype, device=device)
@@ -30,12 +31,18 @@ class Gated:
             halves = F.linear(self.x, packed).chunk(2, -1)
             return F.linear(F.silu(halves[0]) * halves[1], down)
 
+        def of_two() -> Tensor:
+            return F.linear(F.silu(F.linear(self.x, gate)) * F.linear(self.x, up), down)
+
         self.calls: dict[str, Callable[[], Tensor]] = {
-            STOCK: lambda: F.linear(F.silu(F.linear(self.x, gate)) * F.linear(self.x, up), down),
+            STOCK: of_two,
             PACKED: of_packed,
             OURS: lambda: ours(self.x),
         }
-        self.leaves: dict[str, list[Tensor]] = {name: [self.x, *ours.parameters()] for name in (STOCK, OURS)}
+        if with_compiled:
+            torch.compiler.reset()
+            self.calls[COMPILED] = compiled(of_two)
+        self.leaves: dict[str, list[Tensor]] = {name: [self.x, *ours.parameters()] for name in self.calls}
         self.leaves[PACKED] = [self.x, packed, down]
         self.weights = gate, up, down
 
@@ -61,9 +68,9 @@ class Gated:
         return {name: lambda name=name: self.gradients(name) for name in self.calls}  # type: ignore[misc]
 
 
-def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
+def cases(asked: Asked) -> Iterator[Case]:
     for name, (rows, features, hidden) in GATED.items():
-        gated = Gated(rows, features, hidden, dtype, device)
+        gated = Gated(rows, features, hidden, asked)
         gated.refuse_wrong()
         yield Case(name, "forward", gated.forward(), {})
         yield Case(name, "forward+backward", gated.forward_backward(), {})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import peers
-from bench.networks.common import OURS, STOCK, Calls, Case, Reasons, right
+from bench.networks.common import OURS, STOCK, Asked, Calls, Case, Reasons, right
 from dlkernels import functional
 
 HEADS = {"32k classes": (1024, 256, 32768), "128k classes": (256, 256, 131072)}  # rows, features, classes
@@ -47,7 +47,7 @@ def head(
     return calls, missing | wrong
 
 
-def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    others = peers.HEADS if device == "cuda" else {}
+def cases(asked: Asked) -> Iterator[Case]:
+    others = peers.HEADS if asked.device == "cuda" else {}
     for name, (rows, features, classes) in HEADS.items():
-        yield Case(name, "loss head", *head(rows, features, classes, dtype, device, others))
+        yield Case(name, "loss head", *head(rows, features, classes, asked.dtype, asked.device, others))

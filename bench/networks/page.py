@@ -1,7 +1,7 @@
-"""Writes the figures of networks to a page: ``python -m bench.networks.page bench/results/NAME.json``.
+"""Writes the figures of networks to the docs: ``python -m bench.networks.page bench/results/NAME.json ...``.
 
-The text between two marker lines of docs/internals/performance.md is replaced by a table of the file, so figures are
-never copied by hand.
+The text between two marker lines of docs/internals/networks.md is replaced by a table of each file, and the text
+between those of README.md by one table of all, so figures are never copied by hand.
 """
 
 from __future__ import annotations
@@ -14,52 +14,121 @@ from typing import Any
 
 from bench.machine import ROOT
 from bench.networks import chains, gated, heads
-from bench.networks.common import FLOOR, IN_PLACE, OURS, STOCK
-from bench.readme_table import write
+from bench.networks.common import COMPILED, COMPILED_STEP, FLOOR, IN_PLACE, OURS, STOCK
+from bench.readme_table import rewrite
+from dlkernels.atomic import atomic_write
 
 BEGIN, END = "<!-- networks:begin -->", "<!-- networks:end -->"
-PAGE = ROOT / "docs" / "internals" / "performance.md"
-# The columns, and the contenders whose fastest is divided by ours.
+PAGE, README = ROOT / "docs" / "internals" / "networks.md", ROOT / "README.md"
+# Columns, and the contenders whose fastest is divided by ours.
 COLUMNS = {
     "stock": (STOCK, gated.PACKED),
     "in-place ReLU": (IN_PLACE,),
+    "compile": (COMPILED, COMPILED_STEP),
     "our layers": (chains.OUR_LAYERS,),
     "torch's fused head": (heads.TORCH_REFERENCE, heads.TORCH_CHUNKED),
     "products alone": (FLOOR,),
 }
+OTHERS = (STOCK, gated.PACKED, IN_PLACE, COMPILED, COMPILED_STEP, heads.TORCH_REFERENCE, heads.TORCH_CHUNKED)
+ONE_CALL, BOUND = f"`{chains.ONE_CALL}`", "bound"
+STEP, BACKWARD = "training step", "forward+backward"
+
+Record = Mapping[str, Any]
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """Return the table of a file of ``python -m bench.networks --out``: times divided by ours."""
-    names = ["network", "dtype", "timed", *COLUMNS, f"`{chains.ONE_CALL}`"]
+def markdown(record: Record) -> str:
+    """Return the table of a file of ``python -m bench.networks --out``: times divided by ours.
+
+    ``training_step`` is compared with the fastest other contender, and "bound" is that one's time over the time of the
+    products at the rate of the loop on registers. Columns that the file has no figures for are left out.
+    """
+    table = [_cells(record, row) for row in record["rows"]]
+    names = [name for name in table[0] if name in ("network", "dtype", "timed") or any(row[name] for row in table)]
     lines = [f"| {' | '.join(names)} |", "|---|---|---|" + "---:|" * (len(names) - 3)]
-    for row in record["rows"]:
-        medians = {name: timing["median"] for name, timing in row["times"].items()}
-        cells = [ratio(medians, others, OURS) for others in COLUMNS.values()]
-        cells[0] = f"**{cells[0]}**"
-        cells.append(ratio(medians, (STOCK, IN_PLACE), chains.ONE_CALL))
-        lines.append(f"| {row['network']} | {row['dtype']} | {row['timed']} | {' | '.join(cells)} |")
-    commit = record["commit"]
-    made = (
-        f"Commit {commit['hash'][:10]}{', with changes,' if commit['dirty'] else ''} {record['created'][:10]}, torch "
-    )
-    return "\n".join([*lines, "", made + f"{record['versions']['torch']}."])
+    lines += [f"| {' | '.join(row[name] for name in names)} |" for row in table]
+    return "\n".join([*lines, "", _caption(record)])
 
 
-def ratio(medians: Mapping[str, float], names: Sequence[str], to: str) -> str:
+def side_by_side(records: Sequence[Record]) -> str:
+    """Return the tables of several files, each under its machine's name."""
+    return "\n\n".join(f"### {_machine(record)}\n\n{markdown(record)}" for record in records)
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Return one table of all files: the float32 rows that have a backward, and the training steps in one call.
+
+    The fastest other contender's time is divided by ours.
+    """
+    columns = [(record, timed) for record in records for timed in (BACKWARD, STEP)]
+    rows: dict[str, list[str]] = {}
+    for at, (record, timed) in enumerate(columns):
+        for row in record["rows"]:
+            if row["dtype"] == "fp32" and row["timed"] == timed:
+                cells = rows.setdefault(row["network"], [""] * len(columns))
+                cells[at] = _ratio(_medians(row), OTHERS, chains.ONE_CALL if timed == STEP else OURS)
+    heads = [f"{_machine(record)}: {ONE_CALL if timed == STEP else timed}" for record, timed in columns]
+    lines = [f"| network | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
+
+
+def _cells(record: Record, row: Mapping[str, Any]) -> dict[str, str]:
+    medians = _medians(row)
+    ratios = {name: _ratio(medians, others, OURS) for name, others in COLUMNS.items()}
+    return {
+        **{name: row[name] for name in ("network", "dtype", "timed")},
+        **ratios,
+        "stock": f"**{ratios['stock']}**",
+        ONE_CALL: _ratio(medians, OTHERS, chains.ONE_CALL),
+        BOUND: _bound(record, row),
+    }
+
+
+def _bound(record: Record, row: Mapping[str, Any]) -> str:
+    """Return the fastest other contender's time over the time of the products at the best rate of the whole run."""
+    if "registers" not in row:
+        return ""  # on a GPU, and in files of earlier versions
+    rate = max(r["registers"] for r in record["rows"] if r["dtype"] == row["dtype"])
+    return _ratio(_medians(row) | {BOUND: row["flops"] / rate}, OTHERS, BOUND)
+
+
+def _medians(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: timing["median"] for name, timing in row["times"].items()}
+
+
+def _ratio(medians: Mapping[str, float], names: Sequence[str], to: str) -> str:
     times = [medians[name] for name in names if name in medians]
     return f"{min(times) / medians[to]:.2f}x" if times and to in medians else ""
 
 
+def _machine(record: Record) -> str:
+    machine = record["machine"]
+    threads = machine["threads"]
+    return f"{machine.get('gpu') or machine['cpu']}, {machine['isa']}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _caption(record: Record) -> str:
+    commit = record["commit"]
+    changed = ", with changes," if commit["dirty"] else ""
+    return f"Commit {commit['hash'][:10]}{changed} {record['created'][:10]}, torch {record['versions']['torch']}."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.networks.page", description=__doc__)
-    parser.add_argument("record", type=Path, metavar="FILE")
-    parser.add_argument("--page", type=Path, default=PAGE, help="(default: docs/internals/performance.md)")
+    parser.add_argument("records", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--page", type=Path, default=PAGE, help="(default: docs/internals/networks.md)")
+    parser.add_argument("--readme", type=Path, default=README, help="(default: README.md)")
     args = parser.parse_args(argv)
     try:
-        write(args.page, markdown(json.loads(args.record.read_text())), BEGIN, END)
+        records = [json.loads(path.read_text()) for path in args.records]
+        made = {
+            page: rewrite(page.read_text(), table, BEGIN, END)
+            for page, table in ((args.page, side_by_side(records)), (args.readme, summary(records)))
+        }
     except (OSError, ValueError) as wrong:
         parser.error(str(wrong))
+    for page, text in made.items():
+        with atomic_write(page) as file:
+            file.write(text.encode())
     return 0
 
 

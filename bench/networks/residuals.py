@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from bench.networks.common import OURS, STOCK, Calls, Case, right
+from bench.networks.common import OURS, STOCK, Asked, Calls, Case, right
 from dlkernels import functional
 from dlkernels.choices import Activation
 from dlkernels.testing import STOCK as FUNCTIONS
@@ -72,8 +72,8 @@ class Residual:
         return calls
 
 
-def cases(dtype: torch.dtype, device: str) -> Iterator[Case]:
-    if dtype != torch.float32:  # nobody differentiates twice in 16 bits
+def cases(asked: Asked) -> Iterator[Case]:
+    if asked.dtype != torch.float32:  # nobody differentiates twice in 16 bits
         return
     for name, (points, sizes, activation) in RESIDUALS.items():
-        yield Case(name, STEP, Residual(points, sizes, activation, dtype, device).calls(), {})
+        yield Case(name, STEP, Residual(points, sizes, activation, asked.dtype, asked.device).calls(), {})

@@ -284,7 +284,7 @@ def stand_ins(monkeypatch):
     module("quack.mlp", mlp_func=quack_mlp)
 
 
-SMALL_HEAD, SMALL_BLOCK = (24, 16, 40, torch.float32, "cpu"), (24, 16, 32, torch.float32, "cpu")
+SMALL_HEAD, SMALL_BLOCK = (24, 16, 40, torch.float32, "cpu"), (24, 16, 32, common.Asked(torch.float32, "cpu"))
 
 
 def test_peers_of_heads_and_blocks(stand_ins):
