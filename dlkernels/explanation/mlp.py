@@ -80,7 +80,7 @@ def explain_mlp(
     why = (
         "narrow layers: their weights fit in shared memory together"
         if x.is_cuda
-        else "narrow layers and many rows: a block of rows goes through all of them while it is in cache"
+        else "narrow layers: a block of rows goes through all of them while it is in cache"
     )
     fused = Step(
         "backward",

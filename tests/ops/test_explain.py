@@ -129,7 +129,7 @@ def test_explain_mlp_names_the_chain_where_it_runs():
 
     assert paths_of(4096, [64, 32, 10]) == [{"fused_mlp"}, {"fused_mlp"}]
     assert paths_of(4096, [64, 128, 10], dtype=torch.bfloat16) == [{"fused_mlp"}, {"fused_mlp"}]
-    assert paths_of(300, [64, 32, 10]) == [{"packed"}, {"few_columns"}]
+    assert paths_of(300, [300, 32, 10]) == [{"packed"}, {"few_columns"}]
     assert paths_of(4096, [784, 32, 10]) == [{"packed"}, {"few_columns"}]
     assert paths_of(4096, [64, 32]) == [{"packed"}]
     (rows,) = functional.explain_mlp(*(t := layer(300, 400, 500))[:1], t[1:])
@@ -175,7 +175,7 @@ def test_a_plan_prints_its_steps_and_reasons():
 
 
 def test_the_plan_of_several_layers():
-    x, weights = torch.randn(300, 64), [torch.randn(96, 64), torch.randn(80, 96)]
+    x, weights = torch.randn(300, 300), [torch.randn(96, 300), torch.randn(80, 96)]
     plan = functional.explain_mlp(x, weights, "relu")
     assert plan.fused is None
     assert "activation gradient of the layer below" in plan[1].backward[0].fused

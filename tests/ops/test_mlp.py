@@ -5,7 +5,6 @@ the chain kernels for any number of rows.
 """
 
 import copy
-import os
 from itertools import pairwise
 
 import pytest
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import dlkernels
+from dlkernels import _C
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.functional import linear_act, mlp
 from dlkernels.nn import MLP, LinearAct
@@ -22,7 +22,8 @@ from dlkernels.testing import STOCK
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NARROW, WIDE, MIXED = [33, 64, 7, 50], [300, 290, 10], [150, 128, 64, 140, 10]
-# rows × sizes: chain kernels from 2,048 rows on, else layer by layer; one row, whole and broken blocks, odd widths
+# rows × sizes: chain kernels from 2,048 rows on, on some processors for fewer, else layer by layer; one row, whole and
+# broken blocks, odd widths
 SHAPES = [
     *((1, NARROW), (37, NARROW), (2048, [16, 16, 16]), (2500, NARROW), (3001, [1, 128, 127, 1, 3])),
     *((65, WIDE), (90, MIXED)),
@@ -359,8 +360,8 @@ def test_a_decision_of_the_module_holds(calls):
 
 def test_module_steps_aside_where_a_layer_is_special(calls):
     x = torch.randn(9, 12)
-    # The fused MLP kernels, which this makes of any number of rows, add up in another order than a layer's.
-    fused = os.environ.get("DLKERNELS_CPU_GEMM") == "own"
+    # The fused MLP kernels, which some processors run for so few rows, add up in another order than a layer's.
+    fused = _C.explain_fused_mlp(False, [(9, 20, 12), (9, 5, 20)], "float32")[0] > 0
 
     def seen(change, model):
         model(x)  # what it decides here must not hold after the change

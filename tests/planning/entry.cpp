@@ -139,10 +139,10 @@ const char* cpu_forward(const char* isa, int pairs, int forced, int64_t m, int64
   return text_of(cpu::plan_forward({p, {nullptr, k, 1}, {nullptr, k, 1}, z != 0, false}, machine));
 }
 
-int cpu_mlp_slices(const char* isa, int forced, int capped, int64_t m, int64_t features) {
+int cpu_mlp_slices(const char* isa, int forced, int capped, int threads, int dtype, int64_t m, int64_t features) {
   const cpu::Kernels set = kernels_of(isa, false);
-  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), capped != 0, false, false, false, 4};
-  return cpu::fused_mlp_slices({{m, features, features}, {m, features, features}}, DType::f32, machine);
+  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), capped != 0, false, false, false, threads};
+  return cpu::fused_mlp_slices({{m, features, features}, {m, features, features}}, static_cast<DType>(dtype), machine);
 }
 
 // path: the one that is forced, or an empty text.

@@ -280,10 +280,39 @@ def test_an_instruction_set_without_measurements_has_torch_s_products(planning):
     assert forward_path(planning, BIG, isa="portable", forced=OWN) == "packed"
 
     def slices(isa, forced=NO, capped=0):
-        return planning.cpu_mlp_slices(isa.encode(), forced, capped, ctypes.c_int64(4096), ctypes.c_int64(64))
+        return mlp_slices(planning, 4096, 64, isa, forced=forced, capped=capped)
 
     assert slices("portable") == 0, "nor fused MLPs"
     assert slices("avx2") == slices("portable", OWN) == slices("portable", capped=1) == 4
+
+
+def mlp_slices(planning, m, features, isa="avx2", dtype="float32", threads=2, forced=NO, capped=0):
+    """Of two layers, features → features; 0: layer by layer."""
+    where = DTYPES.index(dtype)
+    return planning.cpu_mlp_slices(isa.encode(), forced, capped, threads, where, *map(ctypes.c_int64, (m, features)))
+
+
+def test_chains_of_few_rows(planning):
+    def slices(features, *rows, **machine):
+        return [mlp_slices(planning, m, features, **machine) for m in rows]
+
+    assert slices(64, 0, 1, 127, 128, 256, 1000, 4096, 65536) == [0, 1, 1, 2, 4, 4, 4, 32], "8192 parameters"
+    assert slices(128, 1, 127, 128, 256) == [0, 0, 2, 4], "32768: as many rows as features"
+    assert slices(256, 255, 256, 1024) == [0, 2, 4], "slices of 128 rows"
+    assert slices(64, 1, 256, dtype="float64") == [1, 4]
+
+
+def test_chains_of_few_rows_where_nobody_measured_them(planning):
+    for machine in ({"dtype": "bfloat16"}, {"isa": "avx512"}, {"isa": "avx512_bf16"}, {"isa": "amx"}):
+        assert mlp_slices(planning, 1024, 64, **machine) == 0
+        assert mlp_slices(planning, 2048, 64, **machine) == 2
+
+
+def test_more_threads_than_slices_take_layer_by_layer(planning):
+    """Not where a slice has less than 2²⁰ multiplications: waking threads for every product takes as long."""
+    assert [mlp_slices(planning, 1024, 256, threads=threads) for threads in (1, 4, 5)] == [4, 4, 0]
+    assert [mlp_slices(planning, 256, 64, threads=threads) for threads in (4, 5, 64)] == [4, 4, 4]
+    assert [mlp_slices(planning, 4096, 256, threads=threads) for threads in (4, 64)] == [4, 4], "many rows: as before"
 
 
 def test_rows_for_a_gpu(planning, table):

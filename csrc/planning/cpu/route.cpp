@@ -1,5 +1,6 @@
 #include "planning/cpu/route.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace dlk::cpu {
@@ -14,6 +15,19 @@ bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_row
   return (contiguous || op == Op::wgrad) && few && shape.k >= 64 && shape.m > 0 && shape.n > 0;
 }
 bool runs(const char* isa, const Machine& machine) { return !std::strcmp(machine.kernels->isa, isa); }
+
+// The slices of a fused MLP of fewer than 4096 rows; 0: layer by layer. Measured on Zen 3 with 1 and 2 threads, in f32 and f64,
+// from 1 to 1024 rows (docs/internals/performance.md). Up to 16 thousand parameters the fused MLP won for any number of rows.
+// Beyond, it has to pack all weights anew for each thread, and takes as many rows as the widest layer has features. A slice
+// has 64 rows or more, of wide layers 128; shorter ones cost more than they bring, as do many copies of large gradients.
+// More threads than slices compute layer by layer, unless a slice takes less time than waking threads for each product.
+int64_t few_rows_slices(int64_t m, int64_t parameters, int64_t widest, DType dtype, const Machine& machine) {
+  if (!runs("avx2", machine) || is_16_bit(dtype) || m == 0) return 0;
+  if (parameters > (1 << 14) && m < widest) return 0;
+  const int64_t by_rows = m / (widest > 128 ? 128 : 64), by_memory = (1 << 19) / parameters;
+  const int64_t slices = std::clamp<int64_t>(std::min(by_rows, by_memory), 1, 4);
+  return machine.threads > slices && m * parameters / slices > (1 << 20) ? 0 : slices;
+}
 
 // In f32 and f64 the dot products reload a row of x for each row of weight, and add up lanes at their end. The packed product
 // overtakes them at 16 rows, and earlier where k is short. Measured on a Xeon with AVX-512 at 64→64 to 4096→4096. AVX2 widens
@@ -129,17 +143,19 @@ int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machin
   const KernelTable& table = machine.table(dtype);
   if (machine.forced == Forced::aten || is_unmeasured(machine)) return 0;
   if (layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
-  int64_t parameters = 0;
+  const int64_t m = layers[0].m;
+  int64_t parameters = 0, widest = 0;
   for (const Shape& layer : layers) {
-    const int64_t widest = layer.n > layer.k ? layer.n : layer.k;
-    if (layer.n == 0 || layer.k == 0 || widest > table.fused_mlp_features || widest > fused_mlp_limit(dtype)) return 0;
+    if (layer.n == 0 || layer.k == 0) return 0;
+    widest = std::max({widest, layer.n, layer.k});
     parameters += layer.n * layer.k;
   }
+  if (widest > table.fused_mlp_features || widest > fused_mlp_limit(dtype)) return 0;
   // A slice is worth its copy of the gradients; more slices than cores fill the cores evenly.
-  const int64_t by_rows = layers[0].m / 1024, by_memory = (int64_t{1} << 22) / parameters;
-  const int64_t slices = by_rows < by_memory ? by_rows : by_memory;
-  if (machine.forced == Forced::own && slices < 2) return layers[0].m > 0;
-  return slices < 2 ? 0 : static_cast<int>(slices < 32 ? slices : 32);
+  const int64_t slices = std::min({m / 1024, (int64_t{1} << 22) / parameters, int64_t{32}});
+  const int64_t few = few_rows_slices(m, parameters, widest, dtype, machine);
+  if (machine.forced == Forced::own && std::max(slices, few) < 2) return m > 0;
+  return static_cast<int>(slices < 2 ? few : std::max(slices, few));
 }
 
 bool members_in_parallel(int64_t members, const std::vector<Problem>& layers, const Machine& machine) {

@@ -36,13 +36,16 @@ inline int64_t fused_mlp_widest(const FusedMlp& p) {
   return widest;
 }
 
-// Return the rows of a block. Two blocks and the panels of wgrad take half of a 1 MiB L2. The number is a multiple of
-// whole micro-tiles and of pairs of rows.
+// Return the rows of a block: whole micro-tiles, and so whole pairs of rows. Two blocks and the panels of wgrad take half of a
+// 1 MiB L2. Threads and slices get equal shares where blocks are few: there are at least 4, of 24 rows or more, and an even
+// number.
 template <class E>
 int64_t fused_mlp_rows(const FusedMlp& p) {
-  constexpr int64_t step = 2 * kMR, most = 224;
+  static_assert(kMR % 2 == 0);
   const int64_t fit = (int64_t{1} << 17) / (fused_mlp_widest(p) * sizeof(typename E::Packed));
-  return max(min(fit, most) / step, 2) * step;
+  const int64_t most = max(min(fit, 224) / kMR, 4) * kMR;
+  const int64_t blocks = round_up(max(ceil_div(p.rows, most), min(p.rows / 24, 4)), 2);
+  return min(round_up(ceil_div(max(p.rows, 1), max(blocks, 1)), kMR), most);
 }
 
 // The scratch of one thread.
@@ -354,10 +357,27 @@ void fused_mlp_forward_with(const FusedMlp& p, const Parallel& parallel) {
   });
 }
 
+// Add the slices of parameter gradients. A task is a row of some dweight, or all of a dbias behind the rows of its layer.
+template <class T>
+void fused_mlp_sum(const FusedMlp& p, int64_t begin, int64_t end) {
+  const int64_t parameters = fused_mlp_parameters(p);
+  const auto* sums = (const Acc<T>*)p.partials;
+  for (int l = 0; l < p.layers; ++l) {
+    const FusedMlpLayer& layer = p.layer[l];
+    const int64_t pitch = fused_mlp_pitch(layer.k);
+    for (int64_t i = max(begin, 0); layer.dweight && i < min(end, layer.n); ++i)
+      sum_slices<T>(sums + i * pitch, p.slices, parameters, (T*)layer.dweight + i * layer.k, 0, layer.k);
+    sums += layer.n * pitch;
+    if (layer.dbias && begin <= layer.n && layer.n < end)
+      sum_slices<T>(sums, p.slices, parameters, (T*)layer.dbias, 0, layer.n);
+    sums += fused_mlp_pitch(layer.n);
+    begin -= layer.n + 1, end -= layer.n + 1;
+  }
+}
+
 template <class E>
 void fused_mlp_backward_with(const FusedMlp& p, const Parallel& parallel) {
   using A = typename E::Acc;
-  using T = typename E::Elem;
   parallel.run(p.slices, &p, [](const void* context, int64_t begin, int64_t end) {
     const auto& p = *(const FusedMlp*)context;
     const int64_t rows = fused_mlp_rows<E>(p), blocks = ceil_div(p.rows, rows);
@@ -369,7 +389,7 @@ void fused_mlp_backward_with(const FusedMlp& p, const Parallel& parallel) {
       A* sums = (A*)p.partials + slice * parameters;
       for (int l = 0; l < p.layers; ++l) __builtin_memset(s.dbias[l], 0, p.layer[l].n * sizeof(double));
       const int64_t first = slice * blocks / p.slices, last = (slice + 1) * blocks / p.slices;
-      for (int64_t b = first; b < last; ++b)
+      for (int64_t b = first; b < last; ++b)  // a slice of 64 rows has a block or more
         fused_mlp_block_backward<E>(p, s, b * rows, min(rows, p.rows - b * rows), sums + to_top, b == first);
       for (int l = 0; l < p.layers; ++l) {
         const FusedMlpLayer& layer = p.layer[l];
@@ -379,17 +399,14 @@ void fused_mlp_backward_with(const FusedMlp& p, const Parallel& parallel) {
       }
     }
   });
-  const int64_t parameters = fused_mlp_parameters(p);
-  const A* sums = (const A*)p.partials;
-  for (int l = 0; l < p.layers; ++l) {
-    const FusedMlpLayer& layer = p.layer[l];
-    const int64_t pitch = fused_mlp_pitch(layer.k);
-    for (int64_t i = 0; layer.dweight && i < layer.n; ++i)
-      sum_slices<T>(sums + i * pitch, p.slices, parameters, (T*)layer.dweight + i * layer.k, 0, layer.k);
-    sums += layer.n * pitch;
-    if (layer.dbias) sum_slices<T>(sums, p.slices, parameters, (T*)layer.dbias, 0, layer.n);
-    sums += fused_mlp_pitch(layer.n);
-  }
+  int64_t tasks = 0;
+  for (int l = 0; l < p.layers; ++l) tasks += p.layer[l].n + 1;
+  const auto sum = [](const void* p, int64_t begin, int64_t end) {
+    fused_mlp_sum<typename E::Elem>(*(const FusedMlp*)p, begin, end);
+  };
+  // 2^16 accumulators are read in some 20 µs, and threads wake up in 5.
+  if (p.slices * fused_mlp_parameters(p) < (1 << 16)) return sum(&p, 0, tasks);
+  parallel.run(tasks, &p, sum);
 }
 
 }  // namespace dlk::cpu::DLK_ISA
