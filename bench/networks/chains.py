@@ -162,10 +162,12 @@ class Network:
         forward = compiled(lambda: loss(model(self.x), target))
         update = torch.compile(optimizer.step, dynamic=False)  # its hooks are no part of a full graph
 
-        def run() -> None:
+        def run() -> Tensor:
             optimizer.zero_grad()
-            forward().backward()
+            value = forward()
+            value.backward()
             update()
+            return value.detach()
 
         return run
 

@@ -7,7 +7,7 @@ import pytest
 from bench.networks.page import BEGIN, END, PAGE, README, main, markdown, side_by_side, summary
 from tests.support.paths import ROOT
 
-COMMITTED = ("amd-epyc-2t", "intel-xeon-amx-2t", "amd-epyc-zen3-2t")
+COMMITTED = ("amd-epyc-2t", "intel-xeon-amx-2t", "amd-epyc-zen3-2t", "amd-epyc-zen3-1t")
 
 
 def record(timed="training step", isa="amx", **times):

@@ -48,7 +48,7 @@ SMALL: dict[str, str | None] = {
     "python -m bench.readme_table bench/results/amd-epyc-zen3-2t.json": None,
     "python -m bench.readme_table bench/results/intel-xeon-amx-2t.json": None,
     "python -m bench.networks.page FILE...": "python -m bench.networks.page bench/results/amd-epyc-2t-networks.json",
-    "python -m bench.networks --compile": "python -m bench.networks --compile --dtypes fp32 --budget 0.01",
+    "python -m bench.networks.page": "python -m bench.networks.page bench/results/amd-epyc-2t-networks.json",
     "python -m bench.readme_table FILE": "python -m bench.readme_table bench/results/amd-epyc-2t.json",
     "python -m dlkernels tune": f"python -m dlkernels tune --shapes 8x8x8 {TUNE}",
     "python -m dlkernels tune --any-threads --seconds 0.6 --out dlkernels/routes/PROCESSOR-ISA.json":
@@ -76,6 +76,7 @@ CI = ".github/workflows runs it on each push"
 GPU = "needs a GPU"
 NAME = "the name of a program in a sentence"
 NOT_RUN = {
+    "python -m bench.networks --compile": "it compiles for minutes; tests/bench/test_networks.py compiles one network",
     "pip install -e '.[train]'": NETWORK,
     "pip install -e '.[dev]'": NETWORK,
     "pip install -e '.[neighbours]'": NETWORK,
