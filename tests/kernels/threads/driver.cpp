@@ -207,7 +207,7 @@ int main() {
                                           for (int l = 0; l < 3; ++l)
                                             layers[l].dweight = r[3 + l].data(), layers[l].dbias = r[6 + l].data();
                                           p.grad_y = {grad.data(), 64, 1}, p.dx = r[9].data();
-                                          p.slices = 5;
+                                          p.slices = 6;  // 74,880 accumulators: all threads add them
                                           std::vector<float> partials(p.slices * fused_mlp_parameters(p));
                                           p.partials = partials.data();
                                           table.fused_mlp_backward(p, parallel);
