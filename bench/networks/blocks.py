@@ -40,8 +40,7 @@ class Block:
         }
         if with_compiled:
             torch.compiler.reset()
-            by_compile = compiled(two_layers)
-            self.calls[COMPILED] = lambda: by_compile(x, up, down)
+            self.calls[COMPILED] = compiled(self.calls[STOCK])
         made, self.refused = peers.importable(others)
         self.calls |= {name: lambda block=block: block(x, (up, down)) for name, block in made.items()}  # type: ignore[misc]
 
