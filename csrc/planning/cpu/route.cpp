@@ -16,7 +16,7 @@ bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_row
 }
 bool runs(const char* isa, const Machine& machine) { return !std::strcmp(machine.kernels->isa, isa); }
 
-// The slices of a fused MLP of fewer than 4096 rows; 0: layer by layer. Measured on Zen 3 with 1 and 2 threads, in f32 and f64,
+// The slices of a fused MLP of fewer than 2048 rows; 0: layer by layer. Measured on Zen 3 with 1 and 2 threads, in f32 and f64,
 // from 1 to 1024 rows (docs/internals/performance.md). Up to 16 thousand parameters the fused MLP won for any number of rows.
 // Beyond, it has to pack all weights anew for each thread, and takes as many rows as the widest layer has features. A slice
 // has 64 rows or more, of wide layers 128; shorter ones cost more than they bring, as do many copies of large gradients.
@@ -153,9 +153,9 @@ int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machin
   if (widest > table.fused_mlp_features || widest > fused_mlp_limit(dtype)) return 0;
   // A slice is worth its copy of the gradients; more slices than cores fill the cores evenly.
   const int64_t slices = std::min({m / 1024, (int64_t{1} << 22) / parameters, int64_t{32}});
+  if (slices >= 2) return static_cast<int>(slices);
   const int64_t few = few_rows_slices(m, parameters, widest, dtype, machine);
-  if (machine.forced == Forced::own && std::max(slices, few) < 2) return m > 0;
-  return static_cast<int>(slices < 2 ? few : std::max(slices, few));
+  return static_cast<int>(few || machine.forced != Forced::own ? few : m > 0);
 }
 
 bool members_in_parallel(int64_t members, const std::vector<Problem>& layers, const Machine& machine) {

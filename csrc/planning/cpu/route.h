@@ -13,7 +13,7 @@ namespace dlk::cpu {
 Route route(Op op, const Problem&, bool contiguous, const Machine&);
 
 // The number of slices of rows in which the fused MLP kernels take these layers; 0: they run layer by layer. A function of
-// shapes, dtype and kernel set; only 0 in place of up to 4 slices may depend on the number of threads.
+// shapes, dtype and kernel set; below 2048 rows also of the number of threads, which decides between 0 and up to 4.
 int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machine&);
 
 // True if the members of an ensemble of such chains run at the same time, each on one thread. Otherwise they run one after

@@ -191,8 +191,9 @@ int main() {
                                         });
 
   const auto weights = normal(3 * 64 * 64, 6);
-  const auto input = normal(m * 64, 7), grad = normal(m * 64, 8);
-  good &= same_on_any_number_of_threads("fused_mlp", {m * 64, m * 64, m * 64, 4096, 4096, 4096, 64, 64, 64, m * 64},
+  const int64_t rows = 2 * m, size = rows * 64;  // 8 blocks
+  const auto input = normal(size, 7), grad = normal(size, 8);
+  good &= same_on_any_number_of_threads("fused_mlp", {size, size, size, 4096, 4096, 4096, 64, 64, 64, size},
                                         [&](Results& r, const Parallel& parallel) {
                                           FusedMlpLayer layers[3]{};
                                           for (int l = 0; l < 3; ++l) {
@@ -202,7 +203,7 @@ int main() {
                                             layers[l].h = r[l].data();
                                           }
                                           FusedMlp p{};
-                                          p.rows = m, p.layers = 3, p.layer = layers, p.x = {input.data(), 64, 1};
+                                          p.rows = rows, p.layers = 3, p.layer = layers, p.x = {input.data(), 64, 1};
                                           table.fused_mlp_forward(p, parallel);
                                           for (int l = 0; l < 3; ++l)
                                             layers[l].dweight = r[3 + l].data(), layers[l].dbias = r[6 + l].data();

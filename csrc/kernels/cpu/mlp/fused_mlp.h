@@ -389,7 +389,7 @@ void fused_mlp_backward_with(const FusedMlp& p, const Parallel& parallel) {
       A* sums = (A*)p.partials + slice * parameters;
       for (int l = 0; l < p.layers; ++l) __builtin_memset(s.dbias[l], 0, p.layer[l].n * sizeof(double));
       const int64_t first = slice * blocks / p.slices, last = (slice + 1) * blocks / p.slices;
-      for (int64_t b = first; b < last; ++b)  // a slice of 64 rows has a block or more
+      for (int64_t b = first; b < last; ++b)  // one or more: there are at least as many blocks as slices
         fused_mlp_block_backward<E>(p, s, b * rows, min(rows, p.rows - b * rows), sums + to_top, b == first);
       for (int l = 0; l < p.layers; ++l) {
         const FusedMlpLayer& layer = p.layer[l];
