@@ -8,7 +8,7 @@ namespace dlk {
 namespace {
 
 // input's shape without its classes, as [N, d1, ...]; [] for [C].
-std::vector<int64_t> rows_of(const at::Tensor& input) {
+std::vector<int64_t> sizes_of_rows(const at::Tensor& input) {
   std::vector<int64_t> sizes = input.sizes().vec();
   sizes.erase(sizes.begin() + (input.dim() > 1));
   return sizes;
@@ -22,7 +22,7 @@ void check_index_tensor(const at::Tensor& target, const at::Tensor& input, const
 }
 
 void check_indices(const at::Tensor& input, const at::Tensor& target, const char* op) {
-  const std::vector<int64_t> rows = rows_of(input);
+  const std::vector<int64_t> rows = sizes_of_rows(input);
   const bool one_row = rows.empty() && target.dim() == 1 && target.size(0) == 1;
   TORCH_CHECK_VALUE(one_row || target.sizes() == at::IntArrayRef(rows), op, ": for input of shape ", input.sizes(),
                     " expected target to hold class indices of shape ", at::IntArrayRef(rows),

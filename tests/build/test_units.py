@@ -2,14 +2,18 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 
-from _build.units import FILES, LARGE, TORCH, units
+from _build.units import TENSORS, units
 from tests.support.paths import ROOT
 
 SOURCES = sorted(
-    path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.cpp") if path.parts[-2] != "kernels"
+    path.relative_to(ROOT).as_posix()
+    for room in ("ops", "python")
+    for path in ROOT.glob(f"csrc/{room}/**/*.cpp")
+    if path.parent.name != "cuda"
 )
 
 
@@ -24,21 +28,27 @@ def included(path):
 
 
 def test_every_source_is_compiled_once(made, tmp_path):
-    together = [f"csrc/{name}" for path in tmp_path.iterdir() for name in included(path)]
-    alone = [path for path in made if path.startswith("csrc/")]
-    assert sorted(together + alone) == SOURCES
-    assert sorted(str(tmp_path / path.name) for path in tmp_path.iterdir()) == sorted(set(made) - set(alone))
+    assert sorted(f"csrc/{name}" for path in tmp_path.iterdir() for name in included(path)) == SOURCES
+    assert sorted(made) == sorted(map(str, tmp_path.iterdir()))
 
 
-def test_a_unit_is_small_files_of_one_room(made, tmp_path):
+def test_a_unit_is_all_files_of_one_room(made, tmp_path):
+    assert sorted(path.stem for path in tmp_path.iterdir()) == [
+        "ops",
+        "ops-autograd",
+        "ops-cpu",
+        "python",
+        "python-tensors",
+    ]
     for path in tmp_path.iterdir():
-        names = included(path)
-        assert 1 < len(names) <= FILES
-        assert len({name.rpartition("/")[0] for name in names}) == 1
-        for name in names:
-            text = (ROOT / "csrc" / name).read_text()
-            assert name.startswith(("ops/", "python/")) and "/cuda/" not in name
-            assert not TORCH.search(text) and not any(f"<{large}>" in text for large in LARGE)
+        rooms = {Path(name).parent.as_posix().replace("/", "-") for name in included(path)}
+        assert rooms == {path.stem.removesuffix("-tensors")}
+
+
+def test_the_units_of_the_module_differ_in_tensors(made, tmp_path):
+    for path in tmp_path.glob("python*.cpp"):
+        with_tensors = [bool(TENSORS.search((ROOT / "csrc" / name).read_text())) for name in included(path)]
+        assert set(with_tensors) == {path.stem == "python-tensors"}
 
 
 def test_an_unchanged_unit_is_not_written_again(made, tmp_path, monkeypatch):

@@ -42,6 +42,14 @@ class AutogradContext {
  private:
   torch::autograd::AutogradContext& torchs_;
 };
+template <>
+int64_t AutogradContext::saved(const char* name) const;
+template <>
+double AutogradContext::saved(const char* name) const;
+template <>
+bool AutogradContext::saved(const char* name) const;
+template <>
+std::vector<int64_t> AutogradContext::saved(const char* name) const;
 
 // The backward of an op returns a gradient for each tensor that forward was given, in their order; undefined ones may follow.
 using Backward = variable_list (*)(AutogradContext*, const variable_list&);
