@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import platform
 import re
@@ -66,6 +67,12 @@ def facts(device: str = "cpu") -> dict[str, Any]:
         "routes": routing.identity(),
         "environment": isa.in_force(),
     }
+
+
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Return what every file of figures says beside them: when, where, of which sources and versions they are."""
+    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"created": created, "versions": versions(), "commit": commit(), "machine": facts(device)}
 
 
 def no_gpu() -> str | None:

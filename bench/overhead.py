@@ -1,56 +1,149 @@
-"""Host overhead: the time of a call at 1x8→8, where the arithmetic takes almost none.
+"""Host overhead: the time of calls at 1x8→8, where the arithmetic takes almost none.
 
-``python -m bench.overhead`` prints medians over many calls on one thread, and ours over stock's. The aim is at most 1.
+``python -m bench.overhead`` prints medians over many calls on one thread, and ours over stock's, which should be at most
+1. Each row is forward without gradients, forward with the gradients of input and parameters, or a training step
+(zero_grad, forward, mean squared error, backward, SGD). The rows of a loss have the loss alone, and a step of
+``nn.Linear`` that ends in it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from bench import contenders, harness
-from bench.contenders import OURS, REFERENCE
-from bench.grid import MODES, shape_named
+import dlkernels
+from bench import harness, machine
+from bench.networks.common import OURS, STOCK, Calls, distance
+from dlkernels import losses
 from dlkernels.atomic import write_json
-from dlkernels.testing import STOCK, Layer, LayerJudge
+
+SIZE = 8
+MODES = ("forward", "forward+backward", "training step")
+LEAST = 1e-6  # relative error; below it stock's error is luck
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def measure(seconds: float = 2.0, activation: str = "relu") -> dict[str, dict[str, float]]:
-    """Return by mode the microseconds of the median call for each of the two, and ``ratio``, ours over stock's.
+class Place(nn.Module):
+    """A layer and its activation as most models write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One call of stock's and ours, by contender. ``losses`` end the training step, with ``target``."""
+
+    calls: Mapping[str, Callable[[Tensor], Tensor]]
+    models: Mapping[str, nn.Module]
+    losses: Mapping[str, Loss]
+    target: Tensor
+
+
+def subjects() -> dict[str, Subject]:
+    """Return the rows by their names. The models of a row have the same parameters."""
+    torch.manual_seed(0)
+    place = Place()
+    linear = dlkernels.nn.LinearReLU(SIZE, SIZE)
+    linear.load_state_dict(place.fc.state_dict())
+    sequential = nn.Sequential(nn.Linear(SIZE, SIZE), nn.ReLU(), nn.Linear(SIZE, SIZE))
+    mlp = dlkernels.nn.MLP([SIZE, SIZE, SIZE])
+    mlp.load_state_dict(sequential.state_dict())
+    numbers, label = torch.randn(1, SIZE), torch.tensor([3])
+    mse = {STOCK: F.mse_loss, OURS: losses.mse_loss}
+    cross_entropy = {STOCK: F.cross_entropy, OURS: losses.cross_entropy}
+
+    def of_models(stock: nn.Module, ours: nn.Module) -> Subject:
+        models = {STOCK: stock, OURS: ours}
+        return Subject(models, models, {STOCK: F.mse_loss, OURS: F.mse_loss}, numbers)
+
+    def of_losses(pair: Mapping[str, Loss], target: Tensor) -> Subject:
+        calls = {name: lambda x, loss=loss: loss(x, target) for name, loss in pair.items()}
+        return Subject(calls, {name: copy.deepcopy(place.fc) for name in pair}, pair, target)
+
+    return {
+        "LinearReLU": of_models(place, linear),
+        "a place of fuse": of_models(place, dlkernels.fuse(copy.deepcopy(place))),
+        "MLP, two layers": of_models(sequential, mlp),
+        "mse_loss": of_losses(mse, numbers),
+        "cross_entropy": of_losses(cross_entropy, label),
+    }
+
+
+def calls_of(subject: Subject, mode: str) -> Calls:
+    """Return the call of each contender in this mode, without arguments. Calls with gradients return them."""
+    x = torch.randn(1, SIZE, generator=torch.Generator().manual_seed(1))
+    leaf = x.clone().requires_grad_()
+
+    def gradients(call: Callable[[Tensor], Tensor]) -> Callable[[], Sequence[Tensor]]:
+        wanted = [leaf, *(call.parameters() if isinstance(call, nn.Module) else ())]
+        g = torch.ones_like(call(x).detach())
+        return lambda: torch.autograd.grad(call(leaf), wanted, g)
+
+    def step(model: nn.Module, loss: Loss) -> Callable[[], Sequence[Tensor]]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+        def run() -> Sequence[Tensor]:
+            optimizer.zero_grad()
+            value = loss(model(x), subject.target)
+            value.backward()
+            optimizer.step()
+            return [value]
+
+        return run
+
+    if mode == "forward":
+        return {name: torch.no_grad()(lambda call=call: [call(x)]) for name, call in subject.calls.items()}
+    if mode == "forward+backward":
+        return {name: gradients(call) for name, call in subject.calls.items()}
+    return {name: step(copy.deepcopy(model), subject.losses[name]) for name, model in subject.models.items()}
+
+
+def measure(seconds: float = 1.0) -> Iterator[dict[str, str | float]]:
+    """Yield the rows: ``call``, ``timed``, the microseconds of each contender's median call, and ``ratio``, ours over
+    stock's. Each row takes ``seconds``.
 
     Raises:
         AssertionError: our results are wrong, so nothing is timed.
     """
-    inputs = harness.draw(shape_named("1x8x8"), "fp32", seed=0)
-    ops = contenders.make((REFERENCE, OURS), activation)
-    judge = LayerJudge(Layer(inputs.x, inputs.weight, inputs.bias, inputs.g, activation))
-    if wrong := judge.objection(ops[OURS]):
-        raise AssertionError(wrong)
-    found = {}
-    for mode in MODES:
-        times = harness.measure(ops, [inputs], mode, seconds)
-        medians = {name: timing.median * 1e6 for name, timing in times.items()}
-        found[mode] = {**medians, "ratio": medians[OURS] / medians[REFERENCE]}
-    return found
+    for name, subject in subjects().items():
+        for mode in MODES:
+            calls = calls_of(subject, mode)
+            for ours, stocks in zip(calls[OURS](), calls[STOCK](), strict=True):
+                error = distance(ours, stocks.double())
+                assert error <= LEAST, f"{name}, {mode}: ours and stock's differ by {error:.2g} of their norm"
+            steps = {who: lambda _, call=call: call() for who, call in calls.items()}
+            times = harness.take_turns(steps, lambda: None, seconds, refill=True)
+            medians = {who: timing.median * 1e6 for who, timing in times.items()}
+            yield {"call": name, "timed": mode, **medians, "ratio": medians[OURS] / medians[STOCK]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each mode (default: %(default)s)")
-    parser.add_argument("--activation", choices=tuple(STOCK), default="relu")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each row (default: %(default)s)")
     parser.add_argument("--out", help="also write the figures to this JSON file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found = measure(args.seconds, args.activation)
-    for mode, figures in found.items():
+    rows = []
+    for row in measure(args.seconds):
+        rows.append(row)
         print(
-            f"{mode:<17} stock {figures[REFERENCE]:6.2f} µs   dlkernels {figures[OURS]:6.2f} µs   "
-            f"ours over stock's {figures['ratio']:.2f}"
+            f"{row['call']:<16} {row['timed']:<17} stock {row[STOCK]:6.2f} µs   dlkernels {row[OURS]:6.2f} µs   "
+            f"ours over stock's {row['ratio']:.2f}",
+            flush=True,
         )
     if args.out:
-        write_json(args.out, found)
+        write_json(args.out, {**machine.provenance(), "rows": rows})
     return 0
 
 
