@@ -131,17 +131,20 @@ const char* cpu_backward(const char* isa, int pairs, int forced, int bf16_produc
                                     machine));
 }
 
-const char* cpu_forward(const char* isa, int pairs, int forced, int64_t m, int64_t n, int64_t k, int dtype, int act,
-                        int z) {
+const char* cpu_forward(const char* isa, int maker, int pairs, int forced, int64_t m, int64_t n, int64_t k, int dtype,
+                        int act, int z) {
   const cpu::Kernels set = kernels_of(isa, pairs != 0);
-  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4, cpu_routes()};
+  const cpu::Machine machine = {&set,         static_cast<cpu::Forced>(forced), false, false, false, false, 4,
+                                cpu_routes(), static_cast<cpu::Maker>(maker)};
   const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}};
   return text_of(cpu::plan_forward({p, {nullptr, k, 1}, {nullptr, k, 1}, z != 0, false}, machine));
 }
 
-int cpu_mlp_slices(const char* isa, int forced, int capped, int threads, int dtype, int64_t m, int64_t features) {
+int cpu_mlp_slices(const char* isa, int maker, int forced, int capped, int threads, int dtype, int64_t m,
+                   int64_t features) {
   const cpu::Kernels set = kernels_of(isa, false);
-  const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), capped != 0, false, false, false, threads};
+  const cpu::Machine machine = {&set,    static_cast<cpu::Forced>(forced), capped != 0, false, false, false, threads,
+                                nullptr, static_cast<cpu::Maker>(maker)};
   return cpu::fused_mlp_slices({{m, features, features}, {m, features, features}}, static_cast<DType>(dtype), machine);
 }
 

@@ -17,6 +17,7 @@ from tests.support.paths import ROOT
 ALL = DX | DWEIGHT | DBIAS
 SAVED, BELOW, DBIAS_BELOW = 1, 2, 4
 NO, OWN, ATEN = range(3)
+AMD, INTEL, OTHER = range(3)
 BIG, FEW_ROWS, FEW_COLUMNS = (1000, 300, 200), (4, 300, 200), (5000, 4, 64)
 
 
@@ -156,7 +157,7 @@ def test_cuda_ways_to_dz(planning):
 def test_forward_by_a_library_ends_in_a_pass(planning):
     def cpu(act, z, forced):
         m, n, k = sizes(BIG)
-        return planning.cpu_forward(b"avx512", 0, forced, m, n, k, 1, act_code(act), z).decode().split("|")
+        return planning.cpu_forward(b"avx512", AMD, 0, forced, m, n, k, 1, act_code(act), z).decode().split("|")
 
     assert cpu("relu", 0, NO) == ["forward packed y - - 1"]
     assert cpu("gelu", 1, NO) == ["forward packed y+z - - 1"]
@@ -203,9 +204,9 @@ def table(planning):
     use()
 
 
-def forward_path(planning, shape, dtype="float32", *, isa="avx512", forced=NO):
+def forward_path(planning, shape, dtype="float32", *, isa="avx512", maker=AMD, forced=NO):
     m, n, k = sizes(shape)
-    text = planning.cpu_forward(isa.encode(), 0, forced, m, n, k, DTYPES.index(dtype), act_code("none"), 0)
+    text = planning.cpu_forward(isa.encode(), maker, 0, forced, m, n, k, DTYPES.index(dtype), act_code("none"), 0)
     return text.decode().split()[1]
 
 
@@ -286,10 +287,37 @@ def test_an_instruction_set_without_measurements_has_torch_s_products(planning):
     assert slices("avx2") == slices("portable", OWN) == slices("portable", capped=1) == 4
 
 
-def mlp_slices(planning, m, features, isa="avx2", dtype="float32", threads=2, forced=NO, capped=0):
+@pytest.mark.parametrize(
+    ("isa", "maker", "measured"),
+    [
+        ("avx2", AMD, True),
+        ("avx2", INTEL, False),
+        ("avx2", OTHER, False),
+        ("avx512", INTEL, True),
+        ("avx512_bf16", AMD, True),
+        ("avx512", OTHER, False),
+    ],
+)
+def test_a_maker_whose_processors_nobody_measured_has_torch_s_products(planning, table, isa, maker, measured):
+    """MKL has other code for each maker's processors; in 16 bits torch's code depends on the instruction set alone."""
+    ours = "packed" if measured else "aten"
+    assert forward_path(planning, BIG, isa=isa, maker=maker) == ours
+    assert forward_path(planning, BIG, "float64", isa=isa, maker=maker) == ours
+    assert (mlp_slices(planning, 4096, 64, isa, maker=maker) > 0) == measured
+    assert forward_path(planning, BIG, "bfloat16", isa=isa, maker=maker) == "packed"
+    assert mlp_slices(planning, 4096, 64, isa, "bfloat16", maker=maker) > 0
+    assert forward_path(planning, BIG, isa=isa, maker=maker, forced=OWN) == "packed"
+    assert mlp_slices(planning, 4096, 64, isa, maker=maker, capped=1) > 0
+    table((FORWARD, "float32", BIG, 4, "packed"))
+    assert forward_path(planning, BIG, isa=isa, maker=maker) == "packed", "a measurement"
+
+
+def mlp_slices(planning, m, features, isa="avx2", dtype="float32", threads=2, forced=NO, capped=0, maker=AMD):
     """Of two layers, features → features; 0: layer by layer."""
     where = DTYPES.index(dtype)
-    return planning.cpu_mlp_slices(isa.encode(), forced, capped, threads, where, *map(ctypes.c_int64, (m, features)))
+    return planning.cpu_mlp_slices(
+        isa.encode(), maker, forced, capped, threads, where, *map(ctypes.c_int64, (m, features))
+    )
 
 
 def test_chains_of_few_rows(planning):

@@ -4,8 +4,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/cpu/isa/isa.h"
-
 namespace dlk::cpu {
 namespace {
 
@@ -26,6 +24,7 @@ Machine this_machine(int threads, bool bf16_products) {
   now.bf16_products = bf16_products;
   now.threads = threads;
   now.routes = cpu_routes();
+  now.maker = cpu_features().maker;
   return now;
 }
 

@@ -1,6 +1,7 @@
 // The facts about this processor and this process that a plan depends on.
 #pragma once
 
+#include "kernels/cpu/isa/isa.h"
 #include "kernels/cpu/kernels.h"
 #include "planning/problem.h"
 #include "planning/routes.h"
@@ -20,6 +21,7 @@ struct Machine {
   bool bf16_products;                  // torch lets f32 products run in bf16
   int threads;                         // torch's
   const RouteTable* routes = nullptr;  // the table in use; nullptr: none
+  Maker maker = Maker::amd;
 
   // Waking threads costs some microseconds, which is 100 thousand multiplications.
   int threads_for(int64_t operations) const { return operations < 100000 ? 1 : threads; }

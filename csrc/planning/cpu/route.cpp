@@ -74,9 +74,13 @@ Route autocast_route(Op op, const Shape& shape, bool contiguous) {
   return {Path::packed, "our packed GEMM, which rounds float32 to bfloat16 while it packs"};
 }
 
-// Nobody has measured this kernel set beside torch, and nobody asked for it.
-bool is_unmeasured(const Machine& machine) {
-  return machine.forced == Forced::no && !machine.isa_capped && runs("portable", machine);
+// Nobody has measured this kernel set beside torch on a processor of this maker, and nobody asked for it. In f32 and f64 torch's
+// library, MKL, has other code for each maker's processors; in 16 bits torch's code depends on the instruction set alone.
+bool is_unmeasured(DType dtype, const Machine& machine) {
+  if (machine.forced != Forced::no || machine.isa_capped) return false;
+  if (runs("portable", machine)) return true;
+  const bool measured = machine.maker == Maker::amd || (machine.maker == Maker::intel && !runs("avx2", machine));
+  return !measured && !is_16_bit(dtype);
 }
 
 // The kernels can compute this product by this path, fast or not.
@@ -116,9 +120,9 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
   if (unforced && dtype == DType::f16 && machine.amx_fp16)
     return {Path::aten,
             "this CPU has AMX-FP16 and dlkernels has no micro-kernel for it: torch's GEMM, our passes around it"};
-  if (!empty && is_unmeasured(machine))
+  if (!empty && is_unmeasured(dtype, machine))
     return {Path::aten,
-            "no measurement says that our portable kernels are faster here: torch's GEMM, our passes around it"};
+            "no measurement says that our kernels are faster on such a processor: torch's GEMM, our passes around it"};
   // Measured on AVX-512 BF16 with 128 rows and weights of 17 and 38 million elements: ours 0.76 to 0.95 of torch's speed.
   const bool large_weight = shape.m <= 256 && shape.n * shape.k >= (int64_t{1} << 23);
   if (free && dtype == DType::bf16 && large_weight && shape.m > kFewRowsForward && runs("avx512_bf16", machine))
@@ -141,7 +145,7 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
 
 int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machine& machine) {
   const KernelTable& table = machine.table(dtype);
-  if (machine.forced == Forced::aten || is_unmeasured(machine)) return 0;
+  if (machine.forced == Forced::aten || is_unmeasured(dtype, machine)) return 0;
   if (layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
   const int64_t m = layers[0].m;
   int64_t parameters = 0, widest = 0;

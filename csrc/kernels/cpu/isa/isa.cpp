@@ -31,9 +31,10 @@ extern int64_t (*const k_amx_peak_loop)(int64_t);
 namespace {
 
 CpuFeatures detect() {
-  CpuFeatures f{};
+  CpuFeatures f{Maker::other};
 #if defined(__x86_64__)
   __builtin_cpu_init();  // asks xgetbv too: a set bit means that the operating system saves those registers
+  f.maker = __builtin_cpu_is("amd") ? Maker::amd : __builtin_cpu_is("intel") ? Maker::intel : Maker::other;
   f.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   f.avx512 = f.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -5,7 +5,10 @@
 
 namespace dlk::cpu {
 
+enum class Maker { amd, intel, other };  // of the processor: libraries choose their code by it
+
 struct CpuFeatures {
+  Maker maker;
   bool avx2, avx512, avx512_bf16, amx, amx_fp16;  // amx: it has bf16 tiles, and the operating system lets us use them
 };
 
