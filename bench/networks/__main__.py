@@ -16,7 +16,19 @@ from bench import floors, grid, harness, machine, peak, peers, table
 from bench.clock import Graph, clock_of
 from bench.harness import DTYPES
 from bench.networks import blocks, chains, ensembles, gated, heads, residuals
-from bench.networks.common import COMPILED, COMPILED_STEP, FLOOR, IN_PLACE, OURS, STOCK, Asked, Calls, Case, Reasons
+from bench.networks.common import (
+    COMPILED,
+    COMPILED_STEP,
+    FLOOR,
+    FUSED,
+    IN_PLACE,
+    OURS,
+    STOCK,
+    Asked,
+    Calls,
+    Case,
+    Reasons,
+)
 from dlkernels.atomic import write_json
 from tools.lease import log
 
@@ -103,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     others = [STOCK, IN_PLACE, gated.PACKED, chains.OUR_LAYERS, heads.TORCH_REFERENCE, heads.TORCH_CHUNKED, FLOOR]
     others += [COMPILED, COMPILED_STEP] if args.compile else []
     others += [*peers.HEADS, *peers.BLOCKS] if args.device == "cuda" else []
+    others.append(FUSED)
     graphs = [OURS + GRAPH, STOCK + GRAPH] if args.device == "cuda" else []
     one_call = [STOCK, IN_PLACE, *([COMPILED, COMPILED_STEP] if args.compile else []), OURS]
     rows, cells = [], []

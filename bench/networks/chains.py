@@ -16,6 +16,7 @@ from bench.networks.common import (
     COMPILED,
     COMPILED_STEP,
     FLOOR,
+    FUSED,
     IN_PLACE,
     OURS,
     STOCK,
@@ -28,7 +29,7 @@ from bench.networks.common import (
     distance,
     stock,
 )
-from dlkernels import losses, training_step
+from dlkernels import fuse, losses, training_step
 from dlkernels.nn import MLP
 
 CHAINS = {
@@ -64,11 +65,13 @@ class Network:
             STOCK: stock(sizes, dtype, inplace=False),
             IN_PLACE: stock(sizes, dtype, inplace=True),
             OUR_LAYERS: nn.Sequential(*MLP(sizes, dtype=dtype)),
+            FUSED: stock(sizes, dtype, inplace=False),
             OURS: ours,
         }
         for model in self.models.values():
             model.load_state_dict(ours.state_dict())
             model.to(device)
+        fuse(self.models[FUSED])
         if self.compiled:
             torch.compiler.reset()
             self.models[COMPILED] = compiled(copy.deepcopy(self.models[STOCK]))  # type: ignore[assignment]

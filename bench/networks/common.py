@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bench import harness
 
 OURS, STOCK, IN_PLACE, FLOOR = "dlkernels", "stock", "in-place", "products alone"
+FUSED = "fuse"  # stock's model after dlkernels.fuse
 COMPILED, COMPILED_STEP = "compile", "compile, optimizer too"
 WRONG = 8.0  # times stock's error: a peer beyond it computes something else, and is not timed
 

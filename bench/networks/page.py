@@ -14,7 +14,8 @@ from typing import Any
 
 from bench.machine import ROOT
 from bench.networks import chains, gated, heads
-from bench.networks.common import COMPILED, COMPILED_STEP, FLOOR, IN_PLACE, OURS, STOCK
+from bench.networks.aims import AIMS, NEVER_SLOWER
+from bench.networks.common import COMPILED, COMPILED_STEP, FLOOR, FUSED, IN_PLACE, OURS, STOCK
 from bench.readme_table import rewrite
 from dlkernels.atomic import atomic_write
 
@@ -30,7 +31,7 @@ COLUMNS = {
     "products alone": (FLOOR,),
 }
 OTHERS = (STOCK, gated.PACKED, IN_PLACE, COMPILED, COMPILED_STEP, heads.TORCH_REFERENCE, heads.TORCH_CHUNKED)
-ONE_CALL, BOUND = f"`{chains.ONE_CALL}`", "bound"
+ONE_CALL, BY_FUSE, BOUND, AIM = f"`{chains.ONE_CALL}`", f"`{FUSED}`", "bound", "aim"
 STEP, BACKWARD = "training step", "forward+backward"
 
 Record = Mapping[str, Any]
@@ -39,8 +40,9 @@ Record = Mapping[str, Any]
 def markdown(record: Record) -> str:
     """Return the table of a file of ``python -m bench.networks --out``: times divided by ours.
 
-    ``training_step`` is compared with the fastest other contender, and "bound" is that one's time over the time of the
-    products at the rate of the loop on registers. Columns that the file has no figures for are left out.
+    ``fuse`` and ``training_step`` are compared with the fastest other contender, "aim" says how fast they should be at
+    least, and "bound" is the time of that contender over the time of the products at the rate of the loop on registers.
+    Columns that the file has no figures for are left out.
     """
     table = [_cells(record, row) for row in record["rows"]]
     names = [name for name in table[0] if name in ("network", "dtype", "timed") or any(row[name] for row in table)]
@@ -78,9 +80,25 @@ def _cells(record: Record, row: Mapping[str, Any]) -> dict[str, str]:
         **{name: row[name] for name in ("network", "dtype", "timed")},
         **ratios,
         "stock": f"**{ratios['stock']}**",
+        BY_FUSE: _ratio(medians, OTHERS, FUSED),
         ONE_CALL: _ratio(medians, OTHERS, chains.ONE_CALL),
+        AIM: _aim(row),
         BOUND: _bound(record, row),
     }
+
+
+def _aim(row: Mapping[str, Any]) -> str:
+    """Return the aim of the row, and that it is missed where one of ours is slower than that."""
+    if row["dtype"] != "fp32":
+        return ""
+    medians, aims = _medians(row), AIMS.get(row["network"], NEVER_SLOWER)
+    step = row["timed"] == STEP
+    aim, ours = (aims.step, (chains.ONE_CALL,)) if step else (aims.calls, (OURS, FUSED))
+    others = [medians[name] for name in OTHERS if name in medians]
+    mine = [medians[name] for name in ours if name in medians]
+    if aim is None or not others or not mine:
+        return ""
+    return f"{aim:.3g}x" if min(others) / max(mine) >= aim else f"{aim:.3g}x, missed"
 
 
 def _bound(record: Record, row: Mapping[str, Any]) -> str:

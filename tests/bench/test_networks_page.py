@@ -26,8 +26,11 @@ def test_ratios():
         )
     )  # fmt: skip
     head, _, row, *_ = made.splitlines()
-    assert head == "| network | dtype | timed | stock | in-place ReLU | torch's fused head | `training_step` | bound |"
-    assert row == "| mnist | fp32 | training step | **2.00x** | 1.50x | 2.50x | 3.00x | 6.00x |"
+    assert (
+        head
+        == "| network | dtype | timed | stock | in-place ReLU | torch's fused head | `training_step` | aim | bound |"
+    )
+    assert row == "| mnist | fp32 | training step | **2.00x** | 1.50x | 2.50x | 3.00x | 1.5x | 6.00x |"
     assert made.endswith("Commit ababababab 2026-11-29, torch 2.13.0.")
 
 
@@ -35,7 +38,7 @@ def test_compiled_contenders_count():
     """The faster of both compiled steps; the one call is compared with it where it is the fastest of the others."""
     compiled = {"compile": 5e-3, "compile, optimizer too": 2.5e-3}
     made = markdown(record(stock=4e-3, dlkernels=2e-3, training_step=1e-3, **compiled))
-    assert made.splitlines()[2] == "| mnist | fp32 | training step | **2.00x** | 1.25x | 2.50x | 5.00x |"
+    assert made.splitlines()[2] == "| mnist | fp32 | training step | **2.00x** | 1.25x | 2.50x | 1.5x | 5.00x |"
 
 
 def test_the_bound_is_by_the_best_rate_of_the_run():
@@ -48,6 +51,19 @@ def test_a_file_of_an_earlier_version_has_no_bound():
     made = record(stock=4e-3, dlkernels=2e-3)
     del made["rows"][0]["registers"], made["rows"][0]["flops"]
     assert markdown(made).splitlines()[0] == "| network | dtype | timed | stock |"
+
+
+def test_a_missed_aim_says_so():
+    """The slower of ours counts, against the fastest of the others."""
+
+    def aim(**times):
+        return markdown(record("forward", **times)).splitlines()[2].split(" | ")[-2]
+
+    assert aim(stock=4e-3, dlkernels=2e-3) == "1.15x"
+    assert aim(stock=4e-3, fuse=3.5e-3, dlkernels=2e-3) == "1.15x, missed"
+    assert aim(stock=4e-3, compile=2.2e-3, dlkernels=2e-3) == "1.15x, missed"
+    of_step = markdown(record(stock=4e-3, dlkernels=2e-3, training_step=3e-3)).splitlines()[2]
+    assert of_step.split(" | ")[-3:-1] == ["1.33x", "1.5x, missed"]
 
 
 def test_the_summary_has_the_machines_side_by_side():
