@@ -9,7 +9,7 @@ Reading order:
 3. ``harness``, ``memory`` and ``peak``: how time, memory and the machine's peaks are measured.
 4. ``run``: refuses contenders with wrong results (``dlkernels.testing``), measures the others and stores it all in a
    ``record``.
-5. ``figures``: ratios and shares; ``table``, ``plot`` and ``readme_table`` show them.
+5. ``figures``: ratios and shares; ``table``, ``plot``, ``readme_table`` and ``aims`` show them.
 
 ``overhead``, ``networks``, ``dispatch`` and ``trainer_loop`` are separate programs.
 """

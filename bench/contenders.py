@@ -78,12 +78,13 @@ def _dlkernels(activation: str) -> Op:
 
 OURS = "dlkernels"
 REFERENCE = "stock"
+IN_PLACE = "in-place"
 COMPILED = ("compile", "max-autotune", "max-autotune, no graphs")
 FORWARD_ONLY = ("addmm_activation", "linear_pointwise", *peers.FORWARD_ONLY)
 
 _MAKERS: dict[str, Callable[[str], Op | None]] = {
     REFERENCE: _stock,
-    "in-place": _in_place,
+    IN_PLACE: _in_place,
     "compile": _compiled("default"),
     "max-autotune": _compiled("max-autotune"),
     # On a GPU "max-autotune" replays its own graphs, and copies every new buffer into them. We use many buffers in

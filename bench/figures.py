@@ -115,8 +115,8 @@ def geomeans(table: Iterable[Row]) -> list[dict[str, Any]]:
             "dtype": dtype,
             "mode": mode,
             "column": column,
-            "geomean": _geomean(row.ratio for row in group),
-            "geomean_vs_best": _geomean(row.vs_best for row in group),
+            "geomean": geomean(row.ratio for row in group),
+            "geomean_vs_best": geomean(row.vs_best for row in group),
             "worst": min(row.ratio for row in group),
             "best": max(row.ratio for row in group),
             "layers": len(group),
@@ -199,9 +199,9 @@ def _means_of_others(group: Iterable[Row]) -> dict[str, float]:
     for row in group:
         for name, ratio in row.vs_others.items():
             ratios.setdefault(name, []).append(ratio)
-    return {name: _geomean(values) for name, values in ratios.items() if name != REFERENCE}
+    return {name: geomean(values) for name, values in ratios.items() if name != REFERENCE}
 
 
-def _geomean(values: Iterable[float]) -> float:
+def geomean(values: Iterable[float]) -> float:
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))

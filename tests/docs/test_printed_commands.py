@@ -48,6 +48,8 @@ SMALL: dict[str, str | None] = {
     "python -m bench.readme_table bench/results/amd-epyc-zen3-2t.json": None,
     "python -m bench.readme_table bench/results/intel-xeon-amx-2t.json": None,
     "python -m bench.networks.page FILE...": "python -m bench.networks.page bench/results/amd-epyc-2t-networks.json",
+    "python -m bench.aims": "python -m bench.aims bench/results/amd-epyc-2t.json",
+    "python -m bench.aims FILE...": "python -m bench.aims bench/results/amd-epyc-2t.json",
     "python -m bench.networks.page": "python -m bench.networks.page bench/results/amd-epyc-2t-networks.json",
     "python -m bench.readme_table FILE": "python -m bench.readme_table bench/results/amd-epyc-2t.json",
     "python -m dlkernels tune": f"python -m dlkernels tune --shapes 8x8x8 {TUNE}",
