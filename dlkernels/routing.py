@@ -299,8 +299,8 @@ def use(tables: Sequence[Table]) -> None:
     _in_use[:] = tables
     for device in LIBRARY:
         rows = [
-            (r.op, r.dtype, r.m, r.n, r.k, 0 if table.any_threads else r.where, r.path, r.reason(table.name, number))
-            for table in tables
+            (r.op, r.dtype, r.m, r.n, r.k, 0 if table.any_threads else r.where, r.path, r.reason(table.name, number), place)
+            for place, table in enumerate(tables)
             if table.device == device
             for number, r in enumerate(table.rows, start=1)
         ]

@@ -241,7 +241,7 @@ def test_tables_change_while_layers_run():
             errors.append(float((functional.linear_relu(x, weight).double() - exact).abs().max()))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
-    tables = [_C.make_routes([("forward", "float32", 300, 200, 100, 0, path, "")]) for path in ("aten", "packed")]
+    tables = [_C.make_routes([("forward", "float32", 300, 200, 100, 0, path, "", 0)]) for path in ("aten", "packed")]
     try:
         for thread in threads:
             thread.start()
@@ -259,8 +259,8 @@ def test_tables_change_while_layers_run():
 def test_what_is_no_table_is_refused():
     with pytest.raises(ValueError, match="expected a table of make_routes, or -1 for none; got 100000"):
         _C.use_routes(100000)
-    good = ("forward", "float32", 1, 1, 1, 0, "packed", "")
-    for place, wrong in ((0, "backward"), (2, 0), (5, -1), (6, "fast")):
+    good = ("forward", "float32", 1, 1, 1, 0, "packed", "", 0)
+    for place, wrong in ((0, "backward"), (2, 0), (5, -1), (6, "fast"), (8, -1)):
         with pytest.raises(ValueError, match="expected"):
             _C.make_routes([(*good[:place], wrong, *good[place + 1 :])])
 

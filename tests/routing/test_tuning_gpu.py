@@ -37,7 +37,7 @@ class InventedGpu:
 
     # what dlkernels._C offers
     def make_routes(self, rows):
-        self.tables.append({op: path for op, *_, path, why in rows})
+        self.tables.append({op: path for op, *_, path, why, table in rows})
         return len(self.tables) - 1
 
     def use_routes(self, table, cuda=False):
