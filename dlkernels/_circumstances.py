@@ -9,15 +9,13 @@ from typing import NamedTuple
 
 
 class Fact(NamedTuple):
-    """A fact: ``now`` returns it as text, ``hint`` ends the warning (of class ``category``) that another one gets."""
+    """``now`` returns the fact as text. ``warn(then, now)`` warns of a training that began under another one."""
 
     now: Callable[[], str]
-    category: type[Warning]
-    hint: str
+    warn: Callable[[str, str], None]
 
 
 FACTS: dict[str, Fact] = {}
-"""By the name that a warning calls the fact by, in the plural."""
 
 
 def circumstances() -> dict[str, str]:

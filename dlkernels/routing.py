@@ -283,7 +283,16 @@ def identity() -> str:
     return f"{tables} with {' '.join(forced)}" if forced else tables
 
 
-FACTS["route tables"] = Fact(identity, RouteTableWarning, f"{VARIABLE} chooses the tables")
+def _warn_of_others(then: str, now: str) -> None:
+    warnings.warn(
+        f"the run had the route tables {then}, and here they are {now}: it goes on as well, but not in the same bits. "
+        f"{VARIABLE} chooses the tables",
+        RouteTableWarning,
+        stacklevel=6,
+    )
+
+
+FACTS["routes"] = Fact(identity, _warn_of_others)
 
 
 def facts() -> dict[str, str]:

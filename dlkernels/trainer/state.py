@@ -73,12 +73,7 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
 def _warn_of_other_circumstances(held: Mapping[str, str]) -> None:
     for name, now in circumstances().items():
         if (then := held.get(name, now)) != now:
-            warnings.warn(
-                f"the run had the {name} {then}, and here they are {now}: it goes on as well, but not in the "
-                f"same bits. {FACTS[name].hint}",
-                FACTS[name].category,
-                stacklevel=5,
-            )
+            FACTS[name].warn(then, now)
 
 
 def read_checkpoint(trainer: Trainer, path: str | os.PathLike[str], fallback: bool) -> tuple[Path, dict[str, Any]]:
