@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlkernels import _C, functional, routing
+from dlkernels import _C, _gpus, functional, routing
 from dlkernels.__main__ import main
 from dlkernels._version import __version__
 from dlkernels.routing import LIBRARY, OPS, STOCK, RouteError, Row, Table
@@ -452,3 +452,33 @@ def test_a_shipped_table_is_sound(file):
         assert {r.op for r in one.rows} == set(OPS)
     finally:
         routing.use(())
+
+
+class InventedDriver:
+    """The functions of libnvidia-ml, for GPUs of these names; None stands for one that may not be asked."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def nvmlInit_v2(self):
+        return 0 if self.names else 9
+
+    def nvmlShutdown(self):
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = len(self.names)
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, device):
+        device._obj.value = index + 1
+        return 0 if self.names[index] else 4
+
+    def nvmlDeviceGetName(self, device, name, length):
+        name.value = self.names[device.value - 1].encode()
+        return 0
+
+
+def test_the_names_of_gpus_are_asked_of_the_driver():
+    assert _gpus._asked(InventedDriver("H200", None, "A100", "H200")) == ("H200", "A100")
+    assert _gpus._asked(InventedDriver()) == ()
