@@ -32,7 +32,7 @@ from bench.grid import DTYPES, GPU_SHAPES, Shape, shape_named
 from dlkernels import _C, functional, routing
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
-from dlkernels.routing import CLEARLY, Row, Table
+from dlkernels.routing import Row, Table, behind
 from dlkernels.testing import Layer, LayerJudge
 from tools.lease import log
 
@@ -102,12 +102,17 @@ def with_rows(table: Table, rows: Rows, times: Mapping[str, Times], date: str, c
     old = {product_of(row): row for row in table.rows}
 
     def row_of(p: Product) -> Row:
-        us = {path: float(f"{measured[p] * 1e6:.4g}") for path, measured in times.items() if p in measured}
+        us = {path: microseconds(measured[p]) for path, measured in times.items() if p in measured}
         if not us:
             return old[p]
         return Row(p.product, _NAMES[p.dtype], p.m, p.n, p.k, p.arch, rows[p], us, date, commit)
 
     return replace(table, rows=tuple(row_of(p) for p in sorted(rows)))
+
+
+def microseconds(seconds: float) -> float:
+    """Return the time as a table holds it. Paths are chosen by these digits too, so that both agree."""
+    return float(f"{seconds * 1e6:.4g}")
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
@@ -117,10 +122,10 @@ def choose(old: Rows, times: Mapping[str, Times]) -> Rows:
     """Return ``old`` with the fastest path of every measured product, or the old path if it is not clearly slower."""
     rows = dict(old)
     for c in {c for measured in times.values() for c in measured}:
-        taken = {path: measured[c] for path, measured in times.items() if c in measured}
+        taken = {path: microseconds(measured[c]) for path, measured in times.items() if c in measured}
         best = min(taken, key=lambda path: (taken[path], path))
         present = taken.get(old.get(c, ""))
-        if present is None or taken[best] < CLEARLY * present:
+        if present is None or behind(present, taken[best]):
             rows[c] = best
     return rows
 

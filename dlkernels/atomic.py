@@ -46,6 +46,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_folder(target.parent)
 
 
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Wait until no other process holds the lock of ``path``, and hold it meanwhile: so a file can be read, changed and
+    written without the loss of another's change.
+
+    The lock is on ``.NAME.lock`` beside the file, which stays; the file itself is replaced at every write. It ends with
+    the process. Where the system or the file system has no locks, there is none.
+
+    Raises:
+        OSError: the folder cannot be created or written.
+    """
+    target = _followed(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(target.with_name(f".{target.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> None:
     """Remove the temporary files in ``folder`` that killed writers of ``name`` left; None stands for any name.
 

@@ -10,184 +10,73 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import re
+import stat
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dlkernels import _C
+from dlkernels._circumstances import FACTS, Fact
 from dlkernels._errors import RouteTableWarning
+from dlkernels._gpus import gpu_names
 from dlkernels._version import __version__
+from dlkernels.route_table import (
+    CLEARLY,
+    DTYPES,
+    FORMAT,
+    LIBRARY,
+    OPS,
+    PATHS,
+    STOCK,
+    RouteError,
+    Row,
+    Table,
+    behind,
+    parse,
+)
+
+__all__ = [
+    "CLEARLY",
+    "DTYPES",
+    "FORMAT",
+    "LIBRARY",
+    "OPS",
+    "PATHS",
+    "STOCK",
+    "RouteError",
+    "Row",
+    "Table",
+    "behind",
+    "cache_folder",
+    "chosen",
+    "facts",
+    "file_name",
+    "identity",
+    "in_use",
+    "install",
+    "parse",
+    "processor",
+    "read",
+    "tuned_name",
+    "use",
+    "why_not_here",
+]
 
 VARIABLE = "DLKERNELS_ROUTES"
+FORCING = (
+    "DLKERNELS_CPU_GEMM",
+    "DLKERNELS_CPU_ISA",
+    "DLKERNELS_CUDA_GEMM",
+)  # they choose the bits before any table does
 SHIPPED = Path(__file__).parent / "routes"
-FORMAT = 1
-STOCK = "stock"
-CLEARLY = 0.97  # a path is clearly faster if it takes less than this share of another one's time; the rest is noise
-LIBRARY = {"cpu": "aten", "cuda": "cublas"}
-PATHS = {
-    "cpu": ("packed", "few_rows", "few_columns", "aten"),
-    "cuda": ("simt", "mma", "hopper", "cublas", "fused_mlp"),
-}
-OPS = ("forward", "dgrad", "wgrad")
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-_TEXTS = ("processor", "isa", "torch", "dlkernels")
-
-
-class RouteError(ValueError):
-    """A file is no route table, or its rows contradict themselves."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One product of a layer, and how long it took by each path.
-
-    Attributes:
-        op: "forward", "dgrad" or "wgrad".
-        dtype: as torch names it, "float32".
-        m, n, k: rows, out_features and in_features of the measured layer.
-        where: CPU: the number of threads; CUDA: the architecture, 90 for 9.0.
-        path: the path to take.
-        us: microseconds by path, and stock's as "stock". For dgrad and wgrad it is a backward that makes both.
-        date, commit: when it was measured, and with which sources ("" if they are unknown).
-    """
-
-    op: str
-    dtype: str
-    m: int
-    n: int
-    k: int
-    where: int
-    path: str
-    us: dict[str, float]
-    date: str
-    commit: str
-
-    @property
-    def product(self) -> tuple[str, str, int, int, int, int]:
-        """A table has one row for it."""
-        return self.op, self.dtype, self.m, self.n, self.k, self.where
-
-    def reason(self, table: str, number: int) -> str:
-        """Return why the path is taken, as ``explain`` prints it."""
-        measured = f"measured at {self.m}, {self.k}→{self.n}"
-        if self.path in self.us and STOCK in self.us:
-            what = "" if self.op == "forward" else "backward in "
-            measured += f": {what}{self.us[self.path] / self.us[STOCK]:.2f} of stock's time"
-        dirty = " and changes" if self.commit.endswith("-dirty") else ""
-        commit = f", commit {self.commit[:10]}{dirty}" if self.commit else ""
-        return f"{measured} (row {number} of {table}, {self.date}{commit})"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A route table.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        processor, isa: where it was measured, as :func:`processor` and ``info`` name them. On CUDA the GPU and "".
-        torch, dlkernels: the versions that were measured.
-        any_threads: the rows hold for any number of threads, not only for that of their measurement.
-        rows: the rows, in the order of the file.
-    """
-
-    device: str
-    processor: str
-    isa: str
-    torch: str
-    dlkernels: str
-    any_threads: bool
-    rows: tuple[Row, ...]
-    name: str = field(default="", compare=False)
-    source: str = field(default="", compare=False)
-
-    @property
-    def hash(self) -> str:
-        """A hash of the content; routes of tables with the same hash give the same bits."""
-        return hashlib.sha256(self.text().encode()).hexdigest()[:12]
-
-    def text(self) -> str:
-        """Return the content of the file: JSON with one row per line."""
-        head: dict[str, Any] = {"format": FORMAT, "device": self.device}
-        head |= {name: getattr(self, name) for name in _TEXTS} | {"any_threads": self.any_threads}
-        where = _where(self.device)
-        rows = [
-            json.dumps(
-                {"op": r.op, "dtype": r.dtype, "m": r.m, "n": r.n, "k": r.k, where: r.where, "path": r.path}
-                | {"us": r.us, "date": r.date, "commit": r.commit}
-            )
-            for r in self.rows
-        ]
-        return json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
-
-
-def _where(device: str) -> str:
-    return "threads" if device == "cpu" else "arch"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def parse(text: str, name: str = "", source: str = "") -> Table:
-    """Return the table that ``text`` holds.
-
-    Raises:
-        RouteError: it is damaged. The message says where.
-    """
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise RouteError(f"it is no JSON: {error}") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        got = found.get("format") if isinstance(found, dict) else type(found).__name__
-        raise RouteError(f"expected an object with format {FORMAT}, got {got!r}")
-    device = found.get("device")
-    if device not in LIBRARY:
-        raise RouteError(f"device: expected {' or '.join(LIBRARY)}, got {device!r}")
-    for text_field in _TEXTS:
-        if not isinstance(found.get(text_field), str):
-            raise RouteError(f"{text_field}: expected text, got {found.get(text_field)!r}")
-    if not isinstance(found.get("any_threads"), bool) or not isinstance(found.get("rows"), list):
-        raise RouteError("expected any_threads, which is true or false, and a list of rows")
-    rows = tuple(_row(number, row, device) for number, row in enumerate(found["rows"], start=1))
-    if len({row.product for row in rows}) < len(rows):
-        raise RouteError("two rows are of the same product")
-    heads = {text_field: found[text_field] for text_field in _TEXTS}
-    return Table(device=device, **heads, any_threads=found["any_threads"], rows=rows, name=name, source=source)
-
-
-def _row(number: int, row: Any, device: str) -> Row:
-    def expect(holds: bool, what: str) -> None:
-        if not holds:
-            raise RouteError(f"row {number}: expected {what}, got {row!r}")
-
-    where, library = _where(device), LIBRARY[device]
-    expect(isinstance(row, dict), "an object")
-    expect(row.get("op") in OPS, f"op to be one of {', '.join(OPS)}")
-    expect(row.get("dtype") in DTYPES, f"dtype to be one of {', '.join(DTYPES)}")
-    expect(row.get("path") in PATHS[device], f"path to be one of {', '.join(PATHS[device])}")
-    for size in ("m", "n", "k", where):
-        expect(type(row.get(size)) is int and 0 < row[size] < 2**40, f"{size} to be a whole number of at least 1")
-    expect(row[where] < 2**20, f"{where} below a million")
-    us = row.get("us")
-    expect(isinstance(us, dict), "us to be microseconds by path")
-    for path, time in us.items():
-        expect(path in (STOCK, *PATHS[device]), "us to name paths")
-        expect(type(time) in (int, float) and 0 < time < 1e12, "us to be positive")
-    behind = row["path"] in us and STOCK in us and us[row["path"]] > us[STOCK] / CLEARLY
-    expect(row["path"] == library or not behind, f"a path that is not clearly slower than stock, or {library}")
-    expect(row["path"] == library or row["path"] in us or not us, "a path that was measured")
-    for text_field in ("date", "commit"):
-        expect(isinstance(row.get(text_field), str), f"{text_field} to be text")
-    named = {name: row[name] for name in ("op", "dtype", "m", "n", "k", "path", "us", "date", "commit")}
-    return Row(**named, where=row[where])
 
 
 def read(path: Path, source: str) -> Table:
@@ -200,11 +89,22 @@ def read(path: Path, source: str) -> Table:
 
 def why_not_here(table: Table) -> str:
     """Return why the table is not for this machine and these versions; empty if it is."""
+    return _foreign(table) or _stale(table)
+
+
+def _foreign(table: Table) -> str:
     if table.device == "cuda":
         if _C.build_config()["cuda"] is None:
             return "it is for CUDA, and this build has no CUDA kernels"
-    elif (there := (table.processor, table.isa)) != (here := (processor(), _C.cpu_kernels()["isa"])):
-        return f"it was measured on {' with '.join(there)}, and this is {' with '.join(here)}"
+        gpus = gpu_names()
+        if not gpus or any(table.processor == name or table.processor.startswith(f"{name} MIG ") for name in gpus):
+            return ""  # its rows name their architecture, and the planning compares that
+        return f"it was measured on {table.processor}, and this is {' and '.join(gpus)}"
+    there, here = f"{table.processor} with {table.isa}", f"{processor()} with {_C.cpu_kernels()['isa']}"
+    return "" if there == here else f"it was measured on {there}, and this is {here}"
+
+
+def _stale(table: Table) -> str:
     if table.source != "shipped":
         versions = (("torch", table.torch, torch.__version__), ("dlkernels", table.dlkernels, __version__))
         for name, then, now in versions:
@@ -237,10 +137,23 @@ def cache_folder() -> Path:
 
 
 def file_name(device: str = "cpu") -> str:
-    """Return the name of this processor's table, shipped or tuned; for "cuda" of the current GPU's."""
-    if device == "cuda":
-        return f"cuda-{re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-')}.json"
-    return f"{processor()}-{_C.cpu_kernels()['isa']}.json"
+    """Return the name of this processor's shipped table; for "cuda" of the current GPU's."""
+    return f"{_stem(device)}.json"
+
+
+def tuned_name(any_threads: bool = False, device: str = "cpu") -> str:
+    """Return the name of the table that is tuned here: processor, versions, and "any-threads" if its rows are for any
+    number. So tables of several environments lie side by side."""
+    versions = re.sub(r"[^\w.+-]", "-", f"torch-{torch.__version__}-dlkernels-{__version__}")
+    return f"{_stem(device)}-{versions}{'-any-threads' if any_threads and device == 'cpu' else ''}.json"
+
+
+def _stem(device: str) -> str:
+    return _gpu_stem(torch.cuda.get_device_name()) if device == "cuda" else f"{processor()}-{_C.cpu_kernels()['isa']}"
+
+
+def _gpu_stem(name: str) -> str:
+    return f"cuda-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
 
 
 def chosen() -> list[Table]:
@@ -249,44 +162,80 @@ def chosen() -> list[Table]:
     Raises:
         ImportError: DLKERNELS_ROUTES names no file and is neither "shipped" nor "default".
     """
+    _ignored.clear()
     choice = os.environ.get(VARIABLE, "")
     if choice == "default":
         return []
     if choice not in ("", "shipped"):
-        if not Path(choice).is_file():
-            raise ImportError(f"{VARIABLE} must be shipped, default or the file of a route table; got {choice!r}")
-        return _usable([(Path(choice), "file")])
-    folders = [(SHIPPED, "shipped")]
+        _require_file(choice)
+        return _usable([Path(choice)], "file")
+    tables = []
     if choice == "":
         with contextlib.suppress(RuntimeError):  # a user without a home folder has no tables
-            folders.insert(0, (cache_folder(), "tuned"))
-    files = []
-    for folder, source in folders:
-        files.append((folder / file_name(), source))
-        if _C.build_config()["cuda"] is not None:  # which GPU is here is not asked: that would initialise CUDA
-            files += [(path, source) for path in sorted(folder.glob("cuda-*.json"))]
-    return _usable([(path, source) for path, source in files if path.is_file()])
+            tables = _usable(_files(cache_folder()), "tuned")
+    return tables + _usable(_files(SHIPPED), "shipped")
 
 
-def _usable(files: Iterable[tuple[Path, str]]) -> list[Table]:
-    tables = []
-    for path, source in files:
+def _require_file(choice: str) -> None:
+    try:
+        if stat.S_ISREG(os.stat(choice).st_mode):
+            return
+        why = ", which is no file"
+    except (OSError, ValueError) as error:  # a name may be too long
+        why = "" if isinstance(error, FileNotFoundError) else f": {error.args[-1]}"
+    raise ImportError(f"{VARIABLE} must be shipped, default or the file of a route table; got {choice!r}{why}")
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files in ``folder`` whose names are of this processor or of a GPU here."""
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        _ignore(folder, f"it cannot be read: {error.strerror}", "folder of route tables")
+        return []
+    stems = [re.escape(_stem("cpu"))]
+    if _C.build_config()["cuda"] is not None:
+        stems += [rf"{re.escape(_gpu_stem(name))}(-mig-.*)?" for name in gpu_names()] or ["cuda-.*"]
+    pattern = re.compile(rf"({'|'.join(stems)})(-torch-.*)?\.json")
+    return [folder / name for name in names if pattern.fullmatch(name)]
+
+
+def _usable(files: Iterable[Path], source: str) -> list[Table]:
+    """Return the tables that are for here. Those of other versions are named only where none is for these."""
+    tables: list[Table] = []
+    stale: list[tuple[Path, Table]] = []
+    for path in files:
         try:
             table = read(path, source)
-            why = why_not_here(table)
-        except (OSError, RouteError) as error:
-            why = f"it is damaged: {error}" if isinstance(error, RouteError) else f"it cannot be read: {error}"
-        if why:
-            again = "; `python -m dlkernels tune` measures again" if source == "tuned" else ""
-            warnings.warn(f"the route table {path} is ignored: {why}{again}", RouteTableWarning, stacklevel=3)
+        except RouteError as error:
+            _ignore(path, f"it is damaged: {error}", again=source == "tuned")
+        except OSError as error:
+            _ignore(path, f"it cannot be read: {error}", again=source == "tuned")
         else:
-            tables.append(table)
-    return tables
+            if why := _foreign(table):
+                _ignore(path, why, again=source == "tuned")
+            elif _stale(table):
+                stale.append((path, table))
+            else:
+                tables.append(table)
+    for path, table in stale:
+        if not any(table.device == here.device for here in tables):
+            _ignore(path, _stale(table), again=source == "tuned")
+    return sorted(tables, key=lambda table: table.any_threads)
+
+
+def _ignore(path: Path, why: str, what: str = "route table", again: bool = False) -> None:
+    _ignored.append((path, why))
+    more = "; `python -m dlkernels tune` measures again" if again else ""
+    warnings.warn(f"the {what} {path} is ignored: {why}{more}", RouteTableWarning, stacklevel=4)
 
 
 # ---- in use ----------------------------------------------------------------------------------------------------------
 
 _in_use: list[Table] = []
+_ignored: list[tuple[Path, str]] = []
 
 
 def install() -> None:
@@ -298,13 +247,24 @@ def use(tables: Sequence[Table]) -> None:
     """Let all layers of this process take the routes of ``tables``; those in front take precedence."""
     _in_use[:] = tables
     for device in LIBRARY:
-        rows = [
-            (r.op, r.dtype, r.m, r.n, r.k, 0 if table.any_threads else r.where, r.path, r.reason(table.name, number))
-            for table in tables
-            if table.device == device
-            for number, r in enumerate(table.rows, start=1)
-        ]
+        rows = [row for place, table in enumerate(tables) if table.device == device for row in _handed(table, place)]
         _C.use_routes(_C.make_routes(rows) if rows else -1, device == "cuda")
+
+
+Handed = tuple[str, str, int, int, int, int, str, str, int]
+
+
+def _handed(table: Table, place: int) -> list[Handed]:
+    """Return the rows as the planning takes them.
+
+    Results do not depend on the number of threads. So a row that says which paths were wrong is for any number too,
+    behind those that were measured with it: else the built-in rules would take such a path there.
+    """
+    rows: list[Handed] = []
+    for number, r in enumerate(table.rows, start=1):
+        wheres = {0} if table.any_threads else {r.where, 0} if r.refused and table.device == "cpu" else {r.where}
+        rows += [(*r.layer, where, r.path, table.reason(number), place) for where in wheres]
+    return rows
 
 
 def in_use() -> tuple[Table, ...]:
@@ -313,17 +273,35 @@ def in_use() -> tuple[Table, ...]:
 
 
 def identity() -> str:
-    """Return a hash of all tables in use; "none" without tables. The same hash means the same routes."""
-    hashes = [table.hash for table in _in_use]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12] if len(hashes) > 1 else (hashes or ["none"])[0]
+    """Return a hash of all tables in use ("none" without tables), and the variables that take a choice away from them.
+
+    The same text means the same routes.
+    """
+    hashes = [table.hash for table in _in_use] or ["none"]
+    tables = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
+    forced = [f"{name}={os.environ[name]}" for name in FORCING if os.environ.get(name)]
+    return f"{tables} with {' '.join(forced)}" if forced else tables
+
+
+def _warn_of_others(then: str, now: str) -> None:
+    warnings.warn(
+        f"the run had the route tables {then}, and here they are {now}: it goes on as well, but not in the same bits. "
+        f"{VARIABLE} chooses the tables",
+        RouteTableWarning,
+        stacklevel=6,
+    )
+
+
+FACTS["routes"] = Fact(identity, _warn_of_others)
 
 
 def facts() -> dict[str, str]:
-    """Return the tables in use as ``info`` prints them."""
+    """Return the tables in use, and those that were ignored, as ``info`` prints them."""
     shown = {
         f"table {number}": f"{table.name} ({table.source}, {len(table.rows)} rows, hash {table.hash})"
         for number, table in enumerate(_in_use, start=1)
     }
+    ignored = {f"ignored {number}": f"{path}: {why}" for number, (path, why) in enumerate(_ignored, start=1)}
     asked = os.environ.get(VARIABLE)
     none = "none: the built-in rules" + (f" ({VARIABLE}={asked})" if asked else "")
-    return {"hash": identity(), **(shown or {"tables": none})}
+    return {"hash": identity(), **(shown or {"tables": none}), **ignored}

@@ -1,5 +1,6 @@
 #include "planning/routes.h"
 
+#include <algorithm>
 #include <atomic>
 #include <utility>
 
@@ -8,16 +9,29 @@ namespace {
 
 std::atomic<const RouteTable*> of_cpu{nullptr}, of_cuda{nullptr};
 
+// Below bit 40. Keys of sizes have zeros above, keys of classes the number of their table and 1.
+uint64_t rest_of(Op op, DType dtype, int where) {
+  return static_cast<uint64_t>(where) << 8 | static_cast<uint64_t>(op) << 4 | static_cast<uint64_t>(dtype);
+}
+
+void insert(std::vector<int>& ascending, int value) {
+  const auto at = std::lower_bound(ascending.begin(), ascending.end(), value);
+  if (at == ascending.end() || *at != value) ascending.insert(at, value);
+}
+
 uint64_t floor_log2(int64_t v) { return 63 - static_cast<uint64_t>(__builtin_clzll(static_cast<uint64_t>(v))); }
 
 }  // namespace
 
-RouteTable::Key RouteTable::key_of(bool of_class, Op op, DType dtype, const Shape& shape, int where) {
+RouteTable::Key RouteTable::exact_key(Op op, DType dtype, const Shape& shape, int where) {
   const auto [m, n, k] = shape;
-  const uint64_t rest = static_cast<uint64_t>(where) << 8 | static_cast<uint64_t>(op) << 4 |
-                        static_cast<uint64_t>(dtype) << 1 | (of_class ? 1u : 0u);
-  if (of_class) return {floor_log2(m), floor_log2(n), floor_log2(k), rest};
-  return {static_cast<uint64_t>(m), static_cast<uint64_t>(n), static_cast<uint64_t>(k), rest};
+  return {static_cast<uint64_t>(m), static_cast<uint64_t>(n), static_cast<uint64_t>(k), rest_of(op, dtype, where)};
+}
+
+RouteTable::Key RouteTable::class_key(Op op, DType dtype, const Shape& shape, int where, int table) {
+  const auto [m, n, k] = shape;
+  return {floor_log2(m), floor_log2(n), floor_log2(k),
+          rest_of(op, dtype, where) | static_cast<uint64_t>(table + 1) << 40};
 }
 
 // The slot of the key, or the unused slot where it belongs.
@@ -41,10 +55,10 @@ RouteTable::RouteTable(std::vector<RouteRow> rows) : rows_(std::move(rows)) {
   while (size < 4 * rows_.size()) size *= 2;  // two keys for each row
   slots_.resize(size);
   for (const RouteRow& row : rows_) {
-    (row.where ? for_some_ : for_any_) = true;
-    const Key exact = key_of(false, row.op, row.dtype, row.shape, row.where);
-    if (Slot& here = slot(exact); !here.used) here = {exact, &row, true};
-    const Key of_class = key_of(true, row.op, row.dtype, row.shape, row.where);
+    insert(row.where ? for_some_ : for_any_, row.table);
+    const Key exact = exact_key(row.op, row.dtype, row.shape, row.where);
+    if (Slot& here = slot(exact); !here.used || row.table < here.row->table) here = {exact, &row, true};
+    const Key of_class = class_key(row.op, row.dtype, row.shape, row.where, row.table);
     Slot& here = slot(of_class);
     if (!here.used)
       here = {of_class, &row, true};
@@ -56,14 +70,15 @@ RouteTable::RouteTable(std::vector<RouteRow> rows) : rows_(std::move(rows)) {
 }
 
 const RouteRow* RouteTable::find(Op op, DType dtype, const Shape& shape, int where) const {
-  const RouteRow* row = for_some_ ? at(op, dtype, shape, where) : nullptr;
-  return row || !for_any_ ? row : at(op, dtype, shape, 0);
-}
-
-const RouteRow* RouteTable::at(Op op, DType dtype, const Shape& shape, int where) const {
-  if (const Slot* exact = found(key_of(false, op, dtype, shape, where))) return exact->row;
-  const Slot* of_class = found(key_of(true, op, dtype, shape, where));
-  return of_class ? of_class->row : nullptr;
+  const std::pair<int, const std::vector<int>*> places[] = {{where, &for_some_}, {0, &for_any_}};
+  for (const auto& [place, tables] : places)
+    if (!tables->empty())
+      if (const Slot* exact = found(exact_key(op, dtype, shape, place))) return exact->row;
+  for (const auto& [place, tables] : places)
+    for (const int table : *tables)
+      if (const Slot* of_class = found(class_key(op, dtype, shape, place, table)))
+        if (of_class->row) return of_class->row;
+  return nullptr;
 }
 
 const RouteTable* cpu_routes() { return of_cpu.load(std::memory_order_acquire); }

@@ -17,19 +17,20 @@ struct RouteRow {
   int where;        // CPU: the number of threads, 0 for any; CUDA: the architecture, 90 for 9.0
   Path path;        // measured fastest
   std::string why;  // as explain() prints it: table, row, measurement
+  int table = 0;    // the number of its table; lower ones take precedence
 };
 
-// Immutable, so any number of threads may ask it. A row stands for its own sizes, and for all sizes of the same class: the
-// same floor(log2) of each of M, N and K. Where the rows of a class differ, its other sizes take the library's path if a
-// row names it, and no path of the table if none does.
+// The rows of one or more tables. Immutable, so any number of threads may ask it. A row stands for its own sizes, and for all
+// sizes of the same class: the same floor(log2) of each of M, N and K. Where the rows of a class differ in one table, its other
+// sizes take the library's path if a row names it, and no path of the table if none does.
 class RouteTable {
  public:
   explicit RouteTable(std::vector<RouteRow> rows);
   RouteTable(const RouteTable&) = delete;
   RouteTable& operator=(const RouteTable&) = delete;
 
-  // The row for `where`, or else for any; sizes are at least 1. nullptr: nothing was measured for sizes like these. The
-  // row lives as long as the table.
+  // A row of these sizes comes before one of their class; among equals one for `where` before one for any, and then the lower
+  // table's. Sizes are at least 1. nullptr: nothing was measured for sizes like these. The row lives as long as the table.
   const RouteRow* find(Op, DType, const Shape&, int where) const;
 
  private:
@@ -41,14 +42,14 @@ class RouteTable {
     const RouteRow* row;  // nullptr: the rows of the class differ
     bool used;
   };
-  static Key key_of(bool of_class, Op, DType, const Shape&, int where);
-  const RouteRow* at(Op, DType, const Shape&, int where) const;
+  static Key exact_key(Op, DType, const Shape&, int where);
+  static Key class_key(Op, DType, const Shape&, int where, int table);
   Slot& slot(const Key&);
   const Slot* found(const Key&) const;
 
   std::vector<RouteRow> rows_;
-  std::vector<Slot> slots_;                  // open addressing; at least half of them are unused
-  bool for_some_ = false, for_any_ = false;  // rows with a `where`, and without
+  std::vector<Slot> slots_;              // open addressing; at least half of them are unused
+  std::vector<int> for_some_, for_any_;  // the tables of rows with a `where`, and without; ascending
 };
 
 // The tables of this process, nullptr for none. A table that is in use must stay in memory to the end of the process,

@@ -17,7 +17,7 @@ namespace {
 
 namespace py = pybind11;
 
-using Row = std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int, std::string, std::string>;
+using Row = std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int, std::string, std::string, int>;
 
 Op op_named(const std::string& op) {
   if (op == "forward") return Op::forward;
@@ -40,9 +40,10 @@ std::vector<std::unique_ptr<const RouteTable>>& tables() {
 
 int make_routes(const std::vector<Row>& rows) {
   std::vector<RouteRow> read;
-  for (const auto& [op, dtype, m, n, k, where, path, why] : rows) {
+  for (const auto& [op, dtype, m, n, k, where, path, why, table] : rows) {
     if (m < 1 || n < 1 || k < 1 || where < 0) throw std::invalid_argument("expected sizes of at least 1");
-    read.push_back({op_named(op), dtype_named(dtype), {m, n, k}, where, path_named(path), why});
+    if (table < 0) throw std::invalid_argument("expected the number of a table, 0 for the first");
+    read.push_back({op_named(op), dtype_named(dtype), {m, n, k}, where, path_named(path), why, table});
   }
   tables().push_back(std::make_unique<const RouteTable>(std::move(read)));
   return static_cast<int>(tables().size()) - 1;
@@ -65,8 +66,8 @@ int use_routes(int table, bool cuda) {
 void add_routes(py::module_& m) {
   m.def(
       "make_routes", &make_routes,
-      "Make a route table of rows (op, dtype, m, n, k, where, path, why) and return its number. `where` is the number "
-      "of threads, 0 for any; on CUDA the architecture.",
+      "Make a route table of rows (op, dtype, m, n, k, where, path, why, table) and return its number. `where` is the "
+      "number of threads, 0 for any; on CUDA the architecture. Rows of a lower `table` take precedence.",
       py::arg("rows"));
   m.def("use_routes", &use_routes,
         "Let all layers of the process take the routes of a table from now on (-1: of none). Returns the number of the "

@@ -46,7 +46,11 @@ def add_parser(subparsers: Any) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--threads", type=int, metavar="N", help="CPU threads; the rows are for this number (default: torch's)")
     add("--seconds", type=float, default=0.3, metavar="S", help="for one direction of one layer (default: 0.3)")
-    add("--out", metavar="FILE", help="write the table there, not to the cache folder; DLKERNELS_ROUTES=FILE takes it")
+    add(
+        "--out",
+        metavar="FILE",
+        help="write the table there, not to the cache folder, or add to it; DLKERNELS_ROUTES=FILE takes it",
+    )
     add("--any-threads", action="store_true", help="the table is for any number of threads, as shipped ones are")
 
 
@@ -80,7 +84,7 @@ def _tune(args: argparse.Namespace) -> int:
         for dtype in dtypes:
             model, inputs = make(args.model, read_settings(args.set), args.batch_size, args.size)
             table = tune(*_cast(model, inputs, getattr(torch, dtype), args.device), **options)
-    where = args.out or routing.cache_folder() / routing.file_name(args.device)
+    where = args.out or routing.cache_folder() / routing.tuned_name(args.any_threads, args.device)
     print(f"{where}: {len(table.rows)} rows, hash {table.hash}")
     return 0
 

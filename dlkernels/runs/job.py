@@ -19,7 +19,7 @@ from dlkernels.losses import CrossEntropyLoss
 from dlkernels.runs.config import RunConfig
 from dlkernels.runs.evaluation import Evaluation
 from dlkernels.runs.folder import RunFolder, build_model
-from dlkernels.runs.loggers import CsvLog, RoutesLog, TensorBoard
+from dlkernels.runs.loggers import CsvLog, TensorBoard
 from dlkernels.stock import InAnotherOrder, copy_parameters, stock_mlp
 from dlkernels.trainer import Callback, Checkpoints, EarlyStopping, Fold, Trainer, adam, adamw, find_lr, schedule, sgd
 from dlkernels.trainer.compare import Comparison, compare
@@ -64,7 +64,7 @@ class Job:
         if config.tensorboard and self.ranks.is_main_process:
             callbacks.append(TensorBoard(folder.tensorboard))
         if self.ranks.is_main_process:
-            callbacks += [CsvLog(folder.history_csv), RoutesLog()]  # behind the others, which older checkpoints number
+            callbacks.append(CsvLog(folder.history_csv))
         return self._trainer(
             "fused",
             checkpoint=checkpoints,

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import warnings
-from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dlkernels import routing
-from dlkernels._errors import RouteTableWarning
 from dlkernels.atomic import atomic_write
 from dlkernels.trainer.callbacks import Callback
 from dlkernels.trainer.loop import Trainer
@@ -42,25 +38,6 @@ class CsvLog(Callback):
         writer.writerows(rows)
         with atomic_write(self.path) as file:
             file.write(text.getvalue().encode())
-
-
-class RoutesLog(Callback):
-    """Keeps the hash of the route tables in the checkpoints, and warns where a training goes on under others.
-
-    Routes choose the order of sums. Under other tables the training goes on as well, but not in the same bits.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"routes": routing.identity()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if (then := state["routes"]) != (now := routing.identity()):
-            warnings.warn(
-                f"the run had the route tables {then}, and here they are {now}: it goes on as well, but not in the "
-                f"same bits. {routing.VARIABLE} chooses the tables",
-                RouteTableWarning,
-                stacklevel=2,
-            )
 
 
 class TensorBoard(Callback):

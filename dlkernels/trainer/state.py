@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dlkernels._circumstances import FACTS, circumstances
 from dlkernels._errors import DlkernelsWarning
 from dlkernels.trainer import checkpoint, checkpoints, sharded
 from dlkernels.trainer.checkpoint import CheckpointError
@@ -37,7 +38,11 @@ def parts(trainer: Trainer) -> dict[str, Callable[[], Any]]:
         "callbacks": lambda: {name: callback.state_dict() for name, callback in _named_callbacks(trainer)},
         "stopped": lambda: trainer.stopped,
         "config": lambda: trainer.config,
+        "circumstances": circumstances,
     }
+
+
+LATER = {"circumstances"}  # parts that older checkpoints lack
 
 
 def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -59,8 +64,16 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
         if name in state["callbacks"]:  # a callback that the checkpoint does not know keeps its fresh state
             callback.load_state_dict(state["callbacks"][name])
     trainer.stopped = state["stopped"]
+    if trainer.ranks.is_main_process:
+        _warn_of_other_circumstances(state.get("circumstances", {}))
     if trainer.checkpoint is not None:
         trainer.checkpoint.load_state_dict(state.get("checkpoints", {}))
+
+
+def _warn_of_other_circumstances(held: Mapping[str, str]) -> None:
+    for name, now in circumstances().items():
+        if (then := held.get(name, now)) != now:
+            FACTS[name].warn(then, now)
 
 
 def read_checkpoint(trainer: Trainer, path: str | os.PathLike[str], fallback: bool) -> tuple[Path, dict[str, Any]]:
@@ -68,7 +81,7 @@ def read_checkpoint(trainer: Trainer, path: str | os.PathLike[str], fallback: bo
 
     def read_here() -> tuple[Path, dict[str, Any], list[str]]:
         file, state, damages = checkpoints.read(path, fallback=fallback)
-        if missing := parts(trainer).keys() - state.keys():
+        if missing := parts(trainer).keys() - state.keys() - LATER:
             raise CheckpointError(f"{file} is not a trainer's checkpoint: it lacks {', '.join(sorted(missing))}")
         return file, state, damages
 

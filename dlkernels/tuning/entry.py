@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from dlkernels import routing
 from dlkernels.routing import Table
 from dlkernels.tuning.layers import FORCED, TuneError, kind_of, sizes_named, sizes_of, usual_dtypes
 from dlkernels.tuning.measurement import SECONDS, MeasuredLayer, measure
-from dlkernels.tuning.table import empty_table, with_rows, write
+from dlkernels.tuning.table import add_rows, empty_table, stored
 
 
 def tune(
@@ -31,12 +30,16 @@ def tune(
     device: str | torch.device | None = None,
     told: Callable[[MeasuredLayer], None] = lambda layer: None,
 ) -> Table:
-    """Measure layers on this machine and write its route table, which this process then takes its routes from.
+    """Measure layers on this machine and write its route table.
+
+    At the end this process takes the routes of the tables that a new process would take: the one in the cache folder
+    unless ``DLKERNELS_ROUTES`` says otherwise, and one in ``out`` if ``DLKERNELS_ROUTES`` names it.
 
     Rows of earlier measurements stay in the table, unless the same product was measured again with the same number of
-    threads. The table is written after every layer, so an interruption loses none of those before. A layer whose calls
-    took too different times, because the machine did other work too, gets no rows. All layers of the process take the
-    routes that are tried meanwhile; so run nothing else beside it.
+    threads, or their path was judged wrong now. Other processes may add rows to the same table meanwhile. It is written
+    after every layer, so an interruption loses none of those before. A layer whose calls took too different times,
+    because the machine did other work too, gets no rows. All layers of the process take the routes that are tried
+    meanwhile; so run nothing else beside it.
 
         >>> table = dlkernels.tune(model, torch.randn(64, 784))
 
@@ -49,7 +52,9 @@ def tune(
             float32, and bfloat16 unless stock torch has no fast product of it on this CPU and would take an hour. A
             model's layers are measured in the dtype in which they ran.
         seconds: the time for the products of one direction of one layer, all paths together.
-        out: the file of the table; by default that of this processor or GPU in the user's cache folder.
+        out: the file of the table: a new one, or a table of this machine and these versions, to which rows are added.
+            By default it is in the user's cache folder, one file for each processor or GPU, version of torch, version
+            of this package, and kind (``any_threads``).
         any_threads: the rows hold for any number of threads, as in the tables that ship with the package. Rows of a GPU
             always do.
         device: "cpu" or "cuda"; by default that of the model's first parameter, and without a model the CPU.
@@ -61,9 +66,9 @@ def tune(
     Raises:
         ValueError: a size or dtype that cannot be, or inputs without a model.
         TuneError: an environment variable takes the choice of the path away, no layer of the model ran, a layer of it
-            is on another device, there is no GPU or the build has no CUDA kernels, or Python runs without assertions
-            (``-O``), which judge the results. It is a RuntimeError.
-        OSError: the table cannot be written.
+            is on another device, there is no GPU or the build has no CUDA kernels, ``out`` is a file of another kind,
+            or Python runs without assertions (``-O``), which judge the results. It is a RuntimeError.
+        OSError: the table cannot be read or written.
     """
     if model is None and example_inputs is not None:
         raise ValueError("tune: expected a model for the example inputs, or neither")
@@ -76,20 +81,16 @@ def tune(
         raise TuneError("tune: expected Python with assertions, which judge the results; got python -O")
     named = dtypes or usual_dtypes(where)
     sizes = sizes_of(model, example_inputs, where) if model is not None else sizes_named(shapes, named, where)
-    file = routing.cache_folder() / routing.file_name(where) if out is None else Path(out)
-    table = empty_table(any_threads, where)
-    with contextlib.suppress(OSError, routing.RouteError):
-        before = routing.read(file, "")
-        same = (before.device, before.processor, before.any_threads) == (where, table.processor, table.any_threads)
-        if same and not routing.why_not_here(before):
-            table = replace(table, rows=before.rows)
+    ours = out is None
+    file = Path(out) if out is not None else routing.cache_folder() / routing.tuned_name(any_threads, where)
+    head = empty_table(any_threads, where)
+    table = stored(file, head, ours)  # before anything is measured for a file that must not be overwritten
     try:
         for size in sizes:
             layer = measure(size, seconds)
             told(layer)
             if layer.rows:
-                table = with_rows(table, layer.rows)
-                write(table, file)  # now, so that an interruption loses nothing
+                table = add_rows(file, head, ours, layer.rows)  # now, so that an interruption loses nothing
     finally:
         routing.install()
-    return replace(table, name=file.name, source="tuned")
+    return replace(table, name=file.name, source="tuned" if ours else "file")

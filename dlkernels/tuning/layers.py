@@ -131,11 +131,38 @@ def sizes_of(model: nn.Module, example_inputs: Any, device: str = "cpu") -> list
             found[Size(x.numel() // k, k, n, name, device)] = None
 
     for _, module in walk(again):
-        if isinstance(module, LinearAct) or linear_rule(type(module)) is not None:
+        if is_linear(module):
             module.register_forward_pre_hook(watch)
     args, kwargs = arguments(example_inputs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         again(*args, **kwargs)
     if not found:
-        raise TuneError("tune: no linear layer with a floating dtype of its weight ran on the example inputs")
+        raise TuneError(_none_found(again))
     return list(found)
+
+
+def _none_found(model: nn.Module) -> str:
+    """Return what was looked for, and which layers there are instead."""
+    linear, others = [], []
+    for name, module in walk(model):
+        if is_linear(module):
+            linear.append(f"{name or 'the model'} ({type(module).__name__})")
+        elif any(parameter is not None for parameter in module._parameters.values()):
+            others.append(type(module).__name__)
+    said = "tune: no linear layer with a floating dtype of its weight was called on rows of the example inputs. "
+    said += "Looked for: modules that are an nn.Linear or a layer of dlkernels.nn"
+    if linear:
+        said += f"; those of the model were not called so: {_listed(linear)}"
+    if others:
+        said += f"; layers of other kinds, which are not measured: {_listed(others)}"
+    return f"{said}. shapes=[(rows, in_features, out_features)] measures layers by size"
+
+
+def _listed(names: Iterable[str], most: int = 6) -> str:
+    once = list(dict.fromkeys(names))
+    return ", ".join(once[:most]) + (f" and {len(once) - most} more" if len(once) > most else "")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return True for modules whose product is measured."""
+    return isinstance(module, LinearAct) or linear_rule(type(module)) is not None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dlkernels import functional
-from dlkernels.routing import CLEARLY, LIBRARY, OPS, PATHS, STOCK, Row
+from dlkernels.routing import LIBRARY, OPS, PATHS, STOCK, Row, behind
 from dlkernels.testing import Layer
 from dlkernels.tuning.clock import Key, Unsteady, time_backward, time_forward
 from dlkernels.tuning.layers import Size
@@ -27,9 +27,10 @@ class MeasuredLayer:
 
     Attributes:
         size: the layer.
-        rows: its rows of the table. A product has none if no path of it was right.
+        rows: its rows of the table. A row without times sends the product to torch's GEMM: a path was wrong, and the
+            rules might take it.
         refused: by path, why it was not timed: its results were wrong.
-        busy: other work made the times too different to say anything, so there are no rows.
+        busy: other work made the times too different to say anything. There are rows only if paths were refused.
     """
 
     size: Size
@@ -38,10 +39,19 @@ class MeasuredLayer:
     busy: bool = False
 
     def __str__(self) -> str:
-        taken = (f"{row.op} {row.path} {row.us[row.path] / row.us[STOCK]:.2f}" for row in self.rows)
-        none = "no row, the machine is busy: equal calls took too different times" if self.busy else "no row"
-        lines = [f"{self.size}: {', '.join(taken) or none}"]
-        return "\n".join(lines + [f"  {path} is left out: {why}" for path, why in self.refused.items()])
+        taken = ", ".join(_said(row) for row in self.rows)
+        busy = "the machine is busy: equal calls took too different times" if self.busy else ""
+        said = ", ".join(filter(None, (taken or "no row", busy)))
+        lines = [f"{self.size}: {said}"]
+        lines += [f"  {path} is left out: {why}" for path, why in self.refused.items()]
+        if LIBRARY[self.size.device] in self.refused:
+            lines.append("  torch's own GEMM was judged wrong: the measurement is at fault, or this torch is")
+        return "\n".join(lines)
+
+
+def _said(row: Row) -> str:
+    timed = f"{row.us[row.path] / row.us[STOCK]:.2f}" if row.path in row.us else "not timed"
+    return f"{row.op} {row.path} {timed}"
 
 
 def measure(size: Size, seconds: float = SECONDS) -> MeasuredLayer:
@@ -59,45 +69,44 @@ def measure(size: Size, seconds: float = SECONDS) -> MeasuredLayer:
         (dgrad, wgrad): {"dgrad": dgrad, "wgrad": wgrad}
         for dgrad, wgrad in itertools.product(able["dgrad"], able["wgrad"])
     }
-    rows: list[Row] = []
     date, commit = datetime.date.today().isoformat(), commit_of_sources()
 
-    def add(op: str, path: str, times: Mapping[str, float], stock: float) -> None:
-        us = {STOCK: stock, **times}
-        rows.append(Row(op, size.dtype, size.m, size.n, size.k, where, path, us, date, commit))
+    def row(op: str, path: str = library, us: Mapping[str, float] | None = None) -> Row:
+        wrong = tuple(name for name, ops in takes.items() if op in ops and name in refused)
+        return Row(op, size.dtype, size.m, size.n, size.k, where, path, dict(us or {}), date, commit, wrong)
 
+    rows, busy = [], False
     try:
-        forward_times = time_forward(layer, forward, seconds) if forward else None
-        backward_times = time_backward(layer, backward, seconds) if backward else None
+        times, stock = time_forward(layer, forward, seconds) if forward else ({}, 0.0)
+        pairs, stock_backward = time_backward(layer, backward, seconds) if backward else ({}, 0.0)
     except Unsteady:
-        return MeasuredLayer(size, (), refused, busy=True)
-    if forward_times:
-        times, stock = forward_times
-        if path := choose(times, stock, usual["forward"], library):
-            add("forward", path, times, stock)
-    if backward_times:
-        pairs, stock = backward_times
-        if chosen := choose(pairs, stock, (usual["dgrad"], usual["wgrad"]), (library,) * 2):
-            for place, op in enumerate(("dgrad", "wgrad")):
-                best: dict[str, float] = {}
-                for pair, took in pairs.items():
-                    best[pair[place]] = min(took, best.get(pair[place], took))
-                add(op, chosen[place], best, stock)
-    return MeasuredLayer(size, tuple(rows), refused)
+        times, pairs, busy = {}, {}, True
+    if times:
+        rows.append(row("forward", choose(times, stock, usual["forward"], library), {STOCK: stock, **times}))
+    if pairs:
+        chosen = choose(pairs, stock_backward, (usual["dgrad"], usual["wgrad"]), (library,) * 2)
+        for place, op in enumerate(("dgrad", "wgrad")):
+            best: dict[str, float] = {}
+            for pair, took in pairs.items():
+                best[pair[place]] = min(took, best.get(pair[place], took))
+            rows.append(row(op, chosen[place], {STOCK: stock_backward, **best}))
+    # The rules might take a wrong path where no row says otherwise.
+    untimed = [row(op) for op in OPS if op not in {timed.op for timed in rows}]
+    return MeasuredLayer(size, (*rows, *(one for one in untimed if one.refused)), refused, busy)
 
 
-def choose(times: Mapping[Key, float], stock: float, usual: Key, library: Key) -> Key | None:
+def choose(times: Mapping[Key, float], stock: float, usual: Key, library: Key) -> Key:
     """Return the path to take, of those in ``times``.
 
     It is the fastest that is not clearly slower than stock. The ``usual`` one, which the built-in rules take, stays if
     it is not clearly slower than stock either, and no other is clearly faster. If all are clearly slower than stock, it
-    is the library's; None if that was wrong.
+    is the library's, timed or not.
     """
-    good = [path for path, took in times.items() if took <= stock / CLEARLY]
+    good = [path for path, took in times.items() if not behind(took, stock)]
     if not good:
-        return library if library in times else None
+        return library
     best = min(good, key=lambda path: times[path])
-    return usual if usual in good and times[best] >= CLEARLY * times[usual] else best
+    return usual if usual in good and not behind(times[usual], times[best]) else best
 
 
 def where_of(device: str) -> int:

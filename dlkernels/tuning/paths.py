@@ -24,7 +24,7 @@ def only_routes(paths: Mapping[str, str], size: Size | None = None, device: str 
 
 
 def table_of(paths: Mapping[str, str], size: Size) -> int:
-    rows = [(op, size.dtype, size.m, size.n, size.k, 0, path, "tried by tune") for op, path in paths.items()]
+    rows = [(op, size.dtype, size.m, size.n, size.k, 0, path, "tried by tune", 0) for op, path in paths.items()]
     return _C.make_routes(rows)
 
 

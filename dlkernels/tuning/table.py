@@ -1,4 +1,4 @@
-"""The table: empty, with rows, in a file."""
+"""The table: empty, with rows, in a file that other processes may write too."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch
 
 from dlkernels import _C, routing
 from dlkernels._version import __version__
-from dlkernels.atomic import atomic_write
+from dlkernels.atomic import atomic_write, locked
 from dlkernels.routing import OPS, Row, Table
+from dlkernels.tuning.layers import TuneError
+
+_HEAD = ("device", "processor", "isa", "torch", "dlkernels")
 
 
 def empty_table(any_threads: bool, device: str = "cpu") -> Table:
@@ -24,12 +27,50 @@ def empty_table(any_threads: bool, device: str = "cpu") -> Table:
 
 
 def with_rows(table: Table, rows: Iterable[Row]) -> Table:
-    """Return the table with these rows, which replace those of the same products; sorted."""
+    """Return the table with these rows, sorted.
+
+    They replace rows of the same products, and those that take a path of the same layer which was judged wrong now,
+    with whatever number of threads they were measured.
+    """
     new = {row.product: row for row in rows}
-    kept = [row for row in table.rows if row.product not in new]
+    wrong = {(row.layer, path) for row in new.values() for path in row.refused}
+    kept = [row for row in table.rows if row.product not in new and (row.layer, row.path) not in wrong]
     order = {name: place for place, name in enumerate((*routing.DTYPES, *OPS))}
     every = sorted([*kept, *new.values()], key=lambda r: (r.where, order[r.dtype], r.m, r.k, r.n, order[r.op]))
     return replace(table, rows=tuple(every))
+
+
+def stored(file: Path, head: Table, is_ours: bool) -> Table:
+    """Return the table in ``file``, or ``head``, a table without rows, if there is none that its rows may join.
+
+    Raises:
+        TuneError: not if the file ``is_ours``: it is no route table, or one of another machine or other versions, and
+            would be overwritten.
+        OSError: the file cannot be read.
+    """
+    try:
+        found = routing.read(file, "")
+    except FileNotFoundError:
+        return head
+    except routing.RouteError as error:
+        if is_ours:
+            return head
+        raise TuneError(f"tune: {file} is no route table and stays as it is: {error}; name another file") from None
+    if replace(found, rows=()) == head:
+        return replace(head, rows=found.rows)
+    if is_ours:
+        return head
+    parts = ((name, getattr(found, name), getattr(head, name)) for name in (*_HEAD, "any_threads"))
+    differ = "; ".join(f"{name} is {then}, here it would be {now}" for name, then, now in parts if then != now)
+    raise TuneError(f"tune: {file} is a route table of another kind and stays as it is: {differ}; name another file")
+
+
+def add_rows(file: Path, head: Table, is_ours: bool, rows: Iterable[Row]) -> Table:
+    """Add rows to the table in ``file``, as it is by now, and return it; see :func:`stored`."""
+    with locked(file):
+        table = with_rows(stored(file, head, is_ours), rows)
+        write(table, file)
+    return table
 
 
 def write(table: Table, file: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from dlkernels import _C
 
-ROW = ("forward", "float32", 3, 4, 5, 0, "packed", "measured")
+ROW = ("forward", "float32", 3, 4, 5, 0, "packed", "measured", 0)
 
 
 def test_arguments_by_place_and_by_name():

@@ -54,7 +54,7 @@ SMALL: dict[str, str | None] = {
     "python -m bench.readme_table FILE": "python -m bench.readme_table bench/results/amd-epyc-2t.json",
     "python -m dlkernels tune": f"python -m dlkernels tune --shapes 8x8x8 {TUNE}",
     "python -m dlkernels tune --any-threads --seconds 0.6 --out dlkernels/routes/PROCESSOR-ISA.json":
-        f"python -m dlkernels tune --any-threads --shapes 8x8x8 {TUNE}",
+        f"python -m dlkernels tune --any-threads --shapes 8x8x8 {TUNE.replace('routes', 'routes-of-any')}",
     "python -m tools.hub_kernel build/hub-kernel": None,
     "python -m dlkernels tune --shapes 64x784x256 64x256x10 --threads 4":
         f"python -m dlkernels tune --shapes 64x784x256 64x256x10 --threads 4 {TUNE}",

@@ -98,16 +98,24 @@ constexpr cuda::Machine kDevice = {&asked, &one_split, &no_scratch};
 extern "C" {
 
 // The table of all plans from now on: one row after the other by add_route, then use_routes. Tables are never freed.
-void add_route(int op, int dtype, int64_t m, int64_t n, int64_t k, int where, const char* path, const char* why) {
+void add_route(int op, int dtype, int64_t m, int64_t n, int64_t k, int where, const char* path, const char* why,
+               int table) {
   for (int p = 0; p <= static_cast<int>(Path::fused_mlp); ++p)
     if (!std::strcmp(name(static_cast<Path>(p)), path))
       next_rows.push_back(
-          {static_cast<Op>(op), static_cast<DType>(dtype), {m, n, k}, where, static_cast<Path>(p), why});
+          {static_cast<Op>(op), static_cast<DType>(dtype), {m, n, k}, where, static_cast<Path>(p), why, table});
 }
 void use_routes() {
   use_cpu_routes(next_rows.empty() ? nullptr : new RouteTable(next_rows));
   use_cuda_routes(cpu_routes());
   next_rows.clear();
+}
+
+// The path that the rows name; an empty text if they say nothing.
+const char* found_route(int op, int dtype, int64_t m, int64_t n, int64_t k, int where) {
+  const RouteTable* table = cpu_routes();
+  const RouteRow* row = table ? table->find(static_cast<Op>(op), static_cast<DType>(dtype), {m, n, k}, where) : nullptr;
+  return row ? name(row->path) : "";
 }
 
 // forced: 0 no, 1 own, 2 aten. wants: bits of Output. flags: 1 saved, 2 below, 4 dbias_below.

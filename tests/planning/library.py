@@ -18,6 +18,7 @@ def compiled(library: Path) -> ctypes.CDLL:
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-Wall", "-shared", "-fPIC", f"-I{CSRC}"]
     subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    for name in ("cpu_forward", "cpu_backward", "cuda_forward", "cuda_backward", "glu_forward", "glu_backward"):
+    for name in ("cpu_forward", "cpu_backward", "cuda_forward", "cuda_backward", "glu_forward", "glu_backward",
+                 "found_route"):  # fmt: skip
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded

@@ -192,12 +192,12 @@ FORWARD, DGRAD, WGRAD = range(3)  # the order of Op in csrc/kernels/params.h
 
 @pytest.fixture
 def table(planning):
-    """A function that lets all plans take the routes of rows (op, dtype, shape, where, path)."""
+    """A function that lets all plans take the routes of rows (op, dtype, shape, where, path, number of the table)."""
 
     def use(*rows):
-        for op, dtype, shape, where, path in rows:
+        for op, dtype, shape, where, path, *number in rows:
             m, n, k = sizes(shape)
-            planning.add_route(op, DTYPES.index(dtype), m, n, k, where, path.encode(), b"a row")
+            planning.add_route(op, DTYPES.index(dtype), m, n, k, where, path.encode(), b"a row", *(number or [0]))
         planning.use_routes()
 
     yield use
@@ -241,6 +241,48 @@ def test_rows_of_one_class_that_differ(planning, table):
     assert forward_path(planning, (6, 700, 700)) == "few_rows", "the rules decide"
     table((FORWARD, "float32", shapes[0], 4, "packed"))
     assert forward_path(planning, (6, 700, 700)) == "packed"
+
+
+def expected_route(rows, shape, threads):
+    """The rule: a row of these sizes comes before a class; among equals the rows for this number of threads come before
+    those for any, and then the first table's."""
+    places = [(where, number) for where in (threads, 0) for number in (0, 1)]
+    for where, number in places:
+        for row in rows:
+            if row[2:4] == (shape, where) and row[5] == number:
+                return row[4]
+    for where, number in places:
+        of_class = {row[4] for row in rows if row[3] == where and row[5] == number}
+        if "aten" in of_class or len(of_class) == 1:
+            return "aten" if "aten" in of_class else of_class.pop()
+    return ""
+
+
+def test_the_order_of_rows_is_the_rule_s(planning, table):
+    """Every set of up to three rows of one class, of two tables, for 4 threads, for 2 and for any; in both orders."""
+    shapes, paths = [(32, 512, 512), (33, 600, 600)], ("packed", "few_rows", "aten")
+    every = [
+        (FORWARD, "float32", shape, where, path, number)
+        for number, shape, where, path in itertools.product((0, 1), shapes, (4, 2, 0), paths)
+    ]
+    tried = 0
+    for rows in itertools.chain.from_iterable(itertools.combinations(every, count) for count in range(4)):
+        if len({(row[2], row[3], row[5]) for row in rows}) < len(rows):
+            continue  # a table has one row for a product
+        for ordered in (rows, rows[::-1]):
+            table(*ordered)
+            for shape in shapes:
+                got = planning.found_route(FORWARD, DTYPES.index("float32"), *map(ctypes.c_int64, shape), 4).decode()
+                assert got == expected_route(rows, shape, 4), (rows, shape)
+                tried += 1
+    assert tried > 20000
+
+
+def test_a_row_of_another_size_does_not_override_a_row_of_these_sizes(planning, table):
+    """The shipped table measured the layer, for any number of threads, and the user tuned another one of its class."""
+    table((FORWARD, "float32", (256, 256, 784), 0, "aten", 1), (FORWARD, "float32", (500, 500, 1000), 4, "packed", 0))
+    assert forward_path(planning, (256, 256, 784)) == "aten"
+    assert forward_path(planning, (500, 500, 1000)) == "packed"
 
 
 def test_a_path_that_the_kernels_do_not_have_is_not_taken(planning, table):
@@ -407,7 +449,7 @@ def test_large_gated_layers_on_a_cpu_with_amx_are_left_to_torchs_products(planni
             assert glu_forward(planning, shape, dtype, isa=isa, forced=forced)[0]
     assert glu_forward(planning, large, "bfloat16", isa="amx", z=False)[0]  # forward alone is faster as one step
     assert not glu_forward(planning, large, isa="amx", z=False)[0]
-    planning.add_route(FORWARD, DTYPES.index("float32"), *sizes(large), 0, b"packed", b"a row of a table")
+    planning.add_route(FORWARD, DTYPES.index("float32"), *sizes(large), 0, b"packed", b"a row of a table", 0)
     planning.use_routes()
     try:
         assert glu_forward(planning, large, isa="amx")[0]

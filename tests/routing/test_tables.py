@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlkernels import _C, functional, routing
+from dlkernels import _C, _gpus, functional, routing
 from dlkernels.__main__ import main
 from dlkernels._version import __version__
 from dlkernels.routing import LIBRARY, OPS, STOCK, RouteError, Row, Table
@@ -17,6 +17,7 @@ from dlkernels.tuning.table import empty_table
 from tests.support.subprocess_utils import python
 
 SIZES = {"m": 300, "n": 200, "k": 100}
+PACKED = {STOCK: 2.0, "packed": 1.0}
 
 
 def row(op="forward", path="aten", where=None, us=None, **sizes):
@@ -54,7 +55,7 @@ def forward_path(m=300, n=200, k=100):
 def test_a_table_is_read_back_as_it_was():
     one = table(row(), row("dgrad"), any_threads=True)
     assert routing.parse(one.text()) == one
-    assert table().hash != table(row(path="packed", us={})).hash
+    assert table().hash != table(row(m=301)).hash
     assert routing.parse(empty_table(False).text()).rows == ()
 
 
@@ -90,10 +91,36 @@ DAMAGED = {
     "no threads": (changed(threads=None), "threads to be a whole number"),
     "times": (changed(us=[1]), "us to be microseconds"),
     "negative time": (changed(us={"stock": 1, "aten": -1}), "us to be positive"),
-    "unknown time": (changed(us={"stock": 1, "blas": 1}), "us to name paths"),
+    "unknown time": (changed(us={"stock": 1, "blas": 1}), "us to be microseconds by names of paths"),
     "behind stock": (changed(path="packed"), "not clearly slower than stock, or aten"),
     "not measured": (changed(path="few_rows"), "a path that was measured"),
     "date": (changed(date=20261128), "date to be text"),
+    "surrogate": (changed(date="\ud800"), "date to be text"),
+    "NUL": (changed(commit="a\0b"), "commit to be text"),
+    "op as list": (changed(op=[]), "op to be one of"),
+    "dtype as list": (changed(dtype=["float32"]), "dtype to be one of"),
+    "path as object": (changed(path={}), "path to be one of"),
+    "device as list": (other_head(device=[]), r"device: expected cpu or cuda, got \[\]"),
+    "device as object": (other_head(device={}), "device: expected cpu or cuda, got {}"),
+    "format as truth": (other_head(format=True), "an object with format 1, got True"),
+    "isa": (other_head(isa=None), "isa: expected text, got None"),
+    "deep": ("[" * 200_000, "no JSON"),
+    "deep within": (table().text().replace('"forward"', "[" * 900 + "]" * 900), "op to be one of"),
+    "large number": ("1" * 100_000, "no JSON"),
+    "not a number": (table().text().replace("1.5", "NaN"), "us to be positive"),
+    "keys twice": (table().text().rstrip()[:-1] + ', "rows": []}', "a key is there twice"),
+    "threads beyond": (changed(threads=2**20), "threads to be below a million"),
+    "refused as text": (changed(refused="packed"), "refused to be a list of paths"),
+    "refused twice": (changed(refused=["packed", "packed"]), "refused to be a list of paths"),
+    "refused and unknown": (changed(refused=[["mma"]]), "refused to be a list of paths"),
+    "no times": (changed(us={}), "a path that was measured"),
+    "no time of stock": (changed(us={"aten": 1.0}), "us to have the time of stock"),
+    "no time of its path": (changed(us={"stock": 1.0, "packed": 1.0}), "a path that was measured"),
+    "not the fastest": (changed(path="packed", us={"stock": 50, "packed": 50, "aten": 5}), "the fastest path"),
+    "library not the fastest": (changed(us={"stock": 2, "packed": 1, "aten": 2}), "the fastest path"),
+    "refused and timed": (changed(refused=["packed"]), "no time of a path that was judged wrong"),
+    "refused and taken": (changed(path="few_rows", refused=["few_rows"]), "a path that was not judged wrong"),
+    "refused, ours untimed": (changed(path="few_rows", us={}, refused=["packed"]), "a path that was measured"),
     "twice": (table(row(), row()).text(), "two rows are of the same product"),
 }
 
@@ -109,6 +136,52 @@ def test_a_damaged_table_is_ignored_and_said_so(places, text, why):
         routing.install()
     assert [one.source for one in routing.in_use()] == ["shipped"], "the other one counts"
     assert forward_path() == "aten"
+
+
+SOUND = {
+    "within noise of stock": ("packed", {"stock": 100.0, "packed": 103.0, "aten": 104.0}, ()),
+    "within noise of the fastest": ("packed", {"stock": 2.0, "packed": 1.03, "aten": 1.0}, ()),
+    "all behind stock": ("aten", {"stock": 1.0, "packed": 1.5, "aten": 2.0}, ()),
+    "one was wrong": ("aten", {"stock": 1.0, "aten": 1.0}, ("packed",)),
+    "one was wrong, no times": ("aten", {}, ("packed",)),
+    "all were wrong": ("aten", {}, ("packed", "aten")),
+    "the library was wrong, the rest behind": ("aten", {"stock": 1.0, "packed": 1.5}, ("aten",)),
+}
+
+
+@pytest.mark.parametrize(("path", "us", "refused"), SOUND.values(), ids=SOUND)
+def test_what_a_row_may_say(path, us, refused):
+    one = table(dataclasses.replace(row(path=path, us=us), refused=refused))
+    assert routing.parse(one.text()) == one
+
+
+def test_a_gpu_s_row_may_lack_the_time_of_stock():
+    """bench.dispatch times paths against each other alone."""
+    taken = Row("forward", "bfloat16", 300, 200, 100, 90, "mma", {"mma": 1.0, "cublas": 2.0}, "2026-11-28", "")
+    gpu = Table("cuda", "NVIDIA H100", "", torch.__version__, __version__, False, (taken,))
+    assert routing.parse(gpu.text()) == gpu
+    assert "at 300, 100→200 on architecture 9.0" in gpu.reason(1)
+    for path, us in (("mma", {"mma": 2.0, "cublas": 1.0}), ("mma", {"cublas": 1.0}), ("cublas", {})):
+        other = dataclasses.replace(gpu, rows=(dataclasses.replace(taken, path=path, us=us),))
+        with pytest.raises(RouteError, match=r"the fastest path|a path that was measured"):
+            routing.parse(other.text())
+
+
+def test_a_gpu_s_table_is_for_the_gpu_of_its_name(monkeypatch):
+    gpu = Table("cuda", "NVIDIA H100", "", torch.__version__, __version__, False, ())
+    config = routing._C.build_config() | {"cuda": "13.0"}
+    monkeypatch.setattr(routing._C, "build_config", lambda: config)
+    for here, why in (
+        (("NVIDIA H200",), "it was measured on NVIDIA H100, and this is NVIDIA H200"),
+        (("NVIDIA H100 NVL", "NVIDIA A100"), "and this is NVIDIA H100 NVL and NVIDIA A100"),
+        (("NVIDIA H200", "NVIDIA H100"), ""),
+        ((), ""),  # the driver says nothing: the architecture of the rows decides
+    ):
+        monkeypatch.setattr(routing, "gpu_names", lambda here=here: here)
+        assert routing.why_not_here(gpu).endswith(why) and bool(routing.why_not_here(gpu)) == bool(why)
+    monkeypatch.setattr(routing, "gpu_names", lambda: ("NVIDIA H100",))
+    part = dataclasses.replace(gpu, processor="NVIDIA H100 MIG 1g.10gb")
+    assert routing.why_not_here(part) == "", "a part of this GPU"
 
 
 FOREIGN = {
@@ -152,7 +225,7 @@ def test_a_shipped_table_is_for_every_torch_and_every_number_of_threads(places):
 def test_the_tuned_table_comes_first(places):
     shipped, tuned = places
     put(shipped, table(row(), row(m=30), any_threads=True))
-    put(tuned, table(row(path="packed", us={STOCK: 2.0, "packed": 1.0})))
+    put(tuned, table(row(path="packed", us=PACKED)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         routing.install()
@@ -161,6 +234,72 @@ def test_the_tuned_table_comes_first(places):
     alone = routing.identity()
     routing.use(routing.in_use()[1:])
     assert routing.identity() != alone and (forward_path(), forward_path(m=30)) == ("aten", "aten")
+
+
+def test_a_row_of_the_layer_s_size_comes_before_a_tuned_class(places):
+    shipped, tuned = places
+    put(shipped, table(row(), any_threads=True))
+    put(tuned, table(row(path="packed", m=400, us=PACKED)))
+    routing.install()
+    assert (forward_path(), forward_path(m=400), forward_path(m=401)) == ("aten", "packed", "packed")
+
+
+def test_a_wrong_path_is_taken_with_no_number_of_threads(places):
+    """The user's row comes before a shipped one for any number of threads, and before the rules, which pack here."""
+    shipped, tuned = places
+    put(shipped, table(row(path="packed", us=PACKED), any_threads=True))
+    wrong = dataclasses.replace(row(us={}), refused=("packed",))
+    before = torch.get_num_threads()
+    put(tuned, table(wrong))
+    routing.install()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert forward_path() == "aten", threads
+            assert "packed judged wrong" in functional.explain(torch.empty(300, 100), torch.empty(200, 100))[0].why
+    finally:
+        torch.set_num_threads(before)
+
+
+def named(**versions):
+    """The name of a tuned table of other versions."""
+    return routing.tuned_name().replace(torch.__version__, versions.get("torch", torch.__version__))
+
+
+def test_tables_of_other_versions_lie_beside_and_are_named_only_where_none_is_for_these(places, capsys):
+    _, tuned = places
+    (tuned / named(torch="2.0.0")).write_text(table(torch="2.0.0").text())
+    with pytest.warns(RuntimeWarning, match="it was measured with torch 2.0.0, and this is torch"):
+        routing.install()
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tuned / named(torch='2.0.0')}: it was measured with torch 2.0.0, and this is torch" in printed
+    assert "ignored 1" in printed
+    (tuned / named()).write_text(table().text())
+    (tuned / routing.tuned_name(any_threads=True)).write_text(table(row("dgrad"), any_threads=True).text())
+    (tuned / routing.file_name().replace(".json", "_bf16-torch-2.json")).write_text("of another instruction set")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        routing.install()
+    assert [(one.source, one.any_threads) for one in routing.in_use()] == [("tuned", False), ("tuned", True)]
+    assert not any(name.startswith("ignored") for name in routing.facts())
+
+
+def test_a_folder_that_cannot_be_searched_is_said_so(places, monkeypatch):
+    put(places[0], table(any_threads=True))
+    listed = routing.os.listdir
+
+    def refuse(folder):
+        if folder == places[1]:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(routing.os, "listdir", refuse)
+    with pytest.warns(
+        RuntimeWarning, match="the folder of route tables .* is ignored: it cannot be read: Permission denied"
+    ):
+        routing.install()
+    assert [one.source for one in routing.in_use()] == ["shipped"]
 
 
 def test_the_variable_chooses(places, tmp_path, monkeypatch):
@@ -183,6 +322,25 @@ def test_a_choice_that_is_none_stops_the_import():
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("choice", "why"),
+    [("x" * 5000, "File name too long"), (".", "which is no file"), ("/dev/null/x", "Not a directory")],
+)
+def test_a_choice_that_cannot_be_a_file_is_refused_in_words(choice, why, monkeypatch):
+    monkeypatch.setenv(routing.VARIABLE, choice)
+    with pytest.raises(ImportError, match=f"{routing.VARIABLE} must be shipped, default or the file.*{why}"):
+        routing.chosen()
+
+
+def test_variables_that_choose_the_bits_are_part_of_the_identity(monkeypatch):
+    assert routing.identity() == "none"
+    monkeypatch.setenv("DLKERNELS_CPU_GEMM", "own")
+    assert routing.identity() == "none with DLKERNELS_CPU_GEMM=own"
+    monkeypatch.setenv("DLKERNELS_CPU_ISA", "avx2")
+    assert routing.identity() == "none with DLKERNELS_CPU_GEMM=own DLKERNELS_CPU_ISA=avx2"
+    assert routing.facts()["hash"] == routing.identity()
+
+
 def test_an_import_takes_the_routes_of_a_file(tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(table(any_threads=True).text())
@@ -198,7 +356,10 @@ def test_explain_and_info_name_table_and_row(places, capsys):
     put(places[1], table(row("dgrad"), row()))
     routing.install()
     plan = functional.explain(torch.empty(300, 100), torch.empty(200, 100))
-    told = "measured at 300, 100→200: 0.75 of stock's time (row 2 of {}, 2026-11-28, commit 0123456789)"
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    told = (
+        f"measured at 300, 100→200 with {threads}: 0.75 of stock's time (row 2 of {{}}, 2026-11-28, commit 0123456789)"
+    )
     assert plan[0].why == plan.forward[0].why == told.format(routing.file_name())
     assert "backward in 0.75" in plan[1].why and "row 1 of" in plan[1].why
     assert "measured at" not in plan[2].why
@@ -218,7 +379,7 @@ def test_the_same_table_gives_the_same_bits():
         y = functional.linear_relu(*leaves)
         return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
-    one = table(row(), row("dgrad"), row("wgrad", path="packed", us={}), any_threads=True)
+    one = table(row(), row("dgrad"), row("wgrad", path="packed", us=PACKED), any_threads=True)
     try:
         routing.use((one,))
         first = results()
@@ -241,7 +402,7 @@ def test_tables_change_while_layers_run():
             errors.append(float((functional.linear_relu(x, weight).double() - exact).abs().max()))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
-    tables = [_C.make_routes([("forward", "float32", 300, 200, 100, 0, path, "")]) for path in ("aten", "packed")]
+    tables = [_C.make_routes([("forward", "float32", 300, 200, 100, 0, path, "", 0)]) for path in ("aten", "packed")]
     try:
         for thread in threads:
             thread.start()
@@ -259,8 +420,8 @@ def test_tables_change_while_layers_run():
 def test_what_is_no_table_is_refused():
     with pytest.raises(ValueError, match="expected a table of make_routes, or -1 for none; got 100000"):
         _C.use_routes(100000)
-    good = ("forward", "float32", 1, 1, 1, 0, "packed", "")
-    for place, wrong in ((0, "backward"), (2, 0), (5, -1), (6, "fast")):
+    good = ("forward", "float32", 1, 1, 1, 0, "packed", "", 0)
+    for place, wrong in ((0, "backward"), (2, 0), (5, -1), (6, "fast"), (8, -1)):
         with pytest.raises(ValueError, match="expected"):
             _C.make_routes([(*good[:place], wrong, *good[place + 1 :])])
 
@@ -291,3 +452,33 @@ def test_a_shipped_table_is_sound(file):
         assert {r.op for r in one.rows} == set(OPS)
     finally:
         routing.use(())
+
+
+class InventedDriver:
+    """The functions of libnvidia-ml, for GPUs of these names; None stands for one that may not be asked."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def nvmlInit_v2(self):
+        return 0 if self.names else 9
+
+    def nvmlShutdown(self):
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = len(self.names)
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, device):
+        device._obj.value = index + 1
+        return 0 if self.names[index] else 4
+
+    def nvmlDeviceGetName(self, device, name, length):
+        name.value = self.names[device.value - 1].encode()
+        return 0
+
+
+def test_the_names_of_gpus_are_asked_of_the_driver():
+    assert _gpus._asked(InventedDriver("H200", None, "A100", "H200")) == ("H200", "A100")
+    assert _gpus._asked(InventedDriver()) == ()

@@ -37,7 +37,7 @@ class InventedGpu:
 
     # what dlkernels._C offers
     def make_routes(self, rows):
-        self.tables.append({op: path for op, *_, path, why in rows})
+        self.tables.append({op: path for op, *_, path, why, table in rows})
         return len(self.tables) - 1
 
     def use_routes(self, table, cuda=False):
@@ -96,7 +96,8 @@ def test_the_fastest_right_path_is_taken_and_the_table_is_the_gpu_s(gpu):
     assert all(set(row.us) == {"stock", "simt", "mma", "cublas"} for row in table.rows)
     assert list(told[0].refused) == ["hopper"] and "y: error" in told[0].refused["hopper"]
     assert one.captured[0] == ("stock",) * 3 and not any("hopper" in paths for paths in one.captured)
-    file = routing.cache_folder() / "cuda-some-gpu-80-gb.json"
+    file = routing.cache_folder() / routing.tuned_name(device="cuda")
+    assert file.name.startswith("cuda-some-gpu-80-gb-torch-")
     assert routing.read(file, "") == table
     assert one.table == -1, "the built-in rules are back"
 

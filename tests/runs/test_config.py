@@ -179,7 +179,7 @@ def test_settings_arrive_at_the_trainer(tmp_path):
     assert trainer.autocast is torch.bfloat16
     assert trainer.eval_model is not trainer.model
     assert trainer.history[0].keys() >= {"val_f1", "val_recall", "lr"}
-    assert [type(callback).__name__ for callback in trainer.callbacks] == ["EarlyStopping", "CsvLog", "RoutesLog"]
+    assert [type(callback).__name__ for callback in trainer.callbacks] == ["EarlyStopping", "CsvLog"]
     assert (tmp_path / "checkpoints" / "epoch-0001.pt").exists()
 
 

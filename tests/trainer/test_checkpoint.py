@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import warnings
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
@@ -16,8 +17,11 @@ import pytest
 import torch
 from torch import nn
 
+from dlkernels import routing
+from dlkernels._errors import RouteTableWarning
 from dlkernels.atomic import atomic_write, write_json
 from dlkernels.trainer import Callback, CheckpointError, Checkpoints, Trainer, checkpoint
+from dlkernels.tuning.table import empty_table
 from tests.trainer.training import assert_same, batches, make, network, stop_after
 
 
@@ -358,3 +362,31 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     (tmp_path / "new.json").chmod(0o600)
     write_json(tmp_path / "new.json", {})
     assert (tmp_path / "new.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_training_that_goes_on_under_other_routes_says_so(saved, monkeypatch):
+    """Tables choose the order of sums, and so do the variables that choose before they do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(config={"lr": 0.001}).load(saved)
+    table = empty_table(any_threads=True)
+    try:
+        routing.use((table,))
+        with pytest.warns(
+            RouteTableWarning, match=f"the route tables none, and here they are {table.hash}: .*DLKERNELS_ROUTES"
+        ):
+            make(config={"lr": 0.001}).load(saved)
+    finally:
+        routing.use(())
+    monkeypatch.setenv("DLKERNELS_CPU_ISA", "avx2")
+    with pytest.warns(RouteTableWarning, match="here they are none with DLKERNELS_CPU_ISA=avx2"):
+        make(config={"lr": 0.001}).load(saved)
+
+
+def test_a_checkpoint_from_before_circumstances_were_kept_is_loaded(saved):
+    state = checkpoint.load(saved)
+    del state["circumstances"]
+    checkpoint.save(saved, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(config={"lr": 0.001}).load(saved)
