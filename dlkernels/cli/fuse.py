@@ -51,6 +51,12 @@ def add_parser(subparsers: Any) -> None:
     add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="default: float32")
     add("--device", default="cpu", help="cpu (default), cuda, ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add(
+        "--min-gain",
+        type=float,
+        metavar="G",
+        help="leave layers stock that gain less (default: less than noise; 0: none)",
+    )
     add("--train", action="store_true", help="time forward and backward (default: forward only)")
 
 
@@ -73,7 +79,7 @@ def _fuse(args: argparse.Namespace) -> int:
     inputs = tree_map_only(
         Tensor, lambda t: t.to(args.device, dtype) if t.is_floating_point() else t.to(args.device), inputs
     )
-    fused = fuse(copy.deepcopy(stock), example_inputs=inputs)
+    fused = fuse(copy.deepcopy(stock), example_inputs=inputs, min_gain=args.min_gain)
     print(report(fused))
     times = time_both(stock, fused, inputs, args.train)
     what = "forward and backward" if args.train else "forward"

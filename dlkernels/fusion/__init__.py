@@ -17,12 +17,12 @@ Reading order:
    layer and its activation, ``stages`` how many layers run as one op, ``memory`` remembers both.
 10. ``apply``: ``fuse``, ``unfuse``, ``report``.
 
-Besides these, ``gated_graph`` finds gated layers for the backend, ``observe`` runs example inputs, ``sites`` holds the
-report, and ``backend`` fuses in ``torch.compile``.
+Besides these, ``gated_graph`` finds gated layers for the backend, ``observe`` runs example inputs, ``speed`` says which
+layers stay stock for their speed, ``sites`` holds the report, and ``backend`` fuses in ``torch.compile``.
 """
 
 from dlkernels.fusion.apply import fuse, report, unfuse
 from dlkernels.fusion.rules import register_fusion
-from dlkernels.fusion.sites import Report, Site
+from dlkernels.fusion.sites import Gain, Report, Site
 
-__all__ = ["Report", "Site", "fuse", "register_fusion", "report", "unfuse"]
+__all__ = ["Gain", "Report", "Site", "fuse", "register_fusion", "report", "unfuse"]

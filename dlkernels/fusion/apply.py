@@ -5,20 +5,21 @@ from __future__ import annotations
 import ast
 import copy
 import fnmatch
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dlkernels._ops.activations import ACTIVATIONS, activation_named
 from dlkernels.fusion.analysis import Analysis, Pair, analyse
-from dlkernels.fusion.call import is_at
+from dlkernels.fusion.call import NOT_SELECTED, is_at
 from dlkernels.fusion.joined import Joined, Line, joined
-from dlkernels.fusion.observe import Seen, check_against_stock, observe
-from dlkernels.fusion.sites import Report, Site, Status
+from dlkernels.fusion.observe import Event, Seen, Times, check_against_stock, observe
+from dlkernels.fusion.sites import CALL_AGAIN, NOT_CALLED, Report, Site, Status
 from dlkernels.fusion.source import NoSource
+from dlkernels.fusion.speed import Layers, Slower, by_example_inputs, by_tables
 from dlkernels.fusion.swap import Plan, fused_class, plan_of, swap, swap_back, walk, why_not_back
 from dlkernels.fusion.syntax import position
 from dlkernels.fusion.values import state
@@ -29,9 +30,18 @@ Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 ALL = tuple(name for name in ACTIVATIONS if name != "none")
 
 _refused = WeakIdKeyDictionary()  # by owner: the reason why its fused class could not be created
-_asked = WeakIdKeyDictionary()  # by owner: the selected activations, and the paths of excluded layers below it
+_asked = WeakIdKeyDictionary()  # by owner: what fuse was asked for there (Asked)
 _seen = WeakIdKeyDictionary()  # by model: the result of the last example inputs (Seen)
-_slower = WeakIdKeyDictionary()  # by layer that stayed stock for it: the gain on the example inputs
+_slower = WeakIdKeyDictionary()  # by layer that stays stock for its speed: why (speed.Slower)
+_apart = WeakIdKeyDictionary()  # by layer that is in no chain, because that was slower: the same
+
+
+class Asked(NamedTuple):
+    """The selected activations; the paths, below a module, of excluded layers, and of those that no chain takes in."""
+
+    activations: tuple[str, ...] = ()
+    without: Collection[str] = ()
+    apart: Collection[str] = ()
 
 
 def fuse(
@@ -42,7 +52,7 @@ def fuse(
     include: Iterable[Which] | None = None,
     exclude: Iterable[Which] = (),
     example_inputs: Any = None,
-    min_gain: float = 0.0,
+    min_gain: float | None = None,
 ) -> Module:
     """Run every linear layer of ``model`` that is followed by an activation as one fused layer.
 
@@ -61,6 +71,9 @@ def fuse(
     class of a module becomes a subclass of the one it had. Every call checks again that the place has a plain layer and
     a plain activation: a layer that is hooked, wrapped or replaced later runs as in stock.
 
+    Layers that are slower fused stay stock: with example inputs those that a measurement shows, without them those that
+    the route tables in use rank behind stock in every row that they have for the layer. The report says which.
+
     A second ``fuse`` starts from the stock model again. ``docs/guide/fuse.md`` lists what is found and what is refused.
 
     Args:
@@ -74,8 +87,9 @@ def fuse(
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. With them a copy of the model
             runs in eval mode. Its outputs are compared with the stock model's, and :func:`report` shows which places
             were reached and their gain.
-        min_gain: with example inputs, layers whose gain was less than this stay stock: 0.97 leaves those out that were
-            slower by more than noise. By default no layer is left out for its speed.
+        min_gain: with example inputs, layers whose gain was less than this stay stock. By default it is those that were
+            slower by more than the noise of the measurement (:class:`dlkernels.fusion.Gain`). A chain with too little
+            gain is measured again, its layers singly. With 0 no layer is left out for its speed, by tables neither.
 
     Returns:
         the fused model.
@@ -98,33 +112,49 @@ def fuse(
     if not inplace:
         model = copy.deepcopy(model)
     unfuse(model)
+    slower, apart, timed = Layers(), Layers(), Times()
     try:
-        _fuse(model, chosen, include, exclude, example_inputs)
-        if slower := _slower_layers(model, min_gain):
-            unfuse(model)
-            _fuse(model, chosen, include, _either(slower, exclude), example_inputs)
+        if example_inputs is None and min_gain is None:
+            slower = by_tables(model, "none" in chosen)
+        while True:
             _slower.update(slower)
+            _apart.update(apart)
+            _fuse(model, chosen, include, exclude, example_inputs, timed)
+            if (found := _seen.get(model)) is None:
+                return model
+            alone, chained = by_example_inputs(found.events, min_gain)
+            if all(layer in slower for layer in alone) and all(layer in apart for layer in chained):
+                return model
+            slower.update(alone)
+            apart.update(chained)
+            unfuse(model)
     except BaseException:
         unfuse(model)
         raise
-    return model
 
 
-def _fuse(model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any, example_inputs: Any) -> None:
+def _fuse(
+    model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any, example_inputs: Any, timed: Times
+) -> None:
+    """Fuse a stock model, but for the layers in ``_slower``."""
     analysis = analyse(model)
     skipped = {
         path
         for path, layer in analysis.linears.values()
-        if (include is not None and not _any(include, path, layer)) or _any(exclude, path, layer)
+        if layer in _slower or (include is not None and not _any(include, path, layer)) or _any(exclude, path, layer)
     }
+    in_no_chain = {path for path, layer in analysis.linears.values() if layer in _apart}
     stock = copy.deepcopy(model) if example_inputs is not None else None
     for module, path, pairs in _by_owner(analysis):
-        without = {_below(p, path) for p in skipped if not path or p.startswith(f"{path}.")}
-        _asked[module] = chosen, without & _layers_of(module, path, pairs, analysis)
+        own = _layers_of(module, path, pairs, analysis)
+        without, apart = (
+            {_below(p, path) for p in paths if not path or p.startswith(f"{path}.")} & own
+            for paths in (skipped, in_no_chain)
+        )
+        _asked[module] = Asked(chosen, without, apart)
     chains = list(_chains(analysis))
     for module, _, pairs in _by_owner(analysis):
-        _, without = _asked[module]
-        if plan := _plan(pairs, [c for c in chains if c.line.owner is module], chosen, without, analysis):
+        if plan := _plan(pairs, [c for c in chains if c.line.owner is module], _asked[module], analysis):
             try:
                 swap(module, fused_class(type(module), plan))
             except (NoSource, TypeError) as refusal:  # TypeError: the new class has another instance layout
@@ -135,24 +165,7 @@ def _fuse(model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any,
                 swap(layer, fused_class(nn.Linear, Plan(frozenset(), ("none",), linear_forward=True)))
     if stock is not None:
         agreement = check_against_stock(stock, model, example_inputs)
-        _seen[model] = Seen(agreement, observe(model, example_inputs))
-
-
-def _slower_layers(model: nn.Module, min_gain: float) -> dict[nn.Module, float]:
-    """Return the layers that gained less than ``min_gain`` wherever example inputs reached them, with the best gain."""
-    shown = _seen.get(model) if min_gain else None
-    if shown is None:
-        return {}
-    gains: dict[nn.Module, float] = {}
-    for layer, events in shown.events.items():
-        for event in events:
-            for one in (layer, *event.others) if event.gain is not None else ():
-                gains[one] = max(event.gain, gains.get(one, 0.0))
-    return {layer: gain for layer, gain in gains.items() if gain < min_gain}
-
-
-def _either(layers: Container[nn.Module], exclude: Any) -> Which:
-    return lambda path, layer: layer in layers or _any(exclude, path, layer)
+        _seen[model] = Seen(agreement, observe(model, example_inputs, timed))
 
 
 def unfuse(model: Module) -> Module:
@@ -170,6 +183,7 @@ def unfuse(model: Module) -> Module:
         _refused.pop(module, None)
         _asked.pop(module, None)
         _slower.pop(module, None)
+        _apart.pop(module, None)
     _seen.pop(model, None)
     return model
 
@@ -201,13 +215,18 @@ def report(model: nn.Module) -> Report:
                 shown_site = replace(shown_site, up=_up_path(pair, analysis))
             rows[id(pair.linear)].append(shown_site)
     for key, (path, layer) in analysis.linears.items():
-        for event in seen.get(layer, ()) if seen is not None and not rows[key] else ():
+        events = seen.get(layer, ()) if seen is not None else ()
+        for event in events if not rows[key] and not plan_of(layer) else ():
             where = next((site.where for pair, site in loose if pair.activation == event.activation), "")
             status: Status = "skipped" if event.why else "fused"
-            rows[key].append(Site(path, event.activation, where, status, event.why, True, event.gain))
-        if plan_of(layer) and not any(site.status == "fused" for site in rows[key]):
-            rows[key] = [Site(path, "none", f"{type(layer).__name__}.forward", "fused")]
+            row = Site(path, event.activation, where, status, event.why, True, **_gains(event))
+            slow = status == "skipped" and layer in _slower
+            rows[key].append(_stays_stock(row, _slower[layer]) if slow else row)
         in_a_chain = any(layer is m for chain in chains for m, _ in chain.layers)
+        if plan_of(layer) and not any(site.status == "fused" for site in rows[key]):
+            rows[key] = [_alone(path, layer, None if seen is None or in_a_chain else events)]
+        if layer in _slower and _slower[layer].alone and not any(s.slower or s.status == "fused" for s in rows[key]):
+            rows[key] = [_stays_stock(Site(path, "none", "", "skipped"), _slower[layer])]
         if not rows[key] and key not in halves and not in_a_chain:
             why = analysis.reasons.get(key) or "no activation takes its output"
             rows[key].append(Site(path, "", "", "skipped", why))
@@ -239,7 +258,9 @@ def _by_owner(analysis: Analysis) -> list[tuple[nn.Module, str, list[Pair]]]:
 
 
 def _layers_of(module: nn.Module, path: str, pairs: Sequence[Pair], analysis: Analysis) -> set[str]:
-    """Return the paths, below a module, of the layers that its methods call."""
+    """Return the paths, below a module, of the layers that its methods call; of all, if a call does not say which."""
+    if any(pair.linear is None for pair in pairs):
+        return {_below(p, path) for p, _ in analysis.linears.values() if not path or p.startswith(f"{path}.")}
     calls = (stage.called for line in analysis.lines if line.owner is module for stage in line.stages)
     called = {_relative(pair, analysis) for pair in pairs}
     called |= {_below(_up_path(pair, analysis), path) for pair in pairs if pair.up is not None}
@@ -250,7 +271,7 @@ def _chains(analysis: Analysis) -> Iterator[Joined]:
     """Yield the chains of a model, by what ``fuse`` was asked for."""
     places: dict[Any, set[Any]] = {}
     for pair in analysis.pairs:
-        activations, _ = _settings(pair.owner)
+        activations = _settings(pair.owner).activations
         if pair.known and pair.sure and not pair.why and pair.activation in activations:
             key = id(pair.owner), pair.method
             places.setdefault(key, set()).add((pair.pattern.first, pair.pattern.at))
@@ -264,10 +285,12 @@ def _chains(analysis: Analysis) -> Iterator[Joined]:
         return k == len(where) and any(first == where[i] for first, _ in there)
 
     def selected(line: Line, owner: Any, linear: Any, name: str) -> bool:
-        activations, without = _settings(owner)
+        activations, without, apart = _settings(owner)
         if not activations or owner in _refused or (name != "none" and name not in activations):
             return False
-        return linear not in _slower and not any(is_at(owner, path, linear) for path in without)
+        if linear in _slower or linear in _apart:
+            return False
+        return not any(is_at(owner, path, linear) for path in (*without, *apart))
 
     found = [chain for line in analysis.lines for chain in joined(line, is_place, selected)]
     for chain in found:
@@ -276,20 +299,15 @@ def _chains(analysis: Analysis) -> Iterator[Joined]:
             yield chain
 
 
-def _settings(owner: nn.Module) -> tuple[Any, Any]:
-    """Return the activations that fuse was asked for in methods of this module, and the paths of excluded layers."""
+def _settings(owner: nn.Module) -> Asked:
+    """Return what fuse was asked for in methods of this module."""
     plan = plan_of(owner)
-    return _asked.get(owner) or ((plan.activations, plan.without) if plan else ((), ()))
+    return _asked.get(owner) or (Asked(plan.activations, plan.without, plan.apart) if plan else Asked())
 
 
-def _plan(
-    pairs: Sequence[Pair],
-    chains: Sequence[Joined],
-    activations: tuple[str, ...],
-    without: set[str],
-    analysis: Analysis,
-) -> Plan | None:
+def _plan(pairs: Sequence[Pair], chains: Sequence[Joined], asked: Asked, analysis: Analysis) -> Plan | None:
     """Return the plan of a module: its places that can be fused; None if there are none."""
+    activations, without, apart = asked
     written = frozenset((c.line.method, c.positions) for c in chains if c.line.series is not None)
     inside = {(method, position) for method, positions in written for position in positions}
     places = [
@@ -310,7 +328,9 @@ def _plan(
     if not chosen and not written:
         return None
     gates = frozenset((p.method, p.pattern.at) for p in places if p.gates)
-    return Plan(chosen, activations, tuple(sorted(without)), gates=gates & chosen, chains=written)
+    return Plan(
+        chosen, activations, tuple(sorted(without)), gates=gates & chosen, chains=written, apart=tuple(sorted(apart))
+    )
 
 
 def _relative(pair: Pair, analysis: Analysis) -> str:
@@ -338,15 +358,15 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
     if pair.owner in _refused:
         return replace(row, why=_refused[pair.owner])
     plan = plan_of(pair.owner)
-    if pair.linear is not None and (gain := _slower.get(pair.linear)) is not None:
-        return replace(row, why=f"fused was slower on the example inputs: {gain:.2f} times stock's speed")
-    activations, without = _settings(pair.owner)
+    if pair.linear is not None and pair.linear in _slower:
+        return _stays_stock(row, _slower[pair.linear])
+    activations, without, _ = _settings(pair.owner)
     if not _asked.get(pair.owner) and plan is None:
-        return replace(row, why="fuse was not called since this became fusable")
+        return replace(row, why=NOT_CALLED)
     if _relative(pair, analysis) in without or (pair.act is not None and pair.activation not in activations):
-        return replace(row, why="not selected")
+        return replace(row, why=NOT_SELECTED)
     if plan is None or not ((pair.method, pair.pattern.at) in plan.places or _in_a_chain(pair, plan)):
-        return replace(row, why="it could not be fused when fuse was called: call it again")
+        return replace(row, why=CALL_AGAIN)
     if not pair.known:
         return replace(
             row, status="undecided", why="the meaning of these names is known only at the call: give example_inputs"
@@ -361,7 +381,31 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
             status="undecided",
             why=f"its {pair.method.name} was replaced: only the call shows what the new one does",
         )
-    return replace(row, status="fused")
+    remark = _apart[pair.linear].why if pair.linear is not None and pair.linear in _apart else ""
+    return replace(row, status="fused", remark=remark)
+
+
+def _alone(path: str, layer: nn.Module, events: Sequence[Event] | None) -> Site:
+    """Return the row of a layer whose own forward is our kernel, with the results of the example inputs."""
+    row = Site(path, "none", f"{type(layer).__name__}.forward", "fused")
+    if events is None:
+        return row
+    event = next((event for event in events if event.activation == "none"), None)
+    if event is None:
+        return replace(row, reached=False)
+    status: Status = "skipped" if event.why else "fused"
+    return replace(row, status=status, why=event.why, reached=True, **_gains(event))
+
+
+def _stays_stock(row: Site, slower: Slower) -> Site:
+    return replace(row, why=slower.why, slower=True, **_gains(slower))
+
+
+def _gains(found: Event | Slower) -> dict[str, Any]:
+    """Return the fields of a site that say what was measured."""
+    if found.gain is None:
+        return {}
+    return {"gain": found.gain.ratio, "noise": found.gain.noise, "inference": found.inference}
 
 
 def _is_gated(pair: Pair, analysis: Analysis) -> bool:
@@ -414,7 +458,7 @@ def _chain_site(chain: Joined, analysis: Analysis, seen: Any) -> Site:
     if not events:
         return replace(row, reached=False)
     status: Status = "skipped" if events[0].why else "fused"
-    return replace(row, status=status, why=events[0].why, reached=True, gain=events[0].gain)
+    return replace(row, status=status, why=events[0].why, reached=True, **_gains(events[0]))
 
 
 def _with_seen(site: Site, pair: Pair, seen: Any) -> Site:
@@ -429,4 +473,4 @@ def _with_seen(site: Site, pair: Pair, seen: Any) -> Site:
         return replace(site, reached=False, **not_reached)  # type: ignore[arg-type]
     event = events[0]
     status: Status = "skipped" if event.why else "fused"
-    return replace(site, activation=event.activation, status=status, why=event.why, reached=True, gain=event.gain)
+    return replace(site, activation=event.activation, status=status, why=event.why, reached=True, **_gains(event))

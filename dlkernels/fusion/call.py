@@ -8,6 +8,7 @@ runs the two calls of the source. Dynamo traces these functions and guards what 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -33,6 +34,8 @@ STOCK_LINEAR = F.linear, nn.Linear.forward  # some tools replace these
 
 Ready = tuple[Tensor, Tensor | None, str, float]  # weight, bias, activation, slope
 
+NOT_SELECTED = "not selected"  # the reason of places that fuse was told to leave
+
 # It is set while example inputs run (module observe). It gets every call and its decision; of a chain, its stages too.
 watcher: Callable[..., None] | None = None
 
@@ -41,6 +44,12 @@ def why_not_linear(linear: Any) -> str:
     """Return why this module's call is no plain linear map, or has no kernel; empty if it can be fused."""
     found = _linear(linear)
     return found if isinstance(found, str) else ""
+
+
+def as_in_stock(called: Any) -> Any:
+    """Return a call of the stock model: of a layer whose forward is our kernel, the forward that it had."""
+    plan = getattr(type(called), "_fused_plan", None)
+    return called if plan is None or not plan.linear_forward else partial(nn.Linear.forward, called)
 
 
 def _linear(linear: Any) -> str | tuple[Tensor, Tensor | None]:
@@ -145,9 +154,9 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any, is_
     weight, bias = found
     name, slope = known
     if name not in plan.activations:
-        return "not selected"
+        return NOT_SELECTED
     if plan.without and any(is_at(self, path, linear) for path in plan.without):
-        return "not selected"
+        return NOT_SELECTED
     if not are_plain(x) or x.is_nested or x.layout is not torch.strided:
         return f"the kernels do not take its input, a {type(x).__name__}"
     # A wrong call goes to stock, which raises its own error. Under autocast the dtypes may differ.

@@ -80,14 +80,19 @@ def _decide(stages: Sequence[Stage], i: int, x: Any, owner: Any) -> str | Chain:
     if call.watcher is not None:
         k = after_identities(stages, i)
         if k < len(stages):
-            call.watcher(owner(i, k), stages[i].called, stages[k].called, x, decision, (), {}, stages)
+            kept = not isinstance(decision, str) and _is_all(stages, decision)
+            call.watcher(owner(i, k), stages[i].called, stages[k].called, x, decision, (), {}, stages, kept=kept)
     return decision
+
+
+def _is_all(stages: Sequence[Stage], chain: Chain) -> bool:
+    """Return True if the chain is all that the container computes: only such a decision is kept."""
+    return all(map(changes_nothing, [*stages[: chain.first], *stages[chain.last + 1 :]]))
 
 
 def _remember(key: Any, self: Any, modules: Any, flat: Sequence[Leaf], stages: Sequence[Stage], chain: Chain) -> None:
     """Keep the decision for a chain that is all that the container computes."""
-    outside = [*stages[: chain.first], *stages[chain.last + 1 :]]
-    if not all(map(changes_nothing, outside)):
+    if not _is_all(stages, chain):
         return
     reads = memory.Reads(self)
     reads.children(modules, calls_forward_alone=False)

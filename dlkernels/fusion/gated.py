@@ -317,7 +317,7 @@ def _decide(self: Any, ready: call.Ready, up: Any, x: Any) -> str | Both:
     weight, bias = found
     plan = getattr(type(self), "_fused_plan", None)
     if plan is None or any(call.is_at(self, path, up) for path in plan.without):
-        return "not selected"
+        return call.NOT_SELECTED
     if weight.shape != ready[0].shape or weight.device != ready[0].device:
         return "the two layers of the gated form have different shapes"
     tensors = [t for t in (ready[0], ready[1], weight, bias) if t is not None]
@@ -384,7 +384,7 @@ def packed(self: Any, linear: Any, x: Any, later: Any, gate_first: bool, /) -> t
             ready,
             args,
             kwargs,
-            ways=_ways_of_packed(ready, act, linear, args, kwargs, gate_first),
+            ways=_ways_of_packed(self, ready, act, linear, args, kwargs, gate_first),
         )
     return (linear(x), None) if isinstance(ready, str) else (None, _run_packed(x, ready, gate_first))
 
@@ -406,16 +406,20 @@ def _watch(self: Any, gate: Any, act: Any, x: Any, ready: Any, both: Any, args: 
         return
     ways = None
     if not isinstance(both, str):
-        ways = (lambda t: act(gate(t), *args, **kwargs) * up(t), lambda t: _run(t, both), (gate, up))
+        ways = (
+            lambda t: act(call.as_in_stock(gate)(t), *args, **kwargs) * call.as_in_stock(up)(t),
+            lambda t: gated(self, act, gate, t, lambda: up, args, kwargs, False),
+            (gate, up),
+        )
     call.watcher(self, gate, act, x, ready, args, kwargs, ways=ways)
 
 
-def _ways_of_packed(ready: Any, act: Any, linear: Any, args: Any, kwargs: Any, gate_first: bool) -> Any:
+def _ways_of_packed(self: Any, ready: Any, act: Any, linear: Any, args: Any, kwargs: Any, gate_first: bool) -> Any:
     if isinstance(ready, str):
         return None
 
     def stock(t: Any) -> Any:
-        gate, up = linear(t).chunk(2, dim=-1)[:: 1 if gate_first else -1]
+        gate, up = call.as_in_stock(linear)(t).chunk(2, dim=-1)[:: 1 if gate_first else -1]
         return act(gate, *args, **kwargs) * up
 
-    return stock, lambda t: _run_packed(t, ready, gate_first), (linear,)
+    return stock, lambda t: packed(self, linear, t, lambda: (act, args, kwargs), gate_first)[1], (linear,)

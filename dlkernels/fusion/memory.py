@@ -82,9 +82,9 @@ class Reads(_decisions.Reads):
             self.attributes(called, read or ())
 
     def selection(self, owner: Any, plan: Any) -> None:
-        """Note the class of an owner, and the modules on the paths that it leaves out."""
+        """Note the class of an owner, and the modules on the paths that it leaves out, of all or of chains."""
         self.module(owner, calls_forward_alone=False)
-        for path in plan.without:
+        for path in (*plan.without, *plan.apart):
             module = owner
             for name in path.split("."):
                 self.module(module, calls_forward_alone=False).append(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,23 +20,29 @@ from dlkernels._errors import ExpectedError
 from dlkernels.fusion import call, gated, memory, pairs
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import is_linear
+from dlkernels.fusion.sites import NOISE, Gain
 from dlkernels.fusion.stages import Chain, Stage, decide
 from dlkernels.fusion.swap import walk
 from dlkernels.testing.agreement import Agreement, arguments, judge, outputs
 
 SECONDS = 0.1  # for timing one shape
+LEAST_PAIRS, MOST_PAIRS = 5, 1000
+
+Times = dict[Any, tuple[Gain, Gain | None]]  # by the shapes of a place: its gain, and that of inference
 
 
 @dataclass(frozen=True)
 class Event:
-    """A layer's output went to an activation. ``gain`` is stock's time over the fused time; None if not fused.
+    """A layer's output went to an activation.
 
+    ``gain`` is None if it is not fused. ``inference`` is the gain of forward alone, where ``gain`` has backward in it.
     ``others`` are the layers behind it that ran in the same chain.
     """
 
     activation: str
     why: str
-    gain: float | None
+    gain: Gain | None
+    inference: Gain | None = None
     others: tuple[nn.Module, ...] = ()
 
 
@@ -66,12 +74,14 @@ def check_against_stock(stock: nn.Module, fused: nn.Module, example_inputs: Any)
 # ---- observation -----------------------------------------------------------------------------------------------------
 
 
-def observe(model: nn.Module, example_inputs: Any) -> Events:
-    """Run a copy of a fused model in eval mode, and time stock and fused at each place that is reached."""
+def observe(model: nn.Module, example_inputs: Any, timed: Times) -> Events:
+    """Run a copy of a fused model in eval mode, and time stock and fused at each place that is reached.
+
+    ``timed`` holds the times of earlier runs, which are not measured again; those of this run are added.
+    """
     again = copy.deepcopy(model).eval()
     originals = {id(copied): module for (_, copied), (_, module) in zip(walk(again), walk(model), strict=True)}
     seen = Events()
-    timed: dict[Any, float] = {}
 
     def watch(
         owner: Any,
@@ -83,29 +93,33 @@ def observe(model: nn.Module, example_inputs: Any) -> Events:
         kwargs: Any,
         stages: Sequence[Stage] = (),
         ways: gated.Ways | None = None,
+        kept: bool = True,
     ) -> None:
         if id(linear) not in originals:
             return
         known = activation_of(act, args, kwargs)
-        if isinstance(decision, Chain) and len(decision.layers) > 1:
+        if isinstance(decision, Chain):
             layers = [stage.called for stage in stages[decision.first : decision.last + 1] if is_linear(stage.called)]
             shapes = [(tuple(weight.shape), name) for weight, _, name, _ in decision.layers]
-            how = partial(_gain_of_chain, owner, stages, decision, x)
+            how = partial(_gain_of_chain, owner, stages, decision, x, kept)
         else:
             layers = [linear]
-            ready = decision.layers[0] if isinstance(decision, Chain) else decision
-            shapes = [] if isinstance(ready, str) else [(tuple(ready[0].shape), ready[2])]
+            shapes = [] if isinstance(decision, str) else [(tuple(decision[0].shape), decision[2])]
             how = partial(_gain, owner, linear, act, x, args, kwargs, ways)
-        gain = None
+        gain, inference = None, None
         if not isinstance(decision, str):
-            shape = (tuple(x.shape), x.dtype, x.device, type(linear), ways is None, *shapes)
+            several = layers if ways is None else ways[2]
+            trains = any(p.requires_grad for layer in several for p in layer.parameters())
+            kind = type(linear), None if ways is None else len(several), kept, trains
+            shape = (tuple(x.shape), x.dtype, x.device, kind, *shapes)
             if shape not in timed:
                 timed[shape] = how()
-            gain = timed[shape]
+            gain, inference = timed[shape]
         event = Event(
             known[0] if known else call.describe(act),
             decision if isinstance(decision, str) else "",
             gain,
+            inference,
             tuple(originals.get(id(layer), layer) for layer in layers[1:]),
         )
         events = seen.setdefault(originals[id(linear)], [])
@@ -127,27 +141,31 @@ def _watching(watch: Callable[..., None] | None) -> Iterator[None]:
         call.watcher = before
 
 
-def _gain(owner: Any, linear: nn.Module, act: Any, x: Tensor, args: Any, kwargs: Any, ways: gated.Ways | None) -> float:
-    """Return stock's time over the time of a layer with its activation, or of the gated layer with these ``ways``."""
+def _gain(
+    owner: Any, linear: nn.Module, act: Any, x: Tensor, args: Any, kwargs: Any, ways: gated.Ways | None
+) -> tuple[Gain, Gain | None]:
+    """Measure a layer with its activation, or what can be computed in two ``ways``."""
     stock, fused, layers = ways or (
-        lambda leaf: act(linear(leaf), *args, **kwargs),
+        lambda leaf: act(call.as_in_stock(linear)(leaf), *args, **kwargs),
         lambda leaf: pairs.call(owner, act, linear, leaf, *args, **kwargs),
         (linear,),
     )
     return _measured(layers, x, stock, fused)
 
 
-def _gain_of_chain(owner: Any, stages: Sequence[Stage], chain: Chain, x: Tensor) -> float:
-    """Return stock's time over the time of a chain."""
+def _gain_of_chain(
+    owner: Any, stages: Sequence[Stage], chain: Chain, x: Tensor, kept: bool
+) -> tuple[Gain, Gain | None]:
+    """Measure a chain, of one layer or more. If its decision is not ``kept``, each call decides."""
     part = stages[chain.first : chain.last + 1]
 
     def stock(h: Any) -> Any:
         for called, args, kwargs in part:
-            h = called(h, *args, **kwargs)
+            h = call.as_in_stock(called)(h, *args, **kwargs)
         return h
 
     with _watching(None):
-        decided = memory.decided(memory.Reads(owner), stages, chain, (owner,))
+        decided = memory.decided(memory.Reads(owner), stages, chain, (owner,)) if kept else None
 
     def fused(h: Any) -> Any:
         y = None if decided is None else decided.run(owner, h)
@@ -161,32 +179,60 @@ def _gain_of_chain(owner: Any, stages: Sequence[Stage], chain: Chain, x: Tensor)
 
 def _measured(
     layers: Sequence[nn.Module], x: Tensor, stock: Callable[[Tensor], Tensor], fused: Callable[[Tensor], Tensor]
-) -> float:
-    """Return the time of one way over the time of the other: the best of each, measured in turns.
+) -> tuple[Gain, Gain | None]:
+    """Return the gain of a step, which is forward and backward, and that of forward alone.
 
-    A step is the forward and, if a parameter requires a gradient, the backward.
+    If no parameter requires a gradient, a step is forward alone, and the second is None.
     """
     parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     leaf = x.detach().requires_grad_(bool(parameters))
 
-    def step(forward: Callable[[Tensor], Tensor]) -> float:
+    def step(way: Callable[[Tensor], Tensor]) -> None:
+        with torch.enable_grad():
+            y = way(leaf)
+        torch.autograd.grad(y, [leaf, *parameters], torch.ones_like(y))
+
+    def inference(way: Callable[[Tensor], Tensor]) -> None:
+        with torch.no_grad():
+            way(leaf)
+
+    ways = stock, fused
+    with _watching(None):
+        if not parameters:
+            return gain_of(_pairs(inference, ways, x)), None
+        return gain_of(_pairs(step, ways, x)), gain_of(_pairs(inference, ways, x))
+
+
+def _pairs(step: Callable[[Any], None], ways: tuple[Any, Any], x: Tensor) -> list[float]:
+    """Return stock's time over the fused time of each pair.
+
+    A pair is four steps: stock, fused, fused, stock. Each way counts by its faster step, since other work on the
+    machine only adds time, and mostly to one of them.
+    """
+
+    def seconds(way: Any) -> float:
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         begin = time.perf_counter()
-        with torch.set_grad_enabled(bool(parameters)):
-            y = forward(leaf)
-        if parameters:
-            torch.autograd.grad(y, [leaf, *parameters], torch.ones_like(y))
+        step(way)
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         return time.perf_counter() - begin
 
-    best = [float("inf"), float("inf")]
-    with _watching(None):
-        end = time.perf_counter() + SECONDS
-        for turn in range(1000):
-            for i, way in enumerate((stock, fused)):
-                best[i] = min(best[i], step(way))
-            if turn >= 2 and time.perf_counter() > end:
-                break
-    return best[0] / best[1]
+    stock, fused = ways
+    for way in ways:  # to load what is loaded once
+        step(way)
+    ratios: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(ratios) < LEAST_PAIRS or (len(ratios) < MOST_PAIRS and time.perf_counter() < end):
+        first, second, third, fourth = map(seconds, (stock, fused, fused, stock))
+        ratios.append(min(first, fourth) / min(second, third))
+    return ratios
+
+
+def gain_of(ratios: Sequence[float]) -> Gain:
+    """Return the median of pairs and its noise (:class:`dlkernels.fusion.sites.Gain`)."""
+    ordered = sorted(ratios)
+    # The number of pairs below the median of all such pairs has mean n / 2 and standard deviation √n / 2.
+    low = max(0, math.floor(len(ordered) / 2 - math.sqrt(len(ordered))))
+    return Gain(statistics.median(ordered), max(NOISE, (ordered[-1 - low] - ordered[low]) / 2))

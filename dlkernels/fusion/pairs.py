@@ -128,6 +128,9 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, list, tuple)
 def linear_forward(self: Any, input: Any) -> Any:
     """The forward of a linear layer without an activation."""
     decision = calls.decide(self, identity, self, input, (), {})
+    if calls.watcher is not None:
+        ways = calls.as_in_stock(self), lambda t: linear_forward(self, t), (self,)
+        calls.watcher(self, self, identity, input, decision, (), {}, ways=ways)
     return nn.Linear.forward(self, input) if isinstance(decision, str) else calls._run(input, decision)
 
 

@@ -9,9 +9,39 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dlkernels.fusion.call import NOT_SELECTED
+from dlkernels.routing import CLEARLY
 from dlkernels.testing.agreement import Agreement
 
 Status = Literal["fused", "skipped", "undecided"]
+
+NOISE = 1 - CLEARLY  # the least noise of a gain: what is the same in all calls of a run differs between runs too
+NOT_CALLED = "fuse was not called since this became fusable"
+CALL_AGAIN = "it could not be fused when fuse was called: call it again"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Stock's time over the time of the fused place.
+
+    Attributes:
+        ratio: the median of the pairs that were measured, in turns: the time of stock over that of fused.
+        noise: half the width of the interval that holds the median of all such pairs with a probability of about 95 %,
+            by the order of the measured ones. It is at least 0.03, the noise of a route table.
+    """
+
+    ratio: float
+    noise: float = NOISE
+
+    @property
+    def is_slower(self) -> bool:
+        """True if fused was slower than stock by more than noise."""
+        return self.ratio < 1 - self.noise
+
+    @property
+    def is_faster(self) -> bool:
+        """True if fused was faster than stock by more than noise."""
+        return self.ratio > 1 + self.noise
 
 
 @dataclass(frozen=True)
@@ -26,7 +56,13 @@ class Site:
             only at the call.
         why: the reason for "skipped" or "undecided"; empty for "fused".
         reached: True if the example inputs reached this place; None without example inputs.
-        gain: stock's time over the fused time, measured with the example inputs; None without them.
+        gain: stock's time over the fused time, measured with the example inputs; None without them. It is that of
+            forward and backward, or of forward if no parameter of the place requires a gradient.
+        noise: of ``gain``, as in :class:`Gain`; None without it.
+        inference: the gain of forward alone where ``gain`` has backward in it; else None.
+        remark: what else was found out about a fused place; else empty.
+        slower: True if the place could be fused, and stays stock because fused was slower: on the example inputs, or by
+            the route tables.
         up: of a gated layer ``act(layer(x)) * up(x)``, the path of the other layer, which has no row of its own.
         then: of a chain, path and activation of each layer behind the first; "none" if a layer has no activation.
     """
@@ -38,6 +74,10 @@ class Site:
     why: str = ""
     reached: bool | None = None
     gain: float | None = None
+    noise: float | None = None
+    inference: Gain | None = None
+    remark: str = ""
+    slower: bool = False
     up: str = ""
     then: tuple[tuple[str, str], ...] = ()
 
@@ -45,6 +85,14 @@ class Site:
     def layers(self) -> tuple[tuple[str, str], ...]:
         """Path and activation of every layer; of a gated layer, those of its gate."""
         return ((self.path, self.activation), *self.then)
+
+    @property
+    def gains(self) -> tuple[Gain, ...]:
+        """What was measured: of forward and backward, and of forward alone."""
+        if self.gain is None:
+            return ()
+        step = Gain(self.gain, NOISE if self.noise is None else self.noise)
+        return (step,) if self.inference is None else (step, self.inference)
 
 
 @dataclass(frozen=True)
@@ -54,7 +102,8 @@ class Report:
     On a terminal that is narrower than the table, ``why`` and ``where`` are below their row, indented. Without a
     terminal there is no limit, unless the environment variable ``COLUMNS`` sets one.
 
-    The first line says so if fusing gains nothing: no layer is fused, or no measured one is faster than stock.
+    The first line says so if fusing gains nothing: no layer can be fused, or none is faster than stock by more than
+    noise. It also says if ``fuse`` was not called yet, and if nothing was measured.
     ``agreement`` is the comparison with stock by example inputs; None without them.
     """
 
@@ -82,22 +131,31 @@ class Report:
     def undecided(self) -> tuple[Site, ...]:
         return self._with("undecided")
 
-    def _nothing_to_gain(self) -> str:
-        """The beginning of the first line, where fusing gains nothing; else empty."""
-        if self.undecided:
+    def _begins(self) -> str:
+        """The beginning of the first line: that fusing gains nothing, or that nothing is fused yet; else empty."""
+        fused, reasons = self.fused, [site.why for site in self.skipped]
+        if not fused and (count := sum(why in (NOT_CALLED, CALL_AGAIN) for why in reasons)):
+            return f"Not fused yet: {count} of these layers can be fused when fuse is called. "
+        if self.undecided or NOT_SELECTED in reasons or any(site.reached is False for site in self.sites):
             return ""
-        gains = [site.gain for site in self.sites if site.gain is not None]
-        if gains and len(gains) >= len(self.fused) and (max(gains) <= 1 or not self.fused):
+        known = all(site.gains for site in fused) and any(site.gains or site.slower for site in self.sites)
+        if known and not any(gain.is_faster for site in fused for gain in site.gains):
             return "Nothing to gain on this machine: no fused layer is clearly faster than stock. "
-        if not self.fused:
+        if not fused:
             return "Nothing to gain: no linear layer of this model can be fused with an activation. "
         return ""
+
+    def _ends(self) -> str:
+        """The end of the first line: how to measure, where nothing was."""
+        measured = self.agreement is not None or any(site.gains for site in self.sites)
+        return "" if measured or not self.fused else " (gains are not measured: fuse measures them on example_inputs)"
 
     def __str__(self) -> str:
         groups: dict[Site, list[Site]] = {}
         for site in self.sites:
             then = tuple((_joinable(path), activation) for path, activation in site.then)
-            key = replace(site, path=_joinable(site.path), up=_joinable(site.up), then=then, gain=None)
+            key = replace(site, path=_joinable(site.path), up=_joinable(site.up), then=then)
+            key = replace(key, gain=None, noise=None, inference=None)
             groups.setdefault(key, []).append(site)
         header = ("layer", "", "activation", "status", "gain", "why", "where")
         rows = [header, *(_row(key, sites) for key, sites in groups.items())]
@@ -110,9 +168,10 @@ class Report:
                 below = "; ".join(filter(None, (why, where)))
                 lines += [line, *textwrap.wrap(below, terminal, initial_indent="  ", subsequent_indent="  ")]
         counts = (
-            self._nothing_to_gain()
+            self._begins()
             + f"{len(self.fused)} fused, {len(self.skipped)} skipped"
             + (f", {len(self.undecided)} undecided" if self.undecided else "")
+            + self._ends()
         )
         return "\n".join(
             [counts, *(lines if self.sites else []), *([f"fused and stock {self.agreement}"] if self.agreement else [])]
@@ -130,11 +189,26 @@ def _lines(rows: list[tuple[str, ...]], columns: range) -> list[str]:
 
 
 def _row(key: Site, sites: list[Site]) -> tuple[str, ...]:
-    gains = [site.gain for site in sites if site.gain is not None]
     layers = (key if len(sites) > 1 else sites[0]).layers
     path, activation = (" → ".join(names) for names in zip(*layers, strict=True))
-    gain = f"{'-'.join(dict.fromkeys(f'{gain:.2f}' for gain in (min(gains), max(gains))))}x" if gains else ""
-    why = key.why or ("not reached by the example inputs" if key.reached is False else "")
+    unreached = "not reached by the example inputs" if key.reached is False else ""
+    why = key.why or unreached or "; ".join(filter(None, (key.remark, _slower_in_inference(sites))))
     if key.up:
         path += f" * {key.up.rpartition('.')[2]}"
-    return path, f"×{len(sites)}" if len(sites) > 1 else "", activation, key.status, gain, why, key.where
+    return path, f"×{len(sites)}" if len(sites) > 1 else "", activation, key.status, _gain(sites), why, key.where
+
+
+def _gain(sites: list[Site]) -> str:
+    """Return the range of the gains, and the largest noise."""
+    gains = [site.gain for site in sites if site.gain is not None]
+    noise = max((site.noise for site in sites if site.noise is not None), default=None)
+    if not gains:
+        return ""
+    ratio = "-".join(dict.fromkeys(f"{gain:.2f}" for gain in (min(gains), max(gains))))
+    return f"{ratio}x" if noise is None else f"{ratio}x ±{noise:.2f}"
+
+
+def _slower_in_inference(sites: list[Site]) -> str:
+    """Return the remark on fused places that lose in inference alone; empty if they do not."""
+    slow = [site.inference.ratio for site in sites if site.inference is not None and site.inference.is_slower]
+    return f"slower in inference: {min(slow):.2f} times stock's speed" if slow else ""

@@ -80,7 +80,7 @@ def decide(stages: Sequence[Stage], first: int, x: Any, owner: Owner) -> str | C
         plan = getattr(type(of := owner(i, k)), "_fused_plan", None)
         if plan is None or (name != "none" and name not in plan.activations):
             return False
-        return not any(call.is_at(of, path, linear) for path in plan.without)
+        return not any(call.is_at(of, path, linear) for path in (*plan.without, *plan.apart))
 
     return extended(stages, chain, selected, changes_nothing)
 

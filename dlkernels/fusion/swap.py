@@ -39,6 +39,7 @@ class Plan:
     Attributes:
         places: the methods and positions of the calls.
         chains: the methods and positions of calls that are chains; no place is in one.
+        apart: the paths, below the module, of layers that no chain takes in.
         activations: the selected activations.
         without: the paths of excluded layers below the module.
         linear_forward: True if the module is a linear layer without activation, whose forward is our kernel.
@@ -51,6 +52,7 @@ class Plan:
     linear_forward: bool = False
     gates: frozenset[tuple[Method, Position]] = frozenset()
     chains: frozenset[tuple[Method, tuple[Position, ...]]] = frozenset()
+    apart: tuple[str, ...] = ()
 
 
 class Fused(nn.Module):

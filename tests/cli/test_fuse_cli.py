@@ -9,6 +9,8 @@ from dlkernels.cli import fuse as fuse_cli
 from dlkernels.data.vision import import_torchvision
 from dlkernels.fusion import rules
 
+ALL = "--min-gain", "0"  # fuse all places, also where that is slower on this machine
+
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
@@ -24,7 +26,7 @@ def no_inputs():
 
 
 def test_factory(capsys):
-    assert main(["fuse", "--model", f"{__name__}:factory", "--set", "hidden=16", "--train"]) == 0
+    assert main(["fuse", "--model", f"{__name__}:factory", "--set", "hidden=16", "--train", *ALL]) == 0
     out = capsys.readouterr().out
     assert (
         "1 fused, 0 skipped" in out
@@ -52,7 +54,9 @@ def test_torchvision(capsys):
 def test_transformers(capsys):
     pytest.importorskip("transformers")
     sizes = ["hidden_size=32", "intermediate_size=48", "num_hidden_layers=2", "num_attention_heads=2", "vocab_size=99"]
-    assert main(["fuse", "--model", "transformers:bert", "--set", *sizes, "--size", "8", "--batch-size", "2"]) == 0
+    assert (
+        main(["fuse", "--model", "transformers:bert", "--set", *sizes, "--size", "8", "--batch-size", "2", *ALL]) == 0
+    )
     out = capsys.readouterr().out
     assert "3 fused, 10 skipped" in out and "encoder.layer.*.intermediate.dense" in out
 

@@ -70,7 +70,7 @@ def test_example_inputs_show_what_the_source_does_not():
     assert runs_fused(model)
     x = X.clone()
     model.train()
-    fuse(model, example_inputs={"x": x})
+    fuse(model, example_inputs={"x": x}, min_gain=0)
     assert model.training and torch.equal(x, X)
     first, _, never = report(model)
     assert (first.status, first.activation, first.reached) == ("fused", "relu", True) and first.gain > 0

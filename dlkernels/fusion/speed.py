@@ -1,0 +1,118 @@
+"""Which layers stay stock because fused is slower: by the route tables, or by what the example inputs showed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dlkernels import routing
+from dlkernels.fusion import call
+from dlkernels.fusion.observe import Event, Events
+from dlkernels.fusion.sites import Gain
+from dlkernels.fusion.swap import walk
+from dlkernels.routing import CLEARLY, STOCK, Row
+
+Layers = WeakIdKeyDictionary  # by layer: a Slower
+
+
+@dataclass(frozen=True)
+class Slower:
+    """Why a layer stays stock, or is left out of chains; its gains, if they were measured.
+
+    ``alone`` is True if it would have been fused without an activation, too.
+    """
+
+    why: str
+    alone: bool = False
+    gain: Gain | None = None
+    inference: Gain | None = None
+
+
+# ---- by the route tables ---------------------------------------------------------------------------------------------
+
+
+def by_tables(model: nn.Module, alone: bool) -> Layers:
+    """Return the layers of a model that the route tables in use rank behind stock in every row that they have.
+
+    ``alone`` says if layers without an activation would be fused.
+    """
+    layers = Layers()
+    if not routing.in_use():
+        return layers
+    for _, module in walk(model):
+        found = call._linear(module)
+        if not isinstance(found, str) and (why := _behind(found[0])):
+            layers[module] = Slower(why, alone)
+    return layers
+
+
+def _behind(weight: Tensor) -> str:
+    """Return the first row of a layer and its table, if each of its rows ranks every path behind stock; else empty."""
+    if weight.device.type not in routing.LIBRARY or os.environ.get(f"DLKERNELS_{weight.device.type.upper()}_GEMM"):
+        return ""  # no table decides
+    rows = _rows(weight)
+    if not rows or not all(_is_behind(row) for row, _ in rows):
+        return ""
+    _, reason = rows[0]
+    others = f", and its other {len(rows) - 1} rows agree" if len(rows) > 1 else ""
+    return f"slower than stock by the route table: {reason}{others}"
+
+
+def _rows(weight: Tensor) -> list[tuple[Row, str]]:
+    """Return the rows in force for a weight, one for each product, and their reasons."""
+    n, k = weight.shape
+    dtype, device = str(weight.dtype).removeprefix("torch."), weight.device
+    if device.type == "cpu":
+        where = torch.get_num_threads()
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        where = 10 * major + minor
+    found: dict[tuple[str, int], tuple[Row, str]] = {}
+    for table in routing.in_use():
+        for number, row in enumerate(table.rows, start=1):
+            here = table.device == device.type and (table.any_threads or row.where == where)
+            if here and (row.dtype, row.n, row.k) == (dtype, n, k):
+                found.setdefault((row.op, row.m), (row, row.reason(table.name, number)))
+    return list(found.values())
+
+
+def _is_behind(row: Row) -> bool:
+    """Return True if all paths that were measured were slower than stock by more than noise."""
+    paths = [us for path, us in row.us.items() if path != STOCK]
+    return STOCK in row.us and bool(paths) and min(paths) > row.us[STOCK] / CLEARLY
+
+
+# ---- by the example inputs -------------------------------------------------------------------------------------------
+
+
+def by_example_inputs(events: Events, min_gain: float | None) -> tuple[Layers, Layers]:
+    """Return the layers whose best gain was too little: those to leave stock, and those of chains, to be tried singly.
+
+    ``min_gain`` is the least gain; with None, it is all that is not below 1 by more than noise.
+    """
+    best: Any = WeakIdKeyDictionary()  # by layer: the event with its best gain
+    for layer, several in events.items():
+        for event in several:
+            for one in (layer, *event.others) if event.gain is not None else ():
+                if one not in best or best[one].gain.ratio < event.gain.ratio:
+                    best[one] = event
+    alone, chained = Layers(), Layers()
+    for layer, event in best.items():
+        if event.gain.is_slower if min_gain is None else event.gain.ratio < min_gain:
+            (chained if event.others else alone)[layer] = _slower(event)
+    return alone, chained
+
+
+def _slower(event: Event) -> Slower:
+    assert event.gain is not None
+    speed = f"slower on the example inputs: {event.gain.ratio:.2f} times stock's speed"
+    if event.others:
+        return Slower(f"as one chain it was {speed}", False, event.gain, event.inference)
+    inference = event.inference
+    better = f", and {inference.ratio:.2f} times in inference" if inference is not None and inference.is_faster else ""
+    return Slower(f"fused was {speed}{better}", event.activation == "none", event.gain, inference)
