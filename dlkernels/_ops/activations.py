@@ -28,13 +28,6 @@ class Activation:
         """The gradient of z, g * dy/dz, for the gradient g of y."""
         return _derivative(g, s, self.code, slope, 1)
 
-    def times_second_derivative(self, hg: Tensor, s: Tensor, slope: float) -> Tensor | None:
-        """The gradient of s, hg * d(dy/dz)/ds; None for the identity, whose derivative does not read s.
-
-        A gradient of zero is a tensor of zeros, as in torch: so the tensors that z was computed from get one too.
-        """
-        return None if self.name == "none" else _derivative(hg, s, self.code, slope, 2)
-
 
 # name, saves_output, value. The code is the position: the order of `enum class Act` in csrc/kernels/params.h.
 _ALL: tuple[tuple[Any, ...], ...] = (

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dlkernels._ops import masks
 from dlkernels._ops.activations import activation_of_code
-from dlkernels._ops.linear_act import stock_linear
+from dlkernels._ops.in_torch import stock_linear
 from dlkernels._ops.linear_cross_entropy import stock_linear_cross_entropy
 from dlkernels._ops.losses import Settings, grad_dtype, stock_cross_entropy, stock_gaussian_nll, stock_mse
 

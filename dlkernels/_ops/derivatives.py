@@ -1,4 +1,4 @@
-"""A layer's backward as ops, and the derivative of its backward. The formulas are in ``linear_act``."""
+"""Backwards in torch's operators, where torch must see every step."""
 
 import math
 from collections.abc import Callable
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from dlkernels._ops.activations import Activation
-
-backward_op = torch.ops.dlkernels._linear_act_backward.default
 
 _in_torch = torch.ops.dlkernels._linear_act_differentiable_backward.default
 _library = torch.library.Library("dlkernels", "IMPL")
@@ -38,51 +36,9 @@ def rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # reshape(-1, n) refuses a tensor without elements
 
 
-def weight_gradient(q: Tensor, x: Tensor, stacked: bool) -> Tensor:
-    """qᵀ x over all rows; of stacked tensors [members, rows, features] for each member."""
-    return q.mT @ x if stacked else rows(q).t() @ rows(x)
-
-
-def bias_gradient(q: Tensor, stacked: bool) -> Tensor:
-    return q.sum(-2) if stacked else rows(q).sum(0)
-
-
 def sum_present(*terms: Tensor | None) -> Tensor | None:
     present = [t for t in terms if t is not None]
     return sum(present[1:], present[0]) if present else None
-
-
-def double_backward(
-    act: Activation,
-    slope: float,
-    g: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    saved: Tensor,
-    grads: Gradients,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the backward for its inputs (g, x, weight, saved); the formulas are in ``linear_act``.
-
-    ``grads`` are the incoming gradients of dx, dweight and dbias. A gradient is None if no incoming one depends on its
-    input.
-    """
-    gx, gw, gb = grads
-    stacked = weight is not None and weight.dim() == 3
-    h = sum_present(
-        gx @ weight.mT if gx is not None and weight is not None else None,
-        x @ gw.mT if gw is not None and x is not None else None,
-        gb.unsqueeze(-2) if stacked and gb is not None else gb,
-    )
-    if h is None:
-        return None, None, None, None
-    h = h.expand_as(g)
-    q = act.times_derivative(g, saved, slope)
-    return (
-        act.times_derivative(h, saved, slope),
-        q @ gw if gw is not None else None,
-        weight_gradient(q, gx, stacked) if gx is not None else None,
-        act.times_second_derivative(h * g, saved, slope),
-    )
 
 
 def backward_in_torch(

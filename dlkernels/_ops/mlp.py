@@ -30,19 +30,17 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from dlkernels import _C
 from dlkernels._ops import autocast
 from dlkernels._ops.activations import Activation
-from dlkernels._ops.linear_act import check_like
-from dlkernels._ops.mlp_transform import layer_by_layer, mapped, transformed
+from dlkernels._ops.in_torch import stock_chain
+from dlkernels._ops.linear_act import check_like, linear_act
+from dlkernels._ops.mlp_transform import run, transformed
 from dlkernels._ops.modes import (
     are_plain,
     autocast_active,
     autocast_operands,
     exporting,
-    only_mapped,
     under_transform,
 )
 
-_recorded = torch.ops.dlkernels._mlp.default
-_forward = torch.ops.dlkernels._mlp_forward.default
 _layer = torch.ops.dlkernels._linear_act_forward.default
 
 Tensors = Sequence[Tensor]
@@ -82,18 +80,15 @@ def mlp(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activation, ...
             return layer_by_layer(x, weights, biases, acts, slope)
         x, *parameters = autocast_operands(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
-    codes = [act.code for act in acts]
-    if not under_transform():
-        return _run(x, weights, biases, codes, slope)
-    if only_mapped():
-        return mapped(lambda x, weights, biases: _run(x, weights, biases, codes, slope), x, weights, biases)
-    return transformed(x, weights, biases, acts, slope)
+    if under_transform():
+        return transformed(x, weights, biases, acts, slope)
+    return run(x, weights, biases, [act.code for act in acts], slope)
 
 
-def _run(x: Tensor, weights: Tensors, biases: Biases, codes: Sequence[int], slope: float) -> Tensor:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases)):
-        return _recorded(x, weights, biases, codes, slope)
-    return _forward(x, weights, biases, codes, slope, ())[0]
+def layer_by_layer(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[Activation], slope: float) -> Tensor:
+    for weight, bias, act in zip(weights, biases, acts, strict=True):
+        x = linear_act(x, weight, bias, act, slope)
+    return x
 
 
 def _is_traced_by_aot(*tensors: Tensor) -> bool:
@@ -135,9 +130,9 @@ def _ensemble(x: Tensor, weights: Tensors, biases: Biases, acts: tuple[Activatio
     if under_transform() or not ((x.is_cpu or x.is_cuda) and (compiles or are_plain(*tensors))):
         check_ensemble(rows, weights, biases)
         fusable = (x.is_cpu or x.is_cuda) and are_plain(*tensors)
-        y = (transformed if fusable else layer_by_layer)(rows, weights, biases, acts, slope)
+        y = (transformed if fusable else stock_chain)(rows, weights, biases, acts, slope)
     else:
-        y = _run(rows, weights, biases, [act.code for act in acts], slope)
+        y = run(rows, weights, biases, [act.code for act in acts], slope)
     return y if x.dim() == 3 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -1,9 +1,10 @@
-"""A chain under ``torch.func`` transforms: one call forward and one backward, however many levels there are.
+"""A chain of layers under ``torch.func`` transforms; a single layer is a chain of one.
 
-Under ``vmap`` alone the chain of the samples is the op itself, on the tensors below the level (``mapped``). In other
-transforms, where it pays (``modes.pays_in_transforms``), it is a pair of Functions with ``setup_context`` and ``vmap``,
-like those of one layer (``linear_act``). The activations that backward reads are outputs of the Function, as in eager
-mode. Where the backward is itself differentiated, the chain is computed again, layer by layer.
+Under ``vmap`` alone the chain of the samples is the op itself, on the tensors below the level (``_mapped``). In other
+transforms, where it pays (``modes.pays_in_transforms``), it is a pair of Functions with ``setup_context`` and a rule
+for ``vmap``: one call forward and one backward, however many levels there are. The activations that backward reads are
+outputs of the Function, as in eager mode. Where the backward is itself differentiated, the chain is computed again in
+torch's operators.
 
 Samples are the members of an ensemble. If only x has a batch, they are more rows.
 
@@ -26,9 +27,18 @@ from torch.autograd.function import _SingleLevelFunction
 
 from dlkernels._ops.activations import Activation
 from dlkernels._ops.derivatives import backward_in_torch
-from dlkernels._ops.linear_act import linear_act, stacked_linear_act, stock_linear
-from dlkernels._ops.modes import forward_mode, functionalizing, is_batched, pays_in_transforms, tracing
+from dlkernels._ops.in_torch import stock_chain
+from dlkernels._ops.modes import (
+    are_plain,
+    forward_mode,
+    functionalizing,
+    is_batched,
+    only_mapped,
+    pays_in_transforms,
+    tracing,
+)
 
+_recorded = torch.ops.dlkernels._mlp.default
 _forward = torch.ops.dlkernels._mlp_forward.default
 _backward = torch.ops.dlkernels._mlp_backward.default
 
@@ -36,32 +46,34 @@ _H, _Z = 1, 2  # Keep of csrc/ops/mlp.h
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
-Run = Callable[[Tensor, Tensors, Biases], Tensor]
+_Run = Callable[[Tensor, Tensors, Biases], Tensor]
 
 
-def layer_by_layer(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[Activation], slope: float) -> Tensor:
-    layer = stacked_linear_act if weights[0].dim() == 3 else linear_act
-    for weight, bias, act in zip(weights, biases, acts, strict=True):
-        x = layer(x, weight, bias, act, slope)
-    return x
+def run(x: Tensor, weights: Tensors, biases: Biases, codes: Sequence[int], slope: float) -> Tensor:
+    """The chain outside all transforms."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights, *biases)):
+        return _recorded(x, weights, biases, codes, slope)
+    return _forward(x, weights, biases, codes, slope, ())[0]
 
 
 def transformed(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[Activation], slope: float) -> Tensor:
-    """The chain in a transform other than ``vmap`` alone; of an ensemble x is [members, rows, in_features]."""
+    """The chain in transforms; of an ensemble x is [members, rows, in_features]."""
     # A compiler that traces through a transform drops the Function's backward: gradients would be zero.
-    if forward_mode() or tracing() or torch.compiler.is_dynamo_compiling() or functionalizing():
-        return layer_by_layer(x, weights, biases, acts, slope)
+    in_torch = torch.compiler.is_dynamo_compiling() or forward_mode() or tracing() or functionalizing()
+    if in_torch or not are_plain(x, *weights, *[b for b in biases if b is not None]):
+        return stock_chain(x, weights, biases, acts, slope)
+    if only_mapped() and weights[0].dim() == 2:
+        codes = [act.code for act in acts]
+        return _mapped(lambda x, weights, biases: run(x, weights, biases, codes, slope), x, weights, biases)
     if not pays_in_transforms(x, weights, biases):
-        for weight, bias, act in zip(weights, biases, acts, strict=True):
-            x = act.value(stock_linear(x, weight, bias), slope)
-        return x
+        return stock_chain(x, weights, biases, acts, slope)
     return _apply(_MlpTransform, x, _Layers(acts, slope), *weights, *biases)[0]
 
 
 # ---- vmap alone ------------------------------------------------------------------------------------------------------
 
 
-def mapped(run: Run, x: Tensor, weights: Tensors, biases: Biases) -> Tensor:
+def _mapped(run: _Run, x: Tensor, weights: Tensors, biases: Biases) -> Tensor:
     """Call ``run`` below the level of ``vmap``. The rule of an operator would come to the same, by longer ways."""
     interpreter: Any = retrieve_current_functorch_interpreter()
     level, count = interpreter.level(), len(weights)
@@ -80,7 +92,7 @@ def _below_vmap(level: int, args: Sequence[Any]) -> tuple[tuple[Any, ...], tuple
 
 
 def _run_samples(
-    run: Run, batch: int, x_dim: int | None, x: Tensor, dims: Sequence[int | None], parameters: Biases
+    run: _Run, batch: int, x_dim: int | None, x: Tensor, dims: Sequence[int | None], parameters: Biases
 ) -> Tensor:
     """Return y of all samples, [batch, ..., out_features]; ``dims`` are those of the weights and biases."""
     count = len(parameters) // 2
@@ -200,7 +212,7 @@ class _MlpBackwardTransform(torch.autograd.Function):
             full: list[Any] = [None] * (2 * count)
             for i, p in zip(present, given, strict=True):
                 full[i] = p
-            return layer_by_layer(x, full[:count], full[count:], layers.acts, layers.slope)
+            return stock_chain(x, full[:count], full[count:], layers.acts, layers.slope)
 
         def gradients(g: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
             found = torch.func.vjp(chain, *operands)[1](g)
@@ -284,7 +296,8 @@ def _apply(function: Any, *args: Any) -> Sequence[Tensor]:
     if not torch._C._are_functorch_transforms_active():
         args = unwrap_dead_wrappers(args)
         recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
-        return function.apply(*args) if recorded else function.forward(*args)
+        # Function.apply binds the arguments to the signature of forward at each call, which takes longer than the op.
+        return super(torch.autograd.Function, function).apply(*args) if recorded else function.forward(*args)
     interpreter: Any = retrieve_current_functorch_interpreter()
     if interpreter.key() == TransformType.Grad:
         with enable_single_level_autograd_function():

@@ -12,6 +12,7 @@ from torch._C._functorch import (
     get_interpreter_stack,
     get_unwrapped,
     is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
 )
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -51,15 +52,19 @@ def functionalizing() -> bool:
 # Under ``torch.func`` our Functions pay from so many multiplications on, for one derivative at most, and for that of
 # samples of so many rows. Stock's time over ours, on Zen 4 with two threads: ``grad`` of 8-64-64-4 over 512 rows (2e6)
 # 0.91, over 4,096 rows (2e7) 1.24; ``vmap(grad)`` of 128 members of it over 16 rows (1e7) 0.95, over 256 rows 1.92, and
-# of 512 samples of one row 0.56; ``grad`` of ``grad`` 0.15 to 0.32; ``vmap`` of its layers one by one, over 256 samples
-# of one row (1e6) 0.42, of 32 rows (4e7) 2.12.
+# of 512 samples of one row 0.56; ``grad`` of ``grad`` 0.15 to 0.32. ``vmap`` alone does not ask: it adds no Function.
 MOST_DERIVATIVES = 1
 LEAST_MULTIPLICATIONS = 1 << 24
 LEAST_ROWS = 64
 
 
 def pays_in_transforms(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> bool:
-    """Return True if this call is to run our Functions in the transforms around it, and not torch's operators."""
+    """Return True if this call is to run our Functions in the transforms around it, and not torch's operators.
+
+    Autograd may differentiate the derivative of a transform again. That is likely where the transform differentiates x
+    alone and the parameters require gradients. Where it differentiates the parameters, it takes the gradient of a
+    training step; ``stack_module_state`` returns parameters that require gradients for it.
+    """
     levels = get_interpreter_stack() or ()
     mapped = [level for level in levels if level.key() == TransformType.Vmap]
     derivatives, rows = len(levels) - len(mapped), math.prod(x.shape[:-1])
@@ -69,8 +74,19 @@ def pays_in_transforms(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
     of_one = sum(rows // (len(w) if w.dim() == 3 else 1) * w.numel() for w in weights)
     if samples * of_one < LEAST_MULTIPLICATIONS:
         return False
-    is_recorded = any(t is not None and _innermost(t).requires_grad for t in (x, *weights, *biases))
-    return derivatives + is_recorded <= MOST_DERIVATIVES
+    parameters = [t for t in (*weights, *biases) if t is not None]
+    if any(map(_is_differentiated, parameters)):
+        return True
+    return derivatives + any(_innermost(t).requires_grad for t in (x, *parameters)) <= MOST_DERIVATIVES
+
+
+def _is_differentiated(t: Tensor) -> bool:
+    """Return True if a level of the transforms takes derivatives with respect to ``t``."""
+    while is_functorch_wrapped_tensor(t):
+        if is_gradtrackingtensor(t) and t.requires_grad:
+            return True
+        t = get_unwrapped(t)
+    return False
 
 
 def _innermost(t: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.utils._device import DeviceContext
 from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops.activations import ACTIVATIONS
-from dlkernels._ops.modes import are_plain, forward_mode, only_mapped, pays_in_transforms, tracing
+from dlkernels._ops.modes import are_plain, tracing
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn.untouched import untouched
@@ -124,14 +124,11 @@ def describe(called: Any) -> str:
     return str(called.__name__ if type(called) in (*_NAMED, type) else type(called).__name__)
 
 
-def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any, is_alone: bool = True) -> str | Ready:
+def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> str | Ready:
     """Return the kernel's arguments, or the reason why this call is not fused.
 
-    ``self`` is the module whose forward is running. Its class holds the selected activations and layers. ``is_alone``:
-    the layer is not the first of a chain.
+    ``self`` is the module whose forward is running. Its class holds the selected activations and layers.
     """
-    if torch._C._are_functorch_transforms_active() and _is_faster_in_torch(linear, x, is_alone):
-        return "torch's operators are faster in these transforms of torch.func"
     if _has_any_global_hook():
         return "there is a global module hook"
     if tracing():
@@ -168,15 +165,6 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any, is_
     if not alike and not torch.is_autocast_enabled(x.device.type):
         return "input, weight and bias do not fit together"
     return weight, bias, name, slope
-
-
-def _is_faster_in_torch(linear: Any, x: Any, is_alone: bool) -> bool:
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
-        return False  # it is refused by what it is
-    if only_mapped() and not is_alone:  # one call for all samples
-        return False
-    return forward_mode() or not pays_in_transforms(x, (weight,))
 
 
 def _only_device_modes(count: int) -> bool:

@@ -69,7 +69,7 @@ def decide(stages: Sequence[Stage], first: int, x: Any, owner: Owner) -> str | C
     if last == len(stages):
         return "no activation takes its output"
     act = stages[last]
-    ready = call.decide(owner(first, last), act.called, stages[first].called, x, act.args, act.kwargs, is_alone=False)
+    ready = call.decide(owner(first, last), act.called, stages[first].called, x, act.args, act.kwargs)
     if isinstance(ready, str):
         return ready
     chain = Chain((ready,), (last,), first, last)

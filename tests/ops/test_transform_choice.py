@@ -70,10 +70,11 @@ def test_gradients_of_each_sample():
     assert not ops_of(lambda: vmap(jacrev(lambda x: functional_call(model, p, (x,))))(x[:4]))
 
 
-def test_a_layer_under_vmap_alone():
-    layer = LinearAct(64, 64)
-    assert not ops_of(lambda: vmap(layer)(torch.randn(256, 1, 64)))
-    assert ops_of(lambda: vmap(layer)(torch.randn(256, 32, 64)))
+@pytest.mark.parametrize("shape", [(5, 8), (4, 1, 8), (3, 32, 8)], ids=str)
+def test_a_layer_under_vmap_alone(shape):
+    layer, x = LinearAct(8, 6, activation="gelu"), torch.randn(*shape)
+    assert ops_of(lambda: vmap(layer)(x)) == {"_mlp", "_mlp_forward"}
+    assert torch.equal(vmap(layer)(x), layer(x))
 
 
 def test_vmap_alone_and_forward_mode():
