@@ -32,7 +32,8 @@ from bench.grid import DTYPES, GPU_SHAPES, Shape, shape_named
 from dlkernels import _C, functional, routing
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
-from dlkernels.routing import Row, Table, behind
+from dlkernels.route_table import behind
+from dlkernels.routing import Row, Table
 from dlkernels.testing import Layer, LayerJudge
 from tools.lease import log
 

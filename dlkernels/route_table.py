@@ -63,6 +63,25 @@ class Row:
         """The product, wherever it was measured."""
         return self.op, self.dtype, self.m, self.n, self.k
 
+    def reason(self, table: str, number: int) -> str:
+        """Return why the path is taken, as ``explain`` prints it."""
+        size = f"at {self.m}, {self.k}→{self.n} {self._measured_where()}"
+        if self.path in self.us and STOCK in self.us:
+            what = "" if self.op == "forward" else "backward in "
+            said = f"measured {size}: {what}{self.us[self.path] / self.us[STOCK]:.2f} of stock's time"
+        else:
+            said = f"{'measured' if self.us else 'not timed'} {size}"
+        if self.refused:
+            said += f"; {' and '.join(self.refused)} judged wrong"
+        dirty = " and changes" if self.commit.endswith("-dirty") else ""
+        commit = f", commit {self.commit[:10]}{dirty}" if self.commit else ""
+        return f"{said} (row {number} of {table}, {self.date}{commit})"
+
+    def _measured_where(self) -> str:
+        if self.path in PATHS["cuda"]:
+            return f"on architecture {self.where // 10}.{self.where % 10}"
+        return f"with {self.where} thread{'s' if self.where > 1 else ''}"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -91,21 +110,6 @@ class Table:
         """A hash of the content; routes of tables with the same hash give the same bits."""
         return hashlib.sha256(self.text().encode()).hexdigest()[:12]
 
-    def reason(self, number: int) -> str:
-        """Return why the path of a row is taken, as ``explain`` prints it; the first row has number 1."""
-        row = self.rows[number - 1]
-        size = f"at {row.m}, {row.k}→{row.n} {_measured_where(self.device, row.where)}"
-        if row.path in row.us and STOCK in row.us:
-            what = "" if row.op == "forward" else "backward in "
-            said = f"measured {size}: {what}{row.us[row.path] / row.us[STOCK]:.2f} of stock's time"
-        else:
-            said = f"{'measured' if row.us else 'not timed'} {size}"
-        if row.refused:
-            said += f"; {' and '.join(row.refused)} judged wrong"
-        dirty = " and changes" if row.commit.endswith("-dirty") else ""
-        commit = f", commit {row.commit[:10]}{dirty}" if row.commit else ""
-        return f"{said} (row {number} of {self.name}, {row.date}{commit})"
-
     def text(self) -> str:
         """Return the content of the file: JSON with one row per line."""
         head: dict[str, Any] = {"format": FORMAT, "device": self.device}
@@ -129,12 +133,6 @@ def behind(time: float, other: float) -> bool:
 
 def _where(device: str) -> str:
     return "threads" if device == "cpu" else "arch"
-
-
-def _measured_where(device: str, where: int) -> str:
-    if device == "cuda":
-        return f"on architecture {where // 10}.{where % 10}"
-    return f"with {where} thread{'s' if where > 1 else ''}"
 
 
 # ---- the schema ------------------------------------------------------------------------------------------------------

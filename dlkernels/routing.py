@@ -25,54 +25,22 @@ from dlkernels._circumstances import FACTS, Fact
 from dlkernels._errors import RouteTableWarning
 from dlkernels._gpus import gpu_names
 from dlkernels._version import __version__
-from dlkernels.route_table import (
-    CLEARLY,
-    DTYPES,
-    FORMAT,
-    LIBRARY,
-    OPS,
-    PATHS,
-    STOCK,
-    RouteError,
-    Row,
-    Table,
-    behind,
-    parse,
-)
 
-__all__ = [
-    "CLEARLY",
-    "DTYPES",
-    "FORMAT",
-    "LIBRARY",
-    "OPS",
-    "PATHS",
-    "STOCK",
-    "RouteError",
-    "Row",
-    "Table",
-    "behind",
-    "cache_folder",
-    "chosen",
-    "facts",
-    "file_name",
-    "identity",
-    "in_use",
-    "install",
-    "parse",
-    "processor",
-    "read",
-    "tuned_name",
-    "use",
-    "why_not_here",
-]
+# Whoever works with tables reaches their parts here.
+from dlkernels.route_table import CLEARLY as CLEARLY
+from dlkernels.route_table import DTYPES as DTYPES
+from dlkernels.route_table import LIBRARY as LIBRARY
+from dlkernels.route_table import OPS as OPS
+from dlkernels.route_table import PATHS as PATHS
+from dlkernels.route_table import STOCK as STOCK
+from dlkernels.route_table import RouteError as RouteError
+from dlkernels.route_table import Row as Row
+from dlkernels.route_table import Table as Table
+from dlkernels.route_table import parse as parse
 
 VARIABLE = "DLKERNELS_ROUTES"
-FORCING = (
-    "DLKERNELS_CPU_GEMM",
-    "DLKERNELS_CPU_ISA",
-    "DLKERNELS_CUDA_GEMM",
-)  # they choose the bits before any table does
+# They choose the bits before any table does.
+FORCING = ("DLKERNELS_CPU_GEMM", "DLKERNELS_CPU_ISA", "DLKERNELS_CUDA_GEMM")
 SHIPPED = Path(__file__).parent / "routes"
 
 
@@ -263,7 +231,7 @@ def _handed(table: Table, place: int) -> list[Handed]:
     rows: list[Handed] = []
     for number, r in enumerate(table.rows, start=1):
         wheres = {0} if table.any_threads else {r.where, 0} if r.refused and table.device == "cpu" else {r.where}
-        rows += [(*r.layer, where, r.path, table.reason(number), place) for where in wheres]
+        rows += [(*r.layer, where, r.path, r.reason(table.name, number), place) for where in wheres]
     return rows
 
 

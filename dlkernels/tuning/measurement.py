@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from dlkernels import functional
-from dlkernels.routing import LIBRARY, OPS, PATHS, STOCK, Row, behind
+from dlkernels.route_table import behind
+from dlkernels.routing import LIBRARY, OPS, PATHS, STOCK, Row
 from dlkernels.testing import Layer
 from dlkernels.tuning.clock import Key, Unsteady, time_backward, time_forward
 from dlkernels.tuning.layers import Size
