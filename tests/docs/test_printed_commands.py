@@ -204,10 +204,8 @@ def test_every_example_that_is_printed_is_run_by_its_tests():
             named.add(f"examples/{path.name}")
     for name in sorted(named):
         assert (ROOT / name).is_file()
-        # mnist_practice.py has no small setting: ten epochs of MNIST, which is downloaded
-        if name != "examples/mnist_practice.py":
-            stem = name.removeprefix("examples/").removesuffix(".py")
-            assert re.search(rf'"{stem}"', tests), f"no test in tests/examples runs {name}"
+        stem = name.removeprefix("examples/").removesuffix(".py")
+        assert re.search(rf'"{stem}"', tests), f"no test in tests/examples runs {name}"
 
 
 @pytest.fixture(scope="module")
