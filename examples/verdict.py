@@ -33,7 +33,7 @@ class Ratio:
 
     @property
     def says(self) -> str:
-        if 1 - NOISE < self.low and self.high < 1 + NOISE:
+        if self.low > 1 - NOISE and self.high < 1 + NOISE:
             return "no difference"
         if self.low <= 1 <= self.high:
             return "cannot tell"

@@ -77,7 +77,7 @@ def test_stable_baselines3(run):
 
 
 def test_stable_baselines3_ends_in_stock_s_weights(examples):
-    """Both play the same episodes as long as no action is as near to its bound as rounding; then they learn the same."""
+    """Both play the same episodes unless rounding decides an action, which is improbable in so few steps."""
     examples("beside")
     pytest.importorskip("stable_baselines3")
     example = examples("with_stable_baselines3")
