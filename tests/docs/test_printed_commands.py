@@ -97,6 +97,7 @@ NOT_RUN = {
     "pip install git+file://FOLDER": NETWORK,
     "make wheel": NETWORK,
     "python -m tools.wheel": NETWORK,
+    "python -m tools.wheel --record docs/guide/install.md": NETWORK,
     "python -m tools.wheel --python python3.11 python3.12 --torch torch==2.13.0": NETWORK,
     "python -m tools.hub_kernel build/hub-kernel --build": "compiles for minutes",
     "make test": CI,
