@@ -3,11 +3,11 @@
     make wheel                                                  # for PYTHON and its torch, in dist/
     python -m tools.wheel --python python3.11 python3.12 --torch torch==2.13.0
 
-The wheel's version ends in "+torch" and torch's, and it requires exactly that build of torch. auditwheel gives it the oldest manylinux
-tag that its symbols allow: build in an older distribution for an older tag. torch's libraries and libgomp, which torch
-brings too, stay outside. The content is checked, and the wheel is installed and used in a fresh environment. The
-kernels are compiled once for all, the operators for each. --record docs/guide/install.md writes a row for each wheel
-into that page.
+The wheel's version ends in "+torch" and torch's, and it requires exactly that build of torch. auditwheel gives it the
+oldest manylinux tag that its symbols allow: build in an older distribution for an older tag. torch's libraries and
+libgomp, which torch brings too, stay outside. The content is checked, and the wheel is installed and used in a fresh
+environment. The kernels are compiled once for all, the operators for each. --record docs/guide/install.md writes a row
+for each wheel into that page.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from tools.install_matrix import CHECK, Case, Environment, Failed, Table, line, 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = ("libtorch*", "libc10*", "libgomp.so*", "libcu*", "libnv*")  # torch brings them, or requires them
 TABLE = Table(
-    "wheels", ("date", "wheel", "Python", "torch", "platform tag", "compiler", "MiB", "installed elsewhere"), slice(2, 5)
+    "wheels",
+    ("date", "wheel", "Python", "torch", "platform tag", "compiler", "MiB", "installed elsewhere"),
+    key=slice(2, 5),
 )
 CONTENT = (  # beside the modules and the one library
     "dlkernels/py.typed",
@@ -88,7 +90,8 @@ def with_torch(metadata: str, torch: str, distribution: str) -> tuple[str, str]:
     [version] = re.findall(r"(?m)^Version: (.*)$", metadata)
     version += f"+torch{torch.replace('+', '.')}"
     metadata = re.sub(r"(?m)^Version: .*$", f"Version: {version}", metadata)
-    metadata, found = re.subn(r"(?m)^Requires-Dist: torch\b.*$", f"Requires-Dist: {requirement(distribution)}", metadata)
+    required = f"Requires-Dist: {requirement(distribution)}"
+    metadata, found = re.subn(r"(?m)^Requires-Dist: torch\b.*$", required, metadata)
     if found != 1:
         raise WheelError(f"expected one requirement of torch in METADATA; got {found}")
     return version, metadata

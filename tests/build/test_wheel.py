@@ -71,7 +71,7 @@ def test_the_advice_of_the_import_installs_that_torch(built):
         _load.check_torch(built, "2.14.0+cu130")
     [advised] = re.findall(r"`pip install (torch==\S+)`", str(refused.value))
     met = [each for each in BUILDS if requirements.Requirement(advised).specifier.contains(each)]
-    assert met == [built] or "+" not in built  # without a local part there is one build, and no other to confuse it with
+    assert met == [built] or "+" not in built  # without a local part pip has the usual index, which has one build
     assert ("--index-url" in str(refused.value)) == ("+" in built)
 
 

@@ -177,4 +177,3 @@ def test_the_table_is_recorded_for_a_processor(examples, tmp_path, capsys, monke
         table.main(["--record", str(page), *names])
     said = capsys.readouterr()
     assert "expected one line <!-- ratios:begin -->" in said.err and not said.out  # before any example ran
-
