@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import contenders, figures, harness, machine, plot, table
 from bench.run import GPU, QUICK, Settings, run
+from dlkernels.extras import how_to_get
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -54,8 +55,8 @@ def execute(settings: Settings, out: Path) -> int:
         picture = f"and {saved.with_suffix('.png').name}"
         try:
             plot.plot(result, saved.with_suffix(".png"))
-        except ImportError as missing:
-            picture = f"and no picture: {missing}"
+        except ModuleNotFoundError as missing:
+            picture = f"and no picture: {missing}; {how_to_get(str(missing.name).split('.')[0])}"
         print(f"\nwrote {saved} {picture}")
     if not result.complete:
         return 130

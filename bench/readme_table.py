@@ -33,12 +33,17 @@ _BUFFERS = {
 }
 
 
-def rewrite(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
-    """Return ``text`` with ``table`` between its markers; ValueError unless each marker is there once, in order."""
+def between(text: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return what is between the markers of ``text``; ValueError unless each marker is there once, in order."""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"expected one line {begin} and after it one line {end} around the table; put them in")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{table.strip()}\n{end}{rest.split(end)[1]}"
+    return text[text.index(begin) + len(begin) : text.index(end)]
+
+
+def rewrite(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return ``text`` with ``table`` between its markers; ValueError as of :func:`between`."""
+    old = between(text, begin, end)
+    return text.replace(f"{begin}{old}{end}", f"{begin}\n{table.strip()}\n{end}")
 
 
 def write(page: Path, table: str, begin: str = BEGIN, end: str = END) -> None:

@@ -34,8 +34,15 @@ def check_torch(built: str, have: str) -> None:
     if built != have:
         raise ImportError(
             f"dlkernels was built for torch {built}, but this is torch {have}: rebuild it with {_REBUILD}, "
-            f"or go back with `pip install torch=={built.split('+')[0]}`."
+            f"or {_how_to_go_back(built)}."
         )
+
+
+def _how_to_go_back(built: str) -> str:
+    """Name the version with its local part: to pip, without it, any build of the release is the right one."""
+    local = built.partition("+")[2]
+    index = f" with the --index-url of PyTorch's {local} wheels" if local else ""
+    return f"go back with `pip install torch=={built}`{index}"
 
 
 _folder = Path(__file__).parent

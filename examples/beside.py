@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from verdict import verdict
+from verdict import Ratio
 
 import dlkernels
 from dlkernels.data.vision import import_torchvision
@@ -45,20 +45,21 @@ class Beside:
     fused_layers: int
 
     @property
-    def ratio(self) -> float:
-        """Stock's median time over the fused one; above 1 fused is faster."""
-        return statistics.median(self.stock.seconds) / statistics.median(self.fused.seconds)
+    def ratio(self) -> Ratio:
+        """Stock's time over the fused one of the same round; above 1 fused is faster."""
+        return Ratio.of_turns(self.stock.seconds, self.fused.seconds)
 
     def __str__(self) -> str:
         lines = ["            seconds     result"]
         for name, side in (("stock", self.stock), ("fused", self.fused)):
             lines.append(f"{name:8s} {statistics.median(side.seconds):10.3f} {side.result:10.4f}")
-        return "\n".join([*lines, f"{self.fused_layers} fused layers; {verdict(self.ratio)}"])
+        return "\n".join([*lines, f"{self.fused_layers} fused layers; {self.ratio}"])
 
 
-def beside(train: Callable[[Prepare], float], *, seed: int = 0, rounds: int = 3) -> Beside:
+def beside(train: Callable[[Prepare], float], *, seed: int = 0, rounds: int = 4) -> Beside:
     """Call ``train`` with a ``prepare`` that fuses and with one that does not, in turns, and print the table.
 
+    A round before the ``rounds`` is not timed: the first trainings of a process import and allocate more.
     The seconds are those of ``train``, without those in which ``fuse`` reads the model's source once.
     ``train(prepare)`` makes a model, passes it or a part of it to ``prepare``, trains, and returns a number.
     """
@@ -74,13 +75,14 @@ def beside(train: Callable[[Prepare], float], *, seed: int = 0, rounds: int = 3)
 
     seconds = [0.0]
 
-    for turn in range(rounds):
+    for turn in range(-1, rounds):
         sides = [(outcome.stock, lambda model: model), (outcome.fused, fuse)]
         for side, prepare in sides if turn % 2 == 0 else reversed(sides):
             torch.manual_seed(seed)
             seconds[0] = 0.0
             begin = time.perf_counter()
             side.result = train(prepare)
-            side.seconds.append(seconds[0] + time.perf_counter() - begin)
+            if turn >= 0:
+                side.seconds.append(seconds[0] + time.perf_counter() - begin)
     print(outcome)
     return outcome

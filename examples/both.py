@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy
 import torch
 from torch import nn
-from verdict import verdict
+from verdict import Ratio
 
 import dlkernels
 
@@ -73,9 +73,9 @@ class Both(Generic[Result]):
     reports: tuple[dlkernels.fusion.Report, ...]
 
     @property
-    def ratio(self) -> float:
-        """The median time of a stock step over the median time of a fused step; above 1 fused is faster."""
-        return statistics.median(self.stock.seconds) / statistics.median(self.fused.seconds)
+    def ratio(self) -> Ratio:
+        """The time of a stock step over that of the fused step of the same turn; above 1 fused is faster."""
+        return Ratio.of_turns(self.stock.seconds, self.fused.seconds)
 
     @property
     def apart(self) -> float:
@@ -88,7 +88,7 @@ class Both(Generic[Result]):
         return (
             f"losses at most {self.apart:.1e} apart over the first {min(BEGINNING, len(self.stock.losses))} steps\n"
             f"a step: stock {_milliseconds(self.stock)}, fused {_milliseconds(self.fused)}\n"
-            f"{sites} fused places; {verdict(self.ratio)}"
+            f"{sites} fused places; {self.ratio}"
         )
 
     def curves(self, rows: int = 8) -> str:

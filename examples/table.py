@@ -1,26 +1,34 @@
 """Where fusing pays on this machine: runs every example in its small setting, each alone, and prints a table.
 
-python examples/table.py [--threads N] [NAME...]
+With --record the table also goes into a page, between its marks, under the name of the processor. It replaces the one
+of this processor there.
+
+python examples/table.py [--threads N] [--record examples/README.md] [NAME...]
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
-
-from dlkernels.routing import processor
+from types import ModuleType
 
 HERE = Path(__file__).parent
-COMPARISON = re.compile(r"stock / fused ([\d.]+): (fusing pays|fusing costs|no difference) here")
+COMPARISON = re.compile(
+    r"stock / fused (?P<median>[\d.]+) \((?P<low>[\d.]+) to (?P<high>[\d.]+)\): (?P<says>[a-z ]+) here,"
+)
+HEAD = "| example | stock / fused | here |\n| --- | ---: | --- |"
+BEGIN, END = "<!-- ratios:begin -->", "<!-- ratios:end -->"
 
 
 def names() -> list[str]:
@@ -31,19 +39,25 @@ def names() -> list[str]:
 
 def row(name: str, output: str) -> str:
     """The row of an example by what it printed: the ratios of its comparisons, and what they say."""
-    found = COMPARISON.findall(output)
+    found = [comparison.groupdict() for comparison in COMPARISON.finditer(output)]
     if not found:
         return f"| `{name}.py` | | {output.strip().splitlines()[-1] if output.strip() else 'no output'} |"
-    ratios = sorted(float(ratio) for ratio, _ in found)
-    span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-    said = [verdict for _, verdict in found]
-    counts = "; ".join(f"{verdict} ({said.count(verdict)} of {len(said)})" for verdict in dict.fromkeys(said))
-    return f"| `{name}.py` | {span} | {counts if len(set(said)) > 1 else said[0]} |"
+    medians = sorted(comparison["median"] for comparison in found)
+    span = "{median} ({low} to {high})".format(**found[0]) if len(found) == 1 else f"{medians[0]} to {medians[-1]}"
+    said = Counter(comparison["says"] for comparison in found)
+    counts = [f"{verdict} ({count} of {len(found)})" for verdict, count in said.items()]
+    return f"| `{name}.py` | {span} | {'; '.join(counts) if len(said) > 1 else found[0]['says']} |"
 
 
-def machine(threads: int) -> str:
-    """The processor, the torch, the date and the commit that the ratios are of."""
-    said = f"{processor()}, {threads} threads, torch {torch.__version__}, {datetime.date.today()}"
+def processor() -> str:
+    from dlkernels import routing
+
+    return routing.processor()
+
+
+def setting(threads: int) -> str:
+    """The threads, the torch, the date and the commit that the ratios are of."""
+    said = f"{threads} threads, torch {version('torch')}, {datetime.date.today()}"
     if shutil.which("git"):
         git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -51,27 +65,60 @@ def machine(threads: int) -> str:
     return said
 
 
-def main() -> None:
+def recorded(page: Path) -> dict[str, str]:
+    """Return the tables between the marks of the page by heading; ValueError unless both marks are there."""
+    parts = re.split(r"^### (.*)\n", _readme_table().between(page.read_text(), BEGIN, END), flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def record(page: Path, heading: str, table: str) -> None:
+    """Write the table under its heading between the marks of the page; the tables under other headings stay."""
+    tables = recorded(page) | {heading: table}
+    text = "\n\n".join(f"### {name}\n\n{each.strip()}" for name, each in tables.items())
+    _readme_table().write(page, text, BEGIN, END)
+
+
+def _readme_table() -> ModuleType:
+    if str(HERE.parent) not in sys.path:
+        sys.path.append(str(HERE.parent))  # behind all else: an installed dlkernels goes before the sources
+    return importlib.import_module("bench.readme_table")
+
+
+def run(name: str, threads: int) -> str:
+    """Run an example in its small setting in a folder of its own, and return what it printed."""
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            [sys.executable, HERE / f"{name}.py", "--small", "--threads", str(threads), "--out", folder],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ).stdout
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of them")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
-    args = parser.parse_args()
-    root = HERE.parent
-    print(f"{machine(args.threads)}\n", flush=True)
-    print("| example | stock / fused | here |\n| --- | ---: | --- |", flush=True)
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    parser.add_argument("--record", type=Path, metavar="PAGE", help="write the table into this page")
+    args = parser.parse_args(argv)
+    if unknown := set(args.names) - set(names()):
+        parser.error(f"expected names from {', '.join(names())}; got {', '.join(sorted(unknown))}")
+    if args.record:  # before the minutes of the examples
+        try:
+            recorded(args.record)
+        except (OSError, ValueError) as wrong:
+            parser.error(str(wrong))
+    heading, of = processor(), setting(args.threads)
+    print(f"{heading}, {of}\n\n{HEAD}", flush=True)
+    rows = []
     for name in args.names or names():
-        with tempfile.TemporaryDirectory() as folder:
-            line = [str(HERE / f"{name}.py"), "--small", "--threads", str(args.threads), "--out", folder]
-            done = subprocess.run(
-                [sys.executable, *line],
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": path},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        print(row(name, done.stdout), flush=True)
+        rows.append(row(name, run(name, args.threads)))
+        print(rows[-1], flush=True)
+    if args.record:
+        record(args.record, heading, "\n".join([HEAD, *rows, "", f"With {of}."]))
 
 
 if __name__ == "__main__":

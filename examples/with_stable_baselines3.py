@@ -17,17 +17,24 @@ from stable_baselines3 import PPO  # isort: skip  after options, which says how 
 from stable_baselines3.common.evaluation import evaluate_policy  # isort: skip
 
 
-def train(prepare: Prepare, steps: int, seed: int) -> float:
-    agent = PPO("MlpPolicy", "CartPole-v1", n_steps=512, seed=seed, device="cpu")
+ROLLOUT = 512  # steps between two updates
+
+
+def learn(prepare: Prepare, steps: int, seed: int) -> PPO:
+    agent = PPO("MlpPolicy", "CartPole-v1", n_steps=ROLLOUT, seed=seed, device="cpu")
     prepare(agent.policy.mlp_extractor)
-    agent.learn(steps)
+    return agent.learn(steps)
+
+
+def train(prepare: Prepare, steps: int, seed: int) -> float:
+    agent = learn(prepare, steps, seed)
     returns, _ = evaluate_policy(agent, agent.get_env(), n_eval_episodes=5, warn=False)
     return float(returns)
 
 
 def main() -> Beside:
     args = options(__doc__)
-    return beside(partial(train, steps=1024 if args.small else 50_000, seed=args.seed), seed=args.seed)
+    return beside(partial(train, steps=ROLLOUT if args.small else 50_000, seed=args.seed), seed=args.seed)
 
 
 if __name__ == "__main__":

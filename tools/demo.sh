@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# demo.sh VENV: load MNIST and train 784-256-10, fused and stock in turns. Ends on the seconds of each phase of `make demo`;
-# venv.sh has left those before in VENV/phases.
+# demo.sh VENV [FLAG...]: load MNIST and train 784-256-10, fused and stock in turns. Then come the seconds of each phase of
+# `make demo` (venv.sh has left those before in VENV/phases), and at the end the table and the path of the picture. The
+# flags are added to those of the training.
 set -euo pipefail
 venv=$1
+shift
+run=runs/demo
 train=("$venv/bin/python" -m dlkernels train --dataset mnist --sizes 784 256 10 --batch-size 256 --epochs 10
-  --compare-stock --out runs/demo)
+  --compare-stock --out "$run" "$@")
 
 echo "== data: MNIST, from the cache or fetched"
 SECONDS=0
@@ -24,3 +27,9 @@ echo "== seconds of each phase"
   printf '%s\t%d\n' data "$data" training "$training"
 } | awk -F '\t' '{ printf "  %-12s %4d\n", $1, $2; sum += $2 } END { printf "  %-12s %4d\n", "all", sum }'
 rm -f "$venv/phases"
+
+echo "== result"
+"$venv/bin/python" -c "import json
+from dlkernels.cli.train import comparison_table
+print(comparison_table(json.load(open('$run/comparison.json'))))"
+echo "the curves of both: $run/comparison.png"

@@ -51,8 +51,23 @@ dependencies = ["dlkernels @ {address}"]
 py-modules = []
 """
 
-HEADER = ("date", "way", "Python", "torch", "compiler", "built", "seconds", "result")
-BEGIN, END = "<!-- installs:begin -->\n", "<!-- installs:end -->\n"
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a page, between two marks of its name. A new row replaces the one with equal cells in ``key``."""
+
+    name: str
+    header: tuple[str, ...]
+    key: slice
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        return f"<!-- {self.name}:begin -->\n", f"<!-- {self.name}:end -->\n"
+
+
+INSTALLS = Table(
+    "installs", ("date", "way", "Python", "torch", "compiler", "built", "seconds", "result"), key=slice(1, 6)
+)
 
 
 class Failed(Exception):
@@ -208,17 +223,19 @@ def line(row: tuple[str, ...]) -> str:
     return f"| {' | '.join(row)} |\n"
 
 
-def record(page: Path, rows: list[tuple[str, ...]]) -> None:
-    """Write the rows into the page, between its marks; they replace those of the same way and versions."""
+def record(page: Path, rows: list[tuple[str, ...]], table: Table) -> None:
+    """Write the rows into the page, between the marks of the table."""
     text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    table, mark, after = rest.partition(END)
+    begin, end = table.marks
+    before, _, rest = text.partition(begin)
+    body, mark, after = rest.partition(end)
     if not mark:
-        raise SystemExit(f"expected {BEGIN.strip()} and {END.strip()} in {page}")
-    old = [tuple(cell.strip() for cell in each.strip("| \n").split(" | ")) for each in table.splitlines()[2:]]
-    kept = {row[1:6]: row for row in [*old, *rows]}
-    head = line(HEADER) + line(tuple("---:" if name == "seconds" else "---" for name in HEADER))
-    page.write_text(before + BEGIN + head + "".join(map(line, kept.values())) + END + after)
+        raise SystemExit(f"expected {begin.strip()} and {end.strip()} in {page}")
+    old = [tuple(cell.strip() for cell in each.strip("| \n").split(" | ")) for each in body.splitlines()[2:]]
+    kept = {row[table.key]: row for row in [*old, *rows]}
+    numbers = ("seconds", "MiB")
+    head = line(table.header) + line(tuple("---:" if name in numbers else "---" for name in table.header))
+    page.write_text(before + begin + head + "".join(map(line, kept.values())) + end + after)
 
 
 def main() -> int:
@@ -232,7 +249,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, metavar="PAGE", help="write the rows into the table of this page")
     args = parser.parse_args()
     failures = 0
-    print(line(HEADER), end="")
+    print(line(INSTALLS.header), end="")
     with tempfile.TemporaryDirectory() as place:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), f"{place}/sources"], check=True)
         for python, torch, cxx, way in itertools.product(args.python, args.torch, args.cxx, args.ways):
@@ -240,7 +257,7 @@ def main() -> int:
             failures += not right
             print(line(row), end="", flush=True)
             if args.record:
-                record(args.record, [row])
+                record(args.record, [row], INSTALLS)
     return 1 if failures else 0
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +122,10 @@ def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks, h
     if (network := job.full_network(trainer)) is not None:
         _save(folder, job, trainer, network, before, after, comparison)
     if comparison is not None:
-        print(_comparison_text(comparison))
+        print(_agreement(comparison))
     print(f"{folder.path} now holds {', '.join(folder.files())}")
+    if comparison is not None:
+        print(f"\n{comparison_table(comparison.to_json())}\n\n{folder.comparison_curves}")
 
     if args.require_accuracy is not None and after["accuracy"] < args.require_accuracy:
         print(f"expected an accuracy of at least {args.require_accuracy}; got {after['accuracy']}", file=sys.stderr)
@@ -189,21 +191,34 @@ def _save(
     write_report(folder)
 
 
-def _comparison_text(comparison: Comparison) -> str:
+def _agreement(comparison: Comparison) -> str:
     from dlkernels.trainer.display import number
 
-    medians = [statistics.median(curve.seconds) for curve in (comparison.candidate, comparison.stock)]
-    accuracies = " and ".join(number(value, 4) for value in comparison.accuracies)
+    first, second = comparison.accuracies
     return "\n".join(
         [
             f"fused and stock {'agree' if comparison.agrees else 'DO NOT AGREE'}:",
-            f"  distance of the loss to float64's at the beginning: fused {comparison.candidate_error:.1e}, "
-            f"stock {comparison.stock_error:.1e}, allowed {comparison.allowed_error:.1e}",
-            f"  test accuracy at the end: {accuracies}, allowed difference "
+            f"  distance of the loss to that of the same training in float64, over its first batches: fused "
+            f"{comparison.candidate_error:.1e}, stock {comparison.stock_error:.1e}, allowed "
+            f"{comparison.allowed_error:.1e}",
+            f"  difference of the test accuracies at the end: {number(abs(first - second), 4)}, allowed "
             f"{number(comparison.allowed_accuracy_difference, 4)}",
             f"  largest difference of a batch's loss, fused to stock: {comparison.max_difference:.1e}",
-            f"time per epoch: fused {number(medians[0])} s, stock {number(medians[1])} s "
-            f"(medians of {len(comparison.stock.seconds)}, in turns): "
-            f"fused is {comparison.ratio:.2f}x as fast",
         ]
+    )
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> str:
+    """Return the table of a comparison, the content of comparison.json: seconds per epoch and test accuracy."""
+    from dlkernels.trainer.display import number, table
+
+    seconds, accuracies = comparison["median_seconds"], comparison["accuracies"]
+    rows = [
+        [name, number(seconds[side]), number(accuracies[side], 4)]
+        for name, side in (("stock", "stock"), ("fused", "candidate"))
+    ]
+    epochs = len(comparison["history"]["stock"])
+    return (
+        f"{table(['', 'seconds per epoch', 'test accuracy'], rows)}\n"
+        f"fused is {comparison['ratio']:.2f}x as fast (medians of {epochs} epochs, in turns)"
     )

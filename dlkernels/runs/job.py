@@ -119,7 +119,7 @@ class Job:
         return compare(
             fused,
             self._trainer("stock", stock, F.cross_entropy),
-            self._trainer("float64", InAnotherOrder(exact), F.cross_entropy, autocast=None),
+            self._trainer("float64, to judge both by,", InAnotherOrder(exact), F.cross_entropy, autocast=None),
             self.config.epochs,
             eps=torch.finfo(self.dtype).eps,
             validation_samples=len(self.splits.test_y),

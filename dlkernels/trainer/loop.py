@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -33,6 +34,8 @@ from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe
 from dlkernels.trainer.state import check_plain, parts, read_checkpoint, restore
 from dlkernels.trainer.step import Every, Loss, Step, forward, one_call_of
 from dlkernels.trainer.summary import summarize
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -77,7 +80,7 @@ class Trainer:
         config: JSON-able settings kept in the checkpoint; ``load`` checks that they are unchanged.
         ranks: the processes that train together. None: all of ``torch.distributed``, if it is initialised.
         name: the name of this run in the progress lines.
-        resume_with: the advice to print on an interrupt, how to resume. None: load the checkpoint.
+        resume_with: the advice to log on an interrupt, how to resume. None: load the checkpoint.
 
     Attributes:
         history: a JSON-able dict per finished epoch: ``epoch`` (from 1), ``loss`` (mean over the epoch's batches, each
@@ -244,14 +247,14 @@ class Trainer:
                 self._check_stop(guard)
             except (KeyboardInterrupt, Terminated):
                 progress.close()
-                self._save_interrupted(progress)
+                self._save_interrupted()
                 raise
             finally:
                 self._fitting = False
                 progress.close()
                 self._call("on_fit_end")
         if self.stopped is not None:
-            progress.note(f"{self.name} stopped after {self._position()}: {self.stopped}")
+            self._log(f"{self.name} stopped after {self._position()}: {self.stopped}")
         return self.history
 
     def stop(self, reason: str) -> None:
@@ -513,17 +516,22 @@ class Trainer:
         assert files is not None
         self.ranks.broadcast_from_main(lambda: files.write(state, self.epoch, self.batch, row))
 
-    def _save_interrupted(self, progress: Progress) -> None:
+    def _save_interrupted(self) -> None:
         message = f"interrupted after {self._position()}"
         if self.checkpoint is None:
-            return progress.note(f"{message}; no checkpoint was asked for")
+            return self._log(f"{message}; no checkpoint was asked for")
         if self._in_step:  # weights, optimizer and position may disagree
             message += f", within a step; {self.checkpoint} was left as it was"
         else:
             self._save_finite()
         if self.checkpoint.newest() is not None:
             message += "; " + (self.resume_with or f"load {self.checkpoint} to go on from there")
-        progress.note(message)
+        self._log(message)
+
+    def _log(self, message: str) -> None:
+        """Say how the training ended: as a warning, which Python shows by default, unless the display is silent."""
+        if self.ranks.is_main_process:
+            log.log(logging.INFO if self._progress_mode == "silent" else logging.WARNING, message)
 
     def _position(self) -> str:
         return f"{self.epoch} epochs and {self.batch} batches"

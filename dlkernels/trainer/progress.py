@@ -24,9 +24,6 @@ class Progress:
     def end(self, row: Mapping[str, Any]) -> None:
         """The epoch is finished; ``row`` is its history row."""
 
-    def note(self, text: str) -> None:
-        """Show a message, such as how to resume an interrupted run."""
-
     def close(self) -> None:
         """``fit`` ends, for any reason."""
 
@@ -39,9 +36,6 @@ class Lines(Progress):
 
     def end(self, row: Mapping[str, Any]) -> None:
         print(f"{self.title}  {describe(row)}", flush=True)
-
-    def note(self, text: str) -> None:
-        print(text, flush=True)
 
 
 class Bar(Lines):

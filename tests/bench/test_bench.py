@@ -540,6 +540,17 @@ def test_bfloat16_is_left_out_where_stock_would_take_half_a_minute_for_a_step(mo
     assert not capsys.readouterr().err
 
 
+def test_without_matplotlib_it_says_how_to_get_the_picture(tmp_path, small_machine, capsys, monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'matplotlib.figure'", name="matplotlib.figure")
+
+    monkeypatch.setattr(plot, "plot", missing)
+    quick = ["--shapes", "8x8x8", "--dtypes", "fp32", "--modes", "forward", "--columns", "hot", "--budget", "0.01"]
+    assert main([*quick, "--out", str(tmp_path / "r.json")]) == 0
+    last = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert "and no picture" in last and "run pip install" in last and "matplotlib" in last
+
+
 def test_the_command_line_is_read_before_torch_loads():
     """The caps on instruction sets are environment variables that torch reads when it loads."""
     code = "import bench.__main__, sys; sys.exit('torch' in sys.modules)"

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from dlkernels import _load
 from tests.support.paths import ROOT
-from tools import wheel
+from tools import install_matrix, wheel
 
 NAME = "dlkernels-0.1.0+torch2.13.0.cpu-cp311-cp311-manylinux_2_34_x86_64.whl"
 MODULES = [str(path.relative_to(ROOT)) for path in ROOT.glob("dlkernels/**/*.py")]
@@ -41,10 +42,50 @@ def test_others_do_not(names, name, message):
 METADATA = "Version: 0.1.0\nRequires-Dist: torch>=2.11\nRequires-Dist: torchmetrics; extra == 'train'\n"
 
 
-def test_it_names_its_torch():
+@pytest.mark.parametrize(("torch", "distribution"), [("2.13.0+cpu", "2.13.0+cpu"), ("2.13.0+cu130", "2.13.0")])
+def test_it_names_its_torch(torch, distribution):
     """In its version and in its requirement: pip would else install it beside any torch."""
-    version, metadata = wheel.with_torch(METADATA, "2.13.0+cpu")
-    assert version == "0.1.0+torch2.13.0.cpu"
-    assert metadata == METADATA.replace("0.1.0", version).replace("torch>=2.11", "torch==2.13.0")
+    version, metadata = wheel.with_torch(METADATA, torch, distribution)
+    assert version == f"0.1.0+torch{torch.replace('+', '.')}"
+    required = wheel.requirement(distribution)
+    assert metadata == METADATA.replace("0.1.0", version).replace("torch>=2.11", required)
     with pytest.raises(wheel.WheelError, match="one requirement of torch in METADATA; got 0"):
-        wheel.with_torch("Version: 0.1.0\n", "2.13.0")
+        wheel.with_torch("Version: 0.1.0\n", torch, distribution)
+
+
+BUILDS = ["2.13.0", "2.13.0+cpu", "2.13.0+cu130", "2.13.1", "2.13.1+cpu"]
+
+
+@pytest.mark.parametrize("built", BUILDS)
+def test_its_requirement_is_met_where_its_import_works(built):
+    """By pip's own rules, that build of torch alone. So the wheel is not installed where dlkernels would refuse."""
+    requirement = pytest.importorskip("packaging.requirements").Requirement(wheel.requirement(built))
+    assert [each for each in BUILDS if requirement.specifier.contains(each)] == [built]
+
+
+@pytest.mark.parametrize("built", BUILDS)
+def test_the_advice_of_the_import_installs_that_torch(built):
+    """The one after which the import works: to pip `torch==2.13.0` is met by every build of the release."""
+    requirements = pytest.importorskip("packaging.requirements")
+    with pytest.raises(ImportError) as refused:
+        _load.check_torch(built, "2.14.0+cu130")
+    [advised] = re.findall(r"`pip install (torch==\S+)`", str(refused.value))
+    met = [each for each in BUILDS if requirements.Requirement(advised).specifier.contains(each)]
+    assert met == [built] or "+" not in built  # without a local part pip has the usual index, which has one build
+    assert ("--index-url" in str(refused.value)) == ("+" in built)
+
+
+def test_its_row_is_recorded(tmp_path):
+    file = tmp_path / NAME
+    file.write_bytes(bytes(3 << 20))
+    page = tmp_path / "install.md"
+    begin, end = wheel.TABLE.marks
+    page.write_text(f"before\n{begin}{end}after\n")
+    for torch in ("2.13.0+cpu", "2.14.0+cpu", "2.13.0+cpu"):  # the third replaces the first
+        row = wheel.row(file, f'["3.11.7", "{torch}", "gcc 12.2.0", "CPU only"]')
+        assert row[1:] == (f"`{NAME}`", "3.11.7", torch, "manylinux_2_34_x86_64", "gcc 12.2.0", "3.0", "works")
+        install_matrix.record(page, [row], wheel.TABLE)
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["before", begin.strip()] and lines[-2:] == [end.strip(), "after"]
+    assert lines[2] == install_matrix.line(wheel.TABLE.header).strip()
+    assert [each.split(" | ")[3] for each in lines[4:-2]] == ["2.13.0+cpu", "2.14.0+cpu"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -144,10 +143,18 @@ def test_fused_and_stock_agree(tmp_path, capsys, dtype, activation):
     output = capsys.readouterr().out
     assert "fused and stock agree:" in output
     assert re.search(r"fused is \d+\.\d\dx as fast", output)
+    header, _, *rows, speed, empty, picture = output.rstrip("\n").splitlines()[-7:]
+    assert re.split(r"  +", header.strip()) == ["seconds per epoch", "test accuracy"]
+    result = json.loads((tmp_path / "comparison.json").read_text())
+    for row, name, side in zip(rows, ("stock", "fused"), ("stock", "candidate"), strict=True):
+        assert row.split()[0] == name
+        assert float(row.split()[1]) == pytest.approx(result["median_seconds"][side], abs=5e-4)
+        assert float(row.split()[2]) == pytest.approx(result["accuracies"][side], abs=5e-5)
+    assert speed.startswith("fused is ") and not empty and picture == str(tmp_path / "comparison.png")
+    assert re.findall(r"^float64, to judge both by, epoch \d", output, re.M)
     turns = re.findall(r"^(fused|stock) epoch", output, re.M)
     assert turns == ["fused", "stock", "stock", "fused"] * 3
     assert is_png(tmp_path / "comparison.png")
-    result = json.loads((tmp_path / "comparison.json").read_text())
     assert result["agrees"] is True
     assert result["candidate_error"] <= result["allowed_error"]
     seconds = result["median_seconds"]
@@ -157,6 +164,33 @@ def test_fused_and_stock_agree(tmp_path, capsys, dtype, activation):
     assert 50 <= len(losses["reference"]) < 6 * 23
     differences = [abs(a - b) for a, b in zip(losses["candidate"], losses["stock"], strict=True)]
     assert result["max_difference"] == max(differences)
+
+
+def test_the_demo_ends_on_the_table_and_the_picture(tmp_path):
+    """`make demo` without its environment: this Python's, and the training of seconds."""
+    load_mnist()  # as the demo does; without it, and without a network, this test fails here
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (venv / "bin" / "python").chmod(0o755)
+    (venv / "phases").write_text("build\t94\n")
+    small = ["--dataset", "digits", "--sizes", "64", "16", "10", "--epochs", "1"]
+    done = subprocess.run(
+        ["bash", ROOT / "tools/demo.sh", venv, *small],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    said, _, result = done.stdout.partition("== result\n")
+    phases = [line.split()[0] for line in said.partition("== seconds of each phase\n")[2].splitlines()]
+    assert phases == ["build", "data", "training", "all"]
+    header, _, stock, fused, speed, picture = result.splitlines()
+    assert header.split() == ["seconds", "per", "epoch", "test", "accuracy"]
+    assert [stock.split()[0], fused.split()[0], speed.split()[0]] == ["stock", "fused", "fused"]
+    assert picture.startswith("the curves of both: ") and (tmp_path / picture.split()[-1]).is_file()
 
 
 class NoisyGradient(nn.Module):
@@ -325,8 +359,8 @@ def test_ctrl_c_then_resume(tmp_path):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     said = r"^interrupted after (\d+) epochs and \d+ batches; to go on: python -m dlkernels (.*)$"
-    found = re.search(said, output, re.M)
-    assert found, output
+    found = re.search(said, errors, re.M)
+    assert found, output + errors
     assert not (tmp_path / "cut" / "weights.pt").exists()
 
     epochs = int(found[1]) + 1
@@ -409,7 +443,7 @@ def test_stopped_run_goes_on_where_patience_now_allows_it(tmp_path, capsys):
     reached = len(history(tmp_path)["history"])
     assert reached < 20
     assert train(tmp_path, *stop, "--epochs", 30, "--resume") == 0
-    assert "stopped after" in capsys.readouterr().out and len(history(tmp_path)["history"]) == reached
+    assert "stopped after" in capsys.readouterr().err and len(history(tmp_path)["history"]) == reached
     assert train(tmp_path, "--patience", "none", "--epochs", reached + 1, "--resume") == 0
     assert len(history(tmp_path)["history"]) == reached + 1
 
@@ -517,23 +551,3 @@ def test_mnist_reaches_94_percent_in_two_epochs(tmp_path):
     arguments = ["train", "--epochs", "2", "--out", str(tmp_path), "--progress", "silent"]
     assert main([*arguments, "--require-accuracy", "0.94"]) == 0
     assert 0.02 < history(tmp_path)["accuracy_before"] < 0.25
-
-
-def test_practice_with_a_loop_of_ones_own(capsys, monkeypatch):
-    """The example as it stands, on a thirtieth of MNIST."""
-    whole = load_mnist()
-    part = replace(
-        whole,
-        train_x=whole.train_x[:2000],
-        train_y=whole.train_y[:2000],
-        test_x=whole.test_x[:500],
-        test_y=whole.test_y[:500],
-    )
-    monkeypatch.setattr("dlkernels.data.load_mnist", lambda: part)
-    runpy.run_path(str(ROOT / "examples" / "mnist_practice.py"), run_name="__main__")
-    torch.set_printoptions(profile="default")  # the practice sets it, for the whole process
-    lines = capsys.readouterr().out.splitlines()
-    accuracies = [float(re.search(r"(?:accuracy|training:) (\d\.\d{3})$", line)[1]) for line in lines]
-    assert len(accuracies) == 11
-    assert accuracies[0] < 0.3
-    assert accuracies[-1] > 0.8

@@ -223,7 +223,7 @@ def test_every_setting_holds_in_every_fold(tmp_path, capsys, monkeypatch):
     options += ["--optimizer", "sgd", "--lr", 0.5, "--clip-norm", 1, "--schedule", "cosine", "--warmup-epochs", 1]
     assert cross_validate(tmp_path, "--folds", 3, "--epochs", 30, "--batch-size", 100, *options) == 0
     histories = validation(tmp_path)["histories"]
-    output = capsys.readouterr().out
+    errors = capsys.readouterr().err
     for number, (trainer, history) in enumerate(zip(trainers, histories, strict=True), start=1):
         assert len(trainer.train_data.tensors[0]) == 958
         assert len(trainer.val_data.tensors[0]) == 479
@@ -231,7 +231,7 @@ def test_every_setting_holds_in_every_fold(tmp_path, capsys, monkeypatch):
         assert isinstance(trainer.callbacks[0], EarlyStopping)
         assert len(history) < 30
         assert history[-1]["val_f1"] <= history[-2]["val_f1"]
-        assert f"fold {number}/3 stopped after {len(history)} epochs and 0 batches: val_f1 has not improved" in output
+        assert f"fold {number}/3 stopped after {len(history)} epochs and 0 batches: val_f1 has not improved" in errors
         assert trainer.updates == 5 * len(history)  # ten batches of 100, two to an update
         assert history[0]["lr"] == pytest.approx(0.5)  # the warm-up of an epoch is over
         assert history[-1]["lr"] < 0.5

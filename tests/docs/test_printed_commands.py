@@ -73,39 +73,49 @@ SMALL: dict[str, str | None] = {
 # The libraries of no extra, and those of extras that a machine without a registry may lack.
 NEEDS = {"torchvision": "torchvision", "--format onnx": "onnxscript"}
 
-NETWORK = "downloads packages; tools/install_matrix.py runs it"
+MATRIX = "downloads packages and compiles for minutes; tools/install_matrix.py runs it"
+INSTALL = "compiles for minutes; tests/build/test_install.py runs it, a slow test"
+NETWORK = "downloads packages; no test runs it"
 CI = ".github/workflows runs it on each push"
 GPU = "needs a GPU"
 NAME = "the name of a program in a sentence"
 NOT_RUN = {
     "python -m bench.networks --compile": "it compiles for minutes; tests/bench/test_networks.py compiles one network",
-    "pip install -e '.[train]'": NETWORK,
-    "pip install -e '.[dev]'": NETWORK,
-    "pip install -e '.[neighbours]'": NETWORK,
-    "pip install -e .": NETWORK,
-    "pip install .": NETWORK,
-    "pip install -v .": NETWORK,
-    "pip install --no-build-isolation .": NETWORK,
-    "pip install -U setuptools ninja": NETWORK,
-    "pip install dist/dlkernels-*.tar.gz": NETWORK,
+    "pip install -e '.[train]'": INSTALL,
+    "pip install -e '.[dev]'": "downloads packages; `make test` installs them, on each push",
+    "pip install -e '.[neighbours]'": "downloads packages; `make test` installs them with those of the extra dev",
+    "pip install -e .": MATRIX,
+    "pip install .": MATRIX,
+    "pip install -v .": INSTALL,
+    "pip install --no-build-isolation .": MATRIX,
+    "uv pip install --no-build-isolation .": MATRIX,
+    "pip install -U setuptools ninja": MATRIX,
+    "pip install dist/dlkernels-*.tar.gz": MATRIX,
     "pip wheel --no-deps .": NETWORK,
-    "pip install --force-reinstall --no-deps --no-cache-dir .": NETWORK,
+    "pip install --force-reinstall --no-deps --no-cache-dir .": MATRIX,
     "pip install --no-deps torchvision==0.N.*": NETWORK,
-    "python -m build": NAME,
-    "python -m build --sdist": NETWORK,
-    "python -m build --wheel --no-isolation": NETWORK,
-    "python tools/install_matrix.py --record docs/guide/install.md": NETWORK,
+    "pip install build": MATRIX,
     "pip install torch": NETWORK,
-    "pip install git+file://FOLDER": NETWORK,
+    "pip install git+file://FOLDER": MATRIX,
+    "python -m build": NAME,
+    "python -m build --sdist": MATRIX,
+    "python -m build --wheel --no-isolation": MATRIX,
+    "python tools/install_matrix.py --record docs/guide/install.md": NETWORK,
     "make wheel": NETWORK,
     "python -m tools.wheel": NETWORK,
+    "python -m tools.wheel --record docs/guide/install.md": NETWORK,
     "python -m tools.wheel --python python3.11 python3.12 --torch torch==2.13.0": NETWORK,
     "python -m tools.hub_kernel build/hub-kernel --build": "compiles for minutes",
+    "source .venv/bin/activate": "changes the reader's shell; `make demo` made .venv",
     "make test": CI,
     "make lint": CI,
     "make docs": CI,
-    "make demo": "compiles and downloads for minutes; its commands are run one by one",
-    "make bench": "compiles; `python -m bench --quick` is run",
+    "tools/lint.sh --fix": "changes the sources; `make lint` runs the same tools without --fix",
+    "pre-commit install": "changes the settings of git",
+    "pytest -n 8": "the suite itself",
+    "pytest -m 'not slow'": "the suite itself",
+    "make demo": "compiles and downloads for minutes; tests/cli/test_train_cli.py runs tools/demo.sh, which it calls",
+    "make bench": "compiles; `python -m bench --quick` is run, which it calls",
     "make test-isa": "runs the suite several times",
     "make sanitize": "runs the suite with sanitizers",
     "make mutations": "compiles for an hour",
@@ -113,6 +123,9 @@ NOT_RUN = {
     "make cuda-check": "needs nvcc",
     "make gpu-wheel": "needs nvcc, and downloads 5 GB",
     "make gpu-check": GPU,
+    "PYTHON=python3 make gpu-check": GPU,
+    "DLKERNELS_TEST_ON_DEVICE=build/gpu-wheel/lib/first_light.so python -m pytest tests/emulation/test_cuda_gemm.py":
+        GPU,
     'make gpu-check STAGES="build light"': GPU,
     "make gpu-lease": GPU,
     "make gpu-lease RUN=again": GPU,
@@ -130,10 +143,10 @@ NOT_RUN = {
     "python -m bench.readme_table": NAME,
     "python -m tests.kernels.every_processor": "runs the suite several times",
     "python -m _build.kernels": "compiles for a minute; `make` runs it",
-    "python setup.py build_ext --inplace": "compiles for minutes; the build that these tests use was made by it",
+    "python setup.py build_ext --inplace": "compiles for minutes; no test runs it",
     "python -m dlkernels tune --model torchvision:alexnet --batch-size 32": "times 4,096 wide layers for minutes; "
-    "tests/cli/test_tuning_cli.py tunes for a model",
-}
+    "tests/routing/test_tuning.py tunes for a model",
+}  # fmt: skip
 
 # Runs the commands that come as JSON, in the current folder. Each is a fork of a process that has imported torch, which
 # alone takes two seconds. It prints the exit status and the output of each that failed.
@@ -175,17 +188,36 @@ for command in json.load(sys.stdin):
 """
 
 
+# In a sentence: a program with arguments, after variables or not. In a block of commands every line is one.
+PROGRAMS = r"python3?|pip|uv|make|torchrun|pytest|pre-commit|source|git|bash|(?:tools|\.)/[\w/]+\.sh"
+IN_A_SENTENCE = re.compile(rf"`((?:[A-Z_]+=\S+ )*(?:{PROGRAMS}) [^`\n]*)`")
+
+
+def commands(text, blocks=()):
+    """Every command of a page's text and of its blocks, without the comments behind them."""
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [re.sub(r"\s+# .*", "", line) for line in [*lines, *IN_A_SENTENCE.findall(text)]]
+    return [line for line in found if line and not line.startswith("#")]
+
+
 def printed():
     """Every command on the pages with its page, in their order, but for blocks that say why they do not run."""
-    found = []
-    for page in PAGES:
-        text = page.read_text()
-        for block in BLOCKS:
-            if block.page == page and block.language == "sh" and not block.not_run:
-                found += [(page, line.strip()) for line in block.text.replace("\\\n", " ").splitlines()]
-        found += [(page, line) for line in re.findall(r"`((?:python|pip|make|torchrun) [^`\n]*)`", text)]
-    commands = [(page, re.sub(r"\s+# .*", "", line)) for page, line in found]
-    return [(page, line) for page, line in commands if line and not line.startswith("#")]
+    shells = [block for block in BLOCKS if block.language == "sh" and not block.not_run]
+    return [
+        (page, line)
+        for page in PAGES
+        for line in commands(page.read_text(), [block.text for block in shells if block.page == page])
+    ]
+
+
+def test_commands_in_sentences_are_seen():
+    text = "`uv pip install .`, `PYTHON=python3 make gpu-check`, `tools/lint.sh --fix`; `pytest`, `make` and `pip.ini`"
+    assert commands(text, ["A=1 B='2' python -m x \\\n  --y  # why\n# a comment\n"]) == [
+        "A=1 B='2' python -m x    --y",
+        "uv pip install .",
+        "PYTHON=python3 make gpu-check",
+        "tools/lint.sh --fix",
+    ]
 
 
 def test_every_printed_command_is_in_one_of_the_tables():
@@ -206,10 +238,8 @@ def test_every_example_that_is_printed_is_run_by_its_tests():
             named.add(f"examples/{path.name}")
     for name in sorted(named):
         assert (ROOT / name).is_file()
-        # mnist_practice.py has no small setting: ten epochs of MNIST, which is downloaded
-        if name != "examples/mnist_practice.py":
-            stem = name.removeprefix("examples/").removesuffix(".py")
-            assert re.search(rf'"{stem}"', tests), f"no test in tests/examples runs {name}"
+        stem = name.removeprefix("examples/").removesuffix(".py")
+        assert re.search(rf'"{stem}"', tests), f"no test in tests/examples runs {name}"
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,13 @@ def test_mnist_mlp(run):
         assert side.result[-1] > 0.85
 
 
+def test_mnist_practice(run):
+    outcome = run("mnist_practice")
+    check(outcome, [1], [784, 256])
+    for side in (outcome.stock, outcome.fused):
+        assert side.result[0] < 0.25 and side.result[-1] > 0.85
+
+
 def test_linear_regression(run, tmp_path):
     outcomes = run("linear_regression")  # asserts that the good step size finds the least-squares solution
     for name, outcome in outcomes.items():

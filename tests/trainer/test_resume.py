@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -51,7 +52,7 @@ def test_resume_at_an_epoch_is_bitwise(tmp_path, stop):
 
 
 @pytest.mark.parametrize("at", [(0, 0), (1, 0), (1, 3), (2, 4)])
-def test_interrupted_epoch_resumes_bitwise(tmp_path, capsys, at):
+def test_interrupted_epoch_resumes_bitwise(tmp_path, caplog, at):
     whole = make()
     whole.fit(3)
     data = InterruptingLoader(X, Y, batch_size=64, shuffle=True, seed=5, at=at)
@@ -59,7 +60,8 @@ def test_interrupted_epoch_resumes_bitwise(tmp_path, capsys, at):
     with pytest.raises(KeyboardInterrupt):
         first.fit(3)
     assert (first.epoch, first.batch) == at
-    assert f"interrupted after {at[0]} epochs and {at[1]} batches; load" in capsys.readouterr().out
+    assert f"interrupted after {at[0]} epochs and {at[1]} batches; load" in caplog.text
+    assert caplog.record_tuples[0][:2] == ("dlkernels.trainer.loop", logging.WARNING)
     second = make()
     torch.manual_seed(99)
     second.load(tmp_path / "run.pt")
@@ -155,7 +157,7 @@ def test_sigint_during_validation(tmp_path):
     assert_same(second, whole)
 
 
-def test_second_sigint_stops_within_the_step_and_leaves_the_checkpoint(tmp_path, capsys):
+def test_second_sigint_stops_within_the_step_and_leaves_the_checkpoint(tmp_path, caplog):
     path = tmp_path / "run.pt"
     trainer = make(checkpoint=path, progress="lines")
     trainer.fit(1)
@@ -168,7 +170,7 @@ def test_second_sigint_stops_within_the_step_and_leaves_the_checkpoint(tmp_path,
     trainer.optimizer.register_step_pre_hook(twice)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(2)
-    assert "within a step" in capsys.readouterr().out
+    assert "within a step" in caplog.text
     assert path.read_bytes() == kept
 
 
@@ -195,7 +197,7 @@ def test_sigint_to_a_process_of_its_own(tmp_path):
     process.stdout.readline()  # the first epoch is over
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    found = re.search(r"interrupted after (\d+) epochs and \d+ batches; load", output)
+    found = re.search(r"interrupted after (\d+) epochs and \d+ batches; load", errors)
     assert found, output + errors
     assert "KeyboardInterrupt" in errors
     assert "went on" not in output

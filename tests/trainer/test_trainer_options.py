@@ -241,16 +241,20 @@ def test_a_state_that_could_not_be_read_back_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_callback_can_stop_within_an_epoch(tmp_path, capsys):
+@pytest.mark.parametrize(("progress", "level"), [("lines", "WARNING"), ("silent", "INFO")])
+def test_a_callback_can_stop_within_an_epoch(tmp_path, caplog, progress, level):
     class Stop(Callback):
         def on_batch_end(self, trainer):
             if trainer.updates == 7:
                 trainer.stop("seven is enough")
 
-    trainer = make(callbacks=[Stop()], checkpoint=tmp_path / "run.pt", progress="lines")
+    trainer = make(callbacks=[Stop()], checkpoint=tmp_path / "run.pt", progress=progress)
+    caplog.set_level("INFO", "dlkernels")
     trainer.fit(3)
     assert (trainer.epoch, trainer.batch) == (1, 2)
-    assert "train stopped after 1 epochs and 2 batches: seven is enough" in capsys.readouterr().out
+    [record] = caplog.records
+    assert record.getMessage() == "train stopped after 1 epochs and 2 batches: seven is enough"
+    assert record.levelname == level
     second = make()
     second.load(tmp_path / "run.pt")
     second.fit(3)
