@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
         "--min-gain",
         type=float,
         metavar="G",
-        help="leave layers stock that gain less (default: less than noise; 0: none)",
+        help="leave layers stock that gain less (default: those slower by more than noise; 0: none)",
     )
     add("--train", action="store_true", help="time forward and backward (default: forward only)")
 
