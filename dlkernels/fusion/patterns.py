@@ -4,7 +4,7 @@
 * named: ``h = self.fc(x)`` and, later in the same block or in a branch of it, ``h = self.act(h)`` or another only use
 * chain: ``for layer in self.layers: x = layer(x)``, which is also the forward of ``nn.Sequential``
 
-A fourth, packed, is a gated layer whose halves are cut from the output of one layer (module ``gated``).
+A fourth, gated, is a gated layer that is no extension of one of these (module ``gated_places``).
 
 This module does not know if the callees are a layer and an activation: ``values`` finds that before the call, and
 ``call`` checks it at each call.
@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 from dlkernels.fusion.between import Between, Guard, branches
 from dlkernels.fusion.conditions import Checks, facts
-from dlkernels.fusion.gated import gates
+from dlkernels.fusion.gated_places import gates
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.syntax import (
     Function,
@@ -58,7 +58,8 @@ class Pattern:
 
     Attributes:
         linear: the callee in the layer's place; for a chain the iterable.
-        activation: the callee in the activation's place, a string for a method of a tensor; for a chain the iterable.
+        activation: the callee in the activation's place, a string for a method of a tensor ("" for none); for a chain
+            the iterable.
         at: the position of the activation's call, or of the loop.
         first: the position of the linear call; for a chain the same as ``at``.
         args, kwargs: the activation's arguments after the tensor.
@@ -71,7 +72,7 @@ class Pattern:
         why: the reason why the place cannot be fused, whatever the names mean; empty if there is none.
     """
 
-    kind: Literal["nested", "named", "chain", "packed"]
+    kind: Literal["nested", "named", "chain", "gated"]
     linear: ast.expr
     activation: ast.expr | str
     at: Position
@@ -108,14 +109,11 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
         for first, call, use in _only_uses(block, function, one_argument, block is function.body):
             found.append(_named(first, call, use, function, around))
     for gate in gates(function, blocks):
-        if gate.kind == "packed":
-            parts = activation_call(gate.act)
-            assert parts is not None
-            reads = () if isinstance(parts[0], str) else (parts[0],)
-            where = position(gate.product), position(gate.linear)
-            given = further(gate.act, parts[0])
-            inside = (*around[gate.statements[0]], gate.statements[0])
-            found.append(Pattern("packed", gate.linear.func, parts[0], *where, *given, reads, (), inside))
+        if gate.is_of_its_own:
+            where = gate.at, position(gate.layer)
+            inside = (*around[gate.product], gate.product)
+            meant = gate.layer.func, gate.activation
+            found.append(Pattern("gated", *meant, *where, gate.args, gate.kwargs, gate.reads, (), inside))
     return tuple(found)
 
 

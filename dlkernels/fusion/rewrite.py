@@ -37,7 +37,6 @@ HELPERS = (
     "unrolled",
     "element",
     "gated",
-    "up_and_gate",
     "packed",
     "written",
     "written_there",

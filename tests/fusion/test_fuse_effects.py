@@ -271,7 +271,7 @@ class Gate(Switching):
     def forward(self, x, s):
         h = self.fc(x)
         u = self.up(x)
-        return self.act(h) * u
+        return self.act(h) + u
 
 
 def test_calls_of_plain_layers_in_between_are_harmless_until_somebody_listens():
