@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dlkernels import fuse, report
+from dlkernels import functional, fuse, report
+from dlkernels.fusion import backend
 from tests.fusion.fusable import Subclass, X, made, numbers
 from tests.fusion.test_fuse_gated import Gated, runs
 
@@ -372,3 +373,59 @@ def test_a_dimension_counted_from_the_first_is_known_at_the_call():
     fuse(model, example_inputs=X)
     (site,) = [s for s in report(model) if s.path == "packed"]
     assert site.status == "fused" and site.gain > 0
+
+
+def found_by_the_backend(model, x):
+    """The number of gated layers in the graphs that the backend makes of a call, and its value."""
+    found = []
+
+    def count(graph, inputs):
+        backend.fuse_graph(graph)
+        found.append(sum(n.target is functional.linear_glu for n in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    y = torch.compile(model, backend=count)(x)
+    return sum(found), y
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_backend_finds_the_forms(name):
+    model = made(FORMS[name])
+    expected = numbers(model, X)
+    found, y = found_by_the_backend(model, X)
+    assert found == 1
+    torch.testing.assert_close(y, expected[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="dlkernels", options={"then": "aot_eager"})
+    y, gradients = numbers(compiled, X)
+    torch.testing.assert_close((y, {n.removeprefix("_orig_mod."): g for n, g in gradients.items()}), expected)
+
+
+NOT_IN_THE_GRAPH = [
+    name
+    for name in REFUSED
+    # In the graph the branches are taken, the effects are gone and a method is followed: these are gated layers there.
+    if name not in ("statement_between", "effect_before_the_activation", "one_branch", "input_changed_between")
+]
+
+
+@pytest.mark.parametrize("name", NOT_IN_THE_GRAPH)
+def test_the_backend_refuses_near_misses(name):
+    model = made(REFUSED[name])
+    found, y = found_by_the_backend(model, X)
+    assert found == 0
+    torch.testing.assert_close(y, model(X))
+
+
+def test_the_backend_refuses_halves_of_a_graph_that_turns_gradients_off():
+    class Turns(Base):
+        def forward(self, x):
+            h = self.packed(x)
+            with torch.no_grad():
+                g, u = h.chunk(2, dim=-1)
+                y = F.silu(g) * u
+            return self.down(y)
+
+    model = made(Turns)
+    assert found_by_the_backend(model, X)[0] == 0
