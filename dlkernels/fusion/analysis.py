@@ -21,7 +21,7 @@ from dlkernels.fusion.known import EXACT, are_known
 from dlkernels.fusion.loops import loops
 from dlkernels.fusion.patterns import Pattern, blocks, patterns, why_not_rewritable
 from dlkernels.fusion.reading import activation_of, may_be_activation
-from dlkernels.fusion.rules import METHODS, identity, is_linear
+from dlkernels.fusion.rules import METHODS, identity, is_linear, works_in_place
 from dlkernels.fusion.series import series
 from dlkernels.fusion.source import NoSource, Source, check
 from dlkernels.fusion.stages import Stage, may_change_nothing
@@ -297,6 +297,11 @@ def _why_not_there(names: Namespace, pattern: Pattern) -> str:
     for read in pattern.reads:
         if not names.is_plain(read):
             return f"looking up {ast.unparse(read)} may run code of the model"
+    if pattern.in_place and not isinstance(pattern.activation, str):
+        several = names.of(pattern.activation)
+        keywords = {name: getattr(value, "value", None) for name, value in pattern.kwargs}
+        if several is None or not all(works_in_place(act, keywords) for act in several):
+            return f"nothing takes the value of {ast.unparse(pattern.activation)}, which may not overwrite its argument"
     for part in pattern.checks.exact:
         several = names.of(part)
         if several is None or not all(type(v) in EXACT for v in several):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dlkernels._ops.modes import are_plain
 from dlkernels.fusion import call as calls
 from dlkernels.fusion import memory
-from dlkernels.fusion.rules import identity
+from dlkernels.fusion.rules import identity, works_in_place
 from dlkernels.fusion.stages import Chain, Stage
 
 _NO_KEYWORDS: dict[str, Any] = {}
@@ -94,6 +94,11 @@ def linear_or_fused(
     if calls.watcher is not None:
         calls.watcher(self, linear, act, x, decision, args, kwargs)
     return (linear(x), False) if isinstance(decision, str) else (calls._run(x, decision), True)
+
+
+def in_place(act: Any, keywords: dict[str, Any], /) -> Any:
+    """Return the activation of a statement ``F.relu_(h)``; None, which nothing fuses, if it does not overwrite h."""
+    return act if works_in_place(act, keywords) else None
 
 
 def linear_or_fused_if(self: Any, linear: Any, x: Any, early: Callable[[], Any], /) -> tuple[Any, bool]:

@@ -40,6 +40,7 @@ from dlkernels.fusion.syntax import (
     loads,
     loops_over,
     one_argument,
+    overwritten,
     position,
     self_name,
     stored,
@@ -70,6 +71,7 @@ class Pattern:
         checks: the types on which the expressions in between rely, to be known before the call.
         conditions: the same for the guards; the call alone may know them.
         why: the reason why the place cannot be fused, whatever the names mean; empty if there is none.
+        in_place: the activation's value is used only if the activation is a function that works in place.
     """
 
     kind: Literal["nested", "named", "chain", "gated"]
@@ -86,6 +88,7 @@ class Pattern:
     checks: Checks = field(default_factory=Checks)
     conditions: Checks = field(default_factory=Checks)
     why: str = ""
+    in_place: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -150,11 +153,11 @@ def links(function: FunctionNode) -> tuple[Link, ...]:
         conversions = [s for s, later in itertools.pairwise(block) if _is_conversion(s, later)]
         without = [s for s in block if s not in conversions]
         for first, call, use in _only_uses(without, function, activation_call, block is function.body):
-            name = target_of(first)
+            name = target_of(first) or overwritten(first)
             if name is None or use.guards or _facts_read(function, name, use):
                 continue
             pattern = _named(first, call, use, function, around)
-            if not (pattern.why or pattern.between or pattern.checks.given()):
+            if not (pattern.in_place or pattern.why or pattern.between or pattern.checks.given()):
                 skipped = tuple(s for s in conversions if position(first) < position(s) < position(use.later))
                 found.append(Link(call, use.act, first, pattern.reads, use.later, skipped))  # type: ignore[arg-type]
     return tuple(found)
@@ -310,11 +313,15 @@ def _named(
         "it is read after a with statement that may suppress an exception in between"
         if suppressed and _values_read(function, target) != 1
         else between.why,
+        _overwrites(use.later, use.act) and not isinstance(parts[0], str),
     )
 
 
 def _assigned_calls(statement: ast.stmt) -> Iterator[tuple[ast.Call, str]]:
     """Yield each call whose value a statement assigns to a name, and the name."""
+    if name := overwritten(statement):
+        yield statement.value, name  # type: ignore[attr-defined]
+        return
     names = targets(statement)
     value = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
     if target_of(statement):
@@ -398,6 +405,11 @@ def _applied_alone(statement: ast.stmt, name: str) -> ast.Call | None:
 
 
 def _overwrites(statement: ast.stmt, act: ast.Call) -> bool:
-    """Return True for a statement such as ``h.relu_()``: afterwards h has the activation's value."""
-    in_place = isinstance(act.func, ast.Attribute) and act.func.attr.endswith("_")
-    return in_place and not isinstance(activation_call(act)[0], ast.expr) and getattr(statement, "value", None) is act  # type: ignore[index]
+    """Return True for a statement such as ``h.relu_()`` or ``F.relu(h, inplace=True)``.
+
+    Afterwards h has the activation's value, if a function works in place (``Pattern.in_place``).
+    """
+    if not isinstance(statement, ast.Expr) or statement.value is not act or not isinstance(act.func, ast.Attribute):
+        return False
+    said = any(k.arg == "inplace" and isinstance(k.value, ast.Constant) and k.value.value is True for k in act.keywords)
+    return act.func.attr.endswith("_") or said
