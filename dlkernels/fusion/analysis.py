@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlkernels.fusion.call import _linear as parameters_of
 from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
 from dlkernels.fusion.chain import leaves, neighbours
-from dlkernels.fusion.gated import gates
+from dlkernels.fusion.gated import FUNCTIONS, cuts_in_halves
+from dlkernels.fusion.gated_places import Cut, Gate, gates
 from dlkernels.fusion.joined import Line, line_of_loop, line_of_series
 from dlkernels.fusion.known import EXACT, are_known
 from dlkernels.fusion.loops import loops
 from dlkernels.fusion.patterns import Pattern, blocks, patterns, why_not_rewritable
 from dlkernels.fusion.reading import activation_of, may_be_activation
-from dlkernels.fusion.rules import METHODS, is_linear
+from dlkernels.fusion.rules import METHODS, identity, is_linear, works_in_place
 from dlkernels.fusion.series import series
 from dlkernels.fusion.source import NoSource, Source, check
-from dlkernels.fusion.stages import Stage
+from dlkernels.fusion.stages import Stage, may_change_nothing
 from dlkernels.fusion.swap import Method, definitions, method_source, original_class, plan_of, walk
 from dlkernels.fusion.syntax import called, overridden_by
 from dlkernels.fusion.unfollowed import multiple_uses, untracked_uses
@@ -135,20 +137,55 @@ def _own_pairs(
 def _with_gate(pair: Pair, source: Source, linears: dict[int, Any]) -> Pair:
     """Return the pair with its other half, if it is half of a gated layer that is known before the call."""
     gate = next((g for g in gates(source.node, blocks) if g.at == pair.pattern.at), None)
-    if gate is None or pair.linear is None:
+    if gate is None or pair.linear is None or pair.why:
         return pair
-    if gate.up is None:
-        return replace(pair, gates=True)
     names = Namespace(source, pair.owner)
-    act = pair.pattern.activation
-    looked_up = [gate.up.func, gate.linear.func, *([] if isinstance(act, str) else [act])]
-    several = names.of(gate.up.func)
-    if several is None or len(several) != 1 or not all(map(names.is_plain, looked_up)):
-        return pair
-    (up,) = several
-    if id(up) not in linears or why_not_linear(up) or up.weight.shape != pair.linear.weight.shape:
-        return pair
-    return replace(pair, gates=True, up=up)
+    why = _why_no_gate(names, gate)
+    sure: bool | None = True
+    up = None
+    if not why and gate.up is not None:
+        up = _one_of(names, gate.up.func)
+        if id(up) not in linears or why_not_linear(up) or up.weight.shape != pair.linear.weight.shape:
+            why = "the other layer of the gated form is not known before the call, or has another shape"
+    elif not why and gate.cut is not None:
+        sure = _cuts_in_halves(names, gate.cut, pair.linear)
+        why = "" if sure is not False else "its output is not cut into two halves"
+    if why:
+        return replace(pair, why=why) if gate.is_of_its_own else pair
+    return replace(pair, gates=True, up=up, sure=pair.sure and sure is True)
+
+
+def _why_no_gate(names: Namespace, gate: Gate) -> str:
+    """Return why a place is no gated layer for what its names mean; empty if it is one."""
+    for read in gate.reads:
+        if not names.is_plain(read):
+            return f"looking up {ast.unparse(read)} may run code of the model"
+    for name, function in gate.functions:
+        if not _is_one(names.of(function), FUNCTIONS[name]):
+            return f"{ast.unparse(function)} is not torch's function"
+    for drop in gate.drops:
+        several = names.of(drop.func)
+        if several is None or not all(may_change_nothing(Stage(called)) for called in several):
+            return f"{ast.unparse(drop.func)} stands between the activation and the product"
+    return ""
+
+
+def _one_of(names: Namespace, node: ast.expr) -> Any:
+    """Return the value of an expression, or None if it is not known or has several."""
+    several = names.of(node)
+    return several[0] if several is not None and len(several) == 1 else None
+
+
+def _cuts_in_halves(names: Namespace, cut: Cut, linear: nn.Module) -> bool | None:
+    """Return True if a layer's output is surely cut into two halves, False if not, None if the call shows it."""
+    dim, *sizes = (_one_of(names, part) for part in (cut.dim, *cut.sizes))
+    found = parameters_of(linear)
+    if dim is None or None in sizes or isinstance(found, str):
+        return None
+    if cuts_in_halves(found[0].size(0), dim, sizes, None):
+        return True
+    counted_from_the_first = type(dim) is int and dim >= 0 and cuts_in_halves(found[0].size(0), -1, sizes, None)
+    return None if counted_from_the_first else False
 
 
 def _methods(cls: type) -> list[str]:
@@ -260,6 +297,11 @@ def _why_not_there(names: Namespace, pattern: Pattern) -> str:
     for read in pattern.reads:
         if not names.is_plain(read):
             return f"looking up {ast.unparse(read)} may run code of the model"
+    if pattern.in_place and not isinstance(pattern.activation, str):
+        several = names.of(pattern.activation)
+        keywords = {name: getattr(value, "value", None) for name, value in pattern.kwargs}
+        if several is None or not all(works_in_place(act, keywords) for act in several):
+            return f"nothing takes the value of {ast.unparse(pattern.activation)}, which may not overwrite its argument"
     for part in pattern.checks.exact:
         several = names.of(part)
         if several is None or not all(type(v) in EXACT for v in several):
@@ -324,7 +366,7 @@ def _possible_values(
     """Return the possible layers, the possible activations, and the pairs of them; None: known at the call only."""
     layers = names.of(pattern.linear)
     if isinstance(pattern.activation, str):
-        method = METHODS[pattern.activation]
+        method = METHODS[pattern.activation] if pattern.activation else identity
         return layers, [method], None if layers is None else [(layer, method) for layer in layers]
     return layers, names.of(pattern.activation), names.pairs(pattern.linear, pattern.activation)
 

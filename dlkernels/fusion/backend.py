@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dlkernels import functional
 from dlkernels.fusion.call import DEVICES, DTYPES, why_not_shapes
-from dlkernels.fusion.chain_graph import fuse_chains, is_harmless_call
+from dlkernels.fusion.chain_graph import fuse_chains, has_effects_between
 from dlkernels.fusion.gated_graph import fuse_gates
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import METHODS, Activation
@@ -44,7 +44,7 @@ def dlkernels(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: 
 def fuse_graph(graph: fx.GraphModule) -> int:
     """Replace every linear call whose only user is an activation, and return the number of replaced calls.
 
-    Of these, layers that follow one another become one ``mlp``, and halves of a gated layer one ``linear_glu``.
+    Of these, layers that follow one another become one ``mlp``. Gated layers become one ``linear_glu``.
 
     The nodes must have example values in ``node.meta``, as Dynamo's nodes do.
     """
@@ -63,10 +63,9 @@ def fuse_graph(graph: fx.GraphModule) -> int:
         graph.graph.erase_node(node)
         graph.graph.erase_node(linear)
         count += 1
-    chains = fuse_chains(graph.graph, lambda node: _parameters(node) if _is_plain_linear(node) else None)
-    if count:
-        fuse_gates(graph.graph, lambda node: _parameters(node) if _is_linear(node) else None)
-    if asked or count or chains:
+    gates = fuse_gates(graph.graph, _plain_parameters, _applied)
+    chains = fuse_chains(graph.graph, _plain_parameters)
+    if asked or count or gates or chains:
         graph.graph.lint()
         graph.recompile()
     for inner in graph.children():  # bodies of checkpoints, conditions and loops
@@ -85,24 +84,20 @@ def _erase_unused_attributes(graph: fx.Graph) -> int:
 
 def _activation(node: fx.Node) -> tuple[fx.Node, Activation] | None:
     """Return the linear call and the activation, if this node applies an activation to a linear call's output."""
+    found = _applied(node)
+    return found if found and _is_linear(found[0]) and not has_effects_between(found[0], node) else None
+
+
+def _applied(node: fx.Node) -> tuple[fx.Node, Activation] | None:
+    """Return the tensor and the activation, if this node applies an activation."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     act: Any = METHODS.get(str(node.target)) if node.op == "call_method" else node.target
     x, *rest = node.args
-    if act is None or len(node.all_input_nodes) != 1 or not isinstance(x, fx.Node) or not _is_linear(x):
+    if act is None or len(node.all_input_nodes) != 1 or not isinstance(x, fx.Node):
         return None
     known = activation_of(act, tuple(rest), dict(node.kwargs))
-    return (x, known) if known and not _effects_between(x, node) else None
-
-
-def _effects_between(first: fx.Node, last: fx.Node) -> bool:
-    """Return True if a call in between has a side effect, such as turning gradients or autocast on or off."""
-    node = first.next
-    while node is not last:
-        if node.op.startswith("call") and not node.users and not is_harmless_call(node):
-            return True
-        node = node.next
-    return False
+    return (x, known) if known else None
 
 
 def _is_linear(node: fx.Node) -> bool:
@@ -125,6 +120,11 @@ def _is_plain_linear(node: fx.Node) -> bool:
         and weight.device.type in DEVICES
         and (_same_dtype(tensors) or torch.is_autocast_enabled(x.device.type))
     )
+
+
+def _plain_parameters(node: fx.Node) -> tuple[Any, Any, Any] | None:
+    """Return x, weight and bias of a linear call that the kernels take; None for other nodes."""
+    return _parameters(node) if _is_plain_linear(node) else None
 
 
 def _same_dtype(tensors: Sequence[Any]) -> bool:

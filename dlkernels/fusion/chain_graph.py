@@ -40,6 +40,16 @@ def is_harmless_call(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") in _HARMLESS
 
 
+def has_effects_between(first: fx.Node, last: fx.Node) -> bool:
+    """Return True if a call in between has a side effect, such as turning gradients or autocast on or off."""
+    node = first.next
+    while node is not last:
+        if node.op.startswith("call") and not node.users and not is_harmless_call(node):
+            return True
+        node = node.next
+    return False
+
+
 def fuse_chains(graph: fx.Graph, linear: Linear) -> int:
     """Replace every chain of at least two layers, and return their number.
 

@@ -1,219 +1,28 @@
-"""Gated layers, ``act(gate(x)) * up(x)``: where a method has them, the rewritten form, and what it calls.
+"""The rewritten form of a method with gated layers (``gated_places``), and what it calls.
 
-A place of ``patterns``, a layer and its activation, may be half of a gated layer. Four forms are found, each with the
-operands of the product in either order:
-
-* nested: ``self.act(self.gate(x)) * self.up(x)``
-* named: ``g = self.act(self.gate(x))`` and ``u = self.up(x)``, in either order, then a statement with ``g * u``
-* packed: ``h = self.gate_up(x)``, ``g, u = h.chunk(2, dim=-1)``, then a statement with ``self.act(g) * u``
-* packed in two: ``g, u = self.gate_up(x).chunk(2, dim=-1)``, then the same
-
-The statements follow one another, and nothing else reads the values in between. Each call decides as module ``call``
-does. It looks at a callee before its turn only if the calls before it are of layers and activations without hooks,
-which run no code of the model.
+One call decides for the whole, at the place of the first layer. If it computes nothing, the source runs as it is
+written, with its pairs of layers and activations fused.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.linear_glu import linear_glu
-from dlkernels.fusion import call, pairs
+from dlkernels.fusion import call
+from dlkernels.fusion.gated_places import Gate
+from dlkernels.fusion.rules import identity
 from dlkernels.fusion.source import FunctionNode
-from dlkernels.fusion.syntax import (
-    Position,
-    activation_call,
-    ancestors,
-    further,
-    in_scope,
-    loads,
-    one_argument,
-    placed,
-    position,
-    self_name,
-    stored,
-    target_of,
-    targets,
-    thunk,
-    tuple_of,
-    variable_arguments,
-)
-
-# ---- where they are --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Gate:
-    """One gated layer in the source of a method.
-
-    Attributes:
-        product: ``act(gate(x)) * up(x)``, or the product of the names.
-        act: the activation's call.
-        linear: the call of the gate's layer, or of the packed layer.
-        up: the call of the other layer; None for a packed layer.
-        gate_first: the gate is evaluated before the other layer; of a packed layer it is the first half.
-        statements: those before the product's, which give the names their values.
-    """
-
-    kind: Literal["nested", "named", "packed"]
-    product: ast.BinOp
-    act: ast.Call
-    linear: ast.Call
-    up: ast.Call | None
-    gate_first: bool
-    statements: tuple[ast.Assign, ...] = ()
-
-    @property
-    def at(self) -> Position:
-        """The position of the pattern of which this is an extension; of a packed layer it is the product's."""
-        return position(self.product if self.kind == "packed" else self.act)
-
-
-@functools.lru_cache(maxsize=1024)
-def gates(function: FunctionNode, blocks: Callable[[FunctionNode], Iterator[list[ast.stmt]]]) -> tuple[Gate, ...]:
-    """Return every place with one of the forms, whatever the names mean. ``blocks`` is that of ``patterns``."""
-    found = [gate for node in ast.walk(function) if isinstance(node, ast.BinOp) and (gate := _nested(node, function))]
-    around = ancestors(function)
-    for block in blocks(function):
-        for i, first in enumerate(block):
-            if any(isinstance(node, ast.With | ast.AsyncWith) for node in around[first]):
-                continue  # it may suppress an exception in between
-            if gate := _named(block[i : i + 3], function) or _packed(block[i : i + 3], function):
-                found.append(gate)
-    return tuple(found)
-
-
-def _factors(node: ast.AST) -> tuple[ast.expr, ast.expr] | None:
-    return (node.left, node.right) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) else None
-
-
-def _nested(node: ast.BinOp, function: FunctionNode) -> Gate | None:
-    factors = _factors(node)
-    if factors is None:
-        return None
-    for gate_first in (True, False):
-        one, other = factors if gate_first else factors[::-1]
-        linear, up = _layer_inside(one), _layer_call(other)
-        if linear and up and isinstance(one, ast.Call) and (x := _argument(linear)) == _argument(up):
-            return None if in_scope(function, x) else Gate("nested", node, one, linear, up, gate_first)
-    return None
-
-
-def _argument(layer_call: ast.Call) -> str:
-    return str(layer_call.args[0].id)  # type: ignore[attr-defined]
-
-
-def _layer_call(node: ast.AST | None) -> ast.Call | None:
-    """Return ``callee(x)`` with a name x."""
-    return node if isinstance(node, ast.Call) and one_argument(node) and isinstance(node.args[0], ast.Name) else None
-
-
-def _layer_inside(node: ast.AST | None) -> ast.Call | None:
-    """Return ``callee(x)`` in ``act(callee(x))``, whose further arguments are constants."""
-    if not isinstance(node, ast.Call) or (parts := activation_call(node)) is None:
-        return None
-    return None if variable_arguments(further(node, parts[0])) else _layer_call(parts[1])
-
-
-def _named(block: Sequence[ast.stmt], function: FunctionNode) -> Gate | None:
-    """Return the gated layer of three statements: two that name its halves, and one with their product."""
-    if len(block) < 3 or not (names := [target_of(s) for s in block[:2]])[0] or not names[1]:
-        return None
-    values = [s.value for s in block[:2] if isinstance(s, ast.Assign)]
-    if len(values) != 2:
-        return None
-    for gate_first in (True, False):
-        one, other = values if gate_first else values[::-1]
-        gate_name, up_name = names if gate_first else names[::-1]
-        linear, up = _layer_inside(one), _layer_call(other)
-        if not linear or not up or not isinstance(one, ast.Call):
-            continue
-        x, again = _argument(linear), _argument(up)
-        read = {gate_name, up_name}
-        product = next(
-            (
-                node
-                for node in ast.walk(block[2])
-                if (factors := _factors(node)) and {n.id for n in factors if isinstance(n, ast.Name)} == read
-            ),
-            None,
-        )
-        if x != again or x in read or len(read) != 2 or product is None or in_scope(function, x):
-            continue
-        if all(_is_spent(str(name), block[:3], function) for name in read):
-            return Gate("named", product, one, linear, up, gate_first, tuple(block[:2]))  # type: ignore[arg-type]
-    return None
-
-
-def _packed(block: Sequence[ast.stmt], function: FunctionNode) -> Gate | None:
-    """Return the gated layer of one layer, whose output is cut in two halves."""
-    if not block or not isinstance(block[0], ast.Assign):
-        return None
-    given = _chunked(block[0])
-    if given and isinstance(given[0], ast.Call) and one_argument(given[0]):  # g, u = self.gate_up(x).chunk(2, -1)
-        linear, halves, used = given[0], given[1], block[:2]
-    elif (
-        len(block) > 2
-        and (name := target_of(block[0]))
-        and isinstance(block[0].value, ast.Call)
-        and one_argument(block[0].value)
-        and (given := _chunked(block[1]))
-        and isinstance(given[0], ast.Name)
-        and given[0].id == name
-        and (name in given[1] or _is_spent(name, block[:2], function))
-        and not in_scope(function, name)
-    ):
-        linear, halves, used = block[0].value, given[1], block[:3]
-    else:
-        return None
-    if len(used) < 2:
-        return None
-    for node in ast.walk(used[-1]):
-        factors = _factors(node)
-        for gate, up in (factors, factors[::-1]) if factors else ():
-            if not isinstance(gate, ast.Call) or (parts := activation_call(gate)) is None:
-                continue
-            if not isinstance(parts[1], ast.Name) or not isinstance(up, ast.Name):
-                continue
-            fits = {parts[1].id, up.id} == set(halves) and not variable_arguments(further(gate, parts[0]))
-            if fits and all(_is_spent(half, used, function) for half in halves):
-                first = parts[1].id == halves[0]
-                assert isinstance(node, ast.BinOp)
-                return Gate("packed", node, gate, linear, None, first, tuple(used[:-1]))  # type: ignore[arg-type]
-    return None
-
-
-def _chunked(statement: ast.stmt) -> tuple[ast.expr, list[str]] | None:
-    """Return h and the two names in ``a, b = h.chunk(2, dim=-1)``."""
-    value, names = getattr(statement, "value", None), targets(statement)
-    if not isinstance(statement, ast.Assign) or not isinstance(value, ast.Call) or len(set(names)) != 2:
-        return None
-    args = [*value.args, *(k.value for k in value.keywords if k.arg == "dim")]
-    named = all(k.arg == "dim" for k in value.keywords) and len(value.args) <= 2
-    if not (isinstance(value.func, ast.Attribute) and value.func.attr == "chunk" and named and len(args) == 2):
-        return None
-    return (value.func.value, names) if [ast.unparse(a) for a in args] == ["2", "-1"] else None
-
-
-def _is_spent(name: str, statements: Sequence[ast.stmt], function: FunctionNode) -> bool:
-    """Return True if the last of the statements reads the name once, and nothing reads its value afterwards."""
-    last = statements[-1]
-    if loads(last, name) != 1 or in_scope(function, name):
-        return False
-    if isinstance(last, ast.Return) or name in targets(last):
-        return True
-    inside = sum(loads(statement, name) for statement in statements)
-    return loads(function, name) == inside and name not in stored(last)
-
+from dlkernels.fusion.stages import Stage, changes_nothing
+from dlkernels.fusion.syntax import Position, activation_call, further, placed, position, self_name, thunk, tuple_of
 
 # ---- the rewritten form ----------------------------------------------------------------------------------------------
 
@@ -227,79 +36,91 @@ def with_gates(
 
 
 class _Rewrite(ast.NodeTransformer):
+    """Puts the call before the statements of a gated layer, or into its product if it has none.
+
+    Statements and expressions of the source keep their positions, by which their pairs are found later.
+    """
+
     def __init__(self, owner: str, several: Sequence[Gate], helper_name: Callable[[str], str]) -> None:
         self.owner, self.helper_name = owner, helper_name
         self.products = {position(gate.product): (i, gate) for i, gate in enumerate(several)}
-        self.statements = {
-            position(statement): (i, gate, n)
-            for i, gate in enumerate(several)
-            for n, statement in enumerate(gate.statements)
+        self.first = {position(g.statements[0]): (i, g) for i, g in enumerate(several) if g.statements}
+        self.others = {position(s) for gate in several for s in gate.statements[1:]}
+        # Packed layers whose argument is no name: it is evaluated once.
+        self.packed = {
+            position(g.layer): i
+            for i, g in enumerate(several)
+            if g.up is None and not isinstance(g.layer.args[0], ast.Name)
         }
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        if (found := self.products.get(position(node))) is None:
-            return self.generic_visit(node)
-        number, gate = found
-        if gate.kind == "nested":
-            return self._first(gate, node)
-        ran = ast.Name(self._name(number), ast.Load())
-        return placed(ast.IfExp(_is_not_none(ran), copy.deepcopy(ran), node), node)
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.stmt):
+            if (found := self.first.get(position(node))) is not None:
+                return self._before(*found, node)
+            return self.generic_visit(node) if position(node) not in self.others else None
+        if isinstance(node, ast.expr):
+            if (found := self.products.get(position(node))) is not None:
+                return self._product(*found, node)
+            if (number := self.packed.get(position(node))) is not None:
+                linear, x = (ast.Name(name, ast.Load()) for name in self._parts(number))
+                return placed(ast.Call(linear, [x], []), node)
+        return self.generic_visit(node)
 
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        if (found := self.statements.get(position(node))) is None:
-            return self.generic_visit(node)
-        number, gate, n = found
-        ran = self._name(number)
-        if n == 0 and len(gate.statements) == 1:  # the halves themselves: they are cut from the output if it is there
-            both = ast.Tuple([ast.Name(name, ast.Store()) for name in ("__fused_halves__", ran)], ast.Store())
-            first = placed(ast.Assign([both], self._first(gate, node)), node)
-            cut = copy.deepcopy(node.value)
-            cut.func.value = ast.Name("__fused_halves__", ast.Load())  # type: ignore[attr-defined]
-            return [first, self._unless(ran, node, cut)]  # type: ignore[return-value]
-        if n == 0:
-            both = ast.Tuple([node.targets[0], ast.Name(ran, ast.Store())], ast.Store())
-            return placed(ast.Assign([both], self._first(gate, node)), node)
-        return self._unless(ran, node, node.value)
+    def _before(self, number: int, gate: Gate, first: ast.stmt) -> list[ast.stmt]:
+        """Return the call, and the statements of the gated layer for the case that it computes nothing."""
+        value = self._call(number, gate)
+        as_written: Any = [self.generic_visit(statement) for statement in (first, *copy.deepcopy(gate.statements[1:]))]
+        ran = ast.Assign([ast.Name(_ran(number), ast.Store())], value)
+        nothing = ast.Compare(ast.Name(_ran(number), ast.Load()), [ast.Is()], [ast.Constant(None)])
+        otherwise = ast.If(nothing, as_written, [])
+        return [placed(ran, first), placed(otherwise, first)]
 
-    def _unless(self, ran: str, node: ast.Assign, value: ast.expr) -> ast.AST:
-        """Return the assignment of ``value``, or of nothing if the gated layer ran."""
-        nothing: ast.expr = ast.Constant(None)
-        if isinstance(node.targets[0], ast.Tuple | ast.List):
-            nothing = tuple_of([ast.Constant(None), ast.Constant(None)])
-        there = _is_not_none(ast.Name(ran, ast.Load()))
-        return placed(ast.Assign(node.targets, ast.IfExp(there, nothing, value)), node)
+    def _product(self, number: int, gate: Gate, node: ast.expr) -> ast.expr:
+        ran: ast.expr = ast.Name(_ran(number), ast.Load())
+        if not gate.statements:
+            ran = ast.NamedExpr(ast.Name(_ran(number), ast.Store()), self._call(number, gate))
+        there = ast.Compare(ran, [ast.IsNot()], [ast.Constant(None)])
+        as_written: Any = self.generic_visit(node)
+        return placed(ast.IfExp(there, ast.Name(_ran(number), ast.Load()), as_written), node)
 
-    def _first(self, gate: Gate, like: ast.AST) -> ast.expr:
-        """Return the call in place of the first layer's. Callees that come later are looked up by functions."""
-        parts = activation_call(gate.act)
-        assert parts is not None
-        act: ast.expr = (
-            ast.Subscript(ast.Name(self.helper_name("methods"), ast.Load()), ast.Constant(parts[0]), ast.Load())
-            if isinstance(parts[0], str)
-            else parts[0]
-        )
-        args, kwargs = further(gate.act, parts[0])
-        given = [tuple_of(args), ast.Dict([ast.Constant(k) for k, _ in kwargs], [v for _, v in kwargs])]
-        linear, x = self.visit(copy.deepcopy(gate.linear.func)), self.visit(copy.deepcopy(gate.linear.args[0]))
-        named = ast.Constant(gate.kind == "named")
-        if gate.up is None:
-            return self._helper(
-                "packed", like, [linear, x, thunk(tuple_of([act, *given])), ast.Constant(gate.gate_first)]
-            )
-        if gate.gate_first:
-            return self._helper("gated", like, [act, linear, x, thunk(gate.up.func), *given, named])
-        return self._helper("up_and_gate", like, [gate.up.func, x, thunk(tuple_of([act, linear, *given])), named])
+    def _call(self, number: int, gate: Gate) -> ast.expr:
+        """Return the call that runs the whole layer or returns None. A function looks up all that comes later."""
+        drops = [self._described(activation_call(d)[0], d) for d in gate.drops]  # type: ignore[index]
+        act = self._callee(gate.activation) if gate.activation else ast.Constant(None)
+        functions = [tuple_of([ast.Constant(name), function]) for name, function in gate.functions]
+        given = [*_arguments(act, gate.args, gate.kwargs), tuple_of(drops), tuple_of(functions)]
+        owner, x = ast.Name(self.owner, ast.Load()), gate.layer.args[0]
+        if gate.up is not None:
+            args = [owner, x, thunk(tuple_of([gate.layer.func, gate.up.func, *given]))]
+            return ast.Call(ast.Name(self.helper_name("gated"), ast.Load()), copy.deepcopy(args), [])
+        assert gate.cut is not None
+        layer: list[ast.expr] = [gate.layer.func, x]
+        if position(gate.layer) in self.packed:
+            names = [ast.Name(name, ast.Store()) for name in self._parts(number)]
+            layer = [ast.NamedExpr(n, self.visit(copy.deepcopy(part))) for n, part in zip(names, layer, strict=True)]
+        early = thunk(tuple_of([*given, gate.cut.dim, tuple_of(gate.cut.sizes)]))
+        args = [owner, *layer, early, ast.Constant(gate.gate_first)]
+        return ast.Call(ast.Name(self.helper_name("packed"), ast.Load()), copy.deepcopy(args), [])
 
-    def _name(self, number: int) -> str:
-        return f"__fused_gate_{number}__"
+    def _parts(self, number: int) -> tuple[str, str]:
+        return f"__fused_packed_{number}__", f"__fused_input_{number}__"
 
-    def _helper(self, name: str, like: ast.AST, args: list[ast.expr]) -> ast.expr:
-        owner = ast.Name(self.owner, ast.Load())
-        return placed(ast.Call(ast.Name(self.helper_name(name), ast.Load()), copy.deepcopy([owner, *args]), []), like)
+    def _described(self, callee: ast.expr | str, node: ast.Call) -> ast.expr:
+        return tuple_of(_arguments(self._callee(callee), *further(node, callee)))
+
+    def _callee(self, callee: ast.expr | str) -> ast.expr:
+        if not isinstance(callee, str):
+            return callee
+        return ast.Subscript(ast.Name(self.helper_name("methods"), ast.Load()), ast.Constant(callee), ast.Load())
 
 
-def _is_not_none(value: ast.expr) -> ast.expr:
-    return ast.Compare(value, [ast.IsNot()], [ast.Constant(None)])
+def _ran(number: int) -> str:
+    return f"__fused_gate_{number}__"
+
+
+def _arguments(callee: ast.expr, args: Sequence[ast.expr], kwargs: Sequence[tuple[str, ast.expr]]) -> list[ast.expr]:
+    """Return a callee, its arguments after the tensor, and its keywords."""
+    return [callee, tuple_of(args), ast.Dict([ast.Constant(k) for k, _ in kwargs], [v for _, v in kwargs])]
 
 
 # ---- what it calls ---------------------------------------------------------------------------------------------------
@@ -307,6 +128,80 @@ def _is_not_none(value: ast.expr) -> ast.expr:
 # stock's and ours, as functions of x, and the layers
 Ways = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[nn.Module, ...]]
 Both = tuple[call.Ready, Tensor, Tensor | None]  # the gate, and the other layer's weight and bias
+
+FUNCTIONS = {"mul": torch.mul, "chunk": torch.chunk, "split": torch.split, "glu": F.glu}
+_ERRORS = (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError)
+
+
+def gated(self: Any, x: Any, early: Callable[[], tuple[Any, ...]], /) -> Tensor | None:
+    """``act(gate(x)) * up(x)``, or None where the source must run as it is written.
+
+    ``early()`` looks up the layers, the activation (None: there is none) with its arguments, the calls around it, and
+    the functions of torch. An error of it is raised where the source does the same.
+    """
+    try:
+        gate, up, act, args, kwargs, drops, functions = early()
+    except _ERRORS:
+        return None
+    if not _are_as_written(drops, functions):
+        return None
+    act = identity if act is None else act
+    ready = call.decide(self, act, gate, x, args, kwargs)
+    both = ready if isinstance(ready, str) else _decide(self, ready, up, x)
+    if isinstance(both, str):
+        return None
+    if call.watcher is not None:
+        ways = (
+            lambda t: act(call.as_in_stock(gate)(t), *args, **kwargs) * call.as_in_stock(up)(t),
+            lambda t: gated(self, t, early),
+            (gate, up),
+        )
+        call.watcher(self, gate, act, x, ready, args, kwargs, ways=ways)
+    return _run(x, both)
+
+
+def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]], gate_first: bool, /) -> Tensor | None:
+    """``act(g) * u``, where g and u are the halves of ``linear(x)``, or None as :func:`gated`.
+
+    ``early()`` returns the activation and so on, the dimension that is cut, and numbers that must be half of it.
+    """
+    if isinstance(call._linear(linear), str):
+        return None
+    try:
+        act, args, kwargs, drops, functions, dim, sizes = early()
+    except _ERRORS:
+        return None
+    if not _are_as_written(drops, functions):
+        return None
+    act = identity if act is None else act
+    ready = call.decide(self, act, linear, x, args, kwargs)
+    if isinstance(ready, str) or not cuts_in_halves(ready[0].size(0), dim, sizes, x.dim()):
+        return None
+    if call.watcher is not None:
+        ways = (
+            lambda t: _halves_in_stock(act, linear, t, args, kwargs, gate_first),
+            lambda t: packed(self, linear, t, early, gate_first),
+            (linear,),
+        )
+        call.watcher(self, linear, act, x, ready, args, kwargs, ways=ways)
+    return _run_packed(x, ready, gate_first)
+
+
+def _are_as_written(drops: Sequence[tuple[Any, ...]], functions: Sequence[tuple[str, Any]]) -> bool:
+    """Return True if the calls around the activation change nothing, and the functions are torch's."""
+    for drop in drops:
+        if not changes_nothing(Stage(*drop)):
+            return False
+    return all(FUNCTIONS[name] is function for name, function in functions)
+
+
+def cuts_in_halves(features: int, dim: Any, sizes: Sequence[Any], dims: int | None) -> bool:
+    """Return True if this cuts the last of ``dims`` dimensions into two equal parts.
+
+    ``dims`` may be None, if it is not known: then only -1 is surely the last.
+    """
+    last = type(dim) is int and (dim == -1 or (dims is not None and dim == dims - 1))
+    return last and features % 2 == 0 and all(type(size) is int and 2 * size == features for size in sizes)
 
 
 def _decide(self: Any, ready: call.Ready, up: Any, x: Any) -> str | Both:
@@ -332,63 +227,6 @@ def _run(x: Any, both: Both) -> Tensor:
     return linear_glu(x, weight_gate, weight_up, bias_gate, bias_up, ACTIVATIONS[name], slope)
 
 
-def gated(self: Any, act: Any, gate: Any, x: Any, up_of: Any, args: Any, kwargs: Any, named: bool, /) -> Any:
-    """``act(gate(x)) * up(x)``; or with ``named`` the gate's value and None, or nothing and the gated layer's."""
-    ready = call.decide(self, act, gate, x, args, kwargs)
-    up = None if isinstance(ready, str) else up_of()
-    both = ready if isinstance(ready, str) else _decide(self, ready, up, x)
-    _watch(self, gate, act, x, ready, both, args, kwargs, up)
-    if not isinstance(both, str):
-        y = _run(x, both)
-        return (None, y) if named else y
-    if isinstance(ready, str):
-        value = act(gate(x), *args, **kwargs)
-        return (value, None) if named else value * up_of()(x)
-    value = call._run(x, ready)
-    return (value, None) if named else value * up(x)  # type: ignore[misc]
-
-
-def up_and_gate(self: Any, up: Any, x: Any, later: Any, named: bool, /) -> Any:
-    """``up(x) * act(gate(x))``; or with ``named`` the value of ``up`` and None, or nothing and the gated layer's."""
-    if isinstance(call._linear(up), str):
-        value = up(x)
-        if named:
-            return value, None
-        act, gate, args, kwargs = later()
-        return value * pairs.call(self, act, gate, x, *args, **kwargs)
-    act, gate, args, kwargs = later()
-    ready = call.decide(self, act, gate, x, args, kwargs)
-    both = ready if isinstance(ready, str) else _decide(self, ready, up, x)
-    if not isinstance(both, str):
-        _watch(self, gate, act, x, ready, both, args, kwargs, up)
-        y = _run(x, both)
-        return (None, y) if named else y
-    value = up(x)
-    return (value, None) if named else value * pairs.call(self, act, gate, x, *args, **kwargs)
-
-
-def packed(self: Any, linear: Any, x: Any, later: Any, gate_first: bool, /) -> tuple[Any, Any]:
-    """``linear(x)`` and None; or nothing and ``act(g) * u``, where g and u are the halves of ``linear(x)``."""
-    if isinstance(call._linear(linear), str):
-        return linear(x), None
-    act, args, kwargs = later()
-    ready = call.decide(self, act, linear, x, args, kwargs)
-    if not isinstance(ready, str) and ready[0].size(0) % 2:
-        ready = "its output has no two equal halves"
-    if call.watcher is not None:
-        call.watcher(
-            self,
-            linear,
-            act,
-            x,
-            ready,
-            args,
-            kwargs,
-            ways=_ways_of_packed(self, ready, act, linear, args, kwargs, gate_first),
-        )
-    return (linear(x), None) if isinstance(ready, str) else (None, _run_packed(x, ready, gate_first))
-
-
 def _run_packed(x: Any, ready: call.Ready, gate_first: bool) -> Tensor:
     weight, bias, name, slope = ready
     first, second = weight.chunk(2)
@@ -398,28 +236,6 @@ def _run_packed(x: Any, ready: call.Ready, gate_first: bool) -> Tensor:
     return linear_glu(x, second, first, b_second, b_first, ACTIVATIONS[name], slope)
 
 
-# ---- the two ways to compute it, to time them (module observe) -------------------------------------------------------
-
-
-def _watch(self: Any, gate: Any, act: Any, x: Any, ready: Any, both: Any, args: Any, kwargs: Any, up: Any) -> None:
-    if call.watcher is None:
-        return
-    ways = None
-    if not isinstance(both, str):
-        ways = (
-            lambda t: act(call.as_in_stock(gate)(t), *args, **kwargs) * call.as_in_stock(up)(t),
-            lambda t: gated(self, act, gate, t, lambda: up, args, kwargs, False),
-            (gate, up),
-        )
-    call.watcher(self, gate, act, x, ready, args, kwargs, ways=ways)
-
-
-def _ways_of_packed(self: Any, ready: Any, act: Any, linear: Any, args: Any, kwargs: Any, gate_first: bool) -> Any:
-    if isinstance(ready, str):
-        return None
-
-    def stock(t: Any) -> Any:
-        gate, up = call.as_in_stock(linear)(t).chunk(2, dim=-1)[:: 1 if gate_first else -1]
-        return act(gate, *args, **kwargs) * up
-
-    return stock, lambda t: packed(self, linear, t, lambda: (act, args, kwargs), gate_first)[1], (linear,)
+def _halves_in_stock(act: Any, linear: Any, x: Any, args: Any, kwargs: Any, gate_first: bool) -> Any:
+    gate, up = call.as_in_stock(linear)(x).chunk(2, dim=-1)[:: 1 if gate_first else -1]
+    return act(gate, *args, **kwargs) * up

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dlkernels._ops.modes import are_plain
 from dlkernels.fusion import call as calls
 from dlkernels.fusion import memory
-from dlkernels.fusion.rules import identity
+from dlkernels.fusion.rules import identity, works_in_place
 from dlkernels.fusion.stages import Chain, Stage
 
 _NO_KEYWORDS: dict[str, Any] = {}
@@ -96,6 +96,11 @@ def linear_or_fused(
     return (linear(x), False) if isinstance(decision, str) else (calls._run(x, decision), True)
 
 
+def in_place(act: Any, keywords: dict[str, Any], /) -> Any:
+    """Return the activation of a statement ``F.relu_(h)``; None, which nothing fuses, if it does not overwrite h."""
+    return act if works_in_place(act, keywords) else None
+
+
 def linear_or_fused_if(self: Any, linear: Any, x: Any, early: Callable[[], Any], /) -> tuple[Any, bool]:
     """The same, where ``early()`` returns what comes after x, or something false if act will not be called.
 
@@ -117,7 +122,7 @@ def _is_harmless(called: Any, index: Any, x: Any) -> bool:
         if type(called) not in _CONTAINERS:
             return False
         called = called[index]
-    if x is not None and not are_plain(x):
+    if x is not None and (not are_plain(x) or x.device.type not in calls.DEVICES):  # see module reading
         return False
     return not (calls.why_not_linear(called) and calls.why_not_activation(called))
 

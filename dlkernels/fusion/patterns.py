@@ -4,7 +4,7 @@
 * named: ``h = self.fc(x)`` and, later in the same block or in a branch of it, ``h = self.act(h)`` or another only use
 * chain: ``for layer in self.layers: x = layer(x)``, which is also the forward of ``nn.Sequential``
 
-A fourth, packed, is a gated layer whose halves are cut from the output of one layer (module ``gated``).
+A fourth, gated, is a gated layer that is no extension of one of these (module ``gated_places``).
 
 This module does not know if the callees are a layer and an activation: ``values`` finds that before the call, and
 ``call`` checks it at each call.
@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 from dlkernels.fusion.between import Between, Guard, branches
 from dlkernels.fusion.conditions import Checks, facts
-from dlkernels.fusion.gated import gates
+from dlkernels.fusion.gated_places import gates
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.syntax import (
     Function,
@@ -40,6 +40,7 @@ from dlkernels.fusion.syntax import (
     loads,
     loops_over,
     one_argument,
+    overwritten,
     position,
     self_name,
     stored,
@@ -58,7 +59,8 @@ class Pattern:
 
     Attributes:
         linear: the callee in the layer's place; for a chain the iterable.
-        activation: the callee in the activation's place, a string for a method of a tensor; for a chain the iterable.
+        activation: the callee in the activation's place, a string for a method of a tensor ("" for none); for a chain
+            the iterable.
         at: the position of the activation's call, or of the loop.
         first: the position of the linear call; for a chain the same as ``at``.
         args, kwargs: the activation's arguments after the tensor.
@@ -69,9 +71,10 @@ class Pattern:
         checks: the types on which the expressions in between rely, to be known before the call.
         conditions: the same for the guards; the call alone may know them.
         why: the reason why the place cannot be fused, whatever the names mean; empty if there is none.
+        in_place: the activation's value is used only if the activation is a function that works in place.
     """
 
-    kind: Literal["nested", "named", "chain", "packed"]
+    kind: Literal["nested", "named", "chain", "gated"]
     linear: ast.expr
     activation: ast.expr | str
     at: Position
@@ -85,6 +88,7 @@ class Pattern:
     checks: Checks = field(default_factory=Checks)
     conditions: Checks = field(default_factory=Checks)
     why: str = ""
+    in_place: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -108,14 +112,11 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
         for first, call, use in _only_uses(block, function, one_argument, block is function.body):
             found.append(_named(first, call, use, function, around))
     for gate in gates(function, blocks):
-        if gate.kind == "packed":
-            parts = activation_call(gate.act)
-            assert parts is not None
-            reads = () if isinstance(parts[0], str) else (parts[0],)
-            where = position(gate.product), position(gate.linear)
-            given = further(gate.act, parts[0])
-            inside = (*around[gate.statements[0]], gate.statements[0])
-            found.append(Pattern("packed", gate.linear.func, parts[0], *where, *given, reads, (), inside))
+        if gate.is_of_its_own:
+            where = gate.at, position(gate.layer)
+            inside = (*around[gate.product], gate.product)
+            meant = gate.layer.func, gate.activation
+            found.append(Pattern("gated", *meant, *where, gate.args, gate.kwargs, gate.reads, (), inside))
     return tuple(found)
 
 
@@ -152,11 +153,11 @@ def links(function: FunctionNode) -> tuple[Link, ...]:
         conversions = [s for s, later in itertools.pairwise(block) if _is_conversion(s, later)]
         without = [s for s in block if s not in conversions]
         for first, call, use in _only_uses(without, function, activation_call, block is function.body):
-            name = target_of(first)
+            name = target_of(first) or overwritten(first)
             if name is None or use.guards or _facts_read(function, name, use):
                 continue
             pattern = _named(first, call, use, function, around)
-            if not (pattern.why or pattern.between or pattern.checks.given()):
+            if not (pattern.in_place or pattern.why or pattern.between or pattern.checks.given()):
                 skipped = tuple(s for s in conversions if position(first) < position(s) < position(use.later))
                 found.append(Link(call, use.act, first, pattern.reads, use.later, skipped))  # type: ignore[arg-type]
     return tuple(found)
@@ -312,11 +313,15 @@ def _named(
         "it is read after a with statement that may suppress an exception in between"
         if suppressed and _values_read(function, target) != 1
         else between.why,
+        _overwrites(use.later, use.act) and not isinstance(parts[0], str),
     )
 
 
 def _assigned_calls(statement: ast.stmt) -> Iterator[tuple[ast.Call, str]]:
     """Yield each call whose value a statement assigns to a name, and the name."""
+    if name := overwritten(statement):
+        yield statement.value, name  # type: ignore[attr-defined]
+        return
     names = targets(statement)
     value = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
     if target_of(statement):
@@ -400,6 +405,11 @@ def _applied_alone(statement: ast.stmt, name: str) -> ast.Call | None:
 
 
 def _overwrites(statement: ast.stmt, act: ast.Call) -> bool:
-    """Return True for a statement such as ``h.relu_()``: afterwards h has the activation's value."""
-    in_place = isinstance(act.func, ast.Attribute) and act.func.attr.endswith("_")
-    return in_place and not isinstance(activation_call(act)[0], ast.expr) and getattr(statement, "value", None) is act  # type: ignore[index]
+    """Return True for a statement such as ``h.relu_()`` or ``F.relu(h, inplace=True)``.
+
+    Afterwards h has the activation's value, if a function works in place (``Pattern.in_place``).
+    """
+    if not isinstance(statement, ast.Expr) or statement.value is not act or not isinstance(act.func, ast.Attribute):
+        return False
+    said = any(k.arg == "inplace" and isinstance(k.value, ast.Constant) and k.value.value is True for k in act.keywords)
+    return act.func.attr.endswith("_") or said

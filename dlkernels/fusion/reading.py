@@ -186,6 +186,8 @@ def _returned(body: list[ast.stmt], tensor: str, checks: Checks) -> ast.expr | N
     first, rest = body[0], body[1:]
     if isinstance(first, ast.Return) and first.value is not None:
         return _called(first.value, tensor, checks)
+    if isinstance(first, ast.If) and _is_of_a_device_without_kernels(first.test, tensor):
+        return _returned(first.orelse or rest, tensor, checks) if not first.orelse or not rest else None
     if isinstance(first, ast.If) and (not first.orelse or not rest):
         yes, no = _returned(first.body, tensor, checks), _returned(first.orelse or rest, tensor, checks)
         return _choice(first.test, yes, no, tensor, checks)
@@ -194,6 +196,24 @@ def _returned(body: list[ast.stmt], tensor: str, checks: Checks) -> ast.expr | N
         if isinstance(last, ast.Return) and isinstance(last.value, ast.Name) and last.value.id == name:
             return _called(first.value, tensor, checks)
     return None
+
+
+_DEVICES = ("cpu", "cuda", "meta")  # with kernels, in any build
+
+
+def _is_of_a_device_without_kernels(test: ast.expr, tensor: str) -> bool:
+    """Return True for ``tensor.device.type == "mps"``, alone or before an ``and``.
+
+    A kernel takes the activation's place on devices with kernels only; there it is False, and what comes behind ``and``
+    does not run.
+    """
+    if isinstance(test, ast.BoolOp):
+        return isinstance(test.op, ast.And) and _is_of_a_device_without_kernels(test.values[0], tensor)
+    if not isinstance(test, ast.Compare) or len(test.ops) != 1 or not isinstance(test.ops[0], ast.Eq):
+        return False
+    name = test.comparators[0]
+    other = isinstance(name, ast.Constant) and type(name.value) is str and name.value not in _DEVICES
+    return other and ast.unparse(test.left) == f"{tensor}.device.type"
 
 
 def _called(value: ast.expr, tensor: str, checks: Checks) -> ast.expr | None:

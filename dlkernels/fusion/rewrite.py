@@ -17,6 +17,7 @@ from dlkernels.fusion.syntax import (
     activation_call,
     further,
     overridden_by,
+    overwritten,
     placed,
     position,
     self_name,
@@ -31,13 +32,13 @@ HELPERS = (
     "call_with_deferred_arguments",
     "linear_or_fused",
     "linear_or_fused_if",
+    "in_place",
     "overridden",
     "are_known",
     "chain",
     "unrolled",
     "element",
     "gated",
-    "up_and_gate",
     "packed",
     "written",
     "written_there",
@@ -170,7 +171,9 @@ class _Rewrite(ast.NodeTransformer):
             node.test = placed(ast.BoolOp(ast.And(), [ast.UnaryOp(ast.Not(), _ran(*found)), node.test]), node.test)
         return self.generic_visit(node)
 
-    def _named_group(self, statement: ast.Assign | ast.AnnAssign, target: ast.expr, group: _Group) -> ast.AST:
+    def _named_group(
+        self, statement: ast.Assign | ast.AnnAssign | ast.Expr, target: ast.expr, group: _Group
+    ) -> ast.AST:
         """Return the statement that names the value of a group, and beside it the number of the last that ran."""
         assert isinstance(statement.value, ast.Call)
         flag = f"__fused_chain_{group.chain}__"
@@ -194,6 +197,12 @@ class _Rewrite(ast.NodeTransformer):
                     several[i] = placed(self._with_flag(several[i], pattern), node)
                     values[i] = self._call_of(value, pattern)
         return node
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        name = overwritten(node)
+        if name and (group := self.groups.get(position(node.value))) and not group.is_last:
+            return self._named_group(node, ast.Name(name, ast.Store()), group)
+        return self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         if node.value and (group := self.groups.get(position(node.value))) and not group.is_last:
@@ -227,9 +236,12 @@ class _Rewrite(ast.NodeTransformer):
     def _call_of(self, linear: ast.Call, pattern: Pattern) -> ast.expr:
         """Return the call in place of the layer's. All that belongs to the activation is evaluated after x."""
         act = [self._activation(pattern.activation)]
+        if pattern.in_place:
+            keywords = _dict([ast.keyword(name, value) for name, value in pattern.kwargs])
+            act = [ast.Call(ast.Name(helper_name("in_place"), ast.Load()), [*act, keywords], [])]
         if pattern.args or pattern.kwargs or pattern.between:
-            keywords = [ast.keyword(name, value) for name, value in pattern.kwargs]
-            act += [tuple_of(pattern.args), _dict(keywords), tuple_of([_part(*part) for part in pattern.between])]
+            keywords = _dict([ast.keyword(name, value) for name, value in pattern.kwargs])
+            act += [tuple_of(pattern.args), keywords, tuple_of([_part(*part) for part in pattern.between])]
         known = _known(pattern)
         if known:
             act = [thunk(ast.BoolOp(ast.And(), [*known, tuple_of(act)]))]

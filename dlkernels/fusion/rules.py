@@ -74,6 +74,17 @@ _functions: dict[Any, Rule] = {
     **{function: _plain(name.rstrip("_")) for name, function in METHODS.items()},
 }
 
+# Functions that overwrite their argument, and those that do so with ``inplace=True``.
+_IN_PLACE = (F.relu_, F.leaky_relu_, torch.relu_, torch.tanh_, torch.sigmoid_)
+_MAY_BE_IN_PLACE = (F.relu, F.leaky_relu, F.silu)
+
+
+def works_in_place(function: Any, keywords: dict[str, Any]) -> bool:
+    """Return True if a call of this function with these keywords overwrites its tensor."""
+    several = (*_IN_PLACE, *(_MAY_BE_IN_PLACE if keywords.get("inplace") is True else ()))
+    return any(function is one for one in several)
+
+
 # Modules, by exact class: a rule takes the module.
 _modules: dict[Any, Rule] = {
     nn.ReLU: lambda m: ("relu", 0.0),

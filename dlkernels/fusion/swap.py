@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dlkernels.fusion import chain, gated, loops, pairs, written
+from dlkernels.fusion import chain, gated, gated_places, loops, pairs, written
 from dlkernels.fusion.known import are_known
 from dlkernels.fusion.patterns import blocks, patterns
 from dlkernels.fusion.rewrite import HELPERS, helper_name, rewritten
@@ -118,7 +118,7 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
             check(source)
             chosen = [p for p in patterns(source.node) if (method, p.at) in plan.places]
             gates = {at for m, at in plan.gates if m == method}
-            node = gated.with_gates(source.node, gated.gates(source.node, blocks), gates, helper_name)
+            node = gated.with_gates(source.node, gated_places.gates(source.node, blocks), gates, helper_name)
             where = sorted(positions for m, positions in plan.chains if m == method)
             joined = [part for positions in where if (part := chosen_series(source.node, positions)) is not None]
             unrolled = [loop for loop in loops.loops(source.node) if (method, loop.at) in plan.places]
@@ -143,7 +143,7 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 @functools.lru_cache(maxsize=1)
 def _helpers() -> dict[str, Any]:
     values = {"methods": METHODS, "are_known": are_known}
-    sources = {"chain": chain, "gated": gated, "up_and_gate": gated, "packed": gated}
+    sources = {"chain": chain, "gated": gated, "packed": gated}
     sources |= {"written": written, "written_there": written, "unrolled": loops, "element": loops}
     values |= {name: getattr(sources.get(name, pairs), name) for name in HELPERS if name not in values}
     return {helper_name(name): value for name, value in values.items()}

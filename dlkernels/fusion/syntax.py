@@ -119,6 +119,15 @@ def target_of(statement: ast.stmt) -> str | None:
     return names[0] if len(names) == 1 and not several else None
 
 
+def overwritten(statement: ast.stmt) -> str | None:
+    """Return h for a statement ``h.relu_()``, which gives h the value of its call."""
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute) or call.args or call.keywords:
+        return None
+    held, name = call.func.value, call.func.attr
+    return held.id if isinstance(held, ast.Name) and name.endswith("_") and name in METHODS else None
+
+
 def in_scope(function: FunctionNode, name: str) -> bool:
     """Return True if an inner function or comprehension uses the name, or if it is global or nonlocal."""
     for node in ast.walk(function):

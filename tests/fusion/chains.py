@@ -68,6 +68,15 @@ class ByHand(Base):
         return out * 2
 
 
+class InPlace(Base):
+    def forward(self, x):
+        h = self.fc1(x)
+        h.relu_()
+        h = self.fc2(h)
+        h.tanh_()
+        return self.fc3(h)
+
+
 class WithArguments(Base):
     def forward(self, x):
         h = F.leaky_relu(self.fc1(x), self.slope)
@@ -111,7 +120,9 @@ class Converted(Base):
         return self.fc3(x)
 
 
-MODELS = [Sequence, Blocks, Loop, Nested, Statements, ByHand, WithArguments, OfAnExpression, InBranches, Converted]
+MODELS = [
+    Sequence, Blocks, Loop, Nested, Statements, ByHand, InPlace, WithArguments, OfAnExpression, InBranches, Converted,
+]  # fmt: skip
 EVERY = pytest.mark.parametrize("cls", MODELS, ids=lambda c: c.__name__)
 
 

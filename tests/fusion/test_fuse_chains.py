@@ -20,6 +20,7 @@ from tests.fusion.chains import (
     ByHand,
     Converted,
     InBranches,
+    InPlace,
     Loop,
     Nested,
     OfAnExpression,
@@ -130,6 +131,11 @@ def test_a_later_change_is_noticed(cls, name):
             model.__class__ = type(cls.__name__, (cls,), {})
         CHANGES[name](model)
         model.__class__ = kind
+    if cls is InPlace and name in ("backward hook", "backward pre-hook"):
+        for model in (stock, fused):  # torch refuses to overwrite the output of a module with such a hook
+            with pytest.raises(RuntimeError, match="modified inplace"):
+                model(X)
+        return
     same(fused, stock)
     unfuse(fused)
     same(fused, stock)
@@ -137,7 +143,7 @@ def test_a_later_change_is_noticed(cls, name):
 
 
 ACTS = [c for c in MODELS if any(isinstance(m, nn.GELU | nn.ReLU) for m in made(c).modules()) and c not in (
-    ByHand, WithArguments, OfAnExpression, InBranches)]  # fmt: skip
+    ByHand, InPlace, WithArguments, OfAnExpression, InBranches)]  # fmt: skip
 ACT_CHANGES = {
     "hook": lambda m: activation(m).register_forward_hook(lambda m, i, o: o * 2),
     "replaced by another": lambda m: replaced(m, activation(m), nn.SiLU()),

@@ -113,8 +113,8 @@ def other_input(self, x):
 
 
 @refused
-def dropout_between(self, x):
-    return self.down(self.drop(self.act(self.gate(x))) * self.up(x))
+def dropout_beside(self, x):
+    return self.down(self.act(self.gate(x)) * self.drop(self.up(x)))
 
 
 @refused

@@ -260,6 +260,80 @@ class MethodReplaced(Base):
 later(MethodReplaced, "on the instance", lambda m: setattr(m, "activate", torch.cos))
 
 
+class Guarded(nn.Module):
+    """As in diffusers: a device for which there are no kernels has a way of its own. The call behind ``and`` raises."""
+
+    def __init__(self, approximate="none"):
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, gate):
+        if gate.device.type == "mps" and unknown("<", "2.0.0"):  # noqa: F821
+            return F.gelu(gate.to(dtype=torch.float32)).to(dtype=gate.dtype)
+        return F.gelu(gate, approximate=self.approximate)
+
+
+class GuardedWithElse(nn.Module):
+    def forward(self, x):
+        if x.device.type == "xpu":
+            y = F.gelu(x.float())
+            return y.to(x.dtype)
+        else:
+            return torch.tanh(x)
+
+
+class GuardOfADeviceWithKernels(nn.Module):
+    def forward(self, x):
+        if x.device.type == "cpu":
+            return F.gelu(x) * 2
+        return F.gelu(x)
+
+
+class GuardTheOtherWay(nn.Module):
+    def forward(self, x):
+        if x.device.type != "mps":
+            return F.gelu(x) * 2
+        return F.gelu(x)
+
+
+class GuardBehindAnEffect(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.asked = Truth()
+
+    def forward(self, x):
+        if self.asked and x.device.type == "mps":
+            return x
+        return F.gelu(x)
+
+
+class GuardWithOr(nn.Module):
+    def forward(self, x):
+        if x.device.type == "mps" or self.training:
+            return F.gelu(x) * 2
+        return F.gelu(x)
+
+
+class GuardOfAnother(nn.Module):
+    """The guard asks a tensor of the module, which is no input of a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gate", torch.ones(1, device="meta"))
+
+    def forward(self, x):
+        if self.gate.device.type == "mps":
+            return x
+        return F.gelu(x)
+
+
+for _make in (Guarded, GuardedWithElse):
+    later(act_of(_make), "hook", lambda m: m.act.register_forward_hook(lambda *a: a[2] * 2))
+later(act_of(Guarded), "approximated", lambda m: setattr(m.act, "approximate", "tanh"), after=True)
+for _make in (GuardOfADeviceWithKernels, GuardTheOtherWay, GuardBehindAnEffect, GuardWithOr, GuardOfAnother):
+    twist()(act_of(_make))
+
+
 @pytest.mark.parametrize(("cls", "before", "after", "change", "sites"), TWISTS)
 def test_a_twist_runs_as_in_stock(cls, before, after, change, sites):
     run_as_in_stock(cls, before, after, change, sites)

@@ -40,7 +40,7 @@ def test_a_layer_that_every_row_ranks_behind_stock_stays_stock():
     known, other = table
     assert (known.status, known.slower, other.status) == ("skipped", True, "fused")
     assert known.why == (
-        "slower than stock by the route table: measured at 300, 100→200: 3.00 of stock's time "
+        "slower than stock by the route table: measured at 300, 100→200 with 1 thread: 3.00 of stock's time "
         "(row 1 of measured.json, 2026-11-28), and its other 5 rows agree"
     )
 

@@ -1,0 +1,431 @@
+"""How gated layers are written: names of preactivations, calls that cut halves, products by function, dropouts."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dlkernels import functional, fuse, report
+from dlkernels.fusion import backend
+from tests.fusion.fusable import Subclass, X, made, numbers
+from tests.fusion.test_fuse_gated import Gated, runs
+
+
+class Base(Gated):
+    def __init__(self):
+        super().__init__()
+        self.half, self.last, self.log = 8, -1, []
+        self.norm, self.other = nn.LayerNorm(8), nn.Linear(6, 8)
+
+    def noted(self):
+        self.log.append(1)
+        return 1.0
+
+
+FORMS: dict = {}
+REFUSED: dict = {}
+
+
+def form(forward):
+    FORMS[forward.__name__] = type("Of" + forward.__name__.title(), (Base,), {"forward": forward})
+    return forward
+
+
+def refused(forward):
+    REFUSED[forward.__name__] = type("Of" + forward.__name__.title(), (Base,), {"forward": forward})
+    return forward
+
+
+@form
+def named_preactivations(self, x):
+    g = self.gate(x)
+    u = self.up(x)
+    return self.down(F.silu(g) * u)
+
+
+@form
+def of_timm(self, x):
+    x_gate = self.gate(x)
+    x = self.up(x)
+    x = self.act(x_gate) * x
+    x = self.down(x)
+    return x
+
+
+@form
+def four_statements(self, x):
+    g: torch.Tensor = self.gate(x)
+    u = self.up(x)
+    g = self.act(g)
+    h = u * g
+    return self.down(h)
+
+
+@form
+def product_in_a_statement(self, x):
+    h = self.act(self.gate(x))
+    h = h * self.up(x)
+    return self.down(h)
+
+
+@form
+def in_one_assignment(self, x):
+    g, u = self.gate(x), self.up(x)
+    return self.down(self.act(g) * u)
+
+
+@form
+def up_by_name_alone(self, x):
+    u = self.up(x)
+    return self.down(self.act(self.gate(x)) * u)
+
+
+@form
+def product_of_torch(self, x):
+    return self.down(torch.mul(self.up(x), torch.relu(self.gate(x))))
+
+
+@form
+def product_by_method(self, x):
+    return self.down(self.act(self.gate(x)).mul(self.up(x)))
+
+
+@form
+def chunk_of_torch(self, x):
+    h = self.packed(x)
+    g, u = torch.chunk(h, 2, -1)
+    return self.down(F.gelu(g) * u)
+
+
+@form
+def chunk_in_words(self, x):
+    g, u = self.packed(x).chunk(chunks=2, dim=-1)
+    return self.down(u * self.act(g))
+
+
+@form
+def chunk_of_torch_in_words(self, x):
+    g, u = torch.chunk(dim=-1, input=self.packed(x), chunks=2)
+    return self.down(u * self.act(g))
+
+
+@form
+def split_by_number(self, x):
+    g, u = self.packed(x).split(8, -1)
+    return self.down(F.gelu(g) * u)
+
+
+@form
+def split_by_attribute(self, x):
+    g, u = torch.split(self.packed(x), [self.half, self.half], dim=self.last)
+    return self.down(F.gelu(g) * u)
+
+
+@form
+def last_dimension_by_its_number(self, x):
+    g, u = self.packed(x).split(self.half, dim=1)
+    return self.down(F.gelu(g) * u)
+
+
+@form
+def slices(self, x):
+    h = self.packed(x)
+    d = h.shape[-1] // 2
+    return self.down(F.silu(h[..., :d]) * h[..., d:])
+
+
+@form
+def named_slices(self, x):
+    h = self.packed(x)
+    u = h[..., : self.half]
+    g = h[..., self.half :]
+    return self.down(u * F.silu(g))
+
+
+@form
+def glu(self, x):
+    return self.down(F.glu(self.packed(x * 2)))
+
+
+@form
+def glu_of_a_name(self, x):
+    h = self.packed(x)
+    y = F.glu(h, dim=-1)
+    return self.down(y)
+
+
+@form
+def activation_in_a_statement(self, x):
+    x, gate = self.packed(x + 1).chunk(2, dim=-1)
+    gate = F.gelu(gate)
+    return self.down(x * gate)
+
+
+@refused
+def gate_used_again(self, x):
+    g = self.gate(x)
+    u = self.up(x)
+    return self.down(F.silu(g) * u) + self.down(g)
+
+
+@refused
+def input_changed_between(self, x):
+    x = self.gate(x)
+    u = self.up(x[:, :6])
+    return self.down(F.silu(x) * u)
+
+
+@refused
+def statement_between(self, x):
+    g = self.gate(x)
+    self.log.append(2)
+    u = self.up(x)
+    return self.down(F.silu(g) * u)
+
+
+@refused
+def effect_before_the_activation(self, x):
+    """The effect may change the activation, which is looked up behind it."""
+    g, u = self.packed(x).chunk(2, dim=-1)
+    return self.noted() + self.act(g) * u
+
+
+@refused
+def one_branch(self, x):
+    g, u = self.packed(x).chunk(2, dim=-1)
+    return self.act(g) * u if self.noted() else x
+
+
+@refused
+def quarters(self, x):
+    g, u = self.packed(x).split([4, 12], dim=-1)
+    return F.gelu(g).sum() * u
+
+
+@refused
+def unequal_parts(self, x):
+    h = self.packed(x)
+    return self.down(F.silu(h[..., :4]).repeat(1, 2) * h[..., 8:])
+
+
+@refused
+def overlapping_slices(self, x):
+    h = self.packed(x)
+    return self.down(F.silu(h[..., :8]) * h[..., :8])
+
+
+@refused
+def another_dimension(self, x):
+    g, u = torch.chunk(self.packed(x[:4]), 2, dim=0)
+    return self.down((F.gelu(g) * u)[:, :8])
+
+
+@refused
+def glu_of_another_dimension(self, x):
+    return F.glu(self.packed(x[:4]), 0)
+
+
+@refused
+def another_chunk(self, x):
+    g, u = self.chunk(self.packed(x), 2, -1)
+    return self.down(F.gelu(g) * u)
+
+
+@refused
+def bilinear_without_asking(self, x):
+    return self.down(self.gate(x) * self.up(x))
+
+
+@refused
+def norm_between(self, x):
+    return self.down(self.norm(self.act(self.gate(x))) * self.up(x))
+
+
+REFUSED["another_chunk"].chunk = staticmethod(lambda h, n, dim: (h[:, 1:9], h[:, 7:15]))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms(name):
+    model, stock = made(FORMS[name]), made(FORMS[name])
+    fuse(model)
+    for training in (True, False):
+        model.train(training), stock.train(training)
+        assert runs(model) == 1, str(report(model))
+        torch.testing.assert_close(numbers(model, X), numbers(stock, X))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(numbers(compiled, X)[0], numbers(stock, X)[0])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_near_misses(name):
+    model, stock = made(REFUSED[name]), made(REFUSED[name])
+    fuse(model)
+    for training in (True, False):
+        model.train(training), stock.train(training)
+        assert runs(model) == 0, str(report(model))
+        model.log.clear()
+        torch.testing.assert_close(numbers(model, X), numbers(stock, X))
+        assert model.log == stock.log
+        stock.log.clear()
+
+
+CHANGES = {
+    "hook on a layer": lambda m: [
+        getattr(m, n).register_forward_hook(lambda m, a, y: y * 2) for n in ("gate", "packed")
+    ],
+    "hook on the other layer": lambda m: [
+        getattr(m, n).register_forward_pre_hook(lambda m, a: (a[0] * 2,)) for n in ("up", "packed")
+    ],
+    "subclass": lambda m: (setattr(m, "gate", Subclass(6, 8).double()), setattr(m, "packed", Subclass(6, 16).double())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", FORMS)
+def test_later_changes(name, change):
+    model, stock = fuse(made(FORMS[name])), made(FORMS[name])
+    for each in (model, stock):
+        torch.manual_seed(0)
+        CHANGES[change](each)
+    assert runs(model) == 0
+    torch.testing.assert_close(numbers(model, X), numbers(stock, X))
+
+
+def test_a_method_overridden_in_a_subclass():
+    class Child(FORMS["named_preactivations"]):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Other(FORMS["named_preactivations"]):
+        def forward(self, x):
+            return self.down(torch.tanh(self.gate(x)) + self.up(x))
+
+    for cls, count in ((Child, 1), (Other, 0)):
+        model, stock = fuse(made(cls)), made(cls)
+        assert runs(model) == count
+        torch.testing.assert_close(numbers(model, X), numbers(stock, X))
+
+
+@pytest.mark.parametrize("way", ["nested", "statement", "function"])
+def test_a_dropout_on_the_gate_is_looked_through_while_it_is_inactive(way):
+    class Dropped(Base):
+        def forward(self, x):
+            if way == "nested":
+                return self.down(self.drop(self.act(self.gate(x))) * self.up(x))
+            if way == "function":
+                g = F.dropout(self.act(self.gate(x)), 0.5, self.training)
+                return self.down(g * self.up(x))
+            g = self.act(self.gate(x))
+            g = self.drop(g)
+            return self.down(g * self.up(x))
+
+    model, stock = fuse(made(Dropped)), made(Dropped)
+    for training in (True, False, True):
+        model.train(training), stock.train(training)
+        assert runs(model) == (not training)
+        torch.testing.assert_close(numbers(model, X), numbers(stock, X))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bilinear_layers_with_none_among_the_activations(packed):
+    class Bilinear(Base):
+        def forward(self, x):
+            if packed:
+                a, b = self.packed(x).chunk(2, dim=-1)
+                return self.down(a * b)
+            return self.down(self.gate(x) * self.up(x))
+
+    model, stock = fuse(made(Bilinear), activations=["none", "silu"]), made(Bilinear)
+    assert runs(model) == 1
+    torch.testing.assert_close(numbers(model, X), numbers(stock, X))
+
+
+def test_sizes_that_change_later():
+    model, stock = fuse(made(FORMS["split_by_attribute"])), made(FORMS["split_by_attribute"])
+    assert runs(model) == 1
+    model.half = stock.half = 7
+    for each in (model, stock):
+        with pytest.raises(RuntimeError, match="split"):
+            each(X)
+    model.half = stock.half = 8
+    model.last = stock.last = 0
+    with pytest.raises(RuntimeError):
+        model(X)
+
+
+def test_functions_replaced_later(monkeypatch):
+    model, stock = fuse(made(FORMS["product_of_torch"])), made(FORMS["product_of_torch"])
+    assert runs(model) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mul", torch.add)
+        assert runs(model) == 0
+        torch.testing.assert_close(numbers(model, X), numbers(stock, X))
+    assert runs(model) == 1
+
+
+def test_a_dimension_counted_from_the_first_is_known_at_the_call():
+    model = made(FORMS["last_dimension_by_its_number"])
+    (site,) = [s for s in report(fuse(copy.deepcopy(model))) if s.path == "packed"]
+    assert site.status == "undecided"
+    fuse(model, example_inputs=X)
+    (site,) = [s for s in report(model) if s.path == "packed"]
+    assert site.status == "fused" and site.gain > 0
+
+
+def found_by_the_backend(model, x):
+    """The number of gated layers in the graphs that the backend makes of a call, and its value."""
+    found = []
+
+    def count(graph, inputs):
+        backend.fuse_graph(graph)
+        found.append(sum(n.target is functional.linear_glu for n in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    y = torch.compile(model, backend=count)(x)
+    return sum(found), y
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_backend_finds_the_forms(name):
+    model = made(FORMS[name])
+    expected = numbers(model, X)
+    found, y = found_by_the_backend(model, X)
+    assert found == 1
+    torch.testing.assert_close(y, expected[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="dlkernels", options={"then": "aot_eager"})
+    y, gradients = numbers(compiled, X)
+    torch.testing.assert_close((y, {n.removeprefix("_orig_mod."): g for n, g in gradients.items()}), expected)
+
+
+NOT_IN_THE_GRAPH = [
+    name
+    for name in REFUSED
+    # In the graph the branches are taken, the effects are gone and a method is followed: these are gated layers there.
+    if name not in ("statement_between", "effect_before_the_activation", "one_branch", "input_changed_between")
+]
+
+
+@pytest.mark.parametrize("name", NOT_IN_THE_GRAPH)
+def test_the_backend_refuses_near_misses(name):
+    model = made(REFUSED[name])
+    found, y = found_by_the_backend(model, X)
+    assert found == 0
+    torch.testing.assert_close(y, model(X))
+
+
+def test_the_backend_refuses_halves_of_a_graph_that_turns_gradients_off():
+    class Turns(Base):
+        def forward(self, x):
+            h = self.packed(x)
+            with torch.no_grad():
+                g, u = h.chunk(2, dim=-1)
+                y = F.silu(g) * u
+            return self.down(y)
+
+    model = made(Turns)
+    assert found_by_the_backend(model, X)[0] == 0
