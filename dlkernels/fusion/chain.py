@@ -23,6 +23,9 @@ from dlkernels.nn.untouched import untouched
 
 Leaf = tuple[Any, tuple[Any, ...]]  # a module, and the containers around it, outermost first
 
+Forwards = tuple[Any, ...]  # of Sequentials that run their modules one after the other
+SEQUENTIAL: Forwards = (nn.Sequential.forward,)
+
 
 def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
     """``for module in modules: x = module(x)``"""
@@ -104,13 +107,24 @@ def common(one: Leaf, other: Leaf) -> Any:
     return [a for a, b in zip(one[1], other[1], strict=False) if a is b][-1]
 
 
-def leaves(modules: Any, around: tuple[Any, ...]) -> Iterator[Leaf]:
-    """Yield the modules that run one after the other; containers give their own modules when they are reached."""
+def leaves(modules: Any, around: tuple[Any, ...], forwards: Forwards = SEQUENTIAL) -> Iterator[Leaf]:
+    """Yield the modules that run one after the other; containers give their own modules when they are reached.
+
+    A container's class has one of the ``forwards``.
+    """
     for module in modules:
-        if _is_inner(module):
-            yield from leaves(module, (*around, module))
+        if runs_in_order(module, forwards):
+            yield from leaves(module, (*around, module), forwards)
         else:
             yield module, around
+
+
+def containers(modules: Any, forwards: Forwards = SEQUENTIAL) -> Iterator[nn.Sequential]:
+    """Yield the containers whose own modules ``leaves`` gives, also those without modules."""
+    for module in modules:
+        if runs_in_order(module, forwards):
+            yield module
+            yield from containers(module, forwards)
 
 
 def neighbours(flat: Sequence[Leaf]) -> Iterator[tuple[int, int, Any]]:
@@ -145,22 +159,22 @@ def next_layer(flat: Sequence[Leaf], i: int) -> int:
 
 def _has_inner(modules: Any) -> bool:
     for module in modules:
-        if isinstance(module, nn.Sequential | nn.Identity) and (_is_inner(module) or is_identity(module)):
+        if isinstance(module, nn.Sequential | nn.Identity) and (runs_in_order(module) or is_identity(module)):
             return True
     return False
 
 
-def _is_inner(module: Any) -> bool:
-    """Return True if calling this module runs its modules one after the other and nothing else."""
-    return isinstance(module, nn.Sequential) and calls_in_order(type(module)) and untouched(module)
+def runs_in_order(module: Any, forwards: Forwards = SEQUENTIAL) -> bool:
+    """Return True if calling this Sequential runs one of these forwards over its modules and nothing else."""
+    return isinstance(module, nn.Sequential) and calls_in_order(type(module), forwards) and untouched(module)
 
 
-def calls_in_order(cls: Any, forward: Any = nn.Sequential.forward) -> bool:
-    """Return True if calling a module of ``cls``, a Sequential, runs ``forward`` over its modules and nothing else."""
+def calls_in_order(cls: Any, forwards: Forwards = SEQUENTIAL) -> bool:
+    """Return True if calling a module of ``cls``, a Sequential, runs one of these forwards and nothing else."""
     if "_fused_from" in cls.__dict__:
         cls = cls._fused_from
     return (
-        cls.forward is forward
+        any(cls.forward is forward for forward in forwards)
         and cls.__iter__ is nn.Sequential.__iter__
         and all(getattr(cls, name) is getattr(nn.Module, name) for name in CALLED)
     )

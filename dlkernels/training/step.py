@@ -64,7 +64,8 @@ def training_step(
     Args:
         model: an :class:`dlkernels.nn.MLP` or :class:`dlkernels.nn.MLPEnsemble`, or an ``nn.Sequential`` (fused or
             not) of linear layers and activations that have kernels; ``nn.Identity``, ``nn.Flatten`` before the first
-            layer and inactive dropout may be among them. It may be any module: see above.
+            layer and inactive dropout may be among them, and all of them may lie in inner Sequentials and MLPs. It may
+            be any module: see above.
         loss: a module or function of (output, target): ``nn.MSELoss`` and ``nn.CrossEntropyLoss`` of torch or
             dlkernels, or ``mse_loss`` and ``cross_entropy`` of ``torch.nn.functional`` or ``dlkernels.losses``. Or any
             callable.
