@@ -94,7 +94,7 @@ def _remember(key: Any, self: Any, modules: Any, flat: Sequence[Leaf], stages: S
         return
     reads = memory.Reads(self)
     reads.children(modules, calls_forward_alone=False)
-    for container in {id(c): c for _, around in flat for c in around[1:]}.values():
+    for container in containers(modules):
         reads.children(container, calls_forward_alone=True)
         cls = type(container)
         reads.class_attributes += [(cls, name, getattr(cls, name)) for name in ("forward", "__iter__", *CALLED)]
