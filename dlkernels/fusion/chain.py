@@ -11,7 +11,7 @@ from types import GeneratorType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dlkernels._ops.modes import are_plain
@@ -40,10 +40,9 @@ def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
             x = module(x)
         return x
     remembers = remembers and isinstance(modules, nn.Module)
-    nested = _may_be_flattened(self, modules, x)
     # The next modules can be looked up before the loop reaches them. The look-up runs no code of the model.
-    flat = list(leaves(modules, (self,))) if nested else [(module, (self,)) for module in modules]
-    rest = leaves(modules, (self,)) if nested else ((module, (self,)) for module in modules)
+    nested = _may_be_flattened(self, modules, x)
+    flat, rest = list(_in_turn(self, modules, nested)), _in_turn(self, modules, nested)
     stages = [Stage(module) for module, _ in flat]
 
     def owner(i: int, k: int) -> Any:
@@ -76,6 +75,25 @@ def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
             i += 1
             x = following[0](x)
     return x
+
+
+def whole_chain(model: nn.Module, x: Tensor) -> tuple[call.Ready, ...]:
+    """Return the layers of the chain that a fused Sequential runs for x, if it computes nothing else; else none."""
+    if "_fused_plan" not in vars(type(model)) or not runs_in_order(model):
+        return ()
+    flat = list(_in_turn(model, model, _may_be_flattened(model, model, x)))
+    stages = [Stage(module) for module, _ in flat]
+    first = next((i for i, stage in enumerate(stages) if not changes_nothing(stage)), None)
+    if first is None:
+        return ()
+    decision = decide(stages, first, x, lambda i, k: common(flat[i], flat[k]))
+    if isinstance(decision, str) or not all(map(changes_nothing, stages[decision.last + 1 :])):
+        return ()
+    return decision.layers
+
+
+def _in_turn(self: Any, modules: Any, nested: bool) -> Iterator[Leaf]:
+    return leaves(modules, (self,)) if nested else ((module, (self,)) for module in modules)
 
 
 def _decide(stages: Sequence[Stage], i: int, x: Any, owner: Any) -> str | Chain:

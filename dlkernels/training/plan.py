@@ -12,10 +12,11 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from dlkernels import _C
 from dlkernels.fusion.reading import CALLED
-from dlkernels.nn import MLP, LinearAct, LinearReLU, MLPEnsemble, StackedLinear
+from dlkernels.nn import LinearAct, LinearReLU, MLPEnsemble, StackedLinear
 from dlkernels.training.chain import Chain, chain_of, of_one_member
 from dlkernels.training.context import Ordinary, check_parameters, check_tensors
-from dlkernels.training.loss import OUR_LOSS_MODULES, OUR_LOSSES, loss_of
+from dlkernels.training.exact import check_exact
+from dlkernels.training.loss import OUR_LOSS_MODULES, loss_of
 from dlkernels.training.update import NUMBERS, add_groups
 
 # Modules whose part in a chain follows from their ``__dict__`` and the dicts in it.
@@ -89,18 +90,14 @@ class Made:
         return True
 
 
-def check_exact(model: nn.Module, loss: Any, optimizer: optim.Optimizer) -> None:
-    if type(model) is not MLP or model._chain() is None:
-        raise Ordinary("the model does not run as one chain of our layers")
-    if type(loss) not in OUR_LOSS_MODULES and loss not in OUR_LOSSES:
-        raise Ordinary("the loss is none of ours")
-    if not all(group.get("fused") is True for group in optimizer.param_groups):
-        raise Ordinary("the optimizer is not fused")
-
-
-def make_plan(model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor, target: Tensor) -> Made:
+def make_plan(
+    model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor, target: Tensor, exact: bool = False
+) -> Made:
+    """Return the plan; raise ``Ordinary`` if there is none, or, with ``exact``, if it may have other bits."""
     check_tensors(x, target)
     rows, chain = chain_of(model, x)
+    if exact:
+        check_exact(model, chain, loss, optimizer, x)
     for holder, name, value in _run_by(chain, loss):
         if getattr(holder, name) is not value:
             raise Ordinary(f"{holder.__name__}.{name} was replaced")
