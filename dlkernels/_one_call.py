@@ -1,4 +1,4 @@
-"""Who makes a training step of one call. The trainer asks here and knows no kernels; the package says it at its import."""
+"""Who makes a training step of one call. The trainer asks here and knows no kernels; the package answers."""
 
 from __future__ import annotations
 
