@@ -8,7 +8,7 @@ the model of a run of the command line; ``python -m dlkernels info`` says what t
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dlkernels import _entry
+from dlkernels import _entry, _one_call
 from dlkernels._errors import DlkernelsWarning
 from dlkernels._version import __version__
 
@@ -83,6 +83,15 @@ def load_run(run: Any, device: Any = "cpu") -> Any:
     from dlkernels.runs.folder import load_model
 
     return load_model(run, device)
+
+
+def _make_one_call(model: Any, loss: Any, optimizer: Any, exact: bool) -> _one_call.OneCall:
+    from dlkernels.training import TrainingStep
+
+    return TrainingStep(model, loss, optimizer, keep_grads=True, exact=exact)
+
+
+_one_call.made_by(_make_one_call)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from types import GeneratorType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dlkernels._ops.modes import are_plain
@@ -22,6 +22,9 @@ from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_noth
 from dlkernels.nn.untouched import untouched
 
 Leaf = tuple[Any, tuple[Any, ...]]  # a module, and the containers around it, outermost first
+
+Forwards = tuple[Any, ...]  # of Sequentials that run their modules one after the other
+SEQUENTIAL: Forwards = (nn.Sequential.forward,)
 
 
 def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
@@ -37,10 +40,9 @@ def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
             x = module(x)
         return x
     remembers = remembers and isinstance(modules, nn.Module)
-    nested = _may_be_flattened(self, modules, x)
     # The next modules can be looked up before the loop reaches them. The look-up runs no code of the model.
-    flat = list(leaves(modules, (self,))) if nested else [(module, (self,)) for module in modules]
-    rest = leaves(modules, (self,)) if nested else ((module, (self,)) for module in modules)
+    nested = _may_be_flattened(self, modules, x)
+    flat, rest = list(_in_turn(self, modules, nested)), _in_turn(self, modules, nested)
     stages = [Stage(module) for module, _ in flat]
 
     def owner(i: int, k: int) -> Any:
@@ -75,6 +77,25 @@ def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
     return x
 
 
+def whole_chain(model: nn.Module, x: Tensor) -> tuple[call.Ready, ...]:
+    """Return the layers of the chain that a fused Sequential runs for x, if it computes nothing else; else none."""
+    if "_fused_plan" not in vars(type(model)) or not runs_in_order(model):
+        return ()
+    flat = list(_in_turn(model, model, _may_be_flattened(model, model, x)))
+    stages = [Stage(module) for module, _ in flat]
+    first = next((i for i, stage in enumerate(stages) if not changes_nothing(stage)), None)
+    if first is None:
+        return ()
+    decision = decide(stages, first, x, lambda i, k: common(flat[i], flat[k]))
+    if isinstance(decision, str) or not all(map(changes_nothing, stages[decision.last + 1 :])):
+        return ()
+    return decision.layers
+
+
+def _in_turn(self: Any, modules: Any, nested: bool) -> Iterator[Leaf]:
+    return leaves(modules, (self,)) if nested else ((module, (self,)) for module in modules)
+
+
 def _decide(stages: Sequence[Stage], i: int, x: Any, owner: Any) -> str | Chain:
     decision = decide(stages, i, x, owner)
     if call.watcher is not None:
@@ -96,7 +117,7 @@ def _remember(key: Any, self: Any, modules: Any, flat: Sequence[Leaf], stages: S
         return
     reads = memory.Reads(self)
     reads.children(modules, calls_forward_alone=False)
-    for container in {id(c): c for _, around in flat for c in around[1:]}.values():
+    for container in containers(modules):
         reads.children(container, calls_forward_alone=True)
         cls = type(container)
         reads.class_attributes += [(cls, name, getattr(cls, name)) for name in ("forward", "__iter__", *CALLED)]
@@ -109,13 +130,24 @@ def common(one: Leaf, other: Leaf) -> Any:
     return [a for a, b in zip(one[1], other[1], strict=False) if a is b][-1]
 
 
-def leaves(modules: Any, around: tuple[Any, ...]) -> Iterator[Leaf]:
-    """Yield the modules that run one after the other; containers give their own modules when they are reached."""
+def leaves(modules: Any, around: tuple[Any, ...], forwards: Forwards = SEQUENTIAL) -> Iterator[Leaf]:
+    """Yield the modules that run one after the other; containers give their own modules when they are reached.
+
+    A container's class has one of the ``forwards``.
+    """
     for module in modules:
-        if _is_inner(module):
-            yield from leaves(module, (*around, module))
+        if runs_in_order(module, forwards):
+            yield from leaves(module, (*around, module), forwards)
         else:
             yield module, around
+
+
+def containers(modules: Any, forwards: Forwards = SEQUENTIAL) -> Iterator[nn.Sequential]:
+    """Yield the containers whose own modules ``leaves`` gives, also those without modules."""
+    for module in modules:
+        if runs_in_order(module, forwards):
+            yield module
+            yield from containers(module, forwards)
 
 
 def neighbours(flat: Sequence[Leaf]) -> Iterator[tuple[int, int, Any]]:
@@ -150,22 +182,22 @@ def next_layer(flat: Sequence[Leaf], i: int) -> int:
 
 def _has_inner(modules: Any) -> bool:
     for module in modules:
-        if isinstance(module, nn.Sequential | nn.Identity) and (_is_inner(module) or is_identity(module)):
+        if isinstance(module, nn.Sequential | nn.Identity) and (runs_in_order(module) or is_identity(module)):
             return True
     return False
 
 
-def _is_inner(module: Any) -> bool:
-    """Return True if calling this module runs its modules one after the other and nothing else."""
-    return isinstance(module, nn.Sequential) and calls_in_order(type(module)) and untouched(module)
+def runs_in_order(module: Any, forwards: Forwards = SEQUENTIAL) -> bool:
+    """Return True if calling this Sequential runs one of these forwards over its modules and nothing else."""
+    return isinstance(module, nn.Sequential) and calls_in_order(type(module), forwards) and untouched(module)
 
 
-def calls_in_order(cls: Any, forward: Any = nn.Sequential.forward) -> bool:
-    """Return True if calling a module of ``cls``, a Sequential, runs ``forward`` over its modules and nothing else."""
+def calls_in_order(cls: Any, forwards: Forwards = SEQUENTIAL) -> bool:
+    """Return True if calling a module of ``cls``, a Sequential, runs one of these forwards and nothing else."""
     if "_fused_from" in cls.__dict__:
         cls = cls._fused_from
     return (
-        cls.forward is forward
+        any(cls.forward is forward for forward in forwards)
         and cls.__iter__ is nn.Sequential.__iter__
         and all(getattr(cls, name) is getattr(nn.Module, name) for name in CALLED)
     )

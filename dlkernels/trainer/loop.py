@@ -29,10 +29,11 @@ from dlkernels.trainer.graph import GraphedStep
 from dlkernels.trainer.interrupt import InterruptGuard, Terminated
 from dlkernels.trainer.metrics import Meter, ignored_class
 from dlkernels.trainer.mode import TrainMode
+from dlkernels.trainer.one_call import OneCallSteps, Rounding
 from dlkernels.trainer.plain import plain_scalar
 from dlkernels.trainer.progress import REFRESH_SECONDS, Mode, Progress, describe, make_progress
 from dlkernels.trainer.state import check_plain, parts, read_checkpoint, restore
-from dlkernels.trainer.step import Every, Loss, Step, forward, one_call_of
+from dlkernels.trainer.step import Every, Loss, Step, forward
 from dlkernels.trainer.summary import summarize
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ class Trainer:
         compile: train with ``torch.compile``, with these arguments if it is a mapping. Checkpoints keep the keys of
             the model itself.
         cuda_graph: capture the step as a CUDA graph and replay it on batches of the same shapes (``graph``).
+        one_call: where a step is one call of ``dlkernels.training_step``. ``"exact"``: where it has the bits of the
+            separate calls. ``"rounded"``: also where only the rounding differs, as with torch's losses and with
+            optimizers that are not fused. ``"never"``: nowhere.
         progress: ``auto`` (a bar on a terminal, else a line per epoch), ``bar``, ``lines`` or ``silent``.
         config: JSON-able settings kept in the checkpoint; ``load`` checks that they are unchanged.
         ranks: the processes that train together. None: all of ``torch.distributed``, if it is initialised.
@@ -90,6 +94,8 @@ class Trainer:
         epoch, batch: finished epochs, and finished batches of the epoch in progress.
         updates: optimizer steps taken.
         stopped: the reason given to ``stop``, or None.
+        why_separate_calls: the reason why the last step was not one call; empty if it was. The first one after an
+            update goes to the log ``dlkernels.trainer``.
 
     *Ctrl-C and SIGTERM* take effect between two updates: a checkpoint of that position is written, and
     KeyboardInterrupt (or SystemExit) is raised. ``fit`` again, or ``load`` in a new process and ``fit``, continues with
@@ -128,6 +134,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         compile: bool | Mapping[str, Any] = False,
         cuda_graph: bool = False,
+        one_call: Rounding = "exact",
         progress: Mode = "auto",
         config: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
@@ -180,7 +187,7 @@ class Trainer:
         if compile:
             self._run = torch.compile(self._run, **(compile if isinstance(compile, Mapping) else {}))
         self._graph = GraphedStep(model, self._run, loss, self._step, autocast) if cuda_graph else None
-        self._one_call = one_call_of(model, loss, optimizer)
+        self._one_call = OneCallSteps(one_call, name)
         self._mode = TrainMode(model)
         self._fitting = False  # between on_fit_start and on_fit_end
         self._in_step = False
@@ -189,6 +196,10 @@ class Trainer:
     @property
     def updates(self) -> int:
         return self._step.updates
+
+    @property
+    def why_separate_calls(self) -> str:
+        return self._one_call.why
 
     @property
     def running_losses(self) -> list[float]:
@@ -330,27 +341,31 @@ class Trainer:
         self._meter.add(loss.detach(), output, batch.y, batch.samples, batch.share)
 
     def _in_one_call(self, batch: LocalBatch) -> tuple[Tensor, Tensor] | None:
-        """Train on the batch in one call, where that has the bits of the calls; else do nothing and return None."""
-        step, one_call = self._step, self._one_call
-        if (
-            one_call is None
-            or self._run is not self.model
-            or self.autocast is not None
-            or self.ranks.world_size > 1
-            or step.scaler is not None
-            or step.clip_norm is not None
-            or step.accumulate > 1
-        ):
-            return None
-        one_call.model, one_call.loss, one_call.optimizer = self.model, self.loss, step.optimizer
-        made = one_call.attempt(batch.x, batch.y)
+        """Train on the batch in one call, where ``one_call`` allows it; else do nothing and return None."""
+        step = self._step
+        made = self._one_call.attempt(self.model, self.loss, step.optimizer, batch.x, batch.y, self._why_not_one_call())
         if made is None:
+            if step.updates and self.ranks.is_main_process:  # before the first one torch has yet to make its state
+                self._one_call.tell()
             return None
         loss = made[0]
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):
             raise self._non_finite(f"the loss became {loss.item()}", self.batch, batch)
         step.after_optimizer_step()
         return made
+
+    def _why_not_one_call(self) -> str:
+        """Return why this trainer needs the separate calls; empty if nothing of it does."""
+        step = self._step
+        reasons = {
+            "several processes train together": self.ranks.world_size > 1,
+            "the model is compiled": self._run is not self.model,
+            "autocast is on": self.autocast is not None,
+            "the loss is scaled": step.scaler is not None,
+            "the gradients are clipped": step.clip_norm is not None,
+            "gradients are accumulated": step.accumulate > 1,
+        }
+        return next((why for why, holds in reasons.items() if holds), "")
 
     def _check_stop(self, guard: InterruptGuard) -> None:
         """Obey a signal or a stop that any rank has met."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +17,6 @@ from dlkernels.trainer.transfer import cast_to_float32
 
 Every = Literal["update", "epoch"]
 Loss = Callable[[Any, Any], Tensor]
-
-
-class OneCall(Protocol):
-    """A whole training step of a model as one call, with the bits of the separate calls."""
-
-    model: nn.Module
-    loss: Loss
-    optimizer: torch.optim.Optimizer
-
-    def attempt(self, x: Any, target: Any) -> tuple[Tensor, Tensor] | None:
-        """Take the step and return the loss and the output; or do nothing and return None, where it cannot be taken.
-
-        The gradients stay in ``.grad``. On the CPU nothing is updated if the loss is NaN or infinite.
-        """
-
-
-_make_one_call: Callable[[nn.Module, Loss, torch.optim.Optimizer], OneCall] | None = None
-
-
-def use_one_call(make: Callable[[nn.Module, Loss, torch.optim.Optimizer], OneCall]) -> None:
-    """Set what makes the one call: the trainer itself knows no kernels."""
-    global _make_one_call
-    _make_one_call = make
-
-
-def one_call_of(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> OneCall | None:
-    return None if _make_one_call is None else _make_one_call(model, loss, optimizer)
 
 
 def forward(

@@ -7,11 +7,8 @@ are. The plan runs the next steps for as long as they do: the op ``_mlp_loss`` (
 computes the loss and the gradients, and ``csrc/ops/update.cpp`` updates the parameters.
 """
 
-from dlkernels.trainer.step import use_one_call
 from dlkernels.training.step import TrainingStep, training_step
 
 __all__ = ["TrainingStep", "training_step"]
 
 TrainingStep.__module__ = __name__  # which pickles name
-
-use_one_call(lambda model, loss, optimizer: TrainingStep(model, loss, optimizer, keep_grads=True, exact=True))

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from dlkernels._ops.activations import Activation, activation_named
-from dlkernels.fusion.chain import calls_in_order
+from dlkernels.fusion.chain import SEQUENTIAL, containers, leaves, runs_in_order
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn import MLP, LinearAct, LinearReLU, MLPEnsemble, StackedLinear
 from dlkernels.nn.untouched import does_nothing, untouched
 from dlkernels.training.context import Ordinary
 
-_MLP_FORWARD = MLP.forward
+_IN_ORDER = (*SEQUENTIAL, MLP.forward)  # as they were at import
 
 
 @dataclass
 class Chain:
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-    acts: list[int]
-    slope: float | None  # of leaky_relu; None: there is none
+    """The layers, and all ``modules`` that were read for them: ``containers`` and the modules in them."""
+
+    containers: list[nn.Module]
+    modules: list[nn.Module] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    biases: list[Tensor | None] = field(default_factory=list)
+    acts: list[int] = field(default_factory=list)
+    slope: float | None = None  # of leaky_relu; None: there is none
 
 
 def has_members(target: Tensor) -> bool:
@@ -42,30 +46,22 @@ def of_one_member(members: int, x: Tensor, target: Tensor) -> tuple[Tensor, Tens
 
 def chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, Chain]:
     """Return the model's layers, and x as its first layer gets it."""
-    kind = type(model)
-    if kind is MLPEnsemble:
-        if not all(untouched(module) for module in (model, *model._modules.values()) if module is not None):
+    if type(model) is MLPEnsemble:
+        return x, _chain_of_ensemble(model)
+    if not runs_in_order(model, _IN_ORDER):
+        if isinstance(model, nn.Sequential) and not untouched(model):
             raise Ordinary("the model has a hook, or its forward was replaced or compiled")
-        chain = Chain([], [], [], None)
-        for layer in model._modules.values():
-            if type(layer) is not StackedLinear:
-                raise Ordinary(f"the ensemble has a {type(layer).__name__} among its layers")
-            _add(chain, layer.weight, layer.bias)
-            _set_activation(chain, str(model.activation), 0.01)
-        _set_activation(chain, "none", 0.01)
-        return x, chain
-    if not (isinstance(model, nn.Sequential) and (calls_in_order(kind) or calls_in_order(kind, _MLP_FORWARD))):
-        raise Ordinary(f"the model is a {kind.__name__}, not an nn.Sequential or MLP")
-    if not untouched(model):
-        raise Ordinary("the model has a hook, or its forward was replaced or compiled")
-    chain = Chain([], [], [], None)
+        raise Ordinary(f"the model is a {type(model).__name__}, not an nn.Sequential or MLP")
+    chain = Chain([model])
     ready = False  # the last layer of the chain can take an activation
-    for module in model._modules.values():
+    chain.containers += containers(model, _IN_ORDER)
+    for module, _ in leaves(model, (model,), _IN_ORDER):
         if module is None:
             raise Ordinary("the model has a None among its modules")
-        if not untouched(module):
-            raise Ordinary(f"a {type(module).__name__} has a hook, or its forward was replaced or compiled")
         kind = type(module)
+        if not untouched(module):
+            raise Ordinary(f"a {kind.__name__} has a hook, or its forward was replaced or compiled")
+        chain.modules.append(module)
         if does_nothing(module):
             continue
         if isinstance(module, nn.Flatten) and not chain.weights and _is_flatten_of_samples(module, x):
@@ -89,6 +85,20 @@ def chain_of(model: nn.Module, x: Tensor) -> tuple[Tensor, Chain]:
     if not chain.weights:
         raise Ordinary("the model has no linear layer")
     return x, chain
+
+
+def _chain_of_ensemble(model: MLPEnsemble) -> Chain:
+    chain = Chain([model])
+    for layer in model._modules.values():
+        if type(layer) is not StackedLinear:
+            raise Ordinary(f"the ensemble has a {type(layer).__name__} among its layers")
+        chain.modules.append(layer)
+        _add(chain, layer.weight, layer.bias)
+        _set_activation(chain, str(model.activation), 0.01)
+    if not all(map(untouched, (model, *chain.modules))):
+        raise Ordinary("the model has a hook, or its forward was replaced or compiled")
+    _set_activation(chain, "none", 0.01)
+    return chain
 
 
 def _is_flatten_of_samples(module: nn.Flatten, x: Tensor) -> bool:

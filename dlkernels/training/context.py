@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils import _python_dispatch
 
 from dlkernels._ops.losses import DEVICES
 from dlkernels._ops.modes import are_plain, autocast_active, under_transform
@@ -32,6 +33,8 @@ def unusual_context(x: Any) -> str:
         return "gradients are disabled"
     if _has_any_global_hook() or torch._C._len_torch_function_stack() or torch.is_anomaly_enabled():
         return "there is a global module hook, a TorchFunctionMode, or anomaly detection"
+    if _python_dispatch._is_in_non_infra_torch_dispatch_mode:
+        return "a TorchDispatchMode sees the operators of the calls"
     if torch._C._autograd._top_saved_tensors_default_hooks(False):
         return "there are hooks for saved tensors"
     if isinstance(x, Tensor) and autocast_active(x):

@@ -12,10 +12,11 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from dlkernels import _C
 from dlkernels.fusion.reading import CALLED
-from dlkernels.nn import MLP, LinearAct, LinearReLU, MLPEnsemble, StackedLinear
-from dlkernels.training.chain import chain_of, of_one_member
+from dlkernels.nn import LinearAct, LinearReLU, MLPEnsemble, StackedLinear
+from dlkernels.training.chain import Chain, chain_of, of_one_member
 from dlkernels.training.context import Ordinary, check_parameters, check_tensors
-from dlkernels.training.loss import OUR_LOSS_MODULES, OUR_LOSSES, loss_of
+from dlkernels.training.exact import check_exact
+from dlkernels.training.loss import OUR_LOSS_MODULES, loss_of
 from dlkernels.training.update import NUMBERS, add_groups
 
 # Modules whose part in a chain follows from their ``__dict__`` and the dicts in it.
@@ -52,26 +53,27 @@ class Made:
     """A plan, and the objects that were read for it."""
 
     plan: _C.StepPlan
-    model: nn.Module
+    chain: Chain
     loss: Any
     optimizer: optim.Optimizer
     states: list[dict[str, Any]]
 
     def expect_all(self) -> bool:
         """Tell the plan what must stay as it is. Return False if its expectations cannot cover all that was read."""
-        modules = [self.model, *self.model._modules.values()]
-        if not all(type(module) in _READ_FROM_DICT for module in modules[1:]):
+        plan, chain = self.plan, self.chain
+        if not all(type(module) in _READ_FROM_DICT for module in chain.modules):
             return False  # its rule may read anything
-        plan, kind = self.plan, type(self.model)
-        kind = kind.__dict__.get("_fused_from", kind)
-        for name in ("forward", "__iter__", *CALLED):
-            if hasattr(kind, name):
-                plan.expect_attribute(kind, name, getattr(kind, name))
-        for holder, name, value in _run_by(self.model, self.loss):
+        for kind in {type(container) for container in chain.containers}:
+            kind = kind.__dict__.get("_fused_from", kind)
+            for name in ("forward", "__iter__", *CALLED):
+                if hasattr(kind, name):
+                    plan.expect_attribute(kind, name, getattr(kind, name))
+        for holder, name, value in _run_by(chain, self.loss):
             plan.expect_attribute(holder, name, value)
         for name in ("step", "zero_grad"):
             plan.expect_attribute(type(self.optimizer), name, getattr(type(self.optimizer), name))
-        for owner in (*modules, *([self.loss] if isinstance(self.loss, nn.Module) else ()), self.optimizer):
+        loss = [self.loss] if isinstance(self.loss, nn.Module) else []
+        for owner in (*chain.containers, *chain.modules, *loss, self.optimizer):
             plan.expect_class(owner)
             plan.expect_dict(owner.__dict__, ())
             for value in owner.__dict__.values():
@@ -88,21 +90,17 @@ class Made:
         return True
 
 
-def check_exact(model: nn.Module, loss: Any, optimizer: optim.Optimizer) -> None:
-    if type(model) is not MLP or model._chain() is None:
-        raise Ordinary("the model does not run as one chain of our layers")
-    if type(loss) not in OUR_LOSS_MODULES and loss not in OUR_LOSSES:
-        raise Ordinary("the loss is none of ours")
-    if not all(group.get("fused") is True for group in optimizer.param_groups):
-        raise Ordinary("the optimizer is not fused")
-
-
-def make_plan(model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor, target: Tensor) -> Made:
+def make_plan(
+    model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor, target: Tensor, exact: bool = False
+) -> Made:
+    """Return the plan; raise ``Ordinary`` if there is none, or, with ``exact``, if it may have other bits."""
     check_tensors(x, target)
-    for holder, name, value in _run_by(model, loss):
+    rows, chain = chain_of(model, x)
+    if exact:
+        check_exact(model, chain, loss, optimizer, x)
+    for holder, name, value in _run_by(chain, loss):
         if getattr(holder, name) is not value:
             raise Ordinary(f"{holder.__name__}.{name} was replaced")
-    rows, chain = chain_of(model, x)
     parameters = [t for t in (*chain.weights, *chain.biases) if t is not None]
     if rows.dtype != parameters[0].dtype or rows.device != parameters[0].device:
         raise Ordinary("input and parameters differ in dtype or device")
@@ -131,10 +129,10 @@ def make_plan(model: nn.Module, loss: Any, optimizer: optim.Optimizer, x: Tensor
     )
     states = add_groups(plan, optimizer, [p for p in parameters if p.requires_grad])
     plan.clear_gradients_of([p for group in optimizer.param_groups for p in group["params"]])
-    return Made(plan, model, loss, optimizer, states)
+    return Made(plan, chain, loss, optimizer, states)
 
 
-def _run_by(model: nn.Module, loss: Any) -> list[tuple[Any, str, Any]]:
+def _run_by(chain: Chain, loss: Any) -> list[tuple[Any, str, Any]]:
     """Return what the calls run, as it was at import: the holder, the name, and the value there."""
-    kinds = {type(module) for module in (*model._modules.values(), loss)}
+    kinds = {type(module) for module in (*chain.modules, loss)}
     return [entry for kind in kinds for entry in _RUN_BY.get(kind, ())]

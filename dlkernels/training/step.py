@@ -12,7 +12,7 @@ from dlkernels import _C
 from dlkernels.nn import MLPEnsemble
 from dlkernels.training.chain import has_members
 from dlkernels.training.context import Ordinary, unusual_context
-from dlkernels.training.plan import check_exact, make_plan
+from dlkernels.training.plan import make_plan
 
 
 def training_step(
@@ -64,15 +64,18 @@ def training_step(
     Args:
         model: an :class:`dlkernels.nn.MLP` or :class:`dlkernels.nn.MLPEnsemble`, or an ``nn.Sequential`` (fused or
             not) of linear layers and activations that have kernels; ``nn.Identity``, ``nn.Flatten`` before the first
-            layer and inactive dropout may be among them. It may be any module: see above.
+            layer and inactive dropout may be among them, and all of them may lie in inner Sequentials and MLPs. It may
+            be any module: see above.
         loss: a module or function of (output, target): ``nn.MSELoss`` and ``nn.CrossEntropyLoss`` of torch or
             dlkernels, or ``mse_loss`` and ``cross_entropy`` of ``torch.nn.functional`` or ``dlkernels.losses``. Or any
             callable.
         optimizer: of the parameters of ``model``.
         keep_grads: leave each parameter's gradient in ``.grad``, as the calls do. Otherwise ``.grad`` is None after a
-            step, and the gradients take no memory between steps.
-        exact: take a step only where all its results have the bits of the calls: for an ``MLP``, a loss of
-            ``dlkernels.losses`` and an optimizer with ``fused=True``. torch's layers and losses round in another order.
+            step, and the gradients take no memory between steps. Within a step they do: those of all layers, or, on the
+            CPU in networks with more than 8 MiB of weights, those of one layer at a time.
+        exact: take a step only where all its results have the bits of the calls: for an ``MLP`` or a Sequential that
+            ``fuse`` made one chain, a loss of ``dlkernels.losses`` and an optimizer with ``fused=True``. torch's layers
+            and losses, and its optimizers without ``fused=True``, round in another order.
 
     Returns:
         A :class:`TrainingStep`. Its call returns the loss, detached; of an ensemble ``[members]``.
@@ -138,9 +141,7 @@ class TrainingStep:
         if why:
             return None
         try:
-            if self.exact:
-                check_exact(model, loss, optimizer)
-            made = make_plan(model, loss, optimizer, x, target)
+            made = make_plan(model, loss, optimizer, x, target, self.exact)
             values = made.plan.run(model, loss, optimizer, x, target, self.keep_grads, only_finite)
             if values is None:
                 raise Ordinary("a setting of the optimizer is no number")

@@ -94,7 +94,7 @@ def test_the_largest_headers_of_torch_are_included_once():
 LAYERS = {
     "dlkernels._C": 0, "dlkernels._version": 0, "dlkernels._load": 0, "dlkernels.atomic": 0,
     "dlkernels.testing": 0, "dlkernels.choices": 0, "dlkernels.extras": 0, "dlkernels._entry": 0,
-    "dlkernels._errors": 0, "dlkernels._circumstances": 0, "dlkernels._gpus": 0, "dlkernels.route_table": 0,
+    "dlkernels._errors": 0, "dlkernels._one_call": 0, "dlkernels._circumstances": 0, "dlkernels._gpus": 0, "dlkernels.route_table": 0,
     "dlkernels._ops": 1, "dlkernels.routing": 1,
     "dlkernels.losses": 2,
     "dlkernels.explanation": 2, "dlkernels._decisions": 2,
@@ -159,7 +159,7 @@ def test_only_ops_touches_the_operators(module):
 @pytest.mark.parametrize(("package", "others"), [("trainer", ("data",)), ("data", ())])
 def test_trainer_and_data_know_nothing_of_operators(package, others):
     """They work with any module and any loss: beside themselves they import modules that need no torch."""
-    allowed = (package, *others, "_circumstances", "_errors", "atomic", "choices", "extras")
+    allowed = (package, *others, "_circumstances", "_errors", "_one_call", "atomic", "choices", "extras")
     for module, path in MODULES.items():
         if f"{module}.".startswith(f"dlkernels.{package}."):
             for imported in imports(path):

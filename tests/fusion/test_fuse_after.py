@@ -142,6 +142,17 @@ def test_autocast(cls):
     torch.testing.assert_close(y, expected)
 
 
+def test_a_container_without_modules_is_filled():
+    """The decision that is remembered for a chain rests on it too."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 8), nn.Sequential()).double()
+    fuse(model)
+    x = torch.linspace(-1, 1, 40).view(5, 8).double()
+    for _ in range(2):
+        y = model(x)
+    model[3].append(nn.Tanh())
+    torch.testing.assert_close(model(x), y.tanh())
+
+
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import dlkernels
 from dlkernels import losses
 from dlkernels.nn import MLP, MLPEnsemble
 from dlkernels.training import training_step
-from tests.nn.test_training_step import LOSSES, OPTIMIZERS
+from tests.nn.training_steps import LOSSES, OPTIMIZERS
 
 
 @pytest.fixture(autouse=True)

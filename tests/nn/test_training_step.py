@@ -13,51 +13,9 @@ from torch.nn import functional as F
 import dlkernels
 from dlkernels import losses
 from dlkernels.nn import MLP, LinearAct
-from dlkernels.testing import STOCK
 from dlkernels.training import training_step
-from tests.nn.training_steps import OPTIMIZERS, REASONS, assert_same, batches, by_calls, trained_both_ways
+from tests.nn.training_steps import LOSSES, OPTIMIZERS, REASONS, assert_same, batches, by_calls, trained_both_ways
 from tests.support.ids import without_address
-
-LOSSES = {
-    "mse": losses.MSELoss(),
-    "mse sum": losses.MSELoss(reduction="sum"),
-    "cross entropy": losses.CrossEntropyLoss(label_smoothing=0.1),
-    "weighted": losses.CrossEntropyLoss(
-        weight=torch.tensor([0.5, 9.0, 1.0, 9.0, 2.0])[::2], ignore_index=1, reduction="sum"
-    ),
-}
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_thousand_steps(optimizer, loss):
-    steps = 50 if "maximize" in optimizer else 1000  # the weights grow
-    trained_both_ways(MLP([5, 6, 3], "tanh"), LOSSES[loss], OPTIMIZERS[optimizer], steps)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("activation", STOCK)
-def test_activations_and_dtypes(activation, dtype):
-    model = MLP([5, 6, 4, 3], activation, dtype=dtype)
-    trained_both_ways(model, losses.MSELoss(), OPTIMIZERS["adam"], 30, dtype)
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_stock_model_and_optimizer(optimizer):
-    """torch's layers, losses and unfused optimizers round in another order: in float64 the difference is tiny."""
-    layers = nn.Linear(5, 6), nn.GELU(), nn.Dropout(0.0), nn.Linear(6, 3, bias=False)
-    model = nn.Sequential(nn.Flatten(), *layers).double()
-    other = copy.deepcopy(model)
-    make = OPTIMIZERS[optimizer]
-    mine, its = make(model.parameters()), make(other.parameters())
-    step = training_step(model, F.mse_loss, mine)
-    for x, target in batches(nn.MSELoss(), 50, torch.float64):
-        value = step(x, target)
-        torch.testing.assert_close(value, by_calls(other, F.mse_loss, its, x, target), rtol=1e-11, atol=1e-12)
-    assert not step.why
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_checkpoint_and_other_way():
@@ -142,11 +100,6 @@ def test_another_parameter_of_the_optimizer():
 def test_fused_model():
     model = dlkernels.fuse(nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 3), nn.Sigmoid()))
     trained_both_ways(model, losses.MSELoss(), OPTIMIZERS["momentum"], 5)
-
-
-@pytest.mark.parametrize("activation", STOCK)
-def test_a_thousand_steps_of_each_activation(activation):
-    trained_both_ways(MLP([5, 9, 8, 3], activation), losses.MSELoss(), OPTIMIZERS["adamw"], 1000)
 
 
 def test_a_rate_that_is_a_tensor():

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn, optim
 
+from dlkernels import losses
 from dlkernels.training import training_step
 
 OPTIMIZERS = {
@@ -20,6 +21,15 @@ OPTIMIZERS = {
     "adamw maximize": partial(optim.AdamW, lr=0.001, maximize=True),
     "adamw amsgrad": partial(optim.AdamW, lr=0.003, betas=(0.4, 0.99), amsgrad=True, weight_decay=0.01),
     "nesterov decay": partial(optim.SGD, lr=0.01, momentum=0.8, nesterov=True, weight_decay=0.05),
+}
+
+LOSSES = {
+    "mse": losses.MSELoss(),
+    "mse sum": losses.MSELoss(reduction="sum"),
+    "cross entropy": losses.CrossEntropyLoss(label_smoothing=0.1),
+    "weighted": losses.CrossEntropyLoss(
+        weight=torch.tensor([0.5, 9.0, 1.0, 9.0, 2.0])[::2], ignore_index=1, reduction="sum"
+    ),
 }
 
 

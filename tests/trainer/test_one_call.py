@@ -1,11 +1,16 @@
 """The trainer takes a step in one call where that has the bits of the separate calls, and only there."""
 
 import copy
+import logging
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+import dlkernels
 from dlkernels import losses
 from dlkernels.nn import MLP
 from dlkernels.trainer import Callback, NonFiniteLoss, Trainer, adam, schedule, sgd
@@ -79,28 +84,127 @@ def test_checkpoint_of_the_other_way(taken, monkeypatch, tmp_path):
     assert_same(whole, third)
 
 
+def test_where_nobody_has_imported_training_step():
+    program = """
+import torch
+from dlkernels import losses
+from dlkernels.nn import MLP
+from dlkernels.trainer import Trainer, adam
+
+model = MLP([5, 6, 3])
+data = [(torch.randn(4, 5), torch.randn(4, 3))] * 3
+trainer = Trainer(model, losses.MSELoss(), adam(model.parameters()), data, progress="silent")
+trainer.fit(1)
+assert not trainer.why_separate_calls, trainer.why_separate_calls
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def stock():
+    torch.manual_seed(0)
+    hidden = nn.Sequential(nn.Linear(64, 48), nn.SiLU())
+    return nn.Sequential(nn.Identity(), hidden, nn.Linear(48, 32), nn.GELU(), nn.Dropout(0.0), nn.Linear(32, 10))
+
+
+def cut():
+    """A Sequential that fuse leaves in two parts."""
+    model = dlkernels.fuse(nn.Sequential(nn.Linear(64, 48), nn.SiLU(), nn.Linear(48, 32), nn.Linear(32, 10)))
+    assert "_fused_plan" in vars(type(model))
+    return model
+
+
+def test_fused_sequential(taken, monkeypatch):
+    one = trainer(model=dlkernels.fuse(stock()))
+    one.fit(3)
+    assert taken == [False] + [True] * (3 * UPDATES - 1)
+    assert_same(one, fit_by_calls(monkeypatch, trainer(model=dlkernels.fuse(stock())), 3))
+
+
+def test_a_fused_sequential_that_gets_its_class_back(taken, monkeypatch):
+    one, other = (trainer(model=dlkernels.fuse(stock())) for _ in range(2))
+    for model in (one.model, other.model):
+        fit = one.fit if model is one.model else lambda epochs: fit_by_calls(monkeypatch, other, epochs)
+        fit(1)
+        dlkernels.unfuse(model)
+        fit(2)
+    assert taken == [False] + [True] * (UPDATES - 1) + [False] * UPDATES
+    assert_same(one, other)
+
+
 def unfused(parameters, lr):
     return torch.optim.Adam(parameters, lr=lr)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss": nn.CrossEntropyLoss()},
-        {"optimizer": unfused},
-        {"model": nn.Sequential(nn.Linear(64, 10))},
-        {"accumulate": 2},
-        {"clip_norm": 1.0},
-        {"autocast": torch.bfloat16},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_where_the_bits_would_differ(taken, monkeypatch, options):
-    """These run as without training_step."""
+ROUNDED = {
+    "torch's loss": ({"loss": nn.CrossEntropyLoss()}, "loss"),
+    "torch's function": ({"loss": F.cross_entropy}, "loss"),
+    "optimizer": ({"optimizer": unfused}, "not fused"),
+    "stock layers": ({"model": stock()}, "layers"),
+    "two chains": ({"model": cut()}, "layers"),
+    "all of them": ({"model": stock(), "loss": nn.CrossEntropyLoss(), "optimizer": unfused}, "layers"),
+}
+
+
+@pytest.mark.parametrize(("options", "why"), ROUNDED.values(), ids=ROUNDED)
+def test_where_the_rounding_differs(taken, monkeypatch, options, why):
+    """These steps are one call only on demand, and then the same but for the rounding."""
     one = trainer(**copy.deepcopy(options))
     one.fit(2)
     assert not any(taken)
+    assert why in one.why_separate_calls
+    assert_same(one, fit_by_calls(monkeypatch, trainer(**copy.deepcopy(options)), 2))
+    taken.clear()
+    model = (options.get("model") or MLP([64, 48, 32, 10], "silu")).double()
+    data = [(x.double(), y) for x, y in batches()]
+    runs = [
+        trainer(**{**options, "model": copy.deepcopy(model)}, data=data, one_call=rounding)
+        for rounding in ("rounded", "never")
+    ]
+    runs[0].fit(2)
+    assert taken == [False] + [True] * (2 * UPDATES - 1)
+    assert not runs[0].why_separate_calls
+    runs[1].fit(2)
+    assert len(taken) == 2 * UPDATES and "'never'" in runs[1].why_separate_calls
+    for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"accumulate": 2}, "accumulated"),
+        ({"clip_norm": 1.0}, "clipped"),
+        ({"autocast": torch.bfloat16}, "autocast"),
+        ({"scaler": torch.amp.GradScaler("cpu", enabled=False)}, "scaled"),
+        ({"compile": {"backend": "eager"}}, "compiled"),
+    ],
+    ids=lambda options: next(iter(options)) if isinstance(options, dict) else "",
+)
+@pytest.mark.parametrize("rounding", ["exact", "rounded"])
+def test_what_the_trainer_does_between_the_calls(taken, monkeypatch, options, why, rounding):
+    """These run as without training_step."""
+    one = trainer(**copy.deepcopy(options), one_call=rounding)
+    one.fit(2)
+    assert not any(taken)
+    assert why in one.why_separate_calls
     assert_same(one, fit_by_calls(monkeypatch, trainer(**options), 2))
+
+
+def test_the_reason_is_logged_once(caplog):
+    with caplog.at_level(logging.INFO, logger="dlkernels.trainer"):
+        trainer().fit(3)  # the first step of Adam is no reason
+        assert not caplog.records
+        for _ in range(2):
+            trainer(loss=nn.CrossEntropyLoss(), name="mine").fit(2)
+        trainer(loss=nn.CrossEntropyLoss(), one_call="never").fit(2)
+    assert [r.getMessage() for r in caplog.records] == 2 * [
+        "mine: steps run by separate calls: the loss is none of dlkernels.losses, so it rounds in another order"
+    ]
+
+
+def test_unknown_rounding():
+    with pytest.raises(ValueError, match="one_call 'exact', 'rounded' or 'never'; got True"):
+        trainer(one_call=True)
 
 
 def test_nan_changes_nothing(taken):
