@@ -94,7 +94,8 @@ def test_the_largest_headers_of_torch_are_included_once():
 LAYERS = {
     "dlkernels._C": 0, "dlkernels._version": 0, "dlkernels._load": 0, "dlkernels.atomic": 0,
     "dlkernels.testing": 0, "dlkernels.choices": 0, "dlkernels.extras": 0, "dlkernels._entry": 0,
-    "dlkernels._errors": 0, "dlkernels._one_call": 0, "dlkernels._circumstances": 0, "dlkernels._gpus": 0, "dlkernels.route_table": 0,
+    "dlkernels._errors": 0, "dlkernels._one_call": 0, "dlkernels._circumstances": 0, "dlkernels._gpus": 0,
+    "dlkernels.route_table": 0,
     "dlkernels._ops": 1, "dlkernels.routing": 1,
     "dlkernels.losses": 2,
     "dlkernels.explanation": 2, "dlkernels._decisions": 2,
