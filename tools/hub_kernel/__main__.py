@@ -25,7 +25,10 @@ from _build.plan import free_memory_gib, job_count, usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME, VERSION, LICENSE = "dlkernels", 1, "bsd-3-clause"
-OPERATORS = ("activations", "autocast", "derivatives", "linear_act", "linear_glu", "masks", "modes", "sharding")
+OPERATORS = (
+    *("activations", "autocast", "derivatives", "in_torch", "linear_act", "linear_glu", "masks", "mlp_transform"),
+    *("modes", "sharding"),
+)
 
 BUILD_TOML = """\
 # Written by tools/hub_kernel.
