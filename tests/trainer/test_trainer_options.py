@@ -252,7 +252,7 @@ def test_a_callback_can_stop_within_an_epoch(tmp_path, caplog, progress, level):
     caplog.set_level("INFO", "dlkernels")
     trainer.fit(3)
     assert (trainer.epoch, trainer.batch) == (1, 2)
-    [record] = caplog.records
+    [record] = [one for one in caplog.records if one.name == "dlkernels.trainer.loop"]
     assert record.getMessage() == "train stopped after 1 epochs and 2 batches: seven is enough"
     assert record.levelname == level
     second = make()
