@@ -76,15 +76,16 @@ def test_stock_layers_losses_and_unfused_optimizers(number, loss):
     make = [*OPTIMIZERS.values()][number]
     model = stock([*STOCK][number % len(STOCK)])
     data = [*batches(nn.MSELoss() if loss is F.mse_loss else None, STEPS)]
+    starts = [copy.deepcopy(model), *others(model)]
     exact = trained(model, loss, make, data, torch.float64)
-    its = [trained(start, loss, make, data, torch.float32) for start in (model, *others(model))]
     optimizer = make(model.parameters())
     step = training_step(model, loss, optimizer)
     for count, (x, target) in enumerate(data):
         step(x, target)
         assert not step.why or (count == 0 and "first step" in step.why)
-    allowed = 2 * max(distance(weights, exact) for weights in its)
-    assert distance(weights_of(model), exact) <= allowed
+    mine = distance(weights_of(model), exact)
+    its = (distance(trained(start, loss, make, data, torch.float32), exact) for start in starts)
+    assert any(mine <= 2 * error for error in its)  # most are within the first run's, and the others need not run
 
 
 def others(model):
