@@ -24,6 +24,7 @@ NEEDS = {
     "llama": ["transformers"],
     "mnist_mlp": [],
     "mnist_practice": [],
+    "one_call": ["sklearn"],
     "resnet": ["sklearn"],
     "self_supervised": ["sklearn"],
     "seq2seq": [],

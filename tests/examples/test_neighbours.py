@@ -93,6 +93,18 @@ def test_stable_baselines3_ends_in_stock_s_weights(examples):
     assert torch.dist(stock, fused) < 1e-4 * torch.dist(stock, begun)
 
 
+def test_one_call(run, capsys):
+    """Folds trained by separate calls, by one call each, and by one call for all end alike."""
+    outcome = run("one_call")
+    printed = capsys.readouterr().out
+    separate = outcome.results["separate calls"]
+    assert separate > 0.3  # R²
+    for way in ("training_step", "MLPEnsemble"):
+        assert abs(outcome.results[way] - separate) <= 1e-4
+        assert f"{way}: {outcome.ratio(way)}\n" in printed
+    assert outcome.results["training_step"] == pytest.approx(outcome.results["MLPEnsemble"], abs=1e-6)
+
+
 def test_torch_benchmark(run, capsys):
     outcomes = run("with_torch_benchmark")
     printed = capsys.readouterr().out
@@ -147,7 +159,9 @@ def test_the_interval_has_the_median_in_19_of_20_cases(examples, count):
 
 def test_the_table_of_this_machine_has_what_the_examples_print(examples):
     table, ratio = examples("table"), examples("verdict").Ratio
-    assert {"mnist_mlp", "mnist_practice", "gpt", "with_skorch", "with_torch_benchmark"} <= set(table.names())
+    assert {"mnist_mlp", "mnist_practice", "gpt", "one_call", "with_skorch", "with_torch_benchmark"} <= set(
+        table.names()
+    )
     assert table.row("gpt", str(ratio(1.5, 1.4, 1.6))) == "| `gpt.py` | 1.50 (1.40 to 1.60) | fusing pays |"
     several = "\n".join(str(ratio(*each)) for each in ((1.2, 1.1, 1.3), (0.7, 0.6, 0.8), (1.0, 0.9, 1.1)))
     assert table.row("adam", several) == (
