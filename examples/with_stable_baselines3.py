@@ -8,6 +8,7 @@ python examples/with_stable_baselines3.py [--small]
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 
 from beside import Beside, Prepare, beside
@@ -34,7 +35,11 @@ def train(prepare: Prepare, steps: int, seed: int) -> float:
 
 def main() -> Beside:
     args = options(__doc__)
-    return beside(partial(train, steps=ROLLOUT if args.small else 50_000, seed=args.seed), seed=args.seed)
+    steps = ROLLOUT if args.small else 50_000
+    outcome = beside(partial(train, steps=steps, seed=args.seed), seed=args.seed)
+    stock, fused = (statistics.median(side.seconds) / steps * 1e5 for side in (outcome.stock, outcome.fused))
+    print(f"seconds per 100,000 steps, with the evaluation at the end: stock {stock:.1f}, fused {fused:.1f}")
+    return outcome
 
 
 if __name__ == "__main__":
