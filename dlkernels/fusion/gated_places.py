@@ -30,6 +30,7 @@ from dlkernels.fusion.syntax import (
     Scope,
     activation_call,
     ancestors,
+    deletes,
     further,
     in_scope,
     is_stable,
@@ -192,6 +193,8 @@ class _Names:
 
     def _is_spent(self, name: str, n: int, reads: int) -> bool:
         """Return True if the value from the statement ``n`` is read so often, and not after the product's statement."""
+        if deletes(self.function, name):
+            return False  # a gated layer that runs leaves the name without a value
         last = self.block[self.at]
         end = next((k for k in range(n + 1, self.at + 1) if name in targets(self.block[k])), None)
         inside = self.block[n + 1 : (self.at if end is None else end) + 1]

@@ -100,11 +100,11 @@ def observe(model: nn.Module, example_inputs: Any, timed: Times) -> Events:
         known = activation_of(act, args, kwargs)
         if isinstance(decision, Chain):
             layers = [stage.called for stage in stages[decision.first : decision.last + 1] if is_linear(stage.called)]
-            shapes = [(tuple(weight.shape), name) for weight, _, name, _ in decision.layers]
+            shapes = [(tuple(weight.shape), bias is None, name) for weight, bias, name, _ in decision.layers]
             how = partial(_gain_of_chain, owner, stages, decision, x, kept)
         else:
             layers = [linear]
-            shapes = [] if isinstance(decision, str) else [(tuple(decision[0].shape), decision[2])]
+            shapes = [] if isinstance(decision, str) else [(tuple(decision[0].shape), decision[1] is None, decision[2])]
             how = partial(_gain, owner, linear, act, x, args, kwargs, ways)
         gain, inference = None, None
         if not isinstance(decision, str):
@@ -182,9 +182,11 @@ def _measured(
 ) -> tuple[Gain, Gain | None]:
     """Return the gain of a step, which is forward and backward, and that of forward alone.
 
-    If no parameter requires a gradient, a step is forward alone, and the second is None.
+    If no parameter requires a gradient, or the place runs in inference mode, a step is forward alone, and the second is
+    None.
     """
-    parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    recorded = not x.is_inference() and not torch.is_inference_mode_enabled()  # by autograd
+    parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad and recorded]
     leaf = x.detach().requires_grad_(bool(parameters))
 
     def step(way: Callable[[Tensor], Tensor]) -> None:

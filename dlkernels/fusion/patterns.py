@@ -35,6 +35,7 @@ from dlkernels.fusion.syntax import (
     ancestors,
     applied_to,
     arguments,
+    deletes,
     further,
     in_scope,
     loads,
@@ -223,7 +224,8 @@ def _unnamed(inner: ast.expr, around: Sequence[ast.AST], function: FunctionNode)
     followed = not any(type(n).__name__ in ("With", "AsyncWith", "Try", "TryStar") for n in around)
     overwritten = followed and isinstance(statement, ast.stmt) and target_of(statement) == name
     unread = loads(function, name) == inside or (overwritten and loads(statement, name) == inside)
-    return inner.value if unread and not in_scope(function, name) else inner
+    plain = not in_scope(function, name) and not deletes(function, name)
+    return inner.value if unread and plain else inner
 
 
 def _is_chain(loop: ast.For, function: FunctionNode) -> bool:

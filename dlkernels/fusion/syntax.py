@@ -54,6 +54,11 @@ def stored(node: ast.AST) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
 
 
+def deletes(node: ast.AST, name: str) -> bool:
+    """Return True if there is a ``del name``, which needs the name to have a value."""
+    return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Del) for n in ast.walk(node))
+
+
 def loads(node: ast.AST, name: str) -> int:
     count = 0
     for n in ast.walk(node):

@@ -243,6 +243,33 @@ def norm_between(self, x):
     return self.down(self.norm(self.act(self.gate(x))) * self.up(x))
 
 
+@refused
+def deleted_halves(self, x):
+    h = self.packed(x)
+    a, b = h.chunk(2, dim=-1)
+    y = F.silu(a) * b
+    del h, a, b
+    return y
+
+
+@refused
+def deleted_preactivations(self, x):
+    g = F.silu(self.gate(x))
+    u = self.up(x)
+    y = g * u
+    del g, u
+    return y
+
+
+@refused
+def deleted_under_a_condition(self, x):
+    g = self.gate(x)
+    y = F.silu(g) * self.up(x)
+    if self.training:
+        del g
+    return y
+
+
 REFUSED["another_chunk"].chunk = staticmethod(lambda h, n, dim: (h[:, 1:9], h[:, 7:15]))
 
 
@@ -407,6 +434,7 @@ NOT_IN_THE_GRAPH = [
     for name in REFUSED
     # In the graph the branches are taken, the effects are gone and a method is followed: these are gated layers there.
     if name not in ("statement_between", "effect_before_the_activation", "one_branch", "input_changed_between")
+    and not name.startswith("deleted")
 ]
 
 

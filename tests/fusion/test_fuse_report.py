@@ -447,6 +447,21 @@ def test_a_gain_is_measured_on_example_inputs():
         fuse(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), min_gain=0.97)
 
 
+def test_a_place_in_inference_mode_is_measured_without_backward():
+    class Decides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 8)
+
+        @torch.inference_mode()
+        def forward(self, x):
+            return torch.relu(self.fc(x))
+
+    model = nn.Sequential(Decides(), nn.Linear(8, 8), nn.ReLU())
+    sites = report(fuse(model, example_inputs=torch.randn(4, 6), min_gain=0)).fused
+    assert sites and all(site.gain > 0 and site.inference is None for site in sites)
+
+
 def site(status="fused", gain=None, **more):
     return Site("0", "relu", "Sequential", status, gain=gain, **more)
 

@@ -23,6 +23,14 @@ class SecondName(Guarded):
 
 
 @twist()
+class DeletedName(Guarded):
+    def forward(self, x):
+        y = self.act(h := self.fc(x))
+        del h
+        return y
+
+
+@twist()
 class OverwrittenInPlace(Guarded):
     def forward(self, x):
         h = self.fc(x)
