@@ -42,7 +42,7 @@ def row(name: str, output: str) -> str:
     found = [comparison.groupdict() for comparison in COMPARISON.finditer(output)]
     if not found:
         return f"| `{name}.py` | | {output.strip().splitlines()[-1] if output.strip() else 'no output'} |"
-    medians = sorted(comparison["median"] for comparison in found)
+    medians = sorted((comparison["median"] for comparison in found), key=float)
     span = "{median} ({low} to {high})".format(**found[0]) if len(found) == 1 else f"{medians[0]} to {medians[-1]}"
     said = Counter(comparison["says"] for comparison in found)
     counts = [f"{verdict} ({count} of {len(found)})" for verdict, count in said.items()]

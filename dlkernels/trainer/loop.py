@@ -359,7 +359,7 @@ class Trainer:
         step = self._step
         reasons = {
             "several processes train together": self.ranks.world_size > 1,
-            "the model is compiled": self._run is not self.model,
+            "the model is compiled or wrapped": self._run is not self.model,
             "autocast is on": self.autocast is not None,
             "the loss is scaled": step.scaler is not None,
             "the gradients are clipped": step.clip_norm is not None,

@@ -124,9 +124,13 @@ class TrainingStep:
     def attempt(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
         """Train on one batch only if it can be done in one call. Return the loss and the model's output, detached.
 
-        If it cannot, nothing is done, ``why`` says why, and the result is None. On the CPU nothing is updated if the
+        If it cannot, nothing is done, ``why`` says why, and the result is None. So it is with an ensemble, whose one
+        call has a loss for each member, and not the loss of the separate calls. On the CPU nothing is updated if the
         loss is NaN or infinite.
         """
+        if isinstance(self.model, MLPEnsemble):
+            self.why = "the one call of an ensemble has a loss for each member"
+            return None
         return self._attempt(x, target, True)
 
     def _attempt(self, x: Tensor, target: Tensor, only_finite: bool) -> tuple[Tensor, Tensor] | None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import dlkernels
 from dlkernels import losses
-from dlkernels.nn import MLP
+from dlkernels.nn import MLP, MLPEnsemble
 from dlkernels.trainer import Callback, NonFiniteLoss, Trainer, adam, schedule, sgd
 from dlkernels.training import TrainingStep
 from tests.support.ids import without_address
@@ -200,6 +200,25 @@ def test_the_reason_is_logged_once(caplog):
     assert [r.getMessage() for r in caplog.records] == 2 * [
         "mine: steps run by separate calls: the loss is none of dlkernels.losses, so it rounds in another order"
     ]
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_an_ensemble_has_the_loss_of_the_calls(members):
+    """One call of it has a loss for each member, which is another number than that of all of them."""
+    rows, sizes = 8, [5, 9, 3]
+    torch.manual_seed(1)
+    data = [(torch.randn(members, rows, sizes[0]), torch.randn(members, rows, sizes[-1])) for _ in range(3)]
+
+    def fitted(**options):
+        torch.manual_seed(0)
+        model = MLPEnsemble(members, sizes)
+        one = Trainer(model, nn.MSELoss(), adam(model.parameters()), data, progress="silent", **options)
+        one.fit(2)
+        return one
+
+    one = fitted(one_call="rounded")
+    assert "a loss for each member" in one.why_separate_calls
+    assert_same(one, fitted(one_call="never"))
 
 
 def test_unknown_rounding():
