@@ -199,6 +199,7 @@ def report(model: nn.Module) -> Report:
     rows: dict[int, list[Site]] = {key: [] for key in analysis.linears}
     loose: list[tuple[Pair, Site]] = []
     halves: set[int] = set()  # layers that run in the site of the other half
+    gates: dict[int, str] = {}  # by other half that does not: the path of the gate
     chains = [chain for chain in _chains(analysis) if _runs(chain)]
     for chain in chains:
         rows[id(chain.layers[0][0])].append(_chain_site(chain, analysis, seen))
@@ -213,6 +214,8 @@ def report(model: nn.Module) -> Report:
             if shown_site.status == "fused" and pair.up is not None and _is_gated(pair, analysis):
                 halves.add(id(pair.up))
                 shown_site = replace(shown_site, up=_up_path(pair, analysis))
+            elif pair.up is not None:
+                gates[id(pair.up)] = shown_site.path
             rows[id(pair.linear)].append(shown_site)
     for key, (path, layer) in analysis.linears.items():
         events = seen.get(layer, ()) if seen is not None else ()
@@ -229,6 +232,7 @@ def report(model: nn.Module) -> Report:
             rows[key] = [_stays_stock(Site(path, "none", "", "skipped"), _slower[layer])]
         if not rows[key] and key not in halves and not in_a_chain:
             why = analysis.reasons.get(key) or "no activation takes its output"
+            why = f"the gated layer of {gates[key]} is not fused" if key in gates else why
             rows[key].append(Site(path, "", "", "skipped", why))
     unknown = () if seen is not None else (site for _, site in loose)
     return Report(

@@ -383,6 +383,13 @@ def test_sizes_that_change_later():
         model(X)
 
 
+@pytest.mark.parametrize("left_out", ["gate", "up"])
+def test_the_report_says_why_the_other_half_is_not_fused(left_out):
+    rows = {site.path: site for site in report(fuse(made(FORMS["named_preactivations"]), exclude=[left_out]))}
+    assert rows["up"].why == "the gated layer of gate is not fused"
+    assert rows["gate"].status == ("skipped" if left_out == "gate" else "fused")
+
+
 def test_functions_replaced_later(monkeypatch):
     model, stock = fuse(made(FORMS["product_of_torch"])), made(FORMS["product_of_torch"])
     assert runs(model) == 1
