@@ -89,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measure(args.epochs, args.threads)
     print(f"bare {found['bare']:.0f} µs a batch, Trainer {found['trainer']:.0f} µs: {found['ratio']:.3f} of it")
     if args.out:
-        write_json(
-            args.out, found | {"machine": machine.facts(), "versions": machine.versions(), "commit": machine.commit()}
-        )
+        write_json(args.out, found | machine.provenance())
     return 0
 
 

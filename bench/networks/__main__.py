@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -140,16 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, reason in row.get(why, {}).items():
                 print(f"{name}, {row['network']} {row['dtype']} {row['timed']}: {what}: {reason}")
     if args.out:
-        facts = {"created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "rows": rows}
-        write_json(
-            args.out,
-            {
-                **facts,
-                "versions": machine.versions(),
-                "commit": machine.commit(),
-                "machine": machine.facts(args.device),
-            },
-        )
+        write_json(args.out, {**machine.provenance(args.device), "rows": rows})
     return 0
 
 

@@ -88,7 +88,7 @@ class Site:
 
     @property
     def gains(self) -> tuple[Gain, ...]:
-        """What was measured: of forward and backward, and of forward alone."""
+        """The measured gains: that of forward and backward, and that of forward alone."""
         if self.gain is None:
             return ()
         step = Gain(self.gain, NOISE if self.noise is None else self.noise)

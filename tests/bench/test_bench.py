@@ -1,6 +1,5 @@
 """The benchmark: it times nobody whose numbers are wrong, and what it reports follows from what it timed."""
 
-import dataclasses
 import io
 import itertools
 import json
@@ -14,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-import dlkernels
-from bench import command, contenders, figures, harness, isa, machine, memory, overhead, peak, plot, trainer_loop
+from bench import command, contenders, figures, harness, isa, machine, memory, peak, plot, trainer_loop
 from bench import record as records
 from bench import run as runs
 from bench.__main__ import main, parser
@@ -562,32 +560,6 @@ def test_a_cap_is_set_for_everybody_and_recorded(monkeypatch):
     monkeypatch.setattr(isa, "os", SimpleNamespace(environ=environment))
     isa.apply("avx2")
     assert isa.in_force() == {**isa.CAPS["avx2"], "OMP_NUM_THREADS": "2"}
-
-
-def test_overhead(tmp_path, capsys):
-    assert overhead.main(["--seconds", "0.01", "--out", str(tmp_path / "overhead.json")]) == 0
-    found = json.loads((tmp_path / "overhead.json").read_text())
-    assert {"machine", "versions", "commit", "created"} < set(found)
-    rows = [(row["call"], row["timed"]) for row in found["rows"]]
-    assert rows == [(call, mode) for call in overhead.subjects() for mode in overhead.MODES]
-    for row in found["rows"]:
-        assert row["ratio"] == pytest.approx(row["dlkernels"] / row["stock"])
-        assert 0 < row["stock"] < 1e5
-    assert len(capsys.readouterr().out.splitlines()) == len(rows)
-
-
-def test_overhead_has_a_fused_place_and_our_kernels():
-    subjects = overhead.subjects()
-    assert len(dlkernels.report(subjects["a place of fuse"].models["dlkernels"]).fused) == 1
-    assert type(subjects["MLP, two layers"].models["dlkernels"]) is dlkernels.nn.MLP
-
-
-def test_overhead_refuses_wrong_results(monkeypatch):
-    right = overhead.subjects()["mse_loss"]
-    wrong = dataclasses.replace(right, calls=right.calls | {"dlkernels": lambda x: x.sum()})
-    monkeypatch.setattr(overhead, "subjects", lambda: {"mse_loss": wrong})
-    with pytest.raises(AssertionError, match="mse_loss, forward: ours and stock's differ"):
-        list(overhead.measure(seconds=0.01))
 
 
 def test_trainer_loop(monkeypatch, tmp_path, capsys):
