@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import peers
@@ -37,6 +37,39 @@ def _in_place(activation: str) -> Op | None:
 def _compiled(mode: str) -> Callable[[str], Op]:
     # Without fullgraph dynamo would silently run eager code at its limit of recompilations.
     return lambda activation: torch.compile(_stock(activation), mode=mode, fullgraph=True, dynamic=False)
+
+
+class _Frozen:
+    """torch.compile for inference: the weight is a constant, which may be packed once, in advance, for the C++ GEMM.
+
+    So a layer is compiled for each weight that it is called with.
+    """
+
+    def __init__(self, activation: str) -> None:
+        self._act = STOCK[activation]
+        self._layers: dict[tuple[int, torch.Size, torch.dtype], Callable[[Tensor], Tensor]] = {}
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        key = (weight.data_ptr(), x.shape, x.dtype)
+        if key not in self._layers:
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+            layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            options: dict[str, Any] = {"max_autotune": True, "freezing": True}
+            module = _Activated(layer, self._act)
+            self._layers[key] = torch.compile(module, options=options, fullgraph=True, dynamic=False)
+        with torch.no_grad():
+            return self._layers[key](x)
+
+
+class _Activated(nn.Module):
+    def __init__(self, layer: nn.Module, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._layer, self._act = layer, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._act(self._layer(x))
 
 
 def _addmm_activation(activation: str) -> Op | None:
@@ -79,8 +112,10 @@ def _dlkernels(activation: str) -> Op:
 OURS = "dlkernels"
 REFERENCE = "stock"
 IN_PLACE = "in-place"
-COMPILED = ("compile", "max-autotune", "max-autotune, no graphs")
-FORWARD_ONLY = ("addmm_activation", "linear_pointwise", *peers.FORWARD_ONLY)
+FROZEN = "max-autotune, frozen"
+COMPILED = ("compile", "max-autotune", "max-autotune, no graphs", FROZEN)
+FORWARD_ONLY = (FROZEN, "addmm_activation", "linear_pointwise", *peers.FORWARD_ONLY)
+HOT_ONLY = (FROZEN,)  # in the cold column every set of inputs has a weight of its own, which would be compiled
 
 _MAKERS: dict[str, Callable[[str], Op | None]] = {
     REFERENCE: _stock,
@@ -90,6 +125,7 @@ _MAKERS: dict[str, Callable[[str], Op | None]] = {
     # On a GPU "max-autotune" replays its own graphs, and copies every new buffer into them. We use many buffers in
     # turn, so we would time those copies. Our column "graph" measures graphs.
     "max-autotune, no graphs": _compiled("max-autotune-no-cudagraphs"),
+    FROZEN: _Frozen,
     "addmm_activation": _addmm_activation,
     "linear_pointwise": _linear_pointwise,
     **peers.MAKERS,
@@ -103,7 +139,7 @@ def names(device: str) -> tuple[str, ...]:
     """Return the contenders that can run on this device, in the order of the table above."""
     if device == "cpu":
         pointwise = ("linear_pointwise",) if _has_linear_pointwise() else ()
-        return (REFERENCE, "in-place", "compile", "max-autotune", *pointwise, OURS)
+        return (REFERENCE, "in-place", "compile", "max-autotune", FROZEN, *pointwise, OURS)
     fused = ("addmm_activation", *peers.installed())
     return (REFERENCE, "in-place", "compile", "max-autotune, no graphs", *fused, OURS)
 

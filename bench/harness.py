@@ -34,7 +34,7 @@ from dlkernels.tuning import layers
 
 TURN = 5e-3  # seconds of calls in one turn ...
 TURN_CALLS = 50  # ... and at most so many
-LEAST_TURNS = 3
+LEAST_TURNS = 7  # with three the median of a long call moved by a fifth from run to run
 REFILL = 20e-3  # seconds; for longer calls the time to refill the caches does not matter
 SLOW = 1.0  # seconds; longer calls are warmed up once
 MOST_COPIES = 2000  # of inputs: enough for every shape of the grid and 128 MB of cache
@@ -121,7 +121,7 @@ def step(op: Op, mode: str) -> Step:
 def measure(ops: Mapping[str, Op], inputs: Sequence[Inputs], mode: str, budget: float) -> dict[str, Timing]:
     """Time every contender on these inputs. Several sets of inputs are used in turn: the cold column.
 
-    ``budget`` is in seconds for all contenders together. Every contender gets at least three turns, or fewer if ten
+    ``budget`` is in seconds for all contenders together. Every contender gets at least seven turns, or fewer if ten
     times the budget is spent.
     """
     steps = {name: step(op, mode) for name, op in ops.items()}

@@ -173,9 +173,10 @@ def measure_layer(
         return layer
     for mode in settings.modes:
         leaves = inputs.leaves(mode)
-        able = {name: op for name, op in right.items() if mode == "forward" or name not in contenders.FORWARD_ONLY}
-        peaks = {name: memory.extra_bytes(harness.step(op, mode), leaves) for name, op in able.items()}
+        in_mode = {name: op for name, op in right.items() if mode == "forward" or name not in contenders.FORWARD_ONLY}
+        peaks = {name: memory.extra_bytes(harness.step(op, mode), leaves) for name, op in in_mode.items()}
         for column in settings.columns:
+            able = {name: op for name, op in in_mode.items() if column == "hot" or name not in contenders.HOT_ONLY}
             cache = machine.last_level_cache(settings.device)
             sets = [inputs] if column == "hot" else harness.rotation(inputs, DTYPES[dtype], cache)
             if column == "graph":
@@ -183,5 +184,6 @@ def measure_layer(
                 layer.refused.update({f"{name}, {mode}, as a graph": why for name, why in uncaptured.items()})
             else:
                 times = harness.measure(able, sets, mode, settings.budget)
-            layer.measurements.append(record.Measurement(mode, column, times, peaks))
+            timed_peaks = {name: peaks[name] for name in able}
+            layer.measurements.append(record.Measurement(mode, column, times, timed_peaks))
     return layer

@@ -111,7 +111,25 @@ def test_the_judge_accepts_either_side_of_the_kink():
 def test_the_judge_accepts_the_compiled_contenders():
     judge = LayerJudge(layer())
     for name, op in contenders.make(contenders.COMPILED, "relu").items():
-        assert judge.objection(op) is None, name
+        assert judge.objection(op, name not in contenders.FORWARD_ONLY) is None, name
+
+
+@pytest.mark.slow
+def test_the_frozen_contender_is_compiled_for_each_weight_and_timed_hot_alone():
+    op = contenders.make([contenders.FROZEN], "relu")[contenders.FROZEN]
+    for scale in (1, -2):
+        one = layer()
+        one.weight *= scale
+        for _ in range(2):
+            assert LayerJudge(one).objection(op, False) is None
+            assert not op(one.x, one.weight.requires_grad_(), one.bias).requires_grad
+            one.weight.requires_grad_(False)
+    ops = contenders.make([contenders.FROZEN, *contenders.DEFAULT], "relu")
+    settings = runs.Settings(columns=("hot", "cold"), modes=("forward", "forward+backward"), budget=0.01)
+    measured = runs.measure_layer(settings, SMALL, "fp32", "relu", ops, seed=0)
+    timed = {(m.mode, m.column) for m in measured.measurements if contenders.FROZEN in m.times}
+    assert timed == {("forward", "hot")}
+    assert all(m.times.keys() == m.peak_bytes.keys() for m in measured.measurements)
 
 
 def test_the_judge_accepts_the_pointwise_contender():
