@@ -27,8 +27,8 @@ def parser() -> argparse.ArgumentParser:
         "modes": "from " + ", ".join(map(repr, MODES)),
         "columns": "; ".join(f"on {device} from {' '.join(columns)}" for device, columns in COLUMNS.items()),
         "contenders": "from stock in-place compile max-autotune 'max-autotune, frozen' linear_pointwise dlkernels, on "
-        "a GPU 'max-autotune, no graphs' addmm_activation and the fused peers that are installed, or 'all' (default: on "
-        "a CPU stock in-place dlkernels, on a GPU all but max-autotune, which compiles for minutes)",
+        "a GPU 'max-autotune, no graphs' addmm_activation and the fused peers that are installed, or 'all' (default: "
+        "on a CPU stock in-place dlkernels, on a GPU all but max-autotune, which compiles for minutes)",
     }
     parser.add_argument("--device", choices=tuple(COLUMNS), default="cpu", help="what is timed (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="fp32 and bf16, hot: two to five minutes on two cores")
