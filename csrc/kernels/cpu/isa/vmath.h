@@ -32,13 +32,11 @@ struct Ops<float> {
   using T = VF32;
   DLK_INLINE T lit(double v) { return T{} + (float)v; }
 
-  // e^x = 2^n · e^r, n = round(x / ln 2), |r| <= ln(2)/2; e^r = 1 + r + r²·P(r), relative error 3.1e-9.
-  DLK_INLINE T exp(T x) {
-    x = x > 89.0f ? lit(89.0) : x;  // e^89 > FLT_MAX; e^-104 < half the smallest subnormal
-    x = x < -104.0f ? lit(-104.0) : x;
+  // e^x = 2^n · e^r, n = round(x / ln 2), |r| <= ln(2)/2; e^r = 1 + r + r²·P(r), relative error 3.1e-9. Sets n and returns e^r.
+  DLK_INLINE T exp_of_rest(T x, VI32& n) {
     const float magic = 12582912.0f;  // 1.5·2^23: adding it leaves round(·) in the low mantissa bits
     T shifted = fma(x, lit(1.44269504), lit(magic));
-    VI32 n = (VI32)shifted - 0x4b400000;
+    n = (VI32)shifted - 0x4b400000;
     T whole = shifted - magic;
     T r = fma(whole, lit(-0.693359375), x);  // ln 2 in two parts; the first has 9 bits, so that its products are exact
     r = fma(whole, lit(2.12194440e-4), r);
@@ -47,13 +45,28 @@ struct Ops<float> {
     p = fma(p, r, lit(4.166839e-2));
     p = fma(p, r, lit(1.6666521e-1));
     p = fma(p, r, lit(4.9999994e-1));
-    T e = fma(p * r, r, r) + 1.0f;
+    return fma(p * r, r, r) + 1.0f;
+  }
+  DLK_INLINE T exp(T x) {
+    x = x > 89.0f ? lit(89.0) : x;  // e^89 > FLT_MAX; e^-104 < half the smallest subnormal
+    x = x < -104.0f ? lit(-104.0) : x;
+    VI32 n;
+    T e = exp_of_rest(x, n);
     VI32 half = n >> 1;  // 2^n in two factors, because n reaches -150 and 128, which one exponent field cannot hold
     return e * (T)((half + 127) << 23) * (T)((n - half + 127) << 23);
   }
+  // The bits of exp for x from -87.3365 to 88, where e^x is a normal number and 2^n is one factor.
+  DLK_INLINE T exp_in_range(T x) {
+    VI32 n;
+    T e = exp_of_rest(x, n);
+    return e * (T)((n + 127) << 23);
+  }
 
-  // e^x, and 0 where e^x is subnormal: products that read subnormal numbers are many times slower.
-  DLK_INLINE T normal_exp(T x) { return x < -87.3365f ? lit(0) : exp(x); }
+  // e^x for x <= 0, and 0 where e^x is subnormal: products that read subnormal numbers are many times slower.
+  DLK_INLINE T normal_exp(T x) {
+    const T least = lit(-87.3365);
+    return x < least ? lit(0) : exp_in_range(x < least ? least : x);
+  }
 
   // ln x = n·ln 2 + ln(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f²/2 + f³·P(f), relative error 6.5e-9.
   DLK_INLINE T log(T x) {
@@ -87,36 +100,29 @@ struct Ops<float> {
     p = fma(p, s, lit(-3.3333278e-1));
     T a = abs(x);
     T small = fma(p * s, a, a);
-    T large = 1.0f - 2.0f / (exp(a + a) + 1.0f);
+    T large = 1.0f - 2.0f / (exp_in_range(a > 20.0f ? lit(40.0) : a + a) + 1.0f);
     return with_sign(a < 0.63f ? small : large, x);  // the sign comes last, so that tanh(-0) = -0
   }
 
-  // Φ(z), the normal distribution function. |z| < 1: 1/2 + z·P(z²), relative error of P 3.4e-8. Otherwise it is made
-  // from Φ(-|z|) = e^(-z²/2)·R(|z|), relative error of R 6.4e-8, so that nothing cancels in the left tail. From |z| =
-  // 12.9 on, shortly before the tail becomes subnormal, the tail is 0.
+  // Φ(z), the normal distribution function, from its left tail Φ(-|z|) = e^(-z²/2)·R(|z|), relative error of R 4.8e-9. So
+  // nothing cancels in the tail. From |z| = 12.9 on, shortly before the tail becomes subnormal, it is 0.
   DLK_INLINE T normal_cdf(T z) {
-    T s = z * z;
-    T p = lit(-7.6381757e-6);
-    p = fma(p, s, lit(1.13449867e-4));
-    p = fma(p, s, lit(-1.18630112e-3));
-    p = fma(p, s, lit(9.97331459e-3));
-    p = fma(p, s, lit(-6.64903596e-2));
-    p = fma(p, s, lit(3.98942292e-1));
-    T small = fma(p, z, lit(0.5));
     T a = abs(z);
     T c = a > 12.9f ? lit(12.9) : a;
-    T n = lit(2.37804689e-2);
-    n = fma(n, c, lit(1.41559079e-1));
-    n = fma(n, c, lit(3.96589547e-1));
-    n = fma(n, c, lit(4.99818444e-1));
-    T d = lit(5.9610717e-2);
-    d = fma(d, c, lit(3.54748219e-1));
-    d = fma(d, c, lit(1.05540979));
-    d = fma(d, c, lit(1.58923602));
+    T n = lit(3.98633389143e-3);
+    n = fma(n, c, lit(3.97543674346e-2));
+    n = fma(n, c, lit(1.80621726883e-1));
+    n = fma(n, c, lit(4.34755505495e-1));
+    n = fma(n, c, lit(5.00000002312e-1));
+    T d = lit(9.99210479493e-3);
+    d = fma(d, c, lit(9.96571600324e-2));
+    d = fma(d, c, lit(4.62572497542e-1));
+    d = fma(d, c, lit(1.19162899512));
+    d = fma(d, c, lit(1.66739590807));
     d = fma(d, c, lit(1));
-    T e = exp(lit(-0.5) * z * z);  // GELU's gradient has the same term: the compiler computes it once
+    T e = normal_exp(lit(-0.5) * z * z);  // GELU's gradient has the same term: the compiler computes it once
     T tail = (a > 12.9f ? lit(0) : e) * (n / d);
-    return a < 1.0f ? small : z > 0.0f ? 1.0f - tail : tail;
+    return z > 0.0f ? 1.0f - tail : tail;
   }
 
   DLK_INLINE T abs(T x) { return (T)((VU32)x & 0x7fffffffu); }
