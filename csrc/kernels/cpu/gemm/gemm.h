@@ -309,9 +309,9 @@ void gemm_with(const Gemm& result, const Parallel& parallel) {
                             transposed ? UkernelsToC<E>{} : UkernelsToC<E>::of(p)};
   if (p.panels)
     parallel.run(t.products * t.b_blocks(), &call, [](const void* context, int64_t begin, int64_t end) {
-      auto buffers = Buffers<E>::get(false, false);
-      for (int64_t block = begin; block < end; ++block)
-        pack_shared_block<E>(*(const GemmCall<E>*)context, block, buffers);
+      const auto& call = *(const GemmCall<E>*)context;
+      auto buffers = Buffers<E>::get(call.t, true);
+      for (int64_t block = begin; block < end; ++block) pack_shared_block<E>(call, block, buffers);
     });
   struct Run {
     const GemmCall<E>* call;
@@ -323,7 +323,7 @@ void gemm_with(const Gemm& result, const Parallel& parallel) {
     const auto& [of, taken] = *(const Run*)context;
     const GemmCall<E>& call = *of;
     const Tiling& t = call.t;
-    Worker<E> worker = {{t.tasks(), taken}, Buffers<E>::get(t.has_totals(), t.products == 2), {}, {}};
+    Worker<E> worker = {{t.tasks(), taken}, Buffers<E>::get(t), {}, {}};
     [[maybe_unused]] const typename E::Scope scope;
     for (int64_t task; (task = worker.tasks.take()) >= 0;) run_tile<E>(call, tile_of<E>(call, task), worker);
   });

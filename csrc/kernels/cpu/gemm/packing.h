@@ -21,26 +21,28 @@ struct Buffers {
   Cell* b;                         // micro-panels of B
   Cell* b_up;                      // micro-panels of the second B
   typename E::Acc* acc;            // the tile between k blocks, micro-tile by micro-tile
-  ColumnSum<E> row_sum;            // [kMC], the sums of the rows of A
+  ColumnSum<E> row_sum;            // [kTallMC], the sums of the rows of A
   typename E::Packed* row_buffer;  // rows on their way into a panel
   double* total;                   // the total of the tile's sums, if it has several
 
-  static constexpr int64_t kRowBuffer = (kMC > kNC ? kMC : kNC) + DLK_VBYTES;
-  static constexpr int64_t kA = kMC * kAStride<E>;
+  static constexpr int64_t kRowBuffer = (kTallMC > kNC ? kTallMC : kNC) + DLK_VBYTES;
   // a wide block of few cells has as many panel gaps as it has registers of columns
   static constexpr int64_t kB = kKC<E> * (kNB + kNV * E::kVL) + kNC / E::kVL * kPanelGap<E>;
-  static constexpr int64_t kAcc = kMC * (kNC + kNV * E::kVL);
 
-  static Buffers get(bool has_totals, bool two_products) {
-    constexpr int64_t bytes = sizeof(Cell) * (kA + kB) + sizeof(typename E::Acc) * kAcc +
-                              sizeof(Cell) * 3 * kRowBuffer + (sizeof(double) + sizeof(typename E::Acc)) * kRowBuffer;
-    const int64_t totals = has_totals ? sizeof(double) * kAcc : 0;
-    char* at = (char*)scratch(bytes + totals + (two_products ? sizeof(Cell) * kB : 0));
+  // For tasks of a product, or for packing its shared B alone.
+  static Buffers get(const Tiling& t, bool packs_b_alone = false) {
+    const int64_t rows = t.tall ? kTallMC : kMC, padded = rows * kNV * E::kVL;
+    const int64_t in_a = packs_b_alone ? 0 : rows * kAStride<E>;
+    const int64_t sums = packs_b_alone ? 0 : (t.tall ? kTallSums : kMC * kNC) + padded;
+    const int64_t bytes = sizeof(Cell) * (in_a + kB) + sizeof(typename E::Acc) * sums + sizeof(Cell) * 3 * kRowBuffer +
+                          (sizeof(double) + sizeof(typename E::Acc)) * kRowBuffer;
+    const int64_t totals = t.has_totals() ? sizeof(double) * sums : 0;
+    char* at = (char*)scratch(bytes + totals + (t.products == 2 ? sizeof(Cell) * kB : 0));
     Buffers s;
     s.a = (Cell*)at;
-    s.b = s.a + kA;
+    s.b = s.a + in_a;
     s.acc = (typename E::Acc*)(s.b + kB);
-    s.row_buffer = (typename E::Packed*)(s.acc + kAcc);
+    s.row_buffer = (typename E::Packed*)(s.acc + sums);
     s.row_sum.total = (double*)((Cell*)s.row_buffer + 3 * kRowBuffer);
     s.row_sum.block = (typename E::Acc*)(s.row_sum.total + kRowBuffer);
     s.total = (double*)(at + bytes);
