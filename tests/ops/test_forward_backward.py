@@ -7,13 +7,14 @@ from dlkernels import functional
 from dlkernels.testing import STOCK, Layer, assert_layer_no_worse
 
 # M, K, N. Chosen against the tiles (14 × 32, few rows <= 8 and <= 32, k blocks of 128 and 256, slices): one below,
-# at and above each edge, primes, ones, and what the landmark models use. The last row: B in place or not, low tiles,
-# and products multiplied as their transpose.
+# at and above each edge, primes, ones, and what the landmark models use. The last rows: B in place or not, low tiles, high
+# tiles, and products multiplied as their transpose.
 SHAPES = [
     (1, 1, 1), (1, 1, 17), (1, 63, 5), (1, 64, 1), (1, 1024, 257), (2, 3, 5), (3, 100, 33), (4, 64, 24), (8, 65, 31),
     (9, 128, 49), (13, 31, 16), (14, 32, 32), (15, 33, 33), (28, 257, 64), (31, 96, 47), (32, 200, 130), (33, 64, 65),
     (64, 300, 10), (97, 1, 101), (101, 103, 1), (129, 513, 40), (256, 784, 256), (337, 129, 270), (4099, 7, 3),
     (30, 2048, 70), (57, 2048, 40), (281, 90, 33), (701, 300, 800), (700, 800, 290), (18, 300, 77), (40, 331, 600),
+    (70, 30, 1200), (300, 17, 601),
 ]  # fmt: skip
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

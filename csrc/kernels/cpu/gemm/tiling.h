@@ -84,7 +84,7 @@ Tiling tile(const Gemm& p, int threads) {
   const int64_t few_cells = kKC<E> * kNB / ceil_div(max(k_slice, 1), E::kStep) / nr * nr;
   const int64_t most_nb = one_block ? max(kNB, few_cells) : kNB;
   const int64_t highest = one_block || p.m <= 2 * kMC || p.n < kLowColumns ? kMC : kLowMC;
-  const bool tall = p.a.row_stride == 1 && p.a.col_stride != 1 && !p.gated;
+  const bool tall = kTallMC > kMC && p.a.row_stride == 1 && p.a.col_stride != 1 && !p.gated;
   Tiling best{};
   int64_t best_cost = -1;
   const auto consider = [&](int64_t mt, int64_t nt) {
@@ -93,8 +93,8 @@ Tiling tile(const Gemm& p, int threads) {
     const int64_t mc = min(most_mc, round_up(ceil_div(p.m, mt), mt > 1 ? kMR : 1));
     const int64_t tasks = ceil_div(p.m, mc) * ceil_div(p.n, nc) * kt;
     const int64_t rounds = ceil_div(tasks, threads);
-    // per step of k: mc·nc/lanes FMAs, and about one cycle per packed register of either operand; four where A lies in columns
-    const int64_t cost = rounds * (products * mc * round_up(nc, E::kVL) + 16 * ((tall ? 4 : 1) * mc + products * nc));
+    // per step of k: mc·nc/lanes FMAs, and about one cycle per packed register of either operand; two of a tall A
+    const int64_t cost = rounds * (products * mc * round_up(nc, E::kVL) + 16 * ((tall ? 2 : 1) * mc + products * nc));
     if (best_cost >= 0 && cost >= best_cost) return;
     best_cost = cost;
     best = {nc,
