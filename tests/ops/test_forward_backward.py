@@ -7,7 +7,7 @@ from dlkernels import functional
 from dlkernels.testing import STOCK, Layer, assert_layer_no_worse
 
 # M, K, N. Chosen against the tiles (14 × 32, few rows <= 8 and <= 32, k blocks of 128 and 256, slices): one below,
-# at and above each edge, primes, ones, and what the landmark models use. The last rows: B in place or not, low tiles, high
+# at and above each edge, primes, ones, and what the landmark models use. The last rows: B in place or not, low and high
 # tiles, and products multiplied as their transpose.
 SHAPES = [
     (1, 1, 1), (1, 1, 17), (1, 63, 5), (1, 64, 1), (1, 1024, 257), (2, 3, 5), (3, 100, 33), (4, 64, 24), (8, 65, 31),
