@@ -95,12 +95,13 @@ def parse(text: str) -> Rows:
     table = routing.parse(text)
     if table.device != "cuda":
         raise routing.RouteError(f"expected a table for CUDA, got one for {table.device}")
-    return {product_of(row): row.path for row in table.rows}
+    return {product_of(row): row.path for row in table.rows if row.op in PRODUCTS}
 
 
 def with_rows(table: Table, rows: Rows, times: Mapping[str, Times], date: str, commit: str) -> Table:
-    """Return the table with a row for each of ``rows``, sorted. Those that were not measured stay as they were."""
-    old = {product_of(row): row for row in table.rows}
+    """Return the table with a row for each of ``rows``, sorted. Those that were not measured stay as they were, and so
+    do the rows of chains, behind them."""
+    old = {product_of(row): row for row in table.rows if row.op in PRODUCTS}
 
     def row_of(p: Product) -> Row:
         us = {path: microseconds(measured[p]) for path, measured in times.items() if p in measured}
@@ -108,7 +109,8 @@ def with_rows(table: Table, rows: Rows, times: Mapping[str, Times], date: str, c
             return old[p]
         return Row(p.product, _NAMES[p.dtype], p.m, p.n, p.k, p.arch, rows[p], us, date, commit)
 
-    return replace(table, rows=tuple(row_of(p) for p in sorted(rows)))
+    chains = (row for row in table.rows if row.op not in PRODUCTS)
+    return replace(table, rows=(*(row_of(p) for p in sorted(rows)), *chains))
 
 
 def microseconds(seconds: float) -> float:

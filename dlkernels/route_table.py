@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ PATHS = {
     "cuda": ("simt", "mma", "hopper", "cublas", "fused_mlp"),
 }
 OPS = ("forward", "dgrad", "wgrad")
+MLP_OPS = ("mlp_forward", "mlp_backward")
+MLP_PATHS = ("fused_mlp", "layers")  # one kernel for all layers of a chain; layer by layer, each by its own routes
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 _TEXTS = ("processor", "isa", "torch", "dlkernels")
 
@@ -26,19 +28,30 @@ class RouteError(ValueError):
     """A file is no route table, or its rows contradict themselves."""
 
 
+def paths_of(device: str, op: str) -> tuple[str, ...]:
+    """Return the paths that a row of ``op`` may name."""
+    return MLP_PATHS if op in MLP_OPS else PATHS[device]
+
+
+def fallback(device: str, op: str) -> str:
+    """Return the path to take where no path was timed; of a product also where all are slower than stock."""
+    return "layers" if op in MLP_OPS else LIBRARY[device]
+
+
 @dataclass(frozen=True)
 class Row:
-    """One product of a layer, and how long it took by each path.
+    """One product of a layer, or one direction of a chain of layers, and how long it took by each path.
 
     Attributes:
-        op: "forward", "dgrad" or "wgrad".
+        op: "forward", "dgrad" or "wgrad"; of a chain "mlp_forward" or "mlp_backward".
         dtype: as torch names it, "float32".
-        m, n, k: rows, out_features and in_features of the measured layer.
+        m, n, k: rows, out_features and in_features of the measured layer or chain.
         where: CPU: the number of threads; CUDA: the architecture, 90 for 9.0.
         path: the path to take.
         us: microseconds by path, and stock's as "stock". For dgrad and wgrad it is a backward that makes both.
         date, commit: when it was measured, and with which sources ("" if they are unknown).
         refused: the paths whose results were judged wrong. They have no time.
+        hidden: of a chain the features between its layers, else ().
     """
 
     op: str
@@ -52,22 +65,28 @@ class Row:
     date: str
     commit: str
     refused: tuple[str, ...] = ()
+    hidden: tuple[int, ...] = ()
 
     @property
-    def product(self) -> tuple[str, str, int, int, int, int]:
+    def product(self) -> tuple[Any, ...]:
         """A table has one row for it."""
         return *self.layer, self.where
 
     @property
-    def layer(self) -> tuple[str, str, int, int, int]:
-        """The product, wherever it was measured."""
-        return self.op, self.dtype, self.m, self.n, self.k
+    def layer(self) -> tuple[str, str, int, int, int, tuple[int, ...]]:
+        """The product or the direction of a chain, wherever it was measured."""
+        return self.op, self.dtype, self.m, self.n, self.k, self.hidden
 
-    def reason(self, table: str, number: int) -> str:
+    @property
+    def features(self) -> tuple[int, ...]:
+        """in_features, those between the layers of a chain, out_features."""
+        return self.k, *self.hidden, self.n
+
+    def reason(self, table: Table, number: int) -> str:
         """Return why the path is taken, as ``explain`` prints it."""
-        size = f"at {self.m}, {self.k}→{self.n} {self._measured_where()}"
+        size = f"at {self.m}, {'→'.join(map(str, self.features))} {self._measured_on(table.device)}"
         if self.path in self.us and STOCK in self.us:
-            what = "" if self.op == "forward" else "backward in "
+            what = "" if self.op.endswith("forward") else "backward in "
             said = f"measured {size}: {what}{self.us[self.path] / self.us[STOCK]:.2f} of stock's time"
         else:
             said = f"{'measured' if self.us else 'not timed'} {size}"
@@ -75,10 +94,10 @@ class Row:
             said += f"; {' and '.join(self.refused)} judged wrong"
         dirty = " and changes" if self.commit.endswith("-dirty") else ""
         commit = f", commit {self.commit[:10]}{dirty}" if self.commit else ""
-        return f"{said} (row {number} of {table}, {self.date}{commit})"
+        return f"{said} (row {number} of {table.name}, {self.date}{commit})"
 
-    def _measured_where(self) -> str:
-        if self.path in PATHS["cuda"]:
+    def _measured_on(self, device: str) -> str:
+        if device == "cuda":
             return f"on architecture {self.where // 10}.{self.where % 10}"
         return f"with {self.where} thread{'s' if self.where > 1 else ''}"
 
@@ -91,7 +110,8 @@ class Table:
         device: "cpu" or "cuda".
         processor, isa: where it was measured, as :func:`processor` and ``info`` name them. On CUDA the GPU and "".
         torch, dlkernels: the versions that were measured.
-        any_threads: the rows hold for any number of threads, not only for that of their measurement.
+        any_threads: the rows hold for any number of threads, not only for that of their measurement. Where a product
+            has rows for several numbers, each holds for its own, and the one with the most threads for all others.
         rows: the rows, in the order of the file.
     """
 
@@ -117,13 +137,32 @@ class Table:
         where = _where(self.device)
         rows = [
             json.dumps(
-                {"op": r.op, "dtype": r.dtype, "m": r.m, "n": r.n, "k": r.k, where: r.where, "path": r.path}
+                {"op": r.op, "dtype": r.dtype, "m": r.m, **_sizes(r), where: r.where, "path": r.path}
                 | {"us": r.us, "date": r.date, "commit": r.commit}
                 | ({"refused": r.refused} if r.refused else {})
             )
             for r in self.rows
         ]
         return json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
+
+    def most_threads(self) -> dict[tuple[Any, ...], int]:
+        """Return the largest ``where`` of each :attr:`Row.layer`."""
+        most: dict[tuple[Any, ...], int] = {}
+        for row in self.rows:
+            most[row.layer] = max(row.where, most.get(row.layer, 0))
+        return most
+
+    def in_force(self, where: int) -> Iterator[tuple[int, Row]]:
+        """Yield the rows that count for this number of threads or architecture, each with its number in the file."""
+        most, own = self.most_threads(), {row.layer for row in self.rows if row.where == where}
+        for number, row in enumerate(self.rows, start=1):
+            for_any = self.any_threads and row.layer not in own and row.where == most[row.layer]
+            if row.where == where or for_any:
+                yield number, row
+
+
+def _sizes(row: Row) -> dict[str, Any]:
+    return {"k": row.k, "hidden": row.hidden, "n": row.n} if row.hidden else {"n": row.n, "k": row.k}
 
 
 def behind(time: float, other: float) -> bool:
@@ -160,14 +199,23 @@ _HEAD: dict[str, Check] = {
 }
 
 
-def _row_schema(device: str) -> dict[str, list[Check]]:
-    """Return the checks of each field of a row, in their order."""
-    paths = PATHS[device]
+_OP = _one_of((*OPS, *MLP_OPS))
+_HIDDEN: Check = (
+    "a list of whole numbers of at least 1",
+    lambda value: type(value) is list and bool(value) and all(map(_SIZE[1], value)),
+)
+_NOT_HIDDEN: Check = ("absent: only chains have it", lambda value: value is None)
+
+
+def _row_schema(device: str, op: str) -> dict[str, list[Check]]:
+    """Return the checks of each field of a row of this op, in their order."""
+    paths = paths_of(device, op)
     return {
-        "op": [_one_of(OPS)],
+        "op": [_OP],
         "dtype": [_one_of(DTYPES)],
         "path": [_one_of(paths)],
         **{size: [_SIZE] for size in ("m", "n", "k")},
+        "hidden": [_HIDDEN if op in MLP_OPS else _NOT_HIDDEN],
         _where(device): [_SIZE, ("below a million", lambda value: value < 2**20)],
         "us": [
             ("microseconds by path", lambda value: type(value) is dict),
@@ -200,7 +248,7 @@ def parse(text: str, name: str = "", source: str = "") -> Table:
         if not holds(found.get(part)):
             raise RouteError(f"{part}: expected {what}, got {reprlib.repr(found.get(part))}")
     head = {part: found[part] for part in _HEAD if part != "rows"}
-    schema = _row_schema(head["device"])
+    schema = {op: _row_schema(head["device"], op) for op in (*OPS, *MLP_OPS)}
     rows = tuple(_row(number, row, head["device"], schema) for number, row in enumerate(found["rows"], start=1))
     if len({row.product for row in rows}) < len(rows):
         raise RouteError("two rows are of the same product")
@@ -215,17 +263,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _row(number: int, row: Any, device: str, schema: Mapping[str, list[Check]]) -> Row:
+def _row(number: int, row: Any, device: str, schema: Mapping[str, Mapping[str, list[Check]]]) -> Row:
     if type(row) is not dict:
         raise RouteError(f"row {number}: expected an object, got {reprlib.repr(row)}")
     values = {"refused": [], **row}
-    for part, checks in schema.items():
+    op = values.get("op")
+    known = schema[op] if type(op) is str and op in schema else {"op": [_OP]}
+    for part, checks in known.items():
         for what, holds in checks:
             if not holds(values.get(part)):
                 got = reprlib.repr(values.get(part))
                 raise RouteError(f"row {number}: expected {part} to be {what}, got {got}")
-    named = {part: values[part] for part in schema if part != _where(device)}
-    read = Row(**named | {"where": values[_where(device)], "refused": tuple(values["refused"])})
+    named = {part: values[part] for part in known if part not in (_where(device), "hidden")}
+    lists = {"refused": tuple(values["refused"]), "hidden": tuple(values.get("hidden") or ())}
+    read = Row(**named | lists | {"where": values[_where(device)]})
     if fault := _evidence_lacks(read, device):
         raise RouteError(f"row {number}: expected {fault}, got {read.path} with {reprlib.repr(read.us)}")
     return read
@@ -235,19 +286,22 @@ def _evidence_lacks(row: Row, device: str) -> str:
     """Return what the times of a row should have been for its path to be taken; empty if they are so.
 
     A row has the time of its path and of stock, and its path is the fastest of those that are not clearly slower than
-    stock; where none is, it is the library's. Noise is allowed for. On CUDA stock need not have been timed. A row that
-    says which paths were judged wrong, and has no times, sends the product to the library.
+    stock. Where none is, it is the library's; of a chain, which has none, the fastest. Noise is allowed for. On CUDA
+    stock need not have been timed. A row that says which paths were judged wrong, and has no times, names the library,
+    of a chain layer by layer.
     """
-    library, stock = LIBRARY[device], row.us.get(STOCK)
+    library, stock = fallback(device, row.op), row.us.get(STOCK)
     timed = {path: time for path, time in row.us.items() if path != STOCK}
     if timed.keys() & set(row.refused):
         return "no time of a path that was judged wrong"
     if row.path in row.refused and row.path != library:
         return "a path that was not judged wrong"
     good = [time for time in timed.values() if stock is None or not behind(time, stock)]
+    if row.op in MLP_OPS and not good:
+        good, stock = list(timed.values()), None
     if row.path not in timed and (good or not (row.refused and row.path == library)):
         return "a path that was measured"
-    if timed and stock is None and device == "cpu":
+    if timed and STOCK not in row.us and device == "cpu":
         return "us to have the time of stock"
     if row.path != library and behind(timed[row.path], stock or timed[row.path]):
         return f"a path that is not clearly slower than stock, or {library}"

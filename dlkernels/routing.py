@@ -1,9 +1,10 @@
 """Route tables: which path was measured fastest for products of which size, on which processor.
 
-A table is a JSON file with a row per product and measured size. Shipped tables lie in ``dlkernels/routes``; those that
-``python -m dlkernels tune`` measures lie in the user's cache folder. :func:`install` reads those of this machine and
-hands their rows to the planning (csrc/planning/routes.h), which asks them before its own rules. A table that is
-damaged, of another machine or of other versions is ignored, with a warning.
+A table is a JSON file with a row per product and measured size, and per direction of a measured chain of layers.
+Shipped tables lie in ``dlkernels/routes``; those that ``python -m dlkernels tune`` measures lie in the user's cache
+folder. :func:`install` reads those of this machine and hands their rows to the planning (csrc/planning/routes.h), which
+asks them before its own rules. A table that is damaged, of another machine or of other versions is ignored, with a
+warning.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from dlkernels._version import __version__
 from dlkernels.route_table import CLEARLY as CLEARLY
 from dlkernels.route_table import DTYPES as DTYPES
 from dlkernels.route_table import LIBRARY as LIBRARY
+from dlkernels.route_table import MLP_OPS as MLP_OPS
+from dlkernels.route_table import MLP_PATHS as MLP_PATHS
 from dlkernels.route_table import OPS as OPS
 from dlkernels.route_table import PATHS as PATHS
 from dlkernels.route_table import STOCK as STOCK
@@ -215,24 +218,37 @@ def use(tables: Sequence[Table]) -> None:
     """Let all layers of this process take the routes of ``tables``; those in front take precedence."""
     _in_use[:] = tables
     for device in LIBRARY:
-        rows = [row for place, table in enumerate(tables) if table.device == device for row in _handed(table, place)]
-        _C.use_routes(_C.make_routes(rows) if rows else -1, device == "cuda")
+        rows, mlps = handed(tables, device)
+        _C.use_routes(_C.make_routes(rows, mlps) if rows or mlps else -1, device == "cuda")
 
 
-Handed = tuple[str, str, int, int, int, int, str, str, int]
+Handed = tuple[str, str, int, int, int, int, str, str, int]  # op, dtype, m, n, k, where, path, why, table
+HandedMlp = tuple[str, str, int, tuple[int, ...], int, str, str, int]  # op, dtype, m, features, where, path, why, table
 
 
-def _handed(table: Table, place: int) -> list[Handed]:
-    """Return the rows as the planning takes them.
+def handed(tables: Sequence[Table], device: str) -> tuple[list[Handed], list[HandedMlp]]:
+    """Return the rows for ``device`` as the planning takes them: of layers, and of chains.
 
     Results do not depend on the number of threads. So a row that says which paths were wrong is for any number too,
     behind those that were measured with it: else the built-in rules would take such a path there.
     """
     rows: list[Handed] = []
-    for number, r in enumerate(table.rows, start=1):
-        wheres = {0} if table.any_threads else {r.where, 0} if r.refused and table.device == "cpu" else {r.where}
-        rows += [(*r.layer, where, r.path, r.reason(table.name, number), place) for where in wheres]
-    return rows
+    mlps: list[HandedMlp] = []
+    for place, table in enumerate(tables):
+        if table.device != device:
+            continue
+        most = table.most_threads()
+        for number, r in enumerate(table.rows, start=1):
+            if table.any_threads:
+                wheres = {0 if r.where == most[r.layer] else r.where}
+            else:
+                wheres = {r.where, 0} if r.refused and device == "cpu" else {r.where}
+            why = r.reason(table, number)
+            if r.hidden:
+                mlps += [(r.op, r.dtype, r.m, r.features, where, r.path, why, place) for where in wheres]
+            else:
+                rows += [(r.op, r.dtype, r.m, r.n, r.k, where, r.path, why, place) for where in wheres]
+    return rows, mlps
 
 
 def in_use() -> tuple[Table, ...]:

@@ -54,8 +54,9 @@ struct Device {
   // Forward of this layer can.
   bool (*takes_mask)(const Problem&);
 
-  // Several narrow layers as one kernel: if it takes them, forward, and backward, which sets slices and scratch.
-  bool (*takes_fused_mlp)(const FusedMlp&, DType);
+  // Several narrow layers as one kernel: how they run in this direction, forward, and backward, which takes the slices of its
+  // route.
+  MlpRoute (*mlp_route)(Direction, const std::vector<Shape>& layers, DType);
   void (*fused_mlp_forward)(const FusedMlp&, DType);
   void (*fused_mlp_backward)(FusedMlp, DType, const at::Tensor& like);
   // Calls body(e) for each member of an ensemble of such chains; on CPU maybe on several threads.

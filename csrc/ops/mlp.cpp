@@ -78,23 +78,32 @@ FusedMlp fused_mlp_of(const std::vector<FusedMlpLayer>& layers, int64_t rows) {
   return p;
 }
 
+// Sizes of the layers from `deepest` on.
+std::vector<Shape> shapes_of(const std::vector<Problem>& layers, size_t deepest = 0) {
+  std::vector<Shape> shapes;
+  for (size_t l = deepest; l < layers.size(); ++l) shapes.push_back(layers[l].shape);
+  return shapes;
+}
+
 // ---- one chain: a call's own, or a member's ------------------------------------------------------------------------
 
-// Fills the activations that are defined; the last h is.
-void run_forward(const Device& device, const std::vector<Problem>& layers, const at::Tensor& x, const Tensors& weights,
-                 const Tensors& biases, Activations a) {
-  const DType dtype = layers[0].dtype;
+void run_fused_forward(const Device& device, const std::vector<Problem>& layers, const at::Tensor& x,
+                       const Tensors& weights, const Tensors& biases, const Activations& a) {
   std::vector<FusedMlpLayer> chain;
   for (size_t l = 0; l < layers.size(); ++l) {
     chain.push_back(fused_mlp_layer(layers[l], weights[l], a.h[l], a.z[l]));
     chain[l].bias = const_data_or_null(biases[l]);
   }
   FusedMlp p = fused_mlp_of(chain, layers[0].shape.m);
-  if (device.takes_fused_mlp(p, dtype)) {
-    const at::Tensor x2 = as_rows(x);
-    p.x = view_of(x2);
-    return device.fused_mlp_forward(p, dtype);
-  }
+  const at::Tensor x2 = as_rows(x);
+  p.x = view_of(x2);
+  device.fused_mlp_forward(p, layers[0].dtype);
+}
+
+// Fills the activations that are defined; the last h is. `fused`: as one kernel.
+void run_forward(const Device& device, const std::vector<Problem>& layers, bool fused, const at::Tensor& x,
+                 const Tensors& weights, const Tensors& biases, Activations a) {
+  if (fused) return run_fused_forward(device, layers, x, weights, biases, a);
   at::Tensor input = x;
   for (size_t l = 0; l < layers.size(); ++l) {
     if (!a.h[l].defined()) a.h[l] = new_empty({layers[l].shape.m, layers[l].shape.n}, x.options());
@@ -103,10 +112,12 @@ void run_forward(const Device& device, const std::vector<Problem>& layers, const
   }
 }
 
-// The tensors that a backward reads and writes, for all layers. Layers below `deepest` need no gradient.
+// The tensors that a backward reads and writes, for all layers. Layers below `deepest` need no gradient. `slices`: in which
+// one kernel cuts the rows; 0: the layers run one by one.
 struct Backward {
   const std::vector<Problem>& layers;
   size_t deepest;
+  int slices;
   at::Tensor grad_y;
   Tensors input, weight;
   Activations a;
@@ -119,32 +130,28 @@ struct Backward {
   bool need_input(size_t l) const { return l > deepest || grads[0].defined(); }
 };
 
-void run_fused_backward(const Device& device, const Backward& b, std::vector<FusedMlpLayer>& chain, FusedMlp p) {
+void run_fused_backward(const Device& device, const Backward& b) {
   const size_t count = b.layers.size();
+  std::vector<FusedMlpLayer> chain;
   for (size_t l = b.deepest; l < count; ++l) {
-    chain[l - b.deepest].dweight = data_or_null(b.grads[1 + l]);
-    chain[l - b.deepest].dbias = data_or_null(b.grads[1 + count + l]);
+    chain.push_back(fused_mlp_layer(b.layers[l], b.weight[l], b.a.h[l], b.a.z[l]));
+    chain.back().dweight = data_or_null(b.grads[1 + l]);
+    chain.back().dbias = data_or_null(b.grads[1 + count + l]);
   }
+  FusedMlp p = fused_mlp_of(chain, b.layers.back().shape.m);
+  p.slices = b.slices;
   const at::Tensor x2 = b.grads[1 + b.deepest].defined() ? as_rows(b.input[b.deepest]) : at::Tensor();
   const at::Tensor g2 = as_rows(b.grad_y);
   if (x2.defined()) p.x = view_of(x2);
   p.grad_y = view_of(g2);
   p.dx = data_or_null(b.grads[0]);
   device.fused_mlp_backward(p, b.layers[b.deepest].dtype, b.grad_y);
+  for (size_t l = count; l-- > b.deepest;) b.finish(l);
 }
 
 void run_backward(const Device& device, const Backward& b) {
+  if (b.slices > 0) return run_fused_backward(device, b);
   const size_t count = b.layers.size();
-  std::vector<FusedMlpLayer> chain;
-  for (size_t l = b.deepest; l < count; ++l)
-    chain.push_back(fused_mlp_layer(b.layers[l], b.weight[l], b.a.h[l], b.a.z[l]));
-  const FusedMlp p = fused_mlp_of(chain, b.layers.back().shape.m);
-  if (device.takes_fused_mlp(p, b.layers.back().dtype)) {
-    run_fused_backward(device, b, chain, p);
-    for (size_t l = count; l-- > b.deepest;) b.finish(l);
-    return;
-  }
-
   auto saved_by = [&](size_t l) {
     if (b.a.mask[l].defined()) return b.a.mask[l];
     const Act kind = b.layers[l].act.kind;
@@ -165,14 +172,6 @@ void run_backward(const Device& device, const Backward& b) {
     in = {dx, below.applied ? at::Tensor() : below.saved};
     has_dbias = below.summed_dbias;
   }
-}
-
-// Return true if the layers from `deepest` on run as one kernel.
-bool runs_as_fused_mlp(const Device& device, const std::vector<Problem>& layers, at::TensorList weights,
-                       size_t deepest = 0) {
-  std::vector<FusedMlpLayer> chain;
-  for (size_t l = deepest; l < layers.size(); ++l) chain.push_back(fused_mlp_layer(layers[l], weights[l], {}, {}));
-  return device.takes_fused_mlp(fused_mlp_of(chain, layers.back().shape.m), layers.back().dtype);
 }
 
 // Makes dweight of one layer after the other in the memory of the largest.
@@ -221,7 +220,11 @@ std::vector<at::Tensor> mlp_forward(const Device& device, const at::Tensor& x, a
     if (keeps(l, kKeepZ)) a.z[l] = make();
     keeps_mask = keeps_mask || (keeps(l, kKeepMask) && !stacked && device.takes_mask(layers[l]));
   }
-  if (keeps_mask && !runs_as_fused_mlp(device, layers, weights))
+  // The table of routes may change while this runs, so each direction is asked once.
+  const std::vector<Shape> shapes = shapes_of(layers);
+  const bool fused = device.mlp_route(Direction::forward, shapes, layers[0].dtype).slices > 0;
+  // A backward as one kernel reads no masks.
+  if (keeps_mask && !fused && device.mlp_route(Direction::backward, shapes, layers[0].dtype).slices == 0)
     for (size_t l = 0; l < count; ++l)
       if (keeps(l, kKeepMask) && device.takes_mask(layers[l]))
         a.mask[l] = new_empty(resized_last(x, layers[l].shape.n / kMaskBits), x.options().dtype(at::kByte));
@@ -232,11 +235,11 @@ std::vector<at::Tensor> mlp_forward(const Device& device, const at::Tensor& x, a
       MemberOutputs outputs(e);
       Activations mine(0);
       mine.h = outputs.of(a.h), mine.z = outputs.of(a.z), mine.mask.resize(count);
-      run_forward(device, layers, member_of(x, e), members_of(weight, e), members_of(bias, e), mine);
+      run_forward(device, layers, fused, member_of(x, e), members_of(weight, e), members_of(bias, e), mine);
       outputs.put();
     });
   } else {
-    run_forward(device, layers, x, weights.vec(), bias, a);
+    run_forward(device, layers, fused, x, weights.vec(), bias, a);
   }
   std::vector<at::Tensor> out = {a.h.back()};
   for (size_t l = 0; l + 1 < count; ++l)
@@ -345,8 +348,8 @@ Tensors backward(const Device& device, const at::Tensor& grad_y, const std::opti
 
   Tensors grads(needs.size());
   std::optional<SharedGradient> shared;
-  if (user && !user->keeps && !runs_as_fused_mlp(device, layers, weight, deepest))
-    shared.emplace(layers, deepest, grad_y.options());
+  const int slices = device.mlp_route(Direction::backward, shapes_of(layers, deepest), dtype).slices;
+  if (user && !user->keeps && slices == 0) shared.emplace(layers, deepest, grad_y.options());
   auto make = [&](size_t i, bool zero, std::vector<int64_t> sizes) {
     if (!needs[i]) return;
     if (stacked && i > 0) sizes.insert(sizes.begin(), grad_y.size(0));
@@ -365,12 +368,12 @@ Tensors backward(const Device& device, const at::Tensor& grad_y, const std::opti
   if (stacked) {
     device.each_member(grad_y.size(0), layers, [&](int64_t e) {
       MemberOutputs outputs(e);
-      run_backward(device, {layers, deepest, member_of(grad_y, e), members_of(input, e), members_of(weight, e),
+      run_backward(device, {layers, deepest, slices, member_of(grad_y, e), members_of(input, e), members_of(weight, e),
                             members_of(a, e), outputs.of(grads)});
       outputs.put();
     });
   } else {
-    run_backward(device, {layers, deepest, grad_y, input, weight, a, grads, user});
+    run_backward(device, {layers, deepest, slices, grad_y, input, weight, a, grads, user});
   }
   std::vector<at::Tensor> out;
   if (user && !user->keeps) return out;

@@ -20,6 +20,13 @@ struct Route {
   const char* why;
 };
 
+// How a chain of layers runs in one direction: in how many slices of rows the fused MLP kernels take it, or layer by layer.
+enum class Direction : int32_t { forward, backward };
+struct MlpRoute {
+  int slices;  // 0: layer by layer
+  const char* why;
+};
+
 enum class StepKind : int32_t {
   forward,          // the product x · weightᵀ; a kernel of ours ends it with bias and activation
   dgrad,            // the product dz · weight

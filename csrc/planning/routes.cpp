@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <tuple>
 #include <utility>
 
 namespace dlk {
@@ -14,12 +16,24 @@ uint64_t rest_of(Op op, DType dtype, int where) {
   return static_cast<uint64_t>(where) << 8 | static_cast<uint64_t>(op) << 4 | static_cast<uint64_t>(dtype);
 }
 
-void insert(std::vector<int>& ascending, int value) {
-  const auto at = std::lower_bound(ascending.begin(), ascending.end(), value);
-  if (at == ascending.end() || *at != value) ascending.insert(at, value);
+uint64_t floor_log2(int64_t v) { return 63 - static_cast<uint64_t>(__builtin_clzll(static_cast<uint64_t>(v))); }
+
+// Below 0: the chain of the row comes before these layers in the order of mlps_. 0: it is theirs.
+int compared(const MlpRow& row, Direction direction, DType dtype, const std::vector<Shape>& layers) {
+  const auto three_way = [](auto a, auto b) { return a < b ? -1 : a > b ? 1 : 0; };
+  if (const int order = three_way(row.features.size(), layers.size() + 1)) return order;
+  for (size_t l = 0; l < layers.size(); ++l)
+    if (const int order = three_way(row.features[l + 1], layers[l].n)) return order;
+  if (const int order = three_way(row.features[0], layers[0].k)) return order;
+  if (const int order = three_way(row.dtype, dtype)) return order;
+  return three_way(row.direction, direction);
 }
 
-uint64_t floor_log2(int64_t v) { return 63 - static_cast<uint64_t>(__builtin_clzll(static_cast<uint64_t>(v))); }
+std::vector<Shape> layers_of(const MlpRow& row) {
+  std::vector<Shape> layers;
+  for (size_t l = 1; l < row.features.size(); ++l) layers.push_back({row.m, row.features[l], row.features[l - 1]});
+  return layers;
+}
 
 }  // namespace
 
@@ -50,12 +64,20 @@ const RouteTable::Slot* RouteTable::found(const Key& key) const {
   return here.used ? &here : nullptr;
 }
 
-RouteTable::RouteTable(std::vector<RouteRow> rows) : rows_(std::move(rows)) {
+RouteTable::RouteTable(std::vector<RouteRow> rows, std::vector<MlpRow> mlps)
+    : rows_(std::move(rows)), mlps_(std::move(mlps)) {
+  std::stable_sort(mlps_.begin(), mlps_.end(), [](const MlpRow& a, const MlpRow& b) {
+    return compared(a, b.direction, b.dtype, layers_of(b)) < 0;
+  });
   size_t size = 4;
   while (size < 4 * rows_.size()) size *= 2;  // two keys for each row
   slots_.resize(size);
   for (const RouteRow& row : rows_) {
-    insert(row.where ? for_some_ : for_any_, row.table);
+    const auto at = std::lower_bound(sources_.begin(), sources_.end(), row.table,
+                                     [](const Source& source, int table) { return source.table < table; });
+    Source& source =
+        at != sources_.end() && at->table == row.table ? *at : *sources_.insert(at, Source{row.table, false, false});
+    (row.where ? source.some : source.any) = true;
     const Key exact = exact_key(row.op, row.dtype, row.shape, row.where);
     if (Slot& here = slot(exact); !here.used || row.table < here.row->table) here = {exact, &row, true};
     const Key of_class = class_key(row.op, row.dtype, row.shape, row.where, row.table);
@@ -70,15 +92,32 @@ RouteTable::RouteTable(std::vector<RouteRow> rows) : rows_(std::move(rows)) {
 }
 
 const RouteRow* RouteTable::find(Op op, DType dtype, const Shape& shape, int where) const {
-  const std::pair<int, const std::vector<int>*> places[] = {{where, &for_some_}, {0, &for_any_}};
-  for (const auto& [place, tables] : places)
-    if (!tables->empty())
-      if (const Slot* exact = found(exact_key(op, dtype, shape, place))) return exact->row;
-  for (const auto& [place, tables] : places)
-    for (const int table : *tables)
-      if (const Slot* of_class = found(class_key(op, dtype, shape, place, table)))
+  const Slot* here = found(exact_key(op, dtype, shape, where));
+  const Slot* anywhere = found(exact_key(op, dtype, shape, 0));
+  if (here && (!anywhere || here->row->table <= anywhere->row->table)) return here->row;
+  if (anywhere) return anywhere->row;
+  for (const auto& [table, some, any] : sources_)
+    for (const auto& [has_rows, place] : {std::pair{some, where}, std::pair{any, 0}})
+      if (const Slot* of_class = has_rows ? found(class_key(op, dtype, shape, place, table)) : nullptr)
         if (of_class->row) return of_class->row;
   return nullptr;
+}
+
+const MlpRow* RouteTable::find_mlp(Direction direction, DType dtype, const std::vector<Shape>& layers,
+                                   int where) const {
+  if (mlps_.empty() || layers.empty() || layers[0].m < 1) return nullptr;
+  const int64_t m = layers[0].m;
+  const auto rank = [&](const MlpRow& row) {
+    return std::make_tuple(std::abs(row.m - m), row.m, row.table, row.where == 0);
+  };
+  const MlpRow* best = nullptr;
+  auto row = std::partition_point(mlps_.begin(), mlps_.end(),
+                                  [&](const MlpRow& one) { return compared(one, direction, dtype, layers) < 0; });
+  for (; row != mlps_.end() && compared(*row, direction, dtype, layers) == 0; ++row) {
+    const bool counts = (row->where == 0 || row->where == where) && floor_log2(row->m) == floor_log2(m);
+    if (counts && (!best || rank(*row) < rank(*best))) best = &*row;
+  }
+  return best;
 }
 
 const RouteTable* cpu_routes() { return of_cpu.load(std::memory_order_acquire); }

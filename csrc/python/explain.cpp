@@ -278,31 +278,28 @@ py::dict explain_glu(bool cuda, int64_t m, int64_t n, int64_t k, const std::stri
   return glu_plan_of(CpuPlans{half, cpu::this_machine(threads, in_bf16)}, kind, view_of(weight_up), one_memory);
 }
 
-py::tuple explain_fused_mlp(bool cuda, const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype) {
+py::tuple explain_mlp(bool cuda, bool backward, const std::vector<std::array<int64_t, 3>>& layers,
+                      const std::string& dtype, int threads, bool in_bf16) {
   const DType type = dtype_named(dtype);
-  std::vector<FusedMlpLayer> described;
+  const Direction direction = backward ? Direction::backward : Direction::forward;
   std::vector<Shape> shapes;
+  int64_t parameters = 0;
   for (const auto& [m, n, k] : layers) {
-    described.emplace_back();
-    described.back().n = n, described.back().k = k;
     shapes.push_back({m, n, k});
+    parameters += n * (k + 1);
   }
-  FusedMlp p{};
-  p.rows = layers.empty() ? 0 : layers[0][0];
-  p.layers = static_cast<int>(layers.size());
-  p.layer = described.data();
 #ifdef DLKERNELS_CUDA
   if (cuda) {
-    const auto [slices, bytes] = cuda::fused_mlp_slices_and_scratch(p, type);
-    return py::make_tuple(slices, "fused_mlp, weights in shared memory", bytes);
+    const auto [route, bytes] = cuda::mlp_route_and_scratch(direction, shapes, type);
+    return py::make_tuple(route.slices, "fused_mlp, weights in shared memory", bytes, route.why);
   }
 #else
   refuse_cuda(cuda);
 #endif
-  const cpu::Machine machine = cpu::this_machine(1, false);
-  const int slices = cpu::fused_mlp_slices(shapes, type, machine);
-  return py::make_tuple(slices, machine.table(type).ukernel,
-                        slices * cpu::fused_mlp_parameters(p) * accumulator_size(type));
+  const cpu::Machine machine = cpu::this_machine(threads, in_bf16);
+  const MlpRoute route = cpu::mlp_route(direction, shapes, type, machine);
+  const int64_t scratch = backward ? route.slices * parameters * accumulator_size(type) : 0;
+  return py::make_tuple(route.slices, machine.table(type).ukernel, scratch, route.why);
 }
 
 bool explain_members(int64_t members, const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype,
@@ -324,9 +321,12 @@ void add_explain(py::module_& m) {
         py::arg("cuda"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("act"), py::arg("x"),
         py::arg("weight_gate"), py::arg("weight_up"), py::arg("one_memory"), py::arg("bias"), py::arg("threads"),
         py::arg("in_bf16"));
-  m.def("explain_fused_mlp", &explain_fused_mlp,
-        "Slices, kernel and scratch in bytes of the fused MLP kernels for these layers; 0 slices: layer by layer.",
-        py::arg("cuda"), py::arg("layers"), py::arg("dtype"));
+  m.def("explain_mlp", &explain_mlp,
+        "Slices, kernel and scratch in bytes of the fused MLP kernel for these layers in one direction, and the "
+        "reason; 0 "
+        "slices: layer by layer.",
+        py::arg("cuda"), py::arg("backward"), py::arg("layers"), py::arg("dtype"), py::arg("threads"),
+        py::arg("in_bf16"));
   m.def("explain_members", &explain_members,
         "True if the members of an ensemble of such chains run at the same time on CPU, each on one thread.",
         py::arg("members"), py::arg("layers"), py::arg("dtype"), py::arg("threads"), py::arg("in_bf16"));

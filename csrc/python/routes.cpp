@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -18,6 +19,7 @@ namespace {
 namespace py = pybind11;
 
 using Row = std::tuple<std::string, std::string, int64_t, int64_t, int64_t, int, std::string, std::string, int>;
+using OfMlp = std::tuple<std::string, std::string, int64_t, std::vector<int64_t>, int, std::string, std::string, int>;
 
 Op op_named(const std::string& op) {
   if (op == "forward") return Op::forward;
@@ -38,14 +40,37 @@ std::vector<std::unique_ptr<const RouteTable>>& tables() {
   return kept;
 }
 
-int make_routes(const std::vector<Row>& rows) {
+Direction direction_named(const std::string& op) {
+  if (op == "mlp_forward") return Direction::forward;
+  if (op == "mlp_backward") return Direction::backward;
+  throw std::invalid_argument("expected mlp_forward or mlp_backward, got " + op);
+}
+
+bool is_fused(const std::string& path) {
+  if (path == "fused_mlp") return true;
+  if (path == "layers") return false;
+  throw std::invalid_argument("expected fused_mlp or layers, got " + path);
+}
+
+void check_row(const std::vector<int64_t>& sizes, int where, int table) {
+  if (std::any_of(sizes.begin(), sizes.end(), [](int64_t size) { return size < 1; }) || where < 0)
+    throw std::invalid_argument("expected sizes of at least 1");
+  if (table < 0) throw std::invalid_argument("expected the number of a table, 0 for the first");
+}
+
+int make_routes(const std::vector<Row>& rows, const std::vector<OfMlp>& mlps) {
   std::vector<RouteRow> read;
   for (const auto& [op, dtype, m, n, k, where, path, why, table] : rows) {
-    if (m < 1 || n < 1 || k < 1 || where < 0) throw std::invalid_argument("expected sizes of at least 1");
-    if (table < 0) throw std::invalid_argument("expected the number of a table, 0 for the first");
+    check_row({m, n, k}, where, table);
     read.push_back({op_named(op), dtype_named(dtype), {m, n, k}, where, path_named(path), why, table});
   }
-  tables().push_back(std::make_unique<const RouteTable>(std::move(read)));
+  std::vector<MlpRow> chains;
+  for (const auto& [op, dtype, m, features, where, path, why, table] : mlps) {
+    check_row(features, where, table);
+    if (m < 1 || features.size() < 3) throw std::invalid_argument("expected rows, and features of two layers or more");
+    chains.push_back({direction_named(op), dtype_named(dtype), m, features, where, is_fused(path), why, table});
+  }
+  tables().push_back(std::make_unique<const RouteTable>(std::move(read), std::move(chains)));
   return static_cast<int>(tables().size()) - 1;
 }
 
@@ -67,8 +92,10 @@ void add_routes(py::module_& m) {
   m.def(
       "make_routes", &make_routes,
       "Make a route table of rows (op, dtype, m, n, k, where, path, why, table) and return its number. `where` is the "
-      "number of threads, 0 for any; on CUDA the architecture. Rows of a lower `table` take precedence.",
-      py::arg("rows"));
+      "number of threads, 0 for any; on CUDA the architecture. Rows of a lower `table` take precedence. `mlps` are "
+      "rows of "
+      "chains (op, dtype, m, features, where, path, why, table).",
+      py::arg("rows"), py::arg("mlps") = std::vector<OfMlp>());
   m.def("use_routes", &use_routes,
         "Let all layers of the process take the routes of a table from now on (-1: of none). Returns the number of the "
         "table before.",

@@ -10,7 +10,7 @@ kernel for compilers too.
 Under ``torch.func`` the chain is one call too (``mlp_transform``) where that pays, and otherwise in torch's operators.
 Where it has no kernel (devices other than CPU and CUDA, forward mode, tensor subclasses), and where Dynamo traces, the
 layers run one by one: the same products in the same order. They also run one by one under autocast if they have kernels
-that read float32 parameters without a cast (``autocast``), unless the chain is narrow.
+that read float32 parameters without a cast (``autocast``), unless one kernel takes the chain forward or backward.
 
 The activations that forward saves are outputs of the Function (``csrc/ops/autograd/mlp.cpp``), as z is an output of one
 layer's (``linear_act``). So a gradient that is differentiated, batched or has a tangent needs no second forward. Its
@@ -42,6 +42,7 @@ from dlkernels._ops.modes import (
 )
 
 _layer = torch.ops.dlkernels._linear_act_forward.default
+forward_op = torch.ops.dlkernels._mlp_forward.default  # (x, weights, biases, activations, slope, keep)
 
 Tensors = Sequence[Tensor]
 Biases = Sequence[Tensor | None]
@@ -54,8 +55,25 @@ def has_native_kernel(x: Tensor, weights: Tensors, biases: Biases) -> bool:
     if not all(autocast.has_native_kernel(x, w, b) for w, b in zip(weights, biases, strict=True)):
         return False
     rows = math.prod(x.shape[:-1])
-    slices, *_ = _C.explain_fused_mlp(False, [(rows, *w.shape) for w in weights if w.dim() == 2], "bfloat16")
-    return not slices
+    shapes = [(rows, *w.shape) for w in weights if w.dim() == 2]
+    return not any(route(False, backward, shapes, "bfloat16")[0] for backward in (False, True))
+
+
+def route(cuda: bool, backward: bool, shapes: list[tuple[int, ...]], dtype: str) -> tuple[int, str, int, str]:
+    """Return slices, kernel, scratch in bytes and reason of the fused MLP kernel for layers of these shapes [M, N, K].
+
+    Without slices the layers run one by one.
+    """
+    in_bf16 = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    return _C.explain_mlp(cuda, backward, shapes, dtype, torch.get_num_threads(), in_bf16)
+
+
+def outputs_of_layers(x: Tensor, weights: Tensors, biases: Biases, acts: Sequence[Activation]) -> list[Tensor]:
+    """Return the output of each layer of a chain as its forward computes it in training; nothing is recorded."""
+    keep = [_H] * (len(weights) - 1) + [0]
+    with torch.no_grad():
+        y, *hidden = forward_op(x, weights, biases, [act.code for act in acts], 0.01, keep)
+    return [*hidden, y]
 
 
 def check_some(weights: Sequence[Any]) -> None:

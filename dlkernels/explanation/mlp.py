@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -58,12 +59,19 @@ def explain_mlp(
         checked(x.new_empty((0, before.shape[0])), weight)
     shapes = [(m, *w.shape) for w in weights]
     with on_device_of(x):
-        slices, kernel, scratch = _C.explain_fused_mlp(x.is_cuda, shapes, name_of(dtype))
+        slices, kernel, _, why = _mlp.route(x.is_cuda, False, shapes, name_of(dtype))
+        slices_back, _, scratch, why_back = _mlp.route(x.is_cuda, True, shapes, name_of(dtype))
+    forward = backward = None
+    if slices:
+        forward = Step("forward", "fused_mlp", kernel, ("y",), ("bias and activation of every layer",), 1, 0, why)
+    if slices_back:
+        made, done = ("dx", "dweight", *["dbias"] * bias), ("dz and the gradients of every layer",)
+        backward = Step("backward", "fused_mlp", kernel, made, done, slices_back, scratch, why_back)
     layers: list[LayerPlan] = []
     applied = summed = False  # by the layer above: the activation gradient of this layer, and its dbias
     for number in reversed(range(len(weights))):  # from the top, as backward runs
         below = number > 0 and acts[number - 1].name != "none" and not native_casts
-        masks = number + 1 < len(weights) and not slices
+        masks = number + 1 < len(weights) and not (slices or slices_back)
         place = Place(below, below and bias, applied, summed, masks)
         if number:
             before = torch.empty((m, weights[number - 1].shape[0]), device="meta")  # contiguous, as layers give it
@@ -75,37 +83,26 @@ def explain_mlp(
         applied = any(BELOW in step.fused for step in layer.backward)
         summed = any("dbias_below" in step.makes for step in layer.backward)
         layers.insert(0, layer)
-    if not slices:
-        return MlpPlan(layers)
-    why = (
-        "narrow layers: their weights fit in shared memory together"
-        if x.is_cuda
-        else "narrow layers: a block of rows goes through all of them while it is in cache"
-    )
-    fused = Step(
-        "backward",
-        "fused_mlp",
-        kernel,
-        ("dx", "dweight", *["dbias"] * bias),
-        ("dz and the gradients of every layer",),
-        slices,
-        scratch,
-        why,
-    )
-    threads = 0 if x.is_cuda else torch.get_num_threads()
-    return MlpPlan(
-        (
-            LayerPlan(
-                [
-                    Explanation(row.op, "fused_mlp", kernel, slices if row.op == "wgrad" else 1, threads, why)
-                    for row in layer
-                ],
-                layer.title,
-                keeps=layer.keeps,
-            )
-            for layer in layers
-        ),
-        fused,
+    return MlpPlan((_of_layer(layer, forward, backward) for layer in layers), forward, backward, (why, why_back))
+
+
+def _of_layer(layer: LayerPlan, forward: Step | None, backward: Step | None) -> LayerPlan:
+    """Return the plan of a layer of a chain, of which one kernel computes a direction that has a step."""
+
+    def row_of(row: Explanation) -> Explanation:
+        step = forward if row.op == "forward" else backward
+        if step is None:
+            return row
+        return replace(
+            row, path=step.path, kernel=step.kernel, splits=step.splits if row.op == "wgrad" else 1, why=step.why
+        )
+
+    return LayerPlan(
+        map(row_of, layer),
+        layer.title,
+        () if forward else layer.forward,
+        () if backward else layer.backward,
+        layer.keeps,
     )
 
 

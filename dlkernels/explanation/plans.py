@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -93,24 +93,40 @@ class LayerPlan(tuple[Explanation, ...]):
         return _largest_scratch(self)
 
     def __str__(self) -> str:
-        lines = _lines(self, str)
-        lines.append("  why:")
-        lines += [f"    {row.op} by {row.path}: {row.why}" for row in self]
+        return self._text(_DIRECTIONS)
+
+    def _text(self, directions: Collection[str]) -> str:
+        lines = _lines(self, str, directions)
+        rows = [row for row in self if ("forward" if row.op == "forward" else "backward") in directions]
+        if rows:
+            lines.append("  why:")
+            lines += [f"    {row.op} by {row.path}: {row.why}" for row in rows]
         return "\n".join(lines)
 
 
 class MlpPlan(tuple[LayerPlan, ...]):
-    """The plan of a chain of layers: a :class:`LayerPlan` for each. ``fused`` is the step that runs all of them at
-    once; None where they run one by one. Of an ensemble it is the plan of a member, ``members`` is their number, and
-    ``at_once`` says that they run at the same time, each on one thread."""
+    """The plan of a chain of layers: a :class:`LayerPlan` for each.
 
-    fused: Step | None
+    ``forward`` and ``backward`` are the steps that run all layers at once; None where they run one by one. ``why`` are
+    the reasons for the two. Of an ensemble it is the plan of a member, ``members`` is their number, and ``at_once``
+    says that they run at the same time, each on one thread.
+    """
+
+    forward: Step | None
+    backward: Step | None
+    why: tuple[str, str]
     members: int | None = None
     at_once = False
 
-    def __new__(cls, layers: Iterable[LayerPlan], fused: Step | None = None) -> MlpPlan:
+    def __new__(
+        cls,
+        layers: Iterable[LayerPlan],
+        forward: Step | None = None,
+        backward: Step | None = None,
+        why: tuple[str, str] = ("", ""),
+    ) -> MlpPlan:
         plan = super().__new__(cls, layers)
-        plan.fused = fused
+        plan.forward, plan.backward, plan.why = forward, backward, why
         return plan
 
     def __str__(self) -> str:
@@ -123,10 +139,15 @@ class MlpPlan(tuple[LayerPlan, ...]):
         return [f"{self.members} members, {how}; each by this plan:"]
 
     def _of_layers(self) -> str:
-        if self.fused is None:
-            return "\n".join(f"layer {number}: {layer}" for number, layer in enumerate(self))
-        lines = [f"{len(self)} layers as one kernel, forward and backward", f"  backward: {self.fused}"]
-        return "\n".join([*lines, *(f"  layer {number}: {layer.title}" for number, layer in enumerate(self))])
+        steps = {"forward": self.forward, "backward": self.backward}
+        lines = [f"{len(self)} layers"]
+        for (direction, step), why in zip(steps.items(), self.why, strict=True):
+            lines.append(f"  {direction} {f'as one kernel: {step}' if step else 'layer by layer'}")
+            lines.append(f"    why: {why}")
+        by_layer = [direction for direction, step in steps.items() if step is None]
+        for number, layer in enumerate(self):
+            lines.append(f"layer {number}: {layer._text(by_layer)}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -156,10 +177,17 @@ def _largest_scratch(plan: LayerPlan | GluPlan) -> int:
     return max((step.scratch_bytes for step in (*plan.forward, *plan.backward)), default=0)
 
 
-def _lines(plan: LayerPlan | GluPlan, line_of: Callable[[Step], str]) -> list[str]:
-    """Return the title, and the steps of both directions, a line each."""
+_DIRECTIONS = ("forward", "backward")
+
+
+def _lines(
+    plan: LayerPlan | GluPlan, line_of: Callable[[Step], str], directions: Collection[str] = _DIRECTIONS
+) -> list[str]:
+    """Return the title, and the steps of these directions, a line each."""
     lines = [plan.title]
     for name, steps in (("forward", plan.forward), ("backward", plan.backward)):
+        if name not in directions:
+            continue
         if name == "backward":
             lines.append(f"  keeps for backward: {', '.join(plan.keeps) or 'nothing'}")
         lines.append(f"  {name}:" + ("" if steps else " nothing to do"))

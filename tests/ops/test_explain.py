@@ -177,17 +177,18 @@ def test_a_plan_prints_its_steps_and_reasons():
 def test_the_plan_of_several_layers():
     x, weights = torch.randn(300, 300), [torch.randn(96, 300), torch.randn(80, 96)]
     plan = functional.explain_mlp(x, weights, "relu")
-    assert plan.fused is None
+    assert plan.forward is None and plan.backward is None
     assert "activation gradient of the layer below" in plan[1].backward[0].fused
     assert "activation gradient of the layer below" not in plan[0].backward[0].fused
     assert "dz made while grad_y is loaded" not in plan[0].backward[0].fused, "dgrad of the layer above made dz"
     assert plan[0].forward[0].fused == ("bias", "relu") and plan[1].forward[0].fused == ("bias",)
     narrow = functional.explain_mlp(torch.randn(4096, 64), [torch.randn(32, 64), torch.randn(10, 32)])
-    assert narrow.fused is not None and narrow.fused.splits > 1 and narrow.fused.scratch_bytes > 0
+    assert narrow.backward is not None and narrow.backward.splits > 1 and narrow.backward.scratch_bytes > 0
+    assert narrow.forward is not None and narrow.forward.makes == ("y",)
     assert "one kernel" in str(narrow)
-    assert narrow.fused.makes == ("dx", "dweight", "dbias")
+    assert narrow.backward.makes == ("dx", "dweight", "dbias")
     without = functional.explain_mlp(torch.randn(4096, 64), [torch.randn(32, 64), torch.randn(10, 32)], bias=False)
-    assert without.fused is not None and without.fused.makes == ("dx", "dweight")
+    assert without.backward is not None and without.backward.makes == ("dx", "dweight")
     with pytest.raises(ValueError, match="for 2 weights expected 1 activations"):
         functional.explain_mlp(x, weights, ["relu", "relu"])
 
@@ -202,5 +203,5 @@ def test_an_empty_layer_has_nothing_to_do():
 @pytest.mark.skipif(_C.build_config()["cuda"] is not None, reason="this build has CUDA kernels")
 def test_a_build_for_cpu_explains_no_cuda():
     with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        _C.explain_fused_mlp(True, [(4, 3, 2)], "float32")
-    assert _C.explain_fused_mlp(False, [], "float32")[0] == 0
+        _C.explain_mlp(True, False, [(4, 3, 2)], "float32", 1, False)
+    assert _C.explain_mlp(False, False, [], "float32", 1, False)[0] == 0

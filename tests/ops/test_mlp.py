@@ -361,7 +361,7 @@ def test_a_decision_of_the_module_holds(calls):
 def test_module_steps_aside_where_a_layer_is_special(calls):
     x = torch.randn(9, 12)
     # The fused MLP kernels, which some processors run for so few rows, add up in another order than a layer's.
-    fused = _C.explain_fused_mlp(False, [(9, 20, 12), (9, 5, 20)], "float32")[0] > 0
+    fused = _C.explain_mlp(False, False, [(9, 20, 12), (9, 5, 20)], "float32", torch.get_num_threads(), False)[0] > 0
 
     def seen(change, model):
         model(x)  # what it decides here must not hold after the change

@@ -153,7 +153,9 @@ int cpu_mlp_slices(const char* isa, int maker, int forced, int capped, int threa
   const cpu::Kernels set = kernels_of(isa, false);
   const cpu::Machine machine = {&set,    static_cast<cpu::Forced>(forced), capped != 0, false, false, false, threads,
                                 nullptr, static_cast<cpu::Maker>(maker)};
-  return cpu::fused_mlp_slices({{m, features, features}, {m, features, features}}, static_cast<DType>(dtype), machine);
+  return cpu::mlp_route(Direction::forward, {{m, features, features}, {m, features, features}},
+                        static_cast<DType>(dtype), machine)
+      .slices;
 }
 
 // path: the one that is forced, or an empty text.

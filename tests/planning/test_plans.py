@@ -244,9 +244,9 @@ def test_rows_of_one_class_that_differ(planning, table):
 
 
 def expected_route(rows, shape, threads):
-    """The rule: a row of these sizes comes before a class; among equals the rows for this number of threads come before
-    those for any, and then the first table's."""
-    places = [(where, number) for where in (threads, 0) for number in (0, 1)]
+    """The rule: a row of these sizes comes before a class; among equals the first table's come first, and of one table
+    the rows for this number of threads before those for any."""
+    places = [(where, number) for number in (0, 1) for where in (threads, 0)]
     for where, number in places:
         for row in rows:
             if row[2:4] == (shape, where) and row[5] == number:

@@ -160,7 +160,7 @@ def test_a_gpu_s_row_may_lack_the_time_of_stock():
     taken = Row("forward", "bfloat16", 300, 200, 100, 90, "mma", {"mma": 1.0, "cublas": 2.0}, "2026-11-28", "")
     gpu = Table("cuda", "NVIDIA H100", "", torch.__version__, __version__, False, (taken,))
     assert routing.parse(gpu.text()) == gpu
-    assert "at 300, 100→200 on architecture 9.0" in taken.reason("a table", 1)
+    assert "at 300, 100→200 on architecture 9.0" in taken.reason(gpu, 1)
     for path, us in (("mma", {"mma": 2.0, "cublas": 1.0}), ("mma", {"cublas": 1.0}), ("cublas", {})):
         other = dataclasses.replace(gpu, rows=(dataclasses.replace(taken, path=path, us=us),))
         with pytest.raises(RouteError, match=r"the fastest path|a path that was measured"):

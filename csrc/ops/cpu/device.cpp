@@ -102,10 +102,9 @@ void run_glu_gradient_pass(GluGradPass p, const at::Tensor& like) {
   machine.table(p.dtype).glu_grad_pass(p, threads_for_elements(machine, 2 * p.m * p.n));
 }
 
-int slices_of(const FusedMlp& p, DType dtype) {
-  std::vector<Shape> shapes;
-  for (int l = 0; l < p.layers; ++l) shapes.push_back({p.rows, p.layer[l].n, p.layer[l].k});
-  return fused_mlp_slices(shapes, dtype, machine_for(dtype, false));
+MlpRoute route_of_mlp(Direction direction, const std::vector<Shape>& layers, DType dtype) {
+  const RouteTable* routes = cpu_routes();
+  return mlp_route(direction, layers, dtype, machine_for(dtype, routes && routes->has_mlps()));
 }
 
 Parallel threads_for_mlp(const FusedMlp& p, const Machine& machine) {
@@ -121,7 +120,6 @@ void run_fused_mlp_forward(const FusedMlp& p, DType dtype) {
 
 void run_fused_mlp_backward(FusedMlp p, DType dtype, const at::Tensor& like) {
   const Machine machine = machine_for(dtype, false);
-  p.slices = slices_of(p, dtype);
   const at::Tensor partials = accumulators(p.slices * fused_mlp_parameters(p), like);
   p.partials = partials.data_ptr();
   machine.table(dtype).fused_mlp_backward(p, threads_for_mlp(p, machine));
@@ -223,7 +221,7 @@ const Device kCpu = {
     &cpu::library_operand,
     /*has_masks=*/false,
     /*takes_mask=*/[](const Problem&) { return false; },
-    [](const FusedMlp& p, DType dtype) { return cpu::slices_of(p, dtype) > 0; },
+    &cpu::route_of_mlp,
     &cpu::run_fused_mlp_forward,
     &cpu::run_fused_mlp_backward,
     &cpu::each_member,

@@ -55,6 +55,20 @@ struct FusedMlpOfOne {
   FusedMlpOfOne(const FusedMlpOfOne&) = delete;  // mlp points to layer
 };
 
+// The sizes of a chain, for questions.
+struct DescribedMlp {
+  std::vector<FusedMlpLayer> layers;
+  FusedMlp mlp{};
+
+  explicit DescribedMlp(const std::vector<Shape>& shapes) : layers(shapes.size()) {
+    for (size_t l = 0; l < shapes.size(); ++l) layers[l].n = shapes[l].n, layers[l].k = shapes[l].k;
+    mlp.rows = shapes.empty() ? 0 : shapes[0].m;
+    mlp.layers = static_cast<int>(layers.size());
+    mlp.layer = layers.data();
+  }
+  DescribedMlp(const DescribedMlp&) = delete;  // mlp points to layers
+};
+
 // Rows of 16 bits lie so that the fused MLP kernels read more than an element at a time. (All f32 that is contiguous along
 // its rows does.)
 bool fused_mlp_takes_fast(const View& rows, int64_t cols) {
@@ -130,8 +144,14 @@ void run_product(const Step& step, const Problem& c, Product p, const at::Tensor
   launch(step.path, gemm, like);
 }
 
+MlpRoute route_of_mlp(Direction direction, const std::vector<Shape>& layers, DType dtype) {
+  const DescribedMlp chain(layers);
+  const int slices = fused_mlp_takes(chain.mlp, dtype) ? fused_mlp_slices(chain.mlp, dtype) : 0;
+  return mlp_route({direction, layers, dtype, dtype == DType::f32 && tf32_allowed(), current_arch(), slices,
+                    forced_path(), cuda_routes()});
+}
+
 void run_fused_mlp_backward(FusedMlp p, DType dtype, const at::Tensor& like) {
-  p.slices = fused_mlp_slices(p, dtype);
   const at::Tensor partials = accumulators(fused_mlp_partials(p, dtype), like);
   p.partials = partials.data_ptr();
   C10_CUDA_CHECK(fused_mlp_backward(p, dtype, stream()));
@@ -152,6 +172,7 @@ void narrow_backward(const Step&, const Problem& c, const OutputGrad& in, const 
   const at::Tensor g = fused_mlp_takes_fast(view_of(in.g), c.shape.n) ? in.g : in.g.contiguous();
   one.mlp.grad_y = view_of(g);
   one.mlp.dx = data_or_null(dx);
+  one.mlp.slices = fused_mlp_slices(one.mlp, c.dtype);
   run_fused_mlp_backward(one.mlp, c.dtype, in.g);
 }
 
@@ -243,10 +264,12 @@ void rows_product(Op op, const Problem& c, const at::Tensor& dz, const at::Tenso
   launch(path, p, dz);
 }
 
-std::pair<int, int64_t> fused_mlp_slices_and_scratch(FusedMlp p, DType dtype) {
-  if (!fused_mlp_takes(p, dtype)) return {0, 0};
-  p.slices = fused_mlp_slices(p, dtype);
-  return {p.slices, fused_mlp_partials(p, dtype) * int64_t{sizeof(float)}};
+std::pair<MlpRoute, int64_t> mlp_route_and_scratch(Direction direction, const std::vector<Shape>& layers, DType dtype) {
+  const MlpRoute route = route_of_mlp(direction, layers, dtype);
+  if (route.slices == 0 || direction == Direction::forward) return {route, 0};
+  DescribedMlp chain(layers);
+  chain.mlp.slices = route.slices;
+  return {route, fused_mlp_partials(chain.mlp, dtype) * int64_t{sizeof(float)}};
 }
 
 }  // namespace cuda
@@ -268,7 +291,7 @@ const Device kCuda = {
     /*has_masks=*/true,
     /*takes_mask=*/
     [](const Problem& c) { return needs_sign_only(c.act.kind) && is_16_bit(c.dtype) && c.shape.n % kMaskBits == 0; },
-    &cuda::fused_mlp_takes,
+    &cuda::route_of_mlp,
     [](const FusedMlp& p, DType dtype) { C10_CUDA_CHECK(cuda::fused_mlp_forward(p, dtype, cuda::stream())); },
     &cuda::run_fused_mlp_backward,
     [](int64_t members, const std::vector<Problem>&, c10::function_ref<void(int64_t)> body) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <utility>
+#include <vector>
 
 #include "planning/cuda/plan.h"
 
@@ -10,8 +11,7 @@ namespace dlk::cuda {
 // Answers for the current device.
 extern const Machine kMachine;
 
-// The number of slices in which backward's fused MLP kernels cut the rows of these layers on the current device, and their
-// scratch in bytes; 0 slices: they do not take the layers. Only rows and the sizes of layers are read.
-std::pair<int, int64_t> fused_mlp_slices_and_scratch(FusedMlp, DType);
+// How a chain of layers runs on the current device, and the scratch of its kernel in bytes.
+std::pair<MlpRoute, int64_t> mlp_route_and_scratch(Direction, const std::vector<Shape>& layers, DType);
 
 }  // namespace dlk::cuda

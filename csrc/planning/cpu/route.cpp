@@ -1,6 +1,7 @@
 #include "planning/cpu/route.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 namespace dlk::cpu {
@@ -16,17 +17,52 @@ bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_row
 }
 bool runs(const char* isa, const Machine& machine) { return !std::strcmp(machine.kernels->isa, isa); }
 
-// The slices of a fused MLP of fewer than 2048 rows; 0: layer by layer. Measured on Zen 3 with 1 and 2 threads, in f32 and f64,
-// from 1 to 1024 rows (docs/internals/performance.md). Up to 16 thousand parameters the fused MLP won for any number of rows.
-// Beyond, it has to pack all weights anew for each thread, and takes as many rows as the widest layer has features. A slice
-// has 64 rows or more, of wide layers 128; shorter ones cost more than they bring, as do many copies of large gradients.
-// More threads than slices compute layer by layer, unless a slice takes less time than waking threads for each product.
-int64_t few_rows_slices(int64_t m, int64_t parameters, int64_t widest, DType dtype, const Machine& machine) {
-  if (!runs("avx2", machine) || is_16_bit(dtype) || m == 0) return 0;
-  if (parameters > (1 << 14) && m < widest) return 0;
-  const int64_t by_rows = m / (widest > 128 ? 128 : 64), by_memory = (1 << 19) / parameters;
-  const int64_t slices = std::clamp<int64_t>(std::min(by_rows, by_memory), 1, 4);
-  return machine.threads > slices && m * parameters / slices > (1 << 20) ? 0 : slices;
+// The sizes of a chain that decide how it runs.
+struct ChainSizes {
+  int64_t m, parameters = 0, widest = 0, narrowest = INT64_MAX;
+
+  explicit ChainSizes(const std::vector<Shape>& layers) : m(layers[0].m) {
+    for (const Shape& layer : layers) {
+      widest = std::max({widest, layer.n, layer.k});
+      narrowest = std::min({narrowest, layer.n, layer.k});
+      parameters += layer.n * layer.k;
+    }
+  }
+  // Of 2048 rows or more. A slice is worth its copy of the gradients; more slices than cores fill the cores evenly.
+  int64_t slices_of_many_rows() const { return std::min({m / 1024, (int64_t{1} << 22) / parameters, int64_t{32}}); }
+  bool has_many_rows() const { return slices_of_many_rows() >= 2; }
+  // Of fewer rows a slice has 64 or more, of wide layers 128; shorter ones cost more than they bring, as do many copies of
+  // large gradients.
+  int slices() const {
+    if (has_many_rows()) return static_cast<int>(slices_of_many_rows());
+    const int64_t by_rows = m / (widest > 128 ? 128 : 64), by_memory = (1 << 19) / parameters;
+    return static_cast<int>(std::clamp<int64_t>(std::min(by_rows, by_memory), 1, 4));
+  }
+};
+
+// The reason why the fused MLP kernels do not pay for fewer than 2048 rows; nullptr: they pay. Measured on Zen 3 with 1 and 2
+// threads, in f32 and f64, from 1 to 1024 rows (docs/internals/performance.md). Up to 16 thousand parameters the fused MLP won
+// for any number of rows. Beyond, it has to pack all weights anew for each thread, and takes as many rows as the widest layer
+// has features. More threads than slices compute layer by layer, unless a slice takes less time than waking threads for each
+// product.
+const char* few_rows_do_not_pay(const ChainSizes& chain, DType dtype, const Machine& machine) {
+  if (!runs("avx2", machine) || is_16_bit(dtype))
+    return "fewer than 2048 rows: the fused MLP was not measured faster with these kernels";
+  if (chain.parameters > (1 << 14) && chain.m < chain.widest)
+    return "few rows: packing all weights for each thread would cost more than it saves";
+  const int slices = chain.slices();
+  if (machine.threads > slices && chain.m * chain.parameters / slices > (1 << 20))
+    return "fewer slices of rows than threads: layer by layer all of them work";
+  return nullptr;
+}
+
+// The reason why the fused MLP kernels cannot take these layers; nullptr: they can.
+const char* cannot_be_fused(const std::vector<Shape>& layers, const ChainSizes& chain, DType dtype,
+                            const Machine& machine) {
+  if (layers.size() > kFusedMlpLayers) return "more layers than the fused MLP kernels take";
+  if (chain.m == 0 || chain.narrowest == 0) return "nothing to multiply";
+  return chain.widest > machine.table(dtype).fused_mlp_features ? "wider layers than the fused MLP kernels take"
+                                                                : nullptr;
 }
 
 // In f32 and f64 the dot products reload a row of x for each row of weight, and add up lanes at their end. The packed product
@@ -104,6 +140,11 @@ const RouteRow* measured(Op op, const Shape& shape, DType dtype, bool contiguous
   return row && takes(row->path, op, shape, dtype, contiguous, machine) ? row : nullptr;
 }
 
+const MlpRow* measured(Direction direction, const std::vector<Shape>& layers, DType dtype, const Machine& machine) {
+  if (!machine.routes || (dtype == DType::f32 && machine.bf16_products)) return nullptr;
+  return machine.routes->find_mlp(direction, dtype, layers, machine.threads);
+}
+
 }  // namespace
 
 Route route(Op op, const Problem& problem, bool contiguous, const Machine& machine) {
@@ -143,23 +184,21 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
   return {Path::packed, "our packed GEMM with the fused epilogue"};
 }
 
-int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machine& machine) {
-  const KernelTable& table = machine.table(dtype);
-  if (machine.forced == Forced::aten || is_unmeasured(dtype, machine)) return 0;
-  if (layers.size() < 2 || layers.size() > kFusedMlpLayers) return 0;
-  const int64_t m = layers[0].m;
-  int64_t parameters = 0, widest = 0;
-  for (const Shape& layer : layers) {
-    if (layer.n == 0 || layer.k == 0) return 0;
-    widest = std::max({widest, layer.n, layer.k});
-    parameters += layer.n * layer.k;
-  }
-  if (widest > table.fused_mlp_features || widest > fused_mlp_limit(dtype)) return 0;
-  // A slice is worth its copy of the gradients; more slices than cores fill the cores evenly.
-  const int64_t slices = std::min({m / 1024, (int64_t{1} << 22) / parameters, int64_t{32}});
-  if (slices >= 2) return static_cast<int>(slices);
-  const int64_t few = few_rows_slices(m, parameters, widest, dtype, machine);
-  return static_cast<int>(few || machine.forced != Forced::own ? few : m > 0);
+MlpRoute mlp_route(Direction direction, const std::vector<Shape>& layers, DType dtype, const Machine& machine) {
+  if (machine.forced == Forced::aten) return {0, "DLKERNELS_CPU_GEMM=aten"};
+  if (layers.size() < 2) return {0, "a chain of one layer"};
+  const ChainSizes chain(layers);
+  if (const char* why = cannot_be_fused(layers, chain, dtype, machine)) return {0, why};
+  if (machine.forced == Forced::no)
+    if (const MlpRow* row = measured(direction, layers, dtype, machine))
+      return {row->fused ? chain.slices() : 0, row->why.c_str()};
+  if (is_unmeasured(dtype, machine)) return {0, "no measurement says that our kernels are faster on such a processor"};
+  if (chain.widest > fused_mlp_limit(dtype))
+    return {0, "wide layers: taller blocks of rows serve their products better"};
+  const char* const slow = chain.has_many_rows() ? nullptr : few_rows_do_not_pay(chain, dtype, machine);
+  if (slow && machine.forced == Forced::own) return {1, "DLKERNELS_CPU_GEMM=own"};
+  if (slow) return {0, slow};
+  return {chain.slices(), "narrow layers: a block of rows goes through all of them while it is in cache"};
 }
 
 bool members_in_parallel(int64_t members, const std::vector<Problem>& layers, const Machine& machine) {

@@ -12,9 +12,10 @@ namespace dlk::cpu {
 // few_rows needs it in forward and dgrad.
 Route route(Op op, const Problem&, bool contiguous, const Machine&);
 
-// The number of slices of rows in which the fused MLP kernels take these layers; 0: they run layer by layer. A function of
-// shapes, dtype and kernel set; below 2048 rows also of the number of threads, which decides between 0 and up to 4.
-int fused_mlp_slices(const std::vector<Shape>& layers, DType dtype, const Machine&);
+// How a chain of layers runs, forward or backward. The route table decides, if the kernels take the layers and it has a row for
+// this number of threads or for any; else a rule: a function of shapes, dtype and kernel set, and below 2048 rows of the
+// number of threads too, which decides between 0 and up to 4 slices.
+MlpRoute mlp_route(Direction, const std::vector<Shape>& layers, DType, const Machine&);
 
 // True if the members of an ensemble of such chains run at the same time, each on one thread. Otherwise they run one after
 // the other, each on all threads: where those are fewer than threads and large enough for several, and where a layer may go

@@ -82,6 +82,14 @@ Route route(const RouteQuery& a) {
   return unmeasured(a);
 }
 
+MlpRoute mlp_route(const MlpQuery& a) {
+  if (a.slices == 0) return {0, "the fused MLP kernels do not take these layers, or not all of them together"};
+  if (a.routes && !a.forced && !(a.dtype == DType::f32 && a.tf32))
+    if (const MlpRow* row = a.routes->find_mlp(a.direction, a.dtype, a.layers, a.arch))
+      return {row->fused ? a.slices : 0, row->why.c_str()};
+  return {a.slices, "narrow layers: their weights fit in shared memory together"};
+}
+
 std::string explained(const Route& r, const RouteQuery& a) {
   const bool nothing = a.shape.m == 0 || a.shape.n == 0 || a.shape.k == 0;
   const bool chosen = (a.forced && takes(*a.forced, a)) || measured_route(a);

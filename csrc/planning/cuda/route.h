@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "kernels/params.h"
 #include "planning/routes.h"
@@ -29,6 +30,19 @@ const Path* forced_path();
 Route route(const RouteQuery&);
 // The route's reason as explain() prints it: it names Hopper's kernel where that is off because it was not measured.
 std::string explained(const Route&, const RouteQuery&);
+
+struct MlpQuery {
+  Direction direction;
+  const std::vector<Shape>& layers;
+  DType dtype;
+  bool tf32;
+  int arch;
+  int slices;                          // in which the kernels cut the rows of backward; 0: they do not take the layers
+  const Path* forced = nullptr;        // the tables are asked without one
+  const RouteTable* routes = nullptr;  // the table in use; null: none
+};
+
+MlpRoute mlp_route(const MlpQuery&);
 
 const char* kernel(Path path);  // as explain() prints it
 
