@@ -23,6 +23,7 @@ of the dtype. Our tests and our benchmark use these functions, and your tests ca
 * Layers: :class:`Layer`, :func:`oracle`, :func:`error`, :func:`stock_errors`, :func:`assert_no_worse`,
   :func:`assert_layer_no_worse`, :class:`LayerJudge`, and the tables of activations ``STOCK``, ``EXACT`` and
   ``REWRITTEN``.
+* Chains of layers: :class:`Mlp`, :func:`mlp_oracle`, :class:`MlpJudge`.
 * Gated layers: :class:`GatedLayer`, :func:`gated_oracle`, :func:`assert_gated_layer_no_worse`.
 * Losses: :func:`mse_oracle`, :func:`cross_entropy_oracle`, :func:`gaussian_nll_oracle` and :class:`LossJudge`.
 * Models: :class:`Agreement`, :func:`judge`, :func:`assert_models_agree`.
@@ -31,6 +32,7 @@ of the dtype. Our tests and our benchmark use these functions, and your tests ca
 from dlkernels.testing.agreement import Agreement, assert_models_agree, judge
 from dlkernels.testing.gated import GatedLayer, assert_gated_layer_no_worse, gated_oracle
 from dlkernels.testing.losses import LossJudge, cross_entropy_oracle, gaussian_nll_oracle, mse_oracle
+from dlkernels.testing.mlp import Mlp, MlpJudge, mlp_oracle
 from dlkernels.testing.oracle import (
     EXACT,
     REWRITTEN,
@@ -53,6 +55,8 @@ __all__ = [
     "Layer",
     "LayerJudge",
     "LossJudge",
+    "Mlp",
+    "MlpJudge",
     "assert_gated_layer_no_worse",
     "assert_layer_no_worse",
     "assert_models_agree",
@@ -62,6 +66,7 @@ __all__ = [
     "gated_oracle",
     "gaussian_nll_oracle",
     "judge",
+    "mlp_oracle",
     "mse_oracle",
     "oracle",
     "stock_errors",

@@ -130,29 +130,39 @@ def oracle(layer: Layer, y: Tensor, device: torch.device | str = "cpu") -> dict[
         device: where the oracle computes; by default the CPU, whatever the device under test.
     """
     layer, y = layer.to(device), y.to(device)
-    act, k, n = EXACT[layer.activation], layer.x.shape[-1], layer.g.shape[-1]
+    k, n = layer.x.shape[-1], layer.g.shape[-1]
     product = exact_product if layer.x.dtype == torch.float64 else torch.mm
     x, w, g = layer.x.double().reshape(-1, k), layer.weight.double(), layer.g.double().reshape(-1, n)
     b = layer.bias.double() if layer.bias is not None else w.new_zeros(n)
-    z = (product(x, w.t()) + b).requires_grad_()
+    z = product(x, w.t()) + b
     size = x.abs() @ w.abs().t() + b.abs()  # Σ|terms| of z
-    value = act(z)
-    (d,) = torch.autograd.grad(value.sum(), z, create_graph=True)
-    (dd,) = torch.autograd.grad(d.sum(), z) if d.requires_grad else (torch.zeros_like(z),)
-    slope = d.detach().abs()  # where rounding moved the gate, y may still have an error of the size of its terms
-    if layer.activation in ("relu", "leaky_relu"):
-        closed = 0.01 if layer.activation == "leaky_relu" else 0.0
-        d = torch.where(y.double().reshape(-1, n) > 0, 1.0, closed)
-    z, value, d = z.detach(), value.detach(), d.detach()
-    dz, dz_size = g * d, g.abs() * (d.abs() + dd.abs() * size)
+    value, value_size, d, d_size = activated(layer.activation, z, size, y.reshape(-1, n))
+    dz, dz_size = g * d, g.abs() * d_size
     exact = {
-        "y": (value, value.abs() + torch.maximum(slope, d.abs()) * size),
+        "y": (value, value_size),
         "dx": (product(dz, w), dz_size @ w.abs()),
         "dweight": (product(dz.t(), x), dz_size.t() @ x.abs()),
         "dbias": (product(dz.t(), dz.new_ones(len(dz), 1))[:, 0], dz_size.sum(0)),
     }
     shapes = {"y": layer.g.shape, "dx": layer.x.shape, "dweight": w.shape, "dbias": (n,)}
     return {name: (t.reshape(shapes[name]), size.reshape(shapes[name])) for name, (t, size) in exact.items()}
+
+
+def activated(activation: str, z: Tensor, size: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return act(z) and its scale, act'(z) and its scale, in float64.
+
+    ``size`` is Σ|terms| of z. The gate of ReLU and leaky ReLU is read from ``y``, the output under test.
+    """
+    z = z.detach().requires_grad_()
+    value = EXACT[activation](z)
+    (d,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+    (dd,) = torch.autograd.grad(d.sum(), z) if d.requires_grad else (torch.zeros_like(z),)
+    slope = d.detach().abs()  # where rounding moved the gate, y may still have an error of the size of its terms
+    if activation in ("relu", "leaky_relu"):
+        closed = 0.01 if activation == "leaky_relu" else 0.0
+        d = torch.where(y.double() > 0, 1.0, closed)
+    value, d = value.detach(), d.detach()
+    return value, value.abs() + torch.maximum(slope, d.abs()) * size, d, d.abs() + dd.abs() * size
 
 
 def error(actual: Tensor, exact: Tensor, scale: Tensor) -> float:
