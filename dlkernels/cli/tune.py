@@ -18,10 +18,10 @@ def add_parser(subparsers: Any) -> None:
         "tune",
         _tune,
         help="measure which path is fastest on this machine, and keep it",
-        description="Measure layers on this CPU or GPU by every path that the kernels have. Each path is judged "
-        "against float64, then timed beside stock torch in turns; one that is wrong or slower is not taken. The route "
-        "table goes to your cache folder, and every later process on this machine takes its routes from it. Leave the "
-        "machine alone meanwhile.",
+        description="Measure layers and chains of layers on this CPU or GPU by every path that the kernels have. Each "
+        "path is judged against float64, then timed beside stock torch in turns; one that is wrong or slower is not "
+        "taken. The route table goes to your cache folder, and every later process on this machine takes its routes "
+        "from it. Leave the machine alone meanwhile.",
     )
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
@@ -31,8 +31,16 @@ def add_parser(subparsers: Any) -> None:
         metavar="MxKxN",
         help="layers by rows, in_features and out_features, such as 256x784x10 (default: the grid of the benchmark)",
     )
+    add(
+        "--mlps",
+        nargs="+",
+        metavar="MxK-N-...-N",
+        help="chains of layers by rows and features, such as 256x8-64-64-4 (default: a small grid of them)",
+    )
     which.add_argument(
-        "--model", metavar="SPEC", help="the layers that a model runs; SPEC as in `python -m dlkernels fuse`"
+        "--model",
+        metavar="SPEC",
+        help="the layers and chains that a model runs; SPEC as in `python -m dlkernels fuse`",
     )
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model or its configuration")
     add("--batch-size", type=int, default=8, metavar="N", help="of the model (default: 8)")
@@ -45,7 +53,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--threads", type=int, metavar="N", help="CPU threads; the rows are for this number (default: torch's)")
-    add("--seconds", type=float, default=0.3, metavar="S", help="for one direction of one layer (default: 0.3)")
+    add(
+        "--seconds", type=float, default=0.3, metavar="S", help="for one direction of one layer or chain (default: 0.3)"
+    )
     add(
         "--out",
         metavar="FILE",
@@ -68,17 +78,20 @@ def _tune(args: argparse.Namespace) -> int:
     if not args.seconds > 0:
         raise SettingError(f"expected --seconds above 0; got {args.seconds}")
     shapes = [_shape(text) for text in args.shapes or ()]
+    mlps = [_mlp(text) for text in args.mlps or ()]
+    if args.model is not None and mlps:
+        raise SettingError("expected --model or --mlps, not both: the chains of the model are measured")
     kind_of(None, args.device)  # a model cannot be moved to a GPU that is not there
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     options: dict[str, Any] = {"seconds": args.seconds, "out": args.out, "any_threads": args.any_threads}
     options["device"] = args.device
-    options["told"] = lambda layer: print(layer, flush=True)
+    options["told"] = lambda measured: print(measured, flush=True)
     dtypes = args.dtypes or usual_dtypes(args.device)
     if not args.dtypes and "bfloat16" not in dtypes:
         print("bfloat16 is left out: stock torch has no library for it on this CPU; --dtypes bfloat16 measures it")
     if args.model is None:
-        table = tune(shapes=shapes, dtypes=dtypes, **options)
+        table = tune(shapes=shapes, mlps=mlps, dtypes=dtypes, **options)
     else:
         torch.manual_seed(0)
         for dtype in dtypes:
@@ -95,6 +108,12 @@ def _shape(text: str) -> tuple[int, int, int]:
         raise SettingError(f"expected --shapes MxKxN, such as 256x784x10; got {text!r}")
     m, k, n = map(int, sizes.groups())
     return m, k, n
+
+
+def _mlp(text: str) -> tuple[int, ...]:
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*(-[1-9]\d*){2,}", text) is None:
+        raise SettingError(f"expected --mlps MxK-N-...-N of two layers or more, such as 256x8-64-64-4; got {text!r}")
+    return tuple(map(int, re.split("[x-]", text)))
 
 
 def _cast(model: Any, inputs: Any, dtype: Any, device: str) -> tuple[Any, Any]:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dlkernels import _C, functional
-from dlkernels.testing import Layer
+from dlkernels.testing import Layer, Mlp
 from dlkernels.trainer import graph
 from dlkernels.tuning.layers import Size
-from dlkernels.tuning.paths import only_routes, table_of
+from dlkernels.tuning.paths import table_of, using
 
 STEADY = 1.25  # a clock is steady if stock's median is below this multiple of its lower quartile
 ATTEMPTS = 3  # to find it steady
@@ -24,6 +25,7 @@ TURN_CALLS = 50  # ... and at most so many
 REPLAYED = 4  # steps in a CUDA graph, so that the launch of a graph counts little
 
 Key = TypeVar("Key", str, tuple[str, str])
+Step = tuple[int, Callable[[], Any]]  # a route table, and a function that is called under it
 
 
 class Unsteady(Exception):
@@ -35,14 +37,12 @@ def time_forward(
 ) -> tuple[dict[str, float], float]:
     """Return the microseconds of a forward by each contender's paths, and stock's."""
     x, weight, bias = layer.x, layer.weight, layer.bias
+
+    def ours() -> Tensor:
+        return functional.linear_relu(x, weight, bias)
+
     with torch.no_grad():
-        return _beside_stock(
-            layer,
-            contenders,
-            lambda: functional.linear_relu(x, weight, bias),
-            lambda: F.relu(F.linear(x, weight, bias)),
-            seconds,
-        )
+        return _of_layer(layer, contenders, ours, lambda: F.relu(F.linear(x, weight, bias)), seconds)
 
 
 def time_backward(
@@ -51,17 +51,40 @@ def time_backward(
     """Return the microseconds of a backward with all gradients by each contender's paths, and stock's."""
     assert layer.bias is not None
     leaves = [t.detach().requires_grad_() for t in (layer.x, layer.weight, layer.bias)]
-    ours, stock = functional.linear_relu(*leaves), F.relu(F.linear(*leaves))
-    return _beside_stock(
-        layer,
-        contenders,
-        lambda: torch.autograd.grad(ours, leaves, layer.g, retain_graph=True),
-        lambda: torch.autograd.grad(stock, leaves, layer.g, retain_graph=True),
-        seconds,
-    )
+    ours = _backward_of(functional.linear_relu(*leaves), leaves, layer.g)
+    stock = _backward_of(F.relu(F.linear(*leaves)), leaves, layer.g)
+    return _of_layer(layer, contenders, ours, stock, seconds)
 
 
-def _beside_stock(
+def time_mlp_forward(mlp: Mlp, tables: Mapping[str, int], seconds: float) -> tuple[dict[str, float], float]:
+    """Return the microseconds of a forward of a chain with ReLU under each contender's route table, and stock's."""
+
+    def ours() -> Tensor:
+        return functional.mlp(mlp.x, mlp.weights, mlp.biases)
+
+    with torch.no_grad():
+        steps = {path: (table, ours) for path, table in tables.items()}
+        return _beside_stock(steps, lambda: mlp.stock(mlp.x, mlp.weights, mlp.biases), mlp.x.device.type, seconds)
+
+
+def time_mlp_backward(mlp: Mlp, tables: Mapping[str, int], seconds: float) -> tuple[dict[str, float], float]:
+    """Return the microseconds of its backward with all gradients, and stock's. A contender's forward runs under its
+    table too, which says what it keeps."""
+    leaves = [t.detach().requires_grad_() for t in (mlp.x, *mlp.weights, *mlp.biases)]
+    x, weights, biases = leaves[0], leaves[1 : 1 + len(mlp.weights)], leaves[1 + len(mlp.weights) :]
+    steps: dict[str, Step] = {}
+    for path, table in tables.items():
+        with using(table, mlp.x.is_cuda):
+            steps[path] = table, _backward_of(functional.mlp(x, weights, biases), leaves, mlp.g)
+    stock = _backward_of(mlp.stock(x, weights, biases)[-1], leaves, mlp.g)
+    return _beside_stock(steps, stock, mlp.x.device.type, seconds)
+
+
+def _backward_of(y: Tensor, leaves: Sequence[Tensor], g: Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(y, leaves, g, retain_graph=True)
+
+
+def _of_layer(
     layer: Layer,
     contenders: Mapping[Key, Mapping[str, str]],
     ours: Callable[[], Any],
@@ -69,14 +92,20 @@ def _beside_stock(
     seconds: float,
 ) -> tuple[dict[Key, float], float]:
     size = Size.of(layer.x, layer.weight)
-    steps: list[tuple[int, Callable[[], Any]]] = [(-1, stock)]
-    if size.device == "cuda":  # a graph keeps the paths that it was captured with
-        steps = [(-1, _graph(stock))]
-        for paths in contenders.values():
-            with only_routes(paths, size):
-                steps.append((-1, _graph(ours)))
-    else:
-        steps += [(table_of(paths, size), ours) for paths in contenders.values()]
+    steps = {key: (table_of(paths, size), ours) for key, paths in contenders.items()}
+    return _beside_stock(steps, stock, size.device, seconds)
+
+
+def _beside_stock(
+    contenders: Mapping[Key, Step], stock: Callable[[], Any], device: str, seconds: float
+) -> tuple[dict[Key, float], float]:
+    steps: list[Step] = [(-1, stock), *contenders.values()]
+    if device == "cuda":  # a graph keeps the paths that it was captured with
+        graphs: list[Step] = []
+        for table, step in steps:
+            with using(table, cuda=True):
+                graphs.append((-1, _graph(step)))
+        steps = graphs
     before = _C.use_routes(-1)
     try:
         for _ in range(ATTEMPTS):
@@ -100,8 +129,8 @@ def quartile(times: Sequence[float]) -> float:
     return sorted(times)[len(times) // 4]
 
 
-def take_turns(steps: Sequence[tuple[int, Callable[[], Any]]], seconds: float) -> list[list[float]]:
-    """Return the seconds of all calls of each step, a route table and a function that is called under it.
+def take_turns(steps: Sequence[Step], seconds: float) -> list[list[float]]:
+    """Return the seconds of all calls of each step.
 
     The steps run in turns, and each turn begins with another one, so that a change of the machine's speed affects all
     of them. Before its timed calls a step is called once, which brings its operands back into the cache.

@@ -25,6 +25,10 @@ class TuneError(ExpectedError, RuntimeError):
     """Nothing can be measured here, or in this way; the message says why."""
 
 
+class NoLayers(TuneError):
+    """A model ran no linear layer that can be measured."""
+
+
 @dataclass(frozen=True)
 class Size:
     """The size of a layer, y [m, n] = act(x [m, k] · weight [n, k]ᵀ + bias [n]), its dtype, such as "float32", and the
@@ -102,14 +106,18 @@ def usual_dtypes(device: str = "cpu") -> tuple[str, ...]:
 
 
 def sizes_named(shapes: Iterable[tuple[int, int, int]], dtypes: Sequence[str], device: str = "cpu") -> list[Size]:
-    """Return the layers of these shapes, or of ``GRID``, in these dtypes; raises ValueError."""
-    if unknown := [dtype for dtype in dtypes if dtype not in routing.DTYPES]:
-        raise ValueError(f"tune: expected dtypes from {', '.join(routing.DTYPES)}; got {', '.join(unknown)}")
-    named = list(dict.fromkeys(shapes)) or list(GRID)
+    """Return the layers of these shapes in these dtypes; raises ValueError."""
+    named = list(dict.fromkeys(shapes))
     for shape in named:
         if len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
             raise ValueError(f"tune: expected (rows, in_features, out_features) of at least 1, got {shape}")
     return [Size(*shape, dtype, device) for dtype, shape in itertools.product(dtypes, named)]
+
+
+def check_dtypes(dtypes: Sequence[str]) -> None:
+    """Raise ValueError for a dtype that is not measured."""
+    if unknown := [dtype for dtype in dtypes if dtype not in routing.DTYPES]:
+        raise ValueError(f"tune: expected dtypes from {', '.join(routing.DTYPES)}; got {', '.join(unknown)}")
 
 
 def sizes_of(model: nn.Module, example_inputs: Any, device: str = "cpu") -> list[Size]:
@@ -137,7 +145,7 @@ def sizes_of(model: nn.Module, example_inputs: Any, device: str = "cpu") -> list
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         again(*args, **kwargs)
     if not found:
-        raise TuneError(_none_found(again))
+        raise NoLayers(_none_found(again))
     return list(found)
 
 
@@ -150,7 +158,7 @@ def _none_found(model: nn.Module) -> str:
         elif any(parameter is not None for parameter in module._parameters.values()):
             others.append(type(module).__name__)
     said = "tune: no linear layer with a floating dtype of its weight was called on rows of the example inputs. "
-    said += "Looked for: modules that are an nn.Linear or a layer of dlkernels.nn"
+    said += "Looked for: modules that are an nn.Linear or a layer of dlkernels.nn, and chains of functional.mlp"
     if linear:
         said += f"; those of the model were not called so: {_listed(linear)}"
     if others:

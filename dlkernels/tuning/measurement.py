@@ -6,6 +6,7 @@ import datetime
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -22,19 +23,26 @@ SECONDS = 0.3  # of the timing of one product
 JUDGED = 1 << 31  # multiplications of a product that the oracle judges; layers with more are judged on fewer rows
 
 
+class Measurable(Protocol):
+    """The size of a layer or chain."""
+
+    @property
+    def device(self) -> str: ...
+
+
 @dataclass(frozen=True)
-class MeasuredLayer:
-    """The result of the measurement of one layer.
+class Measured:
+    """The result of the measurement of one layer or one chain.
 
     Attributes:
-        size: the layer.
-        rows: its rows of the table. A row without times sends the product to torch's GEMM: a path was wrong, and the
-            rules might take it.
+        size: the layer (:class:`Size`) or chain (:class:`MlpSize`).
+        rows: its rows of the table. A row without times sends the product to torch's GEMM, or the chain to its layers
+            one by one: a path was wrong, and the rules might take it.
         refused: by path, why it was not timed: its results were wrong.
         busy: other work made the times too different to say anything. There are rows only if paths were refused.
     """
 
-    size: Size
+    size: Measurable
     rows: tuple[Row, ...]
     refused: dict[str, str]
     busy: bool = False
@@ -47,6 +55,8 @@ class MeasuredLayer:
         lines += [f"  {path} is left out: {why}" for path, why in self.refused.items()]
         if LIBRARY[self.size.device] in self.refused:
             lines.append("  torch's own GEMM was judged wrong: the measurement is at fault, or this torch is")
+        if "layers" in self.refused:
+            lines.append("  layer by layer was judged wrong: the route of a layer is at fault, or the measurement")
         return "\n".join(lines)
 
 
@@ -55,7 +65,7 @@ def _said(row: Row) -> str:
     return f"{row.op} {row.path} {timed}"
 
 
-def measure(size: Size, seconds: float = SECONDS) -> MeasuredLayer:
+def measure(size: Size, seconds: float = SECONDS) -> Measured:
     """Judge and time the paths of one layer with ReLU; nothing is written."""
     layer = draw(size)
     judged = draw(replace(size, m=min(size.m, max(1, JUDGED // (size.n * size.k)))))
@@ -93,19 +103,20 @@ def measure(size: Size, seconds: float = SECONDS) -> MeasuredLayer:
             rows.append(row(op, chosen[place], {STOCK: stock_backward, **best}))
     # The rules might take a wrong path where no row says otherwise.
     untimed = [row(op) for op in OPS if op not in {timed.op for timed in rows}]
-    return MeasuredLayer(size, (*rows, *(one for one in untimed if one.refused)), refused, busy)
+    return Measured(size, (*rows, *(one for one in untimed if one.refused)), refused, busy)
 
 
-def choose(times: Mapping[Key, float], stock: float, usual: Key, library: Key) -> Key:
+def choose(times: Mapping[Key, float], stock: float, usual: Key, library: Key | None) -> Key:
     """Return the path to take, of those in ``times``.
 
     It is the fastest that is not clearly slower than stock. The ``usual`` one, which the built-in rules take, stays if
     it is not clearly slower than stock either, and no other is clearly faster. If all are clearly slower than stock, it
-    is the library's, timed or not.
+    is the library's, timed or not; of a chain, which has none, the fastest.
     """
     good = [path for path, took in times.items() if not behind(took, stock)]
-    if not good:
+    if not good and library is not None:
         return library
+    good = good or list(times)
     best = min(good, key=lambda path: times[path])
     return usual if usual in good and not behind(times[usual], times[best]) else best
 

@@ -16,6 +16,13 @@ from dlkernels.tuning.layers import Size
 def only_routes(paths: Mapping[str, str], size: Size | None = None, device: str = "cpu") -> Iterator[None]:
     """Let products of ``size`` take ``paths``, by op, and all others on its device the built-in rules."""
     table, cuda = (-1, device == "cuda") if size is None else (table_of(paths, size), size.device == "cuda")
+    with using(table, cuda):
+        yield
+
+
+@contextlib.contextmanager
+def using(table: int, cuda: bool) -> Iterator[None]:
+    """Let all products and chains on a device take the routes of a table of ``_C.make_routes``."""
     before = _C.use_routes(table, cuda)
     try:
         yield

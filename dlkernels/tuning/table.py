@@ -12,7 +12,7 @@ import torch
 from dlkernels import _C, routing
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write, locked
-from dlkernels.routing import OPS, Row, Table
+from dlkernels.routing import MLP_OPS, OPS, Row, Table
 from dlkernels.tuning.layers import TuneError
 
 _HEAD = ("device", "processor", "isa", "torch", "dlkernels")
@@ -35,8 +35,10 @@ def with_rows(table: Table, rows: Iterable[Row]) -> Table:
     new = {row.product: row for row in rows}
     wrong = {(row.layer, path) for row in new.values() for path in row.refused}
     kept = [row for row in table.rows if row.product not in new and (row.layer, row.path) not in wrong]
-    order = {name: place for place, name in enumerate((*routing.DTYPES, *OPS))}
-    every = sorted([*kept, *new.values()], key=lambda r: (r.where, order[r.dtype], r.m, r.k, r.n, order[r.op]))
+    order = {name: place for place, name in enumerate((*routing.DTYPES, *OPS, *MLP_OPS))}
+    every = sorted(
+        [*kept, *new.values()], key=lambda r: (r.where, order[r.dtype], r.m, r.k, r.hidden, r.n, order[r.op])
+    )
     return replace(table, rows=tuple(every))
 
 
