@@ -19,7 +19,7 @@ from dlkernels.fusion.joined import Joined, Line, joined
 from dlkernels.fusion.observe import Event, Seen, Times, check_against_stock, observe
 from dlkernels.fusion.sites import CALL_AGAIN, NOT_CALLED, Report, Site, Status
 from dlkernels.fusion.source import NoSource
-from dlkernels.fusion.speed import Layers, Slower, by_example_inputs, by_tables
+from dlkernels.fusion.speed import Layers, Slower, by_example_inputs, by_tables, chains_by_tables
 from dlkernels.fusion.swap import Plan, fused_class, plan_of, swap, swap_back, walk, why_not_back
 from dlkernels.fusion.syntax import position
 from dlkernels.fusion.values import state
@@ -114,15 +114,18 @@ def fuse(
     unfuse(model)
     slower, apart, timed = Layers(), Layers(), Times()
     try:
-        if example_inputs is None and min_gain is None:
+        asks_tables = example_inputs is None and min_gain is None
+        if asks_tables:
             slower = by_tables(model, "none" in chosen)
         while True:
             _slower.update(slower)
             _apart.update(apart)
-            _fuse(model, chosen, include, exclude, example_inputs, timed)
-            if (found := _seen.get(model)) is None:
-                return model
-            alone, chained = by_example_inputs(found.events, min_gain)
+            chains = _fuse(model, chosen, include, exclude, example_inputs, timed)
+            alone, chained = Layers(), Layers()
+            if (found := _seen.get(model)) is not None:
+                alone, chained = by_example_inputs(found.events, min_gain)
+            elif asks_tables:
+                chained = chains_by_tables([layer for layer, _ in chain.layers] for chain in chains)
             if all(layer in slower for layer in alone) and all(layer in apart for layer in chained):
                 return model
             slower.update(alone)
@@ -135,8 +138,8 @@ def fuse(
 
 def _fuse(
     model: nn.Module, chosen: tuple[str, ...], include: Any, exclude: Any, example_inputs: Any, timed: Times
-) -> None:
-    """Fuse a stock model, but for the layers in ``_slower``."""
+) -> list[Joined]:
+    """Fuse a stock model, but for the layers in ``_slower``. Return its chains."""
     analysis = analyse(model)
     skipped = {
         path
@@ -166,6 +169,7 @@ def _fuse(
     if stock is not None:
         agreement = check_against_stock(stock, model, example_inputs)
         _seen[model] = Seen(agreement, observe(model, example_inputs, timed))
+    return chains
 
 
 def unfuse(model: Module) -> Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +52,25 @@ def by_tables(model: nn.Module, alone: bool) -> Layers:
     return layers
 
 
-def _behind(weight: Tensor) -> str:
-    """Return the first row of a layer and its table, if each of its rows ranks every path behind stock; else empty."""
-    if weight.device.type not in routing.LIBRARY or os.environ.get(f"DLKERNELS_{weight.device.type.upper()}_GEMM"):
+def chains_by_tables(chains: Iterable[Sequence[nn.Module]]) -> Layers:
+    """Return the layers of those chains that the route tables in use rank behind stock in every row that they have."""
+    layers = Layers()
+    for chain in chains if routing.in_use() else ():
+        found = [call._linear(module) for module in chain]
+        weights = [pair[0] for pair in found if not isinstance(pair, str)]
+        if len(weights) == len(chain) > 1 and (why := _behind(*weights)):
+            for module in chain:
+                layers[module] = Slower(f"as one chain it was {why}")
+    return layers
+
+
+def _behind(*weights: Tensor) -> str:
+    """Return the first row of a layer or chain and its table, if each of its rows ranks every path behind stock; else
+    empty."""
+    device = weights[0].device.type
+    if device not in routing.LIBRARY or os.environ.get(f"DLKERNELS_{device.upper()}_GEMM"):
         return ""  # no table decides
-    rows = _rows(weight)
+    rows = _rows(*weights)
     if not rows or not all(_is_behind(row) for row, _ in rows):
         return ""
     _, reason = rows[0]
@@ -63,10 +78,10 @@ def _behind(weight: Tensor) -> str:
     return f"slower than stock by the route table: {reason}{others}"
 
 
-def _rows(weight: Tensor) -> list[tuple[Row, str]]:
-    """Return the rows in force for a weight, one for each product, and their reasons."""
-    n, k = weight.shape
-    dtype, device = str(weight.dtype).removeprefix("torch."), weight.device
+def _rows(*weights: Tensor) -> list[tuple[Row, str]]:
+    """Return the rows in force for a layer or chain, one for each product or direction, and their reasons."""
+    features = (weights[0].shape[1], *(weight.shape[0] for weight in weights))
+    dtype, device = str(weights[0].dtype).removeprefix("torch."), weights[0].device
     if device.type == "cpu":
         where = torch.get_num_threads()
     else:
@@ -74,10 +89,9 @@ def _rows(weight: Tensor) -> list[tuple[Row, str]]:
         where = 10 * major + minor
     found: dict[tuple[str, int], tuple[Row, str]] = {}
     for table in routing.in_use():
-        for number, row in enumerate(table.rows, start=1):
-            here = table.device == device.type and (table.any_threads or row.where == where)
-            if here and (row.dtype, row.n, row.k) == (dtype, n, k):
-                found.setdefault((row.op, row.m), (row, row.reason(table.name, number)))
+        for number, row in table.in_force(where) if table.device == device.type else ():
+            if (row.dtype, row.features) == (dtype, features):
+                found.setdefault((row.op, row.m), (row, row.reason(table, number)))
     return list(found.values())
 
 
