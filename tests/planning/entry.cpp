@@ -70,6 +70,13 @@ const char* text_of(const GluPlan& plan) {
 }
 
 std::vector<RouteRow> next_rows;
+std::vector<MlpRow> next_mlps;
+
+std::vector<Shape> chain_of(int64_t m, const int64_t* features, int count) {
+  std::vector<Shape> layers;
+  for (int l = 1; l < count; ++l) layers.push_back({m, features[l], features[l - 1]});
+  return layers;
+}
 
 cuda::RouteQuery asked(Op op, const Problem& p, const View& left, const View& right);
 int given_arch, given_narrow;
@@ -105,10 +112,31 @@ void add_route(int op, int dtype, int64_t m, int64_t n, int64_t k, int where, co
       next_rows.push_back(
           {static_cast<Op>(op), static_cast<DType>(dtype), {m, n, k}, where, static_cast<Path>(p), why, table});
 }
+void add_mlp_route(int direction, int dtype, int64_t m, const int64_t* features, int count, int where, int fused,
+                   const char* why, int table) {
+  next_mlps.push_back({static_cast<Direction>(direction),
+                       static_cast<DType>(dtype),
+                       m,
+                       {features, features + count},
+                       where,
+                       fused != 0,
+                       why,
+                       table});
+}
 void use_routes() {
-  use_cpu_routes(next_rows.empty() ? nullptr : new RouteTable(next_rows));
+  use_cpu_routes(next_rows.empty() && next_mlps.empty() ? nullptr : new RouteTable(next_rows, next_mlps));
   use_cuda_routes(cpu_routes());
   next_rows.clear();
+  next_mlps.clear();
+}
+
+// The reason of the row for this chain; an empty text if there is none.
+const char* found_mlp(int direction, int dtype, int64_t m, const int64_t* features, int count, int where) {
+  const RouteTable* table = cpu_routes();
+  const MlpRow* row = !table ? nullptr
+                             : table->find_mlp(static_cast<Direction>(direction), static_cast<DType>(dtype),
+                                               chain_of(m, features, count), where);
+  return row ? row->why.c_str() : "";
 }
 
 // The path that the rows name; an empty text if they say nothing.
@@ -148,14 +176,30 @@ const char* cpu_forward(const char* isa, int maker, int pairs, int forced, int64
   return text_of(cpu::plan_forward({p, {nullptr, k, 1}, {nullptr, k, 1}, z != 0, false}, machine));
 }
 
-int cpu_mlp_slices(const char* isa, int maker, int forced, int capped, int threads, int dtype, int64_t m,
-                   int64_t features) {
+// "4 the reason": slices, why.
+const char* cpu_mlp(const char* isa, int maker, int forced, int capped, int bf16_products, int threads, int direction,
+                    int dtype, int64_t m, const int64_t* features, int count) {
+  static std::string text;
   const cpu::Kernels set = kernels_of(isa, false);
-  const cpu::Machine machine = {&set,    static_cast<cpu::Forced>(forced), capped != 0, false, false, false, threads,
-                                nullptr, static_cast<cpu::Maker>(maker)};
-  return cpu::mlp_route(Direction::forward, {{m, features, features}, {m, features, features}},
-                        static_cast<DType>(dtype), machine)
-      .slices;
+  const cpu::Machine machine = {
+      &set,         static_cast<cpu::Forced>(forced), capped != 0, false, false, bf16_products != 0, threads,
+      cpu_routes(), static_cast<cpu::Maker>(maker)};
+  const MlpRoute route = cpu::mlp_route(static_cast<Direction>(direction), chain_of(m, features, count),
+                                        static_cast<DType>(dtype), machine);
+  text = std::to_string(route.slices) + " " + route.why;
+  return text.c_str();
+}
+
+// slices: those of the kernels, 0 if they do not take the chain.
+const char* cuda_mlp(const char* path, int arch, int tf32, int slices, int direction, int dtype, int64_t m,
+                     const int64_t* features, int count) {
+  static std::string text;
+  const Path forced = Path::mma;
+  const MlpRoute route =
+      cuda::mlp_route({static_cast<Direction>(direction), chain_of(m, features, count), static_cast<DType>(dtype),
+                       tf32 != 0, arch, slices, *path ? &forced : nullptr, cuda_routes()});
+  text = std::to_string(route.slices) + " " + route.why;
+  return text.c_str();
 }
 
 // path: the one that is forced, or an empty text.

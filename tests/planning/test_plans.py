@@ -11,19 +11,12 @@ import pytest
 
 from dlkernels._ops.activations import ACTIVATIONS
 from tests.planning import gpu_plans
-from tests.planning.library import DBIAS, DTYPES, DWEIGHT, DX, compiled
+from tests.planning.library import AMD, ATEN, DBIAS, DTYPES, DWEIGHT, DX, INTEL, NO, OTHER, OWN, mlp_slices
 from tests.support.paths import ROOT
 
 ALL = DX | DWEIGHT | DBIAS
 SAVED, BELOW, DBIAS_BELOW = 1, 2, 4
-NO, OWN, ATEN = range(3)
-AMD, INTEL, OTHER = range(3)
 BIG, FEW_ROWS, FEW_COLUMNS = (1000, 300, 200), (4, 300, 200), (5000, 4, 64)
-
-
-@pytest.fixture(scope="module")
-def planning(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("planning") / "planning.so")
 
 
 def sizes(shape):
@@ -352,38 +345,6 @@ def test_a_maker_whose_processors_nobody_measured_has_torch_s_products(planning,
     assert mlp_slices(planning, 4096, 64, isa, maker=maker, capped=1) > 0
     table((FORWARD, "float32", BIG, 4, "packed"))
     assert forward_path(planning, BIG, isa=isa, maker=maker) == "packed", "a measurement"
-
-
-def mlp_slices(planning, m, features, isa="avx2", dtype="float32", threads=2, forced=NO, capped=0, maker=AMD):
-    """Of two layers, features → features; 0: layer by layer."""
-    where = DTYPES.index(dtype)
-    return planning.cpu_mlp_slices(
-        isa.encode(), maker, forced, capped, threads, where, *map(ctypes.c_int64, (m, features))
-    )
-
-
-def test_chains_of_few_rows(planning):
-    def slices(features, *rows, **machine):
-        return [mlp_slices(planning, m, features, **machine) for m in rows]
-
-    assert slices(64, 0, 1, 127, 128, 256, 1000, 4096, 65536) == [0, 1, 1, 2, 4, 4, 4, 32], "8192 parameters"
-    assert slices(128, 1, 127, 128, 256) == [0, 0, 2, 4], "32768: as many rows as features"
-    assert slices(256, 255, 256, 1024) == [0, 2, 4], "slices of 128 rows"
-    assert slices(64, 1, 256, dtype="float64") == [1, 4]
-
-
-def test_chains_of_few_rows_where_nobody_measured_them(planning):
-    for machine in ({"dtype": "bfloat16"}, {"isa": "avx512"}, {"isa": "avx512_bf16"}, {"isa": "amx"}):
-        assert mlp_slices(planning, 1024, 64, **machine) == 0
-        assert mlp_slices(planning, 2048, 64, **machine) == 2
-
-
-def test_more_threads_than_slices_take_layer_by_layer(planning):
-    """Not where a slice has less than 2²⁰ multiplications: waking threads for every product takes as long."""
-    assert [mlp_slices(planning, 1024, 256, threads=threads) for threads in (1, 4, 5)] == [4, 4, 0]
-    assert [mlp_slices(planning, 256, 64, threads=threads) for threads in (4, 5, 64)] == [4, 4, 4]
-    for rows, slices in ((2048, 2), (3072, 3), (4096, 4)):  # many rows: the same on any number of threads
-        assert {mlp_slices(planning, rows, 256, threads=threads) for threads in (1, 2, 4, 64)} == {slices}
 
 
 def test_rows_for_a_gpu(planning, table):
