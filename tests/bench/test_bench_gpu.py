@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -447,6 +448,18 @@ def test_rows_are_sorted_and_read_back():
     assert dispatch.parse(text) == rows
     assert dispatch.with_rows(table, rows, {}, "later", "other").text() == text, "nothing was measured again"
     assert dispatch.with_rows(HEAD, {}, {}, "", "").text() == EMPTY
+
+
+def test_rows_of_chains_stay():
+    """``tune`` measures them; two of them may have the same rows, in_features and out_features."""
+    us = {"fused_mlp": 1.0, "layers": 2.0}
+    chains = tuple(
+        Row("mlp_forward", "bfloat16", 256, 4, 8, 90, "fused_mlp", us, "today", "", hidden=hidden)
+        for hidden in ((64,), (64, 64))
+    )
+    table = dispatch.with_rows(replace(HEAD, rows=chains), {ONE: "mma"}, {"mma": {ONE: 1e-6}}, "2026-11-28", "abc")
+    assert table.rows[1:] == chains and table.rows[0].op == "forward"
+    assert dispatch.parse(table.text()) == {ONE: "mma"}
 
 
 @pytest.mark.parametrize(

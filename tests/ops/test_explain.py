@@ -138,6 +138,26 @@ def test_explain_mlp_names_the_chain_where_it_runs():
         functional.explain_mlp(torch.randn(3, 4), [torch.randn(5, 4), torch.randn(6, 7)])
 
 
+_THREADS = """
+import torch
+from dlkernels import _C, functional
+x, weights = torch.empty(1024, 256), [torch.empty(256, 256), torch.empty(256, 256)]
+for threads in (4, 5):
+    torch.set_num_threads(threads)
+    plan = functional.explain_mlp(x, weights)
+    print(_C.cpu_kernels()["isa"], plan[0][0].path, plan.backward is not None, plan.why[1])
+"""
+
+
+def test_explain_mlp_asks_for_the_number_of_threads_in_use():
+    """On AVX2 four threads take four slices of rows, and five work layer by layer."""
+    four, five = python("-c", _THREADS, DLKERNELS_CPU_ISA="avx2").splitlines()
+    if not four.startswith("avx2"):
+        pytest.skip("only AVX2 has such a rule")
+    assert four == ("avx2 fused_mlp True narrow layers: a block of rows goes through all of them while it is in cache")
+    assert five == "avx2 packed False fewer slices of rows than threads: layer by layer all of them work"
+
+
 def test_a_chain_of_no_layers_is_refused():
     with pytest.raises(RuntimeError, match="mlp: expected at least one layer, got no weights"):
         functional.explain_mlp(torch.randn(3, 4), [])

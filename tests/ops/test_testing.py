@@ -16,10 +16,13 @@ from dlkernels._errors import first_line
 from dlkernels.testing import (
     Layer,
     LossJudge,
+    Mlp,
+    MlpJudge,
     assert_layer_no_worse,
     assert_models_agree,
     cross_entropy_oracle,
     gaussian_nll_oracle,
+    mlp_oracle,
     mse_oracle,
 )
 
@@ -57,6 +60,70 @@ def test_a_wrong_layer_is_refused():
         assert_layer_no_worse(layer(), lambda x, w, b: functional.linear_act(x, w, b, "silu") * (1 + 1e-5))
     with pytest.raises(AssertionError, match=r"y: expected .*float32.*got .*float64"):
         assert_layer_no_worse(layer(), lambda x, w, b: functional.linear_act(x, w, b, "silu").double())
+
+
+def chain(dtype=torch.float32, rows=200, activations=("relu", "leaky_relu", "none")):
+    sizes = [(64, 12), (33, 64), (4, 33)]
+    weights = [(torch.randn(n, k) / k**0.5).to(dtype) for n, k in sizes]
+    biases = [torch.randn(n).to(dtype) for n, _ in sizes]
+    return Mlp(torch.randn(rows, 12).to(dtype), weights, biases, torch.randn(rows, 4).to(dtype), activations)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2000])
+def test_a_chain_in_another_order_of_sums_is_right(rows, dtype):
+    """Of an equally good chain no draw is refused, though a single row has few numbers to compare."""
+    for _ in range(20):
+        one = chain(dtype, rows)
+        order = torch.randperm(12)
+
+        def reordered(x, weights, biases, one=one, order=order):
+            return one.stock(x[:, order], [weights[0][:, order], *weights[1:]], biases)
+
+        assert (why := MlpJudge(one).objection(reordered)) is None, why
+
+
+def test_a_wrong_chain_is_refused():
+    one = chain()
+    judge = MlpJudge(one)
+    assert judge.objection(one.stock) is None
+    wide = judge.objection(lambda *operands: [t.double() for t in one.stock(*operands)])
+    assert wide == "y: expected torch.float32 (200, 4), got torch.float64 (200, 4)"
+    assert judge.objection(lambda *_: 1 / 0) == "ZeroDivisionError: division by zero"
+    wrong = judge.objection(lambda *operands: [t * (1 + 1e-5) for t in one.stock(*operands)])
+    assert re.match(r"y: error .* rounding units, twice stock's is ", wrong)
+
+    def one_row(x, weights, biases):
+        *hidden, y = one.stock(x, weights, biases)
+        return [*hidden, torch.cat([y[:-1], y[-1:] * 1.01])]
+
+    assert judge.objection(one_row).startswith("y: error ")
+    for place, name in enumerate(("dx", "dweight0", "dbias0")):
+
+        def scaled(x, weights, biases, place=place):
+            operands = [x, weights[0], biases[0]]
+            same = operands[place]
+            operands[place] = same + (same - same.detach()) * 1e-4  # only its gradient is another
+            x, weight, bias = operands
+            return one.stock(x, [weight, *weights[1:]], [bias, *biases[1:]])
+
+        assert judge.objection(scaled).startswith(f"{name}: error ")
+    assert "nan" in judge.objection(lambda *operands: [t * torch.nan for t in one.stock(*operands)])
+
+
+def test_the_oracle_of_a_chain_reads_gates_from_the_outputs():
+    """A gate that rounding moved is no error of the layers below it."""
+    one = chain(activations=("relu", "relu", "none"))
+    exact = mlp_oracle(one, one.stock(one.x, one.weights, one.biases))
+    one.biases[0] = one.biases[0] - 1e-3  # moves some gates
+    moved = one.stock(one.x, one.weights, one.biases)
+    one.biases[0] = one.biases[0] + 1e-3
+    assert not torch.equal(mlp_oracle(one, moved)["dweight0"][0], exact["dweight0"][0])
+    results, outputs = one.run(one.stock)
+    for name, (value, scale) in mlp_oracle(one, outputs).items():
+        assert results[name].shape == value.shape == scale.shape
+        assert float((results[name].double() - value).norm()) < 1e-6 * float(value.norm()), name
+        assert bool((scale >= value.abs() * (1 - 1e-12)).all()), name
 
 
 def test_a_wrong_model_is_refused():

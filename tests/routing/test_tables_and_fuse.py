@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dlkernels import fuse, report, routing
-from dlkernels.routing import CLEARLY, OPS, STOCK, Row
+from dlkernels.routing import CLEARLY, MLP_OPS, OPS, STOCK, Row
 from dlkernels.tuning.table import empty_table
 
 BEHIND = {STOCK: 1.0, "packed": 9.0, "aten": 3.0}
@@ -20,8 +20,8 @@ def _no_tables():
     routing.use(())
 
 
-def rows(us, m=300, ops=OPS, dtype="float32", where=1, path="aten"):
-    return [Row(op, dtype, m, 200, 100, where, path, us, "2026-11-28", "") for op in ops]
+def rows(us, m=300, ops=OPS, dtype="float32", where=1, path="aten", n=200):
+    return [Row(op, dtype, m, n, 100, where, path, us, "2026-11-28", "") for op in ops]
 
 
 def in_force(*several, any_threads=True, name="measured.json"):
@@ -85,6 +85,65 @@ def test_a_layer_that_stays_stock_splits_a_chain_and_the_first_line_says_if_none
     assert str(report(model)).startswith("Nothing to gain on this machine") and type(model) is nn.Sequential
     fuse(model, min_gain=0)
     assert len(report(model).fused) == 1
+
+
+CHAIN = (100, 64, 200)
+SLOW = {STOCK: 1.0, "fused_mlp": 3.0, "layers": 2.0}
+FAST = {STOCK: 2.0, "fused_mlp": 1.0, "layers": 3.0}
+
+
+def chains(us, *, ops=MLP_OPS, m=300, features=CHAIN, where=1, dtype="float32"):
+    k, *hidden, n = features
+    path = "layers" if us is SLOW else "fused_mlp"
+    return [Row(op, dtype, m, n, k, where, path, us, "2026-11-28", "", (), tuple(hidden)) for op in ops]
+
+
+def sites(*tables, **how):
+    routing.use(tables)
+    model = nn.Sequential(nn.Linear(100, 64), nn.ReLU(), nn.Linear(64, 200), nn.ReLU())
+    return report(fuse(model, **how))
+
+
+def test_a_chain_that_every_row_ranks_behind_stock_is_fused_by_its_layers():
+    (whole,) = sites()
+    assert whole.then == (("2", "relu"),)
+    first, second = sites(in_force(*chains(SLOW), *chains(SLOW, m=20)))
+    assert (first.status, second.status, first.then, second.then) == ("fused", "fused", (), ())
+    assert first.remark == second.remark
+    assert first.remark == (
+        "as one chain it was slower than stock by the route table: measured at 300, 100→64→200 with 1 thread: 2.00 of "
+        "stock's time (row 1 of measured.json, 2026-11-28), and its other 3 rows agree"
+    )
+    first, second = sites(in_force(*chains(SLOW), *rows(BEHIND, n=64)))
+    assert (first.status, second.status) == ("skipped", "fused"), "rows of its layers count for these"
+
+
+@pytest.mark.parametrize(
+    ("tables", "how"),
+    [
+        ([in_force(*chains(SLOW, ops=MLP_OPS[:1]), *chains(FAST, ops=MLP_OPS[1:]))], {}),
+        ([in_force(*chains(SLOW), *chains(FAST, m=20))], {}),
+        ([in_force(*chains(SLOW, features=(100, 65, 200)))], {}),
+        ([in_force(*chains(SLOW, features=(100, 64, 64, 200)))], {}),
+        ([in_force(*chains(SLOW, dtype="bfloat16"))], {}),
+        ([in_force(*chains(SLOW, where=10_000), any_threads=False)], {}),
+        ([in_force(*rows(BEHIND))], {}),  # of the layer 100→200
+        ([in_force(*chains(SLOW))], {"min_gain": 0}),
+    ],
+)
+def test_a_chain_is_one_where_a_row_says_so_or_none_speaks(tables, how):
+    (whole,) = sites(*tables, **how)
+    assert whole.then
+
+
+def test_of_several_numbers_of_threads_the_rows_for_this_one_count():
+    now = torch.get_num_threads()
+    slow_here = in_force(*rows(BEHIND, where=now), *rows(AHEAD, where=now + 1, path="packed"))
+    assert [site.status for site in fused(slow_here)] == ["skipped", "fused"]
+    slow_elsewhere = in_force(*rows(AHEAD, where=now, path="packed"), *rows(BEHIND, where=now + 1))
+    assert [site.status for site in fused(slow_elsewhere)] == ["fused", "fused"]
+    slow_with_most = in_force(*rows(AHEAD, where=now + 1, path="packed"), *rows(BEHIND, where=now + 2))
+    assert [site.status for site in fused(slow_with_most)] == ["skipped", "fused"]
 
 
 def test_layers_without_an_activation_ask_the_tables_too():

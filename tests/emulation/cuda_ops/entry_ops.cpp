@@ -7,6 +7,7 @@
 #include "ops/losses.h"
 #include "ops/mlp.h"
 #include "ops/on_device.h"
+#include "planning/routes.h"
 
 using dlk::kCuda;
 using dlk::On;
@@ -27,5 +28,20 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("_linear_cross_entropy_forward", &On<kCuda, dlk::linear_cross_entropy_forward>::call);
 }
 
+extern "C" {
+
 // Return the number of kernels launched so far.
-extern "C" int64_t launches() { return cuda_emulation::launches; }
+int64_t launches() { return cuda_emulation::launches; }
+
+// Let chains of m rows and these features go these ways, as rows of a route table; without features none. Tables are never
+// freed.
+void use_mlp_ways(int forward_fused, int backward_fused, int dtype, int64_t m, const int64_t* features, int count) {
+  std::vector<dlk::MlpRow> rows;
+  for (const auto& [direction, fused] :
+       {std::pair{dlk::Direction::forward, forward_fused}, std::pair{dlk::Direction::backward, backward_fused}})
+    rows.push_back(
+        {direction, static_cast<dlk::DType>(dtype), m, {features, features + count}, 0, fused != 0, "a row", 0});
+  dlk::use_cuda_routes(count ? new dlk::RouteTable({}, rows) : nullptr);
+}
+
+}  // extern "C"

@@ -6,8 +6,10 @@ and the code between them and torch: checks, routing, scratch, the description o
 place of the CPU ops, so that the whole package runs it.
 """
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,19 @@ def launches() -> int:
     """Return the number of kernels launched so far."""
     assert _library is not None, f"{LIBRARY} names no library"
     return _library.launches()
+
+
+@contextlib.contextmanager
+def mlp_ways(forward: bool, backward: bool, m: int, features: Sequence[int], dtype: torch.dtype) -> Iterator[None]:
+    """Let chains of these sizes run as one kernel in a direction, or layer by layer, by rows of a route table."""
+    assert _library is not None, f"{LIBRARY} names no library"
+    described = (ctypes.c_int64 * len(features))(*features)
+    code = (torch.float64, torch.float32, torch.bfloat16, torch.float16).index(dtype)
+    _library.use_mlp_ways(forward, backward, code, ctypes.c_int64(m), described, len(features))
+    try:
+        yield
+    finally:
+        _library.use_mlp_ways(0, 0, 0, ctypes.c_int64(0), None, 0)
 
 
 def pytest_collection_modifyitems(config, items):
