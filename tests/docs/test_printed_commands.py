@@ -58,6 +58,7 @@ SMALL: dict[str, str | None] = {
     "python -m tools.hub_kernel build/hub-kernel": None,
     "python -m dlkernels tune --shapes 64x784x256 64x256x10 --threads 4":
         f"python -m dlkernels tune --shapes 64x784x256 64x256x10 --threads 4 {TUNE}",
+    "python -m dlkernels tune --mlps 256x8-64-64-4": f"python -m dlkernels tune --mlps 256x8-64-64-4 {TUNE}",
     'python -c "from dlkernels import routing; print(routing.file_name())"': None,
     "python -m dlkernels train --resume --out runs/a": None,
     "python -m dlkernels train --resume --out runs/a --epochs 30":
