@@ -2,7 +2,7 @@
 
 Reading order:
 
-1. ``rules``: the tables of linear layers and activations.
+1. ``rules``: the tables of linear layers and activations; ``functional``: ``F.linear`` as a layer.
 2. ``source``: from a method to its syntax tree and back; ``syntax``: questions about nodes of the tree.
 3. ``patterns``: the places in a syntax tree where a call's output goes to another call. ``between`` judges what stands
    between the two, ``conditions`` the numbers and conditions there; ``unfollowed`` finds reasons for the report.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import CodeType, FunctionType
@@ -14,6 +15,7 @@ from torch import nn
 from dlkernels.fusion.call import _linear as parameters_of
 from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
 from dlkernels.fusion.chain import leaves, neighbours
+from dlkernels.fusion.functional import ParameterLayer
 from dlkernels.fusion.gated import FUNCTIONS, cuts_in_halves
 from dlkernels.fusion.gated_places import Cut, Gate, gates
 from dlkernels.fusion.joined import Line, line_of_loop, line_of_series
@@ -23,12 +25,12 @@ from dlkernels.fusion.patterns import Pattern, blocks, patterns, why_not_rewrita
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import METHODS, identity, is_linear, works_in_place
 from dlkernels.fusion.series import series
-from dlkernels.fusion.source import NoSource, Source, check
+from dlkernels.fusion.source import NoSource, Source, check, undecorated
 from dlkernels.fusion.stages import Stage, may_change_nothing
-from dlkernels.fusion.swap import Method, definitions, method_source, original_class, plan_of, walk
-from dlkernels.fusion.syntax import called, overridden_by
+from dlkernels.fusion.swap import Method, definitions, method_source, original_class, plan_of
+from dlkernels.fusion.syntax import Functional, called, functional, layer_call, overridden_by
 from dlkernels.fusion.unfollowed import multiple_uses, untracked_uses
-from dlkernels.fusion.values import LocalFunction, Namespace, state
+from dlkernels.fusion.values import LocalFunction, Namespace, state, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +62,26 @@ class Pair:
 class Analysis:
     pairs: tuple[Pair, ...]
     lines: tuple[Line, ...]
-    linears: dict[int, tuple[str, nn.Module]]  # by id: every linear layer, under its first path
+    linears: dict[int, tuple[str, Any]]  # by id: every linear layer, a module or of F.linear, under its first path
     reasons: dict[int, str]  # for linear layers in no pair
 
 
 def analyse(model: nn.Module) -> Analysis:
     """Find all pairs of a model. None of its code runs, and nothing in it changes."""
-    linears = {id(m): (path, m) for path, m in walk(model) if issubclass(type(m), nn.Linear) or is_linear(m)}
+    linears: dict[int, tuple[str, Any]] = {}
+    for path, module in walk(model):
+        if issubclass(type(module), nn.Linear) or is_linear(module):
+            linears[id(module)] = path, module
+        for layer in _functional_layers(module):
+            where = next(p for p, m in walk(module) if m is layer.module)
+            linears.setdefault(id(layer), (".".join(filter(None, (path, where, layer.name))), layer))
     pairs: list[Pair] = []
     lines: list[Line] = []
     reasons: dict[int, str] = {}
     seen: set[int] = set()  # layers whose call is in a method's source
     for path, module in walk(model):
-        if id(module) in linears or not any(id(m) in linears for _, m in walk(module)):
+        inside = () if id(module) in linears else (m for _, m in walk(module))
+        if not any(id(m) in linears for m in inside) and not any(_functional_calls(module)):
             continue
         pairs += _own_pairs(module, path, linears, reasons, seen, lines)
     for key in linears:
@@ -93,7 +102,8 @@ def _own_pairs(
     children = {n: child for n, child in state(module)["_modules"].items() if child is not None}
     below = {n: [m for _, m in walk(child) if id(m) in linears] for n, child in children.items()}
     mine = {n for n, inside in below.items() if inside}
-    direct = [child for child in children.values() if id(child) in linears]
+    direct: list[Any] = [child for child in children.values() if id(child) in linears]
+    direct += _functional_layers(module)
     if isinstance(module, torch.jit.ScriptModule):
         for _, inside in walk(module):
             reasons.setdefault(id(inside), "it is part of a ScriptModule")
@@ -114,7 +124,8 @@ def _own_pairs(
                 hidden |= _overridden(cls, method)
                 if _calls_overridden(module, method, source):
                     waiting.insert(0, Method(method.name, method.depth + 1))
-            if not (names & mine or "getattr" in names or isinstance(module, nn.Sequential | nn.ModuleList)):
+            calls = names & mine or "getattr" in names or functional(source.node)
+            if not (calls or isinstance(module, nn.Sequential | nn.ModuleList)):
                 continue
             found = []
             for pattern in patterns(source.node):
@@ -134,6 +145,27 @@ def _own_pairs(
             reasons.setdefault(id(child), "it is called by super(), whose method fuse does not rewrite")
 
 
+def _functional_layers(module: nn.Module) -> list[ParameterLayer]:
+    """Return the layers that a module's methods call as ``F.linear``, with parameters that are known."""
+    found: list[ParameterLayer] = []
+    for names, layer, around in _functional_calls(module):
+        for _ in names.iterations(around):
+            found += names.of(layer) or ()
+    return found
+
+
+def _functional_calls(module: nn.Module) -> Iterator[tuple[Namespace, Functional, tuple[ast.AST, ...]]]:
+    """Yield the layer of each ``F.linear`` in a module's methods, with their names and the nodes around the call."""
+    cls = original_class(module)
+    for name in () if is_linear(module) else _methods(cls):
+        for depth, (_, function) in enumerate(definitions(cls, name)):
+            with contextlib.suppress(NoSource):
+                if "linear" in _names(undecorated(function).__code__):
+                    source = method_source(cls, Method(name, depth))
+                    names = Namespace(source, module)
+                    yield from ((names, *found) for found in functional(source.node) if names.is_linear(found[0]))
+
+
 def _with_gate(pair: Pair, source: Source, linears: dict[int, Any]) -> Pair:
     """Return the pair with its other half, if it is half of a gated layer that is known before the call."""
     gate = next((g for g in gates(source.node, blocks) if g.at == pair.pattern.at), None)
@@ -144,7 +176,7 @@ def _with_gate(pair: Pair, source: Source, linears: dict[int, Any]) -> Pair:
     sure: bool | None = True
     up = None
     if not why and gate.up is not None:
-        up = _one_of(names, gate.up.func)
+        up = _one_of(names, layer_call(gate.up)[0])  # type: ignore[index]
         if id(up) not in linears or why_not_linear(up) or up.weight.shape != pair.linear.weight.shape:
             why = "the other layer of the gated form is not known before the call, or has another shape"
     elif not why and gate.cut is not None:
@@ -311,7 +343,7 @@ def _why_not_there(names: Namespace, pattern: Pattern) -> str:
         if several is None or not are_known((), (), (), several):
             return f"{ast.unparse(part)}, called between it and the activation, may have a side effect"
     for node, _ in pattern.between:
-        several = names.of(node.func)
+        several = names.of(layer_call(node)[0])  # type: ignore[index]
         if several is None or not all(is_linear(v) or activation_of(v) for v in several):
             return f"{ast.unparse(node)}, between it and the activation, may have a side effect"
     return ""

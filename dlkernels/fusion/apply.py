@@ -12,17 +12,19 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dlkernels import routing
 from dlkernels._ops.activations import ACTIVATIONS, activation_named
 from dlkernels.fusion.analysis import Analysis, Pair, analyse
 from dlkernels.fusion.call import NOT_SELECTED, is_at
+from dlkernels.fusion.functional import layers_of
 from dlkernels.fusion.joined import Joined, Line, joined
 from dlkernels.fusion.observe import Event, Seen, Times, check_against_stock, observe
 from dlkernels.fusion.sites import CALL_AGAIN, NOT_CALLED, Report, Site, Status
 from dlkernels.fusion.source import NoSource
 from dlkernels.fusion.speed import Layers, Slower, by_example_inputs, by_tables, chains_by_tables
-from dlkernels.fusion.swap import Plan, fused_class, plan_of, swap, swap_back, walk, why_not_back
+from dlkernels.fusion.swap import Plan, fused_class, plan_of, swap, swap_back, why_not_back
 from dlkernels.fusion.syntax import position
-from dlkernels.fusion.values import state
+from dlkernels.fusion.values import state, walk
 
 Module = TypeVar("Module", bound=nn.Module)
 Which = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -65,7 +67,8 @@ def fuse(
 
     Layers that follow one another, with an activation between them, run as one chain (``functional.mlp``).
 
-    An activation may be a class, a method or a function of one's own whose body is one call of a known one.
+    An activation may be a class, a method or a function of one's own whose body is one call of a known one. A layer may
+    be ``F.linear`` with parameters of the model.
 
     All other statements run unchanged. Modules, parameters, ``state_dict``, hooks and optimizers do not change. The
     class of a module becomes a subclass of the one it had. Every call checks again that the place has a plain layer and
@@ -82,7 +85,8 @@ def fuse(
         activations: names of :func:`dlkernels.functional.linear_act` to fuse. By default they are all names except
             ``"none"``. With ``"none"``, ``nn.Linear`` layers without an activation run by our kernels too.
         include: fuse only these layers. Each is a pattern for the layer's path (``"encoder.*"``, as in ``fnmatch``), a
-            class of layers, or a function of path and layer.
+            class of layers, or a function of path and layer. A layer ``F.linear(x, self.weight)`` has the path of its
+            weight, and is an object with ``weight``, ``bias``, ``in_features`` and ``out_features``.
         exclude: do not fuse these layers, in the same three forms.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. With them a copy of the model
             runs in eval mode. Its outputs are compared with the stock model's, and :func:`report` shows which places
@@ -114,9 +118,9 @@ def fuse(
     unfuse(model)
     slower, apart, timed = Layers(), Layers(), Times()
     try:
-        asks_tables = example_inputs is None and min_gain is None
+        asks_tables = example_inputs is None and min_gain is None and routing.in_use()
         if asks_tables:
-            slower = by_tables(model, "none" in chosen)
+            slower = by_tables((layer for _, layer in analyse(model).linears.values()), "none" in chosen)
         while True:
             _slower.update(slower)
             _apart.update(apart)
@@ -186,8 +190,9 @@ def unfuse(model: Module) -> Module:
         swap_back(module)
         _refused.pop(module, None)
         _asked.pop(module, None)
-        _slower.pop(module, None)
-        _apart.pop(module, None)
+        for layer in (module, *layers_of(module)):
+            _slower.pop(layer, None)
+            _apart.pop(layer, None)
     _seen.pop(model, None)
     return model
 
@@ -200,6 +205,7 @@ def report(model: nn.Module) -> Report:
     analysis = analyse(model)
     shown = _seen.get(model)
     seen = shown.events if shown is not None else None
+    analysis.linears.update(_found_by_calls(model, seen))
     rows: dict[int, list[Site]] = {key: [] for key in analysis.linears}
     loose: list[tuple[Pair, Site]] = []
     halves: set[int] = set()  # layers that run in the site of the other half
@@ -223,18 +229,20 @@ def report(model: nn.Module) -> Report:
             rows[id(pair.linear)].append(shown_site)
     for key, (path, layer) in analysis.linears.items():
         events = seen.get(layer, ()) if seen is not None else ()
-        for event in events if not rows[key] and not plan_of(layer) else ():
+        for event in events if not rows[key] and not _is_fused_alone(layer) else ():
             where = next((site.where for pair, site in loose if pair.activation == event.activation), "")
             status: Status = "skipped" if event.why else "fused"
             row = Site(path, event.activation, where, status, event.why, True, **_gains(event))
             slow = status == "skipped" and layer in _slower
             rows[key].append(_stays_stock(row, _slower[layer]) if slow else row)
         in_a_chain = any(layer is m for chain in chains for m, _ in chain.layers)
-        if plan_of(layer) and not any(site.status == "fused" for site in rows[key]):
+        if _is_fused_alone(layer) and not any(site.status == "fused" for site in rows[key]):
             rows[key] = [_alone(path, layer, None if seen is None or in_a_chain else events)]
         if layer in _slower and _slower[layer].alone and not any(s.slower or s.status == "fused" for s in rows[key]):
             rows[key] = [_stays_stock(Site(path, "none", "", "skipped"), _slower[layer])]
-        if not rows[key] and key not in halves and not in_a_chain:
+        if isinstance(layer, nn.Module) and any(rows.get(id(own)) for own in layers_of(layer)):
+            rows[key] = [site for site in rows[key] if site.status != "skipped"]
+        elif not rows[key] and key not in halves and not in_a_chain:
             why = analysis.reasons.get(key) or "no activation takes its output"
             why = f"the gated layer of {gates[key]} is not fused" if key in gates else why
             rows[key].append(Site(path, "", "", "skipped", why))
@@ -242,6 +250,17 @@ def report(model: nn.Module) -> Report:
     return Report(
         (*(site for sites in rows.values() for site in sites), *unknown), shown.agreement if shown is not None else None
     )
+
+
+def _found_by_calls(model: nn.Module, seen: Any) -> dict[int, tuple[str, Any]]:
+    """Return the layers of ``F.linear`` that the example inputs showed, under their paths."""
+    layers = {id(layer): layer for layer in (seen or ()) if not isinstance(layer, nn.Module)}
+    return {
+        key: (f"{path}.{layer.name}" if path else layer.name, layer)
+        for path, module in walk(model)
+        for key, layer in layers.items()
+        if layer.module is module
+    }
 
 
 def _any(which: Iterable[Which], path: str, layer: nn.Module) -> bool:
@@ -391,6 +410,12 @@ def _site(pair: Pair, analysis: Analysis) -> Site:
         )
     remark = _apart[pair.linear].why if pair.linear is not None and pair.linear in _apart else ""
     return replace(row, status="fused", remark=remark)
+
+
+def _is_fused_alone(layer: Any) -> bool:
+    """Return True if the forward of a layer is our kernel."""
+    plan = plan_of(layer)
+    return plan is not None and plan.linear_forward
 
 
 def _alone(path: str, layer: nn.Module, events: Sequence[Event] | None) -> Site:

@@ -10,7 +10,8 @@ from dlkernels.fusion.syntax import (
     activation_call,
     further,
     is_stable,
-    one_argument,
+    layer_call,
+    looked_up_by,
     target_of,
     targets,
     variable_arguments,
@@ -155,13 +156,15 @@ class Between:
         if isinstance(node, ast.expr) and self._numbers().is_fact(node):
             return True
         if isinstance(node, ast.Call) and _is_layer_call(node):
-            argument, callee = node.args[0].id, node.func  # type: ignore[attr-defined]
+            callee, x = layer_call(node)  # type: ignore[misc]
+            argument = x.id  # type: ignore[union-attr]
             if isinstance(callee, ast.Subscript) and isinstance(callee.slice, ast.Constant):
                 callee = callee.value
             callee_set_here = any(isinstance(n, ast.Name) and n.id in self.set_here for n in ast.walk(callee))
             late = argument in self.set_here and argument not in self.made
-            if argument != self.target and not callee_set_here and not late and is_stable(callee):
-                self.reads.append(callee)
+            reads = looked_up_by(callee)
+            if argument != self.target and not callee_set_here and not late and all(map(is_stable, reads)):
+                self.reads += reads
                 self.calls.append((node, argument not in self.set_here))
                 return True
             return False
@@ -172,12 +175,10 @@ class Between:
 
 
 def _is_layer_call(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Call)
-        and one_argument(node)
-        and isinstance(node.args[0], ast.Name)
-        and not (isinstance(node.func, ast.Name) and node.func.id == "len")
-    )
+    parts = layer_call(node) if isinstance(node, ast.Call) else None
+    if parts is None or not isinstance(parts[1], ast.Name):
+        return False
+    return not (isinstance(parts[0], ast.Name) and parts[0].id == "len")
 
 
 def branches(statement: ast.stmt, call: ast.expr) -> tuple[list[Guard], list[ast.expr]]:

@@ -23,6 +23,7 @@ from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.modes import are_plain, tracing
+from dlkernels.fusion.functional import tensor_at
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn.untouched import untouched
@@ -60,7 +61,7 @@ def _linear(linear: Any) -> str | tuple[Tensor, Tensor | None]:
                 return "its weight or bias is no plain attribute: it is parametrized"
             return f"{type(linear).__name__} is a subclass of Linear with its own forward"
         return f"{describe(linear)} is no linear layer that fuse knows"
-    if not untouched(linear):
+    if isinstance(linear, nn.Module) and not untouched(linear):
         return "it has a hook, or its forward was replaced or compiled"
     parameters = rule(linear)
     if parameters is None:
@@ -173,11 +174,16 @@ def _only_device_modes(count: int) -> bool:
 
 
 def is_at(module: Any, path: str, linear: Any) -> bool:
-    for name in path.split("."):
+    """Return True if a layer is at this path below a module. The path of ``F.linear`` is that of its weight."""
+    *around, last = path.split(".")
+    for name in around:
         module = module._modules.get(name)
         if module is None:
             return False
-    return module is linear
+    if isinstance(linear, nn.Module):
+        return module._modules.get(last) is linear
+    weight = tensor_at(module, last)
+    return weight is not None and weight is linear.weight
 
 
 def _run(x: Tensor, ready: Ready) -> Tensor:

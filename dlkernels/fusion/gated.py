@@ -22,17 +22,29 @@ from dlkernels.fusion.gated_places import Gate
 from dlkernels.fusion.rules import identity
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.stages import Stage, changes_nothing
-from dlkernels.fusion.syntax import Position, activation_call, further, placed, position, self_name, thunk, tuple_of
+from dlkernels.fusion.syntax import (
+    Position,
+    activation_call,
+    further,
+    helper_name,
+    layer_alone,
+    layer_and_input,
+    layer_call,
+    one_argument,
+    placed,
+    position,
+    self_name,
+    thunk,
+    tuple_of,
+)
 
 # ---- the rewritten form ----------------------------------------------------------------------------------------------
 
 
-def with_gates(
-    function: FunctionNode, found: Sequence[Gate], chosen: set[Position], helper_name: Callable[[str], str]
-) -> FunctionNode:
+def with_gates(function: FunctionNode, found: Sequence[Gate], chosen: set[Position]) -> FunctionNode:
     """Return ``function`` with those of its gated layers whose places were chosen; the same node if there are none."""
     several = [gate for gate in found if gate.at in chosen]
-    return _Rewrite(self_name(function), several, helper_name).visit(copy.deepcopy(function)) if several else function
+    return _Rewrite(self_name(function), several).visit(copy.deepcopy(function)) if several else function
 
 
 class _Rewrite(ast.NodeTransformer):
@@ -41,16 +53,14 @@ class _Rewrite(ast.NodeTransformer):
     Statements and expressions of the source keep their positions, by which their pairs are found later.
     """
 
-    def __init__(self, owner: str, several: Sequence[Gate], helper_name: Callable[[str], str]) -> None:
-        self.owner, self.helper_name = owner, helper_name
+    def __init__(self, owner: str, several: Sequence[Gate]) -> None:
+        self.owner = owner
         self.products = {position(gate.product): (i, gate) for i, gate in enumerate(several)}
         self.first = {position(g.statements[0]): (i, g) for i, g in enumerate(several) if g.statements}
         self.others = {position(s) for gate in several for s in gate.statements[1:]}
-        # Packed layers whose argument is no name: it is evaluated once.
+        # Packed layers that are no ``layer(x)`` with a name x: their parts are evaluated once.
         self.packed = {
-            position(g.layer): i
-            for i, g in enumerate(several)
-            if g.up is None and not isinstance(g.layer.args[0], ast.Name)
+            position(g.layer): i for i, g in enumerate(several) if g.up is None and not _takes_a_name(g.layer)
         }
 
     def visit(self, node: ast.AST) -> Any:
@@ -62,7 +72,8 @@ class _Rewrite(ast.NodeTransformer):
             if (found := self.products.get(position(node))) is not None:
                 return self._product(*found, node)
             if (number := self.packed.get(position(node))) is not None:
-                linear, x = (ast.Name(name, ast.Load()) for name in self._parts(number))
+                both = ast.Name(_parts(number), ast.Load())
+                linear, x = (ast.Subscript(both, ast.Constant(i), ast.Load()) for i in range(2))
                 return placed(ast.Call(linear, [x], []), node)
         return self.generic_visit(node)
 
@@ -89,21 +100,19 @@ class _Rewrite(ast.NodeTransformer):
         act = self._callee(gate.activation) if gate.activation else ast.Constant(None)
         functions = [tuple_of([ast.Constant(name), function]) for name, function in gate.functions]
         given = [*_arguments(act, gate.args, gate.kwargs), tuple_of(drops), tuple_of(functions)]
-        owner, x = ast.Name(self.owner, ast.Load()), gate.layer.args[0]
+        owner = ast.Name(self.owner, ast.Load())
         if gate.up is not None:
-            args = [owner, x, thunk(tuple_of([gate.layer.func, gate.up.func, *given]))]
-            return ast.Call(ast.Name(self.helper_name("gated"), ast.Load()), copy.deepcopy(args), [])
+            layers = [layer_alone(call) for call in (gate.layer, gate.up)]
+            args = [owner, layer_call(gate.layer)[1], thunk(tuple_of([*layers, *given]))]  # type: ignore[index]
+            return ast.Call(ast.Name(helper_name("gated"), ast.Load()), copy.deepcopy(args), [])
         assert gate.cut is not None
-        layer: list[ast.expr] = [gate.layer.func, x]
+        layer = layer_and_input(gate.layer)
         if position(gate.layer) in self.packed:
-            names = [ast.Name(name, ast.Store()) for name in self._parts(number)]
-            layer = [ast.NamedExpr(n, self.visit(copy.deepcopy(part))) for n, part in zip(names, layer, strict=True)]
+            both = layer_and_input(self.generic_visit(copy.deepcopy(gate.layer)))  # type: ignore[arg-type]
+            layer = [ast.Starred(ast.NamedExpr(ast.Name(_parts(number), ast.Store()), tuple_of(both)), ast.Load())]
         early = thunk(tuple_of([*given, gate.cut.dim, tuple_of(gate.cut.sizes)]))
         args = [owner, *layer, early, ast.Constant(gate.gate_first)]
-        return ast.Call(ast.Name(self.helper_name("packed"), ast.Load()), copy.deepcopy(args), [])
-
-    def _parts(self, number: int) -> tuple[str, str]:
-        return f"__fused_packed_{number}__", f"__fused_input_{number}__"
+        return ast.Call(ast.Name(helper_name("packed"), ast.Load()), copy.deepcopy(args), [])
 
     def _described(self, callee: ast.expr | str, node: ast.Call) -> ast.expr:
         return tuple_of(_arguments(self._callee(callee), *further(node, callee)))
@@ -111,7 +120,16 @@ class _Rewrite(ast.NodeTransformer):
     def _callee(self, callee: ast.expr | str) -> ast.expr:
         if not isinstance(callee, str):
             return callee
-        return ast.Subscript(ast.Name(self.helper_name("methods"), ast.Load()), ast.Constant(callee), ast.Load())
+        return ast.Subscript(ast.Name(helper_name("methods"), ast.Load()), ast.Constant(callee), ast.Load())
+
+
+def _takes_a_name(layer: ast.Call) -> bool:
+    return one_argument(layer) and isinstance(layer.args[0], ast.Name)
+
+
+def _parts(number: int) -> str:
+    """Return the name of a packed layer and its input."""
+    return f"__fused_packed_{number}__"
 
 
 def _ran(number: int) -> str:

@@ -30,12 +30,14 @@ from dlkernels.fusion.syntax import (
     Scope,
     activation_call,
     ancestors,
+    arguments_of,
     deletes,
     further,
     in_scope,
     is_stable,
+    layer_call,
     loads,
-    one_argument,
+    looked_up_by,
     position,
     stored,
     target_of,
@@ -140,17 +142,6 @@ def _operands(node: ast.expr) -> _Operands | None:
     if len(node.args) == 2 and is_stable(func):
         return _Operands((node.args[0], node.args[1]), (("mul", func),))
     return _Operands((func.value, node.args[0]), ()) if len(node.args) == 1 else None
-
-
-def arguments_of(call: ast.Call, names: Sequence[str]) -> dict[str, ast.expr] | None:
-    """Return the arguments of a call by name, for a function with parameters of these names; None if they differ."""
-    keywords = {k.arg: k.value for k in call.keywords if k.arg is not None}
-    if len(call.args) > len(names) or len(keywords) < len(call.keywords) or not set(keywords) <= set(names):
-        return None
-    given = dict(zip(names, call.args, strict=False))
-    if any(isinstance(a, ast.Starred) for a in call.args) or set(given) & set(keywords):
-        return None
-    return given | keywords
 
 
 # ---- names that stand for values -------------------------------------------------------------------------------------
@@ -285,7 +276,8 @@ def _gate(product: ast.expr, operands: _Operands, names: _Names) -> Gate | None:
     drops, functions = parts.around[:-1], (*parts.functions, *operands.function)
     reads = [*variable_arguments((args, kwargs)), *(f for _, f in functions)]
     reads += [] if isinstance(activation, str) else [activation]
-    reads += [parts.layer.func, parts.up.func] if parts.up is not None else []
+    for call in (parts.layer, parts.up) if parts.up is not None else ():
+        reads += looked_up_by(layer_call(call)[0])  # type: ignore[index]
     for drop in drops:
         callee = activation_call(drop)[0]  # type: ignore[index]
         reads += [*variable_arguments(further(drop, callee)), *([] if isinstance(callee, str) else [callee])]
@@ -328,7 +320,7 @@ def _two_layers(one: _Peeled, other: _Peeled, names: _Names) -> _Parts | None:
         return None
     *around, layer = (call for call, _ in gate.calls)
     ((other_layer, _),) = up.calls
-    if not one_argument(layer) or not one_argument(other_layer):
+    if layer_call(layer) is None or layer_call(other_layer) is None:
         return None
     return _Parts(layer, other_layer, tuple(around))
 
@@ -374,7 +366,7 @@ def _layer(node: ast.expr, statement: int, names: _Names, reads: int = 1) -> ast
         if given is None or given.element is not None:
             return None
         node = given.value
-    return node if isinstance(node, ast.Call) and one_argument(node) else None
+    return node if isinstance(node, ast.Call) and layer_call(node) else None
 
 
 _CUTS = {"chunk": ("chunks", "dim"), "split": ("split_size", "dim")}

@@ -20,7 +20,7 @@ from dlkernels.fusion.series import Series
 from dlkernels.fusion.series import callee as callee_of
 from dlkernels.fusion.stages import Chain, Stage, after_identities, extended, may_change_nothing
 from dlkernels.fusion.swap import Method
-from dlkernels.fusion.syntax import Position, further
+from dlkernels.fusion.syntax import Functional, Position, further, layer_call
 from dlkernels.fusion.values import Namespace
 
 
@@ -107,6 +107,10 @@ def line_of_loop(names: Namespace, loop: Loop) -> tuple[Stage, ...]:
 
 
 def _stage(names: Namespace, node: Any) -> Stage:
+    layer = layer_call(node)
+    if layer is not None and isinstance(layer[0], Functional):
+        layers = names.of(layer[0])
+        return Stage(layers[0]) if layers is not None and len(layers) == 1 else _UNKNOWN
     act = callee_of(node)
     args, kwargs = further(node, act)
     called = [METHODS[act]] if isinstance(act, str) else names.of(act)

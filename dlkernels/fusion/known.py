@@ -10,7 +10,7 @@ from torch import nn
 from dlkernels._ops.modes import are_plain
 
 EXACT = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
-_SIZED = (list, tuple, dict, torch.Size, nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_SIZED = (list, tuple, dict, torch.Size, nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ParameterList)
 _BUILTINS = (len, print, int, float, bool, min, max, abs)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +24,19 @@ from dlkernels.fusion.conditions import Checks, Harmless
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.stages import (
-    Stage,
     after_identities,
     changes_nothing,
     decide,
     has_plain_numbers,
     may_change_nothing,
+    stage_of,
 )
 from dlkernels.fusion.syntax import (
     Position,
     activation_call,
     ancestors,
     further,
+    helper_name,
     in_scope,
     is_stable,
     loads,
@@ -230,18 +231,15 @@ def _is_taken(calls: Sequence[ast.Call], node: ast.For, names: Sequence[str]) ->
 # ---- the rewritten form ----------------------------------------------------------------------------------------------
 
 
-def in_place_of(
-    loop: Loop, as_written: ast.AST, number: int, slot: int, name_of: Callable[[str], str], owner: str
-) -> Any:
+def in_place_of(loop: Loop, as_written: ast.AST, number: int, slot: int, owner: str) -> Any:
     """Return the statements in place of a loop."""
     each = [
-        ast.Starred(_if(guards, tuple_of([_described(c, name_of) for c in calls])), ast.Load())
-        for guards, calls in loop.steps
+        ast.Starred(_if(guards, tuple_of([_described(c) for c in calls])), ast.Load()) for guards, calls in loop.steps
     ]
     calls: ast.expr = tuple_of(copy.deepcopy(each))
-    if (known := _known(loop.checks, name_of)) is not None:
+    if (known := _known(loop.checks)) is not None:
         calls = ast.BoolOp(ast.And(), [known, calls])
-    known = _known(loop.bounds, name_of)
+    known = _known(loop.bounds)
     per_iteration = thunk(calls)
     per_iteration.args.args = [ast.arg(name) for name in loop.names]
     functions = [n.func for n in ast.walk(loop.node.iter) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
@@ -251,16 +249,16 @@ def in_place_of(
         *(tuple_of([_with_slice(*c, known) for c in loop.containers]), ast.Name(loop.x, ast.Load()), per_iteration),
     ]
     ran = f"__fused_loop_{number}__"
-    run = ast.Call(ast.Name(name_of("unrolled"), ast.Load()), copy.deepcopy(arguments), [])
+    run = ast.Call(ast.Name(helper_name("unrolled"), ast.Load()), copy.deepcopy(arguments), [])
     taken = ast.Assign([ast.Name(loop.x, ast.Store())], ast.Name(ran, ast.Load()))
     is_none = ast.Compare(ast.Name(ran, ast.Load()), [ast.Is()], [ast.Constant(None)])
     several = [ast.Assign([ast.Name(ran, ast.Store())], run), ast.If(is_none, [as_written], [taken])]  # type: ignore[list-item]
     return [placed(statement, loop.node) for statement in several]
 
 
-def _known(checks: Checks, name_of: Callable[[str], str]) -> ast.expr | None:
+def _known(checks: Checks) -> ast.expr | None:
     given = checks.given()
-    return ast.Call(ast.Name(name_of("are_known"), ast.Load()), [tuple_of(p) for p in given], []) if given else None
+    return ast.Call(ast.Name(helper_name("are_known"), ast.Load()), [tuple_of(p) for p in given], []) if given else None
 
 
 def _with_slice(container: ast.expr, part: ast.Slice | None, known: ast.expr | None) -> ast.expr:
@@ -278,20 +276,23 @@ def _if(guards: Sequence[Guard], value: ast.expr) -> ast.expr:
     return value
 
 
-def _described(node: ast.Call, name_of: Callable[[str], str]) -> ast.expr:
+def _described(node: ast.Call) -> ast.expr:
     """Return a callee, its arguments behind the tensor, and its keywords."""
     act = activation_call(node)[0]  # type: ignore[index]
     args, kwargs = further(node, act)
     if isinstance(act, str):
-        act = ast.Subscript(ast.Name(name_of("methods"), ast.Load()), ast.Constant(act), ast.Load())
+        act = ast.Subscript(ast.Name(helper_name("methods"), ast.Load()), ast.Constant(act), ast.Load())
     elif isinstance(act, ast.Subscript):
-        act = ast.Call(ast.Name(name_of("element"), ast.Load()), [act.value, act.slice], [])
+        act = ast.Call(ast.Name(helper_name("element"), ast.Load()), [act.value, act.slice], [])
     return tuple_of([act, tuple_of(args), ast.Dict([ast.Constant(k) for k, _ in kwargs], [v for _, v in kwargs])])
 
 
 # ---- what it calls ---------------------------------------------------------------------------------------------------
 
-_SLICED = (nn.Sequential.__getitem__, nn.ModuleList.__getitem__, list.__getitem__, tuple.__getitem__)
+_SLICED = (
+    nn.Sequential.__getitem__, nn.ModuleList.__getitem__, nn.ParameterList.__getitem__, list.__getitem__,
+    tuple.__getitem__,
+)  # fmt: skip
 _ITERATORS = {"enumerate": enumerate, "zip": zip, "range": range}
 _ERRORS = (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError)
 
@@ -314,7 +315,7 @@ def unrolled(
         return None
     for c, part in containers:
         sliced = part is None or getattr(type(c), "__getitem__", None) in _SLICED
-        if not (sliced and (type(c) is range or is_container(c))):
+        if not (sliced and (type(c) in (range, nn.ParameterList) or is_container(c))):
             return None
     elements = [c if part is None else list(c)[slice(*part)] for c, part in containers]
     found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -331,7 +332,7 @@ def unrolled(
     comparable = all(has_plain_numbers((*args, *kwargs.values())) for _, args, kwargs in found if args or kwargs)
     if comparable and memory.mark_of(key) == mark and (y := memory.run_again(key, self, x)) is not None:
         return y
-    stages = [Stage(*one) for one in found]
+    stages = [stage_of(*one) for one in found]
     if not stages or linear_rule(type(stages[0].called)) is None:
         return None
     if any(may_change_nothing(stage) and not changes_nothing(stage) for stage in stages):  # an active dropout

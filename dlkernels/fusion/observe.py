@@ -18,11 +18,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dlkernels._errors import ExpectedError
 from dlkernels.fusion import call, gated, memory, pairs
+from dlkernels.fusion.functional import Place, layer_at, own_tensors
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import is_linear
 from dlkernels.fusion.sites import NOISE, Gain
 from dlkernels.fusion.stages import Chain, Stage, decide
-from dlkernels.fusion.swap import walk
+from dlkernels.fusion.values import walk
 from dlkernels.testing.agreement import Agreement, arguments, judge, outputs
 
 SECONDS = 0.1  # for timing one shape
@@ -80,8 +81,19 @@ def observe(model: nn.Module, example_inputs: Any, timed: Times) -> Events:
     ``timed`` holds the times of earlier runs, which are not measured again; those of this run are added.
     """
     again = copy.deepcopy(model).eval()
-    originals = {id(copied): module for (_, copied), (_, module) in zip(walk(again), walk(model), strict=True)}
+    originals: dict[int, Any] = {}
+    places: dict[int, Place] = {}  # by parameter of the copy: its place in the model
+    for (_, copied), (_, module) in zip(walk(again), walk(model), strict=True):
+        originals[id(copied)] = module
+        places |= {id(p): (module, name) for name, p in own_tensors(copied).items()}
     seen = Events()
+
+    def original_of(layer: Any) -> Any:
+        """Return the layer of the model; None if it is another's."""
+        if isinstance(layer, nn.Module):
+            return originals.get(id(layer))
+        weight = places.get(id(layer.weight))
+        return None if weight is None else layer_at(weight, places.get(id(layer.bias)))
 
     def watch(
         owner: Any,
@@ -95,7 +107,8 @@ def observe(model: nn.Module, example_inputs: Any, timed: Times) -> Events:
         ways: gated.Ways | None = None,
         kept: bool = True,
     ) -> None:
-        if id(linear) not in originals:
+        original = original_of(linear)
+        if original is None:
             return
         known = activation_of(act, args, kwargs)
         if isinstance(decision, Chain):
@@ -120,9 +133,9 @@ def observe(model: nn.Module, example_inputs: Any, timed: Times) -> Events:
             decision if isinstance(decision, str) else "",
             gain,
             inference,
-            tuple(originals.get(id(layer), layer) for layer in layers[1:]),
+            tuple(original_of(layer) or layer for layer in layers[1:]),
         )
-        events = seen.setdefault(originals[id(linear)], [])
+        events = seen.setdefault(original, [])
         if event not in events:
             events.append(event)
 

@@ -38,6 +38,8 @@ def _remember(self: Any, act: Any, linear: Any, x: Any, ready: calls.Ready) -> N
     key = id(self), id(act), id(linear)
     if torch.compiler.is_dynamo_compiling() or calls.watcher is not None or key in _unknown:
         return
+    if not isinstance(linear, nn.Module):  # it is made at each call
+        return
     if memory.may_be_kept(x):
         chain = Chain((ready,), (1,), 0, 1)
         decided = memory.decided(memory.Reads(self), (Stage(linear), Stage(act)), chain, (self,))
@@ -83,13 +85,13 @@ def linear_or_fused(
 
     The value goes to ``act`` some statements later and nowhere else. There the flag says that act was already applied.
     """
-    alone = not (args or kwargs or between)
+    alone = len(args) + len(kwargs) + len(between) == 0  # Dynamo cannot negate a tuple of objects
     if alone and (y := _run_again(self, act, linear, x)) is not None:
         return y, True
     decision = calls.decide(self, act, linear, x, args, kwargs)
     if alone and not isinstance(decision, str):
         _remember(self, act, linear, x, decision)
-    if between and not isinstance(decision, str) and not all(_is_harmless(*part) for part in between):
+    if not isinstance(decision, str) and not all(_is_harmless(*part) for part in between):
         decision = "a call between it and the activation may have a side effect"
     if calls.watcher is not None:
         calls.watcher(self, linear, act, x, decision, args, kwargs)

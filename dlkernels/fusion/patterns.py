@@ -38,6 +38,7 @@ from dlkernels.fusion.syntax import (
     deletes,
     further,
     in_scope,
+    layer_call,
     loads,
     loops_over,
     one_argument,
@@ -102,21 +103,21 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and (parts := activation_call(node)):
             act, inner = parts[0], _unnamed(parts[1], around[node], function)
-            if isinstance(inner, ast.Call) and one_argument(inner):
+            if isinstance(inner, ast.Call) and (layer := layer_call(inner)):
                 given = further(node, act)
                 where = position(node), position(inner)
                 reads = variable_arguments(given)
-                found.append(Pattern("nested", inner.func, act, *where, *given, reads, (), (*around[node], node)))
+                found.append(Pattern("nested", layer[0], act, *where, *given, reads, (), (*around[node], node)))
         elif isinstance(node, ast.For) and _is_chain(node, function):
             found.append(Pattern("chain", node.iter, node.iter, position(node), position(node)))
     for block in blocks(function):
-        for first, call, use in _only_uses(block, function, one_argument, block is function.body):
+        for first, call, use in _only_uses(block, function, layer_call, block is function.body):
             found.append(_named(first, call, use, function, around))
     for gate in gates(function, blocks):
         if gate.is_of_its_own:
             where = gate.at, position(gate.layer)
             inside = (*around[gate.product], gate.product)
-            meant = gate.layer.func, gate.activation
+            meant = layer_call(gate.layer)[0], gate.activation  # type: ignore[index]
             found.append(Pattern("gated", *meant, *where, gate.args, gate.kwargs, gate.reads, (), inside))
     return tuple(found)
 
@@ -299,9 +300,10 @@ def _named(
     between = Between(first, call, use.between, use.later, use.act, target, use.guards, self_name(function))
     parts = activation_call(use.act)
     assert parts is not None
+    layer, _ = layer_call(call) or (call.func, None)
     return Pattern(
         "named",
-        call.func,
+        layer,
         parts[0],
         position(use.act),
         position(call),

@@ -16,6 +16,10 @@ from dlkernels.fusion.syntax import (
     Position,
     activation_call,
     further,
+    helper_name,
+    layer_alone,
+    layer_and_input,
+    layer_call,
     overridden_by,
     overwritten,
     placed,
@@ -28,6 +32,7 @@ from dlkernels.fusion.syntax import (
 
 # Free variables of a rewritten function, under helper_name.
 HELPERS = (
+    "functional",
     "call",
     "call_with_deferred_arguments",
     "linear_or_fused",
@@ -46,10 +51,6 @@ HELPERS = (
 )
 
 _slots = itertools.count()  # numbers of places, under which their decisions are kept
-
-
-def helper_name(name: str) -> str:
-    return f"__fused_{name}__"
 
 
 def rewritten(
@@ -131,7 +132,7 @@ class _Rewrite(ast.NodeTransformer):
         if isinstance(inner, ast.NamedExpr):  # nothing reads the name
             inner = inner.value
         assert isinstance(inner, ast.Call)
-        called = [self.visit(act), self.visit(inner.func), self.visit(inner.args[0])]
+        called = [self.visit(act), *layer_and_input(self.generic_visit(inner))]  # type: ignore[arg-type]
         rest = [] if isinstance(parts[0], str) else node.args[1:]
         if not self.nested[where].reads:
             return self._helper("call", node, [*called, *rest], node.keywords)
@@ -216,7 +217,7 @@ class _Rewrite(ast.NodeTransformer):
         if (found := self.loops.get(where)) is not None:
             number, loop = found
             as_written = self.generic_visit(copy.deepcopy(node))
-            return in_place_of(loop, as_written, number, next(_slots), helper_name, self.self_name)
+            return in_place_of(loop, as_written, number, next(_slots), self.self_name)
         if where not in self.chains:
             return self.generic_visit(node)
         step = node.body[0]
@@ -246,7 +247,7 @@ class _Rewrite(ast.NodeTransformer):
         if known:
             act = [thunk(ast.BoolOp(ast.And(), [*known, tuple_of(act)]))]
         name = "linear_or_fused_if" if known else "linear_or_fused"
-        return self._helper(name, linear, copy.deepcopy([linear.func, linear.args[0], *act]), [])
+        return self._helper(name, linear, copy.deepcopy([*layer_and_input(linear), *act]), [])
 
     def _flag(self, at: Position) -> str:
         return f"__fused_{self.activation_or_skip[at]}__"
@@ -279,8 +280,11 @@ def _known(pattern: Pattern) -> list[ast.expr]:
 
 def _part(call: ast.Call, there: bool) -> ast.expr:
     """Return a call in between as a tuple: callee or its container, index or None, argument or None."""
-    callee, index = (call.func.value, call.func.slice) if isinstance(call.func, ast.Subscript) else (call.func, None)
-    return tuple_of([callee, index or ast.Constant(None), call.args[0] if there else ast.Constant(None)])
+    callee, index = layer_alone(call), None
+    if isinstance(call.func, ast.Subscript):
+        callee, index = call.func.value, call.func.slice
+    _, x = layer_call(call)  # type: ignore[misc]
+    return tuple_of([callee, index or ast.Constant(None), x if there else ast.Constant(None)])
 
 
 def _dict(keywords: list[ast.keyword]) -> ast.expr:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlkernels._ops.activations import activation_named
+from dlkernels.fusion.functional import FunctionalLinear, ParameterLayer, Parameters, own_parameters
 
-Parameters = tuple[Tensor, Tensor | None]  # weight [out_features, in_features], bias [out_features]
 Activation = tuple[str, float]  # a name of functional.linear_act, and leaky_relu's slope
 Rule = Callable[..., Activation | None]  # None: there is no kernel for this form
 
@@ -111,8 +111,10 @@ _read: dict[Rule, tuple[str, ...]] = dict.fromkeys((*_functions.values(), *_modu
 version = 0  # grows with each register_fusion
 
 # Linear layers besides nn.Linear and its subclasses that inherit its forward.
-_linears: dict[Any, Callable[[Any], Parameters]] = {
+_linears: dict[Any, Callable[[Any], Parameters | None]] = {
     "transformers.pytorch_utils.Conv1D": lambda m: (m.weight.t(), m.bias),
+    FunctionalLinear: own_parameters,
+    ParameterLayer: own_parameters,
 }
 
 

@@ -49,7 +49,8 @@ class Site:
     """A linear layer, and the activation that its output goes to; or a chain of such layers that runs as one call.
 
     Attributes:
-        path: of the layer in the model, as in ``named_modules``; of a chain the first layer's.
+        path: of the layer in the model, as in ``named_modules``; of ``F.linear`` that of its weight, as in
+            ``named_parameters``; of a chain the first layer's.
         activation: the kernel's name of it, or the name of the callee in its place; empty if there is none.
         where: class, method and line of the call.
         status: "fused", "skipped", or "undecided". A site is undecided if the meaning of names in the source is known

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dlkernels import routing
 from dlkernels.fusion import call
 from dlkernels.fusion.observe import Event, Events
 from dlkernels.fusion.sites import Gain
-from dlkernels.fusion.swap import walk
 from dlkernels.routing import CLEARLY, STOCK, Row
 
 Layers = WeakIdKeyDictionary  # by layer: a Slower
@@ -37,22 +36,20 @@ class Slower:
 # ---- by the route tables ---------------------------------------------------------------------------------------------
 
 
-def by_tables(model: nn.Module, alone: bool) -> Layers:
-    """Return the layers of a model that the route tables in use rank behind stock in every row that they have.
+def by_tables(layers: Iterable[Any], alone: bool) -> Layers:
+    """Return those of the layers that the route tables in use rank behind stock in every row that they have.
 
     ``alone`` says if layers without an activation would be fused.
     """
-    layers = Layers()
-    if not routing.in_use():
-        return layers
-    for _, module in walk(model):
-        found = call._linear(module)
+    slower = Layers()
+    for layer in layers:
+        found = call._linear(layer)
         if not isinstance(found, str) and (why := _behind(found[0])):
-            layers[module] = Slower(why, alone)
-    return layers
+            slower[layer] = Slower(why, alone)
+    return slower
 
 
-def chains_by_tables(chains: Iterable[Sequence[nn.Module]]) -> Layers:
+def chains_by_tables(chains: Iterable[Sequence[Any]]) -> Layers:
     """Return the layers of those chains that the route tables in use rank behind stock in every row that they have."""
     layers = Layers()
     for chain in chains if routing.in_use() else ():

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call
+from dlkernels.fusion.functional import FunctionalLinear
 from dlkernels.nn.untouched import does_nothing, untouched
 
 
@@ -25,6 +26,13 @@ class Stage(NamedTuple):
     called: Any
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}  # noqa: RUF012  nobody changes it
+
+
+def stage_of(called: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Stage:
+    """Return the stage of a call as it is written: ``F.linear(h, weight, bias)`` calls a layer with h."""
+    if called is F.linear:
+        return Stage(FunctionalLinear(called, args, kwargs or {}))
+    return Stage(called, args, kwargs or {})
 
 
 class Chain(NamedTuple):

@@ -8,21 +8,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dlkernels.fusion import chain, gated, gated_places, loops, pairs, written
+from dlkernels.fusion import chain, functional, gated, gated_places, loops, pairs, written
 from dlkernels.fusion.known import are_known
 from dlkernels.fusion.patterns import blocks, patterns
-from dlkernels.fusion.rewrite import HELPERS, helper_name, rewritten
+from dlkernels.fusion.rewrite import HELPERS, rewritten
 from dlkernels.fusion.rules import METHODS
 from dlkernels.fusion.series import chosen as chosen_series
 from dlkernels.fusion.source import NoSource, Source, check, rewrap, source_of, undecorated
-from dlkernels.fusion.syntax import Position
-from dlkernels.fusion.values import state
+from dlkernels.fusion.syntax import Position, helper_name
 
 
 class Method(NamedTuple):
@@ -118,7 +117,7 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
             check(source)
             chosen = [p for p in patterns(source.node) if (method, p.at) in plan.places]
             gates = {at for m, at in plan.gates if m == method}
-            node = gated.with_gates(source.node, gated_places.gates(source.node, blocks), gates, helper_name)
+            node = gated.with_gates(source.node, gated_places.gates(source.node, blocks), gates)
             where = sorted(positions for m, positions in plan.chains if m == method)
             joined = [part for positions in where if (part := chosen_series(source.node, positions)) is not None]
             unrolled = [loop for loop in loops.loops(source.node) if (method, loop.at) in plan.places]
@@ -144,6 +143,7 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 def _helpers() -> dict[str, Any]:
     values = {"methods": METHODS, "are_known": are_known}
     sources = {"chain": chain, "gated": gated, "packed": gated}
+    sources |= {"functional": functional}
     sources |= {"written": written, "written_there": written, "unrolled": loops, "element": loops}
     values |= {name: getattr(sources.get(name, pairs), name) for name in HELPERS if name not in values}
     return {helper_name(name): value for name, value in values.items()}
@@ -180,15 +180,3 @@ def why_not_back(module: nn.Module) -> str:
 def swap_back(module: nn.Module) -> None:
     if "_fused_plan" in vars(type(module)):
         object.__setattr__(module, "__class__", type(module)._fused_from)  # type: ignore[attr-defined]
-
-
-def walk(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the same as ``named_modules``, without calling a module's ``__hash__``, ``__bool__`` or ``children``."""
-    seen = set() if seen is None else seen
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield path, module
-    for name, child in state(module)["_modules"].items():
-        if child is not None:
-            yield from walk(child, f"{path}.{name}" if path else name, seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +35,9 @@ def ancestors(function: FunctionNode) -> dict[ast.AST, tuple[ast.AST, ...]]:
 
 
 def called(function: FunctionNode) -> list[ast.expr]:
-    """Return all callees in a function."""
-    return [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+    """Return all callees in a function, and the layers of ``F.linear``."""
+    layers = (layer for layer, _ in functional(function))
+    return [*(node.func for node in ast.walk(function) if isinstance(node, ast.Call)), *layers]
 
 
 def overridden_by(call: ast.Call) -> ast.Attribute | None:
@@ -75,6 +77,62 @@ def loops_over(function: FunctionNode, name: str) -> list[ast.For]:
 
 def one_argument(call: ast.Call) -> bool:
     return len(call.args) == 1 and not call.keywords and not isinstance(call.args[0], ast.Starred)
+
+
+class Functional(ast.expr):
+    """The layer that ``F.linear(x, weight, bias)`` calls. It stands where the callee of a module's call stands."""
+
+    _fields = ("function", "weight", "bias")
+
+    def __init__(self, function: ast.expr, weight: ast.expr, bias: ast.expr) -> None:
+        super().__init__()
+        self.function, self.weight, self.bias = function, weight, bias
+
+
+def layer_call(call: ast.Call) -> tuple[ast.expr, ast.expr] | None:
+    """Return the layer and its input if ``call`` may call one: ``layer(x)``, or ``F.linear(x, weight, bias)``."""
+    if one_argument(call):
+        return call.func, call.args[0]
+    func = call.func
+    if not is_stable(func) or getattr(func, "attr", getattr(func, "id", "")) != "linear":
+        return None
+    given = arguments_of(call, ("input", "weight", "bias")) or {}
+    if not {"input", "weight"} <= set(given) or not all(_is_parameter(given[n]) for n in given if n != "input"):
+        return None
+    return Functional(func, given["weight"], given.get("bias", ast.Constant(None))), given["input"]
+
+
+def _is_parameter(node: ast.expr) -> bool:
+    """Return True if this may be a parameter: ``self.weight``, or ``self.weights[i]``."""
+    return is_stable(node) or (isinstance(node, ast.Subscript) and is_stable(node.value) and is_stable(node.slice))
+
+
+@functools.lru_cache(maxsize=1024)
+def functional(function: FunctionNode) -> tuple[tuple[Functional, tuple[ast.AST, ...]], ...]:
+    """Return the layer of each ``F.linear(x, weight, bias)`` in a function, and the nodes from there to the call."""
+    found: list[tuple[Functional, tuple[ast.AST, ...]]] = []
+    for node, around in ancestors(function).items():
+        parts = layer_call(node) if isinstance(node, ast.Call) else None
+        if parts is not None and isinstance(parts[0], Functional):
+            found.append((parts[0], (*around, node)))
+    return tuple(found)
+
+
+def looked_up_by(layer: ast.expr) -> list[ast.expr]:
+    """Return the look-ups that give a layer of :func:`layer_call`."""
+    parts = [layer.function, layer.weight, layer.bias] if isinstance(layer, Functional) else [layer]
+    return [part for part in parts if not isinstance(part, ast.Constant)]
+
+
+def arguments_of(call: ast.Call, names: Sequence[str]) -> dict[str, ast.expr] | None:
+    """Return the arguments of a call by name, for a function with parameters of these names; None if they differ."""
+    keywords = {k.arg: k.value for k in call.keywords if k.arg is not None}
+    if len(call.args) > len(names) or len(keywords) < len(call.keywords) or not set(keywords) <= set(names):
+        return None
+    given = dict(zip(names, call.args, strict=False))
+    if any(isinstance(a, ast.Starred) for a in call.args) or set(given) & set(keywords):
+        return None
+    return given | keywords
 
 
 def is_stable(node: ast.expr) -> bool:
@@ -148,6 +206,32 @@ def applied_to(node: ast.AST, name: str) -> ast.expr | str | None:
     """Return the callee if the node may be a call of an activation with ``name``."""
     parts = activation_call(node) if isinstance(node, ast.Call) else None
     return parts[0] if parts and isinstance(parts[1], ast.Name) and parts[1].id == name else None
+
+
+def helper_name(name: str) -> str:
+    """Return the free variable of a rewritten function that holds one of our functions."""
+    return f"__fused_{name}__"
+
+
+def layer_and_input(call: ast.Call) -> list[ast.expr]:
+    """Return what gives a layer and its input, evaluated in the order of the call, as arguments of another call."""
+    if one_argument(call):
+        return [call.func, call.args[0]]
+    return [ast.Starred(_functional(call.func, call.args, call.keywords), ast.Load())]
+
+
+def layer_alone(call: ast.Call) -> ast.expr:
+    """Return what gives the layer of a call without its input. The look-ups of the layer run no code."""
+    layer, _ = layer_call(call)  # type: ignore[misc]
+    if not isinstance(layer, Functional):
+        return layer
+    both = _functional(layer.function, [ast.Constant(None), layer.weight, layer.bias], [])
+    return ast.Subscript(both, ast.Constant(0), ast.Load())
+
+
+def _functional(function: ast.expr, args: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:
+    """Return what gives the layer and the input of ``F.linear(x, weight, bias)``."""
+    return ast.Call(ast.Name(helper_name("functional"), ast.Load()), [function, *args], keywords)
 
 
 def thunk(value: ast.expr) -> ast.Lambda:

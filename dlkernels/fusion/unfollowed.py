@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dlkernels.fusion.patterns import blocks
 from dlkernels.fusion.rules import METHODS
 from dlkernels.fusion.source import FunctionNode
-from dlkernels.fusion.syntax import ancestors, applied_to, loads, one_argument, position, target_of
+from dlkernels.fusion.syntax import ancestors, applied_to, layer_call, loads, position, target_of
 
 _BETWEEN = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 
@@ -21,24 +21,24 @@ def multiple_uses(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.e
     for block in blocks(function):
         for i, first in enumerate(block):
             call = first.value if isinstance(first, ast.Assign | ast.AnnAssign) else None
-            if not (isinstance(call, ast.Call) and one_argument(call) and (name := target_of(first))):
+            if not (isinstance(call, ast.Call) and (layer := layer_call(call)) and (name := target_of(first))):
                 continue
             last = next((n for n in range(i + 1, len(block)) if target_of(block[n]) == name), len(block) - 1)
             reading = block[i + 1 : last + 1]
             count = sum(loads(statement, name) for statement in reading)
             for node in (n for statement in reading for n in ast.walk(statement)) if count > 1 else ():
                 if act := applied_to(node, name):
-                    yield call.func, f"its output is used {count} times", act
+                    yield layer[0], f"its output is used {count} times", act
 
 
 def untracked_uses(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.expr | str]]:
     """Yield (callee, reason, receiver) for each call whose value reaches another callee in an unsupported form."""
     around = ancestors(function)
     calls = [n for n in around if isinstance(n, ast.Call)]
-    for call in filter(one_argument, calls):
+    for call, (layer, _) in ((c, parts) for c in calls if (parts := layer_call(c))):
         holder = around[call][-1]
         if isinstance(holder, ast.keyword) and isinstance(outer := around[holder][-1], ast.Call):
-            yield call.func, "its output goes to the activation as a keyword argument", outer.func
+            yield layer, "its output goes to the activation as a keyword argument", outer.func
         target, way = _destination(call, around[call])
         if not target:
             continue
@@ -49,9 +49,9 @@ def untracked_uses(function: FunctionNode) -> Iterator[tuple[ast.expr, str, ast.
             func = other.func
             given = [*other.args, *(k.value for k in other.keywords)]
             if isinstance(func, ast.Attribute) and func.attr in METHODS and ast.unparse(func.value) == name:
-                yield call.func, way, func.attr
+                yield layer, way, func.attr
             elif any(ast.unparse(g.target if isinstance(g, ast.NamedExpr) else g) == name for g in given):
-                yield call.func, way, func
+                yield layer, way, func
 
 
 def _reaches(call: ast.Call, other: ast.Call, name: str, around: dict[ast.AST, tuple[ast.AST, ...]]) -> bool:

@@ -15,9 +15,12 @@ from itertools import zip_longest
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from dlkernels.fusion.functional import Place, layer_at, own_tensors
 from dlkernels.fusion.source import Source
+from dlkernels.fusion.syntax import Functional
 
 Values = list[Any] | None
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -72,7 +75,29 @@ class Namespace:
             return _all_known([self.of(node.body), self.of(node.orelse)])
         if isinstance(node, ast.Lambda):
             return [LocalFunction()]
+        if isinstance(node, Functional):
+            return self._functional(node)
         return self._computed(node)
+
+    def _functional(self, node: Functional) -> Values:
+        """Return the layer of ``F.linear`` with these parameters."""
+        if not self.is_linear(node):
+            return None
+        weight, bias = self.of(node.weight), self.of(node.bias)
+        if weight is None or bias is None or len(bias) != 1:
+            return None
+        places = [self._place(value) for value in (*weight, *bias)]
+        known = all(places[: len(weight)]) and (places[-1] is not None or bias[0] is None)
+        return [layer_at(place, places[-1]) for place in places[:-1] if place is not None] if known else None
+
+    def is_linear(self, layer: Functional) -> bool:
+        """Return True if the function is torch's."""
+        return _is_one(self.of(layer.function), F.linear)
+
+    def _place(self, value: Any) -> Place | None:
+        """Return the first module that has a parameter or buffer, and its name there."""
+        several = walk(self.module) if self.module is not None and isinstance(value, Tensor) else ()
+        return next(((m, n) for _, m in several for n, t in own_tensors(m).items() if t is value), None)
 
     def _computed(self, node: ast.expr) -> Values:
         """Return the value of an expression of numbers, such as ``i < len(self.layers) - 1``."""
@@ -404,6 +429,18 @@ def state(value: Any) -> dict[str, Any]:
     return object.__getattribute__(value, "__dict__")
 
 
+def walk(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the same as ``named_modules``, without calling a module's ``__hash__``, ``__bool__`` or ``children``."""
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield path, module
+    for name, child in state(module)["_modules"].items():
+        if child is not None:
+            yield from walk(child, f"{path}.{name}" if path else name, seen)
+
+
 _MISSING = object()
 
 
@@ -440,7 +477,10 @@ def _attribute(value: Any, name: str) -> Values:
         return [MethodType(found, value)]
     if found is not _MISSING:
         return [found.__func__] if type(found) is staticmethod else None if type(found) is classmethod else [found]
-    return [own["_modules"][name]] if name in own["_modules"] else None
+    for table in ("_parameters", "_buffers", "_modules"):  # in the order of nn.Module.__getattr__
+        if name in own[table]:
+            return [own[table][name]]
+    return None
 
 
 def _is_container(value: Any) -> bool:
@@ -457,6 +497,9 @@ def _elements(value: Any) -> Values:
         return list(state(value)["_modules"].values())
     if type(value) in (list, tuple):
         return list(value)
+    if type(value) is nn.ParameterList:
+        several = list(own_tensors(value).values())
+        return several if len(several) == len(value) else None  # it may hold other objects
     return list(value.values()) if type(value) is dict else None
 
 

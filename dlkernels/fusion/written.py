@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dlkernels.fusion import call, memory
 from dlkernels.fusion.rules import METHODS, linear_rule
 from dlkernels.fusion.series import Path
-from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_nothing, decide
+from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_nothing, decide, stage_of
 from dlkernels.fusion.values import is_plain_attribute
 
 Call = tuple[Any, Callable[[], tuple[Any, Any]] | None]
@@ -57,7 +58,7 @@ def _run(
     while calls:
         called, arguments = calls[0]
         found = None
-        if linear_rule(type(called)) is not None and (groups := _looked_up(calls, later)):
+        if (called is F.linear or linear_rule(type(called)) is not None) and (groups := _looked_up(calls, later)):
             found = _chain(self, groups, x)
         if found is not None:
             chain, reached = found
@@ -77,13 +78,17 @@ def _run(
 def _looked_up(calls: Sequence[Call], later: Groups) -> list[list[Stage]]:
     """Return the stages by group; none if a look-up has an error: it is raised where the source does the same."""
     try:
-        first = [Stage(called) if arguments is None else Stage(called, *arguments()) for called, arguments in calls]
+        first = _stages(calls)
     except _ERRORS:
         return []
     try:
-        return [first, *([Stage(c) if args is None else Stage(c, *args()) for c, args in group] for group in later())]
+        return [first, *map(_stages, later())]
     except _ERRORS:
         return [first]
+
+
+def _stages(calls: Sequence[Call]) -> list[Stage]:
+    return [Stage(called) if given is None else stage_of(called, *given()) for called, given in calls]
 
 
 def _chain(self: Any, groups: list[list[Stage]], x: Any) -> tuple[Chain, int | None] | None:

@@ -15,7 +15,7 @@ from dlkernels import _C, routing
 from dlkernels._errors import ExpectedError
 from dlkernels._ops.modes import has_bf16_library
 from dlkernels.fusion.rules import linear_rule
-from dlkernels.fusion.swap import walk
+from dlkernels.fusion.values import walk
 from dlkernels.nn import LinearAct
 from dlkernels.routing import LIBRARY
 from dlkernels.testing.agreement import arguments

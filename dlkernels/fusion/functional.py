@@ -1,0 +1,123 @@
+"""``F.linear(x, self.weight, self.bias)`` as a layer: the calls of a method, and the parameters of a model.
+
+A rewritten method passes :class:`FunctionalLinear` on in place of a module, made from the values of that call. Before a
+call, the analysis and the report know the same layer as a :class:`ParameterLayer`, by the names of its parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+Parameters = tuple[Tensor, Tensor | None]  # weight [out_features, in_features], bias [out_features]
+
+
+class FunctionalLinear:
+    """``function(·, weight, bias)`` with the arguments as the source gives them. It is called with x."""
+
+    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.function, self.args, self.kwargs = function, args, kwargs
+        given = dict(zip(("weight", "bias"), args, strict=False)) | kwargs
+        self.weight, self.bias = given.get("weight"), given.get("bias")
+
+    def __call__(self, x: Any) -> Any:
+        if "input" in self.kwargs:
+            return self.function(**{**self.kwargs, "input": x})
+        return self.function(x, *self.args, **self.kwargs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters, as a module does."""
+        return (p for p in (self.weight, self.bias) if isinstance(p, nn.Parameter))
+
+
+def functional(function: Any, *args: Any, **kwargs: Any) -> tuple[FunctionalLinear, Any]:
+    """Return the layer that ``function(*args, **kwargs)`` calls, and its input."""
+    if "input" in kwargs:
+        return FunctionalLinear(function, (), kwargs), kwargs["input"]
+    return FunctionalLinear(function, args[1:], kwargs), args[0]
+
+
+def own_parameters(layer: FunctionalLinear | ParameterLayer) -> Parameters | None:
+    """Return weight and bias of a layer; None if it does not call ``F.linear`` with parameters and buffers.
+
+    A tensor that requires a gradient and is no parameter is computed: by a parametrization, for example.
+    """
+    weight, bias = layer.weight, layer.bias
+    if layer.function is not F.linear or not isinstance(weight, Tensor):
+        return None
+    several = (weight,) if bias is None else (weight, bias)
+    if not all(isinstance(t, nn.Parameter) or (isinstance(t, Tensor) and not t.requires_grad) for t in several):
+        return None
+    return weight, bias
+
+
+Place = tuple[nn.Module, str]  # a module, and the name of its parameter or buffer
+
+
+class ParameterLayer:
+    """The layer ``F.linear(·, module.weight, other.bias)``, by the modules and the names of its parameters."""
+
+    def __init__(self, weight: Place, bias: Place | None) -> None:
+        self.function = F.linear
+        self._weight = weakref.ref(weight[0]), weight[1]
+        self._bias = None if bias is None else (weakref.ref(bias[0]), bias[1])
+
+    @property
+    def module(self) -> Any:
+        """The module that has the weight."""
+        return self._weight[0]()
+
+    @property
+    def name(self) -> str:
+        """The name of the weight in its module."""
+        return self._weight[1]
+
+    @property
+    def weight(self) -> Any:
+        return tensor_at(self.module, self.name)
+
+    @property
+    def bias(self) -> Any:
+        return None if self._bias is None else tensor_at(self._bias[0](), self._bias[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.size(0))
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.size(1))
+
+
+def tensor_at(module: Any, name: str) -> Any:
+    """Return the parameter or buffer of this name; None if there is none."""
+    return None if module is None else own_tensors(module).get(name)
+
+
+def own_tensors(module: Any) -> dict[str, Any]:
+    """Return the parameters and buffers of a module itself, without running code of its class."""
+    state = object.__getattribute__(module, "__dict__")
+    return {**state["_buffers"], **state["_parameters"]}
+
+
+# By module: its layers by the name of the weight and the place of the bias.
+_layers = WeakIdKeyDictionary()
+
+
+def layer_at(weight: Place, bias: Place | None) -> ParameterLayer:
+    """Return the layer with these parameters: always the same object."""
+    known = _layers.setdefault(weight[0], {})
+    key = weight[1], None if bias is None else (id(bias[0]), bias[1])
+    if key not in known:
+        known[key] = ParameterLayer(weight, bias)
+    return known[key]
+
+
+def layers_of(module: nn.Module) -> list[ParameterLayer]:
+    """Return the layers whose weights are this module's, of those that were found so far."""
+    return list(_layers.get(module, {}).values())
