@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from dlkernels.fusion.conditions import Checks, Harmless
 from dlkernels.fusion.syntax import (
+    Early,
     activation_call,
+    early,
     further,
     is_stable,
     layer_call,
@@ -56,7 +58,8 @@ class Between:
         parts = activation_call(act)
         assert parts is not None
         given = further(act, parts[0])
-        self.reads: list[ast.expr] = [*variable_arguments(given), *([] if isinstance(parts[0], str) else [parts[0]])]
+        looked_up = [] if isinstance(parts[0], str) else (early(parts[0]) or Early(parts[0], [parts[0]])).reads
+        self.reads: list[ast.expr] = [*variable_arguments(given), *looked_up]
         self.calls: list[tuple[ast.Call, bool]] = []
         self.checks, self.conditions = Checks(reads=self.reads), Checks(reads=self.reads)
         self.why = ""

@@ -15,12 +15,12 @@ from torch import nn
 from dlkernels.fusion import call
 from dlkernels.fusion.chain import Leaf, common
 from dlkernels.fusion.loops import Loop, is_range
-from dlkernels.fusion.rules import METHODS, is_linear
+from dlkernels.fusion.rules import METHODS, is_linear, works_in_place
 from dlkernels.fusion.series import Series
 from dlkernels.fusion.series import callee as callee_of
 from dlkernels.fusion.stages import Chain, Stage, after_identities, extended, may_change_nothing
 from dlkernels.fusion.swap import Method
-from dlkernels.fusion.syntax import Functional, Position, further, layer_call
+from dlkernels.fusion.syntax import Functional, Position, further, layer_call, position
 from dlkernels.fusion.values import Namespace
 
 
@@ -72,6 +72,7 @@ class Joined:
 
 
 _UNKNOWN = Stage(None)
+_NOTHING = Stage(nn.Identity())
 _MOST_ITERATIONS = 1000
 _CONVERSIONS_READ = (("isinstance", isinstance), ("torch", torch))
 
@@ -82,7 +83,16 @@ def line_of_series(names: Namespace, series: Series) -> tuple[Stage, ...]:
         return ()
     if series.conversions() and not all(names.means(name, what) for name, what in _CONVERSIONS_READ):
         return ()
-    return tuple(_stage(names, node) for node in series.calls)
+    stages = []
+    guards = [guard for group, guard in zip(series.groups(), series.guards(), strict=True) for _ in group]
+    for node, guard in zip(series.calls, guards, strict=True):
+        sure, false = names.hold([] if guard is None else [(guard, True)])
+        stage = _stage(names, node)
+        if false or not sure:  # a dropout may be left out
+            stage = _NOTHING if false else stage if may_change_nothing(stage) else _UNKNOWN
+        overwrites = position(node) not in series.overwriting() or works_in_place(stage.called, stage.kwargs)
+        stages.append(stage if overwrites else _UNKNOWN)
+    return tuple(stages)
 
 
 def line_of_loop(names: Namespace, loop: Loop) -> tuple[Stage, ...]:

@@ -1,4 +1,4 @@
-"""The types of values whose operators run no code of a model, for the checks of module ``conditions``."""
+"""The types of values whose operators run no code of a model, and look-ups that are made early (``syntax.early``)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dlkernels._ops.modes import are_plain
+from dlkernels.fusion.values import is_plain_attribute
 
 EXACT = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 _SIZED = (list, tuple, dict, torch.Size, nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ParameterList)
@@ -29,3 +30,31 @@ def are_known(exact: Any, tensors: Any, sized: Any, functions: Any) -> bool:
         if not any(function is builtin for builtin in _BUILTINS):
             return False
     return are_plain(*tensors)
+
+
+_SLICED = (
+    nn.Sequential.__getitem__, nn.ModuleList.__getitem__, nn.ParameterList.__getitem__, list.__getitem__,
+    tuple.__getitem__,
+)  # fmt: skip
+
+
+def is_sliced(container: Any) -> bool:
+    """Return True if ``container[i]`` runs no code of the model."""
+    return getattr(type(container), "__getitem__", None) in _SLICED
+
+
+def element(container: Any, index: Any, /) -> Any:
+    """``container[index]``, or an error if that may run code of the model."""
+    if not is_sliced(container) or type(index) is not int:
+        raise LookupError
+    return container[index]
+
+
+def attribute(function: Any, holder: Any, parts: tuple[Any, ...], /) -> Any:
+    """``getattr(holder, name)`` with the parts of an f-string, or an error if that may run code of the model."""
+    name = "".join([str(part) for part in parts if type(part) in (str, int)])
+    if function is not getattr or any(type(part) not in (str, int) for part in parts):
+        raise LookupError
+    if not isinstance(holder, nn.Module) or not is_plain_attribute(type(holder), name):
+        raise LookupError
+    return getattr(holder, name)

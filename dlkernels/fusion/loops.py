@@ -21,6 +21,7 @@ from dlkernels.fusion import call, memory
 from dlkernels.fusion.between import Guard
 from dlkernels.fusion.chain import is_container
 from dlkernels.fusion.conditions import Checks, Harmless
+from dlkernels.fusion.known import is_sliced
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.stages import (
@@ -35,6 +36,7 @@ from dlkernels.fusion.syntax import (
     Position,
     activation_call,
     ancestors,
+    early,
     further,
     helper_name,
     in_scope,
@@ -133,8 +135,10 @@ def _loop(node: ast.For, function: FunctionNode) -> Loop | None:
     reads = [*(c for c, _ in containers if not is_range(c)), *bounds.reads, *checks.reads]
     for c in calls:
         act = activation_call(c)[0]  # type: ignore[index]
-        act = _container_of(act, names) or act
-        reads += [*([] if isinstance(act, str) else [act]), *variable_arguments(further(c, act))]
+        looked_up = None if isinstance(act, str) else early(act)
+        if looked_up is None and not isinstance(act, str):
+            return None
+        reads += [*([] if looked_up is None else looked_up.reads), *variable_arguments(further(c, act))]
     if not all(map(is_stable, reads)) or any(loads(read, x) for read in reads):
         return None
     mine = [r for r in reads if not (isinstance(r, ast.Name) and r.id in names)]
@@ -153,15 +157,6 @@ def _is_call_of(node: ast.expr, name: str, least: int) -> bool:
 
 def is_range(node: ast.expr) -> bool:
     return any(_is_call_of(node, "range", count) for count in (1, 2, 3))
-
-
-def _container_of(act: ast.expr | str, names: Sequence[str]) -> ast.expr | None:
-    """Return ``self.layers`` for ``self.layers[i]``, with a variable of the loop or a constant number."""
-    if not isinstance(act, ast.Subscript) or not is_stable(act.value):
-        return None
-    index = act.slice
-    fits = index.id in names if isinstance(index, ast.Name) else isinstance(index, ast.Constant | ast.UnaryOp)
-    return act.value if fits and is_stable(index) else None
 
 
 def _sliced(node: ast.expr) -> tuple[ast.expr, ast.Slice | None]:
@@ -282,26 +277,15 @@ def _described(node: ast.Call) -> ast.expr:
     args, kwargs = further(node, act)
     if isinstance(act, str):
         act = ast.Subscript(ast.Name(helper_name("methods"), ast.Load()), ast.Constant(act), ast.Load())
-    elif isinstance(act, ast.Subscript):
-        act = ast.Call(ast.Name(helper_name("element"), ast.Load()), [act.value, act.slice], [])
+    elif (found := early(act)) is not None:
+        act = found.value
     return tuple_of([act, tuple_of(args), ast.Dict([ast.Constant(k) for k, _ in kwargs], [v for _, v in kwargs])])
 
 
 # ---- what it calls ---------------------------------------------------------------------------------------------------
 
-_SLICED = (
-    nn.Sequential.__getitem__, nn.ModuleList.__getitem__, nn.ParameterList.__getitem__, list.__getitem__,
-    tuple.__getitem__,
-)  # fmt: skip
 _ITERATORS = {"enumerate": enumerate, "zip": zip, "range": range}
 _ERRORS = (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError)
-
-
-def element(container: Any, index: Any, /) -> Any:
-    """``container[index]``, or an error if that may run code of the model."""
-    if getattr(type(container), "__getitem__", None) not in _SLICED or type(index) is not int:
-        raise LookupError
-    return container[index]
 
 
 def unrolled(
@@ -314,7 +298,7 @@ def unrolled(
     if torch.compiler.is_dynamo_compiling() or any(_ITERATORS.get(f.__name__) is not f for f in used):
         return None
     for c, part in containers:
-        sliced = part is None or getattr(type(c), "__getitem__", None) in _SLICED
+        sliced = part is None or is_sliced(c)
         if not (sliced and (type(c) in (range, nn.ParameterList) or is_container(c))):
             return None
     elements = [c if part is None else list(c)[slice(*part)] for c, part in containers]

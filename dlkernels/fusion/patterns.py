@@ -20,11 +20,11 @@ import ast
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from dlkernels.fusion.between import Between, Guard, branches
-from dlkernels.fusion.conditions import Checks, facts
+from dlkernels.fusion.conditions import Checks, fact_of, facts
 from dlkernels.fusion.gated_places import gates
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.syntax import (
@@ -43,6 +43,7 @@ from dlkernels.fusion.syntax import (
     loops_over,
     one_argument,
     overwritten,
+    overwritten_by_function,
     position,
     self_name,
     stored,
@@ -111,8 +112,8 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
         elif isinstance(node, ast.For) and _is_chain(node, function):
             found.append(Pattern("chain", node.iter, node.iter, position(node), position(node)))
     for block in blocks(function):
-        for first, call, use in _only_uses(block, function, layer_call, block is function.body):
-            found.append(_named(first, call, use, function, around))
+        for first, call, name, use in _only_uses(block, function, layer_call, block is function.body):
+            found.append(_named(first, call, name, use, function, around))
     for gate in gates(function, blocks):
         if gate.is_of_its_own:
             where = gate.at, position(gate.layer)
@@ -130,6 +131,9 @@ class Link(NamedTuple):
         reads: what is looked up between the two calls, or in another statement than ``inner``.
         later: the statement with ``outer``.
         conversions: statements in between that do nothing if the two are parts of a chain (:func:`_is_conversion`).
+        guard: the condition of ``later``, which may leave ``outer`` out: ``if self.act is not None: h = self.act(h)``.
+        conditions: the types on which the guard relies, and the expressions in between.
+        facts: the places where facts of the value are read, such as its shape. A chain gives its name a later value.
     """
 
     inner: ast.Call
@@ -138,6 +142,9 @@ class Link(NamedTuple):
     reads: tuple[ast.expr, ...]
     later: ast.stmt | None
     conversions: tuple[ast.If, ...] = ()
+    guard: ast.expr | None = None
+    conditions: tuple[Checks, ...] = ()
+    facts: tuple[ast.Name, ...] = ()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -154,15 +161,68 @@ def links(function: FunctionNode) -> tuple[Link, ...]:
     for block in blocks(function):
         conversions = [s for s, later in itertools.pairwise(block) if _is_conversion(s, later)]
         without = [s for s in block if s not in conversions]
-        for first, call, use in _only_uses(without, function, activation_call, block is function.body):
-            name = target_of(first) or overwritten(first)
-            if name is None or use.guards or _facts_read(function, name, use):
-                continue
-            pattern = _named(first, call, use, function, around)
-            if not (pattern.in_place or pattern.why or pattern.between or pattern.checks.given()):
-                skipped = tuple(s for s in conversions if position(first) < position(s) < position(use.later))
-                found.append(Link(call, use.act, first, pattern.reads, use.later, skipped))  # type: ignore[arg-type]
+        steps = {s: step for s in without if (step := _guarded_step(s)) is not None}
+        guarded = {step.name for step in steps.values()}
+        for one in (None, *guarded):
+            mine = {s: step for s, step in steps.items() if step.name == one}
+            flat = [mine[s].step if s in mine else s for s in without]
+            guards = {step.step: step.test for step in mine.values()}
+            for first, call, name, use in _only_uses(flat, function, activation_call, block is function.body, True):
+                if name != one and (one is not None or name in guarded):
+                    continue
+                if (link := _link(first, call, name, use, guards, function, around)) is not None:
+                    inside = (s for s in conversions if position(first) < position(s) < position(use.later))
+                    found.append(link._replace(conversions=tuple(inside)))  # type: ignore[arg-type]
     return tuple(found)
+
+
+def _link(
+    first: ast.stmt,
+    call: ast.Call,
+    name: str,
+    use: _Use,
+    guards: dict[ast.stmt, ast.expr],
+    function: FunctionNode,
+    around: dict[ast.AST, tuple[ast.AST, ...]],
+) -> Link | None:
+    alone = name in (target_of(first), overwritten(first), overwritten_by_function(first))
+    if not alone or use.guards or (use.behind is None and facts(function, name)):
+        return None
+    guard = guards.get(use.later)
+    use = use if guard is None else replace(use, guards=((guard, True),))
+    pattern = _named(first, call, name, use, function, around)
+    if pattern.why or pattern.between:
+        return None
+    conditions = tuple(checks for checks in (pattern.checks, pattern.conditions) if checks.given())
+    inside = (n for s in (*use.between, use.later, *(use.behind or ())) for n in ast.walk(s))
+    read = tuple(held for n in inside if (held := fact_of(n)) is not None and held.id == name)
+    return Link(call, use.act, first, pattern.reads, use.later, (), guard, conditions, read)
+
+
+class _Guarded(NamedTuple):
+    """``h = act(h)`` under a condition: h has a value behind it in any case."""
+
+    step: ast.stmt
+    test: ast.expr
+    name: str
+
+
+def _guarded_step(statement: ast.stmt) -> _Guarded | None:
+    """Return the step of ``if test: h = act(h)`` or ``h = act(h) if test else h``; None for other statements."""
+    if isinstance(statement, ast.If) and len(statement.body) == 1 and not statement.orelse:
+        step, test = statement.body[0], statement.test
+    elif isinstance(statement, ast.Assign) and isinstance(choice := statement.value, ast.IfExp):
+        if not isinstance(choice.orelse, ast.Name) or choice.orelse.id != target_of(statement):
+            return None
+        step, test = ast.copy_location(ast.Assign(statement.targets, choice.body), statement), choice.test
+    else:
+        return None
+    name, value = target_of(step), getattr(step, "value", None)
+    if name is None or not isinstance(step, ast.Assign) or not isinstance(value, ast.Call) or loads(test, name):
+        return None
+    while isinstance(value, ast.Call) and (parts := activation_call(value)):
+        value = parts[1]
+    return _Guarded(step, test, name) if isinstance(value, ast.Name) and value.id == name else None
 
 
 def _is_conversion(statement: ast.stmt, following: ast.stmt) -> bool:
@@ -194,12 +254,6 @@ def _asks_about(test: ast.expr, name: str, layer: str) -> bool:
 
 def _is_of_torch(node: ast.expr) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
-
-
-def _facts_read(function: FunctionNode, name: str, use: _Use) -> bool:
-    """Return True if a fact of the value, such as its shape, is read: a chain gives the name a later value."""
-    behind = (function,) if use.behind is None else use.behind
-    return any(facts(node, name) for node in (*use.between, use.later, *behind))
 
 
 def why_not_rewritable(function: FunctionNode) -> str:
@@ -280,23 +334,34 @@ class _Use:
 
 
 def _only_uses(
-    block: list[ast.stmt], function: FunctionNode, takes: Callable[[ast.Call], Any], is_body: bool
-) -> Iterator[tuple[ast.stmt, ast.Call, _Use]]:
-    """Yield each statement that names a call's value, the call, if ``takes`` takes it, and the value's only use."""
+    block: list[ast.stmt],
+    function: FunctionNode,
+    takes: Callable[[ast.Call], Any],
+    is_body: bool,
+    in_place: bool = False,
+) -> Iterator[tuple[ast.stmt, ast.Call, str, _Use]]:
+    """Yield each statement that names a call's value, the call, if ``takes`` takes it, the name, and its only use.
+
+    With ``in_place``, ``F.relu_(h)`` names its value h.
+    """
     for i, first in enumerate(block):
-        for call, target in _assigned_calls(first):
+        for call, target in _assigned_calls(first, in_place):
             if takes(call) and not in_scope(function, target):
                 use = _only_use(block[i + 1 :], target, function, (), (), is_body)
                 if use is not None:
-                    yield first, call, use
+                    yield first, call, target, use
 
 
 def _named(
-    first: ast.stmt, call: ast.Call, use: _Use, function: FunctionNode, around: dict[ast.AST, tuple[ast.AST, ...]]
+    first: ast.stmt,
+    call: ast.Call,
+    target: str,
+    use: _Use,
+    function: FunctionNode,
+    around: dict[ast.AST, tuple[ast.AST, ...]],
 ) -> Pattern:
-    target = next(name for c, name in _assigned_calls(first) if c is call)
     # A context manager may suppress an exception in between; then the name is read without the activation.
-    suppressed = any(isinstance(node, ast.With | ast.AsyncWith) for node in around[first])
+    suppressed = any(isinstance(node, ast.With | ast.AsyncWith) for node in around[call])
     between = Between(first, call, use.between, use.later, use.act, target, use.guards, self_name(function))
     parts = activation_call(use.act)
     assert parts is not None
@@ -310,7 +375,7 @@ def _named(
         *further(use.act, parts[0]),
         tuple(between.reads),
         tuple(between.calls),
-        (*around[first], first),
+        (*around[call], call),
         use.guards,
         between.checks,
         between.conditions,
@@ -321,9 +386,9 @@ def _named(
     )
 
 
-def _assigned_calls(statement: ast.stmt) -> Iterator[tuple[ast.Call, str]]:
+def _assigned_calls(statement: ast.stmt, in_place: bool) -> Iterator[tuple[ast.Call, str]]:
     """Yield each call whose value a statement assigns to a name, and the name."""
-    if name := overwritten(statement):
+    if name := overwritten(statement) or (overwritten_by_function(statement) if in_place else None):
         yield statement.value, name  # type: ignore[attr-defined]
         return
     names = targets(statement)
@@ -413,7 +478,5 @@ def _overwrites(statement: ast.stmt, act: ast.Call) -> bool:
 
     Afterwards h has the activation's value, if a function works in place (``Pattern.in_place``).
     """
-    if not isinstance(statement, ast.Expr) or statement.value is not act or not isinstance(act.func, ast.Attribute):
-        return False
-    said = any(k.arg == "inplace" and isinstance(k.value, ast.Constant) and k.value.value is True for k in act.keywords)
-    return act.func.attr.endswith("_") or said
+    named = overwritten(statement) or overwritten_by_function(statement)
+    return named is not None and isinstance(statement, ast.Expr) and statement.value is act

@@ -8,13 +8,16 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dlkernels.fusion.conditions import Checks
 from dlkernels.fusion.loops import Loop, in_place_of
 from dlkernels.fusion.patterns import Pattern
 from dlkernels.fusion.series import Path, Series, callee, paths, tensor
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.syntax import (
+    Functional,
     Position,
     activation_call,
+    early,
     further,
     helper_name,
     layer_alone,
@@ -22,6 +25,7 @@ from dlkernels.fusion.syntax import (
     layer_call,
     overridden_by,
     overwritten,
+    overwritten_by_function,
     placed,
     position,
     self_name,
@@ -43,6 +47,9 @@ HELPERS = (
     "chain",
     "unrolled",
     "element",
+    "attribute",
+    "overwriting",
+    "middle",
     "gated",
     "packed",
     "written",
@@ -66,13 +73,11 @@ def rewritten(
     """
     name = function.name if calls_overridden else None
     groups = [
-        _Group(i, number, several, paths([c for group in several[number:] for c in group], function))
+        _Group(i, number, part, paths(part, number, function))
         for i, part in enumerate(chains)
-        for several in [part.groups()]
-        for number in range(len(several))
+        for number in range(len(part.groups()))
     ]
-    conversions = {position(s): (i, number) for i, part in enumerate(chains) for s, number in part.conversions()}
-    return _Rewrite(self_name(function), chosen, groups, conversions, loops, name).visit(copy.deepcopy(function))
+    return _Rewrite(self_name(function), chosen, groups, chains, loops, name).visit(copy.deepcopy(function))
 
 
 class _Group(NamedTuple):
@@ -80,8 +85,12 @@ class _Group(NamedTuple):
 
     chain: int
     number: int
-    several: list[list[ast.Call]]
+    part: Series
     paths: tuple[Path, ...] | None  # of its look-ups and those of the groups behind it
+
+    @property
+    def several(self) -> list[list[ast.Call]]:
+        return self.part.groups()
 
     @property
     def calls(self) -> list[ast.Call]:
@@ -98,12 +107,17 @@ class _Rewrite(ast.NodeTransformer):
         self_name: str,
         chosen: list[Pattern],
         groups: list[_Group],
-        conversions: dict[Position, tuple[int, int]],
+        chains: Sequence[Series],
         loops: Sequence[Loop],
         overridden: str | None,
     ) -> None:
         self.loops = {loop.at: (number, loop) for number, loop in enumerate(loops)}
-        self.self_name, self.overridden, self.conversions = self_name, overridden, conversions
+        self.self_name, self.overridden = self_name, overridden
+        numbered = list(enumerate(chains))
+        self.conversions = {position(s): (i, number) for i, part in numbered for s, number in part.conversions()}
+        self.facts = {position(name): (i, number, c) for i, part in numbered for name, number, c in part.facts()}
+        self.asked = {(chain, number) for chain, number, _ in self.facts.values()}
+        self.overwriting = {at for part in chains for at in part.overwriting()}
         self.groups = {position(group.calls[-1]): group for group in groups}
         self.nested = {p.at: p for p in chosen if p.kind == "nested"}
         self.chains = {p.at: p for p in chosen if p.kind == "chain"}
@@ -149,20 +163,50 @@ class _Rewrite(ast.NodeTransformer):
         own = tuple_of([self._described(call) for call in reversed(group.calls)])
         x = self.visit(innermost)
         at = ast.Constant(group.number)
-        behind = [tuple_of([self._described(call) for call in calls]) for calls in group.several[group.number + 1 :]]
-        later = [thunk(tuple_of(behind))] if behind else []
+        behind = group.several[group.number + 1 :]
+        later = [thunk(self._behind(group.part, behind))] if behind else []
         if group.paths is None or not isinstance(innermost, ast.Name):
             return self._helper("written_there", like, [at, own, x, *later], [])
         known = [ast.Constant(next(_slots)), ast.Constant(group.paths), at]  # type: ignore[arg-type]
         return self._helper("written", like, [*known, x, thunk(own), *later], [])
 
-    def _described(self, call: ast.Call) -> ast.expr:
+    def _behind(self, part: Series, several: Sequence[Sequence[ast.Call]]) -> ast.expr:
+        """Return the last groups of a chain: an empty one if its condition is false, None if types are not known."""
+        groups: list[ast.expr] = []
+        before = zip(part.guards()[-len(several) :], part.conditions()[-len(several) :], strict=True)
+        for calls, (guard, conditions) in zip(several, before, strict=True):
+            group: ast.expr = tuple_of([self._described(call, is_early=True) for call in calls])
+            group = group if guard is None else ast.IfExp(copy.deepcopy(guard), group, tuple_of([]))
+            for checks in conditions:
+                group = ast.IfExp(_are_known(checks), group, ast.Constant(None))
+            groups.append(group)
+        return tuple_of(groups)
+
+    def _described(self, call: ast.Call, is_early: bool = False) -> ast.expr:
         """Return a callee, and a function that returns its arguments behind the tensor; None if there are none."""
         act = callee(call)
         args, kwargs = further(call, act)
-        given = thunk(tuple_of([tuple_of(args), _dict([ast.keyword(k, v) for k, v in kwargs])]))
-        called = self.visit(copy.deepcopy(self._activation(act)))
+        keywords = _dict([ast.keyword(k, v) for k, v in kwargs])
+        given = thunk(tuple_of([tuple_of(args), keywords]))
+        found = early(act) if is_early and not isinstance(act, str) else None
+        called = copy.deepcopy(self._activation(act) if found is None else found.value)
+        if not is_early:
+            called = self.visit(called)
+        if position(call) in self.overwriting:
+            called = ast.Call(ast.Name(helper_name("overwriting"), ast.Load()), [called, copy.deepcopy(keywords)], [])
         return tuple_of([called, copy.deepcopy(given) if args or kwargs else ast.Constant(None)])
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        """Return a tensor with the facts of a value in a chain, where the chain has given the name a later value."""
+        found = self.facts.get(position(node)) if hasattr(node, "lineno") else None  # a new node has no position
+        if found is None:
+            return node
+        chain, number, calls = found
+        callees = [_early(call) for call in reversed(calls) if not isinstance(callee(call), str)]
+        args = [node, thunk(tuple_of(copy.deepcopy(callees)))]
+        there = ast.Call(ast.Name(helper_name("middle"), ast.Load()), args, [])
+        later = ast.Compare(ast.Name(_reached(chain, number), ast.Load()), [ast.Gt()], [ast.Constant(number)])
+        return placed(ast.IfExp(later, there, copy.deepcopy(node)), node)
 
     def _unless_it_ran(self, group: _Group, ran: ast.expr, otherwise: ast.expr) -> ast.expr:
         return ast.IfExp(_ran(group.chain, group.number), ran, otherwise)
@@ -176,17 +220,24 @@ class _Rewrite(ast.NodeTransformer):
         self, statement: ast.Assign | ast.AnnAssign | ast.Expr, target: ast.expr, group: _Group
     ) -> ast.AST:
         """Return the statement that names the value of a group, and beside it the number of the last that ran."""
-        assert isinstance(statement.value, ast.Call)
+        call = statement.value.body if isinstance(statement.value, ast.IfExp) else statement.value
+        assert isinstance(call, ast.Call)
         flag = f"__fused_chain_{group.chain}__"
-        value = self._group(group, statement.value)
+        value = self._group(group, call)
         if group.number:
             ran = tuple_of([copy.deepcopy(tensor(group.calls[0])), ast.Name(flag, ast.Load())])
             value = self._unless_it_ran(group, ran, value)
-        both = ast.Tuple([target, ast.Name(flag, ast.Store())], ast.Store())
-        return placed(ast.Assign([both], value), statement)
+            if isinstance(statement.value, ast.IfExp):  # a guard
+                value = ast.IfExp(statement.value.test, value, copy.deepcopy(ran))
+        flags = [flag, _reached(*group[:2])] if group[:2] in self.asked else [flag]
+        names: list[ast.expr] = [
+            ast.Tuple([copy.deepcopy(target), ast.Name(name, ast.Store())], ast.Store()) for name in flags
+        ]
+        return placed(ast.Assign(names, value), statement)
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        if (group := self.groups.get(position(node.value))) and not group.is_last:
+        call = node.value.body if isinstance(node.value, ast.IfExp) else node.value
+        if (group := self.groups.get(position(call))) and not group.is_last:
             return self._named_group(node, node.targets[0], group)
         if pattern := self.linear_or_fused.get(position(node.value)):
             return self._linear_or_fused(node, node.targets[0], pattern)
@@ -200,7 +251,7 @@ class _Rewrite(ast.NodeTransformer):
         return node
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
-        name = overwritten(node)
+        name = overwritten(node) or overwritten_by_function(node)
         if name and (group := self.groups.get(position(node.value))) and not group.is_last:
             return self._named_group(node, ast.Name(name, ast.Store()), group)
         return self.generic_visit(node)
@@ -236,7 +287,8 @@ class _Rewrite(ast.NodeTransformer):
 
     def _call_of(self, linear: ast.Call, pattern: Pattern) -> ast.expr:
         """Return the call in place of the layer's. All that belongs to the activation is evaluated after x."""
-        act = [self._activation(pattern.activation)]
+        found = None if isinstance(pattern.activation, str) else early(pattern.activation)
+        act = [self._activation(pattern.activation) if found is None else found.value]
         if pattern.in_place:
             keywords = _dict([ast.keyword(name, value) for name, value in pattern.kwargs])
             act = [ast.Call(ast.Name(helper_name("in_place"), ast.Load()), [*act, keywords], [])]
@@ -262,6 +314,21 @@ class _Rewrite(ast.NodeTransformer):
         return placed(ast.Call(ast.Name(helper_name(name), ast.Load()), [owner, *args], keywords), like)
 
 
+def _early(call: ast.Call) -> ast.expr:
+    """Return the early look-up of a callee; of ``F.linear`` that of the layer."""
+    parts, act = layer_call(call), callee(call)
+    if parts is not None and isinstance(parts[0], Functional):
+        return layer_alone(call)
+    found = None if isinstance(act, str) else early(act)
+    assert found is not None  # see module series
+    return found.value
+
+
+def _reached(chain: int, number: int) -> str:
+    """Return the name of the number of the last group that had run behind the statement of a group."""
+    return f"__fused_chain_{chain}_{number}__"
+
+
 def _ran(chain: int, number: int) -> ast.expr:
     """Return the condition that a group of a chain ran with an earlier one."""
     flag = ast.Name(f"__fused_chain_{chain}__", ast.Load())
@@ -270,12 +337,12 @@ def _ran(chain: int, number: int) -> ast.expr:
 
 def _known(pattern: Pattern) -> list[ast.expr]:
     """Return the conditions under which the activation is applied early: the types of what they rely on come first."""
-    several: list[ast.expr] = []
-    for checks in (pattern.checks, pattern.conditions):
-        if given := checks.given():
-            known = ast.Name(helper_name("are_known"), ast.Load())
-            several.append(ast.Call(known, [tuple_of(part) for part in given], []))
+    several: list[ast.expr] = [_are_known(checks) for checks in (pattern.checks, pattern.conditions) if checks.given()]
     return several + [test if holds else ast.UnaryOp(ast.Not(), test) for test, holds in pattern.guards]
+
+
+def _are_known(checks: Checks) -> ast.expr:
+    return ast.Call(ast.Name(helper_name("are_known"), ast.Load()), [tuple_of(p) for p in checks.given()], [])
 
 
 def _part(call: ast.Call, there: bool) -> ast.expr:

@@ -13,9 +13,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dlkernels.fusion.conditions import Checks
 from dlkernels.fusion.patterns import Link, links
 from dlkernels.fusion.source import FunctionNode
-from dlkernels.fusion.syntax import Position, activation_call, further, is_stable, position, self_name, stored
+from dlkernels.fusion.syntax import Position, activation_call, early, further, is_stable, position, self_name, stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,30 @@ class Series:
             else:
                 several.append([call])
         return several
+
+    def guards(self) -> list[ast.expr | None]:
+        """Return the condition of each group; None for those without."""
+        return [None, *(link.guard for link in self.links if link.first is not None)]
+
+    def conditions(self) -> list[tuple[Checks, ...]]:
+        """Return the types that must be known before each group."""
+        return [(), *(link.conditions for link in self.links if link.first is not None)]
+
+    def overwriting(self) -> set[Position]:
+        """Return the calls that are statements: ``F.relu_(h)``."""
+        return {
+            position(link.outer)
+            for link in self.links
+            if isinstance(link.later, ast.Expr) and not isinstance(callee(link.outer), str)
+        }
+
+    def facts(self) -> list[tuple[ast.Name, int, tuple[ast.Call, ...]]]:
+        """Return the places where facts of a value are read, the number of its group, and the calls up to it."""
+        found, number = [], 0
+        for i, link in enumerate(self.links):
+            found += [(name, number, self.calls[: i + 1]) for name in link.facts]
+            number += link.first is not None
+        return found
 
     def conversions(self) -> list[tuple[ast.If, int]]:
         """Return the conversions between the calls, and the number of the group behind each."""
@@ -86,10 +111,13 @@ def series(function: FunctionNode) -> tuple[Series, ...]:
         if start in inside:
             continue
         calls, between = [start], []
-        while (link := after.get(calls[-1])) is not None:
+        head = callee(start)
+        known = not isinstance(head, str) and early(head) is not None
+        while (link := after.get(calls[-1])) is not None and (known or not link.facts):
             calls.append(link.outer)
             between.append(link)
-        found.append(Series(tuple(calls), tuple(between)))
+        if between:
+            found.append(Series(tuple(calls), tuple(between)))
     return tuple(found)
 
 
@@ -97,8 +125,10 @@ def _can_be_early(link: Link, changing: set[str]) -> bool:
     """Return True if the outer call can be looked up early: its names have one value in the whole method."""
     act = callee(link.outer)
     parts = [*_arguments(link.outer), *([] if isinstance(act, str) else [act])]
+    parts += [*([] if link.guard is None else [link.guard]), *_checked(link.conditions)]
     names = {n.id for part in parts for n in ast.walk(part) if isinstance(n, ast.Name)}
-    return not names & changing and all(map(is_stable, parts))
+    known = isinstance(act, str) or early(act) is not None
+    return known and not names & changing and all(map(is_stable, _arguments(link.outer)))
 
 
 def chosen(function: FunctionNode, positions: Sequence[Position]) -> Series | None:
@@ -112,26 +142,51 @@ def chosen(function: FunctionNode, positions: Sequence[Position]) -> Series | No
     return None
 
 
-Path = tuple[str, ...]  # the names of a look-up; self is ""
+Path = tuple[str | int, ...]  # the names of a look-up, and the numbers of elements; self is ""
 
 
-def paths(calls: Sequence[ast.Call], function: FunctionNode) -> tuple[Path, ...] | None:
-    """Return the look-ups of all callees and arguments; None if one is another expression."""
-    found: list[Path] = []
-    for call in calls:
-        act = callee(call)
-        for node in [*([] if isinstance(act, str) else [act]), *_arguments(call)]:
-            if isinstance(node, ast.Constant | ast.UnaryOp):
-                continue
-            path = _path(node, self_name(function))
-            if path is None:
-                return None
-            found.append(path)
-    return tuple(found)
+def paths(part: Series, number: int, function: FunctionNode) -> tuple[Path, ...] | None:
+    """Return the look-ups of a group and those behind it, and of their conditions; None if one is no look-up."""
+    looked_up: list[ast.expr] = []
+    for calls, guard, checks in list(zip(part.groups(), part.guards(), part.conditions(), strict=True))[number:]:
+        looked_up += [*([] if guard is None else _operands(guard)), *_checked(checks)]
+        for call in calls:
+            act = callee(call)
+            looked_up += [*([] if isinstance(act, str) else [act]), *_arguments(call)]
+    several = [
+        _path(node, self_name(function)) for node in looked_up if not isinstance(node, ast.Constant | ast.UnaryOp)
+    ]
+    return None if None in several else tuple(several)  # type: ignore[arg-type]
+
+
+def _checked(several: Sequence[Checks]) -> list[ast.expr]:
+    return [node for checks in several for nodes in checks.given() for node in nodes]
+
+
+def _operands(node: ast.expr) -> list[ast.expr]:
+    """Return the parts of a condition that are no operators."""
+    if isinstance(node, ast.BoolOp):
+        return [part for value in node.values for part in _operands(value)]
+    if isinstance(node, ast.Compare):
+        return [part for value in (node.left, *node.comparators) for part in _operands(value)]
+    return _operands(node.operand) if isinstance(node, ast.UnaryOp) else [node]
 
 
 def _path(node: ast.expr, owner: str) -> Path | None:
     if isinstance(node, ast.Name):
         return ("",) if node.id == owner else (node.id,)
-    inner = _path(node.value, owner) if isinstance(node, ast.Attribute) else None
-    return None if inner is None else (*inner, node.attr)  # type: ignore[attr-defined]
+    if isinstance(node, ast.Attribute):
+        inner, last = _path(node.value, owner), node.attr
+    elif isinstance(node, ast.Subscript) and (index := _number(node.slice)) is not None:
+        inner, last = _path(node.value, owner), index  # type: ignore[assignment]
+    else:
+        return None
+    return None if inner is None else (*inner, last)
+
+
+def _number(node: ast.expr) -> int | None:
+    negative = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+    constant = node.operand if negative else node  # type: ignore[attr-defined]
+    if not isinstance(constant, ast.Constant) or type(constant.value) is not int:
+        return None
+    return -constant.value if negative else constant.value

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dlkernels.fusion import chain, functional, gated, gated_places, loops, pairs, written
-from dlkernels.fusion.known import are_known
+from dlkernels.fusion import chain, functional, gated, gated_places, known, loops, pairs, written
 from dlkernels.fusion.patterns import blocks, patterns
 from dlkernels.fusion.rewrite import HELPERS, rewritten
 from dlkernels.fusion.rules import METHODS
@@ -96,9 +95,9 @@ def method_source(cls: type, method: Method) -> Source:
 
 def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """Return the fused class of ``cls``, one for each plan. Raise :class:`NoSource` if it cannot be created."""
-    for known in type.__subclasses__(cls):
-        if vars(known).get("_fused_plan") == plan:
-            return known
+    for made in type.__subclasses__(cls):
+        if vars(made).get("_fused_plan") == plan:
+            return made
     body: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -141,10 +140,11 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 
 @functools.lru_cache(maxsize=1)
 def _helpers() -> dict[str, Any]:
-    values = {"methods": METHODS, "are_known": are_known}
+    values = {"methods": METHODS}
     sources = {"chain": chain, "gated": gated, "packed": gated}
     sources |= {"functional": functional}
-    sources |= {"written": written, "written_there": written, "unrolled": loops, "element": loops}
+    sources |= dict.fromkeys(("written", "written_there", "overwriting", "middle"), written)
+    sources |= {"unrolled": loops, "are_known": known, "element": known, "attribute": known}
     values |= {name: getattr(sources.get(name, pairs), name) for name in HELPERS if name not in values}
     return {helper_name(name): value for name, value in values.items()}
 

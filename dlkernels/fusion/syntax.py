@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlkernels.fusion.rules import METHODS
 from dlkernels.fusion.source import FunctionNode
@@ -191,6 +191,21 @@ def overwritten(statement: ast.stmt) -> str | None:
     return held.id if isinstance(held, ast.Name) and name.endswith("_") and name in METHODS else None
 
 
+def overwritten_by_function(statement: ast.stmt) -> str | None:
+    """Return h for a statement ``F.relu_(h)`` or ``F.relu(h, inplace=True)``, which gives h the value of its call.
+
+    That is so if the function works in place (``rules.works_in_place``).
+    """
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+        return None
+    said = any(
+        k.arg == "inplace" and isinstance(k.value, ast.Constant) and k.value.value is True for k in call.keywords
+    )
+    parts = activation_call(call) if call.func.attr.endswith("_") or said else None
+    return parts[1].id if parts and not isinstance(parts[0], str) and isinstance(parts[1], ast.Name) else None
+
+
 def in_scope(function: FunctionNode, name: str) -> bool:
     """Return True if an inner function or comprehension uses the name, or if it is global or nonlocal."""
     for node in ast.walk(function):
@@ -232,6 +247,44 @@ def layer_alone(call: ast.Call) -> ast.expr:
 def _functional(function: ast.expr, args: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:
     """Return what gives the layer and the input of ``F.linear(x, weight, bias)``."""
     return ast.Call(ast.Name(helper_name("functional"), ast.Load()), [function, *args], keywords)
+
+
+class Early(NamedTuple):
+    """An expression that looks a callee up before its time, and the look-ups in it. These must run no code.
+
+    It raises LookupError where the rest of it would run code.
+    """
+
+    value: ast.expr
+    reads: list[ast.expr]
+
+
+def early(callee: ast.expr) -> Early | None:
+    """Return the early look-up of ``self.act``, ``self.acts[i]`` or ``getattr(self, f"act{i}")``; None for others."""
+    if is_stable(callee):
+        return Early(callee, [callee])
+    if isinstance(callee, ast.Subscript) and is_stable(callee.value) and is_stable(callee.slice):
+        container, index = callee.value, callee.slice
+        reads = [container, *(i for i in [index] if isinstance(i, ast.Name | ast.Attribute))]
+        return Early(ast.Call(ast.Name(helper_name("element"), ast.Load()), [container, index], []), reads)
+    if isinstance(callee, ast.Call) and isinstance(callee.func, ast.Name) and callee.func.id == "getattr":
+        return _early_getattr(callee)
+    return None
+
+
+def _early_getattr(call: ast.Call) -> Early | None:
+    if len(call.args) != 2 or call.keywords or not isinstance(call.args[0], ast.Name):
+        return None
+    holder, name = call.args
+    parts = [p.value if isinstance(p, ast.FormattedValue) else p for p in getattr(name, "values", [name])]
+    plain = all(
+        p.format_spec is None and p.conversion == -1 for p in ast.walk(name) if isinstance(p, ast.FormattedValue)
+    )
+    if not isinstance(name, ast.Constant | ast.JoinedStr) or not plain or not all(map(is_stable, parts)):
+        return None
+    reads = [call.func, holder, *(p for p in parts if not isinstance(p, ast.Constant))]
+    args: list[ast.expr] = [call.func, holder, tuple_of(parts)]
+    return Early(ast.Call(ast.Name(helper_name("attribute"), ast.Load()), args, []), reads)
 
 
 def thunk(value: ast.expr) -> ast.Lambda:

@@ -2,12 +2,14 @@
 
 ``own`` are the calls of one statement as the method looks them up, the outermost first: pairs of a callee and a
 function that returns its further arguments, or None. ``later`` returns the groups of the statements behind it, each
-from the innermost call. A group that ran with an earlier one is left out: with the value goes the number of the last
+from the innermost call: an empty one if a condition leaves it out, None if the types in its condition are not known. A
+group that ran with an earlier one is left out: with the value goes the number of the last
 group that ran, and the methods compare it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -17,18 +19,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlkernels.fusion import call, memory
-from dlkernels.fusion.rules import METHODS, linear_rule
+from dlkernels.fusion.known import is_sliced
+from dlkernels.fusion.rules import METHODS, is_linear, linear_rule, works_in_place
 from dlkernels.fusion.series import Path
 from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_nothing, decide, stage_of
 from dlkernels.fusion.values import is_plain_attribute
 
 Call = tuple[Any, Callable[[], tuple[Any, Any]] | None]
-Groups = Callable[[], Sequence[Sequence[Call]]]
+Groups = Callable[[], Sequence[Any]]
 
 _ERRORS = (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError)
 
 
-def _no_groups() -> Sequence[Sequence[Call]]:
+def _no_groups() -> Sequence[Any]:
     return ()
 
 
@@ -82,7 +85,8 @@ def _looked_up(calls: Sequence[Call], later: Groups) -> list[list[Stage]]:
     except _ERRORS:
         return []
     try:
-        return [first, *map(_stages, later())]
+        groups = itertools.takewhile(lambda group: group is not None, later())
+        return [first, *map(_stages, groups)]
     except _ERRORS:
         return [first]
 
@@ -149,7 +153,9 @@ def _note(reads: memory.Reads, self: Any, path: Path, own: Any) -> Any:
         value = space[root]
         reads.globals.append((space, root, value))
     for name in names:
-        if isinstance(value, ModuleType):
+        if isinstance(name, int):
+            value = _element(reads, value, name)
+        elif isinstance(value, ModuleType):
             space = vars(value)
             if name not in space:
                 raise memory.Unknown
@@ -160,3 +166,37 @@ def _note(reads: memory.Reads, self: Any, path: Path, own: Any) -> Any:
         else:
             raise memory.Unknown
     return value
+
+
+def _element(reads: memory.Reads, container: Any, index: int) -> Any:
+    """Note the children of a container, and return the one at ``index``."""
+    if not (isinstance(container, nn.Module) and is_sliced(container)):
+        raise memory.Unknown
+    reads.children(container, calls_forward_alone=False)
+    return list(container._modules.values())[index]
+
+
+# ---- beside the chains: what else the methods call -------------------------------------------------------------------
+
+
+def overwriting(act: Any, keywords: dict[str, Any], /) -> Any:
+    """Return the function of a statement ``F.relu_(h)``, so that it returns h: another one may not overwrite h."""
+    if works_in_place(act, keywords):
+        return act
+
+    def called(h: Any, *args: Any, **kwargs: Any) -> Any:
+        act(h, *args, **kwargs)
+        return h
+
+    return called
+
+
+def middle(h: Any, callees: Callable[[], Sequence[Any]], /) -> Any:
+    """Return a tensor with the shape, dtype and device of a value in a chain whose last value is h.
+
+    ``callees()`` are those up to the value, the last first. It has no memory: only facts of it are read.
+    """
+    layer = next(called for called in callees() if is_linear(called))
+    found = call._linear(layer)
+    assert not isinstance(found, str)
+    return h.detach().new_empty(()).expand(*h.shape[:-1], found[0].size(0))

@@ -120,8 +120,61 @@ class Converted(Base):
         return self.fc3(x)
 
 
+class Guarded(Base):
+    """As in timm: a block may have no activation and no dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.use_drop, self.limit = True, 3
+
+    def forward(self, x):
+        x = self.fc1(x)
+        if self.act is not None:
+            x = self.act(x)
+        if self.use_drop and self.limit > 2:
+            x = self.drop(x)
+        x = self.fc2(x)
+        x = self.act(x) if self.act is not None else x
+        return self.fc3(x)
+
+
+class LookedUp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.layers = nn.Linear(6, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 3)])
+        self.acts = nn.Sequential(nn.GELU(), nn.Tanh())
+
+    def forward(self, x):
+        h = getattr(self, "fc1")(x)  # noqa: B009
+        h = self.acts[0](h)
+        h = self.layers[0](h)
+        h = self.acts[1](h)
+        return self.layers[-1](h)
+
+
+class FactsRead(Base):
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        rows, width = h.shape[:-1], h.size(-1)
+        assert h.dtype is not None and h.dim() == x.dim() and width == 8
+        h = self.fc2(h)
+        y = torch.tanh(h)
+        y = self.fc3(y)
+        return y.reshape(*rows, y.shape[-1]) * (width + h.shape[-1]) / h.numel()
+
+
+class InPlaceFunctions(Base):
+    def forward(self, x):
+        h = self.fc1(x)
+        F.relu_(h)
+        h = self.fc2(h)
+        F.leaky_relu(h, 0.1, inplace=True)
+        return self.fc3(h)
+
+
 MODELS = [
     Sequence, Blocks, Loop, Nested, Statements, ByHand, InPlace, WithArguments, OfAnExpression, InBranches, Converted,
+    Guarded, LookedUp, FactsRead, InPlaceFunctions,
 ]  # fmt: skip
 EVERY = pytest.mark.parametrize("cls", MODELS, ids=lambda c: c.__name__)
 

@@ -69,7 +69,7 @@ class ConvertedOrNot(Base):
         return self.fc2(h)
 
 
-@ends(calls=1)
+@ends(["fc1", "fc3"], calls=1)
 class ItsShapeIsRead(Base):
     def forward(self, x):
         h = F.relu(self.fc1(x))
@@ -77,7 +77,7 @@ class ItsShapeIsRead(Base):
         return self.fc3(h) * features
 
 
-@ends(calls=1)
+@ends(["fc1", "fc3"], calls=1)
 class ItsShapeIsReadLater(Base):
     def forward(self, x):
         h = F.relu(self.fc1(x))
