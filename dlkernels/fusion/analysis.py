@@ -19,7 +19,7 @@ from dlkernels.fusion.functional import ParameterLayer
 from dlkernels.fusion.gated import FUNCTIONS, cuts_in_halves
 from dlkernels.fusion.gated_places import Cut, Gate, gates
 from dlkernels.fusion.joined import Line, line_of_loop, line_of_series
-from dlkernels.fusion.known import EXACT, are_known
+from dlkernels.fusion.known import EXACT, unknown_function
 from dlkernels.fusion.loops import loops
 from dlkernels.fusion.patterns import Pattern, blocks, patterns, why_not_rewritable
 from dlkernels.fusion.reading import activation_of, may_be_activation
@@ -192,6 +192,8 @@ def _why_no_gate(names: Namespace, gate: Gate) -> str:
     for read in gate.reads:
         if not names.is_plain(read):
             return f"looking up {ast.unparse(read)} may run code of the model"
+    if (part := unknown_function(names, gate.conditions.functions)) is not None:
+        return f"{ast.unparse(part)}, called between the layer and the product, may have a side effect"
     for name, function in gate.functions:
         if not _is_one(names.of(function), FUNCTIONS[name]):
             return f"{ast.unparse(function)} is not torch's function"
@@ -338,10 +340,9 @@ def _why_not_there(names: Namespace, pattern: Pattern) -> str:
         several = names.of(part)
         if several is None or not all(type(v) in EXACT for v in several):
             return f"an operator on {ast.unparse(part)}, between it and the activation, may have a side effect"
-    for part in (*pattern.checks.functions, *pattern.conditions.functions):
-        several = names.of(part)
-        if several is None or not are_known((), (), (), several):
-            return f"{ast.unparse(part)}, called between it and the activation, may have a side effect"
+    functions = (*pattern.checks.functions, *pattern.conditions.functions)
+    if (unknown := unknown_function(names, functions)) is not None:
+        return f"{ast.unparse(unknown)}, called between it and the activation, may have a side effect"
     for node, _ in pattern.between:
         several = names.of(layer_call(node)[0])  # type: ignore[index]
         if several is None or not all(is_linear(v) or activation_of(v) for v in several):

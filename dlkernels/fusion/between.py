@@ -184,7 +184,7 @@ def _is_layer_call(node: ast.AST) -> bool:
     return not (isinstance(parts[0], ast.Name) and parts[0].id == "len")
 
 
-def branches(statement: ast.stmt, call: ast.expr) -> tuple[list[Guard], list[ast.expr]]:
+def branches(statement: ast.stmt, call: ast.AST) -> tuple[list[Guard], list[ast.expr]]:
     """Return the conditions inside a statement under which it evaluates ``call``, and the parts evaluated otherwise."""
     guards: list[Guard] = []
     others: list[ast.expr] = []
@@ -197,7 +197,7 @@ def branches(statement: ast.stmt, call: ast.expr) -> tuple[list[Guard], list[ast
     return guards, others
 
 
-def evaluated_before(node: ast.AST, call: ast.expr) -> list[ast.AST] | None:
+def evaluated_before(node: ast.AST, call: ast.AST) -> list[ast.AST] | None:
     """Return the parts of ``node`` evaluated before ``call``, which is inside it; None if other code may run too.
 
     Conditions that decide about the call are left out: they are guards.

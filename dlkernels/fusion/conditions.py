@@ -7,9 +7,10 @@ is relied on (``known.are_known``): :class:`Checks` lists what is to be checked.
 from __future__ import annotations
 
 import ast
+import copy
 from dataclasses import dataclass, field
 
-from dlkernels.fusion.syntax import is_stable
+from dlkernels.fusion.syntax import helper_name, is_stable, tuple_of
 
 # An activation changes none of these facts of a tensor.
 _ATTRIBUTES = ("shape", "ndim", "dtype", "device")
@@ -25,7 +26,8 @@ class Checks:
         exact: numbers, strings, None, and torch's dtypes, devices and sizes, but no subclass of these.
         tensors: plain tensors.
         sized: plain tensors, lists, tuples, dicts and torch's containers of modules.
-        functions: names of builtins, with the builtins' own values.
+        functions: names of builtins, with the builtins' own values, and of functions that return a global.
+        results: calls of the latter whose values must have types as of ``exact``.
         reads: all look-ups.
     """
 
@@ -33,12 +35,21 @@ class Checks:
     tensors: list[ast.expr] = field(default_factory=list)
     sized: list[ast.expr] = field(default_factory=list)
     functions: list[ast.expr] = field(default_factory=list)
+    results: list[ast.expr] = field(default_factory=list)
     reads: list[ast.expr] = field(default_factory=list)
 
-    def given(self) -> tuple[list[ast.expr], ...]:
-        """Return the arguments of ``known.are_known``; none if there is nothing to check."""
-        several = self.exact, self.tensors, self.sized, self.functions
-        return several if any(several) else ()
+    def all(self) -> list[ast.expr]:
+        """Return all that is to be checked; nothing if there are no checks."""
+        return [*self.exact, *self.tensors, *self.sized, *self.functions, *self.results]
+
+    def are_known(self) -> ast.expr:
+        """Return the condition that all checks hold: the calls in it run after their functions are known."""
+        several = [[self.exact, self.tensors, self.sized, self.functions], [self.results, [], [], []]]
+        known = ast.Name(helper_name("are_known"), ast.Load())
+        calls: list[ast.expr] = [
+            ast.Call(known, [tuple_of(nodes) for nodes in args], []) for args in several[: 2 if self.results else 1]
+        ]
+        return copy.deepcopy(ast.BoolOp(ast.And(), calls) if len(calls) > 1 else calls[0])
 
 
 def fact_of(node: ast.AST) -> ast.Name | None:
@@ -102,7 +113,7 @@ class Harmless:
             return all(self.value(v, True) for v in node.values)
         if isinstance(node, ast.FormattedValue):
             return self.value(node.value, True) and (node.format_spec is None or self.value(node.format_spec, True))
-        return isinstance(node, ast.Call) and self._builtin(node)
+        return isinstance(node, ast.Call) and (self._returns_a_global(node, operand) or self._builtin(node))
 
     def is_fact(self, node: ast.AST) -> bool:
         """Return True for a fact of a tensor, or an element or slice of it."""
@@ -127,6 +138,14 @@ class Harmless:
         self.checks.reads.append(node)
         if operand:
             self.checks.exact.append(node)
+        return True
+
+    def _returns_a_global(self, node: ast.Call, operand: bool) -> bool:
+        """Return True for ``is_npu_available()``, if it is a function that looks a global up and does nothing else."""
+        if node.args or node.keywords or not is_stable(node.func) or not self._looked_up(node.func, False):
+            return False
+        self.checks.functions.append(node.func)
+        self.checks.results += [node] if operand else []
         return True
 
     def _builtin(self, node: ast.Call) -> bool:

@@ -43,7 +43,11 @@ from dlkernels.fusion.syntax import (
 
 def with_gates(function: FunctionNode, found: Sequence[Gate], chosen: set[Position]) -> FunctionNode:
     """Return ``function`` with those of its gated layers whose places were chosen; the same node if there are none."""
-    several = [gate for gate in found if gate.at in chosen]
+    several: list[Gate] = []
+    for gate in found:
+        taken = {s for other in several for run in other.runs for s in run}
+        if gate.at in chosen and not any(s in taken for run in gate.runs for s in run):  # of branches, one
+            several.append(gate)
     return _Rewrite(self_name(function), several).visit(copy.deepcopy(function)) if several else function
 
 
@@ -56,8 +60,9 @@ class _Rewrite(ast.NodeTransformer):
     def __init__(self, owner: str, several: Sequence[Gate]) -> None:
         self.owner = owner
         self.products = {position(gate.product): (i, gate) for i, gate in enumerate(several)}
-        self.first = {position(g.statements[0]): (i, g) for i, g in enumerate(several) if g.statements}
-        self.others = {position(s) for gate in several for s in gate.statements[1:]}
+        self.first = {position(g.runs[0][0]): (i, g) for i, g in enumerate(several) if g.runs}
+        self.runs = {position(run[0]): (i, run) for i, gate in enumerate(several) for run in gate.runs}
+        self.others = {position(s) for gate in several for run in gate.runs for s in run[1:]}
         # Packed layers that are no ``layer(x)`` with a name x: their parts are evaluated once.
         self.packed = {
             position(g.layer): i for i, g in enumerate(several) if g.up is None and not _takes_a_name(g.layer)
@@ -65,8 +70,11 @@ class _Rewrite(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         if isinstance(node, ast.stmt):
-            if (found := self.first.get(position(node))) is not None:
-                return self._before(*found, node)
+            if (run := self.runs.get(position(node))) is not None:
+                ran = self._before(*self.first[position(node)], node) if position(node) in self.first else []
+                return [*ran, self._as_written(*run, node)]
+            if isinstance(node, ast.AugAssign) and (found := self.products.get(position(node))) is not None:
+                return self._augmented(found[0], node)
             return self.generic_visit(node) if position(node) not in self.others else None
         if isinstance(node, ast.expr):
             if (found := self.products.get(position(node))) is not None:
@@ -78,17 +86,25 @@ class _Rewrite(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def _before(self, number: int, gate: Gate, first: ast.stmt) -> list[ast.stmt]:
-        """Return the call, and the statements of the gated layer for the case that it computes nothing."""
-        value = self._call(number, gate)
-        as_written: Any = [self.generic_visit(statement) for statement in (first, *copy.deepcopy(gate.statements[1:]))]
-        ran = ast.Assign([ast.Name(_ran(number), ast.Store())], value)
-        nothing = ast.Compare(ast.Name(_ran(number), ast.Load()), [ast.Is()], [ast.Constant(None)])
-        otherwise = ast.If(nothing, as_written, [])
-        return [placed(ran, first), placed(otherwise, first)]
+        """Return the statement with the call."""
+        ran = ast.Assign([ast.Name(_ran(number), ast.Store())], self._call(number, gate))
+        return [placed(ran, first)]
+
+    def _as_written(self, number: int, run: Sequence[ast.stmt], first: ast.stmt) -> ast.stmt:
+        """Return a run of statements for the case that the call computed nothing."""
+        several: Any = [self.generic_visit(statement) for statement in (first, *copy.deepcopy(run[1:]))]
+        return placed(ast.If(_is_none(number), several, []), first)
+
+    def _augmented(self, number: int, node: ast.AugAssign) -> ast.stmt:
+        """Return the statement in place of ``h *= up(x)``."""
+        assert isinstance(node.target, ast.Name)
+        taken = ast.Assign([ast.Name(node.target.id, ast.Store())], ast.Name(_ran(number), ast.Load()))
+        as_written: Any = self.generic_visit(copy.deepcopy(node))
+        return placed(ast.If(_is_none(number), [as_written], [taken]), node)
 
     def _product(self, number: int, gate: Gate, node: ast.expr) -> ast.expr:
         ran: ast.expr = ast.Name(_ran(number), ast.Load())
-        if not gate.statements:
+        if not gate.runs:
             ran = ast.NamedExpr(ast.Name(_ran(number), ast.Store()), self._call(number, gate))
         there = ast.Compare(ran, [ast.IsNot()], [ast.Constant(None)])
         as_written: Any = self.generic_visit(node)
@@ -103,14 +119,15 @@ class _Rewrite(ast.NodeTransformer):
         owner = ast.Name(self.owner, ast.Load())
         if gate.up is not None:
             layers = [layer_alone(call) for call in (gate.layer, gate.up)]
-            args = [owner, layer_call(gate.layer)[1], thunk(tuple_of([*layers, *given]))]  # type: ignore[index]
+            early = _if_reached(gate, tuple_of([*layers, *given]))
+            args = [owner, layer_call(gate.layer)[1], early]  # type: ignore[index]
             return ast.Call(ast.Name(helper_name("gated"), ast.Load()), copy.deepcopy(args), [])
         assert gate.cut is not None
         layer = layer_and_input(gate.layer)
         if position(gate.layer) in self.packed:
             both = layer_and_input(self.generic_visit(copy.deepcopy(gate.layer)))  # type: ignore[arg-type]
             layer = [ast.Starred(ast.NamedExpr(ast.Name(_parts(number), ast.Store()), tuple_of(both)), ast.Load())]
-        early = thunk(tuple_of([*given, gate.cut.dim, tuple_of(gate.cut.sizes)]))
+        early = _if_reached(gate, tuple_of([*given, gate.cut.dim, tuple_of(gate.cut.sizes)]))
         args = [owner, *layer, early, ast.Constant(gate.gate_first)]
         return ast.Call(ast.Name(helper_name("packed"), ast.Load()), copy.deepcopy(args), [])
 
@@ -130,6 +147,17 @@ def _takes_a_name(layer: ast.Call) -> bool:
 def _parts(number: int) -> str:
     """Return the name of a packed layer and its input."""
     return f"__fused_packed_{number}__"
+
+
+def _if_reached(gate: Gate, looked_up: ast.expr) -> ast.expr:
+    """Return the function that looks all up; it returns something false if the product will not be reached."""
+    known = [gate.conditions.are_known()] if gate.conditions.all() else []
+    guards = [test if holds else ast.UnaryOp(ast.Not(), test) for test, holds in gate.guards]
+    return thunk(ast.BoolOp(ast.And(), [*known, *guards, looked_up]) if known or guards else looked_up)
+
+
+def _is_none(number: int) -> ast.expr:
+    return ast.Compare(ast.Name(_ran(number), ast.Load()), [ast.Is()], [ast.Constant(None)])
 
 
 def _ran(number: int) -> str:
@@ -155,12 +183,13 @@ def gated(self: Any, x: Any, early: Callable[[], tuple[Any, ...]], /) -> Tensor 
     """``act(gate(x)) * up(x)``, or None where the source must run as it is written.
 
     ``early()`` looks up the layers, the activation (None: there is none) with its arguments, the calls around it, and
-    the functions of torch. An error of it is raised where the source does the same.
+    the functions of torch; or it returns something false if the product will not be reached. An error of it is raised
+    where the source does the same.
     """
-    try:
-        gate, up, act, args, kwargs, drops, functions = early()
-    except _ERRORS:
+    found = _looked_up(early)
+    if found is None:
         return None
+    gate, up, act, args, kwargs, drops, functions = found
     if not _are_as_written(drops, functions):
         return None
     act = identity if act is None else act
@@ -185,10 +214,10 @@ def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]],
     """
     if isinstance(call._linear(linear), str):
         return None
-    try:
-        act, args, kwargs, drops, functions, dim, sizes = early()
-    except _ERRORS:
+    found = _looked_up(early)
+    if found is None:
         return None
+    act, args, kwargs, drops, functions, dim, sizes = found
     if not _are_as_written(drops, functions):
         return None
     act = identity if act is None else act
@@ -203,6 +232,15 @@ def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]],
         )
         call.watcher(self, linear, act, x, ready, args, kwargs, ways=ways)
     return _run_packed(x, ready, gate_first)
+
+
+def _looked_up(early: Callable[[], Any]) -> tuple[Any, ...] | None:
+    """Return what a gated layer looks up; None if there is an error, or the product will not be reached."""
+    try:
+        found = early()
+    except _ERRORS:
+        return None
+    return found if type(found) is tuple else None
 
 
 def _are_as_written(drops: Sequence[tuple[Any, ...]], functions: Sequence[tuple[str, Any]]) -> bool:

@@ -22,7 +22,7 @@ from dlkernels.fusion.stages import Stage, changes_nothing
 Linear = Callable[[fx.Node], tuple[Any, Any, Any] | None]
 Applied = Callable[[fx.Node], tuple[fx.Node, Activation] | None]
 
-_PRODUCTS = (operator.mul, torch.mul)
+_PRODUCTS = (operator.mul, operator.imul, torch.mul)
 _CUTS = (torch.chunk, torch.split)
 
 

@@ -20,10 +20,10 @@ import ast
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dlkernels.fusion.between import branches, evaluated_before
-from dlkernels.fusion.conditions import facts
+from dlkernels.fusion.between import Guard, branches, evaluated_before
+from dlkernels.fusion.conditions import Checks, Harmless, facts
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.syntax import (
     Position,
@@ -39,6 +39,7 @@ from dlkernels.fusion.syntax import (
     loads,
     looked_up_by,
     position,
+    self_name,
     stored,
     target_of,
     targets,
@@ -72,10 +73,13 @@ class Gate:
         gate_first: the activation is applied to the first half.
         functions: functions of torch that are called, and their names.
         reads: all that is looked up before the first layer runs.
-        statements: those before the product's, which give the names their values.
+        runs: the statements before the product's, which give the names their values: those without a condition between
+            them are one run.
+        guards: the conditions between the statements and the product, and the values with which it is reached.
+        conditions: the types on which these rely.
     """
 
-    product: ast.expr
+    product: ast.expr | ast.AugAssign
     layer: ast.Call
     up: ast.Call | None
     act: ast.Call | None
@@ -87,7 +91,9 @@ class Gate:
     gate_first: bool
     functions: tuple[Named, ...]
     reads: tuple[ast.expr, ...]
-    statements: tuple[ast.stmt, ...]
+    runs: tuple[tuple[ast.stmt, ...], ...]
+    guards: tuple[Guard, ...]
+    conditions: Checks
 
     @property
     def is_of_its_own(self) -> bool:
@@ -97,7 +103,9 @@ class Gate:
     @property
     def at(self) -> Position:
         """The position of the pair that it extends: that of the activation's call. Else one that no pair can have."""
-        return position(self.layer.func if self.act is None or self.up is None else self.act)
+        if self.act is not None and self.up is not None:
+            return position(self.act)
+        return position(self.product.func if isinstance(self.product, ast.Call) else self.product)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -107,18 +115,58 @@ def gates(function: FunctionNode, blocks: Callable[[FunctionNode], Iterator[list
     places = {id(statement): (block, i) for block in blocks(function) for i, statement in enumerate(block)}
     found = []
     for node in ast.walk(function):
-        if not isinstance(node, ast.expr) or any(isinstance(n, Scope) for n in around[node][1:]):
+        if any(isinstance(n, Scope) for n in around[node][1:]):
             continue
-        if (operands := _operands(node)) is None:
+        operands = _operands(node)
+        if operands is None:
             continue
-        statement = next((n for n in reversed(around[node]) if isinstance(n, ast.stmt)), None)
-        block, at = places.get(id(statement), ([], 0))
-        if any(isinstance(n, ast.With | ast.AsyncWith) for n in around[node]):
-            block = []  # it may suppress an exception in between
-        names = _Names(block, at, function)
-        gate = _gate(node, operands, names)
+        outside = (*around[node], node)
+        line = _Line([], [], [], None)
+        if not any(isinstance(n, ast.With | ast.AsyncWith) for n in outside):  # it may suppress an exception in between
+            statement = next((n for n in reversed(outside) if isinstance(n, ast.stmt)), function)
+            line = _line(statement, function, around, places)
+        gate = _gate(node, operands, _Names(line, function))  # type: ignore[arg-type]
         found += [] if gate is None else [gate]
     return tuple(found)
+
+
+class _Line(NamedTuple):
+    """The statements that run one after the other up to the product's.
+
+    Attributes:
+        statements: they are in one block, or in one and a branch of its last statement.
+        guards: the conditions between them, each with the number of the statement behind it.
+        others: what does not run together with the product: other branches.
+        rest: the statements behind the last; None if any may run.
+    """
+
+    statements: list[ast.stmt]
+    guards: list[tuple[int, Guard]]
+    others: list[ast.AST]
+    rest: list[ast.stmt] | None
+
+
+def _line(
+    statement: ast.AST, function: FunctionNode, around: dict[ast.AST, tuple[ast.AST, ...]], places: dict[int, Any]
+) -> _Line:
+    block, at = places.get(id(statement), ([], -1))
+    line = _Line([], [], [], block[at + 1 :] if block is function.body else None)
+    choice = around[statement][-1] if around[statement] else None
+    if block and isinstance(choice, ast.If):
+        before = _line(choice, function, around, places)
+        holds = block is choice.body
+        number = len(before.statements) - 1
+        others = [*before.others, *(choice.orelse if holds else choice.body)]
+        guards = [*before.guards, (number, (choice.test, holds))]
+        line = _Line(before.statements[:-1], guards, others, None)
+    for one in block[: at + 1]:
+        ends = isinstance(one, ast.If) and not one.orelse and isinstance(one.body[-1], ast.Return | ast.Raise)
+        if ends and one is not statement:
+            line.guards.append((len(line.statements), (one.test, False)))
+            line.others.extend(one.body)
+        else:
+            line.statements.append(one)
+    return line
 
 
 class _Operands(NamedTuple):
@@ -129,7 +177,9 @@ class _Operands(NamedTuple):
     dim: ast.expr = ast.Constant(-1)  # of ``F.glu``
 
 
-def _operands(node: ast.expr) -> _Operands | None:
+def _operands(node: ast.AST) -> _Operands | None:
+    if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Mult) and isinstance(node.target, ast.Name):
+        return _Operands((ast.Name(node.target.id, ast.Load()), node.value), ())
     if isinstance(node, ast.BinOp):
         return _Operands((node.left, node.right), ()) if isinstance(node.op, ast.Mult) else None
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
@@ -157,12 +207,20 @@ class _Given(NamedTuple):
 
 @dataclass
 class _Names:
-    """The statements before the product's, ``block[at]``, and the names whose values were followed into them."""
+    """The statements up to the product's, and the names whose values were followed into them."""
 
-    block: Sequence[ast.stmt]
-    at: int
+    line: _Line
     function: FunctionNode
     followed: set[tuple[int, str]] = field(default_factory=set)
+    branches: list[ast.expr] = field(default_factory=list)  # parts of the product's statement that run without it
+
+    @property
+    def block(self) -> Sequence[ast.stmt]:
+        return self.line.statements
+
+    @property
+    def at(self) -> int:
+        return len(self.block) - 1
 
     def value(self, name: str, before: int, reads: int = 1) -> _Given | None:
         """Return the value that ``name`` has in the statement ``before``, if it is read as often as ``reads``."""
@@ -187,27 +245,28 @@ class _Names:
         if deletes(self.function, name):
             return False  # a gated layer that runs leaves the name without a value
         last = self.block[self.at]
-        end = next((k for k in range(n + 1, self.at + 1) if name in targets(self.block[k])), None)
+        end = next((k for k in range(n + 1, self.at + 1) if name in _overwritten(self.block[k])), None)
         inside = self.block[n + 1 : (self.at if end is None else end) + 1]
-        if sum(loads(s, name) for s in inside) != reads or any(name in stored(s) for s in inside[:-1]):
+        beside = sum(loads(other, name) for other in self.branches) if inside[-1] is last else 0
+        if sum(loads(s, name) for s in inside) - beside != reads or any(name in stored(s) for s in inside[:-1]):
             return False
         if end is not None or isinstance(last, ast.Return):
             return True
-        everywhere = loads(self.function, name) == sum(loads(s, name) for s in self.block[n : self.at + 1])
-        return name not in stored(last) and (everywhere or self._is_overwritten(name))
+        read = sum(loads(s, name) for s in (*self.block[n : self.at + 1], *self.line.others))
+        return name not in stored(last) and (loads(self.function, name) == read or self._is_overwritten(name))
 
     def _is_overwritten(self, name: str) -> bool:
         """Return True if the rest of the method gives the name another value, or none of it reads the name."""
-        if self.block is not self.function.body:
+        if self.line.rest is None:
             return False
-        for statement in self.block[self.at + 1 :]:
+        for statement in self.line.rest:
             if loads(statement, name):
                 return False
             if name in targets(statement):
                 return True
         return True
 
-    def statements(self, reads: Sequence[ast.expr]) -> tuple[ast.stmt, ...] | None:
+    def runs(self, reads: Sequence[ast.expr]) -> tuple[tuple[ast.stmt, ...], ...] | None:
         """Return the statements that give the followed names their values; None if they do anything else."""
         if not self.followed:
             return ()
@@ -220,7 +279,24 @@ class _Names:
         changed = set().union(*(stored(self.block[n]) for n in inside))
         if any(n.id in changed for read in reads for n in ast.walk(read) if isinstance(n, ast.Name)):
             return None
-        return tuple(self.block[first : self.at])
+        begin = sorted({first, *(n for n, _ in self.line.guards if first < n < self.at)})
+        return tuple(tuple(self.block[n:m]) for n, m in zip(begin, (*begin[1:], self.at), strict=True))
+
+    def guards(self) -> list[Guard]:
+        """Return the conditions behind the first statement that was followed."""
+        first = min((n for n, _ in self.followed), default=self.at)
+        return [guard for n, guard in self.line.guards if n > first]
+
+    def given(self) -> set[str]:
+        """Return the names that get their values in the statements that were followed."""
+        first = min((n for n, _ in self.followed), default=self.at)
+        return set().union(*(stored(s) for s in self.block[first : self.at]))
+
+
+def _overwritten(statement: ast.stmt) -> list[str]:
+    """Return the names that a statement gives other values to, also ``h`` of ``h *= u``."""
+    augmented = isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name)
+    return [statement.target.id] if augmented else targets(statement)  # type: ignore[attr-defined]
 
 
 # ---- the parts of a gated layer --------------------------------------------------------------------------------------
@@ -261,7 +337,8 @@ class _Parts(NamedTuple):
     functions: tuple[Named, ...] = ()
 
 
-def _gate(product: ast.expr, operands: _Operands, names: _Names) -> Gate | None:
+def _gate(product: ast.expr | ast.AugAssign, operands: _Operands, names: _Names) -> Gate | None:
+    guards, names.branches = branches(names.block[names.at], product) if names.block else ([], [])
     if len(operands.several) == 1:
         parts = _of_glu(operands, names)
     else:
@@ -283,24 +360,29 @@ def _gate(product: ast.expr, operands: _Operands, names: _Names) -> Gate | None:
         reads += [*variable_arguments(further(drop, callee)), *([] if isinstance(callee, str) else [callee])]
     if parts.cut is not None:
         reads += [e for e in (parts.cut.dim, *parts.cut.sizes) if not isinstance(e, ast.Constant | ast.UnaryOp)]
+    conditions = Checks(reads=reads)
+    guards = [*names.guards(), *guards] if names.followed else []
     if names.followed:
         before = _read_before(names.block[names.at], product)
         if before is None:
             return None
         reads += before
-    statements = names.statements(reads)
-    if statements is None or not all(map(is_stable, reads)):
+        harmless = Harmless(conditions, None, self_name(names.function), later=names.given())
+        if not all(harmless.value(test, True) for test, _ in guards):
+            return None
+    runs = names.runs(reads)
+    if runs is None or not all(map(is_stable, reads)):
         return None
     return Gate(
         product, parts.layer, parts.up, act, activation, args, kwargs, drops, parts.cut, parts.gate_first, functions,
-        tuple(reads), statements,
+        tuple(reads), runs, tuple(guards), conditions,
     )  # fmt: skip
 
 
-def _read_before(statement: ast.stmt, product: ast.expr) -> list[ast.expr] | None:
-    """Return what a statement looks up before the product; None if it may run code there, or not reach the product."""
+def _read_before(statement: ast.stmt, product: ast.expr | ast.AugAssign) -> list[ast.expr] | None:
+    """Return what a statement looks up before the product; None if it may run code there. Guards are left out."""
     before = evaluated_before(statement, product)
-    if before is None or branches(statement, product)[0]:
+    if before is None:
         return None
     nodes = [n for n in before if not isinstance(n, ast.Constant | ast.expr_context | ast.operator | ast.unaryop)]
     reads = [n for n in nodes if isinstance(n, ast.expr) and is_stable(n)]

@@ -14,6 +14,7 @@ from torch import nn
 
 from dlkernels.fusion import call
 from dlkernels.fusion.chain import Leaf, common
+from dlkernels.fusion.known import unknown_function
 from dlkernels.fusion.loops import Loop, is_range
 from dlkernels.fusion.rules import METHODS, is_linear, works_in_place
 from dlkernels.fusion.series import Series
@@ -84,14 +85,15 @@ def line_of_series(names: Namespace, series: Series) -> tuple[Stage, ...]:
     if series.conversions() and not all(names.means(name, what) for name, what in _CONVERSIONS_READ):
         return ()
     stages = []
-    guards = [guard for group, guard in zip(series.groups(), series.guards(), strict=True) for _ in group]
-    for node, guard in zip(series.calls, guards, strict=True):
+    for group, guard, conditions in zip(series.groups(), series.guards(), series.conditions(), strict=True):
         sure, false = names.hold([] if guard is None else [(guard, True)])
-        stage = _stage(names, node)
-        if false or not sure:  # a dropout may be left out
-            stage = _NOTHING if false else stage if may_change_nothing(stage) else _UNKNOWN
-        overwrites = position(node) not in series.overwriting() or works_in_place(stage.called, stage.kwargs)
-        stages.append(stage if overwrites else _UNKNOWN)
+        known = all(unknown_function(names, checks.functions) is None for checks in conditions)
+        for node in group:
+            stage = _stage(names, node)
+            if false or not sure:  # a dropout may be left out
+                stage = _NOTHING if false else stage if may_change_nothing(stage) else _UNKNOWN
+            overwrites = position(node) not in series.overwriting() or works_in_place(stage.called, stage.kwargs)
+            stages.append(stage if known and overwrites else _UNKNOWN)
     return tuple(stages)
 
 
@@ -102,6 +104,8 @@ def line_of_loop(names: Namespace, loop: Loop) -> tuple[Stage, ...]:
     if any(values is None or len(values) != 1 for values in several):  # another one in each iteration of an outer loop
         return ()
     if items is None or len(items) > _MOST_ITERATIONS or not all(map(names.is_plain, loop.reads)):
+        return ()
+    if unknown_function(names, (*loop.bounds.functions, *loop.checks.functions)) is not None:
         return ()
     stages: list[Stage] = []
     for item in items:

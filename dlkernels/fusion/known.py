@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from dlkernels._ops.modes import are_plain
-from dlkernels.fusion.values import is_plain_attribute
+from dlkernels.fusion.values import Namespace, global_returned, is_plain_attribute
 
 EXACT = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 _SIZED = (list, tuple, dict, torch.Size, nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ParameterList)
@@ -27,9 +29,18 @@ def are_known(exact: Any, tensors: Any, sized: Any, functions: Any) -> bool:
         if cls not in _SIZED and not are_plain(value):
             return False
     for function in functions:
-        if not any(function is builtin for builtin in _BUILTINS):
+        if not any(function is builtin for builtin in _BUILTINS) and global_returned(function) is None:
             return False
     return are_plain(*tensors)
+
+
+def unknown_function(names: Namespace, functions: Iterable[ast.expr]) -> ast.expr | None:
+    """Return the first of the names that may not mean a function of ``are_known``; None if all surely do."""
+    for node in functions:
+        values = names.of(node)
+        if values is None or not are_known((), (), (), values):
+            return node
+    return None
 
 
 _SLICED = (

@@ -232,9 +232,9 @@ def in_place_of(loop: Loop, as_written: ast.AST, number: int, slot: int, owner: 
         ast.Starred(_if(guards, tuple_of([_described(c) for c in calls])), ast.Load()) for guards, calls in loop.steps
     ]
     calls: ast.expr = tuple_of(copy.deepcopy(each))
-    if (known := _known(loop.checks)) is not None:
-        calls = ast.BoolOp(ast.And(), [known, calls])
-    known = _known(loop.bounds)
+    if loop.checks.all():
+        calls = ast.BoolOp(ast.And(), [loop.checks.are_known(), calls])
+    known = loop.bounds.are_known() if loop.bounds.all() else None
     per_iteration = thunk(calls)
     per_iteration.args.args = [ast.arg(name) for name in loop.names]
     functions = [n.func for n in ast.walk(loop.node.iter) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
@@ -249,11 +249,6 @@ def in_place_of(loop: Loop, as_written: ast.AST, number: int, slot: int, owner: 
     is_none = ast.Compare(ast.Name(ran, ast.Load()), [ast.Is()], [ast.Constant(None)])
     several = [ast.Assign([ast.Name(ran, ast.Store())], run), ast.If(is_none, [as_written], [taken])]  # type: ignore[list-item]
     return [placed(statement, loop.node) for statement in several]
-
-
-def _known(checks: Checks) -> ast.expr | None:
-    given = checks.given()
-    return ast.Call(ast.Name(helper_name("are_known"), ast.Load()), [tuple_of(p) for p in given], []) if given else None
 
 
 def _with_slice(container: ast.expr, part: ast.Slice | None, known: ast.expr | None) -> ast.expr:

@@ -119,7 +119,8 @@ def patterns(function: FunctionNode) -> tuple[Pattern, ...]:
             where = gate.at, position(gate.layer)
             inside = (*around[gate.product], gate.product)
             meant = layer_call(gate.layer)[0], gate.activation  # type: ignore[index]
-            found.append(Pattern("gated", *meant, *where, gate.args, gate.kwargs, gate.reads, (), inside))
+            pattern = Pattern("gated", *meant, *where, gate.args, gate.kwargs, gate.reads, (), inside)
+            found.append(replace(pattern, guards=gate.guards, conditions=gate.conditions))
     return tuple(found)
 
 
@@ -193,7 +194,7 @@ def _link(
     pattern = _named(first, call, name, use, function, around)
     if pattern.why or pattern.between:
         return None
-    conditions = tuple(checks for checks in (pattern.checks, pattern.conditions) if checks.given())
+    conditions = tuple(checks for checks in (pattern.checks, pattern.conditions) if checks.all())
     inside = (n for s in (*use.between, use.later, *(use.behind or ())) for n in ast.walk(s))
     read = tuple(held for n in inside if (held := fact_of(n)) is not None and held.id == name)
     return Link(call, use.act, first, pattern.reads, use.later, (), guard, conditions, read)

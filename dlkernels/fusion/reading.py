@@ -22,7 +22,7 @@ from dlkernels.fusion.conditions import Checks, Harmless
 from dlkernels.fusion.known import are_known
 from dlkernels.fusion.rules import METHODS, Activation
 from dlkernels.fusion.source import FunctionNode, NoSource, check, source_of
-from dlkernels.fusion.syntax import activation_call, further, loads, self_name, target_of
+from dlkernels.fusion.syntax import activation_call, further, helper_name, loads, self_name, target_of
 from dlkernels.fusion.values import Namespace, is_plain_attribute
 from dlkernels.nn.untouched import untouched
 
@@ -131,7 +131,7 @@ def _read(function: FunctionType, owner: type | None) -> tuple[FunctionType, Bod
         name = self_name(source.node) if owner is not None else ""
         if not all(_is_plain(read, name, owner, names) for read in reads):
             return None
-        body = source.rebuilt(node, {_METHODS: METHODS, _ARE_KNOWN: are_known})
+        body = source.rebuilt(node, {helper_name("methods"): METHODS, helper_name("are_known"): are_known})
         body.code_read = function.__code__  # type: ignore[attr-defined]
         return function, body
     except NoSource:
@@ -143,9 +143,6 @@ def _is_plain(read: ast.expr, name: str, owner: type | None, names: Namespace) -
     if isinstance(read, ast.Attribute) and isinstance(read.value, ast.Name) and read.value.id == name:
         return owner is not None and not read.attr.startswith("__") and is_plain_attribute(owner, read.attr)
     return names.is_plain(read)
-
-
-_METHODS, _ARE_KNOWN = "__fused_methods__", "__fused_are_known__"
 
 
 def _without_tensor(function: FunctionNode, has_owner: bool) -> tuple[FunctionNode, list[ast.expr]] | None:
@@ -166,9 +163,8 @@ def _without_tensor(function: FunctionNode, has_owner: bool) -> tuple[FunctionNo
     value = _returned(body, tensor, checks)
     if value is None:
         return None
-    if given := checks.given():
-        known = ast.Call(ast.Name(_ARE_KNOWN, ast.Load()), [ast.Tuple(part, ast.Load()) for part in given], [])
-        value = ast.IfExp(known, value, ast.Constant(None))
+    if checks.all():
+        value = ast.IfExp(checks.are_known(), value, ast.Constant(None))
     new = copy.deepcopy(function)
     new.args.posonlyargs = [a for a in new.args.posonlyargs if a.arg != tensor]
     new.args.args = [a for a in new.args.args if a.arg != tensor]
@@ -231,7 +227,7 @@ def _called(value: ast.expr, tensor: str, checks: Checks) -> ast.expr | None:
     if not all(map(harmless.value, looked_up)):
         return None
     if isinstance(act, str):
-        act = ast.Subscript(ast.Name(_METHODS, ast.Load()), ast.Constant(act), ast.Load())
+        act = ast.Subscript(ast.Name(helper_name("methods"), ast.Load()), ast.Constant(act), ast.Load())
     keywords = ast.Dict([ast.Constant(k) for k, _ in kwargs], [v for _, v in kwargs])
     return ast.Tuple([act, ast.Tuple(list(args), ast.Load()), keywords], ast.Load())
 

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dlkernels.fusion.conditions import Checks
 from dlkernels.fusion.loops import Loop, in_place_of
 from dlkernels.fusion.patterns import Pattern
 from dlkernels.fusion.series import Path, Series, callee, paths, tensor
@@ -178,7 +177,7 @@ class _Rewrite(ast.NodeTransformer):
             group: ast.expr = tuple_of([self._described(call, is_early=True) for call in calls])
             group = group if guard is None else ast.IfExp(copy.deepcopy(guard), group, tuple_of([]))
             for checks in conditions:
-                group = ast.IfExp(_are_known(checks), group, ast.Constant(None))
+                group = ast.IfExp(checks.are_known(), group, ast.Constant(None))
             groups.append(group)
         return tuple_of(groups)
 
@@ -337,12 +336,8 @@ def _ran(chain: int, number: int) -> ast.expr:
 
 def _known(pattern: Pattern) -> list[ast.expr]:
     """Return the conditions under which the activation is applied early: the types of what they rely on come first."""
-    several: list[ast.expr] = [_are_known(checks) for checks in (pattern.checks, pattern.conditions) if checks.given()]
+    several: list[ast.expr] = [checks.are_known() for checks in (pattern.checks, pattern.conditions) if checks.all()]
     return several + [test if holds else ast.UnaryOp(ast.Not(), test) for test, holds in pattern.guards]
-
-
-def _are_known(checks: Checks) -> ast.expr:
-    return ast.Call(ast.Name(helper_name("are_known"), ast.Load()), [tuple_of(p) for p in checks.given()], [])
 
 
 def _part(call: ast.Call, there: bool) -> ast.expr:

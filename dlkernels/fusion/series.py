@@ -160,7 +160,7 @@ def paths(part: Series, number: int, function: FunctionNode) -> tuple[Path, ...]
 
 
 def _checked(several: Sequence[Checks]) -> list[ast.expr]:
-    return [node for checks in several for nodes in checks.given() for node in nodes]
+    return [node for checks in several for node in checks.all()]
 
 
 def _operands(node: ast.expr) -> list[ast.expr]:

@@ -35,6 +35,17 @@ _MAX_ITERATIONS = 1000  # longer loops are not followed
 _JUMPS = (ast.Continue, ast.Break, ast.Return, ast.Raise)
 
 
+def _returns_a_global() -> Any:
+    return _EXACT
+
+
+def global_returned(function: Any) -> str | None:
+    """Return the name of the global that a function looks up and returns; None for one that does anything else."""
+    code = function.__code__ if type(function) is FunctionType else None
+    same = code is not None and code.co_code == _returns_a_global.__code__.co_code
+    return code.co_names[0] if same and code is not None and len(code.co_names) == 1 else None
+
+
 class LocalFunction:
     """Stands for a function that the method itself defines: it is no layer, and no activation with a rule."""
 
@@ -111,6 +122,8 @@ class Namespace:
             return self._bool_op(node)
         if isinstance(node, ast.JoinedStr):
             return self._text(node)
+        if isinstance(node, ast.Call) and not node.args and not node.keywords:
+            return _each(self.of(node.func), _global_of)
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.keywords:
             return None
         if len(node.args) == 2 and _is_one(self._name(node.func.id), getattr):
@@ -357,6 +370,12 @@ class Namespace:
         parts = [[None] if n is None else self.of(n) for n in (node.lower, node.upper, node.step)]
         known = [p[0] for p in parts if p is not None and len(p) == 1 and type(p[0]) in (int, type(None))]
         return slice(*known) if len(known) == 3 else None
+
+
+def _global_of(function: Any) -> Values:
+    """Return the global that a function returns, if it does nothing else."""
+    name = global_returned(function)
+    return [function.__globals__[name]] if name in getattr(function, "__globals__", ()) else None
 
 
 def _is_one(values: Values, what: Any) -> bool:

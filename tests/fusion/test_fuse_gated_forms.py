@@ -1,5 +1,6 @@
 """How gated layers are written: names of preactivations, calls that cut halves, products by function, dropouts."""
 
+import contextlib
 import copy
 
 import pytest
@@ -11,6 +12,18 @@ from dlkernels import functional, fuse, report
 from dlkernels.fusion import backend
 from tests.fusion.fusable import Subclass, X, made, numbers
 from tests.fusion.test_fuse_gated import Gated, runs
+from tests.fusion.twists import Truth
+
+
+class Noted:
+    """It is true, and the question has an effect."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def __bool__(self):
+        self.log.append(3)
+        return True
 
 
 class Base(Gated):
@@ -18,12 +31,26 @@ class Base(Gated):
         super().__init__()
         self.half, self.last, self.log = 8, -1, []
         self.norm, self.other = nn.LayerNorm(8), nn.Linear(6, 8)
+        self.gate_last, self.truth = True, Noted(self.log)
 
     def noted(self):
         self.log.append(1)
         return 1.0
 
 
+_npu_available = False
+
+
+def is_npu_available():
+    return _npu_available
+
+
+def is_npu_available_with_an_effect():
+    SEEN.append(1)
+    return _npu_available
+
+
+SEEN: list = []
 FORMS: dict = {}
 REFUSED: dict = {}
 
@@ -161,6 +188,140 @@ def activation_in_a_statement(self, x):
     x, gate = self.packed(x + 1).chunk(2, dim=-1)
     gate = F.gelu(gate)
     return self.down(x * gate)
+
+
+@form
+def augmented(self, x):
+    h = self.act(self.gate(x))
+    h *= self.up(x)
+    return self.down(h)
+
+
+@form
+def augmented_by_a_name(self, x):
+    g = self.gate(x)
+    h = self.up(x)
+    g = self.act(g)
+    h *= g
+    h = self.down(h)
+    return h
+
+
+@form
+def of_timm_glu_mlp(self, x):
+    x = self.packed(x)
+    x1, x2 = x.chunk(2, dim=self.last)
+    x = x1 * self.act(x2) if self.gate_last else self.act(x1) * x2
+    x = self.down(x)
+    return x
+
+
+@form
+def of_timm_glu_mlp_gate_first(self, x):
+    x = self.packed(x + 1)
+    x1, x2 = x.chunk(2, dim=self.last)
+    x = x1 * self.act(x2) if not self.gate_last else self.act(x1) * x2
+    return self.down(x)
+
+
+@form
+def of_diffusers_geglu(self, x):
+    x = self.packed(x)
+    if is_npu_available():
+        return torch.nothing_of_this_name(x, dim=-1, approximate=1)[0]
+    else:
+        x, gate = x.chunk(2, dim=-1)
+        return self.down(x * F.gelu(gate))
+
+
+@form
+def ends_between(self, x):
+    h = self.packed(x)
+    if self.last != -1 or not self.gate_last:
+        return self.down(h[..., :8])
+    a, b = h.chunk(2, dim=-1)
+    y = F.silu(a) * b
+    return self.down(y)
+
+
+@form
+def in_a_branch(self, x):
+    h = self.packed(x)
+    if self.gate_last:
+        a, b = h.chunk(2, dim=-1)
+        y = a * torch.tanh(b)
+    else:
+        y = h[..., :8]
+    return self.down(y)
+
+
+@refused
+def condition_with_an_effect(self, x):
+    h = self.packed(x)
+    if self.noted() > 2:
+        return self.down(h[..., :8])
+    a, b = h.chunk(2, dim=-1)
+    return self.down(F.silu(a) * b)
+
+
+@refused
+def function_with_an_effect(self, x):
+    h = self.packed(x)
+    if is_npu_available_with_an_effect():
+        return h
+    a, b = h.chunk(2, dim=-1)
+    return self.down(F.silu(a) * b)
+
+
+@refused
+def condition_that_reads_the_output(self, x):
+    h = self.packed(x)
+    if h.sum() > 1e9:
+        return h
+    a, b = h.chunk(2, dim=-1)
+    return self.down(F.silu(a) * b)
+
+
+@refused
+def condition_on_an_object(self, x):
+    h = self.packed(x)
+    a, b = h.chunk(2, dim=-1)
+    y = F.silu(a) * b if self.truth else a * 2
+    return self.down(y)
+
+
+@refused
+def output_read_in_another_branch_too(self, x):
+    h = self.packed(x)
+    if self.gate_last:
+        a, b = h.chunk(2, dim=-1)
+        y = a * torch.tanh(b)
+    else:
+        y = h[..., :8]
+    return self.down(y) + self.down(h[..., 8:])
+
+
+@refused
+def augmented_attribute(self, x):
+    self.kept = self.act(self.gate(x))
+    self.kept *= self.up(x)
+    return self.down(self.kept)
+
+
+@refused
+def augmented_twice(self, x):
+    h = self.act(self.gate(x))
+    h += 1
+    h *= self.up(x)
+    return self.down(h)
+
+
+@refused
+def augmented_and_kept(self, x):
+    h = self.act(self.gate(x))
+    y = h
+    h *= self.up(x)
+    return self.down(h) + y.sum()
 
 
 @refused
@@ -390,6 +551,54 @@ def test_the_report_says_why_the_other_half_is_not_fused(left_out):
     assert rows["gate"].status == ("skipped" if left_out == "gate" else "fused")
 
 
+@pytest.mark.parametrize("name", ["of_timm_glu_mlp", "of_timm_glu_mlp_gate_first", "ends_between", "in_a_branch"])
+def test_a_condition_that_changes_later(name):
+    """The other branch runs as it is written."""
+    model, stock = fuse(made(FORMS[name])), made(FORMS[name])
+    assert runs(model) == 1
+    for value, count in ((False, 0), (1, 1), (torch.ones(()), 0), (True, 1)):
+        model.gate_last = stock.gate_last = value
+        assert runs(model) == count
+        torch.testing.assert_close(numbers(model, X), numbers(stock, X))
+
+
+def test_a_condition_of_a_function_that_changes_later(monkeypatch):
+    model, stock = fuse(made(FORMS["of_diffusers_geglu"])), made(FORMS["of_diffusers_geglu"])
+    assert runs(model) == 1
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "is_npu_available", is_npu_available_with_an_effect)
+        SEEN.clear()
+        torch.testing.assert_close(model(X), stock(X))
+        assert SEEN == [1, 1] and runs(model) == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "_npu_available", True)
+        for each in (model, stock):
+            with pytest.raises(AttributeError, match="nothing_of_this_name"):
+                each(X)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "_npu_available", Truth())  # asked once by each call
+        with contextlib.suppress(AttributeError):
+            stock(X)
+        with contextlib.suppress(AttributeError):
+            stock(X)
+        asked = _npu_available.asked
+        patch.setitem(globals(), "_npu_available", Truth())
+        for _ in range(2):
+            with contextlib.suppress(AttributeError):
+                model(X)
+        assert _npu_available.asked == asked == 2
+    assert runs(model) == 1
+
+
+def test_the_report_of_a_branch_that_is_not_taken():
+    for value in (True, False):
+        model = made(FORMS["of_timm_glu_mlp"])
+        model.gate_last = value
+        rows = [site for site in report(fuse(model)) if site.path == "packed"]
+        assert [(site.status, site.activation) for site in rows] == [("fused", "silu")]
+        assert runs(model) == 1
+
+
 def test_functions_replaced_later(monkeypatch):
     model, stock = fuse(made(FORMS["product_of_torch"])), made(FORMS["product_of_torch"])
     assert runs(model) == 1
@@ -440,7 +649,12 @@ NOT_IN_THE_GRAPH = [
     name
     for name in REFUSED
     # In the graph the branches are taken, the effects are gone and a method is followed: these are gated layers there.
-    if name not in ("statement_between", "effect_before_the_activation", "one_branch", "input_changed_between")
+    if name
+    not in (
+        *("statement_between", "effect_before_the_activation", "one_branch", "input_changed_between"),
+        *("condition_with_an_effect", "function_with_an_effect", "condition_that_reads_the_output"),
+        *("condition_on_an_object", "augmented_attribute"),
+    )
     and not name.startswith("deleted")
 ]
 
