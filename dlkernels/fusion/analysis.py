@@ -19,7 +19,7 @@ from dlkernels.fusion.functional import ParameterLayer
 from dlkernels.fusion.gated import FUNCTIONS, cuts_in_halves
 from dlkernels.fusion.gated_places import Cut, Gate, gates
 from dlkernels.fusion.joined import Line, line_of_loop, line_of_series
-from dlkernels.fusion.known import EXACT, unknown_function
+from dlkernels.fusion.known import unknown_function
 from dlkernels.fusion.loops import loops
 from dlkernels.fusion.patterns import Pattern, blocks, patterns, why_not_rewritable
 from dlkernels.fusion.reading import activation_of, may_be_activation
@@ -28,9 +28,9 @@ from dlkernels.fusion.series import series
 from dlkernels.fusion.source import NoSource, Source, check, undecorated
 from dlkernels.fusion.stages import Stage, may_change_nothing
 from dlkernels.fusion.swap import Method, definitions, method_source, original_class, plan_of
-from dlkernels.fusion.syntax import Functional, called, functional, layer_call, overridden_by
+from dlkernels.fusion.syntax import Functional, arguments, called, functional, layer_call, overridden_by
 from dlkernels.fusion.unfollowed import multiple_uses, untracked_uses
-from dlkernels.fusion.values import LocalFunction, Namespace, state, walk
+from dlkernels.fusion.values import LocalFunction, Namespace, is_exact, state, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ def _own_pairs(
                 hidden |= _overridden(cls, method)
                 if _calls_overridden(module, method, source):
                     waiting.insert(0, Method(method.name, method.depth + 1))
-            calls = names & mine or "getattr" in names or functional(source.node)
+            calls = names & mine or "getattr" in names or functional(source.node) or _calls_an_argument(source)
             if not (calls or isinstance(module, nn.Sequential | nn.ModuleList)):
                 continue
             found = []
@@ -254,6 +254,12 @@ def _calls_overridden(module: nn.Module, method: Method, source: Source) -> bool
     return False
 
 
+def _calls_an_argument(source: Source) -> bool:
+    """Return True for a method such as ``block(self, fc, x)``, which may be given a layer."""
+    names = {argument.arg for argument in arguments(source.node)}
+    return any(isinstance(f, ast.Name) and f.id in names for f in called(source.node))
+
+
 def _is_one(values: Any, what: Any) -> bool:
     return values is not None and len(values) == 1 and values[0] is what
 
@@ -338,7 +344,7 @@ def _why_not_there(names: Namespace, pattern: Pattern) -> str:
             return f"nothing takes the value of {ast.unparse(pattern.activation)}, which may not overwrite its argument"
     for part in pattern.checks.exact:
         several = names.of(part)
-        if several is None or not all(type(v) in EXACT for v in several):
+        if several is None or not all(map(is_exact, several)):
             return f"an operator on {ast.unparse(part)}, between it and the activation, may have a side effect"
     functions = (*pattern.checks.functions, *pattern.conditions.functions)
     if (unknown := unknown_function(names, functions)) is not None:

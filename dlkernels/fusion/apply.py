@@ -309,6 +309,8 @@ def _chains(analysis: Analysis) -> Iterator[Joined]:
         where = line.series.positions
         if k == i + 1 and k < len(where) and (where[i], where[k]) in there:
             return True
+        if i + 1 < k < len(where):  # with a step in between that is left out, or an Identity, it is no pair
+            return True
         return k == len(where) and any(first == where[i] for first, _ in there)
 
     def selected(line: Line, owner: Any, linear: Any, name: str) -> bool:

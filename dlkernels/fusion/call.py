@@ -111,7 +111,7 @@ def _why_unknown(act: Any) -> str:
 
 
 def _module(called: Any) -> str:
-    named = called if type(called) in _NAMED else type(called)
+    named = called if type(called) in (*_NAMED, type) else type(called)
     return str(named.__module__)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from torch import nn
 
 from dlkernels.fusion import call
 from dlkernels.fusion.chain import Leaf, common
-from dlkernels.fusion.known import unknown_function
+from dlkernels.fusion.conditions import Checks
+from dlkernels.fusion.known import has_plain_elements, unknown_function
 from dlkernels.fusion.loops import Loop, is_range
 from dlkernels.fusion.rules import METHODS, is_linear, works_in_place
 from dlkernels.fusion.series import Series
@@ -22,7 +24,7 @@ from dlkernels.fusion.series import callee as callee_of
 from dlkernels.fusion.stages import Chain, Stage, after_identities, extended, may_change_nothing
 from dlkernels.fusion.swap import Method
 from dlkernels.fusion.syntax import Functional, Position, further, layer_call, position
-from dlkernels.fusion.values import Namespace
+from dlkernels.fusion.values import Namespace, is_exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ def line_of_series(names: Namespace, series: Series) -> tuple[Stage, ...]:
     stages = []
     for group, guard, conditions in zip(series.groups(), series.guards(), series.conditions(), strict=True):
         sure, false = names.hold([] if guard is None else [(guard, True)])
-        known = all(unknown_function(names, checks.functions) is None for checks in conditions)
+        known = all(_may_be_known(names, checks) for checks in conditions)
         for node in group:
             stage = _stage(names, node)
             if false or not sure:  # a dropout may be left out
@@ -95,6 +97,12 @@ def line_of_series(names: Namespace, series: Series) -> tuple[Stage, ...]:
             overwrites = position(node) not in series.overwriting() or works_in_place(stage.called, stage.kwargs)
             stages.append(stage if known and overwrites else _UNKNOWN)
     return tuple(stages)
+
+
+def _may_be_known(names: Namespace, checks: Checks) -> bool:
+    """Return False if a call will surely not know the types on which a condition relies."""
+    several = [names.of(part) or () for part in checks.exact]
+    return unknown_function(names, checks.functions) is None and all(is_exact(v) for values in several for v in values)
 
 
 def line_of_loop(names: Namespace, loop: Loop) -> tuple[Stage, ...]:
@@ -128,12 +136,22 @@ def _stage(names: Namespace, node: Any) -> Stage:
     act = callee_of(node)
     args, kwargs = further(node, act)
     called = [METHODS[act]] if isinstance(act, str) else names.of(act)
+    if isinstance(act, ast.Subscript) and not _is_looked_up_early(names, act):
+        return _UNKNOWN
     several = [names.of(a) for a in args], {name: names.of(a) for name, a in kwargs}
     known = [v for v in (called, *several[0], *several[1].values()) if v is not None and len(v) == 1]
     if len(known) < 1 + len(args) + len(kwargs):
         # The arguments of a dropout are numbers of the call.
         return Stage(called[0]) if called and len(called) == 1 and not is_linear(called[0]) else _UNKNOWN
     return Stage(known[0][0], tuple(v[0] for v in several[0]), {n: v[0] for n, v in several[1].items()})  # type: ignore[index]
+
+
+def _is_looked_up_early(names: Namespace, node: ast.Subscript) -> bool:
+    """Return True if the element of a container is looked up in a way that surely runs no code."""
+    containers, index = names.of(node.value), names.of(node.slice)
+    if containers is None or index is None:
+        return False
+    return all(has_plain_elements(container, i) for container in containers for i in index)
 
 
 Selected = Callable[[Line, Any, Any, str], bool]  # of a line, an owner, a layer and the name of its activation

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from dlkernels._ops.modes import are_plain
-from dlkernels.fusion.values import Namespace, global_returned, is_plain_attribute
+from dlkernels.fusion.values import Namespace, global_returned, is_exact, is_plain_attribute
 
-EXACT = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 _SIZED = (list, tuple, dict, torch.Size, nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ParameterList)
 _BUILTINS = (len, print, int, float, bool, min, max, abs)
 
@@ -20,7 +19,7 @@ _BUILTINS = (len, print, int, float, bool, min, max, abs)
 def are_known(exact: Any, tensors: Any, sized: Any, functions: Any) -> bool:
     """Return True if operators on these values run no code of the model (``conditions.Checks``)."""
     for value in exact:
-        if type(value) not in EXACT:
+        if not is_exact(value):
             return False
     for value in sized:
         cls = type(value)
@@ -47,6 +46,7 @@ _SLICED = (
     nn.Sequential.__getitem__, nn.ModuleList.__getitem__, nn.ParameterList.__getitem__, list.__getitem__,
     tuple.__getitem__,
 )  # fmt: skip
+_TABLES = nn.ModuleDict.__getitem__, dict.__getitem__
 
 
 def is_sliced(container: Any) -> bool:
@@ -54,9 +54,16 @@ def is_sliced(container: Any) -> bool:
     return getattr(type(container), "__getitem__", None) in _SLICED
 
 
+def has_plain_elements(container: Any, index: Any) -> bool:
+    """Return True if ``container[index]`` runs no code of the model."""
+    if type(index) is str:
+        return getattr(type(container), "__getitem__", None) in _TABLES
+    return type(index) is int and is_sliced(container)
+
+
 def element(container: Any, index: Any, /) -> Any:
     """``container[index]``, or an error if that may run code of the model."""
-    if not is_sliced(container) or type(index) is not int:
+    if not has_plain_elements(container, index):
         raise LookupError
     return container[index]
 

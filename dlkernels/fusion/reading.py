@@ -1,5 +1,7 @@
 """The activation behind a class, a method or a function whose body is one call: ``return F.gelu(x)``.
 
+``return x * torch.sigmoid(x)`` is one too: silu.
+
 The body is compiled again without its tensor argument, as a function that returns the callee and its further arguments
 (:func:`_without_tensor`). Each call runs it, so it reads the attributes and globals of that moment, as the body would.
 It only looks names up and compares numbers; a body that does more is not read.
@@ -16,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dlkernels.fusion import rules
 from dlkernels.fusion.conditions import Checks, Harmless
 from dlkernels.fusion.known import are_known
 from dlkernels.fusion.rules import METHODS, Activation
 from dlkernels.fusion.source import FunctionNode, NoSource, check, source_of
-from dlkernels.fusion.syntax import activation_call, further, helper_name, loads, self_name, target_of
+from dlkernels.fusion.syntax import activation_call, further, helper_name, loads, one_argument, self_name, target_of
 from dlkernels.fusion.values import Namespace, is_plain_attribute
 from dlkernels.nn.untouched import untouched
 
@@ -131,7 +134,8 @@ def _read(function: FunctionType, owner: type | None) -> tuple[FunctionType, Bod
         name = self_name(source.node) if owner is not None else ""
         if not all(_is_plain(read, name, owner, names) for read in reads):
             return None
-        body = source.rebuilt(node, {helper_name("methods"): METHODS, helper_name("are_known"): are_known})
+        values = {"methods": METHODS, "are_known": are_known, "times": _times}
+        body = source.rebuilt(node, {helper_name(name): value for name, value in values.items()})
         body.code_read = function.__code__  # type: ignore[attr-defined]
         return function, body
     except NoSource:
@@ -213,6 +217,9 @@ def _is_of_a_device_without_kernels(test: ast.expr, tensor: str) -> bool:
 
 
 def _called(value: ast.expr, tensor: str, checks: Checks) -> ast.expr | None:
+    if (factor := _factor(value, tensor)) is not None:
+        inner = _called(factor, tensor, checks) if isinstance(factor, ast.Call) else None
+        return None if inner is None else ast.Call(ast.Name(helper_name("times"), ast.Load()), [inner], [])
     if isinstance(value, ast.IfExp):
         yes, no = _called(value.body, tensor, checks), _called(value.orelse, tensor, checks)
         return _choice(value.test, yes, no, tensor, checks)
@@ -230,6 +237,27 @@ def _called(value: ast.expr, tensor: str, checks: Checks) -> ast.expr | None:
         act = ast.Subscript(ast.Name(helper_name("methods"), ast.Load()), ast.Constant(act), ast.Load())
     keywords = ast.Dict([ast.Constant(k) for k, _ in kwargs], [v for _, v in kwargs])
     return ast.Tuple([act, ast.Tuple(list(args), ast.Load()), keywords], ast.Load())
+
+
+def _factor(value: ast.expr, tensor: str) -> ast.expr | None:
+    """Return f(x) for ``x * f(x)``, ``f(x) * x``, ``x.mul(f(x))`` and ``x.mul_(f(x))``; None for other expressions."""
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult):
+        several = [value.left, value.right]
+    elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and one_argument(value):
+        several = [value.func.value, value.args[0]] if value.func.attr in ("mul", "mul_") else []
+    else:
+        return None
+    others = [part for part in several if not (isinstance(part, ast.Name) and part.id == tensor)]
+    return others[0] if len(others) == 1 else None
+
+
+def _times(call: Call | None) -> Call | None:
+    """Return the call that computes x times this call: silu for the sigmoid. One that overwrites x is another."""
+    if call is None or call[1] or call[2]:
+        return None
+    sigmoid = any(call[0] is function for function in (torch.sigmoid, F.sigmoid, METHODS["sigmoid"]))
+    module = type(call[0]) is nn.Sigmoid and untouched(call[0])
+    return (F.silu, (), {}) if sigmoid or module else None
 
 
 def _choice(test: ast.expr, yes: ast.expr | None, no: ast.expr | None, tensor: str, checks: Checks) -> ast.expr | None:

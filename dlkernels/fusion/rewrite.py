@@ -170,7 +170,10 @@ class _Rewrite(ast.NodeTransformer):
         return self._helper("written", like, [*known, x, thunk(own), *later], [])
 
     def _behind(self, part: Series, several: Sequence[Sequence[ast.Call]]) -> ast.expr:
-        """Return the last groups of a chain: an empty one if its condition is false, None if types are not known."""
+        """Return functions that give the last groups of a chain.
+
+        A group is empty if its condition is false, and None if types are not known.
+        """
         groups: list[ast.expr] = []
         before = zip(part.guards()[-len(several) :], part.conditions()[-len(several) :], strict=True)
         for calls, (guard, conditions) in zip(several, before, strict=True):
@@ -178,7 +181,7 @@ class _Rewrite(ast.NodeTransformer):
             group = group if guard is None else ast.IfExp(copy.deepcopy(guard), group, tuple_of([]))
             for checks in conditions:
                 group = ast.IfExp(checks.are_known(), group, ast.Constant(None))
-            groups.append(group)
+            groups.append(thunk(group))
         return tuple_of(groups)
 
     def _described(self, call: ast.Call, is_early: bool = False) -> ast.expr:

@@ -15,6 +15,7 @@ from itertools import zip_longest
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,12 @@ from dlkernels.fusion.syntax import Functional
 
 Values = list[Any] | None
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
-_EXACT = (int, float, bool, str, type(None))  # types whose operators run no code of the model
+# Types whose operators run no code of the model. The first ones have values that fuse computes with before the call.
+_EXACT = (int, float, bool, str, type(None))
+_MODULES = [c for c in vars(nn).values() if isinstance(c, type) and issubclass(c, nn.Module)]
+_WITHOUT_LENGTH = [c for c in _MODULES if not hasattr(c, "__len__") and not hasattr(c, "__bool__")]
+# By id: a metaclass may have a __hash__ and an __eq__ of its own.
+_EXACT_TYPES = {id(c) for c in (*_EXACT, torch.dtype, torch.device, torch.Size, *_WITHOUT_LENGTH)}
 _OPERATORS: dict[type[ast.AST], Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod, ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
@@ -33,6 +39,14 @@ _OPERATORS: dict[type[ast.AST], Any] = {
 }  # fmt: skip
 _MAX_ITERATIONS = 1000  # longer loops are not followed
 _JUMPS = (ast.Continue, ast.Break, ast.Return, ast.Raise)
+
+
+def is_exact(value: Any) -> bool:
+    """Return True if operators on this value run no code of the model.
+
+    A module of torch without a length is such a value: it is true in ``if self.dropout:``.
+    """
+    return id(type(value)) in _EXACT_TYPES
 
 
 def _returns_a_global() -> Any:
@@ -241,7 +255,7 @@ class Namespace:
         sure = True
         for test, wanted in guards:
             values = self.of(test)
-            if values is None or len(values) != 1 or type(values[0]) not in _EXACT:
+            if values is None or len(values) != 1 or not is_exact(values[0]):
                 sure = False
             elif bool(values[0]) is not wanted:
                 return False, f"{ast.unparse(test)} is {bool(values[0])}"
@@ -271,7 +285,7 @@ class Namespace:
         if not self._may_vary(test, set()):
             return "alike"
         values = self.of(test)
-        return bool(values[0]) if values is not None and len(values) == 1 and type(values[0]) in _EXACT else None
+        return bool(values[0]) if values is not None and len(values) == 1 and is_exact(values[0]) else None
 
     def _may_vary(self, node: ast.AST, asked: set[str]) -> bool:
         """Return True if an expression may have another value in another iteration."""

@@ -1,15 +1,15 @@
 """The functions that a rewritten method calls in place of a chain that is written out (``series``).
 
 ``own`` are the calls of one statement as the method looks them up, the outermost first: pairs of a callee and a
-function that returns its further arguments, or None. ``later`` returns the groups of the statements behind it, each
-from the innermost call: an empty one if a condition leaves it out, None if the types in its condition are not known. A
-group that ran with an earlier one is left out: with the value goes the number of the last
+function that returns its further arguments, or None. ``later`` returns functions that give the groups of the statements
+behind it, each from the innermost call: an empty one if a condition leaves it out, None if the types in its condition
+are not known. A group that ran with an earlier one is left out: with the value goes the number of the last
 group that ran, and the methods compare it.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -26,12 +26,12 @@ from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_noth
 from dlkernels.fusion.values import is_plain_attribute
 
 Call = tuple[Any, Callable[[], tuple[Any, Any]] | None]
-Groups = Callable[[], Sequence[Any]]
+Groups = Callable[[], Sequence[Callable[[], Any]]]
 
 _ERRORS = (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError)
 
 
-def _no_groups() -> Sequence[Any]:
+def _no_groups() -> Sequence[Callable[[], Any]]:
     return ()
 
 
@@ -79,16 +79,18 @@ def _run(
 
 
 def _looked_up(calls: Sequence[Call], later: Groups) -> list[list[Stage]]:
-    """Return the stages by group; none if a look-up has an error: it is raised where the source does the same."""
-    try:
-        first = _stages(calls)
-    except _ERRORS:
-        return []
-    try:
-        groups = itertools.takewhile(lambda group: group is not None, later())
-        return [first, *map(_stages, groups)]
-    except _ERRORS:
-        return [first]
+    """Return the stages by group, up to the first that cannot be looked up.
+
+    An error of a look-up is raised where the source does the same.
+    """
+    found: list[list[Stage]] = []
+    with contextlib.suppress(*_ERRORS):
+        found.append(_stages(calls))
+        for group in later():
+            if (several := group()) is None:
+                break
+            found.append(_stages(several))
+    return found
 
 
 def _stages(calls: Sequence[Call]) -> list[Stage]:

@@ -325,6 +325,16 @@ def test_a_function_that_no_longer_works_in_place(cls, monkeypatch):
     same(fused, stock)
 
 
+def test_a_guard_by_an_argument_is_asked_at_each_call():
+    stock, fused = made(GuardByAnArgument), fuse(made(GuardByAnArgument))
+    for skip in (True, False, True):
+        results = []
+        for model in (stock, fused):
+            torch.manual_seed(5)
+            results.append(model(X, skip))
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_getattr_that_is_another(monkeypatch):
     stock, fused = made(NumberOfAnArgument).eval(), fuse(made(NumberOfAnArgument)).eval()
     same(fused, stock)

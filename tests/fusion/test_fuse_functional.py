@@ -324,6 +324,14 @@ def test_a_replaced_function_runs(name, monkeypatch, gates):
     assert runs(fused) == 0 and not gates
 
 
+def test_a_name_that_means_another_function_later(monkeypatch):
+    stock, fused = made(FORMS["without_a_bias"][0]), fuse(made(FORMS["without_a_bias"][0]))
+    assert runs(fused) == 1
+    monkeypatch.setitem(globals(), "linear", lambda input, weight, bias=None: F.linear(input, weight, bias) * 2)
+    torch.testing.assert_close(numbers(fused, X), numbers(stock, X), rtol=1e-12, atol=1e-12)
+    assert runs(fused) == 0
+
+
 # ---- not fused -----------------------------------------------------------------------------------------------------
 
 REFUSED: dict = {}

@@ -78,6 +78,27 @@ class Slope(nn.Module):
         return y
 
 
+class Swish(nn.Module):
+    """As in EfficientNet."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class SwishByAModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x):
+        return self.sigmoid(x) * x
+
+
+def swish(x, inplace: bool = False):
+    """timm's."""
+    return x.mul_(x.sigmoid()) if inplace else x.mul(x.sigmoid())
+
+
 class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -119,7 +140,8 @@ class Acts(Base):
 
 for _act, _name in ((GELU, "gelu"), (GELUTanh, "gelu_tanh"), (Tanh, "tanh"), (lambda: Tanh(True), "tanh"),
                     (Sigmoid, "sigmoid"), (lambda: Sigmoid(True), "sigmoid"), (Slope, "leaky_relu"),
-                    (Wrapped, "gelu"), (Inherits, "leaky_relu"),
+                    (Wrapped, "gelu"), (Inherits, "leaky_relu"), (Swish, "silu"), (SwishByAModule, "silu"),
+                    (lambda: swish, "silu"), (lambda: functools.partial(swish, inplace=True), "silu"),
                     (lambda: functools.partial(F.gelu, approximate="tanh"), "gelu_tanh"),
                     (lambda: functools.partial(helper, slope=0.5), "leaky_relu"),
                     (lambda: made_by_a_closure(0.4), "leaky_relu"), (lambda: deeper, "leaky_relu")):  # fmt: skip

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from dlkernels import fuse
+from tests.fusion.fusable import X, made, runs_fused
 from tests.fusion.test_fuse_places import GELU, Base, Slope, Tanh, Wrapped
 from tests.fusion.twists import Logged, Truth, act_of, collection, run_as_in_stock
 
@@ -134,6 +136,73 @@ def kept(function):
 @kept
 def decorated(x):
     return F.relu(x)
+
+
+# ---- products that are no silu
+
+
+def overwritten_before_the_product(x):
+    return x * x.sigmoid_()
+
+
+def overwritten_by_a_module(x):
+    return x * SIGMOID_IN_PLACE(x)
+
+
+def of_another_function(x):
+    return x * torch.tanh(x)
+
+
+def of_a_scaled_sigmoid(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def of_two_sigmoids(x):
+    return torch.sigmoid(x) * torch.sigmoid(x)
+
+
+def of_a_number(x):
+    return 2.0 * torch.sigmoid(x)
+
+
+def squared(x):
+    return x * x
+
+
+class InPlaceSigmoid(nn.Module):
+    def forward(self, x):
+        return x.sigmoid_()
+
+
+SIGMOID_IN_PLACE = InPlaceSigmoid()
+NO_SILU = (
+    overwritten_before_the_product, overwritten_by_a_module, of_another_function, of_a_scaled_sigmoid, of_two_sigmoids,
+    of_a_number, squared,
+)  # fmt: skip
+for _function in NO_SILU[2:]:
+    twist(name=_function.__name__)(act_of(lambda function=_function: function))
+
+
+@pytest.mark.parametrize("function", NO_SILU, ids=lambda f: f.__name__)
+def test_a_product_that_is_no_silu(function):
+    """In-place functions that change x before the product have no backward in stock."""
+    stock, fused = made(act_of(lambda: function)), fuse(made(act_of(lambda: function)))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(X), stock(X), rtol=1e-12, atol=1e-12)
+    assert not runs_fused(fused)
+
+
+class SwishOfAModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x):
+        return self.sigmoid(x) * x
+
+
+later(act_of(SwishOfAModule), "hook", lambda m: m.act.sigmoid.register_forward_hook(lambda *a: a[2] * 2))
+later(act_of(SwishOfAModule), "replaced", lambda m: setattr(m.act, "sigmoid", nn.Tanh()))
 
 
 for _make in (Twice, OfTwoCalls, NoGradients, Louder, Counted, Clever, Intercepted, Effect, TensorInTheArguments,
