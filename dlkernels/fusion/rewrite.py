@@ -216,7 +216,13 @@ class _Rewrite(ast.NodeTransformer):
     def visit_If(self, node: ast.If) -> ast.AST:
         if (found := self.conversions.get(position(node))) is not None:
             node.test = placed(ast.BoolOp(ast.And(), [ast.UnaryOp(ast.Not(), _ran(*found)), node.test]), node.test)
-        return self.generic_visit(node)
+        value = getattr(node.body[0], "value", None)
+        group = None if value is None else self.groups.get(position(value))
+        self.generic_visit(node)
+        if group is not None and group[:2] in self.asked:  # a guard: without its step, the value is that before it
+            flag = ast.Name(f"__fused_chain_{group.chain}__", ast.Load())
+            node.orelse = [placed(ast.Assign([ast.Name(_reached(*group[:2]), ast.Store())], flag), node)]
+        return node
 
     def _named_group(
         self, statement: ast.Assign | ast.AnnAssign | ast.Expr, target: ast.expr, group: _Group

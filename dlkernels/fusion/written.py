@@ -46,7 +46,7 @@ def written(
     found = memory.recall(key, self, x)
     if found is not None:
         return found
-    return _run(self, at, own(), x, later, lambda *decided: _remember(key, self, paths, own, *decided))
+    return _run(self, at, own(), x, later, lambda *decided: _remember(key, self, paths, (own, later), *decided))
 
 
 def written_there(self: Any, at: int, own: Sequence[Call], x: Any, later: Groups = _no_groups, /) -> tuple[Any, int]:
@@ -128,12 +128,13 @@ def _cut(chain: Chain, stages: list[Stage], groups: list[list[Stage]]) -> tuple[
 
 
 def _remember(
-    key: Any, self: Any, paths: tuple[Path, ...], own: Any, groups: list[list[Stage]], chain: Chain, reached: int
-) -> None:
+    key: Any, self: Any, paths: tuple[Path, ...], given: tuple[Any, ...], groups: list[list[Stage]], chain: Chain,
+    reached: int,
+) -> None:  # fmt: skip
     stages = [stage for group in groups for stage in group]
     reads = memory.Reads(self)
     try:
-        known = [_note(reads, self, path, own) for path in paths]
+        known = [_note(reads, self, path, given) for path in paths]
         if not all(
             any(stage.called is m for m in METHODS.values()) or any(v is stage.called for v in known)
             for stage in stages
@@ -144,13 +145,13 @@ def _remember(
     memory.keep(key, memory.decided(reads, stages, chain, (self,)), reached)
 
 
-def _note(reads: memory.Reads, self: Any, path: Path, own: Any) -> Any:
-    """Note all that looking up ``path`` reads, and return what is there."""
+def _note(reads: memory.Reads, self: Any, path: Path, given: tuple[Any, ...]) -> Any:
+    """Note all that looking up ``path`` reads, and return what is there. The functions ``given`` look it up."""
     root, *names = path
     value = self
     if root:
-        space = own.__globals__
-        if root in own.__code__.co_freevars or root not in space:
+        space = given[0].__globals__
+        if any(root in function.__code__.co_freevars for function in given) or root not in space:
             raise memory.Unknown
         value = space[root]
         reads.globals.append((space, root, value))

@@ -169,6 +169,15 @@ class Counting(nn.ModuleList):
         return super().__getitem__(index)
 
 
+def counting(model):
+    layers = list(model.layers)
+    model.layers = Counting(layers)
+    model.log = model.layers.log = []
+
+
+later(LookedUp, "a container of its own", counting, (2, 2))
+
+
 @twist((1, 1))
 class ContainerOfItsOwn(Base):
     """Looking up the second layer runs code; it is looked up in its place."""
@@ -237,6 +246,30 @@ class FactsWithADropout(Base):
         h = F.relu(self.fc2(h))
         y = self.fc3(h)
         return y * width * h.shape[-1]
+
+
+@twist((1, 2), (1, 2), lambda m: setattr(m, "act", None))
+class FactsBehindAGuard(Base):
+    """The guarded step may not run, and the chain may end before it."""
+
+    def forward(self, x):
+        h = F.relu(self.fc1(x))
+        if self.act is not None:
+            h = self.drop(h)
+        width = h.shape[-1]
+        h = self.fc2(h)
+        h = F.relu(h)
+        return self.fc3(h) * width
+
+
+later(FactsBehindAGuard, "active dropout", lambda m: m.drop.train(), (2, 2))
+later(FactsBehindAGuard, "hook", lambda m: m.fc2.register_forward_hook(lambda m, i, o: o[:, :4].repeat(1, 2)), (1, 1))
+later(
+    FactsBehindAGuard,
+    "hook, without the step",
+    lambda m: (setattr(m, "act", None), m.fc2.register_forward_hook(lambda m, i, o: o * 2)),
+    (1, 1),
+)
 
 
 @twist((1, 2))
@@ -323,6 +356,20 @@ def test_a_function_that_no_longer_works_in_place(cls, monkeypatch):
     same(fused, stock)
     monkeypatch.setattr(F, "relu_", F.relu)
     same(fused, stock)
+
+
+skip = True  # a global with the name of an argument
+
+
+def test_a_guard_by_an_argument_is_not_remembered():
+    stock, fused = made(GuardByAnArgument).eval(), fuse(made(GuardByAnArgument)).eval()
+    stock.drop.train(), fused.drop.train()
+    for skip in (True, True, False):
+        results = []
+        for model in (stock, fused):
+            torch.manual_seed(5)
+            results.append(model(X, skip))
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def test_a_guard_by_an_argument_is_asked_at_each_call():
