@@ -6,6 +6,7 @@ compiles those of the CPU by themselves: they can be ready before torch is.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import shutil
@@ -99,6 +100,7 @@ def _ninja(
 
 def main() -> int:
     """Compile the host kernels as setup.py does without CUDA and sanitizers, which then finds them."""
+    argparse.ArgumentParser(prog="python -m _build.kernels", description=__doc__).parse_args()
     jobs = int(os.environ.get("MAX_JOBS") or job_count(usable_cores(), free_memory_gib(), cuda=False))
     try:
         check_compiler(os.environ)

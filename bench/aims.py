@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import figures, record
-from bench.contenders import IN_PLACE, REFERENCE
 from bench.figures import Row
-from bench.machine import ROOT
-from bench.readme_table import heading, write
+from bench.names import IN_PLACE, STOCK
+from bench.readme_table import heading
 from bench.record import Record
+from tools.marked import ROOT, write
 
-BEGIN, END = "<!-- aims:begin -->", "<!-- aims:end -->"
 PAGE = ROOT / "docs" / "internals" / "performance.md"
 BACKWARD, MODES = "forward+backward", ("forward", "forward+backward")
 DTYPES = ("fp32", "bf16")
@@ -42,7 +41,7 @@ class Aim:
 
 
 def ratio(row: Row) -> float:
-    return min(row.vs_others[name] for name in (REFERENCE, IN_PLACE) if name in row.vs_others)
+    return min(row.vs_others[name] for name in (STOCK, IN_PLACE) if name in row.vs_others)
 
 
 def worst(rows: Sequence[Row]) -> float | None:
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="(default: docs/internals/performance.md)")
     args = parser.parse_args(argv)
     try:
-        write(args.page, markdown(map(record.load, args.records)), BEGIN, END)
+        write(args.page, "aims", markdown(map(record.load, args.records)))
     except (OSError, ValueError) as wrong:
         parser.error(str(wrong))
     return 0

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import peers
+from bench.names import IN_PLACE, OURS, STOCK
 from bench.peers import Op
 from dlkernels import functional
 from dlkernels.choices import Activation
-from dlkernels.testing import STOCK
+from dlkernels.testing import STOCK as FORMULAS
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -25,7 +26,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _stock(activation: str) -> Op:
-    act = STOCK[activation]
+    act = FORMULAS[activation]
     return lambda x, weight, bias: act(F.linear(x, weight, bias))
 
 
@@ -46,7 +47,7 @@ class _Frozen:
     """
 
     def __init__(self, activation: str) -> None:
-        self._act = STOCK[activation]
+        self._act = FORMULAS[activation]
         self._layers: dict[tuple[int, torch.Size, torch.dtype], Callable[[Tensor], Tensor]] = {}
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,16 +110,13 @@ def _dlkernels(activation: str) -> Op:
     return lambda x, weight, bias: functional.linear_act(x, weight, bias, cast(Activation, activation))
 
 
-OURS = "dlkernels"
-REFERENCE = "stock"
-IN_PLACE = "in-place"
 FROZEN = "max-autotune, frozen"
 COMPILED = ("compile", "max-autotune", "max-autotune, no graphs", FROZEN)
 FORWARD_ONLY = (FROZEN, "addmm_activation", "linear_pointwise", *peers.FORWARD_ONLY)
 HOT_ONLY = (FROZEN,)  # in the cold column every set of inputs has a weight of its own, which would be compiled
 
 _MAKERS: dict[str, Callable[[str], Op | None]] = {
-    REFERENCE: _stock,
+    STOCK: _stock,
     IN_PLACE: _in_place,
     "compile": _compiled("default"),
     "max-autotune": _compiled("max-autotune"),
@@ -132,16 +130,16 @@ _MAKERS: dict[str, Callable[[str], Op | None]] = {
     OURS: _dlkernels,
 }
 
-DEFAULT = (REFERENCE, "in-place", OURS)
+DEFAULT = (STOCK, IN_PLACE, OURS)
 
 
 def names(device: str) -> tuple[str, ...]:
     """Return the contenders that can run on this device, in the order of the table above."""
     if device == "cpu":
         pointwise = ("linear_pointwise",) if _has_linear_pointwise() else ()
-        return (REFERENCE, "in-place", "compile", "max-autotune", FROZEN, *pointwise, OURS)
+        return (STOCK, IN_PLACE, "compile", "max-autotune", FROZEN, *pointwise, OURS)
     fused = ("addmm_activation", *peers.installed())
-    return (REFERENCE, "in-place", "compile", "max-autotune, no graphs", *fused, OURS)
+    return (STOCK, IN_PLACE, "compile", "max-autotune, no graphs", *fused, OURS)
 
 
 def make(names: Iterable[str], activation: str) -> dict[str, Op]:

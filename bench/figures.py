@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench import floors
-from bench.contenders import OURS, REFERENCE
 from bench.grid import DTYPES, Shape
-from bench.harness import Timing
-from bench.record import Layer, Measurement, Record
+from bench.names import OURS, STOCK
+from bench.record import Layer, Measurement, Record, Timing
 
 CLEARLY = 0.9  # a ratio below it is more than noise: no shape of the grid may have one
 
@@ -41,7 +40,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        return self.vs_others[REFERENCE]
+        return self.vs_others[STOCK]
 
     @property
     def best_other(self) -> str:
@@ -71,7 +70,7 @@ def rows(record: Record) -> list[Row]:
         _row(record, layer, measurement, rates[layer.dtype])
         for layer in record.layers
         for measurement in layer.measurements
-        if OURS in measurement.times and REFERENCE in measurement.times
+        if OURS in measurement.times and STOCK in measurement.times
     ]
 
 
@@ -173,14 +172,14 @@ def _row(record: Record, layer: Layer, measurement: Measurement, rate: float) ->
         column=measurement.column,
         paths=_paths(layer, measurement.mode),
         ours=ours,
-        stock=times[REFERENCE],
+        stock=times[STOCK],
         vs_others={name: timing.median / ours.median for name, timing in times.items() if name != OURS},
         rate=shape.flops(measurement.mode) / ours.median,
         share=floor / ours.median,
         share_of_peak=None if peak is None else shape.flops(measurement.mode) / ours.median / peak,
         share_b=None if floor_b is None else floor_b / ours.median,
         our_bytes=measurement.peak_bytes.get(OURS),
-        stock_bytes=measurement.peak_bytes.get(REFERENCE),
+        stock_bytes=measurement.peak_bytes.get(STOCK),
     )
 
 
@@ -199,7 +198,7 @@ def _means_of_others(group: Iterable[Row]) -> dict[str, float]:
     for row in group:
         for name, ratio in row.vs_others.items():
             ratios.setdefault(name, []).append(ratio)
-    return {name: geomean(values) for name, values in ratios.items() if name != REFERENCE}
+    return {name: geomean(values) for name, values in ratios.items() if name != STOCK}
 
 
 def geomean(values: Iterable[float]) -> float:

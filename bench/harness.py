@@ -29,6 +29,7 @@ from torch import Tensor
 from bench.clock import Clock, CudaClock, Graph, HostClock, Step, clock_of
 from bench.contenders import Op
 from bench.grid import Shape
+from bench.record import Timing
 from dlkernels._errors import first_line
 from dlkernels.tuning import layers
 
@@ -63,16 +64,6 @@ class Inputs:
 
     def clone(self) -> Inputs:
         return Inputs(self.x.clone(), self.weight.clone(), self.bias.clone(), self.g.clone())
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call: the median and the 20 % and 80 % quantile, and the number of calls."""
-
-    median: float
-    q20: float
-    q80: float
-    calls: int
 
 
 def usual_dtypes(names: Sequence[str], device: str = "cpu") -> Sequence[str]:

@@ -13,13 +13,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import torch
 
 from bench import machine
 from bench.clock import clock_of
 from bench.harness import DTYPES
+from bench.record import Peak
 from dlkernels import _C, functional
 
 _SIZES = {"cpu": (768, 1536, 2560), "cuda": (4096, 8192)}
@@ -27,24 +27,6 @@ _SECONDS = 0.25  # for one probe
 _LOOP = 5e-3  # seconds of one call of the loop on registers, far longer than to start a thread
 _MOST = 2 << 30  # bytes in one copy at most; it limits the copy on machines with very large caches
 _COPY = 8 << 30  # bytes in one copy on a GPU with at least four times as much free memory
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The rates of a machine.
-
-    ``gemm`` has operations per second by dtype. ``stream`` has (bytes touched, bytes per second), smallest first; the
-    last one is far larger than every cache. ``registers`` has the rates of the loop on registers by dtype, one for each
-    time that it ran; on a GPU, and in records of earlier versions, it is empty.
-    """
-
-    gemm: dict[str, float]
-    stream: list[tuple[int, float]]
-    registers: dict[str, list[float]] = field(default_factory=dict)
-
-    def bandwidth(self, touched: int, cold: bool) -> float:
-        """Return bytes per second for a step that touches so many bytes: the rate of the next larger probe."""
-        return next((rate for size, rate in self.stream if not cold and size >= touched), self.stream[-1][1])
 
 
 def probe(dtypes: Iterable[str], device: str = "cpu") -> Peak:

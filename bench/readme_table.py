@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import figures, record
-from bench.contenders import OURS
 from bench.figures import Row
-from bench.machine import ROOT
+from bench.names import OURS
 from bench.record import Record
 from bench.table import title
-from dlkernels.atomic import atomic_write
+from tools.marked import ROOT, write
 
-BEGIN = "<!-- bench:begin -->"
-END = "<!-- bench:end -->"
 Head = tuple[str, str]  # dtype and mode
 _MODES = ("forward", "forward+backward")
 _BUFFERS = {
@@ -31,26 +28,6 @@ _BUFFERS = {
     "plain": "buffers larger than twice the L2 cache, launched one by one",
     "graph": "buffers larger than twice the L2 cache, replayed as CUDA graphs",
 }
-
-
-def between(text: str, begin: str = BEGIN, end: str = END) -> str:
-    """Return what is between the markers of ``text``; ValueError unless each marker is there once, in order."""
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"expected one line {begin} and after it one line {end} around the table; put them in")
-    return text[text.index(begin) + len(begin) : text.index(end)]
-
-
-def rewrite(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
-    """Return ``text`` with ``table`` between its markers; ValueError as of :func:`between`."""
-    old = between(text, begin, end)
-    return text.replace(f"{begin}{old}{end}", f"{begin}\n{table.strip()}\n{end}")
-
-
-def write(page: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put ``table`` between the markers of ``page``; ValueError as of :func:`rewrite`, and then nothing is written."""
-    text = rewrite(page.read_text(), table, begin, end)
-    with atomic_write(page) as file:
-        file.write(text.encode())
 
 
 def markdown(result: Record, source: str, column: str = "hot") -> str:
@@ -148,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = [Path(os.path.relpath(path.resolve(), args.readme.resolve().parent)).as_posix() for path in args.records]
     try:
         records = [record.load(path) for path in args.records]
-        write(args.readme, side_by_side(list(zip(records, sources, strict=True)), args.column))
+        write(args.readme, "bench", side_by_side(list(zip(records, sources, strict=True)), args.column))
     except (OSError, ValueError) as wrong:
         parser.error(str(wrong))
     return 0

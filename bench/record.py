@@ -9,11 +9,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Timing
-from bench.peak import Peak
-from dlkernels.atomic import write_json
-
 SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median and the 20 % and 80 % quantile, and the number of calls."""
+
+    median: float
+    q20: float
+    q80: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The rates of a machine.
+
+    ``gemm`` has operations per second by dtype. ``stream`` has (bytes touched, bytes per second), smallest first; the
+    last one is far larger than every cache. ``registers`` has the rates of the loop on registers by dtype, one for each
+    time that it ran; on a GPU, and in records of earlier versions, it is empty.
+    """
+
+    gemm: dict[str, float]
+    stream: list[tuple[int, float]]
+    registers: dict[str, list[float]] = field(default_factory=dict)
+
+    def bandwidth(self, touched: int, cold: bool) -> float:
+        """Return bytes per second for a step that touches so many bytes: the rate of the next larger probe."""
+        return next((rate for size, rate in self.stream if not cold and size >= touched), self.stream[-1][1])
 
 
 @dataclass
@@ -57,6 +81,8 @@ class Record:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record atomically: a reader sees this record or the old file."""
+        from dlkernels.atomic import write_json  # the package imports torch, which those who read a record do not need
+
         write_json(path, {"schema": SCHEMA, **dataclasses.asdict(self)})
 
 

@@ -58,7 +58,7 @@ class Settings:
                 raise ValueError(f"{field}: expected names from {', '.join(names)}; got {', '.join(unknown)}")
         for name in self.shapes:
             shape_named(name)
-        if missing := {contenders.OURS, contenders.REFERENCE} - set(self.contenders):
+        if missing := {contenders.OURS, contenders.STOCK} - set(self.contenders):
             raise ValueError(f"contenders: {', '.join(sorted(missing))} must be among them, to be compared")
 
     def layers(self) -> Iterator[tuple[Shape, str, str]]:

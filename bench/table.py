@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import figures, record
-from bench.contenders import REFERENCE
 from bench.figures import CLEARLY, Row
+from bench.names import STOCK
 from bench.record import Record
 
 NOTES = """\
@@ -129,7 +131,7 @@ def _cells(row: Row) -> dict[str, str]:
         "ours ms": _ms(ours.median),
         "20-80 %": f"{_ms(ours.q20)}-{_ms(ours.q80)}",
         "ratio": _ratio(row.ratio),
-        "vs best": ("" if row.best_other == REFERENCE else f"{row.best_other} ") + f"{row.vs_best:.2f}x",
+        "vs best": ("" if row.best_other == STOCK else f"{row.best_other} ") + f"{row.vs_best:.2f}x",
         "GFLOP/s": f"{row.rate / 1e9:.0f}",
         **{name: f"{share:.0%}" for name, share in shares.items()},
         "MB": _megabytes(row.our_bytes),
@@ -162,6 +164,17 @@ def _megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.3g}"
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description="Print the tables of records.")
+    parser.add_argument("records", type=Path, nargs="+", metavar="FILE", help="a run's JSON")
+    args = parser.parse_args(argv)
+    try:
+        for path in args.records:
+            show(record.load(path))
+    except (OSError, ValueError) as wrong:
+        parser.error(str(wrong))
+    return 0
+
+
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        show(record.load(path))
+    raise SystemExit(main())

@@ -8,12 +8,13 @@ python examples/activations.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 from collections.abc import Callable
 
 import torch
 from both import Both, Prepare, Training, both
 from figures import by_step, draw
-from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import Splits, TensorLoader, load_digits

@@ -8,6 +8,8 @@ python examples/adam.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 from collections.abc import Callable
 from functools import partial
 from statistics import mean
@@ -15,7 +17,6 @@ from statistics import mean
 import torch
 from both import Both, Prepare, Training, both
 from figures import by_step, draw
-from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import TensorLoader, load_mnist

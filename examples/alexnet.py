@@ -7,12 +7,13 @@ instead of MNIST.
 python examples/alexnet.py [--small]
 """
 
+from options import options
+
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from both import Prepare, Training, both
-from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import load

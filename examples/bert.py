@@ -8,6 +8,8 @@ layers are the first of each feed-forward block and the prediction head's, each 
 python examples/bert.py [--small]
 """
 
+from options import options
+
 import re
 from collections import Counter
 from functools import partial
@@ -16,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from both import Prepare, Training, both
-from options import options
 from prose import TEXT, TOPICS, import_transformers
 from torch import Tensor, nn
 

@@ -5,13 +5,13 @@ The last tenth of the text is held out. At the end the model continues a sentenc
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from both import Training, both
-from options import options
 from prose import TEXT
 from torch import Tensor, nn
 
@@ -88,9 +88,8 @@ def learn(model: nn.Module, setting: Setting) -> Training[Learnt]:
     return Learnt(loss_on(model, held_out, context), unigram_loss(ids, held_out), text)
 
 
-def compare(train: Callable[..., Any], doc: str) -> None:
-    """Run an example, whose docstring is ``doc``: train stock and fused, and print what each has learnt."""
-    args = options(doc)
+def compare(train: Callable[..., Any], args: argparse.Namespace) -> None:
+    """Train stock and fused with the options of an example, and print what each has learnt."""
     outcome = both(partial(train, small=args.small), seed=args.seed)
     outcome.stock.result.show("stock")
     outcome.fused.result.show("fused")

@@ -7,17 +7,17 @@ Both layers of the Q-network that have a ReLU are fused.
 python examples/dqn.py [--small]
 """
 
+from options import options
+
 import copy
 from functools import partial
 
+import gymnasium
 import numpy
 import torch
 import torch.nn.functional as F
 from both import Prepare, Training, both
-from options import options
 from torch import Tensor, nn
-
-import gymnasium  # isort: skip  after options, which says how to get it
 
 DISCOUNT, BATCH, MEMORY = 0.99, 128, 50_000
 POLES = 8  # games at once; each makes one step per step of the optimizer

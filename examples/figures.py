@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import options  # noqa: F401
-
-# After options, which says how to get it. pyplot would choose a backend for the whole process.
-from matplotlib.figure import Figure  # isort: skip
+from matplotlib.figure import Figure  # pyplot would choose a backend for the whole process
 from torch import Tensor
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label: x and y

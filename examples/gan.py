@@ -9,12 +9,13 @@ python examples/gan.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 from dataclasses import dataclass
 
 import torch
 from both import Both, Prepare, Training, both
 from figures import by_step, draw, draw_images
-from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import Splits, load_digits, load_mnist

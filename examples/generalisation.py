@@ -9,12 +9,13 @@ python examples/generalisation.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 from dataclasses import dataclass
 from statistics import mean
 
 import torch
 from both import Both, Prepare, Training, both
-from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import Splits, load_digits

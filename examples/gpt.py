@@ -6,6 +6,8 @@ model continues a sentence.
 python examples/gpt.py [--small]
 """
 
+from options import options
+
 from both import Prepare, Training
 from characters import CHARACTERS, FULL, SMALL, Learnt, compare, learn
 from prose import import_transformers
@@ -22,4 +24,4 @@ def train(prepare: Prepare, small: bool = False) -> Training[Learnt]:
 
 
 if __name__ == "__main__":
-    compare(train, __doc__)
+    compare(train, options(__doc__))

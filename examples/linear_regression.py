@@ -9,15 +9,15 @@ python examples/linear_regression.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 import torch
 from both import Both, Prepare, Training, both, stock
 from figures import by_step, draw
-from options import options
+from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 
 from dlkernels.losses import mse_loss
-
-from sklearn.datasets import load_diabetes  # isort: skip  after options, which says how to get it
 
 BMI = 2  # column
 STEP_SIZES = {"slow": 0.002, "good": 0.1, "diverges": 1.01}

@@ -6,6 +6,8 @@ SiLU and the product are fused: one call of dlkernels.functional.linear_glu. At 
 python examples/llama.py [--small]
 """
 
+from options import options
+
 from both import Prepare, Training
 from characters import CHARACTERS, FULL, SMALL, Learnt, compare, learn
 from prose import import_transformers
@@ -23,4 +25,4 @@ def train(prepare: Prepare, small: bool = False) -> Training[Learnt]:
 
 
 if __name__ == "__main__":
-    compare(train, __doc__)
+    compare(train, options(__doc__))

@@ -5,9 +5,10 @@ python examples/mnist_mlp.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 import torch
 from both import Both, Prepare, Training, both
-from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import Splits, TensorLoader, load_mnist

@@ -7,9 +7,10 @@ python examples/mnist_practice.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 import torch
 from both import Both, Prepare, Training, both, stock
-from options import options
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

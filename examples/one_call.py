@@ -10,6 +10,8 @@ python examples/one_call.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +19,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from options import options
+from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from verdict import Ratio
 
 import dlkernels
-
-from sklearn.datasets import load_diabetes  # isort: skip  after options, which says how to get it
 
 FOLDS, PATIENTS = 5, 440  # folds of equal sizes are one tensor
 SIZES, BATCH, RATE, ROUNDS = [10, 64, 64, 1], 32, 1e-3, 6

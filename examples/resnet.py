@@ -7,13 +7,14 @@ the last one, and dlkernels.fuse does not change them.
 python examples/resnet.py [--small]
 """
 
+from options import options
+
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from both import Prepare, Training, both
-from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import Splits, load

@@ -8,11 +8,12 @@ python examples/self_supervised.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 from statistics import mean
 
 import torch
 from both import Both, Prepare, Training, both
-from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import Splits, load_digits, load_mnist

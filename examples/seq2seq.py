@@ -6,12 +6,13 @@ appendix A.2.2), and those that join state and context before a character is pre
 python examples/seq2seq.py [--small]
 """
 
+from options import options
+
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from both import Prepare, Training, both
-from options import options
 from sequences import BEGIN, CHARACTERS, PAD, exact, split
 from torch import Tensor, nn
 

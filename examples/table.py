@@ -28,7 +28,6 @@ COMPARISON = re.compile(
     r"stock / fused (?P<median>[\d.]+) \((?P<low>[\d.]+) to (?P<high>[\d.]+)\): (?P<says>[a-z ]+) here,"
 )
 HEAD = "| example | stock / fused | here |\n| --- | ---: | --- |"
-BEGIN, END = "<!-- ratios:begin -->", "<!-- ratios:end -->"
 
 
 def names() -> list[str]:
@@ -67,7 +66,7 @@ def setting(threads: int) -> str:
 
 def recorded(page: Path) -> dict[str, str]:
     """Return the tables between the marks of the page by heading; ValueError unless both marks are there."""
-    parts = re.split(r"^### (.*)\n", _readme_table().between(page.read_text(), BEGIN, END), flags=re.MULTILINE)[1:]
+    parts = re.split(r"^### (.*)\n", _marked().between(page.read_text(), "ratios"), flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
@@ -75,13 +74,13 @@ def record(page: Path, heading: str, table: str) -> None:
     """Write the table under its heading between the marks of the page; the tables under other headings stay."""
     tables = recorded(page) | {heading: table}
     text = "\n\n".join(f"### {name}\n\n{each.strip()}" for name, each in tables.items())
-    _readme_table().write(page, text, BEGIN, END)
+    _marked().write(page, "ratios", text)
 
 
-def _readme_table() -> ModuleType:
+def _marked() -> ModuleType:
     if str(HERE.parent) not in sys.path:
         sys.path.append(str(HERE.parent))  # behind all else: an installed dlkernels goes before the sources
-    return importlib.import_module("bench.readme_table")
+    return importlib.import_module("tools.marked")
 
 
 def run(name: str, threads: int) -> str:

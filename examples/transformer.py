@@ -6,13 +6,14 @@ as one chain; nn.TransformerEncoderLayer and DecoderLayer are torch's own, found
 python examples/transformer.py [--small]
 """
 
+from options import options
+
 import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from both import Prepare, Training, both
-from options import options
 from sequences import BEGIN, CHARACTERS, PAD, exact, split
 from torch import Tensor, nn
 

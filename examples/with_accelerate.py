@@ -8,18 +8,19 @@ python examples/with_accelerate.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from beside import Beside, Prepare, beside
-from options import options
 from torch import nn
 
 import dlkernels
 from dlkernels.data import TensorLoader, load
 
-from accelerate import Accelerator  # isort: skip  after options, which says how to get it
+from accelerate import Accelerator  # isort: skip  after beside, which imports torchvision for it
 
 
 def train(prepare: Prepare, epochs: int) -> float:

@@ -7,6 +7,8 @@ python examples/with_lightning.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 import logging
 import warnings
 from functools import partial
@@ -14,12 +16,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from beside import Beside, Prepare, beside
-from options import options
 from torch import Tensor, nn
 
 from dlkernels.data import TensorLoader, load
 
-import lightning  # isort: skip  after options, which says how to get it
+import lightning  # isort: skip  after beside, which imports torchvision for it
 
 
 class Classifier(lightning.LightningModule):

@@ -8,6 +8,8 @@ python examples/with_skorch.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 import time
 import warnings
 from functools import partial
@@ -15,16 +17,14 @@ from typing import Any
 
 import torch
 from beside import Beside, Prepare, beside
-from options import options
+from sklearn.datasets import load_diabetes
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from skorch import NeuralNetRegressor
 from torch import nn
-
-from sklearn.datasets import load_diabetes  # isort: skip  after options, which says how to get it
-from sklearn.exceptions import ConvergenceWarning  # isort: skip
-from sklearn.model_selection import train_test_split  # isort: skip
-from sklearn.neural_network import MLPRegressor  # isort: skip
-from sklearn.pipeline import make_pipeline  # isort: skip
-from sklearn.preprocessing import StandardScaler  # isort: skip
-from skorch import NeuralNetRegressor  # isort: skip
 
 HIDDEN, BATCH, RATE = 64, 32, 1e-3
 

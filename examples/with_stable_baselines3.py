@@ -8,13 +8,14 @@ python examples/with_stable_baselines3.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 import statistics
 from functools import partial
 
 from beside import Beside, Prepare, beside
-from options import options
 
-from stable_baselines3 import PPO  # isort: skip  after options, which says how to get it
+from stable_baselines3 import PPO  # isort: skip  after beside, which imports torchvision for it
 from stable_baselines3.common.evaluation import evaluate_policy  # isort: skip
 
 

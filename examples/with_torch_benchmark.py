@@ -8,10 +8,11 @@ python examples/with_torch_benchmark.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 from dataclasses import dataclass
 
 import torch
-from options import options
 from torch import nn
 from torch.utils.benchmark import Compare, Measurement, Timer
 from verdict import Ratio

@@ -8,6 +8,8 @@ python examples/with_transformers.py [--small]
 
 from __future__ import annotations
 
+from options import options
+
 import tempfile
 import warnings
 from functools import partial
@@ -16,12 +18,11 @@ from typing import Any
 
 import torch
 from beside import Beside, Prepare, beside
-from options import options
 from torch import nn
 
 import dlkernels
 
-import transformers  # isort: skip  after options, which says how to get it
+import transformers  # isort: skip  after beside, which imports torchvision for it
 from peft import LoraConfig, get_peft_model  # isort: skip
 from safetensors.torch import load_file, save_file  # isort: skip
 

@@ -1,6 +1,6 @@
 """A table of what each C++ file of the extension costs a compiler: CPU seconds and memory.
 
-``python tools/compile_cost.py [NAME...]`` compiles each file by itself, with the command of the build and without
+``python -m tools.compile_cost [NAME...]`` compiles each file by itself, with the command of the build and without
 ccache, after ``python setup.py build_ext --inplace``. NAME is a part of a path. build/units has files that are compiled
 together (_build/units.py). It prints the table in Markdown, most
 memory first, and exits with 1 where a file or the sum is above the limits below.
@@ -8,6 +8,7 @@ memory first, and exits with 1 where a file or the sum is above the limits below
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 SECONDS = 235  # of CPU time, for all files; the aim is 90 s on two cores
@@ -60,12 +62,11 @@ def cost(place: Path, command: list[str]) -> tuple[float, float]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
-def main() -> int:
-    chosen = {
-        path: command
-        for path, command in commands().items()
-        if not sys.argv[1:] or any(name in path for name in sys.argv[1:])
-    }
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.compile_cost", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="part of a path; default: all files")
+    names = parser.parse_args(argv).names
+    chosen = {path: command for path, command in commands().items() if not names or any(name in path for name in names)}
     costs = {}
     for path, command in chosen.items():
         costs[path] = cost(*command)

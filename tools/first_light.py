@@ -4,15 +4,16 @@ With the library the host tests run on a GPU, in a process that loads no CUDA bu
 
     DLKERNELS_TEST_ON_DEVICE=LIBRARY python -m pytest tests/emulation/test_cuda_gemm.py
 
-Under compute-sanitizer set DLKERNELS_EXACT_MEMORY=1 too: then memory ends with the last byte of an operand. A second
-argument names another architecture than 9.0a.
+Under compute-sanitizer set DLKERNELS_EXACT_MEMORY=1 too: then memory ends with the last byte of an operand.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from _build.kernels import compile_kernels
@@ -43,15 +44,21 @@ def build(library: Path, arch: str = "9.0a") -> None:
     subprocess.run([toolkit.home / "bin" / "nvcc", "-shared", *flags, *entries, *kernels, "-o", library], check=True)
 
 
-def main(library: str, arch: str = "9.0a") -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.first_light", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("library", type=Path, metavar="LIBRARY", help="the file to write")
+    parser.add_argument("arch", nargs="?", default="9.0a", metavar="ARCH", help="architecture (default: %(default)s)")
+    args = parser.parse_args(argv)
     try:
-        build(Path(library).absolute(), arch)
+        build(args.library.absolute(), args.arch)
     except (PlanError, subprocess.CalledProcessError) as error:
         print(f"first_light: {error}", file=sys.stderr)
         return 1
-    print(f"first_light: {library}, {Path(library).stat().st_size / 2**20:.1f} MiB, for {arch}")
+    print(f"first_light: {args.library}, {args.library.stat().st_size / 2**20:.1f} MiB, for {args.arch}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -1,10 +1,11 @@
-"""Is there a GPU to build for and run on? ``python tools/gpu.py PACKAGE...`` says what is here, or what is missing.
+"""Is there a GPU to build for and run on? ``python -m tools.gpu PACKAGE...`` says what is here, or what is missing.
 
 For `make gpu-check`, and for the benchmark, which both stop with this one sentence. Nothing of dlkernels is imported.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -65,7 +66,10 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def main(*packages: str) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__)
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help="a package that this Python is to have, too")
+    packages = parser.parse_args(argv).packages
     why = absence() or missing(packages)
     if why is None and "setuptools" in packages:
         why = old_setuptools(_installed("setuptools"))
@@ -74,4 +78,4 @@ def main(*packages: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

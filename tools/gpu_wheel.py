@@ -8,6 +8,7 @@ they need, undefined symbols, and the import.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -116,7 +117,8 @@ def check_import(python: Path) -> dict[str, object]:
     return found
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m tools.gpu_wheel", description=__doc__).parse_args(argv)
     began = time.monotonic()
 
     def say(text: str) -> None:

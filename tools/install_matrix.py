@@ -1,9 +1,9 @@
 """Installs dlkernels in every usual way, each in a fresh environment, and prints a table in Markdown.
 
-    python tools/install_matrix.py                                   # this Python and its torch
-    python tools/install_matrix.py --python python3.12 --torch torch==2.13.0 --ways pip wheel
-    python tools/install_matrix.py --ways pip --cxx g++-12           # a compiler for the variable CXX
-    python tools/install_matrix.py --record docs/guide/install.md    # also writes the rows into that page
+    python -m tools.install_matrix                                   # this Python and its torch
+    python -m tools.install_matrix --python python3.12 --torch torch==2.13.0 --ways pip wheel
+    python -m tools.install_matrix --ways pip --cxx g++-12           # a compiler for the variable CXX
+    python -m tools.install_matrix --record docs/guide/install.md    # also writes the rows into that page
 
 The committed state of the sources is installed. Without --torch the environments see the torch of the Python that is
 named, except for uv, which looks for none outside and gets the same version; with --torch each installs that
@@ -29,7 +29,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tools import marked
+from tools.marked import ROOT
 
 CHECK = """
 import json, sys, torch, dlkernels
@@ -54,15 +55,11 @@ py-modules = []
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a page, between two marks of its name. A new row replaces the one with equal cells in ``key``."""
+    """A table of a page, between the marks of its name. A new row replaces the one with equal cells in ``key``."""
 
     name: str
     header: tuple[str, ...]
     key: slice
-
-    @property
-    def marks(self) -> tuple[str, str]:
-        return f"<!-- {self.name}:begin -->\n", f"<!-- {self.name}:end -->\n"
 
 
 INSTALLS = Table(
@@ -147,9 +144,12 @@ def _no_isolation(env: Environment) -> None:
     env.pip("--no-build-isolation", env.sources)
 
 
-def _uv(env: Environment) -> None:
-    env.pip("uv", "setuptools>=77", "ninja")
-    env.run(env.python, "-m", "uv", "pip", "install", "--no-build-isolation", "--python", env.python, env.sources)
+def _uv(*flags: str) -> Callable[[Environment], None]:
+    def install(env: Environment) -> None:
+        env.pip("uv", "setuptools>=77", "ninja")
+        env.run(env.python, "-m", "uv", "pip", "install", *flags, "--python", env.python, env.sources)
+
+    return install
 
 
 def _dependency(env: Environment) -> None:
@@ -179,7 +179,8 @@ WAYS = {
     "sdist": Way("an sdist by `python -m build`, then pip", lambda env: env.pip(env.built("sdist"))),
     "wheel": Way("a wheel by `python -m build`, then pip", lambda env: env.pip(env.built("wheel", "--no-isolation"))),
     "git": Way("`pip install git+file://FOLDER`", lambda env: env.pip(f"git+file://{env.sources}")),
-    "uv": Way("`uv pip install --no-build-isolation .`", _uv, own_torch=True),
+    "uv": Way("`uv pip install --no-build-isolation .`", _uv("--no-build-isolation"), own_torch=True),
+    "uv-isolated": Way("`uv pip install .`", _uv(), "uv --no-build-isolation", own_torch=True),
     "dependency": Way("as a dependency of another project", _dependency),
     "torch-replaced": Way("`pip install .`, then another torch, then as the import says", _torch_replaced),
     "no-torch": Way("`pip install .` without torch", lambda env: env.pip(env.sources), "run `pip install torch` first"),
@@ -224,29 +225,27 @@ def line(row: tuple[str, ...]) -> str:
 
 
 def record(page: Path, rows: list[tuple[str, ...]], table: Table) -> None:
-    """Write the rows into the page, between the marks of the table."""
-    text = page.read_text()
-    begin, end = table.marks
-    before, _, rest = text.partition(begin)
-    body, mark, after = rest.partition(end)
-    if not mark:
-        raise SystemExit(f"expected {begin.strip()} and {end.strip()} in {page}")
-    old = [tuple(cell.strip() for cell in each.strip("| \n").split(" | ")) for each in body.splitlines()[2:]]
+    """Write the rows into the page, between the marks of the table; ValueError unless it has the marks."""
+    body = marked.between(page.read_text(), table.name).strip().splitlines()
+    old = [tuple(cell.strip() for cell in each.strip("| ").split(" | ")) for each in body[2:]]
     kept = {row[table.key]: row for row in [*old, *rows]}
     numbers = ("seconds", "MiB")
     head = line(table.header) + line(tuple("---:" if name in numbers else "---" for name in table.header))
-    page.write_text(before + begin + head + "".join(map(line, kept.values())) + end + after)
+    marked.write(page, table.name, head + "".join(map(line, kept.values())))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.install_matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", nargs="+", default=[sys.executable], metavar="PYTHON")
     parser.add_argument("--torch", nargs="+", default=[None], metavar="REQUIREMENT", help="such as torch==2.13.0")
     parser.add_argument("--cxx", nargs="+", default=[None], metavar="COMPILER", help="for the variable CXX")
     usual = [name for name in WAYS if name not in SPECIAL]
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=usual, help=f"default: all but {', '.join(SPECIAL)}")
     parser.add_argument("--other-torch", default=Case.other_torch, metavar="REQUIREMENT", help="for torch-replaced")
-    parser.add_argument("--record", type=Path, metavar="PAGE", help="write the rows into the table of this page")
+    page = marked.page_with(INSTALLS.name)
+    parser.add_argument("--record", type=page, metavar="PAGE", help="write the rows into the table of this page")
     args = parser.parse_args()
     failures = 0
     print(line(INSTALLS.header), end="")

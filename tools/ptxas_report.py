@@ -1,16 +1,17 @@
 """A table of ``ptxas -v``'s report on every kernel: registers, shared memory, stack frame, spills.
 
-``python tools/ptxas_report.py REPORT LOG...``: each log is one source compiled for one architecture, its first line
+``python -m tools.ptxas_report REPORT LOG...``: each log is one source compiled for one architecture, its first line
 ``# SOURCE sm_ARCH``. Writes a table of all kernels to REPORT, prints the worst kernel of each log, and exits with 1
 where a kernel spills or has a stack frame: both are local memory, which is device memory. So it does where ptxas says
 that it ignores setmaxnreg or serialises wgmma, which costs most of a kernel's speed and stops no compiler.
 
-``python tools/ptxas_report.py --hgmma OBJECT``: exits with 1 unless every kernel of Hopper's in the object multiplies
+``python -m tools.ptxas_report --hgmma OBJECT``: exits with 1 unless every kernel of Hopper's in the object multiplies
 by wgmma (HGMMA in its machine code). It needs cuobjdump.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -116,9 +117,19 @@ def check_hgmma(path: str) -> int:
     return 1 if without or not counts else 0
 
 
-def main(report: str, *logs: str) -> int:
-    if report == "--hgmma":
-        return check_hgmma(*logs)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.ptxas_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("report", nargs="?", metavar="REPORT", help="the file to write")
+    parser.add_argument("logs", nargs="*", metavar="LOG", help="what ptxas -v said")
+    parser.add_argument("--hgmma", metavar="OBJECT", help="count the wgmma instructions of this object instead")
+    args = parser.parse_args(argv)
+    if args.hgmma:
+        return check_hgmma(args.hgmma)
+    report, logs = args.report, args.logs
+    if not logs:
+        parser.error("expected REPORT and at least one LOG, or --hgmma OBJECT")
     groups = [parse(Path(log).read_text()) for log in logs]
     slowed = [(log, line) for log in logs for line in slow(Path(log).read_text())]
     kernels = [kernel for group in groups for kernel in group]
@@ -141,4 +152,4 @@ def main(report: str, *logs: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Prints what the package and one of its extras require, a line each: ``python tools/requirements.py EXTRA``.
+"""Prints what the package and one of its extras require, a line each: ``python -m tools.requirements EXTRA``.
 
 pip installs these only together with the package, which has to be built first. Printed, they can be installed while the
 kernels compile.
@@ -6,6 +6,7 @@ kernels compile.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -28,6 +29,13 @@ def requirements(project: dict[str, Any], extra: str) -> list[str]:
     return list(dict.fromkeys([*project["dependencies"], *found]))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.requirements", description=__doc__)
+    parser.add_argument("extra", metavar="EXTRA", help="an extra of pyproject.toml in this folder")
+    extra = parser.parse_args().extra
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    print("\n".join(requirements(project, sys.argv[1])))
+    print("\n".join(requirements(project, extra)))
+
+
+if __name__ == "__main__":
+    main()

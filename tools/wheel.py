@@ -24,9 +24,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from tools import marked
 from tools.install_matrix import CHECK, Case, Environment, Failed, Table, line, record
+from tools.marked import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = ("libtorch*", "libc10*", "libgomp.so*", "libcu*", "libnv*")  # torch brings them, or requires them
 TABLE = Table(
     "wheels",
@@ -146,11 +147,14 @@ def build(case: Case, out: Path) -> tuple[str, ...]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.wheel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--python", nargs="+", default=[sys.executable], metavar="PYTHON")
     parser.add_argument("--torch", nargs="+", default=[None], metavar="REQUIREMENT", help="such as torch==2.13.0")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", metavar="FOLDER", help="default: dist")
-    parser.add_argument("--record", type=Path, metavar="PAGE", help="write the rows into the table of this page")
+    page = marked.page_with(TABLE.name)
+    parser.add_argument("--record", type=page, metavar="PAGE", help="write the rows into the table of this page")
     args = parser.parse_args()
     try:
         print(line(TABLE.header), end="")

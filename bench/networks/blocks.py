@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import peers
-from bench.networks.common import COMPILED, OURS, STOCK, Asked, Calls, Case, compiled, right
+from bench.names import COMPILED, OURS, STOCK
+from bench.networks.common import Asked, Calls, Case, compiled, right
 from dlkernels import functional
 
 BLOCKS = {"gelu 768-3072-768, 4096 rows": (4096, 768, 3072)}  # rows, features, hidden features

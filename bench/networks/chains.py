@@ -12,23 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import floors, grid
-from bench.networks.common import (
-    COMPILED,
-    COMPILED_STEP,
-    FLOOR,
-    FUSED,
-    IN_PLACE,
-    OURS,
-    STOCK,
-    WRONG,
-    Asked,
-    Calls,
-    Case,
-    Reasons,
-    compiled,
-    distance,
-    stock,
-)
+from bench.names import COMPILED, COMPILED_STEP, FLOOR, FUSED, IN_PLACE, ONE_CALL, OUR_LAYERS, OURS, STOCK
+from bench.networks.common import WRONG, Asked, Calls, Case, Reasons, compiled, distance, stock
 from dlkernels import fuse, losses, training_step
 from dlkernels.nn import MLP
 
@@ -46,7 +31,6 @@ CHAINS = {
     "mnist-deep, batch 256": (256, [784, 512, 512, 10]),
 }
 GPU_CHAINS = {"16384 x 1024-4096": (16384, [1024, 4096, 1024, 4096])}
-ONE_CALL, OUR_LAYERS = "training_step", "our layers"
 
 
 class Network:

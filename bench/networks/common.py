@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import harness
+from bench.names import OURS, STOCK
 
-OURS, STOCK, IN_PLACE, FLOOR = "dlkernels", "stock", "in-place", "products alone"
-FUSED = "fuse"  # stock's model after dlkernels.fuse
-COMPILED, COMPILED_STEP = "compile", "compile, optimizer too"
 WRONG = 8.0  # times stock's error: a peer beyond it computes something else, and is not timed
 
 Calls = dict[str, Callable[[], Any]]

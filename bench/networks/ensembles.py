@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.networks.chains import ONE_CALL
-from bench.networks.common import COMPILED, OURS, STOCK, Asked, Calls, Case, Reasons, compiled, right, stock
+from bench.names import COMPILED, ONE_CALL, OURS, STOCK
+from bench.networks.common import Asked, Calls, Case, Reasons, compiled, right, stock
 from dlkernels import losses, training_step
 from dlkernels.nn import MLP, MLPEnsemble
 

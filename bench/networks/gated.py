@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.networks.common import COMPILED, FUSED, OURS, STOCK, Asked, Calls, Case, compiled, distance
+from bench.names import COMPILED, FUSED, OURS, PACKED, STOCK
+from bench.networks.common import Asked, Calls, Case, compiled, distance
 from dlkernels import fuse
 from dlkernels.nn import GatedMLP
 
 GATED = {"gated 512-1376-512, 1024 rows": (1024, 512, 1376)}  # rows, features, hidden features
-PACKED = "stock, packed"
 
 
 class Llamas(nn.Module):

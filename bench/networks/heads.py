@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import peers
-from bench.networks.common import OURS, STOCK, Asked, Calls, Case, Reasons, right
+from bench.names import OURS, STOCK, TORCH_CHUNKED, TORCH_REFERENCE
+from bench.networks.common import Asked, Calls, Case, Reasons, right
 from dlkernels import functional
 
 HEADS = {"32k classes": (1024, 256, 32768), "128k classes": (256, 256, 131072)}  # rows, features, classes
 # torch's one function for the loss head, from torch 2.13 on: without options it computes all logits, as stock does.
-TORCH_REFERENCE, TORCH_CHUNKED = "F.linear_cross_entropy", "F.linear_cross_entropy, chunked"
 
 
 def head(

@@ -12,26 +12,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT
-from bench.networks import chains, gated, heads
+from bench.names import (
+    COMPILED,
+    COMPILED_STEP,
+    FLOOR,
+    FUSED,
+    IN_PLACE,
+    ONE_CALL,
+    OUR_LAYERS,
+    OURS,
+    PACKED,
+    STOCK,
+    TORCH_CHUNKED,
+    TORCH_REFERENCE,
+)
 from bench.networks.aims import AIMS, NEVER_SLOWER
-from bench.networks.common import COMPILED, COMPILED_STEP, FLOOR, FUSED, IN_PLACE, OURS, STOCK
-from bench.readme_table import rewrite
-from dlkernels.atomic import atomic_write
+from tools.marked import ROOT, replace, rewrite
 
-BEGIN, END = "<!-- networks:begin -->", "<!-- networks:end -->"
 PAGE, README = ROOT / "docs" / "internals" / "networks.md", ROOT / "README.md"
 # Columns, and the contenders whose fastest is divided by ours.
 COLUMNS = {
-    "stock": (STOCK, gated.PACKED),
+    "stock": (STOCK, PACKED),
     "in-place ReLU": (IN_PLACE,),
     "compile": (COMPILED, COMPILED_STEP),
-    "our layers": (chains.OUR_LAYERS,),
-    "torch's fused head": (heads.TORCH_REFERENCE, heads.TORCH_CHUNKED),
+    "our layers": (OUR_LAYERS,),
+    "torch's fused head": (TORCH_REFERENCE, TORCH_CHUNKED),
     "products alone": (FLOOR,),
 }
-OTHERS = (STOCK, gated.PACKED, IN_PLACE, COMPILED, COMPILED_STEP, heads.TORCH_REFERENCE, heads.TORCH_CHUNKED)
-ONE_CALL, BY_FUSE, BOUND, AIM = f"`{chains.ONE_CALL}`", f"`{FUSED}`", "bound", "aim"
+OTHERS = (STOCK, PACKED, IN_PLACE, COMPILED, COMPILED_STEP, TORCH_REFERENCE, TORCH_CHUNKED)
+BY_ONE_CALL, BY_FUSE, BOUND, AIM = f"`{ONE_CALL}`", f"`{FUSED}`", "bound", "aim"
 STEP, BACKWARD = "training step", "forward+backward"
 
 Record = Mapping[str, Any]
@@ -67,8 +76,8 @@ def summary(records: Sequence[Record]) -> str:
         for row in record["rows"]:
             if row["dtype"] == "fp32" and row["timed"] == timed:
                 cells = rows.setdefault(row["network"], [""] * len(columns))
-                cells[at] = _ratio(_medians(row), OTHERS, chains.ONE_CALL if timed == STEP else OURS)
-    heads = [f"{_machine(record)}: {ONE_CALL if timed == STEP else timed}" for record, timed in columns]
+                cells[at] = _ratio(_medians(row), OTHERS, ONE_CALL if timed == STEP else OURS)
+    heads = [f"{_machine(record)}: {BY_ONE_CALL if timed == STEP else timed}" for record, timed in columns]
     lines = [f"| network | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
 
@@ -81,7 +90,7 @@ def _cells(record: Record, row: Mapping[str, Any]) -> dict[str, str]:
         **ratios,
         "stock": f"**{ratios['stock']}**",
         BY_FUSE: _ratio(medians, OTHERS, FUSED),
-        ONE_CALL: _ratio(medians, OTHERS, chains.ONE_CALL),
+        BY_ONE_CALL: _ratio(medians, OTHERS, ONE_CALL),
         AIM: _aim(row),
         BOUND: _bound(record, row),
     }
@@ -93,7 +102,7 @@ def _aim(row: Mapping[str, Any]) -> str:
         return ""
     medians, aims = _medians(row), AIMS.get(row["network"], NEVER_SLOWER)
     step = row["timed"] == STEP
-    aim, ours = (aims.step, (chains.ONE_CALL,)) if step else (aims.calls, (OURS, FUSED))
+    aim, ours = (aims.step, (ONE_CALL,)) if step else (aims.calls, (OURS, FUSED))
     others = [medians[name] for name in OTHERS if name in medians]
     mine = [medians[name] for name in ours if name in medians]
     if aim is None or not others or not mine:
@@ -139,14 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         records = [json.loads(path.read_text()) for path in args.records]
         made = {
-            page: rewrite(page.read_text(), table, BEGIN, END)
+            page: rewrite(page.read_text(), "networks", table)
             for page, table in ((args.page, side_by_side(records)), (args.readme, summary(records)))
         }
     except (OSError, ValueError) as wrong:
         parser.error(str(wrong))
     for page, text in made.items():
-        with atomic_write(page) as file:
-            file.write(text.encode())
+        replace(page, text)
     return 0
 
 

@@ -8,7 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from bench.networks.common import OURS, STOCK, Asked, Calls, Case, right
+from bench.names import OURS, STOCK
+from bench.networks.common import Asked, Calls, Case, right
 from dlkernels import functional
 from dlkernels.choices import Activation
 from dlkernels.testing import STOCK as FUNCTIONS

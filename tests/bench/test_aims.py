@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 
 from bench import aims, record
-from bench.harness import Timing
-from bench.peak import Peak
-from bench.record import Layer, Measurement, Record
+from bench.record import Layer, Measurement, Peak, Record, Timing
 from tests.support.paths import ROOT
+from tools.marked import between, marks
 
 COMMITTED = ("amd-epyc-2t", "intel-xeon-amx-2t", "amd-epyc-zen3-2t", "amd-epyc-zen3-2t-bf16")
 
@@ -56,7 +55,7 @@ def test_a_share_is_of_the_loop_on_registers():
 
 def test_the_page_has_the_committed_figures():
     records = [record.load(ROOT / f"bench/results/{name}.json") for name in COMMITTED]
-    assert f"{aims.BEGIN}\n{aims.markdown(records)}\n{aims.END}" in aims.PAGE.read_text()
+    assert between(aims.PAGE.read_text(), "aims") == f"\n{aims.markdown(records)}\n"
 
 
 def test_a_page_without_marks_is_refused(tmp_path, capsys):
@@ -64,4 +63,4 @@ def test_a_page_without_marks_is_refused(tmp_path, capsys):
     (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(SystemExit):
         aims.main([str(tmp_path / "run.json"), "--page", str(tmp_path / "page.md")])
-    assert aims.BEGIN in capsys.readouterr().err
+    assert marks("aims")[0] in capsys.readouterr().err

@@ -14,16 +14,16 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from bench import command, contenders, dispatch, figures, floors, harness, machine, peak, peers
+from bench import command, contenders, figures, floors, harness, machine, peak, peers
 from bench import record as records
 from bench.__main__ import main, parser
 from bench.clock import CudaClock
-from bench.dispatch import Product
+from bench.dispatch import run as dispatch
+from bench.dispatch.run import Product
 from bench.floors import Rates
 from bench.grid import COLUMNS, DTYPES, GPU_SHAPES, MODES, SHAPES, Shape, shape_named
-from bench.harness import Timing
 from bench.networks import blocks, chains, common, heads
-from bench.peak import Peak
+from bench.record import Peak, Timing
 from bench.table import show
 from dlkernels import routing
 from dlkernels.routing import Row, Table

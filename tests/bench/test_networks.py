@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench.networks.__main__ import flops
+from bench.names import COMPILED, COMPILED_STEP, STOCK
 from bench.networks.chains import Network
-from bench.networks.common import COMPILED, COMPILED_STEP, STOCK, Asked
+from bench.networks.common import Asked
+from bench.networks.run import flops
 
 ROWS, SIZES = 8, [3, 4, 2]
 

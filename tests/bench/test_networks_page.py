@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from bench.networks.page import BEGIN, END, PAGE, README, main, markdown, side_by_side, summary
+from bench.networks.page import PAGE, README, main, markdown, side_by_side, summary
 from tests.support.paths import ROOT
+from tools.marked import marks
 
+BEGIN, END = marks("networks")
 COMMITTED = ("amd-epyc-2t", "intel-xeon-amx-2t", "amd-epyc-zen3-2t", "amd-epyc-zen3-1t")
 
 

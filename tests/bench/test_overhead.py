@@ -6,11 +6,12 @@ import json
 import pytest
 
 import dlkernels
-from bench import overhead
+from bench.overhead import run as overhead
+from bench.overhead.__main__ import main
 
 
 def test_overhead(tmp_path, capsys):
-    assert overhead.main(["--seconds", "0.01", "--out", str(tmp_path / "overhead.json")]) == 0
+    assert main(["--seconds", "0.01", "--out", str(tmp_path / "overhead.json")]) == 0
     found = json.loads((tmp_path / "overhead.json").read_text())
     assert {"machine", "versions", "commit", "created"} < set(found)
     rows = [(row["call"], row["timed"]) for row in found["rows"]]

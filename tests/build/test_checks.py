@@ -62,9 +62,9 @@ def test_spills_fail_the_check_and_are_named(tmp_path, capsys):
     for name, text in {"good.log": LOG, "bad.log": LOG.replace("a.cu", "b.cu").replace(CLEAN, SPILL, 1)}.items():
         (tmp_path / name).write_text(text)
     report = tmp_path / "report.txt"
-    assert ptxas_report.main(str(report), str(tmp_path / "good.log")) == 0
+    assert ptxas_report.main([str(report), str(tmp_path / "good.log")]) == 0
     assert "2 kernels, 0 with spills" in capsys.readouterr().out
-    assert ptxas_report.main(str(report), *map(str, sorted(tmp_path.glob("*.log")))) == 1
+    assert ptxas_report.main([str(report), *map(str, sorted(tmp_path.glob("*.log")))]) == 1
     out = capsys.readouterr().out
     assert "csrc/cuda/b.cu sm_90a: 2 kernels, 1 with spills or a stack frame; worst: 96 registers, 8 bytes" in out
     assert "4 kernels, 1 with spills" in out
@@ -79,10 +79,10 @@ def test_serialised_wgmma_and_ignored_setmaxnreg_fail_the_check(tmp_path, capsys
     for number in ("C7508", "C7510", "C7514", "C7515"):
         said = f"ptxas info    : ({number}) Potential Performance Loss: wgmma.mma_async instructions are serialized"
         log.write_text(f"{LOG}{said}\n")
-        assert ptxas_report.main(str(report), str(log)) == 1
+        assert ptxas_report.main([str(report), str(log)]) == 1
         assert f"one.log: {said}" in capsys.readouterr().out
     log.write_text(f"{LOG}ptxas info    : (C7519) something else\nptxas info    : (C7509) and this\n")
-    assert ptxas_report.main(str(report), str(log)) == 0
+    assert ptxas_report.main([str(report), str(log)]) == 0
 
 
 SASS = """
@@ -100,13 +100,13 @@ def test_a_hopper_kernel_without_wgmma_fails_the_check(tmp_path, monkeypatch, ca
         monkeypatch.setattr(ptxas_report.subprocess, "run", lambda command, **options: done)
 
     listing(SASS)
-    assert ptxas_report.main("--hgmma", "a.o") == 0
+    assert ptxas_report.main(["--hgmma", "a.o"]) == 0
     assert "1 kernels of Hopper's, 2 to 2 HGMMA" in capsys.readouterr().out
     listing(SASS.replace("HGMMA.", "HMMA."))
-    assert ptxas_report.main("--hgmma", "a.o") == 1
+    assert ptxas_report.main(["--hgmma", "a.o"]) == 1
     assert "no HGMMA in _ZN3dlk4cuda18hopper_gemm_kernelINS0_A" in capsys.readouterr().out
     listing(SASS.replace("hopper", "other"))
-    assert ptxas_report.main("--hgmma", "a.o") == 1, "nothing was counted"
+    assert ptxas_report.main(["--hgmma", "a.o"]) == 1, "nothing was counted"
 
 
 def torch_with(cuda, available):

@@ -7,6 +7,7 @@ import pytest
 from dlkernels import _load
 from tests.support.paths import ROOT
 from tools import install_matrix, wheel
+from tools.marked import marks
 
 NAME = "dlkernels-0.1.0+torch2.13.0.cpu-cp311-cp311-manylinux_2_34_x86_64.whl"
 MODULES = [str(path.relative_to(ROOT)) for path in ROOT.glob("dlkernels/**/*.py")]
@@ -79,13 +80,13 @@ def test_its_row_is_recorded(tmp_path):
     file = tmp_path / NAME
     file.write_bytes(bytes(3 << 20))
     page = tmp_path / "install.md"
-    begin, end = wheel.TABLE.marks
-    page.write_text(f"before\n{begin}{end}after\n")
+    begin, end = marks("wheels")
+    page.write_text(f"before\n{begin}\n{end}\nafter\n")
     for torch in ("2.13.0+cpu", "2.14.0+cpu", "2.13.0+cpu"):  # the third replaces the first
         row = wheel.row(file, f'["3.11.7", "{torch}", "gcc 12.2.0", "CPU only"]')
         assert row[1:] == (f"`{NAME}`", "3.11.7", torch, "manylinux_2_34_x86_64", "gcc 12.2.0", "3.0", "works")
         install_matrix.record(page, [row], wheel.TABLE)
     lines = page.read_text().splitlines()
-    assert lines[:2] == ["before", begin.strip()] and lines[-2:] == [end.strip(), "after"]
+    assert lines[:2] == ["before", begin] and lines[-2:] == [end, "after"]
     assert lines[2] == install_matrix.line(wheel.TABLE.header).strip()
     assert [each.split(" | ")[3] for each in lines[4:-2]] == ["2.13.0+cpu", "2.14.0+cpu"]

@@ -101,7 +101,7 @@ NOT_RUN = {
     "python -m build": NAME,
     "python -m build --sdist": MATRIX,
     "python -m build --wheel --no-isolation": MATRIX,
-    "python tools/install_matrix.py --record docs/guide/install.md": NETWORK,
+    "python -m tools.install_matrix --record docs/guide/install.md": NETWORK,
     "make wheel": NETWORK,
     "python -m tools.wheel": NETWORK,
     "python -m tools.wheel --record docs/guide/install.md": NETWORK,

@@ -10,6 +10,7 @@ import torch
 
 import dlkernels
 from tests.support.paths import ROOT
+from tools.marked import marks
 
 pytest.importorskip("sklearn")
 
@@ -172,8 +173,9 @@ def test_the_table_of_this_machine_has_what_the_examples_print(examples):
 
 def test_the_table_is_recorded_for_a_processor(examples, tmp_path, capsys, monkeypatch):
     table = examples("table")
+    begin, end = marks("ratios")
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{table.BEGIN}\n### Another\n\nits table\n\n### This\n\nold\n{table.END}\nafter\n")
+    page.write_text(f"before\n{begin}\n### Another\n\nits table\n\n### This\n\nold\n{end}\nafter\n")
     monkeypatch.setattr(table, "processor", lambda: "This")
     names = ["with_torch_benchmark", "linear_regression"]
     table.main(["--record", str(page), *names])
@@ -182,8 +184,8 @@ def test_the_table_is_recorded_for_a_processor(examples, tmp_path, capsys, monke
     assert [row.split("`")[1] for row in rows] == [f"{name}.py" for name in names]
     assert all("(1 of" in row or "(2 of" in row or re.search(r"\d \| (fusing|no|cannot)", row) for row in rows), rows
     text = page.read_text()
-    assert text.startswith(f"before\n{table.BEGIN}\n### Another\n\nits table\n\n### This\n\n{table.HEAD}\n")
-    assert text.endswith(f".\n{table.END}\nafter\n") and "\n".join(rows) in text and "old" not in text
+    assert text.startswith(f"before\n{begin}\n### Another\n\nits table\n\n### This\n\n{table.HEAD}\n")
+    assert text.endswith(f".\n{end}\nafter\n") and "\n".join(rows) in text and "old" not in text
     assert list(tmp_path.iterdir()) == [page]
 
     page.write_text("no marks\n")

@@ -213,7 +213,9 @@ def build(out: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.hub_kernel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the project is to be")
     parser.add_argument("--build", action="store_true", help="also compile it for the torch of this Python")
     args = parser.parse_args()

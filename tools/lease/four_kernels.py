@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from dlkernels import functional
-from dlkernels.tuning import Size
-from dlkernels.tuning.paths import only_routes
+import argparse
 
 LAYERS = {
     "mma": (4096, 768, 3072),
@@ -17,6 +13,14 @@ LAYERS = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m tools.lease.four_kernels", description=__doc__).parse_args()
+
+    import torch
+
+    from dlkernels import functional
+    from dlkernels.tuning import Size
+    from dlkernels.tuning.paths import only_routes
+
     for path, (m, k, n) in LAYERS.items():
         x, weight = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in ((m, k), (n, k)))
         g = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)

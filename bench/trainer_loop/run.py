@@ -1,16 +1,11 @@
-"""The cost of the training loop besides the step itself: ``Trainer`` and a bare loop are timed in turns.
-
-``python -m bench.trainer_loop`` uses MNIST's shapes, 784-256-10 in batches of 256, with random images. The aim is a
-ratio of at most 1.03.
-"""
+"""The turns of :mod:`bench.trainer_loop`."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -80,18 +75,9 @@ def measure(epochs: int = 20, threads: int | None = None) -> dict[str, float]:
     return medians | {"ratio": statistics.median(ratios)}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.trainer_loop", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=20, help="of each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--out", help="also write the figures to this JSON file")
-    args = parser.parse_args(argv)
-    found = measure(args.epochs, args.threads)
+def execute(epochs: int, threads: int | None, out: str | None) -> None:
+    """Print the figures of :func:`measure`; write them to the file ``out`` too, if there is one."""
+    found = measure(epochs, threads)
     print(f"bare {found['bare']:.0f} µs a batch, Trainer {found['trainer']:.0f} µs: {found['ratio']:.3f} of it")
-    if args.out:
-        write_json(args.out, found | machine.provenance())
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    if out:
+        write_json(out, found | machine.provenance())

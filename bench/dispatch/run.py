@@ -1,16 +1,7 @@
-"""Measures which CUDA path is fastest: ``python -m bench.dispatch`` writes dlkernels/routes/cuda-GPU.json.
-
-Every path of this build is timed on every layer, in a separate process, because an illegal access ends a process:
-DLKERNELS_CUDA_GEMM chooses the path. Rows of other architectures, and of layers that are not measured, stay. A path is
-replaced only by one that is clearly faster, so that noise changes no row. A path that is wrong or fails is left out; of
-one that runs out of time the layers count that it finished. cuBLAS comes first. Where arithmetic alone makes a path
-three times slower than that, it is not timed. The table is written after every path, so that an interruption loses one
-path. The exit status is 77 if the build has only one path.
-"""
+"""The paths of :mod:`bench.dispatch`, each timed in a process of its own, and the table that they give."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import itertools
 import json
@@ -28,7 +19,8 @@ import torch
 
 from bench import harness, machine
 from bench.clock import CudaClock, Graph
-from bench.grid import DTYPES, GPU_SHAPES, Shape, shape_named
+from bench.dispatch import PATIENCE
+from bench.grid import DTYPES, GPU_SHAPES, Shape
 from dlkernels import _C, functional, routing
 from dlkernels._version import __version__
 from dlkernels.atomic import atomic_write
@@ -41,7 +33,6 @@ VARIABLE = "DLKERNELS_CUDA_GEMM"
 PRODUCTS = ("forward", "dgrad", "wgrad")
 NO_CHOICE = 77
 JUDGED_ROWS = 1024  # rows at most for the check against float64, which is slow on many GPUs
-PATIENCE = 300  # seconds for a path: one that hangs must not stop the others
 HOPELESS = 3.0  # times the measured time of cuBLAS
 # Multiplications a second that a path can reach at most on the largest GPUs: simt half of the plain FMAs' rate, since
 # shared memory feeds no more; mma the rate of mma.sync. (From data sheets, not measured.)
@@ -307,44 +298,34 @@ def update(
     return rows, sum(rows[c] != old.get(c) for c in rows)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.dispatch", description=__doc__.split("\n")[0])
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
-    parser.add_argument("--table", type=Path, help="(default: dlkernels/routes/cuda-GPU.json)")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each path is timed (default: 2)")
-    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds for a path (default: %(default)s)")
-    for dtype in ("bf16", "fp32"):
-        parser.add_argument(f"--{dtype}", nargs="+", metavar="SHAPE", help=f"only these layers, in {dtype}")
-    parser.add_argument("--time-here", type=Path, metavar="FILE", help="time the path that the environment chose")
-    args = parser.parse_args(argv)
+def execute(
+    named: Layers, dtypes: Sequence[str], table: Path | None, rounds: int, patience: float, asked: Path | None
+) -> int:
+    """Time the layers ``named``, or all in ``dtypes``, and write the table; or time one path here, if it is ``asked``.
+
+    Return the exit status. ``asked`` is the file that the process of a path gets, and its path is in the environment.
+    """
     if why := machine.no_gpu():
-        parser.exit(1, f"bench.dispatch: {why}\n")
-    if args.time_here:
-        for product, seconds in time_here(*read_asked(args.time_here)):
+        print(f"bench.dispatch: {why}", file=sys.stderr)
+        return 1
+    if asked:
+        for product, seconds in time_here(*read_asked(asked)):
             print(json.dumps((product, seconds)), flush=True)
             log.case(" ".join(map(str, product)), path=os.environ[VARIABLE], us=round(seconds * 1e6, 2))
         return 0
-    try:
-        named = [(dtype, shape_named(name)) for dtype in ("bf16", "fp32") for name in getattr(args, dtype) or ()]
-    except ValueError as wrong:
-        parser.error(str(wrong))
-    layers = named or list(itertools.product(args.dtypes, shapes()))
+    layers = named or list(itertools.product(dtypes, shapes()))
     names = paths()
     if len(names) < 2:
         print("bench.dispatch: this build has one path per product, so there is nothing to choose from.")
         return NO_CHOICE
     gpu, commit = machine.facts("cuda")["gpu"], machine.commit()["hash"] or ""
-    file = args.table or table_of(gpu)
+    file = table or table_of(gpu)
     head = Table("cuda", gpu, "", torch.__version__, __version__, False, ())
     today = datetime.date.today().isoformat()
 
     def measure(path: str, cublas: Times) -> Times:
-        return time_path(path, layers, cublas, args.patience)
+        return time_path(path, layers, cublas, patience)
 
-    rows, changed = update(file, head, names, measure, today, commit, args.rounds)
+    rows, changed = update(file, head, names, measure, today, commit, rounds)
     print(f"{file}: {len(rows)} rows, {changed} of them changed")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,14 +1,7 @@
-"""Host overhead: the time of calls at 1x8→8, where the arithmetic takes almost none.
-
-``python -m bench.overhead`` prints medians over many calls on one thread, and ours over stock's, which should be at
-most 1. Each row is forward without gradients, forward with the gradients of input and parameters, or a training step
-(zero_grad, forward, mean squared error, backward, SGD). The rows of a loss have the loss alone, and a step of
-``nn.Linear`` that ends in it.
-"""
+"""The rows of :mod:`bench.overhead`: the calls, and their times."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +12,8 @@ from torch.nn import functional as F
 
 import dlkernels
 from bench import harness, machine
-from bench.networks.common import OURS, STOCK, Calls, distance
+from bench.names import OURS, STOCK
+from bench.networks.common import Calls, distance
 from dlkernels import losses
 from dlkernels.atomic import write_json
 
@@ -128,24 +122,16 @@ def measure(seconds: float = 1.0) -> Iterator[dict[str, str | float]]:
             yield {"call": name, "timed": mode, **medians, "ratio": medians[OURS] / medians[STOCK]}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row (default: %(default)s)")
-    parser.add_argument("--out", help="also write the figures to this JSON file")
-    args = parser.parse_args(argv)
+def execute(seconds: float, out: str | None) -> None:
+    """Print the rows; write them to the file ``out`` too, if there is one."""
     torch.set_num_threads(1)
     rows = []
-    for row in measure(args.seconds):
+    for row in measure(seconds):
         rows.append(row)
         print(
             f"{row['call']:<16} {row['timed']:<17} stock {row[STOCK]:6.2f} µs   dlkernels {row[OURS]:6.2f} µs   "
             f"ours over stock's {row['ratio']:.2f}",
             flush=True,
         )
-    if args.out:
-        write_json(args.out, {**machine.provenance(), "rows": rows})
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    if out:
+        write_json(out, {**machine.provenance(), "rows": rows})
