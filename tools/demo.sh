@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# demo.sh VENV [FLAG...]: load MNIST and train 784-256-10, fused and stock in turns. Then come the seconds of each phase of
-# `make demo` (venv.sh has left those before in VENV/phases), and at the end the table and the path of the picture. The
-# flags are added to those of the training.
+# demo.sh VENV [FLAG...]: load MNIST and train 784-256-10, fused and stock in turns. Between them come the seconds of each
+# phase of `make demo` so far (venv.sh has left its own in VENV/phases): the training ends on the table and the path of the
+# picture. The flags are added to those of the training.
 set -euo pipefail
 venv=$1
 shift
@@ -16,20 +16,12 @@ logging.basicConfig(level=logging.INFO, format='%(message)s')
 from dlkernels.data import load
 print(load('mnist'))"
 data=$SECONDS
-echo "== training: 10 epochs, fused and stock in turns"
-echo "${train[*]}"
-"${train[@]}"
-training=$((SECONDS - data))
-
 echo "== seconds of each phase"
 {
   cat "$venv/phases" 2>/dev/null || true  # those of the first `make demo`; later ones have no such phases
-  printf '%s\t%d\n' data "$data" training "$training"
+  printf '%s\t%d\n' data "$data"
 } | awk -F '\t' '{ printf "  %-12s %4d\n", $1, $2; sum += $2 } END { printf "  %-12s %4d\n", "all", sum }'
 rm -f "$venv/phases"
-
-echo "== result"
-"$venv/bin/python" -c "import json
-from dlkernels.cli.train import comparison_table
-print(comparison_table(json.load(open('$run/comparison.json'))))"
-echo "the curves of both: $run/comparison.png"
+echo "== training: 10 epochs, fused and stock in turns"
+echo "${train[*]}"
+"${train[@]}"

@@ -125,7 +125,7 @@ def _train_together(args: argparse.Namespace, config: RunConfig, ranks: Ranks, h
         print(_agreement(comparison))
     print(f"{folder.path} now holds {', '.join(folder.files())}")
     if comparison is not None:
-        print(f"\n{comparison_table(comparison.to_json())}\n\n{folder.comparison_curves}")
+        print(f"\n{comparison_table(comparison.to_json())}\nthe curves of both: {folder.comparison_curves}")
 
     if args.require_accuracy is not None and after["accuracy"] < args.require_accuracy:
         print(f"expected an accuracy of at least {args.require_accuracy}; got {after['accuracy']}", file=sys.stderr)
@@ -220,5 +220,5 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     epochs = len(comparison["history"]["stock"])
     return (
         f"{table(['', 'seconds per epoch', 'test accuracy'], rows)}\n"
-        f"fused is {comparison['ratio']:.2f}x as fast (medians of {epochs} epochs, in turns)"
+        f"fused is {comparison['ratio']:.2f}x as fast (medians of {epochs} epoch{'s' * (epochs > 1)}, in turns)"
     )

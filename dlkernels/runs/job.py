@@ -118,8 +118,14 @@ class Job:
             copy_parameters(fused.model, network)
         return compare(
             fused,
-            self._trainer("stock", stock, F.cross_entropy),
-            self._trainer("float64, to judge both by,", InAnotherOrder(exact), F.cross_entropy, autocast=None),
+            self._trainer("stock", stock, F.cross_entropy, one_call="never"),
+            self._trainer(
+                "float64, to judge both by,",
+                InAnotherOrder(exact),
+                F.cross_entropy,
+                autocast=None,
+                one_call="never",
+            ),
             self.config.epochs,
             eps=torch.finfo(self.dtype).eps,
             validation_samples=len(self.splits.test_y),

@@ -143,14 +143,14 @@ def test_fused_and_stock_agree(tmp_path, capsys, dtype, activation):
     output = capsys.readouterr().out
     assert "fused and stock agree:" in output
     assert re.search(r"fused is \d+\.\d\dx as fast", output)
-    header, _, *rows, speed, empty, picture = output.rstrip("\n").splitlines()[-7:]
+    header, _, *rows, speed, picture = output.rstrip("\n").splitlines()[-6:]
     assert re.split(r"  +", header.strip()) == ["seconds per epoch", "test accuracy"]
     result = json.loads((tmp_path / "comparison.json").read_text())
     for row, name, side in zip(rows, ("stock", "fused"), ("stock", "candidate"), strict=True):
         assert row.split()[0] == name
         assert float(row.split()[1]) == pytest.approx(result["median_seconds"][side], abs=5e-4)
         assert float(row.split()[2]) == pytest.approx(result["accuracies"][side], abs=5e-5)
-    assert speed.startswith("fused is ") and not empty and picture == str(tmp_path / "comparison.png")
+    assert speed.startswith("fused is ") and picture == f"the curves of both: {tmp_path / 'comparison.png'}"
     assert re.findall(r"^float64, to judge both by, epoch \d", output, re.M)
     turns = re.findall(r"^(fused|stock) epoch", output, re.M)
     assert turns == ["fused", "stock", "stock", "fused"] * 3
@@ -184,13 +184,16 @@ def test_the_demo_ends_on_the_table_and_the_picture(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    said, _, result = done.stdout.partition("== result\n")
-    phases = [line.split()[0] for line in said.partition("== seconds of each phase\n")[2].splitlines()]
-    assert phases == ["build", "data", "training", "all"]
-    header, _, stock, fused, speed, picture = result.splitlines()
+    before, _, training = done.stdout.partition("== training")
+    phases = [line.split()[0] for line in before.partition("== seconds of each phase\n")[2].splitlines()]
+    assert phases == ["build", "data", "all"]
+    assert "separate calls" not in training, "stock is no fallback of ours"
+    *above, header, _, stock, fused, speed, picture = training.splitlines()
+    assert not [line for line in above if "seconds per epoch" in line], "the table is there once"
     assert header.split() == ["seconds", "per", "epoch", "test", "accuracy"]
     assert [stock.split()[0], fused.split()[0], speed.split()[0]] == ["stock", "fused", "fused"]
-    assert picture.startswith("the curves of both: ") and (tmp_path / picture.split()[-1]).is_file()
+    assert picture.startswith("the curves of both: ") and not [line for line in above if "curves of both" in line]
+    assert (tmp_path / picture.split()[-1]).is_file()
 
 
 class NoisyGradient(nn.Module):
