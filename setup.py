@@ -29,6 +29,7 @@ def extension_for(plan: Plan, torch: Torch) -> dict[str, Any]:
         os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch reads it once, at the import below
         os.environ["TORCH_CUDA_ARCH_LIST"] = plan.archs
     os.environ.setdefault("MAX_JOBS", str(job_count(usable_cores(), free_memory_gib(), plan.cuda)))
+    os.environ.setdefault("CCACHE_BASEDIR", str(Path.cwd()))  # one cache for all copies of the sources
     from torch.utils import cpp_extension
 
     sanitize = os.environ.get("DLKERNELS_SANITIZE", "")

@@ -66,7 +66,7 @@ def compile_host_kernels(
     sources: Sequence[str], options: Sequence[str], jobs: int, folder: str = "kernels"
 ) -> list[str]:
     """Compile the kernels for the CPU and the planning by the C++ compiler; otherwise as :func:`compile_kernels`."""
-    compiler = os.environ.get("CXX", "").strip() or "c++"
+    compiler = f"{_cache()}{os.environ.get('CXX', '').strip() or 'c++'}"
     flags = [*HOST_FLAGS, *options, "$more", *INCLUDE]
     command = f"{compiler} {' '.join(flags)} -MMD -MF $out.d -c $in -o $out"
     # On x86 the portable kernels run on processors without AVX2 alone, and torch's products with them. -O1 takes half the
@@ -74,6 +74,14 @@ def compile_host_kernels(
     is_x86 = platform.machine() == "x86_64"
     more = {source: "-O1" for source in sources if is_x86 and source.endswith("ukernel_portable.cpp")}
     return _ninja(command, sources, folder, jobs, more)
+
+
+def _cache() -> str:
+    """Return ccache before the compiler where it is on PATH, as torch does for the operators, and as it is told not to.
+
+    Paths are relative to the sources, so one cache serves several copies of them.
+    """
+    return "ccache " if shutil.which("ccache") and not os.environ.get("TORCH_NO_COMPILER_WRAPPER") else ""
 
 
 def _ninja(

@@ -63,7 +63,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """pytest-xdist needs the same tests in each of its processes."""
+    """Put the longest tests first, so that no process waits for one at the end.
+
+    pytest-xdist needs the same tests in each of its processes.
+    """
+    items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in ("first", "slow")))
     for item in items:
         if re.search(r" at 0x[0-9a-f]+", item.name):
             raise pytest.UsageError(

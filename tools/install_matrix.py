@@ -216,7 +216,7 @@ def attempt(way: Way, case: Case, place: Path) -> tuple[tuple[str, ...], bool]:
     seconds = time.monotonic() - begin
     shutil.rmtree(folder)
     built = re.sub(r" \(torch .*|^CPU only: ", "", facts.pop())
-    shown = re.sub(rf"{re.escape(str(place))}\S*/venv", "the environment", result).replace("|", "/")
+    shown = re.sub(rf"{re.escape(str(place))}\S*/venv|/\S*/uv/builds\S*", "the environment", result).replace("|", "/")
     return (str(datetime.date.today()), way.name, *facts, built, f"{seconds:.0f}", shown), right
 
 

@@ -20,8 +20,8 @@ from typing import Any
 from dlkernels._errors import ExpectedError, UsageError
 from dlkernels.extras import how_to_get
 
-STATUSES = """exit status: 0 done; 1 it failed, or what was to hold does not; 2 the command line or a setting cannot be;
-130 Ctrl-C; 143 SIGTERM"""
+STATUSES = """exit status: 0 done; 1 the command or a check failed; 2 a flag or a setting is not valid; 130 stopped by
+Ctrl-C; 143 stopped by SIGTERM"""
 
 
 class SettingError(UsageError):

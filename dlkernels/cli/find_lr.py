@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
         "find-lr",
         _find_lr,
         _add_flags,
-        help="find a learning rate for a run by trying",
+        help="find a learning rate for a run by trying many",
         description="Raise the learning rate update by update and see where the loss falls fastest. Takes train's "
         "--config and those of its settings that matter here; writes rates.json and rates.png to OUT.",
         without=WITHOUT,

@@ -35,7 +35,8 @@ def add_parser(subparsers: Any) -> None:
         "fuse",
         _fuse,
         help="fuse a model, check it against stock, time both",
-        description="Fuse a model with random weights; compare outputs with stock's; time both; print every site.",
+        description="Fuse a model with random weights; compare its outputs with stock's, time both, and report "
+        "each linear layer.",
     )
     add = parser.add_argument
     add(
@@ -55,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         "--min-gain",
         type=float,
         metavar="G",
-        help="leave layers stock that gain less (default: those slower by more than noise; 0: none)",
+        help="a layer that gains less stays stock (default: one that is slower by more than noise; 0: none)",
     )
     add("--train", action="store_true", help="time forward and backward (default: forward only)")
 

@@ -110,7 +110,7 @@ def one_line(facts: Facts) -> str:
 
 def add_parser(subparsers: Any) -> None:
     """Add ``info`` to the command's subparsers."""
-    add_command(subparsers, "info", _info, help="what was built, what is here, what will run")
+    add_command(subparsers, "info", _info, help="print versions, build, processor and route tables")
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -37,18 +37,18 @@ def add_parser(subparsers: Any) -> None:
         _add_flags,
         help="train an MLP of fused layers on MNIST or digits",
         description="Train an MLP of fused layers; save its settings, history, weights, checkpoints and a report. "
-        "Every setting is a flag here and a key of the --config file; flags overrule the file. With --resume the "
-        "file is the run's own, unless one is given.",
+        "Every setting is a flag here and a key of the --config file; a flag replaces a setting of the file. --resume "
+        "without --config reads the settings of the run.",
     )
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    resume = "go on from FILE (default: the newest in OUT), with the settings of its run"
+    resume = "go on from the checkpoint FILE (default: the newest one of the run in OUT)"
     add("--resume", nargs="?", const="", metavar="FILE", help=resume)
     add("--compare-stock", action="store_true", help="train stock layers too, taking turns, and compare")
     add("--require-accuracy", type=float, metavar="A", help="exit status 1 if test accuracy ends below A")
-    add("-q", "--quiet", action="store_true", help="print only how it ended")
+    add("-q", "--quiet", action="store_true", help="print only the result")
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -18,10 +18,10 @@ def add_parser(subparsers: Any) -> None:
         "tune",
         _tune,
         help="measure which path is fastest on this machine, and keep it",
-        description="Measure layers and chains of layers on this CPU or GPU by every path that the kernels have. Each "
-        "path is judged against float64, then timed beside stock torch in turns; one that is wrong or slower is not "
-        "taken. The route table goes to your cache folder, and every later process on this machine takes its routes "
-        "from it. Leave the machine alone meanwhile.",
+        description="Measure layers and chains of layers on this CPU or GPU, with every path that the kernels have. The "
+        "results of each path are compared with float64, and it is timed beside stock torch in turns; a wrong or slower "
+        "path is not used. The route table goes to your cache folder, and later processes on this machine use it. Run "
+        "nothing else meanwhile.",
     )
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--out",
         metavar="FILE",
-        help="write the table there, not to the cache folder, or add to it; DLKERNELS_ROUTES=FILE takes it",
+        help="the table to write, or to add to (default: in your cache folder); DLKERNELS_ROUTES=FILE uses it",
     )
     add("--any-threads", action="store_true", help="the table is for any number of threads, as shipped ones are")
 

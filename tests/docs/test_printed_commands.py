@@ -145,6 +145,7 @@ NOT_RUN = {
     "python -m tests.kernels.every_processor": "runs the suite several times",
     "python -m _build.kernels": "compiles for a minute; `make` runs it",
     "python setup.py build_ext --inplace": "compiles for minutes; no test runs it",
+    "python -m tools.compile_cost": "compiles for minutes; no test runs it",
     "python -m dlkernels tune --model torchvision:alexnet --batch-size 32": "times 4,096 wide layers for minutes; "
     "tests/routing/test_tuning.py tunes for a model",
 }  # fmt: skip
@@ -258,6 +259,7 @@ def clone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.first
 def test_printed_commands_run(clone):
     for library in ("sklearn", "matplotlib", "pydantic"):
         pytest.importorskip(library)

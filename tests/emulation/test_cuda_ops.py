@@ -73,6 +73,7 @@ def run(library, arguments, environment) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("name", RUNS)
 def test_run(library, name):
     done = run(library, *RUNS[name])
