@@ -24,7 +24,7 @@ class Block:
 
     def __init__(self, rows: int, features: int, hidden: int, asked: Asked, others: peers.Makers) -> None:
         torch.manual_seed(0)
-        dtype, device, with_compiled = asked
+        dtype, device, with_compiled, _ = asked
         self.leaves = [
             (torch.randn(size) / scale).to(device, dtype).requires_grad_()
             for size, scale in (
@@ -68,7 +68,7 @@ def two_layers(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def cases(asked: Asked) -> Iterator[Case]:
     others = peers.BLOCKS if asked.device == "cuda" else {}
-    for name, (rows, features, hidden) in BLOCKS.items():
+    for name, (rows, features, hidden) in asked.of(BLOCKS):
         block = Block(rows, features, hidden, asked, others)
         block.refuse_wrong()
         yield Case(name, "forward", block.forward(), block.refused)

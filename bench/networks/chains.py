@@ -38,7 +38,7 @@ class Network:
 
     def __init__(self, rows: int, sizes: Sequence[int], asked: Asked) -> None:
         torch.manual_seed(0)
-        dtype, device, self.compiled = asked
+        dtype, device, self.compiled, _ = asked
         self.sizes = sizes
         self.refused: Reasons = {}
         self.x = torch.randn(rows, sizes[0]).to(device, dtype)
@@ -175,7 +175,7 @@ def floor_b(rows: int, sizes: Sequence[int], itemsize: int, backward: bool, rate
 
 
 def cases(asked: Asked) -> Iterator[Case]:
-    for name, (rows, sizes) in chains(asked.device).items():
+    for name, (rows, sizes) in asked.of(chains(asked.device)):
         network = Network(rows, sizes, asked)
         network.refuse_wrong()
         yield Case(name, "forward", network.forward(), network.refused)

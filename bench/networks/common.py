@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from bench.names import OURS, STOCK
 
 WRONG = 8.0  # times stock's error: a peer beyond it computes something else, and is not timed
 
+Sizes = TypeVar("Sizes")
 Calls = dict[str, Callable[[], Any]]
 Reasons = dict[str, str]  # of contenders that are not timed
 
@@ -28,11 +29,19 @@ class Case(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The rows that are asked for. ``compiled``: with ``torch.compile`` of stock as a contender."""
+    """The rows that are asked for.
+
+    ``compiled``: with ``torch.compile`` of stock as a contender. ``networks``: parts of names, else all.
+    """
 
     dtype: torch.dtype
     device: str
     compiled: bool = False
+    networks: tuple[str, ...] = ()
+
+    def of(self, networks: Mapping[str, Sizes]) -> Iterator[tuple[str, Sizes]]:
+        """Return those of the networks of a room that are asked for, with their sizes."""
+        return ((n, sizes) for n, sizes in networks.items() if not self.networks or any(p in n for p in self.networks))
 
 
 def compiled(call: Callable[..., Any]) -> Callable[..., Any]:

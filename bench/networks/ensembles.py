@@ -22,7 +22,7 @@ class Ensemble:
 
     def __init__(self, members: int, rows: int, sizes: Sequence[int], asked: Asked) -> None:
         torch.manual_seed(0)
-        dtype, device, self.compiled = asked
+        dtype, device, self.compiled, _ = asked
         self.x = torch.randn(rows, sizes[0]).to(device, dtype)
         self.target = torch.randn(rows, sizes[-1]).to(device, dtype)
         self.ours = [MLP(sizes, dtype=dtype, device=device) for _ in range(members)]
@@ -96,7 +96,7 @@ class Ensemble:
 
 
 def cases(asked: Asked) -> Iterator[Case]:
-    for name, (members, rows, sizes) in ENSEMBLES.items():
+    for name, (members, rows, sizes) in asked.of(ENSEMBLES):
         ensemble = Ensemble(members, rows, sizes, asked)
         refused = ensemble.refuse_wrong()
         yield Case(name, "forward", ensemble.forward(), refused)

@@ -42,7 +42,7 @@ class Gated:
 
     def __init__(self, rows: int, features: int, hidden: int, asked: Asked) -> None:
         torch.manual_seed(0)
-        dtype, device, with_compiled = asked
+        dtype, device, with_compiled, _ = asked
         self.x = torch.randn(rows, features).to(device, dtype).requires_grad_()
         self.g = torch.randn(rows, features).to(device, dtype)
         ours = GatedMLP(features, hidden, dtype=dtype, device=device)
@@ -91,7 +91,7 @@ class Gated:
 
 
 def cases(asked: Asked) -> Iterator[Case]:
-    for name, (rows, features, hidden) in GATED.items():
+    for name, (rows, features, hidden) in asked.of(GATED):
         gated = Gated(rows, features, hidden, asked)
         gated.refuse_wrong()
         yield Case(name, "forward", gated.forward(), {})

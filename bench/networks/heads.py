@@ -49,5 +49,5 @@ def head(
 
 def cases(asked: Asked) -> Iterator[Case]:
     others = peers.HEADS if asked.device == "cuda" else {}
-    for name, (rows, features, classes) in HEADS.items():
+    for name, (rows, features, classes) in asked.of(HEADS):
         yield Case(name, "loss head", *head(rows, features, classes, asked.dtype, asked.device, others))

@@ -76,5 +76,5 @@ class Residual:
 def cases(asked: Asked) -> Iterator[Case]:
     if asked.dtype != torch.float32:  # nobody differentiates twice in 16 bits
         return
-    for name, (points, sizes, activation) in RESIDUALS.items():
+    for name, (points, sizes, activation) in asked.of(RESIDUALS):
         yield Case(name, STEP, Residual(points, sizes, activation, asked.dtype, asked.device).calls(), {})

@@ -38,10 +38,15 @@ COMPILATIONS = 3  # calls: the optimizer's second one finds state that the first
 STEPS = ("training step", residuals.STEP)  # a chain's floor is of its products, forward or forward + backward
 
 
-def measure(dtypes: Sequence[str], budget: float, device: str, compiled: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the rows. On CPU each has the rate of the loop on registers right before it, "registers"."""
+def measure(
+    dtypes: Sequence[str], budget: float, device: str, compiled: bool = False, networks: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the networks that have one of ``networks`` in their names, or of all.
+
+    On CPU each has the rate of the loop on registers right before it, "registers".
+    """
     probed = peak.probe(dtypes, device) if device == "cuda" else None
-    for dtype, case in every_case(dtypes, device, compiled):
+    for dtype, case in every_case(dtypes, device, compiled, networks):
         calls = case.calls
         row: dict[str, Any] = {"network": case.network, "dtype": dtype, "timed": case.timed}
         row["flops"] = flops(calls[STOCK])
@@ -63,10 +68,12 @@ def measure(dtypes: Sequence[str], budget: float, device: str, compiled: bool = 
         yield {**row, "times": {k: asdict(t) for k, t in times.items()}}
 
 
-def every_case(dtypes: Sequence[str], device: str, compiled: bool) -> Iterator[tuple[str, Case]]:
+def every_case(
+    dtypes: Sequence[str], device: str, compiled: bool, networks: Sequence[str]
+) -> Iterator[tuple[str, Case]]:
     for dtype in dtypes:
         for room in ROOMS:
-            for case in room.cases(Asked(DTYPES[dtype], device, compiled)):
+            for case in room.cases(Asked(DTYPES[dtype], device, compiled, tuple(networks))):
                 yield dtype, case
 
 
@@ -100,7 +107,14 @@ def share(row: Mapping[str, Any]) -> str:
     return f"{row['floor'] / times[OURS + GRAPH]['median']:.0%}" if "floor" in row and OURS + GRAPH in times else ""
 
 
-def execute(dtypes: Sequence[str] | None, budget: float, compiled: bool, out: Path | None, device: str) -> int:
+def execute(
+    dtypes: Sequence[str] | None,
+    budget: float,
+    compiled: bool,
+    out: Path | None,
+    device: str,
+    networks: Sequence[str],
+) -> int:
     """Print the rows, write them to the file ``out`` if there is one, and return the exit status."""
     if device == "cuda" and (why := machine.no_gpu()):
         print(f"bench.networks: {why}", file=sys.stderr)
@@ -114,7 +128,7 @@ def execute(dtypes: Sequence[str] | None, budget: float, compiled: bool, out: Pa
     steps = [STOCK, IN_PLACE, *([COMPILED, COMPILED_STEP] if compiled else []), OURS]
     rows, cells = [], []
     dtypes = dtypes or harness.usual_dtypes(("fp32", "bf16"), device)
-    for row in measure(dtypes, budget, device, compiled):
+    for row in measure(dtypes, budget, device, compiled, networks):
         rows.append(row)
         us = {name: round(t["median"] * 1e6, 2) for name, t in row["times"].items()}
         log.case(f"{row['network']} {row['dtype']} {row['timed']}", us=us)
@@ -126,6 +140,9 @@ def execute(dtypes: Sequence[str] | None, budget: float, compiled: bool, out: Pa
             | ({"floor (b) /\nour graph": share(row)} if graphs else {})
             | {f"{other} /\n{ONE_CALL}": ratio(row, other, ONE_CALL) for other in steps}
         )
+    if not rows:
+        print(f"bench.networks: expected parts of networks' names, got {', '.join(networks)}", file=sys.stderr)
+        return 2
     console = table.make_console()
     for each in table.fitting(console, cells, keys):
         console.print(each)

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from bench.names import COMPILED, COMPILED_STEP, STOCK
 from bench.networks.chains import Network
 from bench.networks.common import Asked
-from bench.networks.run import flops
+from bench.networks.residuals import STEP
+from bench.networks.run import every_case, execute, flops
 
 ROWS, SIZES = 8, [3, 4, 2]
 
@@ -44,3 +45,11 @@ def test_a_row_counts_the_products_of_stock(network):
     dgrad = 2 * ROWS * 4 * 2  # the first layer has none
     for calls in (network.forward_backward(), network.training()):
         assert flops(calls[STOCK]) == 2 * forward + dgrad
+
+
+def test_networks_are_chosen_by_parts_of_their_names(capsys):
+    found = [(case.network, case.timed) for _, case in every_case(["fp32"], "cpu", False, ["batch 32", "tanh, 32 po"])]
+    modes = ("forward", "forward+backward", "training step")
+    assert found == [*(("8-64-64-4, batch 32", mode) for mode in modes), ("heat 2-64-64-1, tanh, 32 points", STEP)]
+    assert execute(["fp32"], 0.01, False, None, "cpu", ["no such"]) == 2
+    assert "expected parts of networks' names, got no such" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from _build import kernels
 from _build.units import TENSORS, units
 from tests.support.paths import ROOT
 
@@ -60,3 +61,21 @@ def test_an_unchanged_unit_is_not_written_again(made, tmp_path, monkeypatch):
     assert units(SOURCES, tmp_path) == made
     assert {path for path in tmp_path.iterdir() if path.stat().st_mtime != 1} == {first}
     assert included(first)
+
+
+def test_the_kernels_have_a_compilers_cache_where_there_is_one(tmp_path, monkeypatch):
+    """As the operators have from torch; and they do without."""
+    cache = tmp_path / "ccache"
+    cache.write_text("#!/bin/sh\n")
+    cache.chmod(0o755)
+    commands = []
+    monkeypatch.setattr(kernels, "_ninja", lambda command, *rest: commands.append(command) or [])
+    monkeypatch.setenv("CXX", "g++-12")
+    monkeypatch.delenv("TORCH_NO_COMPILER_WRAPPER", raising=False)
+    for path in (tmp_path, tmp_path / "nothing"):
+        monkeypatch.setenv("PATH", str(path))
+        kernels.compile_host_kernels([], [], 1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_NO_COMPILER_WRAPPER", "1")
+    kernels.compile_host_kernels([], [], 1)
+    assert [command.split()[:2] for command in commands] == [["ccache", "g++-12"]] + 2 * [["g++-12", "-std=c++20"]]

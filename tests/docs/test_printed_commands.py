@@ -19,6 +19,7 @@ from tests.docs.pages import BLOCKS, PAGES
 from tests.support.paths import ROOT
 
 TUNE = "--dtypes float32 --seconds 0.01 --out routes.json"
+NETWORKS = "'batch 32' 'tanh, 32 points' members gated 'gelu 768' 32k"  # one of each kind
 BENCH = "--shapes 8x8x8 --modes forward --dtypes fp32 --budget 0.05 --out bench.json"
 
 # As printed, and as run; None: as printed.
@@ -37,7 +38,7 @@ SMALL: dict[str, str | None] = {
     "python -m dlkernels export runs/mnist --format onnx": None,
     "python -m dlkernels fuse --model torchvision:alexnet":
         "python -m dlkernels fuse --model torchvision:alexnet --batch-size 1 --size 64",
-    "python -m bench.networks": "python -m bench.networks --dtypes fp32 --budget 0.01",
+    "python -m bench.networks": f"python -m bench.networks --dtypes fp32 --budget 0.01 --networks {NETWORKS}",
     "python -m tests.planning.gpu_plans": None,
     "python -m bench": f"python -m bench {BENCH}",
     "python -m bench --quick": f"python -m bench --quick {BENCH}",
@@ -150,11 +151,11 @@ NOT_RUN = {
     "tests/routing/test_tuning.py tunes for a model",
 }  # fmt: skip
 
-# Runs the commands that come as JSON, in the current folder. Each is a fork of a process that has imported torch, which
-# alone takes two seconds. It prints the exit status and the output of each that failed.
+# Runs the commands that come as JSON, in the current folder. Each is a fork of a process that has imported what most of
+# them need and takes seconds. It prints the exit status and the output of each that failed.
 RUNNER = """
 import json, os, runpy, shlex, subprocess, sys, tempfile, traceback
-import torch
+import matplotlib.figure, sklearn.datasets, torch.testing, torch.utils.flop_counter
 
 torch.set_num_threads(1)
 
