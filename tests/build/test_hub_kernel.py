@@ -1,6 +1,7 @@
 """The project of the Hub kernel: complete, with names of its own, and swapped in by ``kernelize``."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -104,15 +105,13 @@ print("kernelized")
 
 @pytest.mark.slow
 def test_kernelize_swaps_the_layers_in(project):
-    """Forward, backward, double backward and torch.compile, beside the package in the same process.
-
-    The library kernels is in no extra: install it to run this test, which compiles for some minutes.
-    """
+    """Forward, backward, double backward and torch.compile, beside the package and without a network."""
     pytest.importorskip("kernels")
     build(project)
     done = subprocess.run(
         [sys.executable, "-c", KERNELIZE, str(project)],
         cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
