@@ -216,8 +216,12 @@ def attempt(way: Way, case: Case, place: Path) -> tuple[tuple[str, ...], bool]:
     seconds = time.monotonic() - begin
     shutil.rmtree(folder)
     built = re.sub(r" \(torch .*|^CPU only: ", "", facts.pop())
-    shown = re.sub(rf"{re.escape(str(place))}\S*/venv|/\S*/uv/builds\S*", "the environment", result).replace("|", "/")
-    return (str(datetime.date.today()), way.name, *facts, built, f"{seconds:.0f}", shown), right
+    return (str(datetime.date.today()), way.name, *facts, built, f"{seconds:.0f}", as_cell(result, place)), right
+
+
+def as_cell(result: str, place: Path) -> str:
+    """Return the result for a cell: without the folders of the environments, those in ``place`` and uv's own."""
+    return re.sub(rf"{re.escape(str(place))}\S*/venv|/\S*/uv/builds\S*", "the environment", result).replace("|", "/")
 
 
 def line(row: tuple[str, ...]) -> str:

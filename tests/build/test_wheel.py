@@ -1,6 +1,7 @@
 """The checks of `make wheel` on made-up contents. The wheels themselves are built by hand."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +91,9 @@ def test_its_row_is_recorded(tmp_path):
     assert lines[:2] == ["before", begin] and lines[-2:] == [end, "after"]
     assert lines[2] == install_matrix.line(wheel.TABLE.header).strip()
     assert [each.split(" | ")[3] for each in lines[4:-2]] == ["2.13.0+cpu", "2.14.0+cpu"]
+
+
+@pytest.mark.parametrize("folder", ["/tmp/abc/environment/venv", "/root/.cache/uv/builds-v0/.tmpUm49ld"])
+def test_a_row_names_no_folder_of_the_machine(folder):
+    said = install_matrix.as_cell(f"refused: {folder} has none: CXX=a|b", Path("/tmp/abc"))
+    assert said == "refused: the environment has none: CXX=a/b"
