@@ -2,7 +2,7 @@
 
 OURS, STOCK, IN_PLACE = "dlkernels", "stock", "in-place"
 
-# Of bench.networks alone.
+# Only bench.networks has these.
 FUSED = "fuse"  # stock's model after dlkernels.fuse
 ONE_CALL, OUR_LAYERS = "training_step", "our layers"
 COMPILED, COMPILED_STEP = "compile", "compile, optimizer too"

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tools.ptxas_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("report", nargs="?", metavar="REPORT", help="the file to write")
-    parser.add_argument("logs", nargs="*", metavar="LOG", help="what ptxas -v said")
+    parser.add_argument("logs", nargs="*", metavar="LOG", help="an output of ptxas -v")
     parser.add_argument("--hgmma", metavar="OBJECT", help="count the wgmma instructions of this object instead")
     args = parser.parse_args(argv)
     if args.hgmma:
