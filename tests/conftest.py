@@ -63,11 +63,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put the longest tests first, so that no process waits for one at the end.
+    """Put the files with the longest tests first, so that no process waits for one at the end.
 
     pytest-xdist needs the same tests in each of its processes.
     """
-    items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in ("first", "slow")))
+    long = {item.path for item in items if any(map(item.get_closest_marker, ("first", "slow")))}
+    items.sort(key=lambda item: item.path not in long)
     for item in items:
         if re.search(r" at 0x[0-9a-f]+", item.name):
             raise pytest.UsageError(

@@ -15,9 +15,9 @@ def test_no_folder_of_tests_is_left_out(pytestconfig):
 
 
 def test_the_longest_tests_come_first():
-    def item(name, *marks):
-        return SimpleNamespace(name=name, get_closest_marker={mark: mark for mark in marks}.get)
+    def item(path, name, *marks):
+        return SimpleNamespace(path=path, name=name, get_closest_marker={mark: mark for mark in marks}.get)
 
-    items = [item("a"), item("b", "cuda"), item("c", "slow"), item("d"), item("e", "first", "cuda")]
+    items = [item("a", "1"), item("a", "2", "cuda"), item("b", "3"), item("b", "4", "slow"), item("c", "5", "first")]
     conftest.pytest_collection_modifyitems(items)
-    assert [each.name for each in items] == ["c", "e", "a", "b", "d"]
+    assert [each.name for each in items] == ["3", "4", "5", "1", "2"], "a file stays whole"

@@ -104,9 +104,11 @@ print("kernelized")
 
 
 @pytest.mark.slow
-def test_kernelize_swaps_the_layers_in(project):
+def test_kernelize_swaps_the_layers_in(tmp_path):
     """Forward, backward, double backward and torch.compile, beside the package and without a network."""
     pytest.importorskip("kernels")
+    project = tmp_path / "dlkernels"  # its own: a build leaves files in it
+    write(project)
     build(project)
     done = subprocess.run(
         [sys.executable, "-c", KERNELIZE, str(project)],
