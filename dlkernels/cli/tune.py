@@ -18,10 +18,10 @@ def add_parser(subparsers: Any) -> None:
         "tune",
         _tune,
         help="measure which path is fastest on this machine, and keep it",
-        description="Measure layers and chains of layers on this CPU or GPU, with every path that the kernels have. The "
-        "results of each path are compared with float64, and it is timed beside stock torch in turns; a wrong or slower "
-        "path is not used. The route table goes to your cache folder, and later processes on this machine use it. Run "
-        "nothing else meanwhile.",
+        description="Measure layers and chains of layers on this CPU or GPU, with every path that the kernels have. "
+        "The results of each path are compared with float64, and it is timed beside stock torch in turns; a wrong or "
+        "slower path is not used. The route table goes to your cache folder, and later processes on this machine use "
+        "it. Run nothing else meanwhile.",
     )
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
