@@ -17,6 +17,10 @@ from typing import Any
 import setuptools
 from setuptools import build_meta
 
+# Installers put this folder in front of sys.path, where its modules would hide packages with the same names, such as
+# Hugging Face's kernels: setuptools loads what installed packages add to it.
+sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
+
 if find_spec("torch") is None:
     # pip hides the environment through these variables; without them the interpreter sees its own packages.
     hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")

@@ -83,6 +83,10 @@ def may_be_kept(x: Tensor, *parameters: Tensor) -> bool:
     )
 
 
+# The module with the parameters of a layer, and the names of weight and bias there; None: no bias is given.
+Layer = tuple[nn.Module, str, str | None]
+
+
 class Unknown(Exception):
     """A part of the decision cannot be written down."""
 
@@ -105,12 +109,13 @@ class Reads:
     def attributes(self, module: nn.Module, names: Iterable[str]) -> None:
         self.module(module).extend((None, name, module.__dict__.get(name, MISSING)) for name in names)
 
-    def parameters(self, layer: nn.Module) -> None:
+    def parameters(self, layer: nn.Module) -> Layer:
         """Note a layer, whose weight and bias ``_C.Decided`` reads at each call."""
         for name in ("weight", "bias"):
             if name in layer.__dict__ or name not in layer._parameters:
                 raise Unknown
             self.module(layer).append((None, name, MISSING))
+        return layer, "weight", "bias"
 
     def children(self, container: nn.Module, calls_forward_alone: bool) -> None:
         """Note the children of a container in their order."""
@@ -118,8 +123,8 @@ class Reads:
         _, alone, _, _ = self.modules[id(container)]
         self.modules[id(container)] = container, alone, entries, list(container._modules.values())
 
-    def decided(self, layers: Sequence[tuple[nn.Module, int]], slope: float) -> _C.Decided:
-        """Return the decision for a chain of layers, each with the code of its activation."""
+    def decided(self, layers: Sequence[Layer], codes: Sequence[int], slope: float) -> _C.Decided:
+        """Return the decision for a chain of layers with the codes of their activations."""
         space = vars(torch_module)
         return _C.Decided(
             {
@@ -134,7 +139,7 @@ class Reads:
                 "class_attributes": self.class_attributes,
                 "modules": list(self.modules.values()),
                 "plain": (Tensor, nn.Parameter),
-                "layers": list(layers),
+                "layers": [(module, code, *names) for (module, *names), code in zip(layers, codes, strict=True)],
                 "slope": slope,
             }
         )

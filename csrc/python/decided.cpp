@@ -64,7 +64,8 @@ struct Module {
 
 // A layer's parameters are looked up at each call. Any that fit may take the place of those that were there before.
 struct Layer {
-  size_t module;  // its place among the modules
+  size_t module;            // its place among the modules
+  PyObject *weight, *bias;  // their names among the module's parameters; bias is null where none is given
   bool has_bias;
   int64_t in, out;
 };
@@ -95,8 +96,6 @@ struct Names {
   PyObject* replaced[3] = {interned("forward"), interned("_compiled_call_impl"), interned("_call_impl")};
   PyObject* modules = interned("_modules");
   PyObject* parameters = interned("_parameters");
-  PyObject* weight = interned("weight");
-  PyObject* bias = interned("bias");
 };
 
 const Names& names() {
@@ -185,8 +184,8 @@ bool read_parameters(const State& s, const Dicts& dicts, std::vector<at::Tensor>
                      bool& learns) {
   for (const Layer& layer : s.layers) {
     PyObject* parameters = item(dicts[layer.module], names().parameters);
-    PyObject *weight = parameters ? item(parameters, names().weight) : nullptr,
-             *bias = parameters ? item(parameters, names().bias) : nullptr;
+    PyObject* weight = parameters ? item(parameters, layer.weight) : nullptr;
+    PyObject* bias = !layer.bias ? Py_None : parameters ? item(parameters, layer.bias) : nullptr;
     if (!weight || !bias || (bias != Py_None) != layer.has_bias) return false;
     const at::Tensor* w = plain_tensor(s, weight);
     if (!w || w->dim() != 2 || w->size(0) != layer.out || w->size(1) != layer.in) return false;
@@ -300,15 +299,16 @@ void fill(State& s, const py::dict& read) {
   }
   const py::sequence plain = read["plain"];
   for (int i = 0; i < 2; ++i) s.plain[i] = same(s, plain[i]);
-  for (py::handle row : read["layers"]) {  // module, code of the activation
+  for (py::handle row : read["layers"]) {  // module, code of the activation, names of weight and bias
     const py::tuple parts = py::reinterpret_borrow<py::tuple>(row);
     const auto at =
         std::find_if(s.modules.begin(), s.modules.end(), [&](const Module& m) { return m.self.is(parts[0].ptr()); });
     if (at == s.modules.end()) throw py::value_error("Decided: expected the layers among the modules");
     const py::dict parameters = parts[0].attr("_parameters");
-    const at::Tensor& w = unpack(py::handle(parameters["weight"]).ptr());
-    s.layers.push_back(
-        {static_cast<size_t>(at - s.modules.begin()), !parameters["bias"].is_none(), w.size(1), w.size(0)});
+    const at::Tensor& w = unpack(py::handle(parameters[parts[2]]).ptr());
+    const bool gives_bias = !parts[3].is_none(), has_bias = gives_bias && !parameters[parts[3]].is_none();
+    s.layers.push_back({static_cast<size_t>(at - s.modules.begin()), own(s, parts[2]),
+                        gives_bias ? own(s, parts[3]) : nullptr, has_bias, w.size(1), w.size(0)});
     s.acts.push_back(parts[1].cast<int64_t>());
     s.dtype = w.scalar_type(), s.device = w.device();
   }

@@ -20,10 +20,12 @@ Parameters = tuple[Tensor, Tensor | None]  # weight [out_features, in_features],
 class FunctionalLinear:
     """``function(·, weight, bias)`` with the arguments as the source gives them. It is called with x."""
 
+    __slots__ = ("args", "bias", "function", "kwargs", "weight")
+
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs
-        given = dict(zip(("weight", "bias"), args, strict=False)) | kwargs
-        self.weight, self.bias = given.get("weight"), given.get("bias")
+        self.weight = args[0] if args else kwargs.get("weight")
+        self.bias = args[1] if len(args) > 1 else kwargs.get("bias")
 
     def __call__(self, x: Any) -> Any:
         if "input" in self.kwargs:
@@ -54,6 +56,21 @@ def own_parameters(layer: FunctionalLinear | ParameterLayer) -> Parameters | Non
     if not all(isinstance(t, nn.Parameter) or (isinstance(t, Tensor) and not t.requires_grad) for t in several):
         return None
     return weight, bias
+
+
+def names_in(module: Any, layer: FunctionalLinear) -> tuple[str, str | None] | None:
+    """Return the names of a layer's weight and bias (None: it has none) among a module's own parameters.
+
+    It is None if they are not there, or if the function is not ``F.linear``.
+    """
+    own = object.__getattribute__(module, "__dict__")["_parameters"]
+    weight = next((name for name, parameter in own.items() if parameter is layer.weight), None)
+    if weight is None or layer.function is not F.linear:
+        return None
+    if layer.bias is None:
+        return weight, None
+    bias = next((name for name, parameter in own.items() if parameter is layer.bias), None)
+    return None if bias is None else (weight, bias)
 
 
 Place = tuple[nn.Module, str]  # a module, and the name of its parameter or buffer

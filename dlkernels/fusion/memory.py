@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlkernels import _C, _decisions
-from dlkernels._decisions import MISSING, Unknown, keep, mark_of, may_be_kept, recall, run_again
+from dlkernels._decisions import MISSING, Layer, Unknown, keep, mark_of, may_be_kept, recall, run_again
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call, rules
 from dlkernels.fusion.reading import activation_of
@@ -45,6 +45,7 @@ class Reads(_decisions.Reads):
     def __init__(self, owner: nn.Module) -> None:
         super().__init__(owner)
         self.checks: list[Callable[[], bool]] = []
+        self._functional: dict[int, Layer] = {}
 
     def attribute(self, module: nn.Module, name: str) -> Any:
         """Note what ``module.name`` looks up, which is no attribute of the class; return its value."""
@@ -61,10 +62,19 @@ class Reads(_decisions.Reads):
         entries.append((None, name, own[name]))
         return own[name]
 
-    def linear(self, linear: nn.Module) -> None:
+    def functional(self, owner: nn.Module, linear: Any, weight: str, bias: str | None) -> None:
+        """Note a layer of ``F.linear`` with parameters of these names."""
+        for name in (weight, bias):
+            if name is not None:
+                self.module(owner, calls_forward_alone=False).append((None, name, MISSING))
+        self._functional[id(linear)] = owner, weight, bias
+
+    def linear(self, linear: Any) -> Layer:
+        if id(linear) in self._functional:
+            return self._functional[id(linear)]
         if type(linear) is not nn.Linear:
             raise Unknown
-        self.parameters(linear)
+        return self.parameters(linear)
 
     def stage(self, stage: Stage) -> None:
         """Note what decided for a stage that is no layer."""
@@ -109,8 +119,7 @@ def decided(reads: Reads, stages: Sequence[Stage], chain: Chain, owners: Iterabl
         layers = []
         for stage in stages[chain.first : chain.last + 1]:
             if rules.is_linear(stage.called):
-                reads.linear(stage.called)
-                layers.append(stage.called)
+                layers.append(reads.linear(stage.called))
             else:
                 reads.stage(stage)
         _end(reads, stages, chain)
@@ -123,7 +132,7 @@ def decided(reads: Reads, stages: Sequence[Stage], chain: Chain, owners: Iterabl
     ]
     reads.class_attributes.append((nn.Linear, "forward", call.STOCK_LINEAR[1]))
     codes = [ACTIVATIONS[name].code for _, _, name, _ in chain.layers]
-    made = reads.decided(list(zip(layers, codes, strict=True)), slope_of(chain.layers))
+    made = reads.decided(layers, codes, slope_of(chain.layers))
     return Checked(made, reads.checks) if reads.checks else made
 
 

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from dlkernels._ops.modes import are_plain
 from dlkernels.fusion import call as calls
 from dlkernels.fusion import memory
+from dlkernels.fusion.functional import FunctionalLinear, names_in
 from dlkernels.fusion.rules import identity, works_in_place
 from dlkernels.fusion.stages import Chain, Stage
 
 _NO_KEYWORDS: dict[str, Any] = {}
 
 
-# The ids of a module, an activation and a layer whose decision cannot be written down. Another object may have such an
-# id later: then it is decided at each call too.
-_unknown: set[tuple[int, int, int]] = set()
+# The ids of a module, an activation, and a layer or its parameters, whose decision cannot be written down. Another object
+# may have such an id later: then it is decided at each call too.
+_unknown: set[tuple[int, int, Any]] = set()
 _MOST = 16384
 
 
@@ -31,23 +32,40 @@ def _run_again(self: Any, act: Any, linear: Any, x: Any) -> Tensor | None:
     """Return ``act(linear(x))`` if it was decided before to fuse the two, and the decision holds; else None."""
     if torch.compiler.is_dynamo_compiling():
         return None
-    return memory.run_again((id(self), id(act), id(linear)), self, x)
+    if type(linear) is not FunctionalLinear:
+        return memory.run_again((id(self), id(act), id(linear)), self, x)
+    key = id(self), id(act), (id(linear.weight), id(linear.bias))  # the layer is made at each call
+    names = memory.mark_of(key)
+    if names is None or linear.function is not calls.STOCK_LINEAR[0]:
+        return None
+    (weight, bias), own = names, self.__dict__["_parameters"]
+    if own.get(weight) is not linear.weight or (None if bias is None else own.get(bias)) is not linear.bias:
+        return None
+    return memory.run_again(key, self, x)
 
 
 def _remember(self: Any, act: Any, linear: Any, x: Any, ready: calls.Ready) -> None:
-    key = id(self), id(act), id(linear)
-    if torch.compiler.is_dynamo_compiling() or calls.watcher is not None or key in _unknown:
+    if torch.compiler.is_dynamo_compiling() or calls.watcher is not None:
         return
-    if not isinstance(linear, nn.Module):  # it is made at each call
+    key: tuple[int, int, Any] = id(self), id(act), id(linear)
+    names = None
+    if type(linear) is FunctionalLinear:
+        key = id(self), id(act), (id(linear.weight), id(linear.bias))
+        if (names := names_in(self, linear)) is None:
+            return
+    if key in _unknown:
         return
     if memory.may_be_kept(x):
         chain = Chain((ready,), (1,), 0, 1)
-        decided = memory.decided(memory.Reads(self), (Stage(linear), Stage(act)), chain, (self,))
+        reads = memory.Reads(self)
+        if names is not None:
+            reads.functional(self, linear, *names)
+        decided = memory.decided(reads, (Stage(linear), Stage(act)), chain, (self,))
         if decided is None:
             if len(_unknown) >= _MOST:
                 _unknown.clear()
             _unknown.add(key)
-        memory.keep(key, decided)
+        memory.keep(key, decided, names)
 
 
 def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:

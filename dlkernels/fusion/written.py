@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlkernels.fusion import call, memory
+from dlkernels.fusion.functional import FunctionalLinear
 from dlkernels.fusion.known import is_sliced
 from dlkernels.fusion.rules import METHODS, is_linear, linear_rule, works_in_place
 from dlkernels.fusion.series import Path
@@ -134,7 +135,12 @@ def _remember(
     stages = [stage for group in groups for stage in group]
     reads = memory.Reads(self)
     try:
-        known = [_note(reads, self, path, given) for path in paths]
+        names = [path[1] for path in paths if _is_own_parameter(self, path)]
+        known = [_note(reads, self, path, given) for path in paths if not _is_own_parameter(self, path)]
+        for stage in stages:
+            if type(stage.called) is FunctionalLinear:
+                reads.functional(self, stage.called, *_names_of(self, stage.called, names))
+                known.append(stage.called)
         if not all(
             any(stage.called is m for m in METHODS.values()) or any(v is stage.called for v in known)
             for stage in stages
@@ -143,6 +149,23 @@ def _remember(
     except memory.Unknown:
         return
     memory.keep(key, memory.decided(reads, stages, chain, (self,)), reached)
+
+
+def _is_own_parameter(self: Any, path: Path) -> bool:
+    """Return True for ``self.name``, a parameter."""
+    if len(path) != 2 or path[0] or not isinstance(path[1], str) or not is_plain_attribute(type(self), path[1]):
+        return False
+    own = self.__dict__
+    return path[1] not in own and own["_parameters"].get(path[1]) is not None
+
+
+def _names_of(self: Any, layer: FunctionalLinear, names: Sequence[str]) -> tuple[str, str | None]:
+    """Return the names of a layer's weight and bias: one look-up of the source for each, which nothing else reads."""
+    own = self.__dict__["_parameters"]
+    found = [[name for name in names if own[name] is parameter] for parameter in (layer.weight, layer.bias)]
+    if layer.function is not F.linear or len(found[0]) != 1 or len(found[1]) != (layer.bias is not None):
+        raise memory.Unknown
+    return found[0][0], found[1][0] if found[1] else None
 
 
 def _note(reads: memory.Reads, self: Any, path: Path, given: tuple[Any, ...]) -> Any:

@@ -116,24 +116,25 @@ class MLP(nn.Sequential):
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         y = mlp(x, weights, biases, acts, slope)
         if may_be_kept(x, *weights, *[b for b in biases if b is not None]):
-            self._remember(layers, [act.code for act in acts], slope)
+            self._remember([act.code for act in acts], slope)
         return y
 
-    def _remember(self, layers: list[LinearAct], codes: list[int], slope: float) -> None:
+    def _remember(self, codes: list[int], slope: float) -> None:
         reads = Reads(self)
         reads.children(self, calls_forward_alone=False)
+        noted = []
         try:
             for module in self._modules.values():
                 if type(module) is nn.Dropout:
                     reads.attributes(module, ("p", "training"))
                 elif isinstance(module, LinearAct):
                     reads.attributes(module, ("activation", "negative_slope"))
-                    reads.parameters(module)
+                    noted.append(reads.parameters(module))
                 else:  # an Identity
                     reads.module(module)
         except Unknown:
             return
-        keep(id(self), reads.decided(list(zip(layers, codes, strict=True)), slope))
+        keep(id(self), reads.decided(noted, codes, slope))
 
     def _chain(self) -> list[LinearAct] | None:
         """Return the layers if the chain of them is all that ``nn.Sequential`` would compute, else None.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -276,3 +277,14 @@ def test_a_missing_compiler_is_one_sentence(tmp_path):
     for environment in ({"CXX": str(tmp_path / "nowhere")}, {"PATH": str(tmp_path)}):
         with pytest.raises(plan.PlanError, match=r"there is no C\+\+ compiler here .*apt-get install g\+\+"):
             plan.check_compiler(environment)
+
+
+def test_the_backend_hides_no_package(tmp_path):
+    """An installer puts its folder in front of sys.path, and setuptools loads what installed packages add to it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("where = 'installed'")
+    code = f"import sys; sys.path[:0] = [{str(ROOT / '_build')!r}, {str(tmp_path)!r}]; import backend, kernels"
+    ran = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(kernels.where)"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ran.stdout == "installed\n", ran.stderr
