@@ -91,6 +91,7 @@ NOT_RUN = {
     "pip install -v .": INSTALL,
     "pip install --no-build-isolation .": MATRIX,
     "uv pip install --no-build-isolation .": MATRIX,
+    "uv pip install .": MATRIX,
     "pip install -U setuptools ninja": MATRIX,
     "pip install dist/dlkernels-*.tar.gz": MATRIX,
     "pip wheel --no-deps .": NETWORK,
