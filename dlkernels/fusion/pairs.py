@@ -22,8 +22,8 @@ from dlkernels.fusion.stages import Chain, Stage
 _NO_KEYWORDS: dict[str, Any] = {}
 
 
-# The ids of a module, an activation, and a layer or its parameters, whose decision cannot be written down. Another object
-# may have such an id later: then it is decided at each call too.
+# The ids of a module, an activation, and a layer or its parameters, whose decision cannot be written down. Another
+# object may have such an id later: then it is decided at each call too.
 _unknown: set[tuple[int, int, Any]] = set()
 _MOST = 16384
 
