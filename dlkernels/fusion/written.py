@@ -135,7 +135,7 @@ def _remember(
     stages = [stage for group in groups for stage in group]
     reads = memory.Reads(self)
     try:
-        names = [path[1] for path in paths if _is_own_parameter(self, path)]
+        names = [str(path[1]) for path in paths if _is_own_parameter(self, path)]
         known = [_note(reads, self, path, given) for path in paths if not _is_own_parameter(self, path)]
         for stage in stages:
             if type(stage.called) is FunctionalLinear:
