@@ -18,7 +18,7 @@ from typing import Any
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _build.kernels import BROKEN, CXX_FLAGS, RELEASE, compile_host_kernels, compile_kernels, host_kernels
+from _build.compile_kernels import BROKEN, CXX_FLAGS, RELEASE, compile_host_kernels, compile_kernels, host_kernels
 from _build.plan import Plan, PlanError, Torch, check_compiler, free_memory_gib, job_count, make_plan, usable_cores
 from _build.units import units
 

@@ -17,9 +17,8 @@ from typing import Any
 import setuptools
 from setuptools import build_meta
 
-# Installers put this folder in front of sys.path, where its modules would hide packages with the same names, such as
-# Hugging Face's kernels: setuptools loads what installed packages add to it.
-sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
+# Installers look in this folder first for every module. So none here may have the name of a package that adds to setuptools, as
+# Hugging Face's kernels does.
 
 if find_spec("torch") is None:
     # pip hides the environment through these variables; without them the interpreter sees its own packages.

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _build.kernels import compile_kernels
+from _build.compile_kernels import compile_kernels
 from _build.plan import PlanError, find_toolkit, free_memory_gib, job_count, usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -36,7 +36,7 @@ counted() {
   tee -a "$log" | sed -nu -e 's/^dlkernels: /  &/p' -e 's/^\(\[[0-9]*\/[0-9]*\]\).* -c [^ ]*\/\(\(csrc\|build\/units\)\/[^ ]*\) .*/  \1 \2/p'
 }
 phase "packages: torch and what dlkernels[$extra] needs; the kernels compile meanwhile"
-"$venv/bin/python" -m _build.kernels 2>&1 | counted &
+"$venv/bin/python" -m _build.compile_kernels 2>&1 | counted &
 kernels=$!
 if ! "$venv/bin/python" -c "$has_torch" 2>/dev/null; then
   echo "  $TORCH, the largest download"

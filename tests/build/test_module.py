@@ -19,9 +19,11 @@ def test_arguments_by_place_and_by_name():
         assert _C.use_routes(table=-1, cuda=False) == number
     finally:
         _C.use_routes(before)
-    fused = _C.explain_fused_mlp(False, layers=((4096, 32, 16), [4096, 8, 32]), dtype="float32")
-    assert fused == _C.explain_fused_mlp(cuda=False, layers=[(4096, 32, 16), (4096, 8, 32)], dtype="float32")
-    assert isinstance(fused, tuple) and [type(value) for value in fused] == [int, str, int]
+    settings = {"dtype": "float32", "threads": 1, "in_bf16": False}
+    fused = _C.explain_mlp(False, True, layers=((4096, 32, 16), [4096, 8, 32]), **settings)
+    layers = [(4096, 32, 16), (4096, 8, 32)]
+    assert fused == _C.explain_mlp(cuda=False, backward=True, layers=layers, **settings)
+    assert isinstance(fused, tuple) and [type(value) for value in fused] == [int, str, int, str]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def test_arguments_by_place_and_by_name():
         (lambda: _C.use_routes(10**6), ValueError, "expected a table of make_routes, or -1 for none; got 1000000"),
         (lambda: _C.make_routes([ROW[:-1]]), TypeError, "incompatible function arguments"),
         (lambda: _C.make_routes([("sideways", *ROW[1:])]), ValueError, "expected forward, dgrad or wgrad"),
-        (lambda: _C.explain_fused_mlp(False, [], "float8"), TypeError, "expected float64, float32"),
+        (lambda: _C.explain_mlp(False, False, [], "float8", 1, False), TypeError, "expected float64, float32"),
         (lambda: _C.StepPlan(), TypeError, "incompatible constructor arguments"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from _build import kernels
+from _build import compile_kernels as kernels
 from _build.units import TENSORS, units
 from tests.support.paths import ROOT
 

@@ -145,7 +145,7 @@ NOT_RUN = {
     "python -m dlkernels COMMAND --help": NAME,
     "python -m bench.readme_table": NAME,
     "python -m tests.kernels.every_processor": "runs the suite several times",
-    "python -m _build.kernels": "compiles for a minute; `make` runs it",
+    "python -m _build.compile_kernels": "compiles for a minute; `make` runs it",
     "python setup.py build_ext --inplace": "compiles for minutes; no test runs it",
     "python -m tools.compile_cost": "compiles for minutes; no test runs it",
     "python -m dlkernels tune --model torchvision:alexnet --batch-size 32": "times 4,096 wide layers for minutes; "

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from _build.kernels import CXX_FLAGS, RELEASE, compile_host_kernels
+from _build.compile_kernels import CXX_FLAGS, RELEASE, compile_host_kernels
 from _build.plan import free_memory_gib, job_count, usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]

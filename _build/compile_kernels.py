@@ -1,6 +1,6 @@
 """Compiles the kernels. They include neither torch nor Python, so one set of objects serves every version of both.
 
-ninja keeps track of commands and headers, so a second build compiles only what changed. ``python -m _build.kernels``
+ninja keeps track of commands and headers, so a second build compiles only what changed. ``python -m _build.compile_kernels``
 compiles those of the CPU by themselves: they can be ready before torch is.
 """
 
@@ -108,7 +108,7 @@ def _ninja(
 
 def main() -> int:
     """Compile the host kernels as setup.py does without CUDA and sanitizers, which then finds them."""
-    argparse.ArgumentParser(prog="python -m _build.kernels", description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m _build.compile_kernels", description=__doc__).parse_args()
     jobs = int(os.environ.get("MAX_JOBS") or job_count(usable_cores(), free_memory_gib(), cuda=False))
     try:
         check_compiler(os.environ)
