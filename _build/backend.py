@@ -17,8 +17,8 @@ from typing import Any
 import setuptools
 from setuptools import build_meta
 
-# Installers look in this folder first for every module. So none here may have the name of a package that adds to setuptools, as
-# Hugging Face's kernels does.
+# Installers look in this folder first for every module. So none here may have the name of a package that adds to
+# setuptools, as Hugging Face's kernels does.
 
 if find_spec("torch") is None:
     # pip hides the environment through these variables; without them the interpreter sees its own packages.

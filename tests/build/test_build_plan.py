@@ -282,5 +282,5 @@ def test_a_missing_compiler_is_one_sentence(tmp_path):
 def test_the_backend_hides_no_package():
     """An installer looks in its folder first, and setuptools loads what installed packages add to it."""
     hidden = {path.stem for path in (ROOT / "_build").glob("*.py")} - {"backend"}
-    adding = {entry.module.partition(".")[0] for entry in entry_points() if entry.group.startswith("egg_info")}
+    adding = {entry.module.partition(".")[0] for entry in entry_points(group="egg_info.writers")}
     assert not hidden & {"kernels", "setuptools", "distutils", "wheel", *adding}
