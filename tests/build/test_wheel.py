@@ -93,7 +93,7 @@ def test_its_row_is_recorded(tmp_path):
     assert [each.split(" | ")[3] for each in lines[4:-2]] == ["2.13.0+cpu", "2.14.0+cpu"]
 
 
-@pytest.mark.parametrize("folder", ["/tmp/abc/environment/venv", "/root/.cache/uv/builds-v0/.tmpUm49ld"])
+@pytest.mark.parametrize("folder", ["/somewhere/abc/environment/venv", "/elsewhere/.cache/uv/builds-v0/.tmpUm49ld"])
 def test_a_row_names_no_folder_of_the_machine(folder):
-    said = install_matrix.as_cell(f"refused: {folder} has none: CXX=a|b", Path("/tmp/abc"))
+    said = install_matrix.as_cell(f"refused: {folder} has none: CXX=a|b", Path("/somewhere/abc"))
     assert said == "refused: the environment has none: CXX=a/b"

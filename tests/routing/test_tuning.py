@@ -24,15 +24,7 @@ from dlkernels.tuning.table import empty_table
 
 SMALL = (40, 70, 30)  # rows, in_features, out_features
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The user's cache folder, from which this process takes its tables."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(routing, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.delenv(routing.VARIABLE)
-    yield routing.cache_folder()
-    routing.use(())
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -19,15 +19,7 @@ FUSED, LAYERS = routing.MLP_PATHS
 SMALL = (40, 8, 16, 4)  # rows, features
 SIZE = MlpSize(40, (8, 16, 4), "float32")
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The user's cache folder, from which this process takes its tables."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(routing, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.delenv(routing.VARIABLE)
-    yield routing.cache_folder()
-    routing.use(())
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
