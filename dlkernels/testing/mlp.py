@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlkernels.testing.agreement import PERTURBATIONS
-from dlkernels.testing.oracle import STOCK, activated
+from dlkernels.testing.oracle import STOCK, activated, named, why_unlike
 
 # Of (x, weights, biases): the outputs of all layers, of which the last one has the graph.
 MlpOp = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
@@ -124,12 +124,9 @@ class MlpJudge:
         try:
             results, outputs = self.mlp.run(op)
         except Exception as failure:  # the failure of a contender must not stop the others
-            lines = (str(failure).strip() or type(failure).__name__).splitlines()
-            return f"{type(failure).__name__}: {lines[0]}"
-        for name, t in results.items():
-            expected = self._exact[name][0].shape
-            if t.shape != expected or t.dtype != self.mlp.x.dtype:
-                return f"{name}: expected {self.mlp.x.dtype} {tuple(expected)}, got {t.dtype} {tuple(t.shape)}"
+            return named(failure)
+        if (why := why_unlike(results, self._exact, self.mlp.x.dtype)) is not None:
+            return why
         for name, mine in self._errors(results, outputs).items():
             allowed = 2 * max(1.0, self._stock_error[name])
             if not mine <= allowed:  # NaN too

@@ -274,12 +274,9 @@ class LayerJudge:
         try:
             results = one.run(op) if backward else {"y": op(one.x, one.weight, one.bias)}
         except Exception as failure:  # the failure of a contender must not stop the others
-            lines = (str(failure).strip() or type(failure).__name__).splitlines()
-            return f"{type(failure).__name__}: {lines[0]}"
-        for name, t in results.items():
-            expected = self._exact[name][0].shape
-            if t.shape != expected or t.dtype != self.layer.x.dtype:
-                return f"{name}: expected {self.layer.x.dtype} {tuple(expected)}, got {t.dtype} {tuple(t.shape)}"
+            return named(failure)
+        if (why := why_unlike(results, self._exact, self.layer.x.dtype)) is not None:
+            return why
         same = torch.equal(results["y"] > 0, self._gates)
         exact = self._exact if same else self._oracle(results["y"])
         try:
@@ -288,6 +285,21 @@ class LayerJudge:
         except AssertionError as wrong:
             return str(wrong)
         return None
+
+
+def named(failure: Exception) -> str:
+    """Return the class of an error and the first line of its message."""
+    lines = (str(failure).strip() or type(failure).__name__).splitlines()
+    return f"{type(failure).__name__}: {lines[0]}"
+
+
+def why_unlike(results: dict[str, Tensor], exact: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype) -> str | None:
+    """Return which result has another shape than the exact one, or another dtype than this; None if there is none."""
+    for name, t in results.items():
+        expected = exact[name][0].shape
+        if t.shape != expected or t.dtype != dtype:
+            return f"{name}: expected {dtype} {tuple(expected)}, got {t.dtype} {tuple(t.shape)}"
+    return None
 
 
 def reordered_stock(layer: Layer) -> dict[str, Tensor]:
