@@ -14,6 +14,7 @@
 #include "python/explain.h"
 #include "python/names.h"
 #include "python/routes.h"
+#include "python/steps.h"
 #include "python/training.h"
 
 namespace py = pybind11;
@@ -105,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
         "Multiply on the registers of the calling thread; return the operations. For the benchmark.");
   dlk::python::add_calls(m);
   dlk::python::add_decided(m);
+  dlk::python::add_steps(m);
   dlk::python::add_explain(m);
   dlk::python::add_routes(m);
   dlk::python::add_training(m);

@@ -14,7 +14,7 @@ from torch import nn
 
 from dlkernels.fusion.call import _linear as parameters_of
 from dlkernels.fusion.call import describe, why_not_activation, why_not_linear
-from dlkernels.fusion.chain import leaves, neighbours
+from dlkernels.fusion.containers import leaves, neighbours
 from dlkernels.fusion.functional import ParameterLayer
 from dlkernels.fusion.gated import FUNCTIONS, cuts_in_halves
 from dlkernels.fusion.gated_places import Cut, Gate, gates

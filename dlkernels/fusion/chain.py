@@ -6,82 +6,117 @@ between an activation and the next layer a dropout that is not active. All of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from types import GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from dlkernels._ops.modes import are_plain
+from dlkernels import _C
 from dlkernels.fusion import call, memory
+from dlkernels.fusion.containers import (
+    Leaf,
+    common,
+    containers,
+    in_turn,
+    is_container,
+    iterator,
+    may_be_flattened,
+    runs_in_order,
+)
 from dlkernels.fusion.reading import CALLED
 from dlkernels.fusion.rules import linear_rule
-from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_nothing, decide, is_identity
-from dlkernels.nn.untouched import untouched
-
-Leaf = tuple[Any, tuple[Any, ...]]  # a module, and the containers around it, outermost first
-
-Forwards = tuple[Any, ...]  # of Sequentials that run their modules one after the other
-SEQUENTIAL: Forwards = (nn.Sequential.forward,)
+from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_nothing, decide, never_changes
+from dlkernels.fusion.steps import Turn, known_turn, new_turn
 
 
 def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
     """``for module in modules: x = module(x)``"""
+    if torch.compiler.is_dynamo_compiling():
+        return _decided(None, self, modules, x) if is_container(modules) else _called(modules, x)
     key = (id(self), id(modules))
-    remembers = not torch.compiler.is_dynamo_compiling()
-    if remembers and (y := memory.run_again(key, self, x)) is not None:
+    if (y := memory.run_again(key, self, x)) is not None:
         return y
+    if (turn := known_turn(key, x)) is not None:
+        rest = iterator(modules, turn.nested)
+        x, i, module = turn.steps.run_modules(self, x, rest, 0)
+        if module is None:
+            return x
+        if isinstance(modules, nn.Module) and is_container(modules):
+            return _decided(key, self, modules, x, turn, (i, module, rest))
+        return _called(rest, module(x))  # another object has the id
     if isinstance(modules, GeneratorType) and modules.gi_code is _CHILDREN:
         modules = list(modules)
     if not is_container(modules):
-        for module in modules:
-            x = module(x)
-        return x
-    remembers = remembers and isinstance(modules, nn.Module)
+        return _called(modules, x)
+    return _decided(key if isinstance(modules, nn.Module) else None, self, modules, x)
+
+
+def _called(modules: Iterable[Any], x: Any) -> Any:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def _decided(key: Any, self: Any, modules: Any, x: Any, turn: Turn | None = None, begun: Any = None) -> Any:
+    """Run the modules, and decide where a layer begins; under a key decisions are remembered.
+
+    ``begun``: the number of the first module that has not run, itself, and an iterator over those behind it.
+    """
+    if key is not None and (turn is None or turn.steps.outdated):
+        turn = new_turn(key, self, modules, x)
+    nested = may_be_flattened(self, modules, x) if turn is None else turn.nested
+    steps = None if turn is None else turn.steps
+    i, module, rest = begun or (0, None, iterator(modules, nested))
     # The next modules can be looked up before the loop reaches them. The look-up runs no code of the model.
-    nested = _may_be_flattened(self, modules, x)
-    flat, rest = list(_in_turn(self, modules, nested)), _in_turn(self, modules, nested)
+    flat = list(in_turn(self, modules, nested))
     stages = [Stage(module) for module, _ in flat]
 
     def owner(i: int, k: int) -> Any:
         return common(flat[i], flat[k])
 
-    i = -1
-    for module, _ in rest:
-        i += 1
-        if i >= len(flat) or flat[i][0] is not module or linear_rule(type(module)) is None:
+    while True:
+        if module is None:
+            if steps is None:
+                module = next(rest, None)
+            else:
+                x, i, module = steps.run_modules(self, x, rest, i)
+            if module is None:
+                return x
+        decision = None
+        if i < len(flat) and flat[i][0] is module and linear_rule(type(module)) is not None:
+            decision = _decide(stages, i, x, owner, kept=steps is not None)
+        if steps is not None and isinstance(decision, str) and never_changes(decision, stages, i):
+            steps.leave(i)
+        if not isinstance(decision, Chain):
             x = module(x)
-            continue
-        decision = _decide(stages, i, x, owner)
-        if isinstance(decision, str):
-            x = module(x)
+            i, module = i + 1, None
             continue
         begin, following = i, None
         while i < decision.last:
             following = next(rest, None)
-            if following is None or following[0] is not flat[i + 1][0]:
+            if following is not flat[i + 1][0]:
                 break
             i += 1
         if i == decision.last:
-            if remembers:
-                _remember(key, self, modules, flat, stages, decision)
+            if steps is not None:
+                _remember(key, self, modules, flat, stages, decision, steps)
             x = decision.run(x)
+            i, module = i + 1, None
             continue
-        for module, _ in flat[begin : i + 1]:  # a module that ran has changed the list
-            x = module(x)
+        x = _called([module for module, _ in flat[begin : i + 1]], x)  # a module that ran has changed the list
+        i, module = i + 1, None
         if following is not None:
+            x = following(x)
             i += 1
-            x = following[0](x)
-    return x
 
 
 def whole_chain(model: nn.Module, x: Tensor) -> tuple[call.Ready, ...]:
     """Return the layers of the chain that a fused Sequential runs for x, if it computes nothing else; else none."""
     if "_fused_plan" not in vars(type(model)) or not runs_in_order(model):
         return ()
-    flat = list(_in_turn(model, model, _may_be_flattened(model, model, x)))
+    flat = list(in_turn(model, model, may_be_flattened(model, model, x)))
     stages = [Stage(module) for module, _ in flat]
     first = next((i for i, stage in enumerate(stages) if not changes_nothing(stage)), None)
     if first is None:
@@ -92,29 +127,21 @@ def whole_chain(model: nn.Module, x: Tensor) -> tuple[call.Ready, ...]:
     return decision.layers
 
 
-def _in_turn(self: Any, modules: Any, nested: bool) -> Iterator[Leaf]:
-    return leaves(modules, (self,)) if nested else ((module, (self,)) for module in modules)
+_CHILDREN = nn.Module.children.__code__
 
 
-def _decide(stages: Sequence[Stage], i: int, x: Any, owner: Any) -> str | Chain:
+def _decide(stages: Sequence[Stage], i: int, x: Any, owner: Any, kept: bool) -> str | Chain:
     decision = decide(stages, i, x, owner)
     if call.watcher is not None:
         k = after_identities(stages, i)
         if k < len(stages):
-            kept = not isinstance(decision, str) and _is_all(stages, decision)
             call.watcher(owner(i, k), stages[i].called, stages[k].called, x, decision, (), {}, stages, kept=kept)
     return decision
 
 
-def _is_all(stages: Sequence[Stage], chain: Chain) -> bool:
-    """Return True if the chain is all that the container computes: only such a decision is kept."""
-    return all(map(changes_nothing, [*stages[: chain.first], *stages[chain.last + 1 :]]))
-
-
-def _remember(key: Any, self: Any, modules: Any, flat: Sequence[Leaf], stages: Sequence[Stage], chain: Chain) -> None:
-    """Keep the decision for a chain that is all that the container computes."""
-    if not _is_all(stages, chain):
-        return
+def _remember(
+    key: Any, self: Any, modules: Any, flat: Sequence[Leaf], stages: Sequence[Stage], chain: Chain, steps: _C.Steps
+) -> None:
     reads = memory.Reads(self)
     reads.children(modules, calls_forward_alone=False)
     for container in containers(modules):
@@ -122,92 +149,8 @@ def _remember(key: Any, self: Any, modules: Any, flat: Sequence[Leaf], stages: S
         cls = type(container)
         reads.class_attributes += [(cls, name, getattr(cls, name)) for name in ("forward", "__iter__", *CALLED)]
     owners = {id(c): c for _, around in flat for c in around if getattr(type(c), "_fused_plan", None) is not None}
-    memory.keep(key, memory.decided(reads, stages, chain, owners.values()))
-
-
-def common(one: Leaf, other: Leaf) -> Any:
-    """Return the innermost container around both."""
-    return [a for a, b in zip(one[1], other[1], strict=False) if a is b][-1]
-
-
-def leaves(modules: Any, around: tuple[Any, ...], forwards: Forwards = SEQUENTIAL) -> Iterator[Leaf]:
-    """Yield the modules that run one after the other; containers give their own modules when they are reached.
-
-    A container's class has one of the ``forwards``.
-    """
-    for module in modules:
-        if runs_in_order(module, forwards):
-            yield from leaves(module, (*around, module), forwards)
-        else:
-            yield module, around
-
-
-def containers(modules: Any, forwards: Forwards = SEQUENTIAL) -> Iterator[nn.Sequential]:
-    """Yield the containers whose own modules ``leaves`` gives, also those without modules."""
-    for module in modules:
-        if runs_in_order(module, forwards):
-            yield module
-            yield from containers(module, forwards)
-
-
-def neighbours(flat: Sequence[Leaf]) -> Iterator[tuple[int, int, Any]]:
-    """Yield each layer's index, the index of the next module that changes its output, and their container."""
-    for i, (layer, _) in enumerate(flat):
-        if not isinstance(layer, nn.Linear) and linear_rule(type(layer)) is None:
-            continue
-        k = next((k for k in range(i + 1, len(flat)) if not is_identity(flat[k][0])), None)
-        if k is not None:
-            yield i, k, common(flat[i], flat[k])
-
-
-def _may_be_flattened(self: Any, modules: Any, x: Any) -> bool:
-    """Return True if modules in inner containers belong to places of ``self``."""
-    if not _has_inner(modules) or not are_plain(x) or _has_any_global_hook() or torch.jit.is_tracing():
-        return False
-    flat = list(leaves(modules, (self,)))
-    for _, k, owner in neighbours(flat):
-        following = next_layer(flat, k)
-        if owner is self or (following < len(flat) and common(flat[k], flat[following]) is self):
-            return True
-    return False
-
-
-def next_layer(flat: Sequence[Leaf], i: int) -> int:
-    """Return the index of the layer behind an activation; the number of modules if another module comes first."""
-    k = i + 1
-    while k < len(flat) and type(flat[k][0]) in (nn.Identity, nn.Dropout):
-        k += 1
-    return k if k < len(flat) and linear_rule(type(flat[k][0])) is not None else len(flat)
-
-
-def _has_inner(modules: Any) -> bool:
-    for module in modules:
-        if isinstance(module, nn.Sequential | nn.Identity) and (runs_in_order(module) or is_identity(module)):
-            return True
-    return False
-
-
-def runs_in_order(module: Any, forwards: Forwards = SEQUENTIAL) -> bool:
-    """Return True if calling this Sequential runs one of these forwards over its modules and nothing else."""
-    return isinstance(module, nn.Sequential) and calls_in_order(type(module), forwards) and untouched(module)
-
-
-def calls_in_order(cls: Any, forwards: Forwards = SEQUENTIAL) -> bool:
-    """Return True if calling a module of ``cls``, a Sequential, runs one of these forwards and nothing else."""
-    if "_fused_from" in cls.__dict__:
-        cls = cls._fused_from
-    return (
-        any(cls.forward is forward for forward in forwards)
-        and cls.__iter__ is nn.Sequential.__iter__
-        and all(getattr(cls, name) is getattr(nn.Module, name) for name in CALLED)
-    )
-
-
-_ITERATED = (nn.Sequential.__iter__, nn.ModuleList.__iter__)
-_CHILDREN = nn.Module.children.__code__
-
-
-def is_container(modules: Any) -> bool:
-    if isinstance(modules, nn.Sequential | nn.ModuleList):
-        return type(modules).__iter__ in _ITERATED
-    return type(modules) in (list, tuple, type({}.values()))
+    decided = memory.decided(reads, stages, chain, owners.values())
+    if all(map(changes_nothing, [*stages[: chain.first], *stages[chain.last + 1 :]])):  # it is all that self computes
+        memory.keep(key, decided)
+    elif decided is not None:
+        steps.keep(chain.first, decided, chain.last)

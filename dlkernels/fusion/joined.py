@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from dlkernels.fusion import call
-from dlkernels.fusion.chain import Leaf, common
 from dlkernels.fusion.conditions import Checks
+from dlkernels.fusion.containers import Leaf, common
 from dlkernels.fusion.known import has_plain_elements, unknown_function
 from dlkernels.fusion.loops import Loop, is_range
 from dlkernels.fusion.rules import METHODS, is_linear, works_in_place

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from dlkernels.fusion import call, memory
 from dlkernels.fusion.between import Guard
-from dlkernels.fusion.chain import is_container
 from dlkernels.fusion.conditions import Checks, Harmless
+from dlkernels.fusion.containers import is_container
 from dlkernels.fusion.known import is_sliced
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.stages import (
+    Stage,
     after_identities,
     changes_nothing,
     decide,
@@ -292,6 +294,9 @@ def unrolled(
     """
     if torch.compiler.is_dynamo_compiling() or any(_ITERATORS.get(f.__name__) is not f for f in used):
         return None
+    key = id(self), slot
+    if _has_active_dropout(key):
+        return None
     for c, part in containers:
         sliced = part is None or is_sliced(c)
         if not (sliced and (type(c) in (range, nn.ParameterList) or is_container(c))):
@@ -306,7 +311,6 @@ def unrolled(
             found += several
     except _ERRORS:  # it is raised where the source does the same
         return None
-    key = id(self), slot
     mark = [(id(called), args, kwargs) if args or kwargs else id(called) for called, args, kwargs in found]
     comparable = all(has_plain_numbers((*args, *kwargs.values())) for _, args, kwargs in found if args or kwargs)
     if comparable and memory.mark_of(key) == mark and (y := memory.run_again(key, self, x)) is not None:
@@ -314,7 +318,9 @@ def unrolled(
     stages = [stage_of(*one) for one in found]
     if not stages or linear_rule(type(stages[0].called)) is None:
         return None
-    if any(may_change_nothing(stage) and not changes_nothing(stage) for stage in stages):  # an active dropout
+    active = next((stage for stage in stages if may_change_nothing(stage) and not changes_nothing(stage)), None)
+    if active is not None:
+        _note_active_dropout(key, self, active)
         return None
     chain = decide(stages, 0, x, lambda i, k: self)
     if isinstance(chain, str) or len(chain.layers) < 2 or not all(map(changes_nothing, stages[chain.last + 1 :])):
@@ -325,3 +331,21 @@ def unrolled(
     if comparable:
         memory.keep(key, memory.decided(memory.Reads(self), stages, chain, (self,)), mark)
     return chain.run(x)
+
+
+# By loop: the dropout that was active, or the module whose forward calls F.dropout. While it trains, the loop is no
+# chain, and nothing is looked up to find that out.
+_dropouts: dict[tuple[int, int], weakref.ref[nn.Module]] = {}
+_MOST = 4096
+
+
+def _has_active_dropout(key: tuple[int, int]) -> bool:
+    found = _dropouts.get(key)
+    module = None if found is None else found()
+    return module is not None and module.training and (type(module) is not nn.Dropout or module.p > 0)
+
+
+def _note_active_dropout(key: tuple[int, int], owner: nn.Module, stage: Stage) -> None:
+    if len(_dropouts) >= _MOST:
+        _dropouts.clear()
+    _dropouts[key] = weakref.ref(stage.called if isinstance(stage.called, nn.Module) else owner)

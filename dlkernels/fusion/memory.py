@@ -21,7 +21,16 @@ from dlkernels.fusion import call, rules
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.stages import Chain, Stage, changes_nothing, is_identity, slope_of
 
-__all__ = ["Reads", "Unknown", "decided", "keep", "mark_of", "may_be_kept", "recall", "run_again"]
+__all__ = [
+    "Reads",
+    "Unknown",
+    "decided",
+    "keep",
+    "mark_of",
+    "may_be_kept",
+    "recall",
+    "run_again",
+]
 
 
 class Checked:
@@ -136,6 +145,10 @@ def decided(reads: Reads, stages: Sequence[Stage], chain: Chain, owners: Iterabl
     return Checked(made, reads.checks) if reads.checks else made
 
 
+def _may_be_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or rules.is_linear(module)
+
+
 def _end(reads: Reads, stages: Sequence[Stage], chain: Chain) -> None:
     """Note why the chain ends where it ends: while that holds, it does not become longer."""
     last = chain.last + 1
@@ -147,7 +160,7 @@ def _end(reads: Reads, stages: Sequence[Stage], chain: Chain) -> None:
     called = stages[last].called
     if type(called) is nn.Dropout:
         reads.stage(stages[last])
-    elif isinstance(called, nn.Module) and not rules.is_linear(called) and not isinstance(called, nn.Linear):
-        reads.module(called, calls_forward_alone=False)  # its class
+    elif isinstance(called, nn.Module) and (chain.layers[-1][2] == "none" or not _may_be_linear(called)):
+        reads.module(called, calls_forward_alone=False)  # by its class it is no activation, or no layer
     elif called is not F.dropout:
         raise Unknown

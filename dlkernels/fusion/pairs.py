@@ -21,20 +21,30 @@ from dlkernels.fusion.stages import Chain, Stage
 
 _NO_KEYWORDS: dict[str, Any] = {}
 
+# The activation's arguments after the tensor, if they can be compared with those of another call; None if not.
+Given = tuple[Any, ...] | None
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    if not args and not kwargs:
+        return ()
+    given = (*args, *kwargs, *kwargs.values())
+    return (len(args), *given) if all(type(value) in (int, float, bool, str) for value in given) else None
+
 
 # The ids of a module, an activation, and a layer or its parameters, whose decision cannot be written down. Another
 # object may have such an id later: then it is decided at each call too.
-_unknown: set[tuple[int, int, Any]] = set()
+_unknown: set[tuple[Any, ...]] = set()
 _MOST = 16384
 
 
-def _run_again(self: Any, act: Any, linear: Any, x: Any) -> Tensor | None:
+def _run_again(self: Any, act: Any, linear: Any, x: Any, given: tuple[Any, ...] = ()) -> Tensor | None:
     """Return ``act(linear(x))`` if it was decided before to fuse the two, and the decision holds; else None."""
     if torch.compiler.is_dynamo_compiling():
         return None
     if type(linear) is not FunctionalLinear:
-        return memory.run_again((id(self), id(act), id(linear)), self, x)
-    key = id(self), id(act), (id(linear.weight), id(linear.bias))  # the layer is made at each call
+        return memory.run_again((id(self), id(act), id(linear), *given), self, x)
+    key = id(self), id(act), (id(linear.weight), id(linear.bias)), *given  # the layer is made at each call
     names = memory.mark_of(key)
     if names is None or linear.function is not calls.STOCK_LINEAR[0]:
         return None
@@ -44,13 +54,15 @@ def _run_again(self: Any, act: Any, linear: Any, x: Any) -> Tensor | None:
     return memory.run_again(key, self, x)
 
 
-def _remember(self: Any, act: Any, linear: Any, x: Any, ready: calls.Ready) -> None:
+def _remember(
+    self: Any, act: Any, linear: Any, x: Any, ready: calls.Ready, given: tuple[Any, ...], stage: Stage
+) -> None:
     if torch.compiler.is_dynamo_compiling() or calls.watcher is not None:
         return
-    key: tuple[int, int, Any] = id(self), id(act), id(linear)
+    key: tuple[Any, ...] = id(self), id(act), id(linear), *given
     names = None
     if type(linear) is FunctionalLinear:
-        key = id(self), id(act), (id(linear.weight), id(linear.bias))
+        key = id(self), id(act), (id(linear.weight), id(linear.bias)), *given
         if (names := names_in(self, linear)) is None:
             return
     if key in _unknown:
@@ -60,7 +72,7 @@ def _remember(self: Any, act: Any, linear: Any, x: Any, ready: calls.Ready) -> N
         reads = memory.Reads(self)
         if names is not None:
             reads.functional(self, linear, *names)
-        decided = memory.decided(reads, (Stage(linear), Stage(act)), chain, (self,))
+        decided = memory.decided(reads, (Stage(linear), stage), chain, (self,))
         if decided is None:
             if len(_unknown) >= _MOST:
                 _unknown.clear()
@@ -70,12 +82,12 @@ def _remember(self: Any, act: Any, linear: Any, x: Any, ready: calls.Ready) -> N
 
 def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``act(linear(x), *args, **kwargs)``, where the further arguments are constants."""
-    if args or kwargs:
-        decision = calls.decide(self, act, linear, x, args, kwargs)
-    elif (y := _run_again(self, act, linear, x)) is not None:
+    given = _given(args, kwargs)
+    if given is not None and (y := _run_again(self, act, linear, x, given)) is not None:
         return y
-    elif not isinstance(decision := calls.decide(self, act, linear, x, (), {}), str):
-        _remember(self, act, linear, x, decision)
+    decision = calls.decide(self, act, linear, x, args, kwargs)
+    if given is not None and not isinstance(decision, str):
+        _remember(self, act, linear, x, decision, given, Stage(act, args, kwargs))
     if calls.watcher is not None:
         calls.watcher(self, linear, act, x, decision, args, kwargs)
     return act(linear(x), *args, **kwargs) if isinstance(decision, str) else calls._run(x, decision)
@@ -86,7 +98,12 @@ def call_with_deferred_arguments(
 ) -> Any:
     """The same, where the layer's call may change the further arguments: ``arguments()`` returns their values now."""
     args, kwargs = arguments()
+    given = _given(args, kwargs)
+    if given is not None and (y := _run_again(self, act, linear, x, given)) is not None:
+        return y
     decision = calls.decide(self, act, linear, x, args, kwargs)
+    if given is not None and not isinstance(decision, str):
+        _remember(self, act, linear, x, decision, given, Stage(act, args, kwargs))
     if calls.watcher is not None:
         calls.watcher(self, linear, act, x, decision, args, kwargs)
     if not isinstance(decision, str):
@@ -103,12 +120,12 @@ def linear_or_fused(
 
     The value goes to ``act`` some statements later and nowhere else. There the flag says that act was already applied.
     """
-    alone = len(args) + len(kwargs) + len(between) == 0  # Dynamo cannot negate a tuple of objects
-    if alone and (y := _run_again(self, act, linear, x)) is not None:
+    given = _given(args, kwargs) if len(between) == 0 else None  # Dynamo cannot negate a tuple of objects
+    if given is not None and (y := _run_again(self, act, linear, x, given)) is not None:
         return y, True
     decision = calls.decide(self, act, linear, x, args, kwargs)
-    if alone and not isinstance(decision, str):
-        _remember(self, act, linear, x, decision)
+    if given is not None and not isinstance(decision, str):
+        _remember(self, act, linear, x, decision, given, Stage(act, args, kwargs))
     if not isinstance(decision, str) and not all(_is_harmless(*part) for part in between):
         decision = "a call between it and the activation may have a side effect"
     if calls.watcher is not None:

@@ -164,9 +164,9 @@ class _Rewrite(ast.NodeTransformer):
         at = ast.Constant(group.number)
         behind = group.several[group.number + 1 :]
         later = [thunk(self._behind(group.part, behind))] if behind else []
-        if group.paths is None or not isinstance(innermost, ast.Name):
-            return self._helper("written_there", like, [at, own, x, *later], [])
         known = [ast.Constant(next(_slots)), ast.Constant(group.paths), at]  # type: ignore[arg-type]
+        if group.paths is None or not isinstance(innermost, ast.Name):
+            return self._helper("written_there", like, [*known, own, x, thunk(copy.deepcopy(own)), *later], [])
         return self._helper("written", like, [*known, x, thunk(own), *later], [])
 
     def _behind(self, part: Series, several: Sequence[Sequence[ast.Call]]) -> ast.expr:

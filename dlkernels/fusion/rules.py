@@ -217,9 +217,7 @@ def linear_rule(cls: type) -> Callable[[Any], Parameters | None] | None:
         return linear_rule(cls._fused_from)  # type: ignore[attr-defined]
     if (rule := _found(_linears, cls)) is not None:
         return rule
-    if (
-        not issubclass(cls, nn.Linear) or hasattr(cls, "weight") or hasattr(cls, "bias")
-    ):  # the class has its own properties
+    if not issubclass(cls, nn.Linear) or hasattr(cls, "weight") or hasattr(cls, "bias"):  # or has its own properties
         return None
     return _own_parameters if all(getattr(cls, name) is getattr(nn.Linear, name) for name in _CALLED) else None
 

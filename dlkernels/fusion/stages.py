@@ -17,6 +17,7 @@ from dlkernels._ops import mlp as _mlp
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call
 from dlkernels.fusion.functional import FunctionalLinear
+from dlkernels.fusion.reading import may_be_activation
 from dlkernels.nn.untouched import does_nothing, untouched
 
 
@@ -143,6 +144,13 @@ def after_identities(stages: Sequence[Stage], i: int) -> int:
     while k < len(stages) and is_identity(stages[k].called):
         k += 1
     return k
+
+
+def never_changes(why: str, stages: Sequence[Stage], first: int) -> bool:
+    """Return True if the layer ``stages[first]``, which is not fused, begins no chain in any state of the model."""
+    k = after_identities(stages, first)
+    no_activation = k == len(stages) or (k == first + 1 and not may_be_activation(stages[k].called))
+    return no_activation or why == call.NOT_SELECTED
 
 
 def is_identity(module: Any) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,9 +21,18 @@ from torch.nn import functional as F
 from dlkernels.fusion import call, memory
 from dlkernels.fusion.functional import FunctionalLinear
 from dlkernels.fusion.known import is_sliced
-from dlkernels.fusion.rules import METHODS, is_linear, linear_rule, works_in_place
+from dlkernels.fusion.rules import METHODS, is_linear, works_in_place
 from dlkernels.fusion.series import Path
-from dlkernels.fusion.stages import Chain, Stage, after_identities, changes_nothing, decide, stage_of
+from dlkernels.fusion.stages import (
+    Chain,
+    Stage,
+    after_identities,
+    changes_nothing,
+    decide,
+    never_changes,
+    stage_of,
+)
+from dlkernels.fusion.steps import Turn, is_layer, known_turn, turn_of_calls
 from dlkernels.fusion.values import is_plain_attribute
 
 Call = tuple[Any, Callable[[], tuple[Any, Any]] | None]
@@ -42,41 +51,75 @@ def written(
 ) -> tuple[Any, int]:  # fmt: skip
     """Run the group number ``at``, where x is a name. Return the value and the number of the last group that ran."""
     if torch.compiler.is_dynamo_compiling():
-        return _run(self, at, own(), x, later)
-    key = (id(self), slot)
-    found = memory.recall(key, self, x)
-    if found is not None:
-        return found
-    return _run(self, at, own(), x, later, lambda *decided: _remember(key, self, paths, (own, later), *decided))
+        return _run(self, at, own()[::-1], x, later)
+    turn, i, calls = known_turn((id(self), slot), x), 0, None
+    if turn is not None:
+        ran = turn.steps.run_statement(self, x, own, at)
+        if len(ran) == 2:
+            return ran
+        x, i, calls = ran
+    if calls is None:
+        calls = own()[::-1]
+    return _run(self, at, calls, x, later, _Place(slot, paths, (own, later)), turn, i)
 
 
-def written_there(self: Any, at: int, own: Sequence[Call], x: Any, later: Groups = _no_groups, /) -> tuple[Any, int]:
-    """The same where x is computed after ``own`` was looked up."""
-    return _run(self, at, own, x, later)
+def written_there(
+    self: Any, slot: int, paths: tuple[Path, ...] | None, at: int, own: Sequence[Call], x: Any, scope: Any,
+    later: Groups = _no_groups, /,
+) -> tuple[Any, int]:  # fmt: skip
+    """The same where x is computed after ``own`` was looked up; ``scope`` is a function that looks it up too.
+
+    Without paths nothing is remembered: ``own`` has look-ups that are no names.
+    """
+    if paths is None or torch.compiler.is_dynamo_compiling():
+        return _run(self, at, own[::-1], x, later)
+    turn = known_turn((id(self), slot), x)
+    return _run(self, at, own[::-1], x, later, _Place(slot, paths, (scope, later)), turn)
+
+
+class _Place(NamedTuple):
+    """A group of calls in the source, under whose slot decisions are remembered: its look-ups, and functions that do
+    them."""
+
+    slot: int
+    paths: tuple[Path, ...]
+    given: tuple[Any, ...]
 
 
 def _run(
-    self: Any, at: int, own: Sequence[Call], x: Any, later: Groups, remember: Callable[..., None] | None = None
-) -> tuple[Any, int]:
-    calls = list(own[::-1])
-    while calls:
-        called, arguments = calls[0]
-        found = None
-        if (called is F.linear or linear_rule(type(called)) is not None) and (groups := _looked_up(calls, later)):
+    self: Any, at: int, calls: Sequence[Call], x: Any, later: Groups, place: _Place | None = None,
+    turn: Turn | None = None, i: int = 0,
+) -> tuple[Any, int]:  # fmt: skip
+    """Run the calls of a group, the innermost first, from number ``i`` on."""
+    while True:
+        if place is not None:
+            if turn is None or turn.steps.outdated:
+                turn = turn_of_calls((id(self), place.slot), self, [called for called, _ in calls])
+            x, i, group = turn.steps.run_calls(self, x, calls, i)
+            if group is not None:
+                return x, group
+        if i == len(calls):
+            return x, at
+        called, arguments = calls[i]
+        found: Any = None
+        if is_layer(called) and (groups := _looked_up(calls[i:], later)):
             found = _chain(self, groups, x)
-        if found is not None:
-            chain, reached = found
-            if reached is not None:
-                if remember is not None and len(calls) == len(own):
-                    remember(groups, chain, at + reached)
-                return chain.run(x), at + reached
-            x = chain.run(x)
-            calls = calls[chain.last + 1 :]
-        else:
+        if type(found) is not tuple:
+            alone = i + 1 < len(calls) or later is _no_groups  # what follows is in this group
+            if found is _LEFT and alone and turn is not None:
+                turn.steps.leave(i)
             args, kwargs = ((), {}) if arguments is None else arguments()
             x = called(x, *args, **kwargs)
-            calls = calls[1:]
-    return x, at
+            i += 1
+            continue
+        chain, reached = found
+        last = len(calls) - 1 if reached is not None else i + chain.last
+        if place is not None and turn is not None and (decided := _decided(self, place, groups, chain)) is not None:
+            turn.steps.keep(i, decided, last, None if reached is None else at + reached)
+        x = chain.run(x)
+        if reached is not None:
+            return x, at + reached
+        i = last + 1
 
 
 def _looked_up(calls: Sequence[Call], later: Groups) -> list[list[Stage]]:
@@ -98,8 +141,13 @@ def _stages(calls: Sequence[Call]) -> list[Stage]:
     return [Stage(called) if given is None else stage_of(called, *given()) for called, given in calls]
 
 
-def _chain(self: Any, groups: list[list[Stage]], x: Any) -> tuple[Chain, int | None] | None:
-    """Return the chain that begins here and the last group that it ends; None for a chain within the first group.
+_LEFT = object()  # the layer runs as in stock in every state
+
+
+def _chain(self: Any, groups: list[list[Stage]], x: Any) -> Any:
+    """Return the chain that begins here and the last group that it ends, None for a chain within the first group.
+
+    Return ``_LEFT`` or None if there is none.
 
     A chain that ends within a later group is cut where a group ends.
     """
@@ -110,7 +158,11 @@ def _chain(self: Any, groups: list[list[Stage]], x: Any) -> tuple[Chain, int | N
         why = decision if isinstance(decision, str) else "the chain ends within a statement"
         act = stages[k]
         call.watcher(self, stages[0].called, act.called, x, found[0] if found else why, *act[1:], stages)
-    return found
+    if found is not None:
+        return found
+    if isinstance(decision, str) and never_changes(decision, stages, 0):
+        return _LEFT
+    return None
 
 
 def _cut(chain: Chain, stages: list[Stage], groups: list[list[Stage]]) -> tuple[Chain, int | None] | None:
@@ -128,15 +180,13 @@ def _cut(chain: Chain, stages: list[Stage], groups: list[list[Stage]]) -> tuple[
     return None
 
 
-def _remember(
-    key: Any, self: Any, paths: tuple[Path, ...], given: tuple[Any, ...], groups: list[list[Stage]], chain: Chain,
-    reached: int,
-) -> None:  # fmt: skip
+def _decided(self: Any, place: _Place, groups: list[list[Stage]], chain: Chain) -> Any:
+    """Return the decision for a chain; None if what it read cannot be written down."""
     stages = [stage for group in groups for stage in group]
     reads = memory.Reads(self)
     try:
-        names = [str(path[1]) for path in paths if _is_own_parameter(self, path)]
-        known = [_note(reads, self, path, given) for path in paths if not _is_own_parameter(self, path)]
+        names = [str(path[1]) for path in place.paths if _is_own_parameter(self, path)]
+        known = [_note(reads, self, path, place.given) for path in place.paths if not _is_own_parameter(self, path)]
         for stage in stages:
             if type(stage.called) is FunctionalLinear:
                 reads.functional(self, stage.called, *_names_of(self, stage.called, names))
@@ -145,10 +195,10 @@ def _remember(
             any(stage.called is m for m in METHODS.values()) or any(v is stage.called for v in known)
             for stage in stages
         ):
-            return
+            return None
     except memory.Unknown:
-        return
-    memory.keep(key, memory.decided(reads, stages, chain, (self,)), reached)
+        return None
+    return memory.decided(reads, stages, chain, (self,))
 
 
 def _is_own_parameter(self: Any, path: Path) -> bool:

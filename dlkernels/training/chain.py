@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from dlkernels._ops.activations import Activation, activation_named
-from dlkernels.fusion.chain import SEQUENTIAL, containers, leaves, runs_in_order
+from dlkernels.fusion.containers import SEQUENTIAL, containers, leaves, runs_in_order
 from dlkernels.fusion.reading import activation_of
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn import MLP, LinearAct, LinearReLU, MLPEnsemble, StackedLinear

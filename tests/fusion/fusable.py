@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlkernels import _decisions
-from dlkernels.fusion import call, memory, stages
+from dlkernels.fusion import call, chain, memory, stages, written
 
 X = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -81,6 +81,51 @@ def numbers(model, x):
     return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+_runs = []  # the counts that are open
+
+
+class _Counted:
+    """A decision within steps: C++ runs it, so it counts by itself."""
+
+    def __init__(self, decision):
+        self.decision = decision
+
+    def run(self, owner, x):
+        y = self.decision.run(owner, x)
+        for runs in _runs if y is not None else ():
+            _count(runs, self.decision.activations())
+        return y
+
+
+class _Steps:
+    def __init__(self, steps):
+        self._steps = steps
+
+    def __getattr__(self, name):
+        return getattr(self._steps, name)
+
+    def keep(self, i, decision, *end):
+        self._steps.keep(i, _Counted(decision), *end)
+
+
+def _with_counts(real):
+    def made(*args):
+        turn = real(*args)
+        return None if turn is None else turn._replace(steps=_Steps(turn.steps))
+
+    return made
+
+
+chain.new_turn, chain.known_turn = map(_with_counts, (chain.new_turn, chain.known_turn))
+written.turn_of_calls, written.known_turn = map(_with_counts, (written.turn_of_calls, written.known_turn))
+
+
+def _count(runs, activations):
+    runs.ops += 1
+    runs.layers += len(activations)
+    runs.places += sum(name not in ("none", 0) for name in activations)
+
+
 @contextlib.contextmanager
 def fused_runs():
     """Count fused calls while it lasts: ``ops``, their ``layers``, and ``places``, the layers with an activation."""
@@ -90,10 +135,7 @@ def fused_runs():
         def run(*args):
             result = real(*args)
             if result is not None:
-                names = activations(*args)
-                runs.ops += 1
-                runs.layers += len(names)
-                runs.places += sum(name not in ("none", 0) for name in names)
+                _count(runs, activations(*args))
             return result
 
         return run
@@ -104,7 +146,11 @@ def fused_runs():
         mock.patch.object(memory, "run_again", counting(memory.run_again, _remembered)),
         mock.patch.object(memory, "recall", counting(memory.recall, _remembered)),
     ):
-        yield runs
+        _runs.append(runs)
+        try:
+            yield runs
+        finally:
+            _runs.remove(runs)
 
 
 def _remembered(key, owner, x):

@@ -231,8 +231,15 @@ def test_gain_counts_the_whole_call(monkeypatch):
     assert gain < 0.5 and re.search(r"0\.\d\dx", str(report(model)))
 
 
+class Listed(nn.Sequential):
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
 def test_gain_counts_the_decision_where_each_call_decides(monkeypatch):
-    """A container that computes more than one chain keeps no decision, and a gated layer keeps none."""
+    """A loop over a list keeps no decision, and a gated layer keeps none."""
     real = call.decide
 
     def slow(*args, **kwargs):
@@ -240,8 +247,8 @@ def test_gain_counts_the_decision_where_each_call_decides(monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(call, "decide", slow)
-    container = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.LayerNorm(6)).double()
-    for model in (container, net(gated)):
+    layers = Listed(nn.Linear(6, 6), nn.ReLU(), nn.LayerNorm(6)).double()
+    for model in (layers, net(gated)):
         (site,) = report(fuse(model, example_inputs=X, min_gain=0)).fused
         assert site.gain < 0.5, site
 
