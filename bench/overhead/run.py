@@ -34,6 +34,17 @@ class Place(nn.Module):
         return F.relu(self.fc(x))
 
 
+class Block(nn.Module):
+    """A residual block: its fused layers lie between other modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.relu(self.fc1(self.norm(x))))
+
+
 @dataclass(frozen=True)
 class Subject:
     """One call of stock's and ours, by contender. ``losses`` end the training step, with ``target``."""
@@ -51,6 +62,11 @@ def subjects() -> dict[str, Subject]:
     linear = dlkernels.nn.LinearReLU(SIZE, SIZE)
     linear.load_state_dict(place.fc.state_dict())
     sequential = nn.Sequential(nn.Linear(SIZE, SIZE), nn.ReLU(), nn.Linear(SIZE, SIZE))
+    mixed = nn.Sequential(
+        *(nn.Linear(SIZE, SIZE), nn.ReLU(), nn.LayerNorm(SIZE)),
+        *(nn.Linear(SIZE, SIZE), nn.ReLU(), nn.LayerNorm(SIZE)),
+    )
+    block = Block()
     mlp = dlkernels.nn.MLP([SIZE, SIZE, SIZE])
     mlp.load_state_dict(sequential.state_dict())
     numbers, label = torch.randn(1, SIZE), torch.tensor([3])
@@ -68,6 +84,8 @@ def subjects() -> dict[str, Subject]:
     return {
         "LinearReLU": of_models(place, linear),
         "a place of fuse": of_models(place, dlkernels.fuse(copy.deepcopy(place))),
+        "fused, with norms": of_models(mixed, dlkernels.fuse(copy.deepcopy(mixed))),
+        "a fused block": of_models(block, dlkernels.fuse(copy.deepcopy(block))),
         "MLP, two layers": of_models(sequential, mlp),
         "mse_loss": of_losses(mse, numbers),
         "cross_entropy": of_losses(cross_entropy, label),
@@ -81,7 +99,7 @@ def calls_of(subject: Subject, mode: str) -> Calls:
 
     def gradients(call: Callable[[Tensor], Tensor]) -> Callable[[], Sequence[Tensor]]:
         wanted = [leaf, *(call.parameters() if isinstance(call, nn.Module) else ())]
-        g = torch.ones_like(call(x).detach())
+        g = torch.randn(call(x).shape, generator=torch.Generator().manual_seed(2))
         return lambda: torch.autograd.grad(call(leaf), wanted, g)
 
     def step(model: nn.Module, loss: Loss) -> Callable[[], Sequence[Tensor]]:
@@ -129,7 +147,7 @@ def execute(seconds: float, out: str | None) -> None:
     for row in measure(seconds):
         rows.append(row)
         print(
-            f"{row['call']:<16} {row['timed']:<17} stock {row[STOCK]:6.2f} µs   dlkernels {row[OURS]:6.2f} µs   "
+            f"{row['call']:<17} {row['timed']:<17} stock {row[STOCK]:6.2f} µs   dlkernels {row[OURS]:6.2f} µs   "
             f"ours over stock's {row['ratio']:.2f}",
             flush=True,
         )

@@ -196,10 +196,12 @@ void add_steps(py::module_& m) {
       .def("keep", &Steps::keep, py::arg("i"), py::arg("decision"), py::arg("last"), py::arg("group") = py::none(),
            "A chain begins with call i: its decision, and its last call, or the group that it ends.")
       .def("leave", &Steps::leave, py::arg("i"), "Call i runs as in stock from now on.")
-      .def("run_modules", &Steps::run_modules, py::arg("owner"), py::arg("x"), py::arg("rest"), py::arg("i"),
-           "Run an iterator's modules from number i on; return (x, i, module) before one that Python must decide about.")
+      .def(
+          "run_modules", &Steps::run_modules, py::arg("owner"), py::arg("x"), py::arg("rest"), py::arg("i"),
+          "Run an iterator's modules from number i on; return (x, i, module) before one that Python must decide about.")
       .def("run_statement", &Steps::run_statement, py::arg("owner"), py::arg("x"), py::arg("looked_up"), py::arg("at"),
-           "Run the calls that looked_up() returns; return (x, the last group that ran), or (x, i, calls) before one that "
+           "Run the calls that looked_up() returns; return (x, the last group that ran), or (x, i, calls) before one "
+           "that "
            "Python must decide about.")
       .def("run_calls", &Steps::run_calls, py::arg("owner"), py::arg("x"), py::arg("calls"), py::arg("i"),
            "Run calls from number i on; return (x, i, group) before one that Python must decide about.")

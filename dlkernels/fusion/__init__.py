@@ -14,7 +14,8 @@ Reading order:
    the chains among them, before a call.
 8. ``rewrite``: the rewritten methods; ``swap``: the class that has them.
 9. ``pairs``, ``chain``, ``written``, ``known``: the functions that the rewritten methods call; ``call`` decides for a
-   layer and its activation, ``stages`` how many layers run as one op, ``memory`` remembers both.
+   layer and its activation, ``stages`` how many layers run as one op; ``memory`` remembers both, and ``steps`` does so
+   for calls that follow one another. ``containers`` has the order in which Sequentials run their modules.
 10. ``apply``: ``fuse``, ``unfuse``, ``report``.
 
 Besides these, ``gated_graph`` finds gated layers for the backend, ``observe`` runs example inputs, ``speed`` says which

@@ -81,8 +81,11 @@ class Reads(_decisions.Reads):
     def linear(self, linear: Any) -> Layer:
         if id(linear) in self._functional:
             return self._functional[id(linear)]
-        if type(linear) is not nn.Linear:
-            raise Unknown
+        cls = type(linear)
+        if cls is not nn.Linear:
+            if cls.__dict__.get("_fused_from") is not nn.Linear:
+                raise Unknown
+            self.class_attributes.append((cls, "forward", cls.forward))  # of a layer that is fused by itself
         return self.parameters(linear)
 
     def stage(self, stage: Stage) -> None:
