@@ -62,6 +62,10 @@ def mark_of(key: Any) -> Any:
     return None if found is None else found[1]
 
 
+def is_kept(key: Any) -> bool:
+    return key in _decided
+
+
 def keep(key: Any, decided: Decision | None, mark: Any = None) -> None:
     """Remember a decision. None leaves an earlier one: it may hold again after autocast or another mode."""
     if decided is None:

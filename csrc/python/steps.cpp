@@ -25,6 +25,7 @@ class Steps {
   void keep(size_t i, py::object decision, size_t last, std::optional<int64_t> group) {
     if (outdated_) return;
     if (i >= steps_.size() || last < i || last >= steps_.size()) throw py::index_error("Steps.keep: no such call");
+    if (decision.is_none()) throw py::type_error("Steps.keep: expected a decision");
     steps_[i].decision = std::move(decision), steps_[i].last = last, steps_[i].group = group;
   }
 
@@ -36,24 +37,34 @@ class Steps {
 
   bool outdated() const { return outdated_; }
 
-  // Run the modules that the iterator gives, from number i on. Return (x, i, module): the value before the first module
-  // that Python must decide about, its number and itself; module is None if there is none.
+  // Run the modules that the iterator gives, from number i on. Return (x, i, pending): the value before the first module that
+  // Python must decide about, its number, and what the iterator has given from it on; pending is empty at the end.
   py::tuple run_modules(const py::object& owner, py::object x, const py::object& rest, size_t i) {
+    if (!PyIter_Check(rest.ptr())) throw py::type_error("Steps.run_modules: expected an iterator");
     compare_owner(owner);
     while (py::object module = next(rest)) {
-      if (!is(i, module)) return py::make_tuple(x, i, module);
+      py::list pending;
+      pending.append(module);
+      if (!is(i, module)) return py::make_tuple(x, i, pending);
       const Step step = steps_[i];  // a copy: the module may run this container again
       if (!step.decides) {
         x = called(module, x);
-      } else if (py::object y = step.run(owner, x)) {
-        x = std::move(y);
-        for (; i < step.last; ++i) next(rest);  // the decision has seen that they are still the same
-      } else {
-        return py::make_tuple(x, i, module);
+        ++i;
+        continue;
       }
-      ++i;
+      // The iterator may be older than what the decision compares, so its modules are compared too.
+      bool same = bool(step.decision);
+      for (size_t k = i + 1; same && k <= step.last; ++k) {
+        const py::object following = next(rest);
+        if (!following) break;
+        pending.append(following);
+        same = is(k, following);
+      }
+      py::object y = same && pending.size() == step.last - i + 1 ? step.run(owner, x) : py::object();
+      if (!y) return py::make_tuple(x, i, pending);
+      x = std::move(y), i = step.last + 1;
     }
-    return py::make_tuple(x, i, py::none());
+    return py::make_tuple(x, i, py::list());
   }
 
   // Run the calls that `looked_up` returns, the innermost last. Return (x, reached): the value and the last group that ran, of
@@ -82,7 +93,7 @@ class Steps {
     compare_owner(owner);
     outdated_ = outdated_ || calls.size() != steps_.size();
     while (i < calls.size()) {
-      const auto call = py::reinterpret_borrow<py::tuple>(PyTuple_GET_ITEM(calls.ptr(), i));
+      const py::tuple call = tuple_of(calls[i], 2);
       if (!is(i, call[0])) break;
       const Step step = steps_[i];
       if (!step.decides) {
@@ -119,11 +130,20 @@ class Steps {
     }
   };
 
-  // Return a weak reference; what takes none, such as a method of tensors, lives as long as its class.
+  // Return a weak reference; what takes none, such as a method of tensors, lives as long as its class. A bound method is another
+  // object at each look-up. It begins no chain, and no decision has it: null stands for any.
   static py::object weakly(const py::object& one) {
+    if (PyMethod_Check(one.ptr())) return {};
     if (PyObject* made = PyWeakref_NewRef(one.ptr(), nullptr)) return py::reinterpret_steal<py::object>(made);
     PyErr_Clear();
     return one;
+  }
+
+  // Return a tuple as it is; `size` 0 stands for any. Null is an error of Python's.
+  static py::tuple tuple_of(const py::object& one, size_t size = 0) {
+    if (!one) throw py::error_already_set();
+    if (!PyTuple_Check(one.ptr()) || (size && py::len(one) != size)) throw py::type_error("Steps: expected a tuple");
+    return py::reinterpret_borrow<py::tuple>(one);
   }
 
   static py::object called(const py::object& callee, const py::object& x) {
@@ -134,19 +154,19 @@ class Steps {
 
   static py::object called(const py::object& callee, const py::object& x, const py::object& arguments) {
     if (arguments.is_none()) return called(callee, x);
-    const auto given = py::reinterpret_steal<py::tuple>(PyObject_CallNoArgs(arguments.ptr()));
-    if (!given) throw py::error_already_set();
-    const auto more = py::reinterpret_borrow<py::tuple>(PyTuple_GET_ITEM(given.ptr(), 0));
+    const py::tuple given = tuple_of(py::reinterpret_steal<py::object>(PyObject_CallNoArgs(arguments.ptr())), 2);
+    const py::tuple more = tuple_of(given[0]);
+    if (!py::isinstance<py::dict>(given[1])) throw py::type_error("Steps: expected keywords in a dict");
     py::tuple args(more.size() + 1);
     args[0] = x;
     for (size_t i = 0; i < more.size(); ++i) args[i + 1] = more[i];
-    PyObject* y = PyObject_Call(callee.ptr(), args.ptr(), PyTuple_GET_ITEM(given.ptr(), 1));
+    PyObject* y = PyObject_Call(callee.ptr(), args.ptr(), py::object(given[1]).ptr());
     if (!y) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(y);
   }
 
   static py::tuple reversed(const py::object& calls) {
-    const auto given = py::reinterpret_borrow<py::tuple>(calls);
+    const py::tuple given = tuple_of(calls);
     py::tuple made(given.size());
     for (size_t i = 0; i < given.size(); ++i) made[given.size() - 1 - i] = given[i];
     return made;
@@ -165,7 +185,7 @@ class Steps {
 
   bool is_same(size_t i, const py::object& now) const {
     const py::object& reference = steps_[i].reference;
-    const bool same = PyWeakref_Check(reference.ptr()) ? reference().is(now) : reference.is(now);
+    const bool same = !reference || (PyWeakref_Check(reference.ptr()) ? reference().is(now) : reference.is(now));
     return same && Py_TYPE(now.ptr()) == steps_[i].cls;
   }
 
@@ -177,7 +197,7 @@ class Steps {
   // Other code may have run since the calls were looked up.
   bool are(const py::tuple& calls, size_t i, size_t last) {
     for (; i <= last; ++i)
-      if (!is(i, py::tuple(calls[i])[0])) return false;
+      if (!is(i, tuple_of(calls[i], 2)[0])) return false;
     return true;
   }
 
@@ -196,9 +216,9 @@ void add_steps(py::module_& m) {
       .def("keep", &Steps::keep, py::arg("i"), py::arg("decision"), py::arg("last"), py::arg("group") = py::none(),
            "A chain begins with call i: its decision, and its last call, or the group that it ends.")
       .def("leave", &Steps::leave, py::arg("i"), "Call i runs as in stock from now on.")
-      .def(
-          "run_modules", &Steps::run_modules, py::arg("owner"), py::arg("x"), py::arg("rest"), py::arg("i"),
-          "Run an iterator's modules from number i on; return (x, i, module) before one that Python must decide about.")
+      .def("run_modules", &Steps::run_modules, py::arg("owner"), py::arg("x"), py::arg("rest"), py::arg("i"),
+           "Run an iterator's modules from number i on; return (x, i, pending) before one that Python must decide "
+           "about.")
       .def("run_statement", &Steps::run_statement, py::arg("owner"), py::arg("x"), py::arg("looked_up"), py::arg("at"),
            "Run the calls that looked_up() returns; return (x, the last group that ran), or (x, i, calls) before one "
            "that "

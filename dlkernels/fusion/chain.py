@@ -6,6 +6,7 @@ between an activation and the next layer a dropout that is not active. All of th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from types import GeneratorType
 from typing import Any
@@ -40,17 +41,21 @@ def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
         return y
     if (turn := known_turn(key, x)) is not None:
         rest = iterator(modules, turn.nested)
-        x, i, module = turn.steps.run_modules(self, x, rest, 0)
-        if module is None:
+        x, i, pending = turn.steps.run_modules(self, x, rest, 0)
+        if not pending:
             return x
+        rest = itertools.chain(pending, rest)
         if isinstance(modules, nn.Module) and is_container(modules):
-            return _decided(key, self, modules, x, turn, (i, module, rest))
-        return _called(rest, module(x))  # another object has the id
+            return _decided(key, self, modules, x, turn, (i, rest))
+        return _called(rest, x)  # another object has the id
     if isinstance(modules, GeneratorType) and modules.gi_code is _CHILDREN:
         modules = list(modules)
     if not is_container(modules):
         return _called(modules, x)
     return _decided(key if isinstance(modules, nn.Module) else None, self, modules, x)
+
+
+_END = object()
 
 
 def _called(modules: Iterable[Any], x: Any) -> Any:
@@ -62,13 +67,13 @@ def _called(modules: Iterable[Any], x: Any) -> Any:
 def _decided(key: Any, self: Any, modules: Any, x: Any, turn: Turn | None = None, begun: Any = None) -> Any:
     """Run the modules, and decide where a layer begins; under a key decisions are remembered.
 
-    ``begun``: the number of the first module that has not run, itself, and an iterator over those behind it.
+    ``begun``: the number of the first module that has not run, and an iterator from it on.
     """
     if key is not None and (turn is None or turn.steps.outdated):
         turn = new_turn(key, self, modules, x)
     nested = may_be_flattened(self, modules, x) if turn is None else turn.nested
     steps = None if turn is None else turn.steps
-    i, module, rest = begun or (0, None, iterator(modules, nested))
+    i, rest = begun or (0, iterator(modules, nested))
     # The next modules can be looked up before the loop reaches them. The look-up runs no code of the model.
     flat = list(in_turn(self, modules, nested))
     stages = [Stage(module) for module, _ in flat]
@@ -76,14 +81,15 @@ def _decided(key: Any, self: Any, modules: Any, x: Any, turn: Turn | None = None
     def owner(i: int, k: int) -> Any:
         return common(flat[i], flat[k])
 
+    tried = begun is not None  # the module that is next
     while True:
-        if module is None:
-            if steps is None:
-                module = next(rest, None)
-            else:
-                x, i, module = steps.run_modules(self, x, rest, i)
-            if module is None:
-                return x
+        if steps is not None and not tried:
+            x, i, pending = steps.run_modules(self, x, rest, i)
+            rest = itertools.chain(pending, rest)
+        tried = False
+        module = next(rest, _END)
+        if module is _END:
+            return x
         decision = None
         if i < len(flat) and flat[i][0] is module and linear_rule(type(module)) is not None:
             decision = _decide(stages, i, x, owner, kept=steps is not None)
@@ -91,11 +97,11 @@ def _decided(key: Any, self: Any, modules: Any, x: Any, turn: Turn | None = None
             steps.leave(i)
         if not isinstance(decision, Chain):
             x = module(x)
-            i, module = i + 1, None
+            i += 1
             continue
-        begin, following = i, None
+        begin, following = i, _END
         while i < decision.last:
-            following = next(rest, None)
+            following = next(rest, _END)
             if following is not flat[i + 1][0]:
                 break
             i += 1
@@ -103,11 +109,11 @@ def _decided(key: Any, self: Any, modules: Any, x: Any, turn: Turn | None = None
             if steps is not None:
                 _remember(key, self, modules, flat, stages, decision, steps)
             x = decision.run(x)
-            i, module = i + 1, None
+            i += 1
             continue
         x = _called([module for module, _ in flat[begin : i + 1]], x)  # a module that ran has changed the list
-        i, module = i + 1, None
-        if following is not None:
+        i += 1
+        if following is not _END:
             x = following(x)
             i += 1
 
@@ -144,6 +150,7 @@ def _remember(
 ) -> None:
     reads = memory.Reads(self)
     reads.children(modules, calls_forward_alone=False)
+    reads.class_attributes.append((type(modules), "__iter__", type(modules).__iter__))
     for container in containers(modules):
         reads.children(container, calls_forward_alone=True)
         cls = type(container)

@@ -15,16 +15,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlkernels import _C, _decisions
-from dlkernels._decisions import MISSING, Layer, Unknown, keep, mark_of, may_be_kept, recall, run_again
+from dlkernels._decisions import MISSING, Layer, Unknown, is_kept, keep, mark_of, may_be_kept, recall, run_again
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call, rules
-from dlkernels.fusion.reading import activation_of
+from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.stages import Chain, Stage, changes_nothing, is_identity, slope_of
 
 __all__ = [
     "Reads",
     "Unknown",
     "decided",
+    "is_kept",
     "keep",
     "mark_of",
     "may_be_kept",
@@ -148,8 +149,11 @@ def decided(reads: Reads, stages: Sequence[Stage], chain: Chain, owners: Iterabl
     return Checked(made, reads.checks) if reads.checks else made
 
 
-def _may_be_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or rules.is_linear(module)
+def _is_end(chain: Chain, module: nn.Module) -> bool:
+    """Return True if a module of this class ends the chain in any state: it is no activation, or no layer."""
+    if chain.layers[-1][2] == "none":
+        return not may_be_activation(module)
+    return not (isinstance(module, nn.Linear) or rules.is_linear(module))
 
 
 def _end(reads: Reads, stages: Sequence[Stage], chain: Chain) -> None:
@@ -163,7 +167,7 @@ def _end(reads: Reads, stages: Sequence[Stage], chain: Chain) -> None:
     called = stages[last].called
     if type(called) is nn.Dropout:
         reads.stage(stages[last])
-    elif isinstance(called, nn.Module) and (chain.layers[-1][2] == "none" or not _may_be_linear(called)):
-        reads.module(called, calls_forward_alone=False)  # by its class it is no activation, or no layer
+    elif isinstance(called, nn.Module) and _is_end(chain, called):
+        reads.module(called, calls_forward_alone=False)
     elif called is not F.dropout:
         raise Unknown

@@ -37,6 +37,11 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
 _unknown: set[tuple[Any, ...]] = set()
 _MOST = 16384
 
+# By the ids of a place, the number of its decisions with different arguments. Arguments that change all the time are
+# decided anew.
+_variants: dict[tuple[Any, ...], int] = {}
+_MOST_VARIANTS = 8
+
 
 def _run_again(self: Any, act: Any, linear: Any, x: Any, given: tuple[Any, ...] = ()) -> Tensor | None:
     """Return ``act(linear(x))`` if it was decided before to fuse the two, and the decision holds; else None."""
@@ -67,6 +72,12 @@ def _remember(
             return
     if key in _unknown:
         return
+    if given and not memory.is_kept(key):
+        variants = _variants[key[:3]] = _variants.get(key[:3], 0) + 1
+        if len(_variants) >= _MOST:
+            _variants.clear()
+        if variants > _MOST_VARIANTS:
+            return
     if memory.may_be_kept(x):
         chain = Chain((ready,), (1,), 0, 1)
         reads = memory.Reads(self)

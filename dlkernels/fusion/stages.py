@@ -18,6 +18,7 @@ from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call
 from dlkernels.fusion.functional import FunctionalLinear
 from dlkernels.fusion.reading import may_be_activation
+from dlkernels.fusion.rules import attributes_read
 from dlkernels.nn.untouched import does_nothing, untouched
 
 
@@ -149,8 +150,14 @@ def after_identities(stages: Sequence[Stage], i: int) -> int:
 def never_changes(why: str, stages: Sequence[Stage], first: int) -> bool:
     """Return True if the layer ``stages[first]``, which is not fused, begins no chain in any state of the model."""
     k = after_identities(stages, first)
-    no_activation = k == len(stages) or (k == first + 1 and not may_be_activation(stages[k].called))
-    return no_activation or why == call.NOT_SELECTED
+    if k == len(stages):
+        return True
+    following = stages[k].called
+    if isinstance(following, nn.Identity | nn.Sequential):  # it is seen through once it has no hooks
+        return False
+    if why == call.NOT_SELECTED:
+        return attributes_read(following) == ()
+    return k == first + 1 and not may_be_activation(following)
 
 
 def is_identity(module: Any) -> bool:

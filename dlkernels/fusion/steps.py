@@ -41,7 +41,7 @@ def new_turn(key: Any, owner: nn.Module, modules: Any, x: Any) -> Turn:
     nested = may_be_flattened(owner, modules, x)
     flat = [module for module, _ in in_turn(owner, modules, nested)]
     made = Turn(_C.Steps(owner, flat, [rules.is_linear(module) for module in flat]), nested, rules.version)
-    if not has_inner(modules) or (are_seen_through(x) and _are_untouched(modules)):
+    if _are_untouched(modules) and (are_seen_through(x) or not has_inner(modules)):
         _keep(key, made)
     return made
 
@@ -55,6 +55,11 @@ def turn_of_calls(key: Any, owner: nn.Module, called: Sequence[Any]) -> Turn:
 
 def is_layer(called: Any) -> bool:
     return called is F.linear or rules.is_linear(called)
+
+
+def forget() -> None:
+    """Forget all turns, since places may be selected otherwise now."""
+    _turns.clear()
 
 
 def _keep(key: Any, turn: Turn) -> None:

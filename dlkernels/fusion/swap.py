@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from dlkernels.fusion import chain, functional, gated, gated_places, known, loops, pairs, written
+from dlkernels.fusion import chain, functional, gated, gated_places, known, loops, pairs, steps, written
 from dlkernels.fusion.patterns import blocks, patterns
 from dlkernels.fusion.rewrite import HELPERS, rewritten
 from dlkernels.fusion.rules import METHODS
@@ -157,6 +157,7 @@ def _hears_of_subclasses(cls: type) -> bool:
 def swap(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module the fused class. Python raises TypeError if the layout of its instances differs."""
     object.__setattr__(module, "__class__", cls)
+    steps.forget()
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -180,3 +181,4 @@ def why_not_back(module: nn.Module) -> str:
 def swap_back(module: nn.Module) -> None:
     if "_fused_plan" in vars(type(module)):
         object.__setattr__(module, "__class__", type(module)._fused_from)  # type: ignore[attr-defined]
+        steps.forget()

@@ -105,7 +105,8 @@ def _run(
         if is_layer(called) and (groups := _looked_up(calls[i:], later)):
             found = _chain(self, groups, x)
         if type(found) is not tuple:
-            alone = i + 1 < len(calls) or later is _no_groups  # what follows is in this group
+            # What follows is in this group.
+            alone = later is _no_groups or (i + 1 < len(calls) and type(calls[i + 1][0]) is not nn.Identity)
             if found is _LEFT and alone and turn is not None:
                 turn.steps.leave(i)
             args, kwargs = ((), {}) if arguments is None else arguments()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from dlkernels import fuse, register_fusion
+from dlkernels import _C, _decisions, fuse, register_fusion, unfuse
 from dlkernels.fusion import call, rules
 from tests.fusion.fusable import X, fused_runs, numbers
 
@@ -307,3 +307,147 @@ def test_new_models_at_old_addresses(form):
         stock, fused = both(form)
         assert same(fused, stock) >= 1
         del stock, fused
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_module_that_is_none_raises_as_in_stock(index):
+    def form():
+        return nn.Sequential(
+            nn.LayerNorm(6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Softmax(-1)
+        )  # fmt: skip
+
+    stock, fused = both(form)
+    assert same(fused, stock) == same(fused, stock) == 2
+    for model in (stock, fused):
+        model[index] = None
+        for _ in range(3):
+            with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+                model(X)
+
+
+class Restores(nn.Module):
+    """Puts a block back into the model's first place while that block's successor runs."""
+
+    def forward(self, x):
+        if self.model is not None:
+            (model, block) = self.model
+            model[0] = block
+        return x
+
+
+def test_an_inner_container_is_put_back_while_another_one_runs():
+    def block(act):
+        return nn.Sequential(Restores(), nn.Linear(6, 6), act, nn.Linear(6, 6))
+
+    stock, fused = both(lambda: nn.Sequential(block(nn.ReLU()), nn.ReLU(), nn.Softmax(-1)))
+    for model in (stock, fused):
+        for module in model.modules():
+            if isinstance(module, Restores):
+                module.model = None
+    assert same(fused, stock) == same(fused, stock) >= 1
+    for model in (stock, fused):
+        first = model[0]
+        other = nn.Sequential(Restores(), first[1], nn.Tanh(), first[3])
+        other[0].model = [model, first]
+        model[0] = other
+    for _ in range(3):
+        torch.testing.assert_close(fused(X), stock(X))
+
+
+def add_one(module, args, y):
+    return y + 1
+
+
+@pytest.mark.parametrize("where", ["identity", "activation", "block"])
+def test_a_hook_behind_a_layer_and_its_end(where):
+    def form():
+        block = nn.Sequential(nn.ReLU(), nn.LayerNorm(6))
+        return nn.Sequential(nn.Linear(6, 6), nn.Identity(), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 6), block)
+
+    stock, fused = both(form)
+    places = same(fused, stock)
+    assert places == 2
+    handles = [
+        {"identity": model[1], "activation": model[2], "block": model[5]}[where].register_forward_hook(add_one)
+        for model in (stock, fused)
+    ]
+    assert same(fused, stock) == same(fused, stock) == 1
+    for handle in handles:
+        handle.remove()
+    assert same(fused, stock) == same(fused, stock) == places
+
+
+class Flagged(Base):
+    def __init__(self):
+        super().__init__()
+        self.id, self.flag = nn.Identity(), True
+
+    def forward(self, x):
+        h = self.id(self.fc1(x))
+        if self.flag:
+            h = F.relu(h)
+        return self.norm(self.fc2(h))
+
+
+def test_a_guard_that_holds_later():
+    stock, fused = both(Flagged)
+    for flag, places in ((False, 0), (True, 1), (False, 0), (True, 1)):
+        for model in (stock, fused):
+            model.flag = flag
+        assert same(fused, stock) == same(fused, stock) == places
+
+
+def test_an_activation_that_is_selected_later():
+    def form():
+        return nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 6), nn.ReLU())
+
+    stock, fused = both(form, activations=["gelu_tanh", "relu"])
+    assert same(fused, stock) == same(fused, stock) == 1
+    for model in (stock, fused):
+        model[1].approximate = "tanh"
+    assert same(fused, stock) == same(fused, stock) == 2
+
+
+def test_fuse_selects_other_places_later():
+    stock, fused = both(Normed, exclude=["1"])
+    assert same(fused, stock) == same(fused, stock) == 1
+    fuse(unfuse(fused))
+    assert same(fused, stock) == same(fused, stock) == 2
+
+
+def test_arguments_that_change_at_each_call_are_not_kept():
+    stock, fused = both(Dropped)
+    fused.eval(), stock.eval()
+    before = len(_decisions._decided)
+    for step in range(100):
+        for model in (stock, fused):
+            model.slope = step / 1000
+        torch.testing.assert_close(fused(X), stock(X))
+    assert len(_decisions._decided) < before + 20
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda steps: steps.run_modules(None, X, [nn.ReLU()], 0), "expected an iterator"),
+        (lambda steps: steps.run_calls(None, X, (3,), 0), "expected a tuple"),
+        (lambda steps: steps.run_calls(None, X, ((F.relu, lambda: 3),), 0), "expected a tuple"),
+        (lambda steps: steps.run_calls(None, X, ((F.relu, lambda: ((), 3)),), 0), "keywords in a dict"),
+        (lambda steps: steps.run_statement(None, X, lambda: 3, 0), "expected a tuple"),
+        (lambda steps: steps.keep(0, None, 0), "expected a decision"),
+    ],
+)
+def test_steps_refuse_what_they_do_not_know(call, error):
+    owner = nn.ReLU()
+    steps = _C.Steps(owner, [F.relu], [False])
+    with pytest.raises(TypeError, match=error):
+        call(_Owned(steps, owner))
+
+
+class _Owned:
+    def __init__(self, steps, owner):
+        self.steps, self.owner = steps, owner
+        self.keep = steps.keep
+
+    def __getattr__(self, name):
+        return lambda owner, *args: getattr(self.steps, name)(self.owner, *args)
