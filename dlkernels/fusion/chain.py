@@ -55,7 +55,7 @@ def chain(self: Any, modules: Iterable[Any], x: Any, /) -> Any:
     return _decided(key if isinstance(modules, nn.Module) else None, self, modules, x)
 
 
-_END = object()
+_END: Any = object()
 
 
 def _called(modules: Iterable[Any], x: Any) -> Any:
