@@ -1,4 +1,4 @@
-// What the modules of a container do in turn (dlkernels.fusion.steps).
+// Calls that follow one another, and what was decided for them (dlkernels.fusion.steps).
 #pragma once
 
 #include <pybind11/pybind11.h>

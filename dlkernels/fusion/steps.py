@@ -17,7 +17,7 @@ from dlkernels.nn.untouched import untouched
 
 
 class Turn(NamedTuple):
-    """The steps of a container. The order of its modules is that of ``in_turn``."""
+    """The steps of a statement's calls, or of a container's modules in the order of ``in_turn``."""
 
     steps: _C.Steps
     nested: bool

@@ -1,6 +1,7 @@
 """Route tables as files: which are taken, which are ignored and why, and that ``explain`` and ``info`` name them."""
 
 import dataclasses
+import itertools
 import json
 import threading
 import warnings
@@ -12,7 +13,7 @@ import torch
 from dlkernels import _C, _gpus, functional, routing
 from dlkernels.__main__ import main
 from dlkernels._version import __version__
-from dlkernels.routing import LIBRARY, OPS, STOCK, RouteError, Row, Table
+from dlkernels.routing import LIBRARY, MLP_OPS, MLP_PATHS, OPS, STOCK, RouteError, Row, Table
 from dlkernels.tuning.table import empty_table
 from tests.support.subprocess_utils import python
 
@@ -441,17 +442,37 @@ def test_a_shipped_table_is_sound(file):
     assert file.name == f"{one.processor}-{one.isa}.json" and one.any_threads
     if one.isa != _C.cpu_kernels()["isa"]:
         return  # the kernels of these rows are not here
+    before = torch.get_num_threads()
     try:
         routing.use((one,))
         for r in one.rows:
-            dtype = getattr(torch, r.dtype)
-            plan = functional.explain(torch.empty(r.m, r.k, dtype=dtype), torch.empty(r.n, r.k, dtype=dtype))
-            (product,) = (each for each in plan if each.op == r.op)
-            assert product.path == r.path and "measured at" in product.why
-            assert r.path == LIBRARY["cpu"] or r.us[r.path] <= 1.031 * r.us[STOCK], r
-        assert {r.op for r in one.rows} == set(OPS)
+            torch.set_num_threads(r.where)
+            assert (_path_of_chain if r.hidden else _path_of_layer)(r) == r.path, r
+            if r.hidden:  # stock is no path of a chain: its layers are one, and fuse splits it
+                assert r.us[r.path] <= 1.031 * min(r.us[path] for path in MLP_PATHS), r
+            else:
+                assert r.path == LIBRARY["cpu"] or r.us[r.path] <= 1.031 * r.us[STOCK], r
+        assert {r.op for r in one.rows if not r.hidden} == set(OPS)
+        assert {r.op for r in one.rows if r.hidden} in (set(), set(MLP_OPS))
     finally:
         routing.use(())
+        torch.set_num_threads(before)
+
+
+def _path_of_layer(row):
+    dtype = getattr(torch, row.dtype)
+    plan = functional.explain(torch.empty(row.m, row.k, dtype=dtype), torch.empty(row.n, row.k, dtype=dtype))
+    (product,) = (each for each in plan if each.op == row.op)
+    assert "measured at" in product.why
+    return product.path
+
+
+def _path_of_chain(row):
+    weights = [torch.empty(n, k) for k, n in itertools.pairwise(row.features)]
+    plan = functional.explain_mlp(torch.empty(row.m, row.k), weights)
+    step = plan.forward if row.op == "mlp_forward" else plan.backward
+    fused, layers = MLP_PATHS
+    return fused if step else layers
 
 
 class InventedDriver:
