@@ -49,14 +49,6 @@ def run_again(key: Any, owner: Any, x: Any) -> Tensor | None:
     return None if found is None else found[0].run(owner, x)
 
 
-def recall(key: Any, owner: Any, x: Any) -> tuple[Tensor, Any] | None:
-    """The same, with the mark."""
-    found = _decided.get(key)
-    if found is None or (y := found[0].run(owner, x)) is None:
-        return None
-    return y, found[1]
-
-
 def mark_of(key: Any) -> Any:
     found = _decided.get(key)
     return None if found is None else found[1]

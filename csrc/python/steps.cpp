@@ -68,8 +68,8 @@ class Steps {
   }
 
   // Run the calls that `looked_up` returns, the innermost last. Return (x, reached): the value and the last group that ran, of
-  // which `at` is the first. Return (x, i, calls) before a call that Python must decide about; calls is None if it was not
-  // called, which looks nothing up: a chain that begins the statement has done so itself.
+  // which `at` is the first. Return (x, i, calls) before a call that Python must decide about. The decision of a chain that
+  // begins the statement needs no look-up; if it does not hold, nothing was looked up, and calls is None.
   py::tuple run_statement(const py::object& owner, py::object x, const py::object& looked_up, int64_t at) {
     compare_owner(owner);
     size_t i = 0;

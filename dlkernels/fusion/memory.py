@@ -15,23 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlkernels import _C, _decisions
-from dlkernels._decisions import MISSING, Layer, Unknown, is_kept, keep, mark_of, may_be_kept, recall, run_again
+from dlkernels._decisions import MISSING, Layer, Unknown, is_kept, keep, mark_of, may_be_kept, run_again
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call, rules
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.stages import Chain, Stage, changes_nothing, is_identity, slope_of
 
-__all__ = [
-    "Reads",
-    "Unknown",
-    "decided",
-    "is_kept",
-    "keep",
-    "mark_of",
-    "may_be_kept",
-    "recall",
-    "run_again",
-]
+__all__ = ["Reads", "Unknown", "decided", "is_kept", "keep", "mark_of", "may_be_kept", "run_again"]
 
 
 class Checked:

@@ -43,9 +43,9 @@ _variants: dict[tuple[Any, ...], int] = {}
 _MOST_VARIANTS = 8
 
 
-def _run_again(self: Any, act: Any, linear: Any, x: Any, given: tuple[Any, ...] = ()) -> Tensor | None:
+def _run_again(self: Any, act: Any, linear: Any, x: Any, given: Given = ()) -> Tensor | None:
     """Return ``act(linear(x))`` if it was decided before to fuse the two, and the decision holds; else None."""
-    if torch.compiler.is_dynamo_compiling():
+    if given is None or torch.compiler.is_dynamo_compiling():
         return None
     if type(linear) is not FunctionalLinear:
         return memory.run_again((id(self), id(act), id(linear), *given), self, x)
@@ -59,15 +59,23 @@ def _run_again(self: Any, act: Any, linear: Any, x: Any, given: tuple[Any, ...] 
     return memory.run_again(key, self, x)
 
 
-def _remember(
-    self: Any, act: Any, linear: Any, x: Any, ready: calls.Ready, given: tuple[Any, ...], stage: Stage
-) -> None:
+def _decide(
+    self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any, given: Given = ()
+) -> str | calls.Ready:  # fmt: skip
+    """Decide, and remember the decision to fuse; with ``given`` None nothing is remembered."""
+    decision = calls.decide(self, act, linear, x, args, kwargs)
+    if given is not None and not isinstance(decision, str):
+        _remember(self, Stage(act, args, kwargs), linear, x, decision, given)
+    return decision
+
+
+def _remember(self: Any, act: Stage, linear: Any, x: Any, ready: calls.Ready, given: tuple[Any, ...]) -> None:
     if torch.compiler.is_dynamo_compiling() or calls.watcher is not None:
         return
-    key: tuple[Any, ...] = id(self), id(act), id(linear), *given
+    key: tuple[Any, ...] = id(self), id(act.called), id(linear), *given
     names = None
     if type(linear) is FunctionalLinear:
-        key = id(self), id(act), (id(linear.weight), id(linear.bias)), *given
+        key = id(self), id(act.called), (id(linear.weight), id(linear.bias)), *given
         if (names := names_in(self, linear)) is None:
             return
     if key in _unknown:
@@ -83,7 +91,7 @@ def _remember(
         reads = memory.Reads(self)
         if names is not None:
             reads.functional(self, linear, *names)
-        decided = memory.decided(reads, (Stage(linear), stage), chain, (self,))
+        decided = memory.decided(reads, (Stage(linear), act), chain, (self,))
         if decided is None:
             if len(_unknown) >= _MOST:
                 _unknown.clear()
@@ -94,11 +102,9 @@ def _remember(
 def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``act(linear(x), *args, **kwargs)``, where the further arguments are constants."""
     given = _given(args, kwargs)
-    if given is not None and (y := _run_again(self, act, linear, x, given)) is not None:
+    if (y := _run_again(self, act, linear, x, given)) is not None:
         return y
-    decision = calls.decide(self, act, linear, x, args, kwargs)
-    if given is not None and not isinstance(decision, str):
-        _remember(self, act, linear, x, decision, given, Stage(act, args, kwargs))
+    decision = _decide(self, act, linear, x, args, kwargs, given)
     if calls.watcher is not None:
         calls.watcher(self, linear, act, x, decision, args, kwargs)
     return act(linear(x), *args, **kwargs) if isinstance(decision, str) else calls._run(x, decision)
@@ -110,11 +116,9 @@ def call_with_deferred_arguments(
     """The same, where the layer's call may change the further arguments: ``arguments()`` returns their values now."""
     args, kwargs = arguments()
     given = _given(args, kwargs)
-    if given is not None and (y := _run_again(self, act, linear, x, given)) is not None:
+    if (y := _run_again(self, act, linear, x, given)) is not None:
         return y
-    decision = calls.decide(self, act, linear, x, args, kwargs)
-    if given is not None and not isinstance(decision, str):
-        _remember(self, act, linear, x, decision, given, Stage(act, args, kwargs))
+    decision = _decide(self, act, linear, x, args, kwargs, given)
     if calls.watcher is not None:
         calls.watcher(self, linear, act, x, decision, args, kwargs)
     if not isinstance(decision, str):
@@ -132,11 +136,9 @@ def linear_or_fused(
     The value goes to ``act`` some statements later and nowhere else. There the flag says that act was already applied.
     """
     given = _given(args, kwargs) if len(between) == 0 else None  # Dynamo cannot negate a tuple of objects
-    if given is not None and (y := _run_again(self, act, linear, x, given)) is not None:
+    if (y := _run_again(self, act, linear, x, given)) is not None:
         return y, True
-    decision = calls.decide(self, act, linear, x, args, kwargs)
-    if given is not None and not isinstance(decision, str):
-        _remember(self, act, linear, x, decision, given, Stage(act, args, kwargs))
+    decision = _decide(self, act, linear, x, args, kwargs, given)
     if not isinstance(decision, str) and not all(_is_harmless(*part) for part in between):
         decision = "a call between it and the activation may have a side effect"
     if calls.watcher is not None:
@@ -182,9 +184,7 @@ def linear_forward(self: Any, input: Any) -> Any:
     """The forward of a linear layer without an activation."""
     if (y := _run_again(self, identity, self, input)) is not None:
         return y
-    decision = calls.decide(self, identity, self, input, (), {})
-    if not isinstance(decision, str):
-        _remember(self, identity, self, input, decision, (), Stage(identity))
+    decision = _decide(self, identity, self, input, (), {})
     if calls.watcher is not None:
         ways = calls.as_in_stock(self), lambda t: linear_forward(self, t), (self,)
         calls.watcher(self, self, identity, input, decision, (), {}, ways=ways)

@@ -1,5 +1,7 @@
-"""What was decided in an earlier call for calls that follow one another, of which some are fused: for the modules of a
-container, and for the calls of a statement. A container that is one chain has a single decision (``chain``).
+"""The memory of a list of calls: the modules of a container, or the calls of a statement.
+
+Some of the calls are fused, others are not. ``_C.Steps`` holds the decision about each. A container that is one chain
+has a single decision (``chain``).
 """
 
 from __future__ import annotations

@@ -78,8 +78,13 @@ def written_there(
 
 
 class _Place(NamedTuple):
-    """A group of calls in the source, under whose slot decisions are remembered: its look-ups, and functions that do
-    them."""
+    """A group of calls in the source of a method.
+
+    Attributes:
+        slot: the number under which its decisions are remembered.
+        paths: what it looks up.
+        given: functions that look it up.
+    """
 
     slot: int
     paths: tuple[Path, ...]
@@ -105,9 +110,8 @@ def _run(
         if is_layer(called) and (groups := _looked_up(calls[i:], later)):
             found = _chain(self, groups, x)
         if type(found) is not tuple:
-            # What follows is in this group.
-            alone = later is _no_groups or (i + 1 < len(calls) and type(calls[i + 1][0]) is not nn.Identity)
-            if found is _LEFT and alone and turn is not None:
+            # A condition may add the calls of later groups. They count if this group ends with the layer.
+            if found is _LEFT and turn is not None and (later is _no_groups or _has_following(groups[0])):
                 turn.steps.leave(i)
             args, kwargs = ((), {}) if arguments is None else arguments()
             x = called(x, *args, **kwargs)
@@ -121,6 +125,11 @@ def _run(
         if reached is not None:
             return x, at + reached
         i = last + 1
+
+
+def _has_following(stages: Sequence[Stage]) -> bool:
+    """Return True if something that changes its output follows the first of the stages."""
+    return after_identities(stages, 0) < len(stages)
 
 
 def _looked_up(calls: Sequence[Call], later: Groups) -> list[list[Stage]]:

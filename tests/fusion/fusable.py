@@ -144,7 +144,6 @@ def fused_runs():
         mock.patch.object(call, "_run", counting(call._run, lambda x, ready: [ready[2]])),
         mock.patch.object(stages, "run_several", counting(stages.run_several, lambda x, all_: [r[2] for r in all_])),
         mock.patch.object(memory, "run_again", counting(memory.run_again, _remembered)),
-        mock.patch.object(memory, "recall", counting(memory.recall, _remembered)),
     ):
         _runs.append(runs)
         try:

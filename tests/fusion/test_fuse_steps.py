@@ -177,6 +177,14 @@ def test_modules_of_a_container_are_replaced():
     assert same(fused, stock) == same(fused, stock) == 2
 
 
+def both_containing(index, form):
+    """The module at ``index`` knows its container."""
+    stock, fused = both(form)
+    for model in (stock, fused):
+        model[index].container = [model]
+    return stock, fused
+
+
 class Replaces(nn.Module):
     """Puts another module into its container while the container runs."""
 
@@ -196,9 +204,7 @@ def test_a_module_replaces_a_later_one_while_it_runs():
             nn.Linear(6, 8), nn.ReLU(), Replaces(4), nn.Linear(8, 6), nn.ReLU(), nn.LayerNorm(6)
         )  # fmt: skip
 
-    stock, fused = both(form)
-    for model in (stock, fused):
-        model[2].container = [model]
+    stock, fused = both_containing(2, form)
     for _ in range(5):
         torch.testing.assert_close(fused(X), stock(X))
 
@@ -239,9 +245,10 @@ class Recursive(nn.Module):
 
 
 def test_a_module_that_runs_its_container():
-    stock, fused = both(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Recursive(), nn.Linear(6, 6), nn.Tanh()))
-    for model in (stock, fused):
-        model[2].container = [model]
+    def form():
+        return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Recursive(), nn.Linear(6, 6), nn.Tanh())
+
+    stock, fused = both_containing(2, form)
     for _ in range(3):
         torch.testing.assert_close(fused(X), stock(X))
 
