@@ -104,24 +104,26 @@ struct Ops<float> {
     return with_sign(a < 0.63f ? small : large, x);  // the sign comes last, so that tanh(-0) = -0
   }
 
-  // Φ(z), the normal distribution function, from its left tail Φ(-|z|) = e^(-z²/2)·R(|z|), relative error of R 4.8e-9. So
-  // nothing cancels in the tail. From |z| = 12.9 on, shortly before the tail becomes subnormal, it is 0.
+  // Φ(z), the normal distribution function, from its left tail Φ(-a) = e^(-a²/2)·(1/2 + a·N(a)/D(a)), a = |z|. The bracket has a
+  // relative error of 1.7e-9. Near 0 the rounding of N/D is scaled by a, so that Φ there is as exact as one rounding, and the
+  // tail is no difference from 1, in which everything would cancel. From a = 12.9 on, shortly before the tail becomes
+  // subnormal, it is 0.
   DLK_INLINE T normal_cdf(T z) {
     T a = abs(z);
     T c = a > 12.9f ? lit(12.9) : a;
-    T n = lit(3.98633389143e-3);
-    n = fma(n, c, lit(3.97543674346e-2));
-    n = fma(n, c, lit(1.80621726883e-1));
-    n = fma(n, c, lit(4.34755505495e-1));
-    n = fma(n, c, lit(5.00000002312e-1));
-    T d = lit(9.99210479493e-3);
-    d = fma(d, c, lit(9.96571600324e-2));
-    d = fma(d, c, lit(4.62572497542e-1));
-    d = fma(d, c, lit(1.19162899512));
-    d = fma(d, c, lit(1.66739590807));
+    T n = lit(-4.20594972631e-3);
+    n = fma(n, c, lit(-4.08527625293e-2));
+    n = fma(n, c, lit(-1.77837566412e-1));
+    n = fma(n, c, lit(-3.99545224669e-1));
+    n = fma(n, c, lit(-3.98942322083e-1));
+    T d = lit(8.41188629631e-3);
+    d = fma(d, c, lit(8.84180032674e-2));
+    d = fma(d, c, lit(4.26202902481e-1));
+    d = fma(d, c, lit(1.13273524942));
+    d = fma(d, c, lit(1.62817000664));
     d = fma(d, c, lit(1));
     T e = normal_exp(lit(-0.5) * z * z);  // GELU's gradient has the same term: the compiler computes it once
-    T tail = (a > 12.9f ? lit(0) : e) * (n / d);
+    T tail = (a > 12.9f ? lit(0) : e) * fma(n / d, c, lit(0.5));
     return z > 0.0f ? 1.0f - tail : tail;
   }
 
