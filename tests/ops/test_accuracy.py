@@ -20,10 +20,11 @@ def binades(first, end, count):
 
 
 def sweep():
-    """Every binade from the subnormals to 2^127, both signs: 257 numbers each, 8191 from 2^-16 to 2^4; and special points.
+    """Every binade from the subnormals to 2^127, both signs, 257 numbers each; 8191 in those from 2^-16 to 2^4.
 
-    The numbers are quotients of integers, which every processor rounds alike. linspace does not: on one of them it found an
-    error of 2.06 units that it had missed on others.
+    Special points of exp and tanh come on top. The numbers are quotients of integers, which every processor rounds
+    alike. linspace has other numbers on other processors: on one of them it found an error of 2.06 units that it had
+    missed elsewhere.
     """
     magnitudes = torch.cat([binades(-149, 128, 257), binades(-16, 4, 8191)])
     around = torch.tensor(
