@@ -47,10 +47,34 @@ def test_chains_of_few_rows(planning):
     assert slices(64, 1, 256, dtype="float64") == [1, 4]
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx512_bf16", "amx"])
+def test_chains_of_few_rows_on_avx512(planning, isa):
+    def slices(features, *rows, **machine):
+        return [mlp_slices(planning, m, features, isa=isa, **machine) for m in rows]
+
+    assert slices(64, 1, 256, 1000) == [1, 4, 4], "8192 parameters"
+    assert slices(128, 1, 255, 256) == [0, 0, 4], "32768: twice as many rows as features"
+    assert slices(64, 1, 256, dtype="float64") == [1, 4], "64 KiB"
+    assert slices(90, 1, 359, 360, dtype="float64") == [0, 0, 4], "four times as many rows as features"
+
+
 def test_chains_of_few_rows_where_nobody_measured_them(planning):
-    for machine in ({"dtype": "bfloat16"}, {"isa": "avx512"}, {"isa": "avx512_bf16"}, {"isa": "amx"}):
+    for machine in ({"dtype": "bfloat16"}, {"dtype": "float16"}, {"isa": "avx512_bf16", "dtype": "bfloat16"}):
         assert mlp_slices(planning, 1024, 64, **machine) == 0
         assert mlp_slices(planning, 2048, 64, **machine) == 2
+
+
+def test_bf16_on_amx_goes_layer_by_layer(planning):
+    """Unless calls take more time than products: its tiles multiply twelve times as fast as AVX-512."""
+
+    def slices(m, features, **machine):
+        return mlp_route(planning, m, features, isa="amx", dtype="bfloat16", **machine)[0]
+
+    assert [slices(m, SMALL) for m in (1, 8, 32)] == [1, 1, 1]
+    assert [slices(m, SMALL) for m in (34, 256, 2048, 65536)] == [0, 0, 0, 0]
+    assert slices(65536, [128] * 6) == 0
+    assert slices(65536, [64] * 6, forced=OWN) == 32, "the fused MLP stays one of our paths"
+    assert mlp_slices(planning, 65536, 64, isa="avx512_bf16", dtype="bfloat16") == 32, "without AMX"
 
 
 def test_more_threads_than_slices_take_layer_by_layer(planning):
@@ -79,7 +103,8 @@ def test_a_row_takes_the_kernel_where_the_rule_does_not(planning, table):
     for m, features, slices, machine in (
         (32, WIDE, 1, {}),
         (1024, WIDE, 4, {"threads": 64}),
-        (1024, SMALL, 4, {"isa": "avx512"}),
+        (200, (8, 128, 128, 128), 3, {"isa": "avx512"}),
+        (1024, SMALL, 4, {"isa": "amx", "dtype": "bfloat16"}),
         (1, SMALL, 1, {"dtype": "bfloat16"}),
         (3000, (192, 192, 192), 2, {"dtype": "bfloat16"}),
         (256, SMALL, 4, {"isa": "portable"}),

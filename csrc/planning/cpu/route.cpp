@@ -40,15 +40,23 @@ struct ChainSizes {
   }
 };
 
-// The reason why the fused MLP kernels do not pay for fewer than 2048 rows; nullptr: they pay. Measured on Zen 3 with 1 and 2
-// threads, in f32 and f64, from 1 to 1024 rows (docs/internals/performance.md). Up to 16 thousand parameters the fused MLP won
-// for any number of rows. Beyond, it has to pack all weights anew for each thread, and takes as many rows as the widest layer
-// has features. More threads than slices compute layer by layer, unless a slice takes less time than waking threads for each
-// product.
+// AMX multiplies bf16 layer by layer; the fused MLP multiplies it without tiles. Measured on a Xeon, the time of the layers over
+// that of the fused MLP: 1.1 to 1.3 up to 32x8-64-64-4, which is 155 thousand multiplications, 1.0 at 16x64-64-64-64, 0.6 at
+// 256x50-128-64-1, 0.3 to 0.5 at 65536x64-64-64-64-64-64.
+constexpr int64_t kFusedBesideAmx = 160000;
+
+// The reason why the fused MLP kernels do not pay for fewer than 2048 rows; nullptr: they pay. Measured with 1 and 2 threads from
+// 1 to 1024 rows on Zen 3 and on a Xeon with AVX-512 (docs/internals/performance.md). With at most 64 KiB of parameters the fused
+// MLP won for any number of rows. Beyond, it has to pack all weights anew for each thread, and takes as many rows as the widest
+// layer has features; AVX-512, which multiplies faster beside the same packing, twice as many in f32 and four times in f64. More
+// threads than slices compute layer by layer, unless a slice takes less time than waking threads for each product.
 const char* few_rows_do_not_pay(const ChainSizes& chain, DType dtype, const Machine& machine) {
-  if (!runs("avx2", machine) || is_16_bit(dtype))
+  if (is_16_bit(dtype) || runs("portable", machine))
     return "fewer than 2048 rows: the fused MLP was not measured faster with these kernels";
-  if (chain.parameters > (1 << 14) && chain.m < chain.widest)
+  const bool avx2 = runs("avx2", machine);
+  const int64_t element = avx2 ? 4 : element_size(dtype);  // Zen 3 had the same limits in f32 and f64
+  const int64_t rows_per_feature = avx2 ? 1 : element / 2;
+  if (chain.parameters * element > (1 << 16) && chain.m < rows_per_feature * chain.widest)
     return "few rows: packing all weights for each thread would cost more than it saves";
   const int slices = chain.slices();
   if (machine.threads > slices && chain.m * chain.parameters / slices > (1 << 20))
@@ -195,6 +203,11 @@ MlpRoute mlp_route(Direction direction, const std::vector<Shape>& layers, DType 
   if (is_unmeasured(dtype, machine)) return {0, "no measurement says that our kernels are faster on such a processor"};
   if (chain.widest > fused_mlp_limit(dtype))
     return {0, "wide layers: taller blocks of rows serve their products better"};
+  if (dtype == DType::bf16 && runs("amx", machine) && machine.forced == Forced::no) {
+    if (chain.m * chain.parameters > kFusedBesideAmx)
+      return {0, "bf16 on a CPU with AMX: layer by layer the products run on its tiles"};
+    return {chain.slices(), "a small network: one call for all of its layers"};
+  }
   const char* const slow = chain.has_many_rows() ? nullptr : few_rows_do_not_pay(chain, dtype, machine);
   if (slow && machine.forced == Forced::own) return {1, "DLKERNELS_CPU_GEMM=own"};
   if (slow) return {0, slow};
