@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import platform
 import re
 import stat
 import warnings
@@ -25,6 +24,7 @@ from dlkernels import _C
 from dlkernels._circumstances import FACTS, Fact
 from dlkernels._errors import RouteTableWarning
 from dlkernels._gpus import gpu_names
+from dlkernels._processors import measured_relative, processor
 from dlkernels._version import __version__
 
 # Whoever works with tables reaches their parts here.
@@ -71,8 +71,11 @@ def _foreign(table: Table) -> str:
         if not gpus or any(table.processor == name or table.processor.startswith(f"{name} MIG ") for name in gpus):
             return ""  # its rows name their architecture, and the planning compares that
         return f"it was measured on {table.processor}, and this is {' and '.join(gpus)}"
-    there, here = f"{table.processor} with {table.isa}", f"{processor()} with {_C.cpu_kernels()['isa']}"
-    return "" if there == here else f"it was measured on {there}, and this is {here}"
+    here, isa = processor(), _C.cpu_kernels()["isa"]
+    known = (here, measured_relative(here)) if table.source == "shipped" else (here,)
+    if table.processor in known and table.isa == isa:
+        return ""
+    return f"it was measured on {table.processor} with {table.isa}, and this is {here} with {isa}"
 
 
 def _stale(table: Table) -> str:
@@ -82,20 +85,6 @@ def _stale(table: Table) -> str:
             if then != now:
                 return f"it was measured with {name} {then}, and this is {name} {now}"
     return ""
-
-
-def processor() -> str:
-    """Return vendor, family and model of the CPU, such as "genuineintel-6-143"; elsewhere than on Linux on x86 the
-    architecture."""
-    known: dict[str, str] = {}
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            name, colon, value = line.partition(":")
-            if not colon:
-                break  # the first processor ends
-            known.setdefault(name.strip(), value.strip())
-    parts = [known.get(name, "") for name in ("vendor_id", "cpu family", "model")]
-    return "-".join(parts).lower() if all(parts) else platform.machine().lower() or "unknown"
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
@@ -120,7 +109,11 @@ def tuned_name(any_threads: bool = False, device: str = "cpu") -> str:
 
 
 def _stem(device: str) -> str:
-    return _gpu_stem(torch.cuda.get_device_name()) if device == "cuda" else f"{processor()}-{_C.cpu_kernels()['isa']}"
+    return _gpu_stem(torch.cuda.get_device_name()) if device == "cuda" else _cpu_stem(processor())
+
+
+def _cpu_stem(name: str) -> str:
+    return f"{name}-{_C.cpu_kernels()['isa']}"
 
 
 def _gpu_stem(name: str) -> str:
@@ -144,7 +137,7 @@ def chosen() -> list[Table]:
     if choice == "":
         with contextlib.suppress(RuntimeError):  # a user without a home folder has no tables
             tables = _usable(_files(cache_folder()), "tuned")
-    return tables + _usable(_files(SHIPPED), "shipped")
+    return tables + _usable(_shipped_files(), "shipped")
 
 
 def _require_file(choice: str) -> None:
@@ -157,8 +150,15 @@ def _require_file(choice: str) -> None:
     raise ImportError(f"{VARIABLE} must be shipped, default or the file of a route table; got {choice!r}{why}")
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the files in ``folder`` whose names are of this processor or of a GPU here."""
+def _shipped_files() -> list[Path]:
+    """Return the shipped tables of a GPU here and of this processor, else of its near relative."""
+    here = processor()
+    own = (SHIPPED / f"{_cpu_stem(here)}.json").exists()
+    return _files(SHIPPED, here if own else measured_relative(here))
+
+
+def _files(folder: Path, of: str = "") -> list[Path]:
+    """Return the files in ``folder`` whose names are of this processor, or of the one named, or of a GPU here."""
     try:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -166,7 +166,7 @@ def _files(folder: Path) -> list[Path]:
     except OSError as error:
         _ignore(folder, f"it cannot be read: {error.strerror}", "folder of route tables")
         return []
-    stems = [re.escape(_stem("cpu"))]
+    stems = [re.escape(_cpu_stem(of or processor()))]
     if _C.build_config()["cuda"] is not None:
         stems += [rf"{re.escape(_gpu_stem(name))}(-mig-.*)?" for name in gpu_names()] or ["cuda-.*"]
     pattern = re.compile(rf"({'|'.join(stems)})(-torch-.*)?\.json")
@@ -279,10 +279,15 @@ def _warn_of_others(then: str, now: str) -> None:
 FACTS["routes"] = Fact(identity, _warn_of_others)
 
 
+def _told(table: Table) -> str:
+    related = table.source == "shipped" and table.device == "cpu" and table.processor != processor()
+    return f"{table.source} for a near relative" if related else table.source
+
+
 def facts() -> dict[str, str]:
     """Return the tables in use, and those that were ignored, as ``info`` prints them."""
     shown = {
-        f"table {number}": f"{table.name} ({table.source}, {len(table.rows)} rows, hash {table.hash})"
+        f"table {number}": f"{table.name} ({_told(table)}, {len(table.rows)} rows, hash {table.hash})"
         for number, table in enumerate(_in_use, start=1)
     }
     ignored = {f"ignored {number}": f"{path}: {why}" for number, (path, why) in enumerate(_ignored, start=1)}

@@ -95,6 +95,7 @@ LAYERS = {
     "dlkernels._C": 0, "dlkernels._version": 0, "dlkernels._load": 0, "dlkernels.atomic": 0,
     "dlkernels.testing": 0, "dlkernels.choices": 0, "dlkernels.extras": 0, "dlkernels._entry": 0,
     "dlkernels._errors": 0, "dlkernels._one_call": 0, "dlkernels._circumstances": 0, "dlkernels._gpus": 0,
+    "dlkernels._processors": 0,
     "dlkernels.route_table": 0,
     "dlkernels._ops": 1, "dlkernels.routing": 1,
     "dlkernels.losses": 2,

@@ -12,6 +12,7 @@ import torch
 
 from dlkernels import _C, _gpus, functional, routing
 from dlkernels.__main__ import main
+from dlkernels._processors import measured_relative
 from dlkernels._version import __version__
 from dlkernels.routing import LIBRARY, MLP_OPS, MLP_PATHS, OPS, STOCK, RouteError, Row, Table
 from dlkernels.tuning.table import empty_table
@@ -427,6 +428,49 @@ def test_what_is_no_table_is_refused():
             _C.make_routes([(*good[:place], wrong, *good[place + 1 :])])
 
 
+def test_near_relatives():
+    relatives = {
+        "genuineintel-6-167": ("genuineintel-6-143", "genuineintel-6-173", "genuineintel-6-174", "genuineintel-6-207"),
+        "authenticamd-25-1": ("authenticamd-25-0", "authenticamd-25-33", "authenticamd-25-80"),
+        "authenticamd-25-17": (
+            "authenticamd-25-24",
+            "authenticamd-25-97",
+            "authenticamd-25-117",
+            "authenticamd-25-160",
+        ),
+    }
+    for measured, names in relatives.items():
+        assert {measured_relative(name) for name in (measured, *names)} == {measured}
+        assert any(file.name.startswith(f"{measured}-") for file in SHIPPED)
+    for other in ("authenticamd-26-17", "authenticamd-25-176", "genuineintel-6-85", "genuineintel-19-1", "aarch64", ""):
+        assert measured_relative(other) == other
+
+
+def test_a_processor_without_a_table_takes_the_shipped_one_of_its_near_relative(places, monkeypatch, capsys):
+    shipped, tuned = places
+    isa = _C.cpu_kernels()["isa"]
+    there, here = table(processor="genuineintel-6-167", any_threads=True), "genuineintel-6-143"
+    monkeypatch.setattr(routing, "processor", lambda: here)
+    (shipped / f"{there.processor}-{isa}.json").write_text(there.text())
+    (shipped / f"{there.processor}-other.json").write_text("of another instruction set")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        routing.install()
+    assert forward_path() == "aten"
+    assert main(["info"]) == 0
+    assert f"{there.processor}-{isa}.json (shipped for a near relative, 1 rows" in capsys.readouterr().out
+    put(tuned, dataclasses.replace(there, any_threads=False))
+    with pytest.warns(
+        RuntimeWarning, match=f"it was measured on {there.processor} with {isa}, and this is {here} with {isa}"
+    ):
+        routing.install()
+    (tuned / routing.file_name()).unlink()
+    put(shipped, table(row(path="packed", us=PACKED), processor=here, any_threads=True))
+    routing.install()
+    assert forward_path() == "packed", "its own table comes before that of a relative"
+    assert [one.processor for one in routing.in_use()] == [here]
+
+
 SHIPPED = sorted((Path(routing.__file__).parent / "routes").glob("*.json"))
 
 
@@ -449,7 +493,7 @@ def test_a_shipped_table_is_sound(file):
             torch.set_num_threads(r.where)
             assert (_path_of_chain if r.hidden else _path_of_layer)(r) == r.path, r
             if r.hidden:  # stock is no path of a chain: its layers are one, and fuse splits it
-                assert r.us[r.path] <= 1.031 * min(r.us[path] for path in MLP_PATHS), r
+                assert r.us[r.path] <= 1.031 * min(r.us[path] for path in MLP_PATHS if path in r.us), r
             else:
                 assert r.path == LIBRARY["cpu"] or r.us[r.path] <= 1.031 * r.us[STOCK], r
         assert {r.op for r in one.rows if not r.hidden} == set(OPS)
@@ -468,8 +512,9 @@ def _path_of_layer(row):
 
 
 def _path_of_chain(row):
-    weights = [torch.empty(n, k) for k, n in itertools.pairwise(row.features)]
-    plan = functional.explain_mlp(torch.empty(row.m, row.k), weights)
+    dtype = getattr(torch, row.dtype)
+    weights = [torch.empty(n, k, dtype=dtype) for k, n in itertools.pairwise(row.features)]
+    plan = functional.explain_mlp(torch.empty(row.m, row.k, dtype=dtype), weights)
     step = plan.forward if row.op == "mlp_forward" else plan.backward
     fused, layers = MLP_PATHS
     return fused if step else layers
