@@ -12,6 +12,15 @@ def peak_loop(dtype: str, steps: int) -> int: ...
 def linear_act(
     x: object, weight: object, bias: object, activation: object, negative_slope: object, /
 ) -> Tensor | None: ...
+def mlp(
+    x: object,
+    weights: object,
+    biases: object,
+    activation: object,
+    last_activation: object,
+    negative_slope: object,
+    /,
+) -> Tensor | None: ...
 def mse_loss(input: object, target: object, reduction: object, /) -> Tensor | None: ...
 def cross_entropy(
     input: object, target: object, ignore_index: object, reduction: object, label_smoothing: object, /

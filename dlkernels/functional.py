@@ -221,6 +221,8 @@ def mlp(
         TypeError: a dtype the kernels do not have, no tensor, no sequence, or a ``negative_slope`` that is no number.
         RuntimeError: no layers, or shapes, dtypes, devices or layouts that do not fit together.
     """
+    if (y := _calls.mlp(x, weights, biases, activation, last_activation, negative_slope)) is not None:
+        return y
     weights = _as_tuple("weights", weights, "tensors")
     biases = (None,) * len(weights) if biases is None else _as_tuple("biases", biases, "tensors or None")
     hidden = (

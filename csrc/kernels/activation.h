@@ -9,7 +9,9 @@
 //   value(z, slope)    act(z)
 //   grad(g, s, slope)  g · act', where s is the saved y or z. ReLU selects g or 0 and does not multiply, so that an
 //                      infinite g through an inactive unit gives 0, as in torch.
-//   grad2, grad3       t · the second and the third derivative, of gelu and silu alone: torch has no operators for them
+//   orders             the derivatives that derivative_pass makes: those of y by z, or where s is y, act' and its derivatives
+//                      by y. 0 where torch has one operator for each
+//   grad2, grad3       t · the derivative of that order
 #pragma once
 
 #include "kernels/params.h"
@@ -19,6 +21,7 @@ namespace dlk {
 // z itself: a layer without an activation.
 struct Identity {
   static constexpr bool saves_output = true, needs_sign_only = false;
+  static constexpr int orders = 0;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z;
@@ -32,6 +35,7 @@ struct Identity {
 // max(z, 0). NaN stays NaN because every comparison with it is false. The gradient at 0 is 0.
 struct ReLU {
   static constexpr bool saves_output = true, needs_sign_only = true;
+  static constexpr int orders = 0;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z < O::lit(0) ? O::lit(0) : z;
@@ -46,6 +50,7 @@ struct ReLU {
 // for the gradient.
 struct LeakyReLU {
   static constexpr bool saves_output = true, needs_sign_only = true;
+  static constexpr int orders = 0;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T slope) {
     return z > O::lit(0) ? z : z * slope;
@@ -59,6 +64,7 @@ struct LeakyReLU {
 // max(z, 0)², the squared ReLU of Primer (So et al., 2021).
 struct ReLU2 {
   static constexpr bool saves_output = false, needs_sign_only = false;
+  static constexpr int orders = 0;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     T r = z < O::lit(0) ? O::lit(0) : z;
@@ -74,6 +80,7 @@ struct ReLU2 {
 // density.
 struct GELU {
   static constexpr bool saves_output = false, needs_sign_only = false;
+  static constexpr int orders = 3;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z * O::normal_cdf(z);
@@ -102,6 +109,7 @@ struct GELU {
 // The tanh form of GELU: z/2·(1 + tanh u), u = sqrt(2/π)·(z + 0.044715 z³).
 struct GELUTanh {
   static constexpr bool saves_output = false, needs_sign_only = false;
+  static constexpr int orders = 0;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return O::lit(0.5) * z * (O::lit(1) + O::tanh(inner<O>(z)));
@@ -121,6 +129,7 @@ struct GELUTanh {
 // z·σ(z), where σ is the sigmoid. act' = σ(z)·(1 + z·(1 - σ(z))).
 struct SiLU {
   static constexpr bool saves_output = false, needs_sign_only = false;
+  static constexpr int orders = 3;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return z / (O::lit(1) + O::exp(-z));
@@ -147,6 +156,7 @@ struct SiLU {
 // tanh(z). act' = 1 - y².
 struct Tanh {
   static constexpr bool saves_output = true, needs_sign_only = false;
+  static constexpr int orders = 2;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return O::tanh(z);
@@ -155,11 +165,17 @@ struct Tanh {
   DLK_HD static T grad(T g, T y, T) {
     return g * (O::lit(1) - y * y);
   }
+  // t · -2y
+  template <class O, class T = typename O::T>
+  DLK_HD static T grad2(T t, T y) {
+    return t * (O::lit(-2) * y);
+  }
 };
 
 // σ(z) = 1/(1 + e^-z). act' = y·(1 - y).
 struct Sigmoid {
   static constexpr bool saves_output = true, needs_sign_only = false;
+  static constexpr int orders = 2;
   template <class O, class T = typename O::T>
   DLK_HD static T value(T z, T) {
     return O::lit(1) / (O::lit(1) + O::exp(-z));
@@ -167,6 +183,11 @@ struct Sigmoid {
   template <class O, class T = typename O::T>
   DLK_HD static T grad(T g, T y, T) {
     return g * (O::lit(1) - y) * y;
+  }
+  // t · (1 - 2y)
+  template <class O, class T = typename O::T>
+  DLK_HD static T grad2(T t, T y) {
+    return t * (O::lit(1) - O::lit(2) * y);
   }
 };
 
@@ -193,6 +214,11 @@ DLK_HD auto with_activation(Act kind, F&& f) {
 
 // The number of names in Act.
 constexpr int kActivations = 9;
+
+// Return the highest order of the derivatives that derivative_pass makes.
+inline int derivative_orders(Act kind) {
+  return with_activation(kind, [](auto act) { return decltype(act)::orders; });
+}
 
 // Return whether the gradient of `kind` reads y; otherwise it reads z.
 inline bool saves_output(Act kind) {

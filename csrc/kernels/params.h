@@ -119,12 +119,12 @@ struct ActPass {
   void* y;
 };
 
-// out = t · the derivative of this order of act at z, elementwise over count contiguous elements. act is gelu or silu,
-// order is from 1 to kDerivatives. A second derivative of a network reads order 2, its backward order 3. CPU.
-constexpr int kDerivatives = 3;
+// out = t · the derivative of this order of act at s, elementwise over count contiguous elements. s is z, or y where act' reads
+// that (activation.h). order is from 1 to derivative_orders(act). A second derivative of a network reads order 2, its backward
+// order 3. CPU.
 struct DerivativePass {
   int64_t count;
-  const void *t, *z;
+  const void *t, *s;
   Act act;
   int order;
   void* out;

@@ -5,6 +5,8 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
+
 #include "ops/autograd/losses.h"
 #include "ops/dispatched.h"
 #include "python/tensors.h"
@@ -71,6 +73,68 @@ PyObject* linear_act(PyObject* const* args, Py_ssize_t count) {
   return wrap(y);
 }
 
+// The items of a list or a tuple, or null with a count of -1.
+struct Items {
+  PyObject** at = nullptr;
+  Py_ssize_t count = -1;
+
+  explicit Items(PyObject* object) {
+    if (PyList_CheckExact(object) || PyTuple_CheckExact(object))
+      at = PySequence_Fast_ITEMS(object), count = PySequence_Fast_GET_SIZE(object);
+  }
+};
+
+// The codes of the activations between `layers` layers: one name for all, or one for each; and the last one's. Empty if they are
+// anything else.
+std::vector<int64_t> codes_of(PyObject* names, PyObject* last, Py_ssize_t layers) {
+  std::vector<int64_t> codes;
+  const Items each(names);
+  if (each.count < 0)
+    codes.assign(layers - 1, code_of(known().activations, names));
+  else
+    for (Py_ssize_t i = 0; i < each.count; ++i) codes.push_back(code_of(known().activations, each.at[i]));
+  codes.push_back(code_of(known().activations, last));
+  const bool all_known = std::all_of(codes.begin(), codes.end(), [](int64_t code) { return code >= 0; });
+  return all_known && static_cast<Py_ssize_t>(codes.size()) == layers ? codes : std::vector<int64_t>();
+}
+
+// mlp(x, weights, biases, activation, last_activation, negative_slope): the chain's output, or None. weights are of single
+// layers, not of an ensemble.
+PyObject* mlp(PyObject* const* args, Py_ssize_t count) {
+  if (!is_ordinary(count, 6)) Py_RETURN_NONE;
+  const at::Tensor* x = dense_on_cpu(args[0]);
+  const Items weights(args[1]), biases(args[2]);
+  const bool biased = args[2] != Py_None;
+  if (!x || weights.count < 1 || (biased && biases.count != weights.count) || !PyFloat_CheckExact(args[5]))
+    Py_RETURN_NONE;
+  const std::vector<int64_t> acts = codes_of(args[3], args[4], weights.count);
+  if (acts.empty()) Py_RETURN_NONE;
+  std::vector<at::Tensor> of_layers;
+  OptionalTensorList bias_of_layers;
+  bool learns = x->requires_grad();
+  for (Py_ssize_t i = 0; i < weights.count; ++i) {
+    const at::Tensor* weight = dense_on_cpu(weights.at[i]);
+    if (!weight || weight->dim() != 2) Py_RETURN_NONE;
+    of_layers.push_back(*weight);
+    learns = learns || weight->requires_grad();
+    if (!biased || biases.at[i] == Py_None) {
+      bias_of_layers.push_back(std::nullopt);
+      continue;
+    }
+    const at::Tensor* bias = dense_on_cpu(biases.at[i]);
+    if (!bias) Py_RETURN_NONE;
+    bias_of_layers.push_back(*bias);
+    learns = learns || bias->requires_grad();
+  }
+  const double slope = PyFloat_AS_DOUBLE(args[5]);
+  at::Tensor y;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    y = run_chain(*x, of_layers, bias_of_layers, acts, slope, learns && c10::GradMode::is_enabled());
+  }
+  return wrap(y);
+}
+
 // mse_loss(input, target, reduction): the loss, or None.
 PyObject* mse_loss(PyObject* const* args, Py_ssize_t count) {
   if (!is_ordinary(count, 3)) Py_RETURN_NONE;
@@ -130,6 +194,10 @@ PyCFunction function() {
 PyMethodDef kCalls[] = {
     {"linear_act", function<linear_act>(), METH_FASTCALL,
      "linear_act(x, weight, bias, activation, negative_slope): y; None where it is no ordinary call on CPU."},
+    {"mlp", function<mlp>(), METH_FASTCALL,
+     "mlp(x, weights, biases, activation, last_activation, negative_slope): the output of a chain of layers; None "
+     "where it is "
+     "no ordinary call on CPU."},
     {"mse_loss", function<mse_loss>(), METH_FASTCALL,
      "mse_loss(input, target, reduction): the loss; None where it is no ordinary call on CPU."},
     {"cross_entropy", function<cross_entropy>(), METH_FASTCALL,
@@ -152,6 +220,17 @@ at::Tensor run_layer(const at::Tensor& x, const at::Tensor& weight, const Option
   static const auto with_gradients = dispatched<Recorded>("dlkernels::_linear_act");
   static const auto forward = dispatched<Forward>("dlkernels::_linear_act_forward");
   return recorded ? with_gradients.call(x, weight, bias, act, slope, false) : forward.call(x, weight, bias, act, slope);
+}
+
+at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
+                     double slope, bool recorded) {
+  using Recorded = at::Tensor(const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef, double);
+  using Forward = std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef,
+                                          double, at::IntArrayRef);
+  static const auto with_gradients = dispatched<Recorded>("dlkernels::_mlp");
+  static const auto forward = dispatched<Forward>("dlkernels::_mlp_forward");
+  return recorded ? with_gradients.call(x, weights, biases, acts, slope)
+                  : forward.call(x, weights, biases, acts, slope, {})[0];
 }
 
 void add_calls(pybind11::module_& m) {

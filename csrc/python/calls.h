@@ -16,6 +16,10 @@ bool is_special_mode(at::DeviceType);
 at::Tensor run_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t act,
                      double slope, bool recorded);
 
+// The same of a chain of layers.
+at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
+                     double slope, bool recorded);
+
 void add_calls(pybind11::module_&);
 
 }  // namespace dlk::python

@@ -203,17 +203,6 @@ bool read_parameters(const State& s, const Dicts& dicts, std::vector<at::Tensor>
   return true;
 }
 
-at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
-                     double slope, bool recorded) {
-  using Recorded = at::Tensor(const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef, double);
-  using Forward = std::vector<at::Tensor>(const at::Tensor&, at::TensorList, const OptionalTensors&, at::IntArrayRef,
-                                          double, at::IntArrayRef);
-  static const auto with_gradients = dispatched<Recorded>("dlkernels::_mlp");
-  static const auto forward = dispatched<Forward>("dlkernels::_mlp_forward");
-  return recorded ? with_gradients.call(x, weights, biases, acts, slope)
-                  : forward.call(x, weights, biases, acts, slope, {})[0];
-}
-
 // run(owner, x): the chain's output, or None if anything differs from what was decided.
 PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t count) {
   const State& s = *reinterpret_cast<Decided*>(object)->state;

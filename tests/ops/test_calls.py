@@ -16,6 +16,7 @@ def drawn():
 
 
 X, WEIGHT, BIAS = drawn()
+UPPER = WEIGHT.t()[:2, :3].contiguous()
 HALF = X * 0.5
 TARGET = torch.tensor([0, 2, 1, 1, 0])
 
@@ -23,6 +24,10 @@ CALLS = {
     "layer": (
         lambda x: functional.linear_relu(x, WEIGHT, BIAS),
         lambda x: calls.linear_act(x, WEIGHT, BIAS, "relu", 0.1),
+    ),
+    "chain": (
+        lambda x: functional.mlp(x, [WEIGHT, UPPER], [BIAS, None], "tanh"),
+        lambda x: calls.mlp(x, [WEIGHT, UPPER], (BIAS, None), "tanh", "none", 0.1),
     ),
     "mse": (lambda x: losses.mse_loss(x, HALF), lambda x: calls.mse_loss(x, HALF, "mean")),
     "cross entropy": (
@@ -92,6 +97,23 @@ def test_other_arguments_are_no_ordinary_ones():
     assert calls.linear_act(X, WEIGHT, BIAS, "elu", 0.0) is None
     assert calls.linear_act(X, WEIGHT, BIAS, "relu", 1) is None
     assert calls.linear_act(X, WEIGHT, [1.0] * 3, "relu", 0.0) is None
+    members = WEIGHT.expand(2, 3, 4)
+    for weights, biases, hidden, slope in (
+        ([], [], "relu", 0.0),
+        ([WEIGHT, UPPER], [BIAS], "relu", 0.0),
+        ([WEIGHT, UPPER], None, "elu", 0.0),
+        ([WEIGHT, UPPER], None, ("relu", "relu"), 0.0),
+        ([WEIGHT, UPPER], None, 1, 0.0),
+        ([WEIGHT, UPPER], None, "relu", 1),
+        ([WEIGHT, UPPER], [BIAS, 1.0], "relu", 0.0),
+        ([WEIGHT, None], None, "relu", 0.0),
+        (WEIGHT, None, "relu", 0.0),
+        (iter([WEIGHT, UPPER]), None, "relu", 0.0),
+        ([members], None, "relu", 0.0),
+    ):
+        assert calls.mlp(X, weights, biases, hidden, "none", slope) is None
+    assert calls.mlp(X, [WEIGHT], [BIAS], (), "relu", 0.0) is not None
+    assert calls.mlp(X, [WEIGHT], None, "relu", "elu", 0.0) is None
     assert calls.mse_loss(X, X[:2], "mean") is None
     assert calls.mse_loss(X, X.double(), "mean") is None
     assert calls.mse_loss(X, X, "median") is None
@@ -107,6 +129,10 @@ def test_errors_are_those_of_the_op():
         functional.linear_relu(X.int(), WEIGHT.int())
     with pytest.raises(ValueError, match="negative_slope"):
         functional.linear_act(X, WEIGHT, BIAS, "leaky_relu", negative_slope=-1.0)
+    with pytest.raises(RuntimeError, match=r"mlp: .*in_features"):
+        functional.mlp(X, [WEIGHT, WEIGHT])
+    with pytest.raises(ValueError, match="negative_slope"):
+        functional.mlp(X, [WEIGHT, UPPER], activation="leaky_relu", negative_slope=-1.0)
     with pytest.raises(IndexError, match="out of bounds"):
         losses.cross_entropy(X, TARGET + 10)
 

@@ -3,7 +3,7 @@
 //   grad_pass  dz = g · act'(saved) and dbias = Σ dz over rows: in front of a library's product, which reads dz from
 //              memory, and where no wgrad of ours adds up dbias while it packs dz
 //   act_pass   y = act(z): behind a library's product
-//   derivative_pass  t · a derivative of gelu or silu, of order 1, 2 or 3: for second derivatives of a network
+//   derivative_pass  t · a derivative of an activation: for second derivatives of a network
 //   bias_act_pass  y = act(z + bias): behind one without a bias. A library adds the bias by writing it to every row of C
 //                  first, which is another pass over C
 //
@@ -92,14 +92,25 @@ void act_pass_with(const ActPass& p, const Parallel& parallel) {
 }
 
 template <class T, class Act, int order>
-void derivative_row(const T* t, const T* z, T* out, int64_t n) {
+void derivative_row(const T* t, const T* s, T* out, int64_t n) {
   using O = Ops<Acc<T>>;
   each_register<T>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
-    const auto a = load_partial(t + i, 1, valid), b = load_partial(z + i, 1, valid);
+    const auto a = load_partial(t + i, 1, valid), b = load_partial(s + i, 1, valid);
     if constexpr (order == 1) store_partial(out + i, Act::template grad<O>(a, b, O::lit(0)), valid);
     if constexpr (order == 2) store_partial(out + i, Act::template grad2<O>(a, b), valid);
     if constexpr (order == 3) store_partial(out + i, Act::template grad3<O>(a, b), valid);
   });
+}
+
+template <class T>
+using DerivativeRow = void (*)(const T* t, const T* s, T* out, int64_t n);
+
+template <class T, class Act>
+DerivativeRow<T> derivative_row_of(int order) {
+  if constexpr (Act::orders >= 3)
+    if (order == 3) return &derivative_row<T, Act, 3>;
+  if constexpr (Act::orders >= 2) return order == 2 ? &derivative_row<T, Act, 2> : &derivative_row<T, Act, 1>;
+  return nullptr;
 }
 
 template <class T>
@@ -108,12 +119,8 @@ void derivative_pass_with(const DerivativePass& p, const Parallel& parallel) {
   parallel.run(ceil_div(p.count, kChunk), &p, [](const void* context, int64_t begin, int64_t end) {
     const auto& p = *(const DerivativePass*)context;
     const int64_t from = begin * kChunk, n = min(end * kChunk, p.count) - from;
-    const bool is_gelu = p.act == Act::gelu;
-    void (*const rows[])(const T*, const T*, T*, int64_t) = {
-        is_gelu ? &derivative_row<T, GELU, 1> : &derivative_row<T, SiLU, 1>,
-        is_gelu ? &derivative_row<T, GELU, 2> : &derivative_row<T, SiLU, 2>,
-        is_gelu ? &derivative_row<T, GELU, 3> : &derivative_row<T, SiLU, 3>};
-    rows[p.order - 1]((const T*)p.t + from, (const T*)p.z + from, (T*)p.out + from, n);
+    const auto row = with_activation(p.act, [&](auto act) { return derivative_row_of<T, decltype(act)>(p.order); });
+    row((const T*)p.t + from, (const T*)p.s + from, (T*)p.out + from, n);
   });
 }
 
