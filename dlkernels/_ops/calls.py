@@ -25,9 +25,7 @@ def linear_act(x: Any, weight: Any, bias: Any, activation: Any, negative_slope: 
     return None if is_dynamo_compiling() else _C.linear_act(x, weight, bias, activation, negative_slope)
 
 
-def mlp(
-    x: Any, weights: Any, biases: Any, activation: Any, last_activation: Any, negative_slope: Any
-) -> Tensor | None:
+def mlp(x: Any, weights: Any, biases: Any, activation: Any, last_activation: Any, negative_slope: Any) -> Tensor | None:
     """For the weights of one chain, not of an ensemble."""
     if is_dynamo_compiling():
         return None

@@ -24,7 +24,7 @@ cpu::Kernels kernels_of(const char* isa, bool pairs) {
     table.packed = {nullptr, &no_panels, true};
     table.fused_mlp_features = 256;
   }
-  set.table[static_cast<int>(DType::bf16)].tiles_forward.most_rows = 256;  // only of amx; run says whether it is there
+  set.table[static_cast<int>(DType::bf16)].tiles_forward.most_rows = 512;  // only of amx; run says whether it is there
   if (!std::strcmp(isa, "amx")) set.table[static_cast<int>(DType::bf16)].tiles_forward.run = &no_product;
   if (pairs) {
     set.f32_in_bf16 = {"f32 rounded to bf16", {nullptr, &no_panels, false}};

@@ -203,6 +203,34 @@ def forward_path(planning, shape, dtype="float32", *, isa="avx512", maker=AMD, f
     return text.decode().split()[1]
 
 
+def test_few_rows_by_the_rules(planning):
+    """AVX-512 reads a weight of 1 MiB or more where it lies for up to 32 rows of float32, others for up to 16."""
+    for isa, dtype, (n, k), most in (
+        ("avx512", "float32", (512, 512), 32),
+        ("avx512_bf16", "float32", (512, 512), 32),
+        ("amx", "float32", (512, 512), 32),
+        ("avx512", "float32", (511, 512), 16),
+        ("avx512", "float64", (512, 512), 16),
+        ("avx2", "float32", (512, 512), 16),
+        ("avx512", "float32", (4096, 128), 8),
+        ("avx512", "bfloat16", (64, 64), 32),
+        ("avx2", "bfloat16", (64, 64), 8),
+    ):
+        assert forward_path(planning, (most, n, k), dtype, isa=isa) == "few_rows", (isa, dtype, n, k)
+        assert forward_path(planning, (most + 1, n, k), dtype, isa=isa) == "packed", (isa, dtype, n, k)
+
+
+def test_tiles_of_amx_take_more_rows_where_they_read_x_from_l2(planning):
+    def path(m, n, k):
+        return forward_path(planning, (m, n, k), "bfloat16", isa="amx")
+
+    assert [path(m, 255, 768) for m in (256, 257)] == ["few_rows", "packed"]
+    assert [path(m, 256, 768) for m in (256, 257, 512, 513)] == ["few_rows", "few_rows", "few_rows", "packed"]
+    assert [path(m, 1000, 1000) for m in (393, 394)] == ["few_rows", "packed"], "x of 393216 elements"
+    assert [path(m, 2048, 2048) for m in (128, 256, 257)] == ["few_rows", "few_rows", "aten"], "a large weight"
+    assert [path(m, 4096, 4096) for m in (128, 129)] == ["few_rows", "aten"]
+
+
 def test_a_row_is_for_its_sizes_and_those_of_its_class(planning, table):
     table((FORWARD, "float32", (1000, 300, 200), 4, "aten"), (WGRAD, "float32", (1000, 300, 200), 0, "aten"))
     assert forward_path(planning, (1000, 300, 200)) == "aten"
@@ -293,7 +321,8 @@ def test_a_path_that_the_kernels_do_not_have_is_not_taken(planning, table):
     assert cpu_backward(planning, FEW_COLUMNS)[0].split()[1] == "few_columns", "a path of CUDA"
     table((FORWARD, "bfloat16", (256, 512, 16384), 4, "few_rows"), (FORWARD, "bfloat16", (256, 64, 64), 4, "few_rows"))
     assert forward_path(planning, (256, 64, 64), "bfloat16", isa="amx") == "few_rows"
-    assert forward_path(planning, (257, 64, 64), "bfloat16", isa="amx") == "packed"
+    assert forward_path(planning, (511, 64, 64), "bfloat16", isa="amx") == "few_rows", "of its class"
+    assert forward_path(planning, (512, 64, 64), "bfloat16", isa="amx") == "packed"
     assert forward_path(planning, (257, 512, 16384), "bfloat16", isa="amx") == "aten", "the rules' choice"
     assert forward_path(planning, (256, 64, 64), "bfloat16") == "packed", "tiles are AMX's"
 

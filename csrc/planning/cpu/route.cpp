@@ -74,16 +74,30 @@ const char* cannot_be_fused(const std::vector<Shape>& layers, const ChainSizes& 
 }
 
 // In f32 and f64 the dot products reload a row of x for each row of weight, and add up lanes at their end. The packed product
-// overtakes them at 16 rows, and earlier where k is short. Measured on a Xeon with AVX-512 at 64→64 to 4096→4096. AVX2 widens
-// every row of weight again for two rows of x, by two instructions for bf16 and one for f16. Measured on Zen 3 at 1024→1024,
-// the packed product's time over theirs: bf16 1.29 at 8 rows, 0.97 at 12; f16 1.21 at 24.
+// overtakes them at 16 rows, and earlier where k is short; on AVX-512 behind 32 rows where weight has 1 MiB or more, which
+// packing reads and writes once more. Measured on a Xeon with AVX-512 at 64→64 to 4096→4096, the packed product's time over
+// theirs in f32: 1.08 to 1.3 at 24 rows of 512→512 to 2048→2048, 1.02 to 1.23 at 32 rows, but 0.94 to 1.01 at 32, 256→256. AVX2
+// widens every row of weight again for two rows of x, by two instructions for bf16 and one for f16. Measured on Zen 3 at
+// 1024→1024: f32 0.76 at 32 rows; bf16 1.29 at 8 rows, 0.97 at 12; f16 1.21 at 24.
 int64_t few_rows_forward(const Shape& shape, DType dtype, const Machine& machine) {
-  if (is_16_bit(dtype)) return runs("avx2", machine) ? (dtype == DType::bf16 ? 8 : 24) : kFewRowsForward;
-  return shape.k < 256 ? shape.k / 16 : 16;
+  const bool avx2 = runs("avx2", machine);
+  if (is_16_bit(dtype)) return avx2 ? (dtype == DType::bf16 ? 8 : 24) : kFewRowsForward;
+  if (shape.k < 256) return shape.k / 16;
+  const bool large = dtype == DType::f32 && shape.n * shape.k >= (int64_t{1} << 18);
+  return large && !avx2 && !runs("portable", machine) ? kFewRowsForward : 16;
 }
+
 // For tiles every thread packs all of x: at most 8 MiB.
 bool fits_tiles(Op op, const Shape& shape, const FewForward& tiles) {
   return !tiles.run || op != Op::forward || shape.m * shape.k <= (int64_t{1} << 22);
+}
+// Each 32 rows of weight are multiplied by all of x, which is read from L2 (2 MiB) if it fits in half of it.
+bool tiles_read_l2(const Shape& shape) { return shape.m * shape.k <= (shape.m <= 256 ? int64_t{1} << 19 : 3 << 17); }
+// The most rows for tiles. Behind 256 rows they pay where x is read from L2 and serves many rows of weight. Measured on a Xeon
+// with AMX, the packed product's time over theirs: 1.10 to 1.55 at 300 to 512 rows of 512→512, 768→768, 1000→1000 and 768→3072;
+// 0.84 at 384, 3072→768, 0.72 to 0.90 at 512, 1000→200, 0.77 to 0.89 at 1000, 512→512.
+int64_t most_rows_of_tiles(const Shape& shape, const FewForward& tiles) {
+  return tiles_read_l2(shape) && shape.n >= 256 ? tiles.most_rows : std::min<int64_t>(tiles.most_rows, 256);
 }
 constexpr Route kFewRowsRoute = {Path::few_rows, "few rows: packing weight would cost more than it saves"};
 
@@ -177,16 +191,19 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
   if (free && dtype == DType::bf16 && large_weight && shape.m > kFewRowsForward && runs("avx512_bf16", machine))
     return {Path::aten,
             "bf16, a large weight and few rows: torch's GEMM measured faster, our elementwise passes around it"};
+  const KernelTable& table = machine.table(dtype);
+  const bool tiles = table.tiles_forward.run && op == Op::forward;
+  const int64_t most_of_tiles = tiles ? most_rows_of_tiles(shape, table.tiles_forward) : 0;
   // Measured on a Xeon with AMX, forward, against stock in place: ours 0.78 to 0.98, torch's GEMM and our pass 0.97 to 1.10, from
-  // 192 rows and weights of a million elements on; below them ours 1.14 and more. k in whole tiles, or x would be copied.
-  const bool library_is_faster = shape.m > 128 && shape.n * shape.k >= (int64_t{1} << 20) && shape.k % 32 == 0;
+  // 192 rows and weights of a million elements on; below them ours 1.14 and more. So do tiles that read x from L2: torch's GEMM
+  // takes 1.03 to 1.39 times as long at 192 and 256 rows of 1024→1024 to 2048→2048. k in whole tiles, or x would be copied.
+  const bool library_is_faster = shape.m > 128 && !(shape.m <= most_of_tiles && tiles_read_l2(shape)) &&
+                                 shape.n * shape.k >= (int64_t{1} << 20) && shape.k % 32 == 0;
   if (free && op == Op::forward && dtype == DType::bf16 && library_is_faster && runs("amx", machine))
     return {Path::aten, "bf16 by AMX and a large weight: torch's GEMM measured faster, our elementwise pass behind it"};
   if (takes_few_columns(op, shape, dtype, contiguous, machine))
     return {Path::few_columns, "few columns: x is read where it lies, packing it would cost more than it saves"};
-  const KernelTable& table = machine.table(dtype);
-  const int64_t most_rows =
-      table.tiles_forward.run ? table.tiles_forward.most_rows : few_rows_forward(shape, dtype, machine);
+  const int64_t most_rows = table.tiles_forward.run ? most_of_tiles : few_rows_forward(shape, dtype, machine);
   if (fits_tiles(op, shape, table.tiles_forward) && takes_few_rows(op, shape, contiguous, most_rows))
     return kFewRowsRoute;
   return {Path::packed, "our packed GEMM with the fused epilogue"};

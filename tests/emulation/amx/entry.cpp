@@ -111,7 +111,7 @@ EXPORT int gemm_splits(int64_t m, int64_t n, int64_t k) { return cpu::gemm_split
 EXPORT const char* chosen(int dtype) {
   static std::string said;
   try {
-    const Problem problem = {{500, 500, 500}, static_cast<DType>(dtype), {Act::none, 0}};
+    const Problem problem = {{700, 500, 500}, static_cast<DType>(dtype), {Act::none, 0}};
     const Route route = cpu::route(Op::forward, problem, true, cpu::this_machine(1, false));
     said = std::string(cpu::kernels().isa) + " | " + name(route.path) + " | " + route.why;
   } catch (const std::exception& e) {

@@ -30,7 +30,7 @@ extern const FewForward k_amx_few_forward;
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 extern int64_t (*const k_amx_peak_loop)(int64_t);
 constexpr PackedProduct k_amx_bf16 = amx::packed_product<amx::AmxPairs<amx::Bf16>>();
-constexpr FewForward k_amx_few_forward = {&amx::few_rows_tiles<amx::AmxPairs<amx::Bf16>>, 2, 256};
+constexpr FewForward k_amx_few_forward = {&amx::few_rows_tiles<amx::AmxPairs<amx::Bf16>>, 2, 512};
 constexpr PackedProduct k_amx_f32_in_bf16 = amx::packed_product<amx::AmxPairs<float>>();
 constexpr PackedLayer k_amx_autocast_f32_x = amx::packed_autocast<amx::AmxPairs, float>();
 constexpr PackedLayer k_amx_autocast_bf16_x = amx::packed_autocast<amx::AmxPairs, amx::Bf16>();
