@@ -89,6 +89,7 @@ struct Items {
 std::vector<int64_t> codes_of(PyObject* names, PyObject* last, Py_ssize_t layers) {
   std::vector<int64_t> codes;
   const Items each(names);
+  if (each.count < 0 && !PyUnicode_CheckExact(names)) return {};
   if (each.count < 0)
     codes.assign(layers - 1, code_of(known().activations, names));
   else

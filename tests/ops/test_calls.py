@@ -113,6 +113,7 @@ def test_other_arguments_are_no_ordinary_ones():
     ):
         assert calls.mlp(X, weights, biases, hidden, "none", slope) is None
     assert calls.mlp(X, [WEIGHT], [BIAS], (), "relu", 0.0) is not None
+    assert calls.mlp(X, [WEIGHT], None, None, "relu", 0.0) is None
     assert calls.mlp(X, [WEIGHT], None, "relu", "elu", 0.0) is None
     assert calls.mse_loss(X, X[:2], "mean") is None
     assert calls.mse_loss(X, X.double(), "mean") is None
