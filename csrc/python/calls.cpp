@@ -196,9 +196,8 @@ PyMethodDef kCalls[] = {
     {"linear_act", function<linear_act>(), METH_FASTCALL,
      "linear_act(x, weight, bias, activation, negative_slope): y; None where it is no ordinary call on CPU."},
     {"mlp", function<mlp>(), METH_FASTCALL,
-     "mlp(x, weights, biases, activation, last_activation, negative_slope): the output of a chain of layers; None "
-     "where it is "
-     "no ordinary call on CPU."},
+     "mlp(x, weights, biases, activation, last_activation, negative_slope): the chain's output; None where it is no "
+     "ordinary call on CPU."},
     {"mse_loss", function<mse_loss>(), METH_FASTCALL,
      "mse_loss(input, target, reduction): the loss; None where it is no ordinary call on CPU."},
     {"cross_entropy", function<cross_entropy>(), METH_FASTCALL,
