@@ -9,7 +9,7 @@ from tests.support.paths import ROOT
 from tools.marked import marks
 
 BEGIN, END = marks("networks")
-COMMITTED = ("amd-epyc-2t", "intel-xeon-amx-2t", "amd-epyc-zen3-2t", "amd-epyc-zen3-1t")
+COMMITTED = ("amd-epyc-2t", "intel-xeon-amx-2t", "intel-xeon-amx-1t", "amd-epyc-zen3-2t", "amd-epyc-zen3-1t")
 
 
 def record(timed="training step", isa="amx", **times):
