@@ -136,7 +136,7 @@ def chosen() -> list[Table]:
     tables = []
     if choice == "":
         with contextlib.suppress(RuntimeError):  # a user without a home folder has no tables
-            tables = _usable(_files(cache_folder()), "tuned")
+            tables = _usable(_files(cache_folder(), processor()), "tuned")
     return tables + _usable(_shipped_files(), "shipped")
 
 
@@ -157,8 +157,8 @@ def _shipped_files() -> list[Path]:
     return _files(SHIPPED, here if own else measured_relative(here))
 
 
-def _files(folder: Path, of: str = "") -> list[Path]:
-    """Return the files in ``folder`` whose names are of this processor, or of the one named, or of a GPU here."""
+def _files(folder: Path, cpu: str) -> list[Path]:
+    """Return the files in ``folder`` whose names are of the processor ``cpu`` or of a GPU here."""
     try:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -166,7 +166,7 @@ def _files(folder: Path, of: str = "") -> list[Path]:
     except OSError as error:
         _ignore(folder, f"it cannot be read: {error.strerror}", "folder of route tables")
         return []
-    stems = [re.escape(_cpu_stem(of or processor()))]
+    stems = [re.escape(_cpu_stem(cpu))]
     if _C.build_config()["cuda"] is not None:
         stems += [rf"{re.escape(_gpu_stem(name))}(-mig-.*)?" for name in gpu_names()] or ["cuda-.*"]
     pattern = re.compile(rf"({'|'.join(stems)})(-torch-.*)?\.json")
