@@ -407,6 +407,68 @@ def test_autocast(kernels, shape, dtype):
         assert torch.equal(dw.bfloat16(), low_dw) and torch.equal(db.bfloat16(), low_db)
 
 
+# ---- the fused MLP ------------------------------------------------------------------------------------------------
+
+
+def fused_mlp(kernels, x, weights, biases, g, slices=1, threads=1):
+    """Return h of every layer, dx, every dweight and every dbias of a chain with ReLU."""
+    rows, sizes = len(x), [x.shape[1], *map(len, weights)]
+    h, z = ([torch.full((rows, len(w)), float("nan"), dtype=x.dtype) for w in weights] for _ in range(2))
+    dx, dw = torch.full_like(x, float("nan")), [torch.full_like(w, float("nan")) for w in weights]
+    db = [torch.full((len(w),), float("nan"), dtype=x.dtype) for w in weights]
+    pointers = [pointer(t) for layer in zip(weights, biases, h, z, dw, db, strict=True) for t in layer]
+    palette = kernels.fused_mlp(
+        ctypes.c_int64(rows),
+        len(weights),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        pointer(x),
+        (ctypes.c_void_p * len(pointers))(*(p.value if p else None for p in pointers)),
+        ACTIVATIONS["relu"].code,
+        ctypes.c_double(SLOPE),
+        pointer(g),
+        pointer(dx),
+        slices,
+        threads,
+    )
+    assert palette == 0, "tiles are left configured"
+    return h, dx, dw, db
+
+
+def rounded(exact):
+    return exact.bfloat16().double()
+
+
+def integers(*shape, share=1.0):
+    return (torch.randint(-1, 2, shape) * (torch.rand(shape) < share)).double()
+
+
+# Fewer features than a step of 32 and a tile of 16, whole ones, one more. One row; several blocks, the last one partial.
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (5, 33, 17, 3), (32, 64, 32), (63, 256, 256, 4), (16, 15, 31, 128, 1)], ids=str
+)
+@pytest.mark.parametrize(("rows", "slices", "threads"), [(1, 1, 1), (17, 1, 1), (96, 1, 1), (431, 4, 1), (431, 4, 3)])
+def test_a_fused_mlp(kernels, sizes, rows, slices, threads):
+    """Sums of small integers are exact, so that one rounding to bf16 remains. Old scratch is full of NaN."""
+    x, g = integers(rows, sizes[0]), integers(rows, sizes[-1])
+    weights = [integers(n, k, share=min(1, 8 / k)) for k, n in zip(sizes, sizes[1:], strict=False)]
+    biases = [integers(n) for n in sizes[1:]]
+    low = [t.bfloat16() for t in (x, g)]
+    parameters = [[t.bfloat16() for t in of] for of in (weights, biases)]
+    fused_mlp(kernels, torch.full_like(low[0], float("nan")), *parameters, torch.full_like(low[1], float("nan")))
+    h, dx, dw, db = fused_mlp(kernels, low[0], *parameters, low[1], slices, threads)
+    want = [x]
+    for weight, bias in zip(weights, biases, strict=True):
+        want.append(rounded((want[-1] @ weight.t() + bias).relu()))
+    dz = g
+    for i in reversed(range(len(weights))):
+        assert torch.equal(h[i].double(), want[i + 1])
+        dz = rounded(dz * (want[i + 1] > 0))
+        assert torch.equal(dw[i].double(), rounded(dz.t() @ want[i]))
+        assert torch.equal(db[i].double(), rounded(dz.sum(0)))
+        dz = dz @ weights[i]
+    assert torch.equal(dx.double(), rounded(dz))
+
+
 # ---- the choice ---------------------------------------------------------------------------------------------------
 
 NOT_HERE = "asks for instructions this CPU does not have"

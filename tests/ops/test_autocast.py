@@ -246,12 +246,7 @@ def test_explain_says_who_converts(dtype):
     ("hidden", "operator", "path"), [(300, "autocast_forward", "packed"), (32, "_mlp", "fused_mlp")]
 )
 def test_chain_goes_by_layers_unless_it_is_narrow(hidden, operator, path):
-    """The chain kernels need all operands in bfloat16. Without these kernels the layers are faster one by one.
-
-    On AMX no chain of so many rows has them: its tiles multiply layer by layer.
-    """
-    if _C.cpu_kernels()["isa"] == "amx":
-        operator, path = "autocast_forward", "packed"
+    """The chain kernels need all operands in bfloat16. Without these kernels the layers are faster one by one."""
     x, weights = torch.randn(2100, 16), [torch.randn(hidden, 16), torch.randn(5, hidden)]
     biases = [torch.randn(hidden), torch.randn(5)]
     run = under_autocast(lambda: functional.mlp(x, weights, biases, "gelu"))

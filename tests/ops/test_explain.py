@@ -128,9 +128,7 @@ def test_explain_mlp_names_the_chain_where_it_runs():
         ]
 
     assert paths_of(4096, [64, 32, 10]) == [{"fused_mlp"}, {"fused_mlp"}]
-    has_tiles = _C.cpu_kernels()["isa"] == "amx"  # for which layer by layer is the faster way in bf16
-    in_bf16 = [{"packed"}, {"packed"}] if has_tiles else [{"fused_mlp"}, {"fused_mlp"}]
-    assert paths_of(4096, [64, 128, 10], dtype=torch.bfloat16) == in_bf16
+    assert paths_of(4096, [64, 128, 10], dtype=torch.bfloat16) == [{"fused_mlp"}, {"fused_mlp"}]
     assert paths_of(300, [300, 32, 10]) == [{"packed"}, {"few_columns"}]
     assert paths_of(4096, [784, 32, 10]) == [{"packed"}, {"few_columns"}]
     assert paths_of(4096, [64, 32]) == [{"packed"}]

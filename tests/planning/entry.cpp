@@ -22,10 +22,13 @@ cpu::Kernels kernels_of(const char* isa, bool pairs) {
   set.isa = isa;
   for (cpu::KernelTable& table : set.table) {
     table.packed = {nullptr, &no_panels, true};
-    table.fused_mlp_features = 256;
+    table.fused_mlp = {256, 24, nullptr, nullptr};
   }
   set.table[static_cast<int>(DType::bf16)].tiles_forward.most_rows = 512;  // only of amx; run says whether it is there
-  if (!std::strcmp(isa, "amx")) set.table[static_cast<int>(DType::bf16)].tiles_forward.run = &no_product;
+  if (!std::strcmp(isa, "amx")) {
+    set.table[static_cast<int>(DType::bf16)].tiles_forward.run = &no_product;
+    set.table[static_cast<int>(DType::bf16)].fused_mlp.slice_rows = 96;
+  }
   if (pairs) {
     set.f32_in_bf16 = {"f32 rounded to bf16", {nullptr, &no_panels, false}};
     set.autocast.ukernel = "f32 rounded to bf16";

@@ -64,17 +64,17 @@ def test_chains_of_few_rows_where_nobody_measured_them(planning):
         assert mlp_slices(planning, 2048, 64, **machine) == 2
 
 
-def test_bf16_on_amx_goes_layer_by_layer(planning):
-    """Unless calls take more time than products: its tiles multiply twelve times as fast as AVX-512."""
+def test_bf16_on_amx(planning):
+    def slices(m, features, direction=FORWARD, **machine):
+        return mlp_route(planning, m, features, direction, isa="amx", dtype="bfloat16", **machine)[0]
 
-    def slices(m, features, **machine):
-        return mlp_route(planning, m, features, isa="amx", dtype="bfloat16", **machine)[0]
-
-    assert [slices(m, SMALL) for m in (1, 8, 32)] == [1, 1, 1]
-    assert [slices(m, SMALL) for m in (34, 256, 2048, 65536)] == [0, 0, 0, 0]
-    assert slices(65536, [128] * 6) == 0
-    assert slices(65536, [64] * 6, forced=OWN) == 32, "the fused MLP stays one of our paths"
-    assert mlp_slices(planning, 65536, 64, isa="avx512_bf16", dtype="bfloat16") == 32, "without AMX"
+    for direction in (FORWARD, BACKWARD):
+        assert [slices(m, SMALL, direction) for m in (1, 191, 192, 288, 384, 2048)] == [1, 1, 2, 3, 4, 2], "of 96 rows"
+        assert [slices(65536, [n] * 6, direction) for n in (64, 128, 256)] == [32, 32, 12]
+    assert [slices(m, [256] * 4) for m in (127, 128, 1024)] == [0, 1, 2], "half as many rows as features"
+    assert [slices(m, [256] * 4, BACKWARD) for m in (128, 1024, 2048)] == [0, 0, 2], "many rows"
+    assert slices(1024, [256] * 4, threads=3) == 0, "2²³ multiplications take as long as waking threads"
+    assert slices(1024, SMALL, threads=8) == 4
 
 
 def test_more_threads_than_slices_take_layer_by_layer(planning):
@@ -104,7 +104,7 @@ def test_a_row_takes_the_kernel_where_the_rule_does_not(planning, table):
         (32, WIDE, 1, {}),
         (1024, WIDE, 4, {"threads": 64}),
         (200, (8, 128, 128, 128), 3, {"isa": "avx512"}),
-        (1024, SMALL, 4, {"isa": "amx", "dtype": "bfloat16"}),
+        (64, [256] * 4, 1, {"isa": "amx", "dtype": "bfloat16"}),
         (1, SMALL, 1, {"dtype": "bfloat16"}),
         (3000, (192, 192, 192), 2, {"dtype": "bfloat16"}),
         (256, SMALL, 4, {"isa": "portable"}),

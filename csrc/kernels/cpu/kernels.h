@@ -97,6 +97,14 @@ struct FewForward {
   int64_t least_rows, most_rows;
 };
 
+// The fused MLP: narrow layers one after the other for a block of rows.
+struct FusedMlpKernels {
+  int64_t features;    // the most in_features and out_features of a layer
+  int64_t slice_rows;  // the least rows of a slice, where backward has several: whole blocks
+  void (*forward)(const FusedMlp&, const Parallel&);
+  void (*backward)(const FusedMlp&, const Parallel&);
+};
+
 // The kernels for one element type.
 struct KernelTable {
   const char* ukernel;  // dtype, micro-tile and instruction set, as explain() prints them
@@ -115,9 +123,7 @@ struct KernelTable {
   void (*grad_pass)(const GradPass&, const Parallel&);
   void (*glu_pass)(const GluPass&, const Parallel&);
   void (*glu_grad_pass)(const GluGradPass&, const Parallel&);
-  int64_t fused_mlp_features;  // the most in_features and out_features of a layer of a fused MLP
-  void (*fused_mlp_forward)(const FusedMlp&, const Parallel&);
-  void (*fused_mlp_backward)(const FusedMlp&, const Parallel&);
+  FusedMlpKernels fused_mlp;
   Losses losses;
   void (*update)(const Update&, const Parallel&);  // nullptr: of 16-bit types
   // Multiply-adds on registers alone: `steps` steps on this thread. Returns their operations, for the benchmark.

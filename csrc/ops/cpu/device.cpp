@@ -115,14 +115,14 @@ Parallel threads_for_mlp(const FusedMlp& p, const Machine& machine) {
 
 void run_fused_mlp_forward(const FusedMlp& p, DType dtype) {
   const Machine machine = machine_for(dtype, false);
-  machine.table(dtype).fused_mlp_forward(p, threads_for_mlp(p, machine));
+  machine.table(dtype).fused_mlp.forward(p, threads_for_mlp(p, machine));
 }
 
 void run_fused_mlp_backward(FusedMlp p, DType dtype, const at::Tensor& like) {
   const Machine machine = machine_for(dtype, false);
   const at::Tensor partials = accumulators(p.slices * fused_mlp_parameters(p), like);
   p.partials = partials.data_ptr();
-  machine.table(dtype).fused_mlp_backward(p, threads_for_mlp(p, machine));
+  machine.table(dtype).fused_mlp.backward(p, threads_for_mlp(p, machine));
 }
 
 void each_member(int64_t members, const std::vector<Problem>& layers, c10::function_ref<void(int64_t)> body) {

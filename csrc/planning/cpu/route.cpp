@@ -7,21 +7,27 @@
 namespace dlk::cpu {
 namespace {
 
-// Wider layers spend their time in products, and taller blocks of rows serve those better. Measured on AVX-512 BF16, forward
-// + backward, the fused MLP against layer by layer: f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192.
-int64_t fused_mlp_limit(DType dtype) { return dtype == DType::bf16 ? 128 : 256; }
-
 bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_rows) {
   const bool few = op == Op::forward ? shape.m <= most_rows : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
   return (contiguous || op == Op::wgrad) && few && shape.k >= 64 && shape.m > 0 && shape.n > 0;
 }
 bool runs(const char* isa, const Machine& machine) { return !std::strcmp(machine.kernels->isa, isa); }
+// The products of this dtype run on tiles.
+bool has_tiles(DType dtype, const Machine& machine) { return dtype == DType::bf16 && runs("amx", machine); }
+
+// Wider layers spend their time in products, and taller blocks of rows serve those better. Measured, forward + backward, the
+// fused MLP against layer by layer: on AVX-512 BF16 f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192; by
+// tiles of AMX 1.2 at 256.
+int64_t fused_mlp_limit(DType dtype, const Machine& machine) {
+  return dtype == DType::bf16 && !has_tiles(dtype, machine) ? 128 : 256;
+}
 
 // The sizes of a chain that decide how it runs.
 struct ChainSizes {
   int64_t m, parameters = 0, widest = 0, narrowest = INT64_MAX;
+  int64_t slice_rows;  // FusedMlpKernels::slice_rows
 
-  explicit ChainSizes(const std::vector<Shape>& layers) : m(layers[0].m) {
+  ChainSizes(const std::vector<Shape>& layers, int64_t slice_rows) : m(layers[0].m), slice_rows(slice_rows) {
     for (const Shape& layer : layers) {
       widest = std::max({widest, layer.n, layer.k});
       narrowest = std::min({narrowest, layer.n, layer.k});
@@ -35,31 +41,36 @@ struct ChainSizes {
   // large gradients.
   int slices() const {
     if (has_many_rows()) return static_cast<int>(slices_of_many_rows());
-    const int64_t by_rows = m / (widest > 128 ? 128 : 64), by_memory = (1 << 19) / parameters;
+    const int64_t by_rows = m / std::max<int64_t>(widest > 128 ? 128 : 64, slice_rows);
+    const int64_t by_memory = (1 << 19) / parameters;
     return static_cast<int>(std::clamp<int64_t>(std::min(by_rows, by_memory), 1, 4));
   }
 };
 
-// AMX multiplies bf16 layer by layer; the fused MLP multiplies it without tiles. Measured on a Xeon, the time of the layers over
-// that of the fused MLP: 1.1 to 1.3 up to 32x8-64-64-4, which is 155 thousand multiplications, 1.0 at 16x64-64-64-64, 0.6 at
-// 256x50-128-64-1, 0.3 to 0.5 at 65536x64-64-64-64-64-64.
-constexpr int64_t kFusedBesideAmx = 160000;
+// The least rows that are worth packing more than 64 KiB of weights for each thread: as many as the widest layer has features.
+// AVX-512, which multiplies faster beside the same packing, needs twice as many in f32 and four times in f64. By tiles the layers
+// pack nothing for few rows: forward, the fused MLP's speed over theirs was 0.97 and 1.24 (1 and 2 threads) at 128x256-256-256-256
+// and 1.13 and 1.64 at 64x128-128-128-128, but 0.5 and 0.8 at fewer; backward 0.45 to 1.06 at up to 1024x256-256-256-256.
+int64_t rows_worth_packing(Direction direction, const ChainSizes& chain, DType dtype, const Machine& machine) {
+  if (has_tiles(dtype, machine)) return direction == Direction::forward ? chain.widest / 2 : INT64_MAX;
+  if (runs("avx2", machine)) return chain.widest;
+  return chain.widest * element_size(dtype) / 2;
+}
 
 // The reason why the fused MLP kernels do not pay for fewer than 2048 rows; nullptr: they pay. Measured with 1 and 2 threads from
-// 1 to 1024 rows on Zen 3 and on a Xeon with AVX-512 (docs/internals/performance.md). With at most 64 KiB of parameters the fused
-// MLP won for any number of rows. Beyond, it has to pack all weights anew for each thread, and takes as many rows as the widest
-// layer has features; AVX-512, which multiplies faster beside the same packing, twice as many in f32 and four times in f64. More
-// threads than slices compute layer by layer, unless a slice takes less time than waking threads for each product.
-const char* few_rows_do_not_pay(const ChainSizes& chain, DType dtype, const Machine& machine) {
-  if (is_16_bit(dtype) || runs("portable", machine))
+// 1 to 1024 rows on Zen 3 and on a Xeon with AVX-512 and AMX (docs/internals/performance.md). With at most 64 KiB of parameters the
+// fused MLP won for any number of rows. More threads than slices compute layer by layer, unless a slice takes less time than waking
+// threads for each product.
+const char* few_rows_do_not_pay(Direction direction, const ChainSizes& chain, DType dtype, const Machine& machine) {
+  const bool tiles = has_tiles(dtype, machine);
+  if ((is_16_bit(dtype) && !tiles) || runs("portable", machine))
     return "fewer than 2048 rows: the fused MLP was not measured faster with these kernels";
-  const bool avx2 = runs("avx2", machine);
-  const int64_t element = avx2 ? 4 : element_size(dtype);  // Zen 3 had the same limits in f32 and f64
-  const int64_t rows_per_feature = avx2 ? 1 : element / 2;
-  if (chain.parameters * element > (1 << 16) && chain.m < rows_per_feature * chain.widest)
+  const int64_t element = runs("avx2", machine) ? 4 : element_size(dtype);  // Zen 3 had the same limits in f32 and f64
+  if (chain.parameters * element > (1 << 16) && chain.m < rows_worth_packing(direction, chain, dtype, machine))
     return "few rows: packing all weights for each thread would cost more than it saves";
-  const int slices = chain.slices();
-  if (machine.threads > slices && chain.m * chain.parameters / slices > (1 << 20))
+  // Forward cuts the rows in two blocks or more.
+  const int parts = tiles && direction == Direction::forward ? std::max(chain.slices(), 2) : chain.slices();
+  if (machine.threads > parts && chain.m * chain.parameters / parts > (tiles ? 1 << 23 : 1 << 20))
     return "fewer slices of rows than threads: layer by layer all of them work";
   return nullptr;
 }
@@ -69,7 +80,7 @@ const char* cannot_be_fused(const std::vector<Shape>& layers, const ChainSizes& 
                             const Machine& machine) {
   if (layers.size() > kFusedMlpLayers) return "more layers than the fused MLP kernels take";
   if (chain.m == 0 || chain.narrowest == 0) return "nothing to multiply";
-  return chain.widest > machine.table(dtype).fused_mlp_features ? "wider layers than the fused MLP kernels take"
+  return chain.widest > machine.table(dtype).fused_mlp.features ? "wider layers than the fused MLP kernels take"
                                                                 : nullptr;
 }
 
@@ -212,20 +223,15 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
 MlpRoute mlp_route(Direction direction, const std::vector<Shape>& layers, DType dtype, const Machine& machine) {
   if (machine.forced == Forced::aten) return {0, "DLKERNELS_CPU_GEMM=aten"};
   if (layers.size() < 2) return {0, "a chain of one layer"};
-  const ChainSizes chain(layers);
+  const ChainSizes chain(layers, machine.table(dtype).fused_mlp.slice_rows);
   if (const char* why = cannot_be_fused(layers, chain, dtype, machine)) return {0, why};
   if (machine.forced == Forced::no)
     if (const MlpRow* row = measured(direction, layers, dtype, machine))
       return {row->fused ? chain.slices() : 0, row->why.c_str()};
   if (is_unmeasured(dtype, machine)) return {0, "no measurement says that our kernels are faster on such a processor"};
-  if (chain.widest > fused_mlp_limit(dtype))
+  if (chain.widest > fused_mlp_limit(dtype, machine))
     return {0, "wide layers: taller blocks of rows serve their products better"};
-  if (dtype == DType::bf16 && runs("amx", machine) && machine.forced == Forced::no) {
-    if (chain.m * chain.parameters > kFusedBesideAmx)
-      return {0, "bf16 on a CPU with AMX: layer by layer the products run on its tiles"};
-    return {chain.slices(), "a small network: one call for all of its layers"};
-  }
-  const char* const slow = chain.has_many_rows() ? nullptr : few_rows_do_not_pay(chain, dtype, machine);
+  const char* const slow = chain.has_many_rows() ? nullptr : few_rows_do_not_pay(direction, chain, dtype, machine);
   if (slow && machine.forced == Forced::own) return {1, "DLKERNELS_CPU_GEMM=own"};
   if (slow) return {0, slow};
   return {chain.slices(), "narrow layers: a block of rows goes through all of them while it is in cache"};

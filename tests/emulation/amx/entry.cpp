@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "../../kernels/threads/in_threads.h"
 #include "kernels/cpu/isa/isa.h"
@@ -16,6 +17,7 @@ const Kernels k_portable = {"portable", {}}, k_avx2 = {"avx2", {}}, k_avx512 = {
 
 extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
 extern const FewForward k_amx_few_forward;
+extern const FusedMlpKernels k_amx_fused_mlp;
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 
 // Return the product for these element types of A, B and C; nullptr: no layer has such a product.
@@ -102,6 +104,31 @@ EXPORT int few_rows(int64_t m, int64_t n, int64_t k, const void* x, int64_t x_ro
   p.bias = bias, p.c = y, p.z = z;
   threads_in_use = threads;
   cpu::k_amx_few_forward.run(p, {threads, &in_threads});
+  return amx_emulation::config.palette;
+}
+
+// Run the fused MLP forward and backward, all in bf16 and contiguous. sizes: in_features, then out_features of each layer. For
+// each layer `memory` has weight, bias, h, z, dweight and dbias. Returns the palette, like gemm.
+EXPORT int fused_mlp(int64_t rows, int layers, const int64_t* sizes, const void* x, void* const* memory, int act,
+                     double slope, const void* grad_y, void* dx, int slices, int threads) {
+  std::vector<FusedMlpLayer> chain(layers);
+  for (int l = 0; l < layers; ++l, memory += 6) {
+    FusedMlpLayer& layer = chain[l];
+    layer.k = sizes[l], layer.n = sizes[l + 1];
+    layer.weight = {memory[0], layer.k, 1};
+    layer.bias = memory[1], layer.h = memory[2], layer.z = memory[3];
+    layer.dweight = memory[4], layer.dbias = memory[5];
+    layer.act = {static_cast<Act>(act), slope};
+  }
+  FusedMlp p{};
+  p.rows = rows, p.layers = layers, p.layer = chain.data();
+  p.x = {x, sizes[0], 1}, p.grad_y = {grad_y, sizes[layers], 1}, p.dx = dx;
+  p.slices = slices;
+  std::vector<float> partials(slices * cpu::fused_mlp_parameters(p));
+  p.partials = partials.data();
+  threads_in_use = threads;
+  cpu::k_amx_fused_mlp.forward(p, {threads, &in_threads});
+  cpu::k_amx_fused_mlp.backward(p, {threads, &in_threads});
   return amx_emulation::config.palette;
 }
 

@@ -17,6 +17,8 @@ extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
 const PackedProduct k_amx_bf16{}, k_amx_f32_in_bf16{};
 extern const FewForward k_amx_few_forward;
 const FewForward k_amx_few_forward{};
+extern const FusedMlpKernels k_amx_fused_mlp;
+const FusedMlpKernels k_amx_fused_mlp{};
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 const PackedLayer k_amx_autocast_f32_x{}, k_amx_autocast_bf16_x{};
 extern int64_t (*const k_amx_peak_loop)(int64_t);
@@ -204,14 +206,14 @@ int main() {
                                           }
                                           FusedMlp p{};
                                           p.rows = rows, p.layers = 3, p.layer = layers, p.x = {input.data(), 64, 1};
-                                          table.fused_mlp_forward(p, parallel);
+                                          table.fused_mlp.forward(p, parallel);
                                           for (int l = 0; l < 3; ++l)
                                             layers[l].dweight = r[3 + l].data(), layers[l].dbias = r[6 + l].data();
                                           p.grad_y = {grad.data(), 64, 1}, p.dx = r[9].data();
                                           p.slices = 6;  // 74,880 accumulators: all threads add them
                                           std::vector<float> partials(p.slices * fused_mlp_parameters(p));
                                           p.partials = partials.data();
-                                          table.fused_mlp_backward(p, parallel);
+                                          table.fused_mlp.backward(p, parallel);
                                         });
 
   std::vector<int64_t> target(m);

@@ -24,6 +24,7 @@ extern const Kernels k_avx512;
 extern const Kernels k_avx512_bf16;
 extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
 extern const FewForward k_amx_few_forward;
+extern const FusedMlpKernels k_amx_fused_mlp;
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 extern int64_t (*const k_amx_peak_loop)(int64_t);
 #endif
@@ -64,6 +65,7 @@ const Kernels& amx_kernels() {
     bf16.ukernel = "bf16 32x32 amx";
     bf16.packed = k_amx_bf16;
     bf16.tiles_forward = k_amx_few_forward;
+    bf16.fused_mlp = k_amx_fused_mlp;
     bf16.peak_loop = k_amx_peak_loop;
     amx.f32_in_bf16 = {"f32 rounded to bf16 32x32 amx", k_amx_f32_in_bf16};
     amx.autocast.ukernel = "bf16, f32 rounded to it 32x32 amx";

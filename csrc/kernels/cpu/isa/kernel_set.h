@@ -42,9 +42,7 @@ constexpr KernelTable make_kernel_table(const char* ukernel) {
           &grad_pass_with<typename E::Elem>,
           &glu_pass_with<typename E::Elem>,
           &glu_grad_pass_with<typename E::Elem>,
-          kFusedMlpFeatures<E>,
-          &fused_mlp_forward_with<E>,
-          &fused_mlp_backward_with<E>,
+          fused_mlp<E>(),
           losses<typename E::Elem>(),
           update_of<typename E::Elem>(),
           &peak_loop<E>};

@@ -22,15 +22,18 @@
 #include "kernels/cpu/gemm/gemm.h"
 #include "kernels/cpu/gemm/amx_few_rows.h"
 #include "kernels/cpu/gemm/autocast.h"
+#include "kernels/cpu/mlp/fused_mlp.h"
 
 namespace dlk::cpu {
 
 extern const PackedProduct k_amx_bf16, k_amx_f32_in_bf16;
 extern const FewForward k_amx_few_forward;
+extern const FusedMlpKernels k_amx_fused_mlp;
 extern const PackedLayer k_amx_autocast_f32_x, k_amx_autocast_bf16_x;
 extern int64_t (*const k_amx_peak_loop)(int64_t);
 constexpr PackedProduct k_amx_bf16 = amx::packed_product<amx::AmxPairs<amx::Bf16>>();
 constexpr FewForward k_amx_few_forward = {&amx::few_rows_tiles<amx::AmxPairs<amx::Bf16>>, 2, 512};
+constexpr FusedMlpKernels k_amx_fused_mlp = amx::fused_mlp<amx::AmxPairs<amx::Bf16>>();
 constexpr PackedProduct k_amx_f32_in_bf16 = amx::packed_product<amx::AmxPairs<float>>();
 constexpr PackedLayer k_amx_autocast_f32_x = amx::packed_autocast<amx::AmxPairs, float>();
 constexpr PackedLayer k_amx_autocast_bf16_x = amx::packed_autocast<amx::AmxPairs, amx::Bf16>();

@@ -6,8 +6,9 @@
 //               dgrad    dz' = (dz · weight[l]) · act'(h[l])        act' and dbias in the epilogue
 //
 // Weights are packed once per thread. The rows of a block have the pitch of a packed A panel (kAStride), so the output
-// that an epilogue stores in a block is the A operand of the next product without packing. One thread sums the
-// parameter gradients of a slice of rows, block after block. How rows are cut is a function of the shape alone.
+// that an epilogue stores in a block is the A operand of the next product without packing. Zeros follow it up to whole
+// steps of the micro-kernel. One thread sums the parameter gradients of a slice of rows, block after block. How rows
+// are cut is a function of the shape alone.
 namespace dlk::cpu::DLK_ISA {
 
 // The most features of a layer: one k block.
@@ -15,6 +16,9 @@ template <class E>
 constexpr int64_t kFusedMlpFeatures = kKC<E> * E::kStep;
 template <class E>
 constexpr int64_t kPitch = kAStride<E> * E::kStep;  // of the rows of a block, in elements
+
+// The most rows of a block; and the least of one of few blocks, where a tile of AMX has 32 rows.
+constexpr int64_t kMostFusedMlpRows = 224, kLeastFusedMlpRows = kMR < 16 ? 24 : 96;
 
 // Hands out pieces of one allocation. With a null base it only counts how large the allocation has to be.
 struct Arena {
@@ -37,14 +41,14 @@ inline int64_t fused_mlp_widest(const FusedMlp& p) {
 }
 
 // Return the rows of a block: whole micro-tiles, and so whole pairs of rows. Two blocks and the panels of wgrad take half of a
-// 1 MiB L2. Threads and slices get equal shares where blocks are few: there are at least 4, of 24 rows or more, and an even
-// number.
+// 1 MiB L2. Threads and slices get equal shares where blocks are few: there are at least 4, of kLeastFusedMlpRows or more, and
+// an even number.
 template <class E>
 int64_t fused_mlp_rows(const FusedMlp& p) {
   static_assert(kMR % 2 == 0);
   const int64_t fit = (int64_t{1} << 17) / (fused_mlp_widest(p) * sizeof(typename E::Packed));
-  const int64_t most = max(min(fit, 224) / kMR, 4) * kMR;
-  const int64_t blocks = round_up(max(ceil_div(p.rows, most), min(p.rows / 24, 4)), 2);
+  const int64_t most = max(min(fit, kMostFusedMlpRows) / kMR, 4) * kMR;
+  const int64_t blocks = round_up(max(ceil_div(p.rows, most), min(p.rows / kLeastFusedMlpRows, 4)), 2);
   return min(round_up(ceil_div(max(p.rows, 1), max(blocks, 1)), kMR), most);
 }
 
@@ -65,11 +69,16 @@ struct FusedMlpBuffers {
   double* dbias[kFusedMlpLayers];
 
   static int64_t panels(int64_t k, int64_t n) {
-    return round_up(n, E::kVL) * ceil_div(k, E::kStep) + ceil_div(n, E::kVL) * kPanelGap<E>;
+    return round_up(n, E::kVL) * cells_of<E>(k) + ceil_div(n, E::kVL) * kPanelGap<E>;
+  }
+  // The cells of wgrad_a: panels of `rows` along k, in the order of pack_a_cols().
+  static int64_t panels_of_dz(int64_t rows, int64_t n) {
+    if (E::kDepth > 1) return round_up(n, kMR) * kAStride<E>;
+    return cells_of<E>(rows) * round_up(n, kMR) + ceil_div(n, kMR) * kPanelGap<E> + kMR;
   }
   static FusedMlpBuffers carve(Arena& arena, const FusedMlp& p, int64_t rows, bool backward) {
     FusedMlpBuffers s{};
-    const int64_t widest = fused_mlp_widest(p), cells = ceil_div(rows, E::kStep);
+    const int64_t widest = fused_mlp_widest(p);
     for (Packed*& block : s.block) block = arena.take<Packed>(rows * kPitch<E> + kNV * E::kVL);
     for (int l = 0; l < p.layers; ++l) {
       const FusedMlpLayer& layer = p.layer[l];
@@ -81,8 +90,7 @@ struct FusedMlpBuffers {
       s.dbias[l] = arena.take<double>(layer.n + E::kVL);
     }
     if (backward) {
-      if (E::kStep > 1)
-        s.wgrad_a = arena.take<Cell>(cells * round_up(widest, kMR) + ceil_div(widest, kMR) * kPanelGap<E> + kMR);
+      if (E::kStep > 1) s.wgrad_a = arena.take<Cell>(panels_of_dz(rows, widest));
       s.wgrad_b = arena.take<Cell>(panels(rows, widest));
     }
     s.row_buffer = arena.take<Packed>(3 * Buffers<E>::kRowBuffer * E::kStep);
@@ -105,14 +113,12 @@ struct FusedMlpBuffers {
 
 // ---- epilogues of a micro-tile -------------------------------------------------------------------------------------
 
-// Store n values in a row of a block, rounded as the tensor would hold them. Where cells are pairs, an odd number of
-// values is followed by a zero.
+// Store n values in a row of a block, rounded as the tensor would hold them.
 template <class E>
 DLK_INLINE void store_block_row(typename E::Packed* to, typename E::V v, int64_t n) {
   if constexpr (!kIsSame<typename E::Packed, typename E::Elem>) v = rounded<typename E::Elem>(v);
   if (n >= E::kVL) return E::pack_store(to, v);
   E::pack_store_partial(to, v, n);
-  if (E::kStep == 2 && n % 2) to[n] = {};
 }
 
 // The place of a micro-tile in the block.
@@ -194,7 +200,7 @@ template <class E, class Out, class Whole>
 DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E::Cell* b, int64_t rows, int64_t cols,
                                   int64_t k, typename E::Acc* acc, Out&& out, UkernelToC<E> to_c, Whole&& whole) {
   constexpr int64_t nr = kNV * E::kVL;
-  const int64_t cells = ceil_div(k, E::kStep), padded = round_up(cols, E::kVL);
+  const int64_t cells = cells_of<E>(k), padded = round_up(cols, E::kVL);
   const auto uk_whole = ukernel_for<E, kRowMajor>(kMR, kNV);
   for (int64_t i = 0; i < rows; i += kMR) {
     const int64_t r = min(kMR, rows - i);
@@ -211,6 +217,14 @@ DLK_INLINE void fused_mlp_product(const typename E::Packed* a, const typename E:
       out(MicroTile{i, j, r, min(width, cols - j)});
     }
   }
+}
+
+// Put zeros behind the n columns of a block, up to a whole step of the micro-kernel.
+template <class E>
+void fused_mlp_pad(typename E::Packed* block, int64_t rows, int64_t n) {
+  const int64_t padded = cells_of<E>(n) * E::kStep;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = n; j < padded; ++j) block[i * kPitch<E> + j] = {};
 }
 
 // Rows of a block can be written from registers, rounded like those of a tensor.
@@ -239,6 +253,7 @@ void fused_mlp_layer_forward(const FusedMlpLayer& layer, const typename E::Packe
   };
   const auto to_y = kBlockIsTensor<E> && !layer.z ? UkernelsToC<E>::to_y(layer.act.kind).plain : nullptr;
   fused_mlp_product<E>(block, panels, rows, layer.n, layer.k, acc, out, to_y, whole);
+  if (to) fused_mlp_pad<E>(to, rows, layer.n);
 }
 
 // A layer's dgrad: dz of the layer below, in the block `to`, and its columns added to dbias.
@@ -260,6 +275,18 @@ void fused_mlp_layer_dgrad(const FusedMlpLayer& layer, const FusedMlpLayer& belo
   };
   const auto to_dz = kBlockIsTensor<E> ? UkernelsToC<E>::to_dz(below.act.kind).plain : nullptr;
   fused_mlp_product<E>(dz, panels, rows, layer.k, layer.n, acc, out, to_dz, whole);
+  fused_mlp_pad<E>(to, rows, below.n);
+}
+
+// sums = the sums of a micro-tile, or sums += them with `add`.
+template <class E>
+void fused_mlp_add_sums(const typename E::Acc* tile, typename E::Acc* sums, int64_t pitch, int64_t rows, int64_t cols,
+                        bool add) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; j += E::kVL) {
+      const auto v = load(tile + i * kNV * E::kVL + j);
+      store(sums + i * pitch + j, add ? load(sums + i * pitch + j) + v : v);
+    }
 }
 
 // sums[n, k] = dzᵀ · h, or sums += dzᵀ · h with `add`. h is rows i0.. of the layer's input; the rows of sums have a
@@ -269,7 +296,7 @@ void fused_mlp_wgrad(const FusedMlpBuffers<E>& s, const typename E::Packed* dz, 
                      const FusedMlpLayer& layer, typename E::Acc* sums, bool add) {
   constexpr int64_t nr = kNV * E::kVL;
   constexpr bool in_place = E::kStep == 1;
-  const int64_t pitch = fused_mlp_pitch(layer.k), padded = round_up(layer.k, E::kVL), cells = ceil_div(rows, E::kStep);
+  const int64_t pitch = fused_mlp_pitch(layer.k), padded = round_up(layer.k, E::kVL), cells = cells_of<E>(rows);
   if constexpr (!in_place)
     pack_a_cols<E>(RowSource<E>::of({dz, 1, kPitch<E>}, View{}, {}), s.wgrad_a, 0, layer.n, 0, rows, s.row_buffer,
                    nullptr);
@@ -277,15 +304,25 @@ void fused_mlp_wgrad(const FusedMlpBuffers<E>& s, const typename E::Packed* dz, 
   for (int64_t j = 0; j < padded; j += nr) {
     const int64_t width = min(nr, padded - j);
     for (int64_t i = 0; i < layer.n; i += kMR) {
-      const auto uk = ukernel_for<E, in_place ? kInPlace : kKMajor>(min(kMR, layer.n - i), width / E::kVL);
-      for (int64_t q = 0; q < cells; q += kKC<E>) {
-        const typename E::Cell* a;
-        if constexpr (in_place)
-          a = dz + q * kPitch<E> + i;
-        else
-          a = s.wgrad_a + panel_at<E>(i, kMR, cells) + q * kMR;
-        uk(min(kKC<E>, cells - q), a, s.wgrad_b + panel_at<E>(j, nr, cells) + q * width, width, sums + i * pitch + j,
-           pitch, add || q > 0, nullptr);
+      const int64_t r = min(kMR, layer.n - i);
+      const auto uk = ukernel_for<E, in_place ? kInPlace : kKMajor>(r, width / E::kVL);
+      auto* const to = sums + i * pitch + j;
+      if constexpr (E::kDepth > 1) {  // one k block; a tile register that is not full is stored whole, past these sums
+        static_assert(kMostFusedMlpRows <= kKC<E> * E::kStep);
+        const bool full = r % E::kDepth == 0;
+        uk(cells, s.wgrad_a + i * kAStride<E>, s.wgrad_b + panel_at<E>(j, nr, cells), width, full ? to : s.acc,
+           full ? pitch : nr, full && add, nullptr);
+        if (!full) fused_mlp_add_sums<E>(s.acc, to, pitch, r, width, add);
+      } else {
+        for (int64_t q = 0; q < cells; q += kKC<E>) {
+          const typename E::Cell* a;
+          if constexpr (in_place)
+            a = dz + q * kPitch<E> + i;
+          else
+            a = s.wgrad_a + panel_at<E>(i, kMR, cells) + q * kMR;
+          uk(min(kKC<E>, cells - q), a, s.wgrad_b + panel_at<E>(j, nr, cells) + q * width, width, to, pitch,
+             add || q > 0, nullptr);
+        }
       }
     }
   }
@@ -325,6 +362,7 @@ void fused_mlp_block_backward(const FusedMlp& p, FusedMlpBuffers<E>& s, int64_t 
   for (int64_t i = 0; i < rows; i += kMR)
     top(p.layer[last], {i, 0, min(kMR, rows - i), p.layer[last].n}, dz + i * kPitch<E>, kPitch<E>, i0, dz,
         s.dbias[last]);
+  fused_mlp_pad<E>(dz, rows, p.layer[last].n);
   for (int l = last; l >= 0; --l) {
     const FusedMlpLayer& layer = p.layer[l];
     const View input = l > 0 ? contiguous_view(layer.k, p.layer[l - 1].h) : p.x;
@@ -352,6 +390,7 @@ void fused_mlp_forward_with(const FusedMlp& p, const Parallel& parallel) {
     const auto& p = *(const FusedMlp*)context;
     const int64_t rows = fused_mlp_rows<E>(p);
     const auto s = FusedMlpBuffers<E>::get(p, rows, false);
+    [[maybe_unused]] const typename E::Scope scope;
     for (int64_t block = begin; block < end; ++block)
       fused_mlp_block_forward<E>(p, s, block * rows, min(rows, p.rows - block * rows));
   });
@@ -382,6 +421,7 @@ void fused_mlp_backward_with(const FusedMlp& p, const Parallel& parallel) {
     const auto& p = *(const FusedMlp*)context;
     const int64_t rows = fused_mlp_rows<E>(p), blocks = ceil_div(p.rows, rows);
     auto s = FusedMlpBuffers<E>::get(p, rows, true);
+    [[maybe_unused]] const typename E::Scope scope;
     const int64_t top = p.layers - 1, parameters = fused_mlp_parameters(p);
     const int64_t to_top =
         parameters - p.layer[top].n * fused_mlp_pitch(p.layer[top].k) - fused_mlp_pitch(p.layer[top].n);
@@ -407,6 +447,11 @@ void fused_mlp_backward_with(const FusedMlp& p, const Parallel& parallel) {
   // 2^16 accumulators are read in some 20 µs, and threads wake up in 5.
   if (p.slices * fused_mlp_parameters(p) < (1 << 16)) return sum(&p, 0, tasks);
   parallel.run(tasks, &p, sum);
+}
+
+template <class E>
+constexpr FusedMlpKernels fused_mlp() {
+  return {kFusedMlpFeatures<E>, kLeastFusedMlpRows, &fused_mlp_forward_with<E>, &fused_mlp_backward_with<E>};
 }
 
 }  // namespace dlk::cpu::DLK_ISA
