@@ -26,8 +26,11 @@ _forward = torch.ops.dlkernels._linear_act_autocast_forward.default
 _available = cache(_C.cpu_autocast)  # it does not change within a process
 
 
-def has_native_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return True if this layer, under autocast, has a kernel that reads its float32 parameters without a cast."""
+def has_native_kernel(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Return True if layers of these parameters, under autocast, have kernels that read them without a cast.
+
+    x is the input of the first layer. The inputs of the others are plain and bfloat16.
+    """
     return (
         not torch.compiler.is_compiling()
         and x.is_cpu
@@ -35,8 +38,7 @@ def has_native_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and torch.get_autocast_dtype("cpu") is torch.bfloat16
         and x.dtype in (torch.float32, torch.bfloat16)
         and are_plain(x)
-        and _is_float32_on_cpu(weight)
-        and (bias is None or _is_float32_on_cpu(bias))
+        and all(p is None or _is_float32_on_cpu(p) for p in parameters)
         and not under_transform()
     )
 

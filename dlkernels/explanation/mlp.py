@@ -61,6 +61,8 @@ def explain_mlp(
     with on_device_of(x):
         slices, kernel, _, why = _mlp.route(x.is_cuda, False, shapes, name_of(dtype))
         slices_back, _, scratch, why_back = _mlp.route(x.is_cuda, True, shapes, name_of(dtype))
+    if native_casts:
+        slices = slices_back = 0
     forward = backward = None
     if slices:
         forward = Step("forward", "fused_mlp", kernel, ("y",), ("bias and activation of every layer",), 1, 0, why)

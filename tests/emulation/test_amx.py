@@ -6,6 +6,7 @@ need a real processor: its speed, and the proof that it does what its manual say
 """
 
 import ctypes
+import itertools
 import os
 import subprocess
 
@@ -442,7 +443,7 @@ def integers(*shape, share=1.0):
     return (torch.randint(-1, 2, shape) * (torch.rand(shape) < share)).double()
 
 
-# Fewer features than a step of 32 and a tile of 16, whole ones, one more. One row; several blocks, the last one partial.
+# Fewer features than a step of 32 and a tile of 16, whole ones, one more. One row; several blocks, the last partial.
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1), (5, 33, 17, 3), (32, 64, 32), (63, 256, 256, 4), (16, 15, 31, 128, 1)], ids=str
 )
@@ -450,7 +451,7 @@ def integers(*shape, share=1.0):
 def test_a_fused_mlp(kernels, sizes, rows, slices, threads):
     """Sums of small integers are exact, so that one rounding to bf16 remains. Old scratch is full of NaN."""
     x, g = integers(rows, sizes[0]), integers(rows, sizes[-1])
-    weights = [integers(n, k, share=min(1, 8 / k)) for k, n in zip(sizes, sizes[1:], strict=False)]
+    weights = [integers(n, k, share=min(1, 8 / k)) for k, n in itertools.pairwise(sizes)]
     biases = [integers(n) for n in sizes[1:]]
     low = [t.bfloat16() for t in (x, g)]
     parameters = [[t.bfloat16() for t in of] for of in (weights, biases)]

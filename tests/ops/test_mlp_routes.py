@@ -169,7 +169,11 @@ def test_a_table_may_change_while_a_chain_runs():
 
 @pytest.mark.parametrize(("forward", "backward"), WAYS)
 def test_autocast_casts_for_a_chain_that_one_kernel_takes(monkeypatch, forward, backward):
-    monkeypatch.setattr(autocast, "has_native_kernel", lambda x, weight, bias: True)
-    x, weights = torch.randn(60, 33), [torch.randn(n, k) for k, n in itertools.pairwise(NARROW)]
-    with ways(forward, backward, (60, NARROW, torch.bfloat16)):
+    """But not for few rows."""
+    monkeypatch.setattr(autocast, "has_native_kernel", lambda x, *parameters: True)
+    monkeypatch.setattr(_mlp, "_has_tiles", lambda: False)
+    rows, weights = 1 << 14, [torch.randn(n, k) for k, n in itertools.pairwise(NARROW)]
+    x = torch.randn(rows, 33)
+    with ways(forward, backward, (rows, NARROW, torch.bfloat16)):
         assert _mlp.has_native_kernel(x, weights, [None] * 3) == (forward == backward == LAYERS)
+        assert _mlp.has_native_kernel(x[1:], weights, [None] * 3)
