@@ -2,23 +2,9 @@
 // the op. Python makes a call itself wherever it is not an ordinary one.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
-#include "ops/optional_tensors.h"
-
 namespace dlk::python {
-
-// Return true under modes of torch in which Python decides at each call: tracing, __torch_function__, transforms, autocast.
-bool is_special_mode(at::DeviceType);
-
-// `recorded`: autograd needs the call. Never with a mask, which is saved on CUDA alone.
-at::Tensor run_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t act,
-                     double slope, bool recorded);
-
-// The same of a chain of layers.
-at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
-                     double slope, bool recorded);
 
 void add_calls(pybind11::module_&);
 

@@ -10,7 +10,7 @@
 
 #include "ops/dispatched.h"
 #include "ops/mlp.h"
-#include "python/calls.h"
+#include "python/run.h"
 #include "python/tensors.h"
 
 namespace dlk::python {
