@@ -1,14 +1,16 @@
 """Decisions that hold until something changes that they read. So a call need not decide anew.
 
-A decision is that a module's call is one chain of layers. :class:`Reads` writes down all that it read: the classes of
-the modules, their hooks and attributes, the children of containers, the modes of torch. ``_C.Decided`` compares this
-list with what is there now, in less than a microsecond, and runs the chain; it returns None if anything differs.
+A decision is that a module's call is one chain of layers, or one gated layer. :class:`Reads` writes down all that it
+read: the classes of the modules, their hooks and attributes, the children of containers, the modes of torch.
+``_C.Decided`` compares this list with what is there now, in less than a microsecond, and runs the layers; it returns
+None if anything differs.
 :func:`run_again` is called before anything is looked up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +46,7 @@ _decided: dict[Any, tuple[Decision, Any]] = {}  # with a mark of the place's own
 
 
 def run_again(key: Any, owner: Any, x: Any) -> Tensor | None:
-    """Return the chain's output if the decision under this key still holds, else None."""
+    """Return the layers' output if the decision under this key still holds, else None."""
     found = _decided.get(key)
     return None if found is None else found[0].run(owner, x)
 
@@ -77,6 +79,15 @@ def may_be_kept(x: Tensor, *parameters: Tensor) -> bool:
         and not torch._C._len_torch_function_stack()
         and not _python_dispatch._is_in_non_infra_torch_dispatch_mode
     )
+
+
+class Form(IntEnum):
+    """What the layers of a decision are together, as in ``csrc/python/decided.cpp``."""
+
+    CHAIN = 0
+    GATED = 1  # two with one input: the gate, then up
+    HALVES = 2  # one, whose output is gate and up side by side
+    HALVES_SWAP = 3  # likewise, up first
 
 
 # The module with the parameters of a layer, and the names of weight and bias there; None: no bias is given.
@@ -119,8 +130,10 @@ class Reads:
         _, alone, _, _ = self.modules[id(container)]
         self.modules[id(container)] = container, alone, entries, list(container._modules.values())
 
-    def decided(self, layers: Sequence[Layer], codes: Sequence[int], slope: float) -> _C.Decided:
-        """Return the decision for a chain of layers with the codes of their activations."""
+    def decided(
+        self, layers: Sequence[Layer], codes: Sequence[int], slope: float, form: Form = Form.CHAIN
+    ) -> _C.Decided:
+        """Return the decision for layers with the codes of their activations. That of a gated layer is its gate's."""
         space = vars(torch_module)
         return _C.Decided(
             {
@@ -137,5 +150,6 @@ class Reads:
                 "plain": (Tensor, nn.Parameter),
                 "layers": [(module, code, *names) for (module, *names), code in zip(layers, codes, strict=True)],
                 "slope": slope,
+                "form": int(form),
             }
         )

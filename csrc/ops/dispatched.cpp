@@ -44,7 +44,8 @@ template class Dispatched<Two(T, T, OptionalT, Int, double)>;
 template class Dispatched<Three(T, OptionalT, OptionalT, T, Int, double, bool, bool, bool)>;
 template class Dispatched<Three(T, OptionalT, OptionalT, T, at::ScalarType, Int, double, bool, bool, bool)>;
 
-// A gated layer: forward with the preactivations, and the backwards.
+// A gated layer: recorded or forward, forward with the preactivations, and the backwards.
+template class Dispatched<at::Tensor(T, T, T, OptionalT, OptionalT, Int, double)>;
 template class Dispatched<Three(T, T, T, OptionalT, OptionalT, Int, double)>;
 template class Dispatched<Five(T, OptionalT, OptionalT, OptionalT, OptionalT, OptionalT, Int, double, bool, bool, bool,
                                bool, bool)>;

@@ -16,8 +16,8 @@
 namespace dlk::python {
 namespace {
 
-// The chain of layers that a module runs, as Python has decided it, and everything that the decision read. A call compares
-// all of it with what is there now, and runs the chain if nothing differs. Nothing here keeps a module or a tensor alive.
+// The chain of layers, or the gated layer, that a module runs, as Python has decided it, and everything that the decision read.
+// A call compares all of it with what is there now, and runs the layers if nothing differs. Nothing here keeps a module or a tensor alive.
 //
 // Pointers to Python objects are references that `owned` holds.
 
@@ -70,6 +70,14 @@ struct Layer {
   int64_t in, out;
 };
 
+// What the layers are together.
+enum class Form {
+  chain,        // each takes the output of the one before
+  gated,        // two with one input: the gate, then up
+  halves,       // one, whose output is gate and up side by side
+  halves_swap,  // likewise, up first
+};
+
 struct Decided {
   PyObject_HEAD;
   struct State* state;
@@ -82,6 +90,7 @@ struct State {
   std::vector<Module> modules;   // the first one is the owner
   std::vector<Layer> layers;
   std::vector<int64_t> acts;
+  Form form = Form::chain;
   double slope = 0;
   at::ScalarType dtype = at::kFloat;
   c10::Device device = at::kCPU;
@@ -203,7 +212,25 @@ bool read_parameters(const State& s, const Dicts& dicts, std::vector<at::Tensor>
   return true;
 }
 
-// run(owner, x): the chain's output, or None if anything differs from what was decided.
+at::Tensor run_layers(const State& s, const at::Tensor& x, const std::vector<at::Tensor>& weights,
+                      const OptionalTensors& biases, bool recorded) {
+  const int64_t act = s.acts[0];
+  if (s.form == Form::gated)
+    return run_gated(x, weights[0], weights[1], get(biases, 0), get(biases, 1), act, s.slope, recorded);
+  if (s.form != Form::chain) {
+    const size_t gate = s.form == Form::halves ? 0 : 1, up = 1 - gate;
+    const std::vector<at::Tensor> weight = weights[0].chunk(2);
+    const OptionalTensor bias = get(biases, 0);
+    if (!bias) return run_gated(x, weight[gate], weight[up], {}, {}, act, s.slope, recorded);
+    const std::vector<at::Tensor> both = bias->chunk(2);
+    return run_gated(x, weight[gate], weight[up], both[gate], both[up], act, s.slope, recorded);
+  }
+  // A chain of one layer is decided here on CPU alone.
+  return weights.size() == 1 ? run_layer(x, weights[0], get(biases, 0), act, s.slope, recorded)
+                             : run_chain(x, weights, biases, s.acts, s.slope, recorded);
+}
+
+// run(owner, x): the layers' output, or None if anything differs from what was decided.
 PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t count) {
   const State& s = *reinterpret_cast<Decided*>(object)->state;
   TORCH_CHECK_TYPE(count == 2, "Decided.run: expected owner and x, got ", count, " arguments");
@@ -218,10 +245,7 @@ PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t c
   at::Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
-    const bool recorded = learns && c10::GradMode::is_enabled();
-    // A chain of one layer is decided here on CPU alone.
-    y = weights.size() == 1 ? run_layer(*x, weights[0], get(biases, 0), s.acts[0], s.slope, recorded)
-                            : run_chain(*x, weights, biases, s.acts, s.slope, recorded);
+    y = run_layers(s, *x, weights, biases, learns && c10::GradMode::is_enabled());
   }
   return wrap(y);
 }
@@ -302,6 +326,7 @@ void fill(State& s, const py::dict& read) {
     s.dtype = w.scalar_type(), s.device = w.device();
   }
   s.slope = read["slope"].cast<double>();
+  s.form = static_cast<Form>(read["form"].cast<int>());
   if (s.modules.empty() || s.layers.empty()) throw py::value_error("Decided: expected an owner and a layer");
 }
 
@@ -348,7 +373,7 @@ void destroy(PyObject* object) {
 
 PyMethodDef kMethods[] = {
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run)), METH_FASTCALL,
-     "run(owner, x): the output of the chain; None if anything that the decision read has changed."},
+     "run(owner, x): the output of the layers; None if anything that the decision read has changed."},
     {"activations", &activations, METH_NOARGS, "The code of each layer's activation."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -43,4 +43,15 @@ at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const Optional
                   : forward.call(x, weights, biases, acts, slope, {})[0];
 }
 
+at::Tensor run_gated(const at::Tensor& x, const at::Tensor& weight_gate, const at::Tensor& weight_up,
+                     const OptionalTensor& bias_gate, const OptionalTensor& bias_up, int64_t act, double slope,
+                     bool recorded) {
+  using Gated = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                           const OptionalTensor&, int64_t, double);
+  static const auto with_gradients = dispatched<Gated>("dlkernels::_linear_glu");
+  static const auto forward = dispatched<Gated>("dlkernels::_linear_glu_forward");
+  const auto& op = recorded ? with_gradients : forward;
+  return op.call(x, weight_gate, weight_up, bias_gate, bias_up, act, slope);
+}
+
 }  // namespace dlk::python

@@ -1,4 +1,4 @@
-// One layer or one chain, handed to the dispatcher; and the modes of torch in which Python has to decide before.
+// A layer, a chain or a gated layer, handed to the dispatcher; and the modes of torch in which Python has to decide before.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,5 +17,10 @@ at::Tensor run_layer(const at::Tensor& x, const at::Tensor& weight, const Option
 // The same of a chain of layers.
 at::Tensor run_chain(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, at::IntArrayRef acts,
                      double slope, bool recorded);
+
+// The same of a gated layer.
+at::Tensor run_gated(const at::Tensor& x, const at::Tensor& weight_gate, const at::Tensor& weight_up,
+                     const OptionalTensor& bias_gate, const OptionalTensor& bias_up, int64_t act, double slope,
+                     bool recorded);
 
 }  // namespace dlk::python

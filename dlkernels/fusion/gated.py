@@ -1,7 +1,7 @@
 """The rewritten form of a method with gated layers (``gated_places``), and what it calls.
 
-One call decides for the whole, at the place of the first layer. If it computes nothing, the source runs as it is
-written, with its pairs of layers and activations fused.
+One call decides for the whole, at the place of the first layer, or finds that an earlier decision still holds
+(``memory``). If it computes nothing, the source runs as it is written, with its pairs of layers and activations fused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.linear_glu import linear_glu
-from dlkernels.fusion import call
+from dlkernels.fusion import call, memory
 from dlkernels.fusion.gated_places import Gate
 from dlkernels.fusion.rules import identity
 from dlkernels.fusion.source import FunctionNode
@@ -192,6 +192,10 @@ def gated(self: Any, x: Any, early: Callable[[], tuple[Any, ...]], /) -> Tensor 
     gate, up, act, args, kwargs, drops, functions = found
     if not _are_as_written(drops, functions):
         return None
+    key = _key(self, act, args, kwargs, id(gate), id(up))
+    if key is not None and (y := memory.run_again(key, self, x)) is not None:
+        return y
+    stage = None if act is None else Stage(act)
     act = identity if act is None else act
     ready = call.decide(self, act, gate, x, args, kwargs)
     both = ready if isinstance(ready, str) else _decide(self, ready, up, x)
@@ -204,6 +208,7 @@ def gated(self: Any, x: Any, early: Callable[[], tuple[Any, ...]], /) -> Tensor 
             (gate, up),
         )
         call.watcher(self, gate, act, x, ready, args, kwargs, ways=ways)
+    _remember(key, self, (gate, up), stage, x, both[0], memory.Form.GATED)
     return _run(x, both)
 
 
@@ -220,6 +225,12 @@ def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]],
     act, args, kwargs, drops, functions, dim, sizes = found
     if not _are_as_written(drops, functions):
         return None
+    form = memory.Form.HALVES if gate_first else memory.Form.HALVES_SWAP
+    alike = type(x) is Tensor and all(type(number) is int for number in (dim, *sizes))
+    key = _key(self, act, args, kwargs, id(linear), form, dim, *sizes, x.dim()) if alike else None
+    if key is not None and (y := memory.run_again(key, self, x)) is not None:
+        return y
+    stage = None if act is None else Stage(act)
     act = identity if act is None else act
     ready = call.decide(self, act, linear, x, args, kwargs)
     if isinstance(ready, str) or not cuts_in_halves(ready[0].size(0), dim, sizes, x.dim()):
@@ -231,7 +242,35 @@ def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]],
             (linear,),
         )
         call.watcher(self, linear, act, x, ready, args, kwargs, ways=ways)
+    _remember(key, self, (linear,), stage, x, ready, form)
     return _run_packed(x, ready, gate_first)
+
+
+# Keys whose decision cannot be written down: it is made at each call.
+_unknown: set[Any] = set()
+_MOST = 16384
+
+
+def _key(self: Any, act: Any, args: Any, kwargs: Any, *of: int) -> Any:
+    """Return the key of a place's decision; None where none is remembered."""
+    if args or kwargs or torch.compiler.is_dynamo_compiling():
+        return None
+    return "gated", id(self), id(act), *of
+
+
+def _remember(
+    key: Any, self: Any, linears: Sequence[Any], act: Stage | None, x: Any, ready: call.Ready, form: memory.Form
+) -> None:
+    if key is None or key in _unknown or call.watcher is not None or not memory.may_be_kept(x):
+        return
+    if not all(isinstance(linear, nn.Module) for linear in linears):  # F.linear's layer is made at each call
+        return
+    made = memory.decided_gate(self, linears, act, ready, form)
+    if made is None:
+        if len(_unknown) >= _MOST:
+            _unknown.clear()
+        _unknown.add(key)
+    memory.keep(key, made)
 
 
 def _looked_up(early: Callable[[], Any]) -> tuple[Any, ...] | None:

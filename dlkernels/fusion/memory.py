@@ -1,4 +1,4 @@
-"""Makes decisions for chains that hold until something changes that they read (``_decisions``).
+"""Makes decisions for chains and gated layers that hold until something changes that they read (``_decisions``).
 
 An activation whose body is read, or that has a rule of the user's, is read again at each call (:class:`Checked`).
 """
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlkernels import _C, _decisions
-from dlkernels._decisions import MISSING, Layer, Unknown, is_kept, keep, mark_of, may_be_kept, run_again
+from dlkernels._decisions import MISSING, Form, Layer, Unknown, is_kept, keep, mark_of, may_be_kept, run_again
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call, rules
 from dlkernels.fusion.reading import activation_of, may_be_activation
@@ -128,14 +128,37 @@ def decided(reads: Reads, stages: Sequence[Stage], chain: Chain, owners: Iterabl
         _end(reads, stages, chain)
     except Unknown:
         return None
+    return _made(reads, layers, [name for _, _, name, _ in chain.layers], slope_of(chain.layers), Form.CHAIN)
+
+
+def decided_gate(
+    owner: nn.Module, linears: Sequence[Any], act: Stage | None, ready: call.Ready, form: Form
+) -> _C.Decided | Checked | None:
+    """Return the decision for a gated layer of one or two linear layers; None as :func:`decided`."""
+    weight, _, name, slope = ready
+    if call.watcher is not None or not may_be_kept(weight):
+        return None
+    reads = Reads(owner)
+    try:
+        reads.selection(owner, type(owner)._fused_plan)
+        layers = [reads.linear(linear) for linear in linears]
+        if act is not None:
+            reads.stage(act)
+    except Unknown:
+        return None
+    return _made(reads, layers, [name] * len(layers), slope, form)
+
+
+def _made(
+    reads: Reads, layers: Sequence[Layer], activations: Sequence[str], slope: float, form: Form
+) -> _C.Decided | Checked:
     reads.globals += [
         (vars(F), "linear", call.STOCK_LINEAR[0]),
         (vars(call), "watcher", None),
         (vars(rules), "version", rules.version),
     ]
     reads.class_attributes.append((nn.Linear, "forward", call.STOCK_LINEAR[1]))
-    codes = [ACTIVATIONS[name].code for _, _, name, _ in chain.layers]
-    made = reads.decided(layers, codes, slope_of(chain.layers))
+    made = reads.decided(layers, [ACTIVATIONS[name].code for name in activations], slope, form)
     return Checked(made, reads.checks) if reads.checks else made
 
 

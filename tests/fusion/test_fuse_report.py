@@ -239,7 +239,7 @@ class Listed(nn.Sequential):
 
 
 def test_gain_counts_the_decision_where_each_call_decides(monkeypatch):
-    """A loop over a list keeps no decision, and a gated layer keeps none."""
+    """A loop over a list keeps no decision, and a gated layer whose activation has further arguments keeps none."""
     real = call.decide
 
     def slow(*args, **kwargs):
@@ -254,7 +254,7 @@ def test_gain_counts_the_decision_where_each_call_decides(monkeypatch):
 
 
 def gated(self, x):
-    return F.relu(self.fc(x)) * self.fc2(x)
+    return F.leaky_relu(self.fc(x), 0.2) * self.fc2(x)
 
 
 def guarded(self, x, flag=True):
