@@ -140,7 +140,7 @@ def decided_gate(
         return None
     reads = Reads(owner)
     try:
-        reads.selection(owner, type(owner)._fused_plan)
+        reads.selection(owner, type(owner)._fused_plan)  # type: ignore[attr-defined]
         layers = [reads.linear(linear) for linear in linears]
         if act is not None:
             reads.stage(act)

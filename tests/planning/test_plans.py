@@ -415,6 +415,10 @@ def test_a_gated_forward_is_one_step_where_it_is_packed(planning):
     by_halves = (False, ["forward aten y - - 1", "forward aten y - - 1", "y"])
     assert glu_forward(planning, BIG, forced=ATEN) == by_halves
     assert glu_forward(planning, FEW_ROWS)[1][0] == "forward few_rows y - - 1"
+    of_few_rows = glu_forward(planning, (64, 512, 256))  # and a large weight
+    assert of_few_rows == (False, ["forward packed y - - 1", "forward packed y - - 1", "y"])
+    assert all(glu_forward(planning, shape)[0] for shape in ((129, 512, 256), (64, 511, 256)))
+    assert glu_forward(planning, (64, 512, 256), "float64")[0] and glu_forward(planning, (64, 512, 256), isa="avx2")[0]
     fused, steps = glu_forward(planning, BIG, isa="")
     assert not fused and steps[-1] == "y" and len(steps) == 3
 
