@@ -4,7 +4,7 @@ A decision is that a module's call is one chain of layers, or one gated layer. :
 read: the classes of the modules, their hooks and attributes, the children of containers, the modes of torch.
 ``_C.Decided`` compares this list with what is there now, in less than a microsecond, and runs the layers; it returns
 None if anything differs.
-:func:`run_again` is called before anything is looked up.
+:func:`run_again` is called before anything is looked up; a gated layer looks its callees up before.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def may_be_kept(x: Tensor, *parameters: Tensor) -> bool:
 
 
 class Form(IntEnum):
-    """What the layers of a decision are together, as in ``csrc/python/decided.cpp``."""
+    """How the layers of a decision belong together, as in ``csrc/python/decided.cpp``."""
 
     CHAIN = 0
     GATED = 1  # two with one input: the gate, then up

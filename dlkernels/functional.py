@@ -135,8 +135,8 @@ def linear_glu(
     ``F.silu(F.linear(x, weight_gate, bias_gate)) * F.linear(x, weight_up, bias_up)``, NaN, infinities and zeros
     included. Double backward, ``torch.func``, autocast, ``torch.compile`` and ``torch.export`` work.
 
-    On CPU x is read and packed once for both products, and their epilogue multiplies. Where a library's product is the
-    faster way, and on CUDA, one pass over both preactivations makes y. In backward one pass makes the gradients of both
+    On CPU x is read and packed once for both products, and their epilogue multiplies. Where two products are the faster
+    way, and on CUDA, one pass over both preactivations makes y. In backward one pass makes the gradients of both
     preactivations and both bias gradients. :func:`explain_glu` shows the plan.
 
     For backward the layer keeps both preactivations, x and the weights, and of these only what the needed gradients
@@ -186,8 +186,9 @@ def mlp(
 
     * The epilogue of a layer's dgrad applies the activation mask of the layer below.
     * A block of rows passes through all narrow layers while it is in cache. On CPU this is for layers of up to 256
-      features (128 in bfloat16) over at least 2,048 rows. On CUDA it is for layers of up to 128 features over any
-      number of rows, if their weights fit in shared memory together (five of 128 features in bfloat16 on an H100).
+      features (128 in bfloat16 without AMX) over at least 2,048 rows, and over fewer rows where that was measured to be
+      faster (:func:`explain_mlp` says whether). On CUDA it is for layers of up to 128 features over any number of rows,
+      if their weights fit in shared memory together (five of 128 features in bfloat16 on an H100).
 
     On other devices, under ``torch.compile`` and with tensor subclasses, the layers run one by one. Under
     ``torch.func`` the chain is one call where that was measured to be faster, and elsewhere in torch's operators.

@@ -16,8 +16,9 @@
 namespace dlk::python {
 namespace {
 
-// The chain of layers, or the gated layer, that a module runs, as Python has decided it, and everything that the decision read.
-// A call compares all of it with what is there now, and runs the layers if nothing differs. Nothing here keeps a module or a tensor alive.
+// The chain of layers, or the gated layer, that a module runs, as Python has decided it, and everything that the decision
+// read. A call compares all of it with what is there now, and runs the layers if nothing differs. Nothing here keeps a
+// module or a tensor alive.
 //
 // Pointers to Python objects are references that `owned` holds.
 
@@ -70,7 +71,7 @@ struct Layer {
   int64_t in, out;
 };
 
-// What the layers are together.
+// How the layers belong together.
 enum class Form {
   chain,        // each takes the output of the one before
   gated,        // two with one input: the gate, then up

@@ -1,4 +1,4 @@
-// A layer, a chain or a gated layer, handed to the dispatcher; and the modes of torch in which Python has to decide before.
+// A layer, a chain or a gated layer, handed to the dispatcher; and the modes of torch in which Python decides first.
 #pragma once
 
 #include <ATen/core/Tensor.h>

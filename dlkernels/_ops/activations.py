@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, leaky_relu, silu  # as they are now, whatever patches them later
 
 _derivative = torch.ops.dlkernels._act_derivative.default
 
@@ -33,11 +34,11 @@ class Activation:
 _ALL: tuple[tuple[Any, ...], ...] = (
     ("none", True, lambda z, a: z),
     ("relu", True, lambda z, a: torch.relu(z)),
-    ("leaky_relu", True, lambda z, a: torch.nn.functional.leaky_relu(z, a)),
+    ("leaky_relu", True, lambda z, a: leaky_relu(z, a)),
     ("relu2", False, lambda z, a: torch.relu(z).square()),
-    ("gelu", False, lambda z, a: torch.nn.functional.gelu(z)),
-    ("gelu_tanh", False, lambda z, a: torch.nn.functional.gelu(z, approximate="tanh")),
-    ("silu", False, lambda z, a: torch.nn.functional.silu(z)),
+    ("gelu", False, lambda z, a: gelu(z)),
+    ("gelu_tanh", False, lambda z, a: gelu(z, approximate="tanh")),
+    ("silu", False, lambda z, a: silu(z)),
     ("tanh", True, lambda z, a: torch.tanh(z)),
     ("sigmoid", True, lambda z, a: torch.sigmoid(z)),
 )

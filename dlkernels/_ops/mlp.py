@@ -53,7 +53,7 @@ _H, _Z = 1, 2  # Keep of csrc/ops/mlp.h
 # From so many rows on, one kernel for the chain is worth copies of x and parameters in bfloat16. Its speed over that
 # of layers that round as they multiply, forward and forward + backward, 1 and 2 threads: with AVX-512 BF16 0.70 to 1.09
 # at 2,100 to 4,096 rows and 1.01 to 1.37 at 65,536. With AMX, which multiplies faster beside the same copies, 0.5 to
-# 1.05 and 0.79 to 1.07: it takes the layers for any number of rows.
+# 1.05 and 0.79 to 1.07: the layers run one by one for any number of rows.
 _ROWS_WORTH_CASTING = 1 << 14
 
 

@@ -63,6 +63,7 @@ def explain_mlp(
         slices_back, _, scratch, why_back = _mlp.route(x.is_cuda, True, shapes, name_of(dtype))
     if native_casts:
         slices = slices_back = 0
+        why = why_back = "under autocast: layer by layer the products read float32 without copies in bfloat16"
     forward = backward = None
     if slices:
         forward = Step("forward", "fused_mlp", kernel, ("y",), ("bias and activation of every layer",), 1, 0, why)

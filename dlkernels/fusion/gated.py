@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ def gated(self: Any, x: Any, early: Callable[[], tuple[Any, ...]], /) -> Tensor 
     gate, up, act, args, kwargs, drops, functions = found
     if not _are_as_written(drops, functions):
         return None
-    key = _key(self, act, args, kwargs, id(gate), id(up))
+    key = _key(self, act, args, kwargs, (gate, up))
     if key is not None and (y := memory.run_again(key, self, x)) is not None:
         return y
     stage = None if act is None else Stage(act)
@@ -227,7 +228,7 @@ def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]],
         return None
     form = memory.Form.HALVES if gate_first else memory.Form.HALVES_SWAP
     alike = type(x) is Tensor and all(type(number) is int for number in (dim, *sizes))
-    key = _key(self, act, args, kwargs, id(linear), form, dim, *sizes, x.dim()) if alike else None
+    key = _key(self, act, args, kwargs, (linear,), form, dim, *sizes, x.dim()) if alike else None
     if key is not None and (y := memory.run_again(key, self, x)) is not None:
         return y
     stage = None if act is None else Stage(act)
@@ -246,31 +247,25 @@ def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]],
     return _run_packed(x, ready, gate_first)
 
 
-# Keys whose decision cannot be written down: it is made at each call.
-_unknown: set[Any] = set()
-_MOST = 16384
+def _key(self: Any, act: Any, args: Any, kwargs: Any, linears: Sequence[Any], *cut: int) -> Any:
+    """Return the key of a place's decision; None where none is remembered.
 
-
-def _key(self: Any, act: Any, args: Any, kwargs: Any, *of: int) -> Any:
-    """Return the key of a place's decision; None where none is remembered."""
+    The layer of ``F.linear`` is made at each call, and an activation that is no module and no function may be.
+    """
     if args or kwargs or torch.compiler.is_dynamo_compiling():
         return None
-    return "gated", id(self), id(act), *of
+    lasts = act is None or isinstance(act, nn.Module) or type(act) in (FunctionType, BuiltinFunctionType)
+    if not lasts or not all(isinstance(linear, nn.Module) for linear in linears):
+        return None
+    return "gated", id(self), id(act), *map(id, linears), *cut
 
 
 def _remember(
-    key: Any, self: Any, linears: Sequence[Any], act: Stage | None, x: Any, ready: call.Ready, form: memory.Form
+    key: Any, self: Any, linears: Sequence[Any], stage: Stage | None, x: Any, ready: call.Ready, form: memory.Form
 ) -> None:
-    if key is None or key in _unknown or call.watcher is not None or not memory.may_be_kept(x):
+    if key is None or memory.is_unknown(key) or call.watcher is not None or not memory.may_be_kept(x):
         return
-    if not all(isinstance(linear, nn.Module) for linear in linears):  # F.linear's layer is made at each call
-        return
-    made = memory.decided_gate(self, linears, act, ready, form)
-    if made is None:
-        if len(_unknown) >= _MOST:
-            _unknown.clear()
-        _unknown.add(key)
-    memory.keep(key, made)
+    memory.keep_or_give_up(key, memory.decided_gate(self, linears, stage, ready, form))
 
 
 def _looked_up(early: Callable[[], Any]) -> tuple[Any, ...] | None:

@@ -24,6 +24,25 @@ from dlkernels.fusion.stages import Chain, Stage, changes_nothing, is_identity, 
 __all__ = ["Reads", "Unknown", "decided", "is_kept", "keep", "mark_of", "may_be_kept", "run_again"]
 
 
+# Keys whose decision cannot be written down. Another object may have such an id later: then it is decided at each call
+# too.
+_unknown: set[Any] = set()
+_MOST = 16384
+
+
+def is_unknown(key: Any) -> bool:
+    return key in _unknown
+
+
+def keep_or_give_up(key: Any, decided: _decisions.Decision | None, mark: Any = None) -> None:
+    """Remember a decision. None means that it cannot be written down: it is not tried again."""
+    if decided is None:
+        if len(_unknown) >= _MOST:
+            _unknown.clear()
+        _unknown.add(key)
+    keep(key, decided, mark)
+
+
 class Checked:
     """A decision that holds while ``_C.Decided`` finds nothing changed and all ``checks`` return True."""
 

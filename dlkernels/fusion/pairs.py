@@ -32,15 +32,11 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
     return (len(args), *given) if all(type(value) in (int, float, bool, str) for value in given) else None
 
 
-# The ids of a module, an activation, and a layer or its parameters, whose decision cannot be written down. Another
-# object may have such an id later: then it is decided at each call too.
-_unknown: set[tuple[Any, ...]] = set()
-_MOST = 16384
-
 # By the ids of a place, the number of its decisions with different arguments. Arguments that change all the time are
 # decided anew.
 _variants: dict[tuple[Any, ...], int] = {}
 _MOST_VARIANTS = 8
+_MOST_PLACES = 16384
 
 
 def _run_again(self: Any, act: Any, linear: Any, x: Any, given: Given = ()) -> Tensor | None:
@@ -78,11 +74,11 @@ def _remember(self: Any, act: Stage, linear: Any, x: Any, ready: calls.Ready, gi
         key = id(self), id(act.called), (id(linear.weight), id(linear.bias)), *given
         if (names := names_in(self, linear)) is None:
             return
-    if key in _unknown:
+    if memory.is_unknown(key):
         return
     if given and not memory.is_kept(key):
         variants = _variants[key[:3]] = _variants.get(key[:3], 0) + 1
-        if len(_variants) >= _MOST:
+        if len(_variants) >= _MOST_PLACES:
             _variants.clear()
         if variants > _MOST_VARIANTS:
             return
@@ -91,12 +87,7 @@ def _remember(self: Any, act: Stage, linear: Any, x: Any, ready: calls.Ready, gi
         reads = memory.Reads(self)
         if names is not None:
             reads.functional(self, linear, *names)
-        decided = memory.decided(reads, (Stage(linear), act), chain, (self,))
-        if decided is None:
-            if len(_unknown) >= _MOST:
-                _unknown.clear()
-            _unknown.add(key)
-        memory.keep(key, decided, names)
+        memory.keep_or_give_up(key, memory.decided(reads, (Stage(linear), act), chain, (self,)), names)
 
 
 def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -244,7 +244,7 @@ def test_explain_says_who_converts(dtype):
 @needs_kernels
 @pytest.mark.parametrize(("rows", "hidden", "one_kernel"), [(17000, 300, False), (17000, 32, True), (2100, 32, False)])
 def test_chain_goes_by_layers_unless_it_is_narrow_and_tall(rows, hidden, one_kernel):
-    """One kernel for the chain needs all operands in bfloat16. The copies cost more than it saves, with AMX always."""
+    """One kernel for the chain needs copies in bfloat16. For few rows, and with AMX for any, they cost too much."""
     one_kernel = one_kernel and _C.cpu_kernels()["isa"] != "amx"
     operator = "_mlp" if one_kernel else "autocast_forward"
     x, weights = torch.randn(rows, 16), [torch.randn(hidden, 16), torch.randn(5, hidden)]

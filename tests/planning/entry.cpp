@@ -27,7 +27,7 @@ cpu::Kernels kernels_of(const char* isa, bool pairs) {
   set.table[static_cast<int>(DType::bf16)].tiles_forward.most_rows = 512;  // only of amx; run says whether it is there
   if (!std::strcmp(isa, "amx")) {
     set.table[static_cast<int>(DType::bf16)].tiles_forward.run = &no_product;
-    set.table[static_cast<int>(DType::bf16)].fused_mlp.slice_rows = 96;
+    set.table[static_cast<int>(DType::bf16)].fused_mlp.block_rows = 96;
   }
   if (pairs) {
     set.f32_in_bf16 = {"f32 rounded to bf16", {nullptr, &no_panels, false}};

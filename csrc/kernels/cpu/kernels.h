@@ -100,7 +100,7 @@ struct FewForward {
 // The fused MLP: narrow layers one after the other for a block of rows.
 struct FusedMlpKernels {
   int64_t features;    // the most in_features and out_features of a layer
-  int64_t slice_rows;  // the least rows of a slice, where backward has several: whole blocks
+  int64_t block_rows;  // the least rows of a block where there are more than two; no slice has fewer
   void (*forward)(const FusedMlp&, const Parallel&);
   void (*backward)(const FusedMlp&, const Parallel&);
 };

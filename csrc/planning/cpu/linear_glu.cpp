@@ -32,7 +32,8 @@ bool library_is_faster(Op op, const Problem& p, bool forward_alone, const Machin
 bool two_products_are_faster(const Problem& p, const Machine& machine) {
   const auto [m, n, k] = p.shape;
   const char* isa = machine.kernels->isa;
-  const bool measured = p.dtype == DType::f32 && (!std::strncmp(isa, "avx512", 6) || !std::strcmp(isa, "amx"));
+  const bool has_avx512 = !std::strncmp(isa, "avx512", 6) || !std::strcmp(isa, "amx");
+  const bool measured = p.dtype == DType::f32 && !machine.bf16_products && has_avx512;
   return measured && machine.forced == Forced::no && m <= 128 && n * k >= (int64_t{1} << 17);
 }
 

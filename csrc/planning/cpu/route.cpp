@@ -25,9 +25,9 @@ int64_t fused_mlp_limit(DType dtype, const Machine& machine) {
 // The sizes of a chain that decide how it runs.
 struct ChainSizes {
   int64_t m, parameters = 0, widest = 0, narrowest = INT64_MAX;
-  int64_t slice_rows;  // FusedMlpKernels::slice_rows
+  int64_t block_rows;  // FusedMlpKernels::block_rows
 
-  ChainSizes(const std::vector<Shape>& layers, int64_t slice_rows) : m(layers[0].m), slice_rows(slice_rows) {
+  ChainSizes(const std::vector<Shape>& layers, int64_t block_rows) : m(layers[0].m), block_rows(block_rows) {
     for (const Shape& layer : layers) {
       widest = std::max({widest, layer.n, layer.k});
       narrowest = std::min({narrowest, layer.n, layer.k});
@@ -37,11 +37,11 @@ struct ChainSizes {
   // Of 2048 rows or more. A slice is worth its copy of the gradients; more slices than cores fill the cores evenly.
   int64_t slices_of_many_rows() const { return std::min({m / 1024, (int64_t{1} << 22) / parameters, int64_t{32}}); }
   bool has_many_rows() const { return slices_of_many_rows() >= 2; }
-  // Of fewer rows a slice has 64 or more, of wide layers 128; shorter ones cost more than they bring, as do many copies of
-  // large gradients.
+  // Of fewer rows a slice has 64 or more (by AMX 96), of wide layers 128; shorter ones cost more than they bring, as do many
+  // copies of large gradients.
   int slices() const {
     if (has_many_rows()) return static_cast<int>(slices_of_many_rows());
-    const int64_t by_rows = m / std::max<int64_t>(widest > 128 ? 128 : 64, slice_rows);
+    const int64_t by_rows = m / std::max<int64_t>(widest > 128 ? 128 : 64, block_rows);
     const int64_t by_memory = (1 << 19) / parameters;
     return static_cast<int>(std::clamp<int64_t>(std::min(by_rows, by_memory), 1, 4));
   }
@@ -68,7 +68,7 @@ const char* few_rows_do_not_pay(Direction direction, const ChainSizes& chain, DT
   const int64_t element = runs("avx2", machine) ? 4 : element_size(dtype);  // Zen 3 had the same limits in f32 and f64
   if (chain.parameters * element > (1 << 16) && chain.m < rows_worth_packing(direction, chain, dtype, machine))
     return "few rows: packing all weights for each thread would cost more than it saves";
-  // Forward cuts the rows in two blocks or more.
+  // Forward cuts more than 32 rows in two blocks or more.
   const int parts = tiles && direction == Direction::forward ? std::max(chain.slices(), 2) : chain.slices();
   if (machine.threads > parts && chain.m * chain.parameters / parts > (tiles ? 1 << 23 : 1 << 20))
     return "fewer slices of rows than threads: layer by layer all of them work";
@@ -223,7 +223,7 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
 MlpRoute mlp_route(Direction direction, const std::vector<Shape>& layers, DType dtype, const Machine& machine) {
   if (machine.forced == Forced::aten) return {0, "DLKERNELS_CPU_GEMM=aten"};
   if (layers.size() < 2) return {0, "a chain of one layer"};
-  const ChainSizes chain(layers, machine.table(dtype).fused_mlp.slice_rows);
+  const ChainSizes chain(layers, machine.table(dtype).fused_mlp.block_rows);
   if (const char* why = cannot_be_fused(layers, chain, dtype, machine)) return {0, why};
   if (machine.forced == Forced::no)
     if (const MlpRow* row = measured(direction, layers, dtype, machine))

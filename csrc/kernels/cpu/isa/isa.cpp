@@ -55,8 +55,8 @@ CpuFeatures detect() {
 }
 
 #if defined(__x86_64__)
-// The kernels of AVX-512 BF16, with the packed bf16 products replaced by those of AMX. They are put together in this
-// file because code compiled in ukernel_amx.cpp may hold instructions that this processor does not have.
+// The kernels of AVX-512 BF16, with the bf16 products of more than one row and the fused MLP replaced by those of AMX. They are
+// put together in this file because code compiled in ukernel_amx.cpp may hold instructions that this processor does not have.
 const Kernels& amx_kernels() {
   static const Kernels set = [] {
     Kernels amx = k_avx512_bf16;

@@ -17,7 +17,7 @@ constexpr int64_t kFusedMlpFeatures = kKC<E> * E::kStep;
 template <class E>
 constexpr int64_t kPitch = kAStride<E> * E::kStep;  // of the rows of a block, in elements
 
-// The most rows of a block; and the least of one of few blocks, where a tile of AMX has 32 rows.
+// The most rows of a block, and the least where rows are cut in more than two blocks: a micro-tile of AMX has 32 rows.
 constexpr int64_t kMostFusedMlpRows = 224, kLeastFusedMlpRows = kMR < 16 ? 24 : 96;
 
 // Hands out pieces of one allocation. With a null base it only counts how large the allocation has to be.
@@ -41,8 +41,7 @@ inline int64_t fused_mlp_widest(const FusedMlp& p) {
 }
 
 // Return the rows of a block: whole micro-tiles, and so whole pairs of rows. Two blocks and the panels of wgrad take half of a
-// 1 MiB L2. Threads and slices get equal shares where blocks are few: there are at least 4, of kLeastFusedMlpRows or more, and
-// an even number.
+// 1 MiB L2. Threads and slices get equal shares where blocks are few: there are four of kLeastFusedMlpRows or more, or two.
 template <class E>
 int64_t fused_mlp_rows(const FusedMlp& p) {
   static_assert(kMR % 2 == 0);
