@@ -45,6 +45,17 @@ class Block(nn.Module):
         return x + self.fc2(F.relu(self.fc1(self.norm(x))))
 
 
+class Gated(nn.Module):
+    """A gated MLP as language models write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(SIZE, SIZE, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
 @dataclass(frozen=True)
 class Subject:
     """One call of stock's and ours, by contender. ``losses`` end the training step, with ``target``."""
@@ -66,7 +77,7 @@ def subjects() -> dict[str, Subject]:
         *(nn.Linear(SIZE, SIZE), nn.ReLU(), nn.LayerNorm(SIZE)),
         *(nn.Linear(SIZE, SIZE), nn.ReLU(), nn.LayerNorm(SIZE)),
     )
-    block = Block()
+    block, gated = Block(), Gated()
     mlp = dlkernels.nn.MLP([SIZE, SIZE, SIZE])
     mlp.load_state_dict(sequential.state_dict())
     numbers, label = torch.randn(1, SIZE), torch.tensor([3])
@@ -86,6 +97,7 @@ def subjects() -> dict[str, Subject]:
         "a place of fuse": of_models(place, dlkernels.fuse(copy.deepcopy(place))),
         "fused, with norms": of_models(mixed, dlkernels.fuse(copy.deepcopy(mixed))),
         "a fused block": of_models(block, dlkernels.fuse(copy.deepcopy(block))),
+        "a fused gated MLP": of_models(gated, dlkernels.fuse(copy.deepcopy(gated))),
         "MLP, two layers": of_models(sequential, mlp),
         "mse_loss": of_losses(mse, numbers),
         "cross_entropy": of_losses(cross_entropy, label),

@@ -24,7 +24,8 @@ def test_overhead(tmp_path, capsys):
 
 def test_overhead_has_a_fused_place_and_our_kernels():
     subjects = overhead.subjects()
-    for name, places in {"a place of fuse": 1, "fused, with norms": 2, "a fused block": 1}.items():
+    fused = {"a place of fuse": 1, "fused, with norms": 2, "a fused block": 1, "a fused gated MLP": 1}
+    for name, places in fused.items():
         assert len(dlkernels.report(subjects[name].models["dlkernels"]).fused) == places
     assert type(subjects["MLP, two layers"].models["dlkernels"]) is dlkernels.nn.MLP
 
