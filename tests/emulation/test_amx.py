@@ -455,7 +455,8 @@ def test_a_fused_mlp(kernels, sizes, rows, slices, threads):
     biases = [integers(n) for n in sizes[1:]]
     low = [t.bfloat16() for t in (x, g)]
     parameters = [[t.bfloat16() for t in of] for of in (weights, biases)]
-    fused_mlp(kernels, torch.full_like(low[0], float("nan")), *parameters, torch.full_like(low[1], float("nan")))
+    nans = [torch.full_like(t, float("nan")) for t in low]
+    fused_mlp(kernels, nans[0], *parameters, nans[1], slices, threads)
     h, dx, dw, db = fused_mlp(kernels, low[0], *parameters, low[1], slices, threads)
     want = [x]
     for weight, bias in zip(weights, biases, strict=True):
