@@ -75,6 +75,8 @@ def test_bf16_on_amx(planning):
     assert [slices(m, [256] * 4, BACKWARD) for m in (128, 1024, 2048)] == [0, 0, 2], "many rows"
     assert slices(1024, [256] * 4, threads=3) == 0, "2²³ multiplications take as long as waking threads"
     assert slices(1024, SMALL, threads=8) == 4
+    assert slices(65536, [64] * 6, forced=OWN) == 32
+    assert mlp_slices(planning, 65536, 64, isa="avx512_bf16", dtype="bfloat16") == 32, "without AMX"
 
 
 def test_more_threads_than_slices_take_layer_by_layer(planning):

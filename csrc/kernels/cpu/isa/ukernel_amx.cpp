@@ -1,4 +1,5 @@
-// AMX: bf16 products of more than one row on tiles, and the fused MLP. All other kernels are those of AVX-512 BF16; isa.cpp puts the two sets together.
+// AMX: bf16 products of more than one row on tiles, and the fused MLP. All other kernels are those of AVX-512 BF16; isa.cpp
+// puts the two sets together.
 #if defined(__x86_64__)
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
 
