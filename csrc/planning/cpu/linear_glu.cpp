@@ -1,7 +1,5 @@
 #include "planning/cpu/linear_glu.h"
 
-#include <cstring>
-
 #include "planning/cpu/plan.h"
 
 namespace dlk::cpu {
@@ -22,7 +20,7 @@ bool library_is_faster(Op op, const Problem& p, bool forward_alone, const Machin
   const bool large =
       m > 128 && n * k >= (int64_t{1} << 19) && k % 32 == 0 && n % 32 == 0;  // whole tiles: nothing is copied
   if (!measured || !large || machine.forced != Forced::no || machine.isa_capped) return false;
-  if (std::strcmp(machine.kernels->isa, "amx")) return false;
+  if (!machine.runs("amx")) return false;
   return !machine.routes || !machine.routes->find(op, p.dtype, p.shape, machine.threads);
 }
 
@@ -31,9 +29,7 @@ bool library_is_faster(Op op, const Problem& p, bool forward_alone, const Machin
 // 1.02 and 0.71 at 128, 64→128. Both pack weight for few rows, and the fused one has its sums in memory meanwhile.
 bool two_products_are_faster(const Problem& p, const Machine& machine) {
   const auto [m, n, k] = p.shape;
-  const char* isa = machine.kernels->isa;
-  const bool has_avx512 = !std::strncmp(isa, "avx512", 6) || !std::strcmp(isa, "amx");
-  const bool measured = p.dtype == DType::f32 && !machine.bf16_products && has_avx512;
+  const bool measured = p.dtype == DType::f32 && !machine.bf16_products && machine.runs_avx512();
   return measured && machine.forced == Forced::no && m <= 128 && n * k >= (int64_t{1} << 17);
 }
 

@@ -1,6 +1,8 @@
 // The facts about this processor and this process that a plan depends on.
 #pragma once
 
+#include <cstring>
+
 #include "kernels/cpu/isa/isa.h"
 #include "kernels/cpu/kernels.h"
 #include "planning/problem.h"
@@ -23,6 +25,8 @@ struct Machine {
   const RouteTable* routes = nullptr;  // the table in use; nullptr: none
   Maker maker = Maker::amd;
 
+  bool runs(const char* isa) const { return !std::strcmp(kernels->isa, isa); }
+  bool runs_avx512() const { return runs("avx512") || runs("avx512_bf16") || runs("amx"); }
   // Waking threads costs some microseconds, which is 100 thousand multiplications.
   int threads_for(int64_t operations) const { return operations < 100000 ? 1 : threads; }
   const KernelTable& table(DType dtype) const { return kernels->table[static_cast<int>(dtype)]; }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 namespace dlk::cpu {
 namespace {
@@ -11,9 +10,8 @@ bool takes_few_rows(Op op, const Shape& shape, bool contiguous, int64_t most_row
   const bool few = op == Op::forward ? shape.m <= most_rows : shape.m <= kFewRows && shape.m * shape.n <= kFewDz;
   return (contiguous || op == Op::wgrad) && few && shape.k >= 64 && shape.m > 0 && shape.n > 0;
 }
-bool runs(const char* isa, const Machine& machine) { return !std::strcmp(machine.kernels->isa, isa); }
 // The products of this dtype run on tiles.
-bool has_tiles(DType dtype, const Machine& machine) { return dtype == DType::bf16 && runs("amx", machine); }
+bool has_tiles(DType dtype, const Machine& machine) { return dtype == DType::bf16 && machine.runs("amx"); }
 
 // Wider layers spend their time in products, and taller blocks of rows serve those better. Measured, forward + backward, the
 // fused MLP against layer by layer: on AVX-512 BF16 f32 1.05 times as fast at 256 features, bf16 1.04 at 128 and 0.97 at 192; by
@@ -53,7 +51,7 @@ struct ChainSizes {
 // and 1.13 and 1.64 at 64x128-128-128-128, but 0.5 and 0.8 at fewer; backward 0.45 to 1.06 at up to 1024x256-256-256-256.
 int64_t rows_worth_packing(Direction direction, const ChainSizes& chain, DType dtype, const Machine& machine) {
   if (has_tiles(dtype, machine)) return direction == Direction::forward ? chain.widest / 2 : INT64_MAX;
-  if (runs("avx2", machine)) return chain.widest;
+  if (machine.runs("avx2")) return chain.widest;
   return chain.widest * element_size(dtype) / 2;
 }
 
@@ -63,9 +61,9 @@ int64_t rows_worth_packing(Direction direction, const ChainSizes& chain, DType d
 // threads for each product.
 const char* few_rows_do_not_pay(Direction direction, const ChainSizes& chain, DType dtype, const Machine& machine) {
   const bool tiles = has_tiles(dtype, machine);
-  if ((is_16_bit(dtype) && !tiles) || runs("portable", machine))
+  if ((is_16_bit(dtype) && !tiles) || machine.runs("portable"))
     return "fewer than 2048 rows: the fused MLP was not measured faster with these kernels";
-  const int64_t element = runs("avx2", machine) ? 4 : element_size(dtype);  // Zen 3 had the same limits in f32 and f64
+  const int64_t element = machine.runs("avx2") ? 4 : element_size(dtype);  // Zen 3 had the same limits in f32 and f64
   if (chain.parameters * element > (1 << 16) && chain.m < rows_worth_packing(direction, chain, dtype, machine))
     return "few rows: packing all weights for each thread would cost more than it saves";
   // Forward cuts more than 32 rows in two blocks or more.
@@ -91,11 +89,11 @@ const char* cannot_be_fused(const std::vector<Shape>& layers, const ChainSizes& 
 // widens every row of weight again for two rows of x, by two instructions for bf16 and one for f16. Measured on Zen 3 at
 // 1024→1024: f32 0.76 at 32 rows; bf16 1.29 at 8 rows, 0.97 at 12; f16 1.21 at 24.
 int64_t few_rows_forward(const Shape& shape, DType dtype, const Machine& machine) {
-  const bool avx2 = runs("avx2", machine);
+  const bool avx2 = machine.runs("avx2");
   if (is_16_bit(dtype)) return avx2 ? (dtype == DType::bf16 ? 8 : 24) : kFewRowsForward;
   if (shape.k < 256) return shape.k / 16;
   const bool large = dtype == DType::f32 && shape.n * shape.k >= (int64_t{1} << 18);
-  return large && !avx2 && !runs("portable", machine) ? kFewRowsForward : 16;
+  return large && !avx2 && !machine.runs("portable") ? kFewRowsForward : 16;
 }
 
 // For tiles every thread packs all of x: at most 8 MiB.
@@ -128,13 +126,13 @@ constexpr int64_t kWidenedForward = 4, kPairedForward = 4, kPairedBackward = 8;
 int64_t most_columns(Op op, DType dtype, const Machine& machine) {
   if (dtype == DType::bf16 && machine.kernels->f32_in_bf16.ukernel)
     return op == Op::forward ? kPairedForward : kPairedBackward;
-  return op == Op::forward && is_16_bit(dtype) && runs("avx2", machine) ? kWidenedForward : kFewColumns;
+  return op == Op::forward && is_16_bit(dtype) && machine.runs("avx2") ? kWidenedForward : kFewColumns;
 }
 
 bool takes_few_columns(Op op, const Shape& shape, DType dtype, bool contiguous, const Machine& machine) {
   const auto [m, n, k] = shape;
   if (!contiguous || m == 0 || n == 0 || k == 0 || n > most_columns(op, dtype, machine)) return false;
-  const DotCost cost = runs("avx2", machine) ? kAvx2Dots : kAvx512Dots;
+  const DotCost cost = machine.runs("avx2") ? kAvx2Dots : kAvx512Dots;
   return op != Op::forward || n * (k + cost.lanes) <= cost.packed * (k + 10);
 }
 
@@ -147,8 +145,8 @@ Route autocast_route(Op op, const Shape& shape, bool contiguous) {
 // library, MKL, has other code for each maker's processors; in 16 bits torch's code depends on the instruction set alone.
 bool is_unmeasured(DType dtype, const Machine& machine) {
   if (machine.forced != Forced::no || machine.isa_capped) return false;
-  if (runs("portable", machine)) return true;
-  const bool measured = machine.maker == Maker::amd || (machine.maker == Maker::intel && !runs("avx2", machine));
+  if (machine.runs("portable")) return true;
+  const bool measured = machine.maker == Maker::amd || (machine.maker == Maker::intel && !machine.runs("avx2"));
   return !measured && !is_16_bit(dtype);
 }
 
@@ -199,7 +197,7 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
             "no measurement says that our kernels are faster on such a processor: torch's GEMM, our passes around it"};
   // Measured on AVX-512 BF16 with 128 rows and weights of 17 and 38 million elements: ours 0.76 to 0.95 of torch's speed.
   const bool large_weight = shape.m <= 256 && shape.n * shape.k >= (int64_t{1} << 23);
-  if (free && dtype == DType::bf16 && large_weight && shape.m > kFewRowsForward && runs("avx512_bf16", machine))
+  if (free && dtype == DType::bf16 && large_weight && shape.m > kFewRowsForward && machine.runs("avx512_bf16"))
     return {Path::aten,
             "bf16, a large weight and few rows: torch's GEMM measured faster, our elementwise passes around it"};
   const KernelTable& table = machine.table(dtype);
@@ -210,7 +208,7 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
   // takes 1.03 to 1.39 times as long at 192 and 256 rows of 1024→1024 to 2048→2048. k in whole tiles, or x would be copied.
   const bool library_is_faster = shape.m > 128 && !(shape.m <= most_of_tiles && tiles_read_l2(shape)) &&
                                  shape.n * shape.k >= (int64_t{1} << 20) && shape.k % 32 == 0;
-  if (free && op == Op::forward && dtype == DType::bf16 && library_is_faster && runs("amx", machine))
+  if (free && op == Op::forward && dtype == DType::bf16 && library_is_faster && machine.runs("amx"))
     return {Path::aten, "bf16 by AMX and a large weight: torch's GEMM measured faster, our elementwise pass behind it"};
   if (takes_few_columns(op, shape, dtype, contiguous, machine))
     return {Path::few_columns, "few columns: x is read where it lies, packing it would cost more than it saves"};
