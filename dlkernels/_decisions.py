@@ -38,17 +38,20 @@ _HOOKS = (
 class Decision(Protocol):
     """``_C.Decided``, or what has its methods."""
 
-    def run(self, owner: Any, x: Any, /) -> Any: ...
+    def run(self, owner: Any, x: Any, /, *given: Any) -> Any: ...
     def activations(self) -> tuple[int, ...]: ...
 
 
 _decided: dict[Any, tuple[Decision, Any]] = {}  # with a mark of the place's own
 
 
-def run_again(key: Any, owner: Any, x: Any) -> Tensor | None:
-    """Return the layers' output if the decision under this key still holds, else None."""
+def run_again(key: Any, owner: Any, x: Any, *given: Any) -> Tensor | None:
+    """Return the layers' output if the decision under this key still holds, else None.
+
+    ``given`` are the parameters of the layers that were noted as such (:class:`Reads`).
+    """
     found = _decided.get(key)
-    return None if found is None else found[0].run(owner, x)
+    return None if found is None else found[0].run(owner, x, *given)
 
 
 def mark_of(key: Any) -> Any:
@@ -90,8 +93,10 @@ class Form(IntEnum):
     HALVES_SWAP = 3  # likewise, up first
 
 
-# The module with the parameters of a layer, and the names of weight and bias there; None: no bias is given.
-Layer = tuple[nn.Module, str, str | None]
+Place = tuple[nn.Module, str]  # a module, and the name of its parameter
+# The places of weight and bias (None: no bias is given), and True if a call of the decision gives these parameters too:
+# then they must be those at the places.
+Layer = tuple[Place, Place | None, bool]
 
 
 class Unknown(Exception):
@@ -122,7 +127,7 @@ class Reads:
             if name in layer.__dict__ or name not in layer._parameters:
                 raise Unknown
             self.module(layer).append((None, name, MISSING))
-        return layer, "weight", "bias"
+        return (layer, "weight"), (layer, "bias"), False
 
     def children(self, container: nn.Module, calls_forward_alone: bool) -> None:
         """Note the children of a container in their order."""
@@ -148,7 +153,7 @@ class Reads:
                 "class_attributes": self.class_attributes,
                 "modules": list(self.modules.values()),
                 "plain": (Tensor, nn.Parameter),
-                "layers": [(module, code, *names) for (module, *names), code in zip(layers, codes, strict=True)],
+                "layers": [(*layer, code) for layer, code in zip(layers, codes, strict=True)],
                 "slope": slope,
                 "form": int(form),
             }

@@ -63,11 +63,16 @@ struct Module {
   std::vector<Same> children;
 };
 
+struct Parameter {
+  size_t module;   // the place of its module among the modules
+  PyObject* name;  // null where none is given
+};
+
 // A layer's parameters are looked up at each call. Any that fit may take the place of those that were there before.
 struct Layer {
-  size_t module;            // its place among the modules
-  PyObject *weight, *bias;  // their names among the module's parameters; bias is null where none is given
+  Parameter weight, bias;
   bool has_bias;
+  bool is_given;  // run's caller gives the parameters too, and they must be those that are there
   int64_t in, out;
 };
 
@@ -189,14 +194,30 @@ bool unchanged(const State& s, Dicts& dicts) {
   return true;
 }
 
+PyObject* look_up(const Parameter& p, const Dicts& dicts) {
+  PyObject* parameters = item(dicts[p.module], names().parameters);
+  return parameters ? item(parameters, p.name) : nullptr;
+}
+
+// The parameters that the caller of run gives, in the order of the layers. None stands for a bias that is not there.
+struct Given {
+  PyObject *const *next, *const *end;
+
+  bool is_next(PyObject* parameter) { return !is_end() && *next++ == parameter; }
+  bool is_end() {
+    while (next != end && *next == Py_None) ++next;
+    return next == end;
+  }
+};
+
 // Collects the tensors of all layers; false if one does not fit.
-bool read_parameters(const State& s, const Dicts& dicts, std::vector<at::Tensor>& weights, OptionalTensorList& biases,
-                     bool& learns) {
+bool read_parameters(const State& s, const Dicts& dicts, Given given, std::vector<at::Tensor>& weights,
+                     OptionalTensorList& biases, bool& learns) {
   for (const Layer& layer : s.layers) {
-    PyObject* parameters = item(dicts[layer.module], names().parameters);
-    PyObject* weight = parameters ? item(parameters, layer.weight) : nullptr;
-    PyObject* bias = !layer.bias ? Py_None : parameters ? item(parameters, layer.bias) : nullptr;
+    PyObject* weight = look_up(layer.weight, dicts);
+    PyObject* bias = layer.bias.name ? look_up(layer.bias, dicts) : Py_None;
     if (!weight || !bias || (bias != Py_None) != layer.has_bias) return false;
+    if (layer.is_given && !(given.is_next(weight) && (!layer.has_bias || given.is_next(bias)))) return false;
     const at::Tensor* w = plain_tensor(s, weight);
     if (!w || w->dim() != 2 || w->size(0) != layer.out || w->size(1) != layer.in) return false;
     weights.push_back(*w);
@@ -210,7 +231,7 @@ bool read_parameters(const State& s, const Dicts& dicts, std::vector<at::Tensor>
     biases.push_back(*b);
     learns = learns || b->requires_grad();
   }
-  return true;
+  return given.is_end();
 }
 
 at::Tensor run_layers(const State& s, const at::Tensor& x, const std::vector<at::Tensor>& weights,
@@ -231,10 +252,10 @@ at::Tensor run_layers(const State& s, const at::Tensor& x, const std::vector<at:
                              : run_chain(x, weights, biases, s.acts, s.slope, recorded);
 }
 
-// run(owner, x): the layers' output, or None if anything differs from what was decided.
+// run(owner, x, *given): the layers' output, or None if anything differs from what was decided.
 PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t count) {
   const State& s = *reinterpret_cast<Decided*>(object)->state;
-  TORCH_CHECK_TYPE(count == 2, "Decided.run: expected owner and x, got ", count, " arguments");
+  TORCH_CHECK_TYPE(count >= 2, "Decided.run: expected owner, x and given parameters, got ", count, " arguments");
   Dicts dicts;
   if (!s.modules[0].self.is(args[0]) || is_special_mode(s.device.type()) || !unchanged(s, dicts)) Py_RETURN_NONE;
   const at::Tensor* x = plain_tensor(s, args[1]);
@@ -242,7 +263,7 @@ PyObject* run_if_unchanged(PyObject* object, PyObject* const* args, Py_ssize_t c
   std::vector<at::Tensor> weights;
   OptionalTensorList biases;
   bool learns = x->requires_grad();
-  if (!read_parameters(s, dicts, weights, biases, learns)) Py_RETURN_NONE;
+  if (!read_parameters(s, dicts, {args + 2, args + count}, weights, biases, learns)) Py_RETURN_NONE;
   at::Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
@@ -294,6 +315,20 @@ Entry entry(State& s, py::handle row, py::handle missing) {
   return {table, own(s, parts[1]), absent ? Same{nullptr, false} : same(s, parts[2]), absent};
 }
 
+// A place (module, name).
+Parameter parameter(State& s, py::handle place) {
+  const py::tuple parts = py::reinterpret_borrow<py::tuple>(place);
+  const auto at =
+      std::find_if(s.modules.begin(), s.modules.end(), [&](const Module& m) { return m.self.is(parts[0].ptr()); });
+  if (at == s.modules.end()) throw py::value_error("Decided: expected the layers among the modules");
+  return {static_cast<size_t>(at - s.modules.begin()), own(s, parts[1])};
+}
+
+py::object tensor_at(py::handle place) {
+  const py::tuple parts = py::reinterpret_borrow<py::tuple>(place);
+  return parts[0].attr("_parameters")[parts[1]];
+}
+
 void fill(State& s, const py::dict& read) {
   const py::object missing = read["missing"];
   for (py::handle dict : read["empty"]) {
@@ -313,17 +348,15 @@ void fill(State& s, const py::dict& read) {
   }
   const py::sequence plain = read["plain"];
   for (int i = 0; i < 2; ++i) s.plain[i] = same(s, plain[i]);
-  for (py::handle row : read["layers"]) {  // module, code of the activation, names of weight and bias
+  for (py::handle row :
+       read["layers"]) {  // places of weight and bias, or None; if they are given; the activation's code
     const py::tuple parts = py::reinterpret_borrow<py::tuple>(row);
-    const auto at =
-        std::find_if(s.modules.begin(), s.modules.end(), [&](const Module& m) { return m.self.is(parts[0].ptr()); });
-    if (at == s.modules.end()) throw py::value_error("Decided: expected the layers among the modules");
-    const py::dict parameters = parts[0].attr("_parameters");
-    const at::Tensor& w = unpack(py::handle(parameters[parts[2]]).ptr());
-    const bool gives_bias = !parts[3].is_none(), has_bias = gives_bias && !parameters[parts[3]].is_none();
-    s.layers.push_back({static_cast<size_t>(at - s.modules.begin()), own(s, parts[2]),
-                        gives_bias ? own(s, parts[3]) : nullptr, has_bias, w.size(1), w.size(0)});
-    s.acts.push_back(parts[1].cast<int64_t>());
+    const bool gives_bias = !parts[1].is_none(), has_bias = gives_bias && !tensor_at(parts[1]).is_none();
+    const py::object weight = tensor_at(parts[0]);
+    const at::Tensor& w = unpack(weight.ptr());
+    s.layers.push_back({parameter(s, parts[0]), gives_bias ? parameter(s, parts[1]) : Parameter{0, nullptr}, has_bias,
+                        parts[2].cast<bool>(), w.size(1), w.size(0)});
+    s.acts.push_back(parts[3].cast<int64_t>());
     s.dtype = w.scalar_type(), s.device = w.device();
   }
   s.slope = read["slope"].cast<double>();
@@ -374,7 +407,7 @@ void destroy(PyObject* object) {
 
 PyMethodDef kMethods[] = {
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run)), METH_FASTCALL,
-     "run(owner, x): the output of the layers; None if anything that the decision read has changed."},
+     "run(owner, x, *given): the output of the layers; None if anything that the decision read has changed."},
     {"activations", &activations, METH_NOARGS, "The code of each layer's activation."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -182,8 +182,6 @@ def _with_gate(pair: Pair, source: Source, linears: dict[int, Any]) -> Pair:
     elif not why and gate.cut is not None:
         sure = _cuts_in_halves(names, gate.cut, pair.linear)
         why = "" if sure is not False else "its output is not cut into two halves"
-    if not why and ParameterLayer in (type(pair.linear), type(up)):
-        why = "a gated layer of F.linear would be decided at each call, which takes longer than it saves"
     if why:
         return replace(pair, why=why) if gate.is_of_its_own else pair
     return replace(pair, gates=True, up=up, sure=pair.sure and sure is True)

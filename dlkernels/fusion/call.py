@@ -23,7 +23,7 @@ from dlkernels import _C
 from dlkernels._ops import linear_act as _linear_act
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.modes import are_plain, tracing
-from dlkernels.fusion.functional import FunctionalLinear, names_in, tensor_at
+from dlkernels.fusion.functional import FunctionalLinear, places_in, tensor_at
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.nn.untouched import untouched
@@ -35,10 +35,13 @@ STOCK_LINEAR = F.linear, nn.Linear.forward  # some tools replace these
 
 Ready = tuple[Tensor, Tensor | None, str, float]  # weight, bias, activation, slope
 
-# The decision for F.linear is remembered where its parameters are the module's own. Elsewhere it takes 20 µs at each
-# call, which is 3 % of a layer with this many multiplications.
+# The decision for F.linear is remembered where its parameters are in the module or not far below. Elsewhere it takes
+# 20 µs at each call, which is 3 % of a layer with this many multiplications.
 LEAST_UNKEPT = 1 << 24
-TOO_SMALL = "F.linear's parameters are looked up at each call, which takes longer than fusing so small a layer saves"
+TOO_SMALL = (
+    "the parameters of F.linear are not this module's, so each call would decide anew: that takes longer than fusing "
+    "so small a layer saves"
+)
 
 NOT_SELECTED = "not selected"  # the reason of places that fuse was told to leave
 
@@ -46,10 +49,14 @@ NOT_SELECTED = "not selected"  # the reason of places that fuse was told to leav
 watcher: Callable[..., None] | None = None
 
 
-def _is_small(x: Any, weight: Tensor) -> bool:
-    """Return True for a layer whose product takes less time than a decision is worth. A compiler decides once."""
-    few = isinstance(x, Tensor) and x.numel() * weight.size(0) < LEAST_UNKEPT
-    return few and not torch.compiler.is_dynamo_compiling()
+def is_too_small(self: Any, linear: Any, x: Any, weight: Tensor) -> bool:
+    """Return True for a layer of ``F.linear`` whose product takes less time than the decision at each call.
+
+    A compiler decides once.
+    """
+    if type(linear) is not FunctionalLinear or torch.compiler.is_dynamo_compiling():
+        return False
+    return isinstance(x, Tensor) and x.numel() * weight.size(0) < LEAST_UNKEPT and places_in(self, linear) is None
 
 
 def why_not_linear(linear: Any) -> str:
@@ -161,7 +168,7 @@ def decide(self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any) -> 
     if plan is None:  # the caller has stored a fused method, and the module was unfused since
         return "unfuse gave the module its class back"
     weight, bias = found
-    if type(linear) is FunctionalLinear and _is_small(x, weight) and names_in(self, linear) is None:
+    if is_too_small(self, linear, x, weight):
         return TOO_SMALL
     name, slope = known
     if name not in plan.activations:

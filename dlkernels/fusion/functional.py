@@ -1,7 +1,8 @@
 """``F.linear(x, self.weight, self.bias)`` as a layer: the calls of a method, and the parameters of a model.
 
-A rewritten method passes :class:`FunctionalLinear` on in place of a module, made from the values of that call. Before a
-call, the analysis and the report know the same layer as a :class:`ParameterLayer`, by the names of its parameters.
+In place of a module a rewritten method passes on the values of that call: the tuple of function, weight and bias.
+:func:`as_layer` makes a :class:`FunctionalLinear` of it where the call is decided anew. Before a call, the analysis and
+the report know the same layer as a :class:`ParameterLayer`, by the names of its parameters.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
+
+from dlkernels._decisions import Place
 
 Parameters = tuple[Tensor, Tensor | None]  # weight [out_features, in_features], bias [out_features]
 
@@ -37,11 +40,34 @@ class FunctionalLinear:
         return (p for p in (self.weight, self.bias) if isinstance(p, nn.Parameter))
 
 
-def functional(function: Any, *args: Any, **kwargs: Any) -> tuple[FunctionalLinear, Any]:
+def functional(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     """Return the layer that ``function(*args, **kwargs)`` calls, and its input."""
     if "input" in kwargs:
         return FunctionalLinear(function, (), kwargs), kwargs["input"]
-    return FunctionalLinear(function, args[1:], kwargs), args[0]
+    return FunctionalLinear(function, args[1:], kwargs) if kwargs else (function, *args[1:]), args[0]
+
+
+def as_layer(called: Any) -> Any:
+    """Return the layer of the values that a rewritten method gives, or ``called`` itself if it is no such tuple."""
+    return FunctionalLinear(called[0], called[1:], {}) if type(called) is tuple else called
+
+
+def key_of(called: Any) -> Any:
+    """Return the id of what is called; of ``F.linear``, whose layer is new at each call, those of its parameters."""
+    if type(called) is FunctionalLinear:
+        called = called.function, *(parameters_given(called) if called.kwargs else called.args)
+    return (*map(id, called),) if type(called) is tuple else id(called)
+
+
+def parameters_given(*called: Any) -> list[Any]:
+    """Return the parameters of the layers of ``F.linear`` among these, as the source gives them."""
+    given: list[Any] = []
+    for one in called:
+        if type(one) is tuple:
+            given += one[1:]
+        elif type(one) is FunctionalLinear:
+            given += one.weight, one.bias
+    return given
 
 
 def own_parameters(layer: FunctionalLinear | ParameterLayer) -> Parameters | None:
@@ -58,22 +84,29 @@ def own_parameters(layer: FunctionalLinear | ParameterLayer) -> Parameters | Non
     return weight, bias
 
 
-def names_in(module: Any, layer: FunctionalLinear) -> tuple[str, str | None] | None:
-    """Return the names of a layer's weight and bias (None: it has none) among a module's own parameters.
+_DEPTH = 2  # of the modules that are searched below the one whose method runs: children and their children
 
-    It is None if they are not there, or if the function is not ``F.linear``.
+
+def place_in(module: Any, parameter: Any, depth: int = _DEPTH) -> Place | None:
+    """Return where a parameter is: in a module, or in one of the modules not far below it; None if it is not there."""
+    state = object.__getattribute__(module, "__dict__")
+    for name, own in state["_parameters"].items():
+        if own is parameter:
+            return module, name
+    below = state["_modules"].values() if depth else ()
+    found = (place_in(child, parameter, depth - 1) for child in below if child is not None)
+    return next((place for place in found if place is not None), None)
+
+
+def places_in(module: Any, layer: FunctionalLinear) -> tuple[Place, Place | None] | None:
+    """Return the places of a layer's weight and bias; None for a bias that it does not have.
+
+    It is None if they are not in the module or not far below it, or if the function is not ``F.linear``.
     """
-    own = object.__getattribute__(module, "__dict__")["_parameters"]
-    weight = next((name for name, parameter in own.items() if parameter is layer.weight), None)
-    if weight is None or layer.function is not F.linear:
-        return None
-    if layer.bias is None:
-        return weight, None
-    bias = next((name for name, parameter in own.items() if parameter is layer.bias), None)
-    return None if bias is None else (weight, bias)
-
-
-Place = tuple[nn.Module, str]  # a module, and the name of its parameter or buffer
+    takes = layer.function is F.linear and isinstance(layer.weight, nn.Parameter)
+    weight = place_in(module, layer.weight) if takes else None
+    bias = None if weight is None or layer.bias is None else place_in(module, layer.bias)
+    return None if weight is None or (bias is None and layer.bias is not None) else (weight, bias)
 
 
 class ParameterLayer:

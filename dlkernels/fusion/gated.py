@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels._ops.linear_glu import linear_glu
 from dlkernels.fusion import call, memory
+from dlkernels.fusion.functional import as_layer, key_of, parameters_given
 from dlkernels.fusion.gated_places import Gate
 from dlkernels.fusion.rules import identity
 from dlkernels.fusion.source import FunctionNode
@@ -31,7 +32,6 @@ from dlkernels.fusion.syntax import (
     layer_alone,
     layer_and_input,
     layer_call,
-    one_argument,
     placed,
     position,
     self_name,
@@ -64,7 +64,7 @@ class _Rewrite(ast.NodeTransformer):
         self.first = {position(g.runs[0][0]): (i, g) for i, g in enumerate(several) if g.runs}
         self.runs = {position(run[0]): (i, run) for i, gate in enumerate(several) for run in gate.runs}
         self.others = {position(s) for gate in several for run in gate.runs for s in run[1:]}
-        # Packed layers that are no ``layer(x)`` with a name x: their parts are evaluated once.
+        # Packed layers that take no name: their parts are evaluated once.
         self.packed = {
             position(g.layer): i for i, g in enumerate(several) if g.up is None and not _takes_a_name(g.layer)
         }
@@ -83,7 +83,8 @@ class _Rewrite(ast.NodeTransformer):
             if (number := self.packed.get(position(node))) is not None:
                 both = ast.Name(_parts(number), ast.Load())
                 linear, x = (ast.Subscript(both, ast.Constant(i), ast.Load()) for i in range(2))
-                return placed(ast.Call(linear, [x], []), node)
+                layer = ast.Call(ast.Name(helper_name("as_layer"), ast.Load()), [linear], [])
+                return placed(ast.Call(layer, [x], []), node)
         return self.generic_visit(node)
 
     def _before(self, number: int, gate: Gate, first: ast.stmt) -> list[ast.stmt]:
@@ -142,7 +143,7 @@ class _Rewrite(ast.NodeTransformer):
 
 
 def _takes_a_name(layer: ast.Call) -> bool:
-    return one_argument(layer) and isinstance(layer.args[0], ast.Name)
+    return isinstance(layer_and_input(layer)[-1], ast.Name)
 
 
 def _parts(number: int) -> str:
@@ -194,9 +195,9 @@ def gated(self: Any, x: Any, early: Callable[[], tuple[Any, ...]], /) -> Tensor 
     if not _are_as_written(drops, functions):
         return None
     key = _key(self, act, args, kwargs, (gate, up))
-    if key is not None and (y := memory.run_again(key, self, x)) is not None:
+    if key is not None and (y := memory.run_again(key, self, x, *parameters_given(gate, up))) is not None:
         return y
-    stage = None if act is None else Stage(act)
+    gate, up = as_layer(gate), as_layer(up)
     act = identity if act is None else act
     ready = call.decide(self, act, gate, x, args, kwargs)
     both = ready if isinstance(ready, str) else _decide(self, ready, up, x)
@@ -209,7 +210,7 @@ def gated(self: Any, x: Any, early: Callable[[], tuple[Any, ...]], /) -> Tensor 
             (gate, up),
         )
         call.watcher(self, gate, act, x, ready, args, kwargs, ways=ways)
-    _remember(key, self, (gate, up), stage, x, both[0], memory.Form.GATED)
+    _remember(key, self, (gate, up), Stage(act, args, kwargs), x, both[0], memory.Form.GATED)
     return _run(x, both)
 
 
@@ -218,8 +219,6 @@ def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]],
 
     ``early()`` returns the activation and so on, the dimension that is cut, and numbers that must be half of it.
     """
-    if isinstance(call._linear(linear), str):
-        return None
     found = _looked_up(early)
     if found is None:
         return None
@@ -227,11 +226,11 @@ def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]],
     if not _are_as_written(drops, functions):
         return None
     form = memory.Form.HALVES if gate_first else memory.Form.HALVES_SWAP
-    alike = type(x) is Tensor and all(type(number) is int for number in (dim, *sizes))
+    alike = type(x) is Tensor and type(dim) is int and (not sizes or all(type(size) is int for size in sizes))
     key = _key(self, act, args, kwargs, (linear,), form, dim, *sizes, x.dim()) if alike else None
-    if key is not None and (y := memory.run_again(key, self, x)) is not None:
+    if key is not None and (y := memory.run_again(key, self, x, *parameters_given(linear))) is not None:
         return y
-    stage = None if act is None else Stage(act)
+    linear = as_layer(linear)
     act = identity if act is None else act
     ready = call.decide(self, act, linear, x, args, kwargs)
     if isinstance(ready, str) or not cuts_in_halves(ready[0].size(0), dim, sizes, x.dim()):
@@ -243,28 +242,34 @@ def packed(self: Any, linear: Any, x: Any, early: Callable[[], tuple[Any, ...]],
             (linear,),
         )
         call.watcher(self, linear, act, x, ready, args, kwargs, ways=ways)
-    _remember(key, self, (linear,), stage, x, ready, form)
+    _remember(key, self, (linear,), Stage(act, args, kwargs), x, ready, form)
     return _run_packed(x, ready, gate_first)
 
 
-def _key(self: Any, act: Any, args: Any, kwargs: Any, linears: Sequence[Any], *cut: int) -> Any:
-    """Return the key of a place's decision; None where none is remembered.
+# "gated", the ids of a place's module, activation and layers, the activation's arguments, and how it cuts halves
+_Key = tuple[str, tuple[Any, ...], tuple[Any, ...], tuple[int, ...]]
 
-    The layer of ``F.linear`` is made at each call, and an activation that is no module and no function may be.
-    """
-    if args or kwargs or torch.compiler.is_dynamo_compiling():
+
+def _key(self: Any, act: Any, args: Any, kwargs: Any, linears: Sequence[Any], *cut: int) -> _Key | None:
+    """Return the key of a place's decision; None where none is remembered."""
+    given = memory.given_of(args, kwargs)
+    if given is None or torch.compiler.is_dynamo_compiling():
         return None
-    lasts = act is None or isinstance(act, nn.Module) or type(act) in (FunctionType, BuiltinFunctionType)
-    if not lasts or not all(isinstance(linear, nn.Module) for linear in linears):
-        return None
-    return "gated", id(self), id(act), *map(id, linears), *cut
+    return "gated", (id(self), id(act), *map(key_of, linears)), given, cut
 
 
 def _remember(
-    key: Any, self: Any, linears: Sequence[Any], stage: Stage | None, x: Any, ready: call.Ready, form: memory.Form
+    key: _Key | None, self: Any, linears: Sequence[Any], act: Stage, x: Any, ready: call.Ready, form: memory.Form
 ) -> None:
     if key is None or memory.is_unknown(key) or call.watcher is not None or not memory.may_be_kept(x):
         return
+    # An activation of another type may be a new object at each call.
+    if not (isinstance(act.called, nn.Module) or type(act.called) in (FunctionType, BuiltinFunctionType)):
+        return
+    _, place, given, _ = key
+    if given and memory.has_too_many_variants(key, place):
+        return
+    stage = None if act.called is identity else act
     memory.keep_or_give_up(key, memory.decided_gate(self, linears, stage, ready, form))
 
 
@@ -282,7 +287,7 @@ def _are_as_written(drops: Sequence[tuple[Any, ...]], functions: Sequence[tuple[
     for drop in drops:
         if not changes_nothing(Stage(*drop)):
             return False
-    return all(FUNCTIONS[name] is function for name, function in functions)
+    return not functions or all(FUNCTIONS[name] is function for name, function in functions)
 
 
 def cuts_in_halves(features: int, dim: Any, sizes: Sequence[Any], dims: int | None) -> bool:
@@ -300,6 +305,8 @@ def _decide(self: Any, ready: call.Ready, up: Any, x: Any) -> str | Both:
     if isinstance(found, str):
         return found
     weight, bias = found
+    if call.is_too_small(self, up, x, weight):
+        return call.TOO_SMALL
     plan = getattr(type(self), "_fused_plan", None)
     if plan is None or any(call.is_at(self, path, up) for path in plan.without):
         return call.NOT_SELECTED

@@ -22,6 +22,7 @@ from dlkernels.fusion import call, memory
 from dlkernels.fusion.between import Guard
 from dlkernels.fusion.conditions import Checks, Harmless
 from dlkernels.fusion.containers import is_container
+from dlkernels.fusion.functional import key_of, parameters_given
 from dlkernels.fusion.known import is_sliced
 from dlkernels.fusion.rules import linear_rule
 from dlkernels.fusion.source import FunctionNode
@@ -311,11 +312,13 @@ def unrolled(
             found += several
     except _ERRORS:  # it is raised where the source does the same
         return None
-    mark = [(id(called), args, kwargs) if args or kwargs else id(called) for called, args, kwargs in found]
-    comparable = all(has_plain_numbers((*args, *kwargs.values())) for _, args, kwargs in found if args or kwargs)
-    if comparable and memory.mark_of(key) == mark and (y := memory.run_again(key, self, x)) is not None:
-        return y
     stages = [stage_of(*one) for one in found]
+    mark = [_mark_of(stage) for stage in stages]
+    comparable = all(has_plain_numbers((*args, *kwargs.values())) for _, args, kwargs in stages if args or kwargs)
+    if comparable and memory.mark_of(key) == mark:
+        given = parameters_given(*[stage.called for stage in stages])
+        if (y := memory.run_again(key, self, x, *given)) is not None:
+            return y
     if not stages or linear_rule(type(stages[0].called)) is None:
         return None
     active = next((stage for stage in stages if may_change_nothing(stage) and not changes_nothing(stage)), None)
@@ -331,6 +334,12 @@ def unrolled(
     if comparable:
         memory.keep(key, memory.decided(memory.Reads(self), stages, chain, (self,)), mark)
     return chain.run(x)
+
+
+def _mark_of(stage: Stage) -> Any:
+    """Return what a stage of another call is compared by."""
+    which = key_of(stage.called)
+    return (which, stage.args, stage.kwargs) if stage.args or stage.kwargs else which
 
 
 # By loop: the dropout that was active, or the module whose forward calls F.dropout. While it trains, the loop is no

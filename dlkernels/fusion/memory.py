@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlkernels import _C, _decisions
-from dlkernels._decisions import MISSING, Form, Layer, Unknown, is_kept, keep, mark_of, may_be_kept, run_again
+from dlkernels._decisions import MISSING, Form, Layer, Place, Unknown, is_kept, keep, mark_of, may_be_kept, run_again
 from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.fusion import call, rules
+from dlkernels.fusion.functional import FunctionalLinear, places_in
 from dlkernels.fusion.reading import activation_of, may_be_activation
 from dlkernels.fusion.stages import Chain, Stage, changes_nothing, is_identity, slope_of
 
@@ -43,14 +44,42 @@ def keep_or_give_up(key: Any, decided: _decisions.Decision | None, mark: Any = N
     keep(key, decided, mark)
 
 
+# An activation's arguments after the tensor, if they can be compared with those of another call; None if not.
+Given = tuple[Any, ...] | None
+
+
+def given_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    if not args and not kwargs:
+        return ()
+    given = (*args, *kwargs, *kwargs.values())
+    for value in given:
+        if type(value) not in (int, float, bool, str):
+            return None
+    return len(args), *given
+
+
+_variants: dict[Any, int] = {}  # by place, the number of its decisions with different arguments
+_MOST_VARIANTS = 8
+
+
+def has_too_many_variants(key: Any, place: Any) -> bool:
+    """Count a new key of a place. Return True if its arguments change all the time, so that no decision is kept."""
+    if is_kept(key):
+        return False
+    if len(_variants) >= _MOST:
+        _variants.clear()
+    _variants[place] = _variants.get(place, 0) + 1
+    return _variants[place] > _MOST_VARIANTS
+
+
 class Checked:
     """A decision that holds while ``_C.Decided`` finds nothing changed and all ``checks`` return True."""
 
     def __init__(self, decided: _C.Decided, checks: Sequence[Callable[[], bool]]) -> None:
         self.decided, self.checks, self.activations = decided, checks, decided.activations
 
-    def run(self, owner: Any, x: Any, /) -> Any:
-        return self.decided.run(owner, x) if all(check() for check in self.checks) else None
+    def run(self, owner: Any, x: Any, /, *given: Any) -> Any:
+        return self.decided.run(owner, x, *given) if all(check() for check in self.checks) else None
 
 
 def _is_still(act: weakref.ref[Any], args: Any, kwargs: Any, known: Any) -> bool:
@@ -63,6 +92,7 @@ class Reads(_decisions.Reads):
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__(owner)
+        self.owner = owner
         self.checks: list[Callable[[], bool]] = []
         self._functional: dict[int, Layer] = {}
 
@@ -81,17 +111,28 @@ class Reads(_decisions.Reads):
         entries.append((None, name, own[name]))
         return own[name]
 
-    def functional(self, owner: nn.Module, linear: Any, weight: str, bias: str | None) -> None:
-        """Note a layer of ``F.linear`` with parameters of these names."""
-        for name in (weight, bias):
-            if name is not None:
-                self.module(owner, calls_forward_alone=False).append((None, name, MISSING))
-        self._functional[id(linear)] = owner, weight, bias
+    def parameter(self, place: Place) -> None:
+        """Note which parameter a module has under a name."""
+        module, name = place
+        own = module.__dict__["_parameters"][name]
+        self.module(module, calls_forward_alone=False).extend([(None, name, MISSING), ("_parameters", name, own)])
+
+    def functional(self, linear: FunctionalLinear, weight: Place, bias: Place | None, is_given: bool = False) -> Layer:
+        """Note a layer of ``F.linear`` with the parameters at these places."""
+        for place in (weight, bias):
+            if place is not None:
+                self.module(place[0], calls_forward_alone=False).append((None, place[1], MISSING))
+        return self._functional.setdefault(id(linear), (weight, bias, is_given))
 
     def linear(self, linear: Any) -> Layer:
-        if id(linear) in self._functional:
-            return self._functional[id(linear)]
         cls = type(linear)
+        if cls is FunctionalLinear:
+            if id(linear) in self._functional:
+                return self._functional[id(linear)]
+            places = places_in(self.owner, linear)
+            if places is None:
+                raise Unknown
+            return self.functional(linear, *places, is_given=True)  # the source may come to them by another way
         if cls is not nn.Linear:
             if cls.__dict__.get("_fused_from") is not nn.Linear:
                 raise Unknown

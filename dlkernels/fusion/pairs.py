@@ -15,48 +15,25 @@ from torch import Tensor, nn
 from dlkernels._ops.modes import are_plain
 from dlkernels.fusion import call as calls
 from dlkernels.fusion import memory
-from dlkernels.fusion.functional import FunctionalLinear, names_in
+from dlkernels.fusion.functional import as_layer, key_of, parameters_given
 from dlkernels.fusion.rules import identity, works_in_place
 from dlkernels.fusion.stages import Chain, Stage
 
 _NO_KEYWORDS: dict[str, Any] = {}
 
-# The activation's arguments after the tensor, if they can be compared with those of another call; None if not.
-Given = tuple[Any, ...] | None
 
-
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-    if not args and not kwargs:
-        return ()
-    given = (*args, *kwargs, *kwargs.values())
-    return (len(args), *given) if all(type(value) in (int, float, bool, str) for value in given) else None
-
-
-# By the ids of a place, the number of its decisions with different arguments. Arguments that change all the time are
-# decided anew.
-_variants: dict[tuple[Any, ...], int] = {}
-_MOST_VARIANTS = 8
-_MOST_PLACES = 16384
-
-
-def _run_again(self: Any, act: Any, linear: Any, x: Any, given: Given = ()) -> Tensor | None:
+def _run_again(self: Any, act: Any, linear: Any, x: Any, given: memory.Given = ()) -> Tensor | None:
     """Return ``act(linear(x))`` if it was decided before to fuse the two, and the decision holds; else None."""
     if given is None or torch.compiler.is_dynamo_compiling():
         return None
-    if type(linear) is not FunctionalLinear:
-        return memory.run_again((id(self), id(act), id(linear), *given), self, x)
-    key = id(self), id(act), (id(linear.weight), id(linear.bias)), *given  # the layer is made at each call
-    names = memory.mark_of(key)
-    if names is None or linear.function is not calls.STOCK_LINEAR[0]:
-        return None
-    (weight, bias), own = names, self.__dict__["_parameters"]
-    if own.get(weight) is not linear.weight or (None if bias is None else own.get(bias)) is not linear.bias:
-        return None
-    return memory.run_again(key, self, x)
+    key = id(self), id(act), key_of(linear), *given
+    if isinstance(linear, nn.Module):
+        return memory.run_again(key, self, x)
+    return memory.run_again(key, self, x, *parameters_given(linear))
 
 
 def _decide(
-    self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any, given: Given = ()
+    self: Any, act: Any, linear: Any, x: Any, args: Any, kwargs: Any, given: memory.Given = ()
 ) -> str | calls.Ready:  # fmt: skip
     """Decide, and remember the decision to fuse; with ``given`` None nothing is remembered."""
     decision = calls.decide(self, act, linear, x, args, kwargs)
@@ -68,33 +45,21 @@ def _decide(
 def _remember(self: Any, act: Stage, linear: Any, x: Any, ready: calls.Ready, given: tuple[Any, ...]) -> None:
     if torch.compiler.is_dynamo_compiling() or calls.watcher is not None:
         return
-    key: tuple[Any, ...] = id(self), id(act.called), id(linear), *given
-    names = None
-    if type(linear) is FunctionalLinear:
-        key = id(self), id(act.called), (id(linear.weight), id(linear.bias)), *given
-        if (names := names_in(self, linear)) is None:
-            return
-    if memory.is_unknown(key):
+    key = id(self), id(act.called), key_of(linear), *given
+    if memory.is_unknown(key) or (given and memory.has_too_many_variants(key, key[:3])):
         return
-    if given and not memory.is_kept(key):
-        variants = _variants[key[:3]] = _variants.get(key[:3], 0) + 1
-        if len(_variants) >= _MOST_PLACES:
-            _variants.clear()
-        if variants > _MOST_VARIANTS:
-            return
     if memory.may_be_kept(x):
         chain = Chain((ready,), (1,), 0, 1)
-        reads = memory.Reads(self)
-        if names is not None:
-            reads.functional(self, linear, *names)
-        memory.keep_or_give_up(key, memory.decided(reads, (Stage(linear), act), chain, (self,)), names)
+        decided = memory.decided(memory.Reads(self), (Stage(linear), act), chain, (self,))
+        memory.keep_or_give_up(key, decided)
 
 
 def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``act(linear(x), *args, **kwargs)``, where the further arguments are constants."""
-    given = _given(args, kwargs)
+    given = memory.given_of(args, kwargs)
     if (y := _run_again(self, act, linear, x, given)) is not None:
         return y
+    linear = as_layer(linear)
     decision = _decide(self, act, linear, x, args, kwargs, given)
     if calls.watcher is not None:
         calls.watcher(self, linear, act, x, decision, args, kwargs)
@@ -106,9 +71,10 @@ def call_with_deferred_arguments(
 ) -> Any:
     """The same, where the layer's call may change the further arguments: ``arguments()`` returns their values now."""
     args, kwargs = arguments()
-    given = _given(args, kwargs)
+    given = memory.given_of(args, kwargs)
     if (y := _run_again(self, act, linear, x, given)) is not None:
         return y
+    linear = as_layer(linear)
     decision = _decide(self, act, linear, x, args, kwargs, given)
     if calls.watcher is not None:
         calls.watcher(self, linear, act, x, decision, args, kwargs)
@@ -126,9 +92,10 @@ def linear_or_fused(
 
     The value goes to ``act`` some statements later and nowhere else. There the flag says that act was already applied.
     """
-    given = _given(args, kwargs) if len(between) == 0 else None  # Dynamo cannot negate a tuple of objects
+    given = memory.given_of(args, kwargs) if len(between) == 0 else None  # Dynamo cannot negate a tuple of objects
     if (y := _run_again(self, act, linear, x, given)) is not None:
         return y, True
+    linear = as_layer(linear)
     decision = _decide(self, act, linear, x, args, kwargs, given)
     if not isinstance(decision, str) and not all(_is_harmless(*part) for part in between):
         decision = "a call between it and the activation may have a side effect"
@@ -151,7 +118,7 @@ def linear_or_fused_if(self: Any, linear: Any, x: Any, early: Callable[[], Any],
         meant = early()
     except (NameError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError):
         meant = None
-    return linear_or_fused(self, linear, x, *meant) if type(meant) is tuple else (linear(x), False)
+    return linear_or_fused(self, linear, x, *meant) if type(meant) is tuple else (as_layer(linear)(x), False)
 
 
 def _is_harmless(called: Any, index: Any, x: Any) -> bool:
@@ -163,6 +130,7 @@ def _is_harmless(called: Any, index: Any, x: Any) -> bool:
         if type(called) not in _CONTAINERS:
             return False
         called = called[index]
+    called = as_layer(called)
     if x is not None and (not are_plain(x) or x.device.type not in calls.DEVICES):  # see module reading
         return False
     return not (calls.why_not_linear(called) and calls.why_not_activation(called))

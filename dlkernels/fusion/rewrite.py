@@ -36,6 +36,7 @@ from dlkernels.fusion.syntax import (
 # Free variables of a rewritten function, under helper_name.
 HELPERS = (
     "functional",
+    "as_layer",
     "call",
     "call_with_deferred_arguments",
     "linear_or_fused",

@@ -142,7 +142,7 @@ def fused_class(cls: type[nn.Module], plan: Plan) -> type[nn.Module]:
 def _helpers() -> dict[str, Any]:
     values = {"methods": METHODS}
     sources = {"chain": chain, "gated": gated, "packed": gated}
-    sources |= {"functional": functional}
+    sources |= {"functional": functional, "as_layer": functional}
     sources |= dict.fromkeys(("written", "written_there", "overwriting", "middle"), written)
     sources |= {"unrolled": loops, "are_known": known, "element": known, "attribute": known}
     values |= {name: getattr(sources.get(name, pairs), name) for name in HELPERS if name not in values}

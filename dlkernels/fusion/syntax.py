@@ -232,7 +232,11 @@ def layer_and_input(call: ast.Call) -> list[ast.expr]:
     """Return what gives a layer and its input, evaluated in the order of the call, as arguments of another call."""
     if one_argument(call):
         return [call.func, call.args[0]]
-    return [ast.Starred(_functional(call.func, call.args, call.keywords), ast.Load())]
+    if isinstance(call.args[0] if call.args else None, ast.Name) and not call.keywords:  # no look-up changes the name
+        x, *parameters = call.args
+        return [tuple_of([call.func, *parameters]), x]
+    both = ast.Call(ast.Name(helper_name("functional"), ast.Load()), [call.func, *call.args], call.keywords)
+    return [ast.Starred(both, ast.Load())]
 
 
 def layer_alone(call: ast.Call) -> ast.expr:
@@ -240,13 +244,7 @@ def layer_alone(call: ast.Call) -> ast.expr:
     layer, _ = layer_call(call)  # type: ignore[misc]
     if not isinstance(layer, Functional):
         return layer
-    both = _functional(layer.function, [ast.Constant(None), layer.weight, layer.bias], [])
-    return ast.Subscript(both, ast.Constant(0), ast.Load())
-
-
-def _functional(function: ast.expr, args: list[ast.expr], keywords: list[ast.keyword]) -> ast.expr:
-    """Return what gives the layer and the input of ``F.linear(x, weight, bias)``."""
-    return ast.Call(ast.Name(helper_name("functional"), ast.Load()), [function, *args], keywords)
+    return tuple_of([layer.function, layer.weight, layer.bias])
 
 
 class Early(NamedTuple):

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlkernels.fusion import call, memory
-from dlkernels.fusion.functional import FunctionalLinear
+from dlkernels.fusion.functional import FunctionalLinear, as_layer
 from dlkernels.fusion.known import is_sliced
 from dlkernels.fusion.rules import METHODS, is_linear, works_in_place
 from dlkernels.fusion.series import Path
@@ -195,12 +195,18 @@ def _decided(self: Any, place: _Place, groups: list[list[Stage]], chain: Chain) 
     stages = [stage for group in groups for stage in group]
     reads = memory.Reads(self)
     try:
-        names = [str(path[1]) for path in place.paths if _is_own_parameter(self, path)]
-        known = [_note(reads, self, path, place.given) for path in place.paths if not _is_own_parameter(self, path)]
+        known = [_note(reads, self, path, place.given) for path in place.paths]
+        held = {(id(value.module), value.name): value for value in known if type(value) is _Held}
+        read: list[_Held | None] = []
         for stage in stages:
             if type(stage.called) is FunctionalLinear:
-                reads.functional(self, stage.called, *_names_of(self, stage.called, names))
+                weight, bias = _places_of(stage.called, list(held.values()))
+                reads.functional(stage.called, weight, bias)
                 known.append(stage.called)
+                read += weight, bias
+        for one in held.values():
+            if not any(one is other for other in read):  # a condition reads it
+                reads.parameter(one)
         if not all(
             any(stage.called is m for m in METHODS.values()) or any(v is stage.called for v in known)
             for stage in stages
@@ -211,25 +217,29 @@ def _decided(self: Any, place: _Place, groups: list[list[Stage]], chain: Chain) 
     return memory.decided(reads, stages, chain, (self,))
 
 
-def _is_own_parameter(self: Any, path: Path) -> bool:
-    """Return True for ``self.name``, a parameter."""
-    if len(path) != 2 or path[0] or not isinstance(path[1], str) or not is_plain_attribute(type(self), path[1]):
-        return False
-    own = self.__dict__
-    return path[1] not in own and own["_parameters"].get(path[1]) is not None
+class _Held(NamedTuple):
+    """A look-up that gives a parameter, by its place."""
+
+    module: nn.Module
+    name: str
 
 
-def _names_of(self: Any, layer: FunctionalLinear, names: Sequence[str]) -> tuple[str, str | None]:
-    """Return the names of a layer's weight and bias: one look-up of the source for each, which nothing else reads."""
-    own = self.__dict__["_parameters"]
-    found = [[name for name in names if own[name] is parameter] for parameter in (layer.weight, layer.bias)]
-    if layer.function is not F.linear or len(found[0]) != 1 or len(found[1]) != (layer.bias is not None):
+def _places_of(layer: FunctionalLinear, held: Sequence[_Held]) -> tuple[_Held, _Held | None]:
+    """Return the places of a layer's weight and bias: of each the only one that the source looks up."""
+    weights, biases = [
+        [place for place in held if place.module._parameters[place.name] is parameter]
+        for parameter in (layer.weight, layer.bias)
+    ]
+    if layer.function is not F.linear or len(weights) != 1 or len(biases) != (layer.bias is not None):
         raise memory.Unknown
-    return found[0][0], found[1][0] if found[1] else None
+    return weights[0], biases[0] if biases else None
 
 
 def _note(reads: memory.Reads, self: Any, path: Path, given: tuple[Any, ...]) -> Any:
-    """Note all that looking up ``path`` reads, and return what is there. The functions ``given`` look it up."""
+    """Note all that looking up ``path`` reads, and return what is there. The functions ``given`` look it up.
+
+    Of a parameter it returns the place, and a call reads there which parameter it is.
+    """
     root, *names = path
     value = self
     if root:
@@ -238,7 +248,9 @@ def _note(reads: memory.Reads, self: Any, path: Path, given: tuple[Any, ...]) ->
             raise memory.Unknown
         value = space[root]
         reads.globals.append((space, root, value))
-    for name in names:
+    for i, name in enumerate(names):
+        if i == len(names) - 1 and _has_parameter(value, name):
+            return _Held(value, str(name))
         if isinstance(name, int):
             value = _element(reads, value, name)
         elif isinstance(value, ModuleType):
@@ -252,6 +264,12 @@ def _note(reads: memory.Reads, self: Any, path: Path, given: tuple[Any, ...]) ->
         else:
             raise memory.Unknown
     return value
+
+
+def _has_parameter(value: Any, name: str | int) -> bool:
+    if not (isinstance(value, nn.Module) and isinstance(name, str) and is_plain_attribute(type(value), name)):
+        return False
+    return name not in value.__dict__ and value.__dict__["_parameters"].get(name) is not None
 
 
 def _element(reads: memory.Reads, container: Any, index: int) -> Any:
@@ -282,7 +300,7 @@ def middle(h: Any, callees: Callable[[], Sequence[Any]], /) -> Any:
 
     ``callees()`` are those up to the value, the last first. It has no memory: only facts of it are read.
     """
-    layer = next(called for called in callees() if is_linear(called))
+    layer = next(called for called in map(as_layer, callees()) if is_linear(called))
     found = call._linear(layer)
     assert not isinstance(found, str)
     return h.detach().new_empty(()).expand(*h.shape[:-1], found[0].size(0))

@@ -90,8 +90,8 @@ class _Counted:
     def __init__(self, decision):
         self.decision = decision
 
-    def run(self, owner, x):
-        y = self.decision.run(owner, x)
+    def run(self, owner, x, *given):
+        y = self.decision.run(owner, x, *given)
         for runs in _runs if y is not None else ():
             _count(runs, self.decision.activations())
         return y
@@ -152,7 +152,7 @@ def fused_runs():
             _runs.remove(runs)
 
 
-def _remembered(key, owner, x):
+def _remembered(key, owner, x, *given):
     return None if key[0] == "gated" else _decisions._decided[key][0].activations()
 
 
@@ -161,8 +161,8 @@ def gated_runs():
     """Count gated layers that run as one while it lasts, in a list; they are no places of ``fused_runs``."""
     runs = []
 
-    def run_again(key, owner, x, real=memory.run_again):
-        y = real(key, owner, x)
+    def run_again(key, *args, real=memory.run_again):
+        y = real(key, *args)
         if y is not None and key[0] == "gated":
             runs.append(key)
         return y

@@ -155,6 +155,24 @@ class GuardedLastStep(Base):
         return h
 
 
+class Scaled(Base):
+    """A parameter that may be there decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+
+@twist((1, 2), (1, 1), lambda m: setattr(m, "scale", None))
+class GuardByAParameter(Scaled):
+    def forward(self, x):
+        x = F.relu(self.fc1(x))
+        x = self.fc2(x)
+        if self.scale is not None:
+            x = self.act(x)
+        return self.fc3(x)
+
+
 # ---- look-ups --------------------------------------------------------------------------------------------------------
 
 later(LookedUp, "layer replaced", lambda m: m.layers.__setitem__(0, nn.Linear(8, 8).double()), (1, 2))

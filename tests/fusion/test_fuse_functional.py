@@ -180,16 +180,33 @@ def another_layer_in_between(self, x):
     return F.relu(h) + other
 
 
-@form(calls=0)
+@form(("packed", "gelu"))
 def packed_halves(self, x):
     g, u = F.linear(x, self.packed).chunk(2, dim=-1)
     return F.gelu(g) * u
 
 
-@form(calls=0)
+@form(("packed", "sigmoid"))
 def packed_glu(self, x):
     h = F.linear(x * 2, self.packed)
     return F.glu(h, dim=-1)
+
+
+@form(("packed", "silu"))
+def packed_and_cut(self, x):
+    both = F.linear(weight=self.packed, input=x)
+    up, gate = both[..., :8], both[..., 8:]
+    return F.silu(gate) * up
+
+
+@form(("up", "gelu_tanh"))
+def gated_with_a_form_of_gelu(self, x):
+    return F.linear(x, self.weight, bias=self.bias) * F.gelu(F.linear(x, self.up), approximate="tanh")
+
+
+@form(("fc.weight", "silu"))
+def gated_of_submodules(self, x):
+    return F.silu(F.linear(x, self.fc.weight, self.fc.bias)) * F.linear(x, self.up)
 
 
 class OwnForward(nn.Linear):
@@ -271,6 +288,63 @@ def marked(model):
     model.weight = weight.detach().as_subclass(Marked)
 
 
+class Child(nn.Module):
+    """Holds a model, so that a child's parameters are two modules below."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Mask()
+
+    def forward(self, x):
+        return F.relu(F.linear(x, self.inner.inner.weight, self.inner.inner.bias))
+
+
+def decisions(model, monkeypatch):
+    """The number of layers that a call of the model decides about."""
+    found = []
+    real = calls.decide
+    with monkeypatch.context() as patch:
+        patch.setattr(calls, "decide", lambda *args: found.append(args) or real(*args))
+        model(X)
+    return len(found)
+
+
+REMEMBERED = [
+    *("nested", "in_words", "without_a_bias", "guarded", "of_a_submodule", "of_a_masked_layer", "a_subclass_of_linear"),
+    *("chain", "loop", "loop_over_parameters", "loop_by_number"),
+    *("gated", "gated_with_a_module", "gated_of_submodules", "gated_with_a_form_of_gelu", "gated_over_statements"),
+    *("packed_halves", "packed_glu", "packed_and_cut"),
+]
+
+
+@pytest.mark.parametrize("name", REMEMBERED)
+def test_a_second_call_decides_nothing(name, monkeypatch):
+    monkeypatch.setattr(calls, "LEAST_UNKEPT", 1 << 60)  # what is not remembered stays stock
+    model = fuse(made(FORMS[name][0])).eval()
+    assert decisions(model, monkeypatch) > 0
+    assert decisions(model, monkeypatch) == 0
+
+
+def test_parameters_two_modules_below(monkeypatch):
+    monkeypatch.setattr(calls, "LEAST_UNKEPT", 1 << 60)
+    stock, fused = made(Child), fuse(made(Child))
+    for _ in range(2):
+        torch.testing.assert_close(numbers(fused, X), numbers(stock, X), rtol=1e-12, atol=1e-12)
+    assert runs(fused) == 1 and decisions(fused, monkeypatch) == 0
+
+
+def test_tied_parameters():
+    """The search finds a tied weight at the first of its places; later the source gives another from the second."""
+    stock, fused = made(FORMS["of_a_submodule"][0]), fuse(made(FORMS["of_a_submodule"][0]))
+    for model in (stock, fused):
+        model.first = model.fc.weight
+        model._parameters["a"] = model._parameters.pop("first")
+        model(X), model(X)
+        model.fc.weight = nn.Parameter(model.fc.weight.detach() * 2)
+    for _ in range(2):
+        torch.testing.assert_close(numbers(fused, X), numbers(stock, X), rtol=1e-12, atol=1e-12)
+
+
 # A later change of a model, and the number of fused calls after it.
 CHANGES = {
     "weight replaced": (lambda m: moved(m, "weight"), 1),
@@ -286,6 +360,52 @@ CHANGES = {
     "another activation": (lambda m: setattr(m, "act", nn.Softplus()), 0),
     "forward replaced": (lambda m: setattr(m, "forward", lambda x: x * m.bias.sum()), 0),
 }
+
+
+def replaced(model, name):
+    """Put another module in the place of one."""
+    child = getattr(model, name)
+    setattr(model, name, copy.deepcopy(child))
+    for p in getattr(model, name).parameters():
+        p.data *= 2
+
+
+def patched(model):
+    model.fc.__class__ = type("Scaled", (nn.Linear,), {"weight": property(lambda self: self._parameters["weight"] * 2)})
+
+
+# The same for the parameters of submodules and lists, by form.
+BELOW = {
+    "weight": (["of_a_submodule", "gated_of_submodules"], lambda m: moved(m.fc, "weight"), 1),
+    "module": (["of_a_submodule", "gated_of_submodules"], lambda m: replaced(m, "fc"), 1),
+    "no bias": (["of_a_submodule", "gated_of_submodules"], lambda m: setattr(m.fc, "bias", None), 1),
+    "a property": (["of_a_submodule"], patched, 0),
+    "parametrized": (["of_a_submodule"], lambda m: parametrize.register_parametrization(m.fc, "weight", Times()), 0),
+    "a list's weight": (["loop", "loop_over_parameters"], lambda m: moved(m.weights, "1"), 1),
+    "an element set": (["loop_by_number"], lambda m: m.weights.__setitem__(1, nn.Parameter(m.weights[1] * 2)), 3),
+    "a list": (["loop_by_number"], lambda m: replaced(m, "weights"), 3),
+    "a list in a loop": (["loop", "loop_over_parameters"], lambda m: replaced(m, "weights"), 1),
+    "a packed weight": (["packed_halves", "packed_glu", "packed_and_cut"], lambda m: moved(m, "packed"), 1),
+    "another gate": (["gated", "gated_with_a_module", "gated_over_statements"], lambda m: moved(m, "weight"), 1),
+    "another up": (["gated", "gated_of_submodules", "gated_over_statements"], lambda m: moved(m, "up"), 1),
+    "weights exchanged": (["gated"], lambda m: (m.register_parameter("weight", m.up), moved(m, "up")), 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [(change, name) for change, (names, _, _) in BELOW.items() for name in names]
+)
+def test_later_changes_below(name, change, gates):
+    cls, _, _ = FORMS[name]
+    stock, fused = made(cls).eval(), fuse(made(cls)).eval()
+    fused(X), fused(X)
+    _, how, calls = BELOW[change]
+    for model in (stock, fused):
+        how(model)
+    for _ in range(2):
+        torch.testing.assert_close(numbers(fused, X), numbers(stock, X), rtol=1e-12, atol=1e-12)
+    gates.clear()
+    assert runs(fused) + len(gates) == calls
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -159,6 +159,49 @@ def test_unfused_and_fused_again(cls):
     equal(model, stock)
 
 
+class Approximate(Gated):
+    """The activation has a further argument, which may change."""
+
+    approximate = "tanh"
+
+    def forward(self, x):
+        return self.down(F.gelu(self.gate(x), approximate=self.approximate) * self.up(x))
+
+
+class ApproximateHalves(Approximate):
+    def forward(self, x):
+        up, gate = self.packed(x).chunk(2, dim=-1)
+        return self.down(F.gelu(gate, approximate=self.approximate) * up)
+
+
+@pytest.mark.parametrize("cls", [Approximate, ApproximateHalves])
+def test_arguments_of_the_activation(cls):
+    model, stock = fused_twice(cls)
+    for approximate in ("none", "tanh", "none"):
+        model.approximate = stock.approximate = approximate
+        equal(model, stock)
+        assert remembered(model) == 1
+
+
+class Leaky(Gated):
+    slope = 0.0
+
+    def forward(self, x):
+        return self.down(F.leaky_relu(self.gate(x), self.slope) * self.up(x))
+
+
+def test_arguments_that_change_all_the_time():
+    """After a few of them each call decides, and nothing grows."""
+    model, stock = fused_twice(Leaky)
+    for i in range(20):
+        model.slope = stock.slope = i / 20
+        equal(model, stock)
+    assert remembered(model) == 0
+    model.slope = stock.slope = 0.05
+    equal(model, stock)
+    assert remembered(model) == 1
+
+
 class Cut(Gated):
     """Where it is cut is no constant."""
 
