@@ -55,6 +55,7 @@ def explain_glu(
     weight_gate: tuple[int, ...],
     weight_up: tuple[int, ...],
     one_memory: bool,
+    packed: bool,
     bias: bool,
     threads: int,
     in_bf16: bool,

@@ -28,6 +28,7 @@ __all__ = [
     "linear_act",
     "linear_cross_entropy",
     "linear_glu",
+    "linear_glu_packed",
     "linear_relu",
     "mlp",
     "mse_loss",
@@ -142,10 +143,8 @@ def linear_glu(
     For backward the layer keeps both preactivations, x and the weights, and of these only what the needed gradients
     read. Stock torch keeps ``act(gate)`` too.
 
-    The two weights may be views of one packed weight, in either order; nothing is copied::
-
-        gate, up = packed.chunk(2)  # packed [2 * out_features, in_features]
-        y = linear_glu(x, gate, up)  # as gate, up = F.linear(x, packed).chunk(2, -1); y = F.silu(gate) * up
+    The two weights may be views of one packed weight, in either order. Forward copies nothing; in backward autograd
+    joins their two gradients by a copy, which :func:`linear_glu_packed` does not need.
 
     Args:
         x: ``[..., in_features]``, any strides.
@@ -169,6 +168,46 @@ def linear_glu(
     _check_slope("linear_glu", negative_slope)
     act = activation_named(activation)
     return _linear_glu.linear_glu(x, weight_gate, weight_up, bias_gate, bias_up, act, negative_slope)
+
+
+def linear_glu_packed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = "silu",
+    *,
+    gate_first: bool = True,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """:func:`linear_glu` with both weights in one, as Phi-3's ``gate_up_proj`` and diffusers' GEGLU have them.
+
+    It equals ``gate, up = F.linear(x, weight, bias).chunk(2, -1)`` and ``act(gate) * up``; with ``gate_first=False``
+    the halves are up and the gate, as in ``F.glu``. Backward makes the gradient of the weight, and that of x, by one
+    product each. ``explain_glu(x, *weight.chunk(2), packed=True)`` shows the plan.
+
+    Args:
+        x: ``[..., in_features]``, any strides.
+        weight: ``[2 * out_features, in_features]``: the rows of one half, then those of the other.
+        bias: ``[2 * out_features]`` or None.
+        activation: a name of :func:`linear_act`; it is applied to the gate.
+        gate_first: the first half is the gate's.
+        negative_slope: the slope of ``leaky_relu`` below 0; at least 0.
+
+    All tensors share one dtype (float64, float32, bfloat16, float16) and device.
+
+    Returns:
+        ``[..., out_features]``, in x's dtype.
+
+    Raises:
+        ValueError: unknown activation, or a negative ``negative_slope``.
+        TypeError: a dtype the kernels do not have, no tensor, a nested one, or a ``negative_slope`` that is no number.
+        RuntimeError: shapes, dtypes, devices or layouts that do not fit together, or an odd number of rows.
+    """
+    _check_are_tensors("linear_glu_packed", x=x, weight=weight)
+    _check_are_tensors("linear_glu_packed", optional=True, bias=bias)
+    _check_slope("linear_glu_packed", negative_slope)
+    act = activation_named(activation)
+    return _linear_glu.linear_glu_packed(x, weight, bias, act, negative_slope, bool(gate_first))
 
 
 def mlp(

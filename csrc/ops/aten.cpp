@@ -1,7 +1,9 @@
 #include "ops/aten.h"
 
+#include <ATen/core/IListRef.h>
 #include <ATen/ops/addmm_ops.h>
 #include <ATen/ops/arange_ops.h>
+#include <ATen/ops/cat_ops.h>
 #include <ATen/ops/empty_ops.h>
 #include <ATen/ops/empty_strided_ops.h>
 #include <ATen/ops/gelu_backward_ops.h>
@@ -72,6 +74,8 @@ at::Tensor tanh_backward(const at::Tensor& g, const at::Tensor& y) { return at::
 at::Tensor sigmoid_backward(const at::Tensor& g, const at::Tensor& y) { return at::_ops::sigmoid_backward::call(g, y); }
 
 at::Tensor stack(at::TensorList tensors) { return at::_ops::stack::call(tensors, 0); }
+
+at::Tensor cat(at::TensorList tensors) { return at::_ops::cat::call(at::ITensorListRef(tensors), 0); }
 
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b) { return at::_ops::mm::call(a, b); }
 

@@ -23,6 +23,7 @@ at::Tensor gelu_tanh_backward(const at::Tensor& g, const at::Tensor& z);
 at::Tensor tanh_backward(const at::Tensor& g, const at::Tensor& y);
 at::Tensor sigmoid_backward(const at::Tensor& g, const at::Tensor& y);
 at::Tensor stack(at::TensorList tensors);
+at::Tensor cat(at::TensorList tensors);
 
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b);
 at::Tensor& mm_out(at::Tensor& out, const at::Tensor& a, const at::Tensor& b);

@@ -26,6 +26,7 @@ TORCH_LIBRARY(dlkernels, m) {
   m.def(
       "_linear_glu(Tensor x, Tensor weight_gate, Tensor weight_up, Tensor? bias_gate, Tensor? bias_up, int act, "
       "float slope) -> Tensor");
+  m.def("_linear_glu_packed(Tensor x, Tensor weight, Tensor? bias, int act, float slope, bool gate_first) -> Tensor");
   m.def(
       "_linear_glu_differentiable_backward(Tensor? grad_y, Tensor? grad_gate, Tensor? grad_up, Tensor? x, "
       "Tensor? weight_gate, Tensor? weight_up, Tensor? gate, Tensor? up, int act, float slope, bool need_x, "
@@ -84,6 +85,9 @@ TORCH_LIBRARY(dlkernels, m) {
       "_linear_glu_backward(Tensor grad_y, Tensor? x, Tensor? weight_gate, Tensor? weight_up, Tensor? gate, "
       "Tensor? up, int act, float slope, bool need_x, bool need_weight_gate, bool need_weight_up, "
       "bool need_bias_gate, bool need_bias_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_linear_glu_packed_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor? gate, Tensor? up, int act, "
+      "float slope, bool gate_first, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, int[] keep) -> Tensor[]");
   m.def(
       "_mlp_backward(Tensor grad_y, Tensor? x, Tensor?[] weights, Tensor? y, Tensor[] kept, int[] keep, int[] acts, "
@@ -105,6 +109,7 @@ TORCH_LIBRARY_IMPL(dlkernels, CompositeImplicitAutograd, m) {
   m.impl("_linear_act", &dlk::linear_act);
   m.impl("_linear_act_autocast", &dlk::linear_act_autocast);
   m.impl("_linear_glu", &dlk::linear_glu);
+  m.impl("_linear_glu_packed", &dlk::linear_glu_packed);
   m.impl("_mlp", &dlk::mlp);
   m.impl("_mlp_loss", &dlk::mlp_loss);
   m.impl("_mse_loss", &dlk::mse_loss);
@@ -132,6 +137,7 @@ DLK_IMPLEMENT_IN_TORCH(FuncTorchBatchedDecomposition)
     m.impl("_linear_glu_forward", &dlk::On<dlk::device, dlk::linear_glu_forward>::call);                     \
     m.impl("_linear_glu_forward_z", &dlk::On<dlk::device, dlk::linear_glu_forward_z>::call);                 \
     m.impl("_linear_glu_backward", &dlk::On<dlk::device, dlk::linear_glu_backward>::call);                   \
+    m.impl("_linear_glu_packed_backward", &dlk::On<dlk::device, dlk::linear_glu_packed_backward>::call);     \
     m.impl("_mlp_forward", &dlk::On<dlk::device, dlk::mlp_forward>::call);                                   \
     m.impl("_mlp_backward", &dlk::On<dlk::device, dlk::mlp_backward>::call);                                 \
     m.impl("_mse_loss_forward", &dlk::On<dlk::device, dlk::mse_loss_forward>::call);                         \

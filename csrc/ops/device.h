@@ -45,6 +45,7 @@ struct Device {
   // A gated layer (ops/linear_glu.h): its plans, and its passes. A fused forward is a product.
   GluPlan (*plan_glu_forward)(const GluForwardProblem&);
   GluPlan (*plan_glu_backward)(const GluBackwardProblem&);
+  Plan (*plan_glu_products)(const BackwardProblem&);  // both halves in one layer, behind the gradient pass
   void (*glu_pass)(const Problem&, const GluPass&);
   void (*glu_gradient_pass)(GluGradPass, const at::Tensor& like);
   // A [M, K] with the same values in memory that a product of torch's may read without harm.

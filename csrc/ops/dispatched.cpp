@@ -51,6 +51,7 @@ template class Dispatched<Five(T, OptionalT, OptionalT, OptionalT, OptionalT, Op
                                bool, bool)>;
 template class Dispatched<Five(OptionalT, OptionalT, OptionalT, OptionalT, OptionalT, OptionalT, OptionalT, OptionalT,
                                Int, double, bool, bool, bool, bool, bool)>;
+template class Dispatched<Three(T, OptionalT, OptionalT, OptionalT, OptionalT, Int, double, bool, bool, bool, bool)>;
 
 // A chain: recorded, forward, the backwards, and a training step.
 template class Dispatched<at::Tensor(T, Ts, OptionalTs, Ints, double)>;

@@ -91,6 +91,25 @@ at::Tensor forward(const Device& device, const Problem& c, const at::Tensor& x, 
   return y;
 }
 
+// Tensors with both halves behind each other, of n features each.
+struct Packed {
+  int64_t n;
+  bool gate_first;
+
+  at::Tensor gate(const at::Tensor& both, int64_t dim) const { return half(both, dim, !gate_first); }
+  at::Tensor up(const at::Tensor& both, int64_t dim) const { return half(both, dim, gate_first); }
+
+ private:
+  at::Tensor half(const at::Tensor& both, int64_t dim, bool second) const {
+    return both.defined() ? both.narrow(dim, second ? n : 0, n) : both;
+  }
+};
+
+void check_packed(const at::Tensor& weight, int64_t n) {
+  TORCH_CHECK(weight.dim() == 2 && weight.size(0) == 2 * n, "linear_glu_packed: weight must be [", 2 * n,
+              ", in_features], got ", weight.sizes());
+}
+
 struct GluBackward {
   const Device& device;
   const Problem& c;
@@ -193,6 +212,38 @@ GluGradients linear_glu_backward(const Device& device, const at::Tensor& grad_y,
     const at::Tensor& first = plan.halves == Halves::gate_first ? half_gate.weight : half_up.weight;
     backward.run(plan.dgrad, dz, first.as_strided({2 * n, k}, first.strides()), dx, none, OutputMode::cast);
   }
+  return made;
+}
+
+Gradients linear_glu_packed_backward(const Device& device, const at::Tensor& grad_y, const OptionalTensor& x,
+                                     const OptionalTensor& weight, const OptionalTensor& gate, const OptionalTensor& up,
+                                     int64_t act, double slope, bool gate_first, bool need_x, bool need_weight,
+                                     bool need_bias) {
+  const at::Tensor none, both = weight.value_or(none);
+  const Packed packed{grad_y.dim() ? grad_y.size(-1) : 0, gate_first};
+  if (weight) check_packed(*weight, packed.n);
+  const Half half_gate = {packed.gate(both, 0), gate.value_or(none), need_weight, need_bias};
+  const Half half_up = {packed.up(both, 0), up.value_or(none), need_weight, need_bias};
+  const GluBackwardProblem p = check_glu_backward(grad_y, x, half_gate, half_up, act, slope, need_x);
+  const c10::OptionalDeviceGuard guard(guarded_device(grad_y));
+  const auto [m, n, k] = p.shape;
+  const Problem whole = {{m, 2 * n, k}, p.dtype, {Act::none, 0}};
+  const at::ScalarType dtype = grad_y.scalar_type();
+  Gradients made = new_gradients(whole.shape, grad_y, dtype, dtype, need_x, need_weight, need_bias);
+  if (p.is_empty()) return made;
+
+  const auto& [dx, dweight, dbias] = made;
+  const at::Tensor g = as_rows(grad_y), z_gate = gate ? as_rows(*gate) : none, z_up = up ? as_rows(*up) : none;
+  const at::Tensor dz = need_x || need_weight ? new_empty({m, 2 * n}, g.options()) : none;
+  device.glu_gradient_pass({p.dtype, m, n, view_of(g), view_or_null(z_gate), view_or_null(z_up), p.act,
+                            data_or_null(packed.gate(dz, 1)), data_or_null(packed.up(dz, 1)), 2 * n,
+                            data_or_null(packed.gate(dbias, 0)), data_or_null(packed.up(dbias, 0)), nullptr},
+                           g);
+  if (!dz.defined()) return made;
+  const at::Tensor rows = need_weight ? as_rows(*x) : none;
+  const BackwardProblem products{whole, view_of(dz), false, view_or_null(rows), view_or_null(both), need_x, need_weight,
+                                 false, false,       false};
+  run_backward(device, device.plan_glu_products(products), whole, {dz, {}}, rows, both, {dx, dweight, {}});
   return made;
 }
 

@@ -239,14 +239,8 @@ at::Tensor run_layers(const State& s, const at::Tensor& x, const std::vector<at:
   const int64_t act = s.acts[0];
   if (s.form == Form::gated)
     return run_gated(x, weights[0], weights[1], get(biases, 0), get(biases, 1), act, s.slope, recorded);
-  if (s.form != Form::chain) {
-    const size_t gate = s.form == Form::halves ? 0 : 1, up = 1 - gate;
-    const std::vector<at::Tensor> weight = weights[0].chunk(2);
-    const OptionalTensor bias = get(biases, 0);
-    if (!bias) return run_gated(x, weight[gate], weight[up], {}, {}, act, s.slope, recorded);
-    const std::vector<at::Tensor> both = bias->chunk(2);
-    return run_gated(x, weight[gate], weight[up], both[gate], both[up], act, s.slope, recorded);
-  }
+  if (s.form != Form::chain)
+    return run_packed(x, weights[0], get(biases, 0), act, s.slope, s.form == Form::halves, recorded);
   // A chain of one layer is decided here on CPU alone.
   return weights.size() == 1 ? run_layer(x, weights[0], get(biases, 0), act, s.slope, recorded)
                              : run_chain(x, weights, biases, s.acts, s.slope, recorded);

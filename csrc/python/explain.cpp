@@ -143,7 +143,7 @@ struct GluSteps {
 
 // `half`: the plans of one half of the layer, a layer without activation.
 template <class Plans>
-py::dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one_memory) {
+py::dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one_memory, bool packed) {
   const Layer& l = half.l;
   const auto [m, n, k] = l.problem.shape;
   Problem c = l.problem;
@@ -165,13 +165,24 @@ py::dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one
   out["forward"] = steps.rows;
   steps.rows = py::list();
   steps.add_pass(backward.pass);
+  Layer both = l;
+  both.problem.shape.n = 2 * n;
+  const Plans both_plans = half.with(both);
+  if (packed) {
+    const View dz = contiguous_view(2 * n);
+    const Plan products =
+        both_plans.glu_products({both.problem, dz, false, l.x, l.weight, true, true, false, false, false});
+    for (py::handle row : steps_of(
+             products, [&](const Step& step) { return std::string(both_plans.kernel_of(step)); },
+             [&](const Step& step) { return both_plans.scratch(step); }))
+      steps.rows.append(row);
+    out["backward"] = steps.rows;
+    return out;
+  }
   const int64_t sum = backward.dx_sum == DxSum::unrounded ? m * k * accumulator_size(c.dtype) : 0;
   const int64_t added = backward.dx_sum == DxSum::apart ? m * k * element_size(c.dtype) : 0;
   steps.add_half(backward.gate, kY, kDweight, sum);
   steps.add_half(backward.up, kY, kDweightUp, added);
-  Layer both = l;
-  both.problem.shape.n = 2 * n;
-  const Plans both_plans = half.with(both);
   GluSteps<Plans> whole{both_plans, steps.rows};
   whole.add_half(backward.dgrad, kY, kDweight, 0);
   out["backward"] = steps.rows;
@@ -192,6 +203,7 @@ struct CpuPlans {
   Plan backward(const BackwardProblem& p) const { return cpu::plan_backward(p, machine); }
   GluPlan glu_forward(const GluForwardProblem& p) const { return cpu::plan_glu_forward(p, machine); }
   GluPlan glu_backward(const GluBackwardProblem& p) const { return cpu::plan_glu_backward(p, machine); }
+  Plan glu_products(const BackwardProblem& p) const { return cpu::plan_glu_products(p, machine); }
   CpuPlans with(const Layer& other) const { return {other, machine}; }
   int64_t scratch(const Step& step) const { return cpu::scratch_bytes(step, l.problem, machine); }
   const char* kernel(Path path) const {
@@ -224,6 +236,7 @@ struct CudaPlans {
   Plan backward(const BackwardProblem& p) const { return cuda::plan_backward(p, cuda::kMachine); }
   GluPlan glu_forward(const GluForwardProblem& p) const { return cuda::plan_glu_forward(p, cuda::kMachine); }
   GluPlan glu_backward(const GluBackwardProblem& p) const { return cuda::plan_glu_backward(p, cuda::kMachine); }
+  Plan glu_products(const BackwardProblem& p) const { return cuda::plan_backward(p, cuda::kMachine); }
   CudaPlans with(const Layer& other) const { return {other}; }
   int64_t scratch(const Step& step) const { return cuda::kMachine.scratch(step, l.problem); }
   const char* kernel(Path path) const { return cuda::kernel(path); }
@@ -266,16 +279,16 @@ py::dict explain_layer(bool cuda, int64_t m, int64_t n, int64_t k, const std::st
 }
 
 py::dict explain_glu(bool cuda, int64_t m, int64_t n, int64_t k, const std::string& dtype, int act, const PyView& x,
-                     const PyView& weight_gate, const PyView& weight_up, bool one_memory, bool bias, int threads,
-                     bool in_bf16) {
+                     const PyView& weight_gate, const PyView& weight_up, bool one_memory, bool packed, bool bias,
+                     int threads, bool in_bf16) {
   const Layer half = layer_of(m, n, k, dtype, 0, x, weight_gate, "", false, bias, false, false, "");
   const Act kind = static_cast<Act>(act);
 #ifdef DLKERNELS_CUDA
-  if (cuda) return glu_plan_of(CudaPlans{half}, kind, view_of(weight_up), one_memory);
+  if (cuda) return glu_plan_of(CudaPlans{half}, kind, view_of(weight_up), one_memory, packed);
 #else
   refuse_cuda(cuda);
 #endif
-  return glu_plan_of(CpuPlans{half, cpu::this_machine(threads, in_bf16)}, kind, view_of(weight_up), one_memory);
+  return glu_plan_of(CpuPlans{half, cpu::this_machine(threads, in_bf16)}, kind, view_of(weight_up), one_memory, packed);
 }
 
 py::tuple explain_mlp(bool cuda, bool backward, const std::vector<std::array<int64_t, 3>>& layers,
@@ -319,8 +332,8 @@ void add_explain(py::module_& m) {
         py::arg("dbias_below"), py::arg("casts"), py::arg("threads"), py::arg("in_bf16"));
   m.def("explain_glu", &explain_glu, "The plan of a gated layer with all gradients: steps of forward and backward.",
         py::arg("cuda"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("act"), py::arg("x"),
-        py::arg("weight_gate"), py::arg("weight_up"), py::arg("one_memory"), py::arg("bias"), py::arg("threads"),
-        py::arg("in_bf16"));
+        py::arg("weight_gate"), py::arg("weight_up"), py::arg("one_memory"), py::arg("packed"), py::arg("bias"),
+        py::arg("threads"), py::arg("in_bf16"));
   m.def("explain_mlp", &explain_mlp,
         "Slices, kernel and scratch in bytes of the fused MLP kernel for these layers in one direction, and the "
         "reason; 0 "

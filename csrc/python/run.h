@@ -23,4 +23,8 @@ at::Tensor run_gated(const at::Tensor& x, const at::Tensor& weight_gate, const a
                      const OptionalTensor& bias_gate, const OptionalTensor& bias_up, int64_t act, double slope,
                      bool recorded);
 
+// The same with both weights in one and both biases in one, the gate's first or last.
+at::Tensor run_packed(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t act,
+                      double slope, bool gate_first, bool recorded);
+
 }  // namespace dlk::python

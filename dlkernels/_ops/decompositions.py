@@ -50,6 +50,12 @@ def _glu_forward_z(
     return activation_of_code(act).value(gate, slope) * up, gate, up
 
 
+def _glu_packed(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float, gate_first: bool) -> Tensor:
+    first, second = F.linear(x, weight, bias).chunk(2, -1)
+    gate, up = (first, second) if gate_first else (second, first)
+    return activation_of_code(act).value(gate, slope) * up
+
+
 def _glu(*args: Any) -> Tensor:
     return _glu_forward_z(*args)[0]
 
@@ -114,6 +120,7 @@ LAYERS: Decompositions = {  # these return every output of the operator
     _ops._mlp.default: _mlp,
     _ops._mlp_forward.default: _mlp_forward,
     _ops._linear_glu.default: _glu,
+    _ops._linear_glu_packed.default: _glu_packed,
     _ops._linear_glu_forward.default: _glu,
     _ops._linear_glu_forward_z.default: _glu_forward_z,
 }

@@ -82,6 +82,12 @@ def _glu_backward(
     return gate + _gradients(g, x, weight_up, need_x, need_weight_up)
 
 
+@register_flop_formula(_ops._linear_glu_packed_backward)
+def _glu_packed_backward(g: Shape, x: Shape | None, weight: Shape | None, *rest: Any, **__: Any) -> int:
+    _gate, _up, _act, _slope, _gate_first, need_x, need_weight, _need_bias = rest
+    return _gradients((*g[:-1], 2 * g[-1]), x, weight, need_x, need_weight)
+
+
 @register_flop_formula(_ops._mlp_forward)
 def _mlp_forward(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
     return sum(_product(x, weight) for weight in weights)

@@ -27,6 +27,7 @@ from dlkernels._ops.linear_act import check_like, linear_act
 from dlkernels._ops.modes import autocast_active, autocast_operands, under_transform
 
 _recorded = torch.ops.dlkernels._linear_glu.default
+_recorded_packed = torch.ops.dlkernels._linear_glu_packed.default
 _forward = torch.ops.dlkernels._linear_glu_forward.default
 
 GluGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -109,6 +110,29 @@ def _(
     )
 
 
+@torch.library.register_fake("dlkernels::_linear_glu_packed_backward")
+def _(
+    grad_y: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    up: Tensor | None,
+    act: int,
+    slope: float,
+    gate_first: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    check_like("linear_glu_packed", "grad_y", grad_y, ("x", x), ("weight", weight), ("gate", gate), ("up", up))
+    n = 2 * grad_y.shape[-1]
+    return (
+        grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])) if need_x and weight is not None else None,
+        grad_y.new_empty((n, x.shape[-1])) if need_weight and x is not None else None,
+        grad_y.new_empty((n,)) if need_bias else None,
+    )
+
+
 # ---- the backward that is differentiated, batched or has tangents ----------------------------------------------------
 
 
@@ -186,6 +210,23 @@ def linear_glu(
     return _forward(x, weight_gate, weight_up, bias_gate, bias_up, act.code, slope)
 
 
+def linear_glu_packed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation, slope: float, gate_first: bool
+) -> Tensor:
+    """The same with the rows of both weights in one weight [2N, K] and both biases in one bias [2N]."""
+    check_packed(weight, bias)
+    tensors = (x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        plain = not under_transform() and not (type(x) is not Tensor and sharding.is_dtensor(x))
+        if plain and autocast_active(x):
+            x, weight, bias = autocast_operands(x, weight, bias)
+        if plain:
+            return _recorded_packed(x, weight, bias, act.code, slope, gate_first)
+    gate, up = (0, 1) if gate_first else (1, 0)
+    weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
+    return linear_glu(x, weights[gate], weights[up], biases[gate], biases[up], act, slope)
+
+
 def _as_two_layers(
     x: Tensor,
     weight_gate: Tensor,
@@ -197,6 +238,16 @@ def _as_two_layers(
 ) -> Tensor:
     gate = linear_act(x, weight_gate, bias_gate, act, slope)
     return gate * linear_act(x, weight_up, bias_up, ACTIVATIONS["none"], slope)
+
+
+def check_packed(weight: Tensor, bias: Tensor | None) -> None:
+    """Raise an error if these cannot be cut into two halves."""
+    if weight.dim() != 2 or weight.shape[0] % 2:
+        raise RuntimeError(
+            f"linear_glu_packed: weight must be [2 * out_features, in_features], got {tuple(weight.shape)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise RuntimeError(f"linear_glu_packed: bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
 def check_shapes(x: Tensor, weight_gate: Tensor, weight_up: Tensor) -> None:

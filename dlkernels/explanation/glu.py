@@ -17,7 +17,13 @@ from dlkernels.explanation.plans import GluPlan, Step
 
 
 def explain_glu(
-    x: Tensor, weight_gate: Tensor, weight_up: Tensor, activation: ActivationName = "silu", *, bias: bool = False
+    x: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    activation: ActivationName = "silu",
+    *,
+    bias: bool = False,
+    packed: bool = False,
 ) -> GluPlan:
     """The plan that :func:`functional.linear_glu` would run for these tensors, forward and backward.
 
@@ -29,6 +35,7 @@ def explain_glu(
         weight_gate, weight_up: ``[out_features, in_features]`` each.
         activation: see :func:`functional.linear_act`.
         bias: the layer has both biases.
+        packed: the plan of :func:`functional.linear_glu_packed`; the weights are the halves of its weight.
 
     Raises:
         ValueError: unknown activation.
@@ -61,6 +68,7 @@ def explain_glu(
             weight_gate=view(weight_gate, cast_gate),
             weight_up=view(weight_up, cast_up),
             one_memory=not cast and storages[0] == storages[1],
+            packed=packed,
             bias=bias,
             threads=torch.get_num_threads(),
             in_bf16=torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
@@ -70,7 +78,7 @@ def explain_glu(
         f"x [{m}, {k}], two weights [{n}, {k}], {act.name}, {name_of(dtype)} on {device}",
         tuple(_glu_step(row, act, bias, plan["fused"]) for row in plan["forward"]),
         tuple(_glu_step(row, act, bias, plan["fused"]) for row in plan["backward"]),
-        ("x", "weight_gate", "weight_up", "gate", "up"),
+        ("x", *(("weight",) if packed else ("weight_gate", "weight_up")), "gate", "up"),
         plan["fused"],
     )
 

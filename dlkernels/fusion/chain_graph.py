@@ -21,7 +21,7 @@ from dlkernels.fusion.stages import Stage, changes_nothing
 Parameters = tuple[Any, Any, Any]  # x, weight and bias of a linear call
 Linear = Callable[[fx.Node], Parameters | None]
 
-_FUSED = (functional.linear_act, functional.linear_glu, functional.mlp, *LAYER)
+_FUSED = (functional.linear_act, functional.linear_glu, functional.linear_glu_packed, functional.mlp, *LAYER)
 _HARMLESS = ("_log_api_usage_once", "_are_functorch_transforms_active")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlkernels._ops.activations import ACTIVATIONS
-from dlkernels._ops.linear_glu import linear_glu
+from dlkernels._ops.linear_glu import linear_glu, linear_glu_packed
 from dlkernels.fusion import call, memory
 from dlkernels.fusion.functional import as_layer, key_of, parameters_given
 from dlkernels.fusion.gated_places import Gate
@@ -326,11 +326,7 @@ def _run(x: Any, both: Both) -> Tensor:
 
 def _run_packed(x: Any, ready: call.Ready, gate_first: bool) -> Tensor:
     weight, bias, name, slope = ready
-    first, second = weight.chunk(2)
-    b_first, b_second = (None, None) if bias is None else bias.chunk(2)
-    if gate_first:
-        return linear_glu(x, first, second, b_first, b_second, ACTIVATIONS[name], slope)
-    return linear_glu(x, second, first, b_second, b_first, ACTIVATIONS[name], slope)
+    return linear_glu_packed(x, weight, bias, ACTIVATIONS[name], slope, gate_first)
 
 
 def _halves_in_stock(act: Any, linear: Any, x: Any, args: Any, kwargs: Any, gate_first: bool) -> Any:

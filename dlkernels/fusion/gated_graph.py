@@ -126,10 +126,8 @@ def _fuse_packed(graph: fx.Graph, node: fx.Node, linear: Linear, applied: Applie
         return False
     x, weight, bias = linear(whole)  # type: ignore[misc]
     with graph.inserting_before(whole):
-        weights, biases = (_in_halves(graph, tensor) for tensor in (weight, bias))
-        order = (0, 1) if gate_first else (1, 0)
-        args = (x, *(weights[i] for i in order), *(biases[i] for i in order))
-        fused = graph.call_function(functional.linear_glu, args, {"activation": name, "negative_slope": slope})
+        settings: Any = {"activation": name, "gate_first": gate_first, "negative_slope": slope}
+        fused = graph.call_function(functional.linear_glu_packed, (x, weight, bias), settings)
     _replace(graph, node, fused, [node, *nodes, whole])
     return True
 
@@ -206,18 +204,6 @@ def _is_even(whole: fx.Node, linear: Linear) -> bool:
 
 def _is_last(dim: Any, whole: fx.Node) -> bool:
     return type(dim) is int and dim in (-1, _value(whole).dim() - 1)
-
-
-def _in_halves(graph: fx.Graph, tensor: Any) -> tuple[Any, Any]:
-    """Return nodes for the halves of a weight or a bias."""
-    if tensor is None:
-        return None, None
-    both = graph.call_function(torch.chunk, (tensor, 2))
-    both.meta["example_value"] = values = _value(tensor).chunk(2)
-    halves = tuple(graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
-    for half, value in zip(halves, values, strict=True):
-        half.meta["example_value"] = value
-    return halves  # type: ignore[return-value]
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node, nodes: list[fx.Node]) -> None:

@@ -220,6 +220,22 @@ def test_few_rows_by_the_rules(planning):
         assert forward_path(planning, (most + 1, n, k), dtype, isa=isa) == "packed", (isa, dtype, n, k)
 
 
+def test_few_rows_of_backward_by_the_rules(planning):
+    """Behind 4 rows a packed dgrad is faster on AVX-512; outer products write dweight of up to 12 rows in float32."""
+    for isa, dtype, dgrad, wgrad in (
+        ("avx512", "float32", 4, 12),
+        ("amx", "float64", 4, 12),
+        ("amx", "bfloat16", 4, 8),
+        ("avx2", "float32", 8, 12),
+        ("avx2", "float16", 8, 8),
+    ):
+        for rows in range(1, 20):
+            steps = cpu_backward(planning, (rows, 300, 512), dtype, "none", isa=isa, flags=0)
+            paths = {step.split()[0]: step.split()[1] for step in steps}
+            few = {"dgrad": rows <= dgrad, "wgrad": rows <= wgrad}
+            assert paths == {op: "few_rows" if taken else "packed" for op, taken in few.items()}, (isa, dtype, rows)
+
+
 def test_tiles_of_amx_take_more_rows_where_they_read_x_from_l2(planning):
     def path(m, n, k):
         return forward_path(planning, (m, n, k), "bfloat16", isa="amx")

@@ -34,7 +34,8 @@ int64_t fused_mlp_parameters(const FusedMlp&);
 
 // The most rows (M) of the kernels for few rows. Below them packing weight would cost more than it saves.
 constexpr int64_t kFewRowsForward = 32;
-constexpr int64_t kFewRows = 8;      // dgrad and wgrad
+constexpr int64_t kFewRowsDgrad = 8;
+constexpr int64_t kFewRowsWgrad = 16;
 constexpr int64_t kFewDz = 1 << 18;  // the most elements of dz, which every thread makes for itself: 1 MiB of f32
 
 // The most columns (N) of the kernels for few columns, which read rows of x and pack nothing.
@@ -115,8 +116,8 @@ struct KernelTable {
   // Few rows, nothing packed. forward needs x and weight contiguous along k, dgrad needs weight contiguous along k.
   FewForward few_forward;
   FewForward tiles_forward;  // takes over from tiles_forward.least_rows on; run == nullptr: there is none
-  void (*few_dgrad)(const Gemm&, const Parallel&);  // M <= kFewRows
-  void (*few_wgrad)(const Gemm&, const Parallel&);  // M <= kFewRows
+  void (*few_dgrad)(const Gemm&, const Parallel&);  // M <= kFewRowsDgrad
+  void (*few_wgrad)(const Gemm&, const Parallel&);  // M <= kFewRowsWgrad
   // Few columns, N <= kFewColumns; x and weight contiguous along k.
   void (*few_columns_forward)(const Gemm&, const Parallel&);
   void (*few_columns_backward)(const ColumnsBackward&, const Parallel&);

@@ -216,6 +216,7 @@ const Device kCpu = {
       return cpu::plan_glu_forward(p, cpu::machine_that_runs(p, cpu_routes() != nullptr));
     },
     [](const GluBackwardProblem& p) { return cpu::plan_glu_backward(p, cpu::machine_that_runs(p, true)); },
+    [](const BackwardProblem& p) { return cpu::plan_glu_products(p, cpu::machine_that_runs(p, true)); },
     &cpu::run_glu_pass,
     &cpu::run_glu_gradient_pass,
     &cpu::library_operand,

@@ -285,6 +285,7 @@ const Device kCuda = {
     &cuda::run_gradient_pass,
     [](const GluForwardProblem& p) { return cuda::plan_glu_forward(p, cuda::kMachine); },
     [](const GluBackwardProblem& p) { return cuda::plan_glu_backward(p, cuda::kMachine); },
+    [](const BackwardProblem& p) { return cuda::plan_backward(p, cuda::kMachine); },
     [](const Problem& c, const GluPass& p) { C10_CUDA_CHECK(cuda::glu_pass(c.dtype, p, cuda::stream())); },
     &cuda::run_glu_gradient_pass,
     /*library_operand=*/[](const at::Tensor& a) { return a; },

@@ -3,7 +3,7 @@
 //
 //   forward  (M <= 32)  dot products along k
 //   dgrad    (M <= 8)   rows of weight scaled and added up
-//   wgrad    (M <= 8)   outer products, written once
+//   wgrad    (M <= 16)  outer products, written once
 //
 // forward multiplies blocks of DLK_DOT_M rows of x and DLK_DOT_N rows of w. Each pair of rows has its own accumulator
 // register, so a loaded register of w serves every row of x. At the end row_sums adds up the lanes.
@@ -191,16 +191,22 @@ DLK_INLINE void add_rows(const Acc<T>* dz, int64_t dz_stride, const T* w, int64_
 template <class A, class B, class C>
 void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n = K, p.k = N
   static constexpr int64_t kCols = 512;
-  parallel.run(ceil_div(p.n, kCols), &p, [](const void* context, int64_t begin, int64_t end) {
-    const auto& p = *(const Gemm*)context;
+  struct Call {
+    const Gemm& p;
+    int64_t cols;  // of a task: each thread has one at least
+  };
+  const int64_t share = round_up(ceil_div(p.n, int64_t{parallel.threads}), 4 * kLanes<C>);
+  const Call call{p, min(kCols, share)};
+  parallel.run(ceil_div(p.n, call.cols), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& [p, most] = *(const Call*)context;
     const auto* dz = few_dz<Convert<A>>(p, p.m, p.k, p.a, p.saved);
     const B* w = (const B*)p.b.data;
     const int64_t ws = p.b.row_stride;
     constexpr int64_t ld = kCols;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t j0 = task * kCols, cols = min(kCols, p.n - j0);
-      Acc<C> dx[kFewRows * ld];
-      double total[kFewRows * ld];
+      const int64_t j0 = task * most, cols = min(most, p.n - j0);
+      Acc<C> dx[kFewRowsDgrad * ld];
+      double total[kFewRowsDgrad * ld];
       for (int64_t n0 = 0; n0 < p.k; n0 += kRowSums) {
         const int64_t n1 = min(n0 + kRowSums, p.k);
         for (int64_t i = 0; i < p.m * ld; ++i) dx[i] = 0;
@@ -209,7 +215,9 @@ void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n 
           int64_t i = 0;
           for (; i + 4 <= p.m; i += 4)
             add_rows<B, 4, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
-          for (; i < p.m; ++i) add_rows<B, 1, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+          for (; i + 2 <= p.m; i += 2)
+            add_rows<B, 2, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
+          if (i < p.m) add_rows<B, 1, 8>(dz + i * p.k + n, p.k, w + n * ws + j0, ws, dx + i * ld, ld, cols);
         }
         for (; n < n1; ++n)
           for (int64_t i = 0; i < p.m; ++i)
@@ -224,6 +232,38 @@ void few_dgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = M, p.n 
   });
 }
 
+// R rows of dweight, W registers of each, whose sums stay in registers: a loaded register of x serves R rows.
+template <int R, int W, class B, class C>
+DLK_INLINE void outer_products(const Gemm& p, const B* x, int64_t x_stride, const Acc<C>* dz, C* out, int64_t valid) {
+  constexpr int64_t lanes = kLanes<C>;
+  Vec<Acc<C>> sums[R][W] = {};
+  for (int64_t i = 0; i < p.k; ++i) {
+    const B* row = x + i * p.b.row_stride;
+    Vec<Acc<C>> values[W];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) values[w] = load_partial(row + w * lanes * x_stride, x_stride, valid - w * lanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) sums[r][w] = fma(values[w], broadcast(dz[i * p.m + r]), sums[r][w]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) store_partial(out + r * p.n + w * lanes, sums[r][w], valid - w * lanes);
+}
+
+// R whole rows of dweight.
+template <int R, class B, class C>
+DLK_INLINE void outer_rows(const Gemm& p, int64_t x_stride, const Acc<C>* dz, C* out) {
+  constexpr int64_t lanes = kLanes<C>;
+  const B* x = (const B*)p.b.data;
+  int64_t j = 0;
+  for (; j + 2 * lanes <= p.n; j += 2 * lanes)
+    outer_products<R, 2, B, C>(p, x + j * x_stride, x_stride, dz, out + j, 2 * lanes);
+  for (; j < p.n; j += lanes) outer_products<R, 1, B, C>(p, x + j * x_stride, x_stride, dz, out + j, p.n - j);
+}
+
 // f32 x is multiplied without rounding.
 template <class A, class B, class C>
 void few_wgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = N, p.n = K, p.k = M
@@ -232,16 +272,12 @@ void few_wgrad_with(const Gemm& p, const Parallel& parallel) {  // p.m = N, p.n 
     const auto& p = *(const Gemm*)context;
     const auto* dz = few_dz<Convert<A>>(p, p.k, p.m, p.a.transposed(), p.saved.transposed());
     const int64_t last = min(end * kRows, p.m);
-    for (int64_t n = begin * kRows; n < last; ++n) {
-      C* out = (C*)p.c + n * p.n;
-      each_register<C>(p.n, [&](int64_t j, int64_t valid) DLK_INLINED {
-        auto sum = Vec<Acc<C>>{};
-        for (int64_t i = 0; i < p.k; ++i)
-          sum = fma(load_partial((const B*)p.b.data + i * p.b.row_stride + j * p.b.col_stride, p.b.col_stride, valid),
-                    broadcast(dz[i * p.m + n]), sum);
-        store_partial(out + j, sum, valid);
-      });
-      if (!p.row_sum) continue;
+    int64_t n = begin * kRows;
+    if (p.b.col_stride == 1)
+      for (; n + 4 <= last; n += 4) outer_rows<4, B, C>(p, 1, dz + n, (C*)p.c + n * p.n);
+    for (; n < last; ++n) outer_rows<1, B, C>(p, p.b.col_stride, dz + n, (C*)p.c + n * p.n);
+    if (!p.row_sum) return;
+    for (n = begin * kRows; n < last; ++n) {
       Acc<C> lanes[kLanes<C>] = {};
       for (int64_t i = 0; i < p.k; ++i) lanes[0] += dz[i * p.m + n];
       store_partial((C*)p.row_sum + n, load(lanes), 1);
