@@ -78,6 +78,8 @@ SHAPES = {
         Shape("vit-s-ffn", 1576, 384, 1536),
         Shape("odd-batch", 333, 1000, 1000),
         Shape("small-batch", 64, 512, 512),
+        Shape("batch-4", 4, 512, 512),
+        Shape("batch-8", 8, 768, 3072),
         Shape("odd-sizes", 12345, 77, 131),
     )
 }

@@ -39,9 +39,28 @@ void count_steps(const std::vector<at::Tensor>& steps) {
   }
 }
 
+void update_at_rate_on_gpu(const OptimizerGroup& g, at::TensorList grads) {
+  const at::Tensor& lr = g.lr_on_gpu;
+  switch (g.rule) {
+    case cpu::UpdateRule::adam:
+      return at::_ops::_fused_adam__tensor_lr::call(g.parameters, grads, g.means, g.squares, g.max_squares, g.steps, lr,
+                                                    g.beta1, g.beta2, g.weight_decay, g.eps, g.amsgrad, g.maximize, {},
+                                                    {});
+    case cpu::UpdateRule::adamw:
+      return at::_ops::_fused_adamw__tensor_lr::call(g.parameters, grads, g.means, g.squares, g.max_squares, g.steps,
+                                                     lr, g.beta1, g.beta2, g.weight_decay, g.eps, g.amsgrad, g.maximize,
+                                                     {}, {});
+    case cpu::UpdateRule::sgd:
+      return at::_ops::_fused_sgd__tensor_lr::call(g.parameters, grads, g.means, g.weight_decay, g.beta1, lr,
+                                                   g.dampening, g.nesterov, g.maximize, /*is_first_step=*/false, {},
+                                                   {});
+  }
+}
+
 }  // namespace
 
 void update_by_torch(const OptimizerGroup& g, at::TensorList grads) {
+  if (g.lr_on_gpu.defined()) return update_at_rate_on_gpu(g, grads);
   switch (g.rule) {
     case cpu::UpdateRule::adam:
       return at::_ops::_fused_adam_::call(g.parameters, grads, g.means, g.squares, g.max_squares, g.steps, g.lr,

@@ -20,7 +20,8 @@ struct OptimizerGroup {
   std::vector<at::Tensor> squares;      // exp_avg_sq; adam and adamw
   std::vector<at::Tensor> max_squares;  // max_exp_avg_sq; amsgrad
   std::vector<at::Tensor> steps;        // of 0 dimensions, float32 or float64; adam and adamw
-  int64_t members = 1;  // of an ensemble, whose tensors are stacked: each has the bits of the member alone
+  at::Tensor lr_on_gpu;  // of one float32, in place of `lr` where it is defined: a CUDA graph reads it at each replay
+  int64_t members = 1;   // of an ensemble, whose tensors are stacked: each has the bits of the member alone
 };
 
 // The same by torch's kernels alone, for steps that are counted already.

@@ -161,6 +161,16 @@ struct Group {
   std::vector<int64_t> gradients;  // places among the gradients
   bool has_momentum;
 
+  // A learning rate on the GPU stays there: to read it would wait for the GPU, and a CUDA graph would freeze it.
+  bool read_rate(PyObject* found) {
+    update.lr_on_gpu = at::Tensor();
+    if (!found || !is_exactly_tensor(found) || !python::unpack(found).is_cuda()) return read_number(found, update.lr);
+    const at::Tensor& t = python::unpack(found);
+    if (t.numel() != 1 || t.scalar_type() != at::kFloat) return false;
+    update.lr_on_gpu = t;
+    return true;
+  }
+
   bool read() {
     static PyObject* const names[] = {
         PyUnicode_InternFromString("lr"),       PyUnicode_InternFromString("weight_decay"),
@@ -169,7 +179,7 @@ struct Group {
     auto number = [&](int name, double& value) {
       return read_number(PyDict_GetItem(settings.ptr(), names[name]), value);
     };
-    if (!number(0, update.lr) || !number(1, update.weight_decay)) return false;
+    if (!read_rate(PyDict_GetItem(settings.ptr(), names[0])) || !number(1, update.weight_decay)) return false;
     if (update.rule == cpu::UpdateRule::sgd)
       return number(4, update.beta1) && number(5, update.dampening) && (update.beta1 != 0) == has_momentum;
     PyObject* betas = PyDict_GetItem(settings.ptr(), names[3]);

@@ -49,6 +49,10 @@ def training_step(
     float32 and float64 on CPU a kernel of ours makes it. It is compared with torch's once per process; where the bits
     differ, and in 16-bit dtypes and on CUDA, torch's kernel makes it.
 
+    On CUDA a call is a sequence of launches that a CUDA graph can capture, if the optimizer has its state
+    (``capturable=True``, after a first step): nothing waits for the GPU. The graph reads a learning rate that is a
+    float32 tensor there at each replay; a number is frozen.
+
     Of an :class:`dlkernels.nn.MLPEnsemble` each member has its own loss, and a step returns the losses of the members.
     Their sum is what is differentiated, so each member's gradient and update have the bits of the member trained alone
     where ``step.why`` is empty. x is ``[rows, in_features]`` for all members or ``[members, rows, in_features]``; the

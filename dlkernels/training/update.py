@@ -55,10 +55,14 @@ def add_groups(plan: _C.StepPlan, optimizer: optim.Optimizer, trained: list[Tens
     return [state for p in trained if (state := optimizer.state.get(p)) is not None]
 
 
-def _check_numbers(group: dict[str, Any], *names: str) -> None:
+def _check_numbers(group: dict[str, Any], parameters: Sequence[Tensor], *names: str) -> None:
     for name in names:
         value = group[name]
-        if isinstance(value, Tensor) and not (are_plain(value) and value.is_cpu and value.numel() == 1):
+        if not isinstance(value, Tensor):
+            continue
+        one = are_plain(value) and value.numel() == 1
+        rate_on_gpu = name == "lr" and value.dtype == torch.float32 and parameters[0].device == value.device
+        if not one or not (value.is_cpu or rate_on_gpu):
             raise Ordinary(f"{name} of the optimizer is a tensor of another kind than one number on the CPU")
 
 
@@ -90,9 +94,11 @@ _ADAM, _ADAMW, _SGD = range(3)  # UpdateRule of csrc/kernels/cpu/kernels.h
 
 
 def _adam(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]) -> _Update:
-    _check_numbers(group, "lr", "weight_decay", "eps")
-    if group.get("capturable") or group.get("differentiable") or isinstance(group["betas"][0], Tensor):
-        raise Ordinary("the optimizer is capturable or differentiable")
+    _check_numbers(group, parameters, "lr", "weight_decay", "eps")
+    if group.get("differentiable") or isinstance(group["betas"][0], Tensor):
+        raise Ordinary("the optimizer is differentiable")
+    if group.get("capturable") and not parameters[0].is_cuda:
+        raise Ordinary("the optimizer is capturable, which is for GPUs")
     means, squares, steps = _states(optimizer, parameters, "exp_avg", "exp_avg_sq", "step")
     maxima = _states(optimizer, parameters, "max_exp_avg_sq")[0] if group["amsgrad"] else []
     decoupled = group.get("decoupled_weight_decay", type(optimizer) is optim.AdamW)
@@ -100,9 +106,9 @@ def _adam(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Te
 
 
 def _sgd(optimizer: optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]) -> _Update:
-    _check_numbers(group, "lr", "momentum", "dampening", "weight_decay")
+    _check_numbers(group, parameters, "lr", "momentum", "dampening", "weight_decay")
     if group.get("differentiable"):
-        raise Ordinary("the optimizer is capturable or differentiable")
+        raise Ordinary("the optimizer is differentiable")
     buffers = _states(optimizer, parameters, "momentum_buffer")[0] if group["momentum"] else []
     return _SGD, buffers, [], [], []
 

@@ -462,3 +462,54 @@ def test_raw_op_checks():
             op(*args)
     loss, y, grads = op(x, [w], [None], [0], 0.0, t, 0, *rest, [0, 0])
     assert loss.item() == 4.0 and torch.equal(y, torch.full((2, 4), 3.0)) and grads == []
+
+
+def test_a_capturable_optimizer_on_the_cpu_takes_the_calls():
+    model = MLP([5, 6, 3])
+    optimizer = optim.Adam(model.parameters(), fused=True)
+    step = training_step(model, nn.MSELoss(), optimizer)
+    x, target = torch.randn(4, 5), torch.randn(4, 3)
+    step(x, target), step(x, target)
+    assert not step.why
+    optimizer.param_groups[0]["capturable"] = True
+    step(x, target)
+    assert "capturable" in step.why
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rate_on_gpu", [True, False])
+@pytest.mark.parametrize("kind", [optim.Adam, optim.AdamW])
+def test_a_step_in_a_cuda_graph(gpu, kind, rate_on_gpu):
+    """A replay is a whole step, and reads the learning rate anew where it is a tensor on the GPU."""
+    torch.manual_seed(1)
+    model = MLP([8, 64, 64, 4]).to(gpu)
+    other = copy.deepcopy(model)
+
+    def optimizer_of(model):
+        rate = torch.tensor(0.01, device=gpu) if rate_on_gpu else 0.01
+        return kind(model.parameters(), lr=rate, fused=True, capturable=True)
+
+    optimizer, its = optimizer_of(model), optimizer_of(other)
+    step, other_step = (training_step(m, nn.MSELoss(), o) for m, o in ((model, optimizer), (other, its)))
+    x, target = torch.randn(32, 8, device=gpu), torch.randn(32, 4, device=gpu)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(x, target)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert not step.why
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step(x, target)
+    assert not step.why
+    for number in range(8):
+        if number == 4 and rate_on_gpu:
+            for each in (optimizer, its):
+                each.param_groups[0]["lr"].fill_(0.001)
+        if number >= 3:
+            graph.replay()
+        expected = other_step(x, target)
+    torch.testing.assert_close(value, expected)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
