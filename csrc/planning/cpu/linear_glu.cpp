@@ -17,7 +17,9 @@ bool is_packed(const Plan& half) { return half.count == 1 && half.steps[0].path 
 // products and with torch's: 256, 1024→2816 0.95 and 1.02, 2048→5632 0.97 and 1.05; but 512→1376 1.13 and 0.99.
 bool library_is_faster(Op op, const Problem& p, bool forward_alone, const Machine& machine) {
   const auto [m, n, k] = p.shape;
-  const bool measured = p.dtype == DType::f32 ? !machine.bf16_products : p.dtype == DType::bf16 && (!forward_alone || n * k >= (int64_t{1} << 21));
+  const bool measured = p.dtype == DType::f32
+                            ? !machine.bf16_products
+                            : p.dtype == DType::bf16 && (!forward_alone || n * k >= (int64_t{1} << 21));
   const bool large =
       m > 128 && n * k >= (int64_t{1} << 19) && k % 32 == 0 && n % 32 == 0;  // whole tiles: nothing is copied
   if (!measured || !large || machine.forced != Forced::no || machine.isa_capped) return false;
