@@ -69,6 +69,8 @@ GRID = (
     (1576, 384, 1536),
     (333, 1000, 1000),
     (64, 512, 512),
+    (4, 512, 512),
+    (8, 768, 3072),
     (12345, 77, 131),
 )
 """(m, k, n) of the layers that are measured if none are named: the grid of the benchmark."""

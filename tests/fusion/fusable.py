@@ -157,6 +157,28 @@ def _remembered(key, owner, x, *given):
 
 
 @contextlib.contextmanager
+def decided_glus(note=None):
+    """Collect the arguments of gated layers, of two weights or of a packed one, that a call decides about.
+
+    ``note`` is called for each of them.
+    """
+    calls = []
+
+    def counting(real):
+        def run(*args):
+            calls.append(args)
+            if note is not None:
+                note()
+            return real(*args)
+
+        return run
+
+    names = "linear_glu", "linear_glu_packed"
+    with mock.patch.multiple(gated, **{name: counting(getattr(gated, name)) for name in names}):
+        yield calls
+
+
+@contextlib.contextmanager
 def gated_runs():
     """Count gated layers that run as one while it lasts, in a list; they are no places of ``fused_runs``."""
     runs = []
@@ -167,11 +189,7 @@ def gated_runs():
             runs.append(key)
         return y
 
-    def decided(*args, real=gated.linear_glu):
-        runs.append(None)
-        return real(*args)
-
-    with mock.patch.object(memory, "run_again", run_again), mock.patch.object(gated, "linear_glu", decided):
+    with mock.patch.object(memory, "run_again", run_again), decided_glus(lambda: runs.append(None)):
         yield runs
 
 

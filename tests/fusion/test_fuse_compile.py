@@ -22,8 +22,10 @@ from tests.support.paths import ROOT
 OURS = (
     functional.linear_act,
     functional.linear_glu,
+    functional.linear_glu_packed,
     torch.ops.dlkernels._linear_act.default,
     torch.ops.dlkernels._linear_glu.default,
+    torch.ops.dlkernels._linear_glu_packed.default,
 )
 
 

@@ -206,7 +206,7 @@ def found_by_the_backend(model, x):
 
     def count(graph, inputs):
         backend.fuse_graph(graph)
-        found.append(sum(n.target is functional.linear_glu for n in graph.graph.nodes))
+        found.append(sum(n.target in (functional.linear_glu, functional.linear_glu_packed) for n in graph.graph.nodes))
         return graph.forward
 
     torch._dynamo.reset()

@@ -8,7 +8,7 @@ namespace dlk::cpu {
 
 GluPlan plan_glu_forward(const GluForwardProblem&, const Machine&);
 GluPlan plan_glu_backward(const GluBackwardProblem&, const Machine&);
-// Of a layer without activation whose g a pass made: the products of one half, or of both in one.
+// The products of backward, behind the pass that makes dz: those of one half, or of both halves as one layer.
 Plan plan_glu_products(const BackwardProblem&, const Machine&);
 
 }  // namespace dlk::cpu
