@@ -40,6 +40,10 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     ),
     "layers": ([CHECKS], {}),
     "gated-layers": (["tests/ops/test_linear_glu.py", "-k", GATED], {}),
+    "packed-gated-layers": (
+        ["tests/ops/test_linear_glu_packed.py", "-k", "every_activation or empty or leading or subset or explain"],
+        {},
+    ),
     "losses": (  # test_cuda_losses.py has their kernels
         [
             *(f"tests/ops/test_losses_{name}.py" for name in ("autograd", "cross_entropy")),
