@@ -16,7 +16,7 @@ from dlkernels import functional
 from dlkernels.choices import Activation
 from dlkernels.testing import STOCK as FORMULAS
 
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+FORMULAS_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "leaky_relu": F.leaky_relu_,
     "silu": lambda z: F.silu(z, inplace=True),
@@ -31,7 +31,7 @@ def _stock(activation: str) -> Op:
 
 
 def _in_place(activation: str) -> Op | None:
-    act = _IN_PLACE.get(activation)
+    act = FORMULAS_IN_PLACE.get(activation)
     return None if act is None else lambda x, weight, bias: act(F.linear(x, weight, bias))
 
 
