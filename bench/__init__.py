@@ -11,5 +11,5 @@ Reading order:
    ``record``.
 5. ``figures``: ratios and shares; ``table``, ``plot``, ``readme_table`` and ``aims`` show them.
 
-``overhead``, ``networks``, ``dispatch`` and ``trainer_loop`` are separate programs.
+``overhead``, ``networks``, ``sweep``, ``dispatch`` and ``trainer_loop`` are separate programs.
 """

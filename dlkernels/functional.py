@@ -182,8 +182,8 @@ def linear_glu_packed(
     """:func:`linear_glu` with both weights in one, as Phi-3's ``gate_up_proj`` and diffusers' GEGLU have them.
 
     It equals ``gate, up = F.linear(x, weight, bias).chunk(2, -1)`` and ``act(gate) * up``; with ``gate_first=False``
-    the halves are up and the gate, as in ``F.glu``. Backward makes the gradient of the weight, and that of x, by one
-    product each. ``explain_glu(x, *weight.chunk(2), packed=True)`` shows the plan.
+    the halves are up and the gate, as in ``F.glu``. Forward is one product, and so are the gradient of the weight and
+    that of x. ``explain_glu(x, *weight.chunk(2), packed=True)`` shows the plan.
 
     Args:
         x: ``[..., in_features]``, any strides.

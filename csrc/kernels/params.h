@@ -94,7 +94,8 @@ struct Gemm {
   bool gated;           // there is a second product
   View b_up;            // B[p, j] of it
   const void* bias_up;  // [n] contiguous, or nullptr
-  void* z_up;           // [m, n] contiguous: receives the second preactivation; set where z is
+  void* z_up;           // [m, n]: receives the second preactivation; set where z is
+  int64_t z_pitch;      // of z and z_up: elements from row to row
 };
 
 // dz = g · act'(saved) and dbias = the column sums of dz, as one elementwise pass. For library products, which read dz
@@ -140,11 +141,12 @@ struct BiasActPass {
   void* z_sum;  // receives z + bias, or nullptr
 };
 
-// y = act(gate) · up, elementwise over count contiguous elements, behind the two products of a gated layer. y may be the
-// memory of either operand.
+// y = act(gate) · up, [m, n], behind the products of a gated layer. y is contiguous. It may be the memory of either operand if
+// those are.
 struct GluPass {
-  int64_t count;
+  int64_t m, n;
   const void *gate, *up;  // the preactivations
+  int64_t pitch;          // of gate and up: elements from row to row
   Activation act;
   void* y;
 };

@@ -86,8 +86,14 @@ TORCH_LIBRARY(dlkernels, m) {
       "Tensor? up, int act, float slope, bool need_x, bool need_weight_gate, bool need_weight_up, "
       "bool need_bias_gate, bool need_bias_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "_linear_glu_packed_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor? gate, Tensor? up, int act, "
-      "float slope, bool gate_first, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+      "_linear_glu_packed_forward(Tensor x, Tensor weight, Tensor? bias, int act, float slope, bool gate_first) -> "
+      "Tensor");
+  m.def(
+      "_linear_glu_packed_forward_z(Tensor x, Tensor weight, Tensor? bias, int act, float slope, bool gate_first) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "_linear_glu_packed_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor z, int act, float slope, "
+      "bool gate_first, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("_mlp_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] acts, float slope, int[] keep) -> Tensor[]");
   m.def(
       "_mlp_backward(Tensor grad_y, Tensor? x, Tensor?[] weights, Tensor? y, Tensor[] kept, int[] keep, int[] acts, "
@@ -137,6 +143,8 @@ DLK_IMPLEMENT_IN_TORCH(FuncTorchBatchedDecomposition)
     m.impl("_linear_glu_forward", &dlk::On<dlk::device, dlk::linear_glu_forward>::call);                     \
     m.impl("_linear_glu_forward_z", &dlk::On<dlk::device, dlk::linear_glu_forward_z>::call);                 \
     m.impl("_linear_glu_backward", &dlk::On<dlk::device, dlk::linear_glu_backward>::call);                   \
+    m.impl("_linear_glu_packed_forward", &dlk::On<dlk::device, dlk::linear_glu_packed_forward>::call);       \
+    m.impl("_linear_glu_packed_forward_z", &dlk::On<dlk::device, dlk::linear_glu_packed_forward_z>::call);   \
     m.impl("_linear_glu_packed_backward", &dlk::On<dlk::device, dlk::linear_glu_packed_backward>::call);     \
     m.impl("_mlp_forward", &dlk::On<dlk::device, dlk::mlp_forward>::call);                                   \
     m.impl("_mlp_backward", &dlk::On<dlk::device, dlk::mlp_backward>::call);                                 \

@@ -51,7 +51,8 @@ template class Dispatched<Five(T, OptionalT, OptionalT, OptionalT, OptionalT, Op
                                bool, bool)>;
 template class Dispatched<Five(OptionalT, OptionalT, OptionalT, OptionalT, OptionalT, OptionalT, OptionalT, OptionalT,
                                Int, double, bool, bool, bool, bool, bool)>;
-template class Dispatched<Three(T, OptionalT, OptionalT, OptionalT, OptionalT, Int, double, bool, bool, bool, bool)>;
+template class Dispatched<Two(T, T, OptionalT, Int, double, bool)>;
+template class Dispatched<Three(T, OptionalT, OptionalT, T, Int, double, bool, bool, bool, bool)>;
 
 // A chain: recorded, forward, the backwards, and a training step.
 template class Dispatched<at::Tensor(T, Ts, OptionalTs, Ints, double)>;

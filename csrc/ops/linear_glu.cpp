@@ -3,6 +3,8 @@
 
 #include <c10/core/DeviceGuard.h>
 
+#include <type_traits>
+
 #include "kernels/activation.h"
 #include "ops/check.h"
 #include "ops/layer.h"
@@ -11,7 +13,7 @@
 namespace dlk {
 namespace {
 
-constexpr const char* kGlu = "linear_glu";
+constexpr const char *kGlu = "linear_glu", *kGluPacked = "linear_glu_packed";
 
 Problem check_glu_forward(const at::Tensor& x, const at::Tensor& weight_gate, const at::Tensor& weight_up,
                           const OptionalTensor& bias_gate, const OptionalTensor& bias_up, int64_t act, double slope) {
@@ -61,6 +63,27 @@ GluBackwardProblem check_glu_backward(const at::Tensor& grad_y, const OptionalTe
 
 View view_or_null(const at::Tensor& t) { return t.defined() ? view_of(t) : View{}; }
 
+// x [M, K], the weights [N, K], the biases [N] or nullptr; where the preactivations go, or nullptr, and how far apart their rows
+// lie.
+struct FusedForward {
+  View x, weight_gate, weight_up;
+  const void *bias_gate, *bias_up;
+  void *gate, *up;
+  int64_t z_pitch;
+};
+
+// Both products in one step.
+void run_fused(const Device& device, const GluPlan& plan, const Problem& c, const FusedForward& of,
+               const at::Tensor& y) {
+  Product p{product(Op::forward, c.shape, c.dtype, of.x, of.weight_gate)};
+  p.gated = true;
+  p.b_up = of.weight_up.transposed();
+  p.act = c.act;
+  p.bias = of.bias_gate, p.bias_up = of.bias_up;
+  p.c = y.data_ptr(), p.z = of.gate, p.z_up = of.up, p.z_pitch = of.z_pitch;
+  device.product(plan.gate.steps[0], c, p, y);
+}
+
 at::Tensor forward(const Device& device, const Problem& c, const at::Tensor& x, const at::Tensor& weight_gate,
                    const at::Tensor& weight_up, const OptionalTensor& bias_gate, const OptionalTensor& bias_up,
                    bool wants_z, at::Tensor& gate, at::Tensor& up) {
@@ -70,16 +93,12 @@ at::Tensor forward(const Device& device, const Problem& c, const at::Tensor& x, 
   if (c.is_empty()) return y;
   const at::Tensor rows = as_rows(x), b_gate = contiguous_or_none(bias_gate), b_up = contiguous_or_none(bias_up);
   const View x_view = view_of(rows), gate_view = view_of(weight_gate), up_view = view_of(weight_up);
-  const GluPlan plan = device.plan_glu_forward({c, x_view, gate_view, up_view, wants_z});
+  const GluPlan plan = device.plan_glu_forward({c, x_view, gate_view, up_view, wants_z, false});
   if (plan.fused) {
-    const Step& step = plan.gate.steps[0];
-    Product p{product(Op::forward, c.shape, c.dtype, x_view, gate_view)};
-    p.gated = true;
-    p.b_up = up_view.transposed();
-    p.act = c.act;
-    p.bias = const_data_or_null(b_gate), p.bias_up = const_data_or_null(b_up);
-    p.c = y.data_ptr(), p.z = data_or_null(gate), p.z_up = data_or_null(up);
-    device.product(step, c, p, y);
+    run_fused(device, plan, c,
+              {x_view, gate_view, up_view, const_data_or_null(b_gate), const_data_or_null(b_up), data_or_null(gate),
+               data_or_null(up), c.shape.n},
+              y);
     return y;
   }
   // The pass overwrites one preactivation with y where nobody keeps them.
@@ -87,27 +106,76 @@ at::Tensor forward(const Device& device, const Problem& c, const at::Tensor& x, 
   const Problem half = {c.shape, c.dtype, {Act::none, 0}};
   run_forward(device, plan.gate, half, rows, weight_gate, b_gate, {z_gate, {}, {}});
   run_forward(device, plan.up, half, rows, weight_up, b_up, {z_up, {}, {}});
-  device.glu_pass(c, {c.shape.m * c.shape.n, z_gate.const_data_ptr(), z_up.const_data_ptr(), c.act, y.data_ptr()});
+  const auto [m, n, k] = c.shape;
+  device.glu_pass(c, {m, n, z_gate.const_data_ptr(), z_up.const_data_ptr(), n, c.act, y.data_ptr()});
   return y;
 }
 
-// Tensors with both halves behind each other, of n features each.
+// Memory with both halves behind each other, of n features each.
 struct Packed {
   int64_t n;
   bool gate_first;
 
-  at::Tensor gate(const at::Tensor& both, int64_t dim) const { return half(both, dim, !gate_first); }
-  at::Tensor up(const at::Tensor& both, int64_t dim) const { return half(both, dim, gate_first); }
+  // Pointers, because an operator of torch's for each half would take longer than a small layer. `step` is in elements, from
+  // one feature to the next.
+  template <class Data>
+  Data* gate(Data* both, DType dtype, int64_t step = 1) const {
+    return half(both, dtype, step, !gate_first);
+  }
+  template <class Data>
+  Data* up(Data* both, DType dtype, int64_t step = 1) const {
+    return half(both, dtype, step, gate_first);
+  }
 
  private:
-  at::Tensor half(const at::Tensor& both, int64_t dim, bool second) const {
-    return both.defined() ? both.narrow(dim, second ? n : 0, n) : both;
+  template <class Data>
+  Data* half(Data* both, DType dtype, int64_t step, bool second) const {
+    using Byte = std::conditional_t<std::is_const_v<Data>, const char, char>;
+    return both && second ? static_cast<Byte*>(both) + n * step * element_size(dtype) : both;
   }
 };
 
 void check_packed(const at::Tensor& weight, int64_t n) {
-  TORCH_CHECK(weight.dim() == 2 && weight.size(0) == 2 * n, "linear_glu_packed: weight must be [", 2 * n,
+  TORCH_CHECK(weight.dim() == 2 && weight.size(0) == 2 * n, kGluPacked, ": weight must be [", 2 * n,
               ", in_features], got ", weight.sizes());
+}
+
+// z [..., 2N] receives both preactivations side by side.
+at::Tensor forward_packed(const Device& device, const at::Tensor& x, const at::Tensor& weight,
+                          const OptionalTensor& bias, int64_t act, double slope, bool gate_first, bool wants_z,
+                          at::Tensor& z) {
+  const Problem whole = [&] {
+    const auto [shape, dtype] = check_linear(x, weight, bias, kGluPacked);
+    return Problem{shape, dtype, {Act::none, 0}};
+  }();
+  const auto [m, both, k] = whole.shape;
+  const Packed packed{both / 2, gate_first};
+  check_packed(weight, packed.n);
+  const Problem c = {{m, packed.n, k}, whole.dtype, check_activation(act, slope, kGluPacked)};
+  const c10::OptionalDeviceGuard guard(guarded_device(x));
+  at::Tensor y = new_empty(resized_last(x, packed.n), x.options());
+  if (wants_z) z = new_empty(resized_last(x, both), x.options());
+  if (c.is_empty()) return y;
+  const at::Tensor rows = as_rows(x), b = contiguous_or_none(bias);
+  const View x_view = view_of(rows), w = view_of(weight);
+  const View gate_view = {packed.gate(w.data, c.dtype, w.row_stride), w.row_stride, w.col_stride};
+  const View up_view = {packed.up(w.data, c.dtype, w.row_stride), w.row_stride, w.col_stride};
+  const GluPlan plan = device.plan_glu_forward({c, x_view, gate_view, up_view, wants_z, true});
+  if (plan.fused) {
+    const void* const biases = const_data_or_null(b);
+    void* const preactivations = data_or_null(z);
+    run_fused(device, plan, c,
+              {x_view, gate_view, up_view, packed.gate(biases, c.dtype), packed.up(biases, c.dtype),
+               packed.gate(preactivations, c.dtype), packed.up(preactivations, c.dtype), both},
+              y);
+    return y;
+  }
+  const at::Tensor made = z.defined() ? z : new_empty({m, both}, x.options());
+  run_forward(device, plan.both, whole, rows, weight, b, {made, {}, {}});
+  const void* const preactivations = made.const_data_ptr();
+  device.glu_pass(c, {m, packed.n, packed.gate(preactivations, c.dtype), packed.up(preactivations, c.dtype), both,
+                      c.act, y.data_ptr()});
+  return y;
 }
 
 struct GluBackward {
@@ -158,6 +226,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_glu_forward_z(
   at::Tensor gate, up;
   at::Tensor y = forward(device, c, x, weight_gate, weight_up, bias_gate, bias_up, true, gate, up);
   return {y, gate, up};
+}
+
+at::Tensor linear_glu_packed_forward(const Device& device, const at::Tensor& x, const at::Tensor& weight,
+                                     const OptionalTensor& bias, int64_t act, double slope, bool gate_first) {
+  at::Tensor z;
+  return forward_packed(device, x, weight, bias, act, slope, gate_first, false, z);
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_glu_packed_forward_z(const Device& device, const at::Tensor& x,
+                                                               const at::Tensor& weight, const OptionalTensor& bias,
+                                                               int64_t act, double slope, bool gate_first) {
+  at::Tensor z;
+  at::Tensor y = forward_packed(device, x, weight, bias, act, slope, gate_first, true, z);
+  return {y, z};
 }
 
 GluGradients linear_glu_backward(const Device& device, const at::Tensor& grad_y, const OptionalTensor& x,
@@ -216,34 +298,41 @@ GluGradients linear_glu_backward(const Device& device, const at::Tensor& grad_y,
 }
 
 Gradients linear_glu_packed_backward(const Device& device, const at::Tensor& grad_y, const OptionalTensor& x,
-                                     const OptionalTensor& weight, const OptionalTensor& gate, const OptionalTensor& up,
-                                     int64_t act, double slope, bool gate_first, bool need_x, bool need_weight,
-                                     bool need_bias) {
-  const at::Tensor none, both = weight.value_or(none);
-  const Packed packed{grad_y.dim() ? grad_y.size(-1) : 0, gate_first};
-  if (weight) check_packed(*weight, packed.n);
-  const Half half_gate = {packed.gate(both, 0), gate.value_or(none), need_weight, need_bias};
-  const Half half_up = {packed.up(both, 0), up.value_or(none), need_weight, need_bias};
-  const GluBackwardProblem p = check_glu_backward(grad_y, x, half_gate, half_up, act, slope, need_x);
+                                     const OptionalTensor& weight, const at::Tensor& z, int64_t act, double slope,
+                                     bool gate_first, bool need_x, bool need_weight, bool need_bias) {
+  // z has the shape of its gradient, which is that of the products' outputs.
+  const Problem p = check_backward(z, x, weight, z, act, slope, need_x, need_weight);
+  check_like(grad_y, "grad_y", z, "z", kGluPacked);
+  const auto [m, both, k] = p.shape;
+  const Packed packed{both / 2, gate_first};
+  const int64_t n = packed.n;
+  TORCH_CHECK(both == 2 * n && grad_y.dim() == z.dim() && grad_y.sizes() == at::IntArrayRef(resized_last(z, n)),
+              kGluPacked, ": z must be grad_y's [..., out_features] with twice its features, got ", z.sizes(), " and ",
+              grad_y.sizes());
   const c10::OptionalDeviceGuard guard(guarded_device(grad_y));
-  const auto [m, n, k] = p.shape;
-  const Problem whole = {{m, 2 * n, k}, p.dtype, {Act::none, 0}};
+  const Problem whole = {p.shape, p.dtype, {Act::none, 0}};
   const at::ScalarType dtype = grad_y.scalar_type();
   Gradients made = new_gradients(whole.shape, grad_y, dtype, dtype, need_x, need_weight, need_bias);
   if (p.is_empty()) return made;
 
+  const at::Tensor none, weights = weight.value_or(none);
   const auto& [dx, dweight, dbias] = made;
-  const at::Tensor g = as_rows(grad_y), z_gate = gate ? as_rows(*gate) : none, z_up = up ? as_rows(*up) : none;
-  const at::Tensor dz = need_x || need_weight ? new_empty({m, 2 * n}, g.options()) : none;
-  device.glu_gradient_pass({p.dtype, m, n, view_of(g), view_or_null(z_gate), view_or_null(z_up), p.act,
-                            data_or_null(packed.gate(dz, 1)), data_or_null(packed.up(dz, 1)), 2 * n,
-                            data_or_null(packed.gate(dbias, 0)), data_or_null(packed.up(dbias, 0)), nullptr},
-                           g);
+  const at::Tensor g = as_rows(grad_y), z_rows = as_rows(z);
+  const at::Tensor dz = need_x || need_weight ? new_empty({m, both}, g.options()) : none;
+  const View z_view = view_of(z_rows);
+  const int64_t step = z_view.col_stride;
+  const View gate_view = {packed.gate(z_view.data, p.dtype, step), z_view.row_stride, step};
+  const View up_view = {packed.up(z_view.data, p.dtype, step), z_view.row_stride, step};
+  void *const dzs = data_or_null(dz), *const dbiases = data_or_null(dbias);
+  device.glu_gradient_pass(
+      {p.dtype, m, n, view_of(g), gate_view, up_view, p.act, packed.gate(dzs, p.dtype), packed.up(dzs, p.dtype), 2 * n,
+       packed.gate(dbiases, p.dtype), packed.up(dbiases, p.dtype), nullptr},
+      g);
   if (!dz.defined()) return made;
   const at::Tensor rows = need_weight ? as_rows(*x) : none;
-  const BackwardProblem products{whole, view_of(dz), false, view_or_null(rows), view_or_null(both), need_x, need_weight,
-                                 false, false,       false};
-  run_backward(device, device.plan_glu_products(products), whole, {dz, {}}, rows, both, {dx, dweight, {}});
+  const BackwardProblem products{
+      whole, view_of(dz), false, view_or_null(rows), view_or_null(weights), need_x, need_weight, false, false, false};
+  run_backward(device, device.plan_glu_products(products), whole, {dz, {}}, rows, weights, {dx, dweight, {}});
   return made;
 }
 

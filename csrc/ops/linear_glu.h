@@ -26,11 +26,19 @@ GluGradients linear_glu_backward(const Device&, const at::Tensor& grad_y, const 
                                  bool need_x, bool need_weight_gate, bool need_weight_up, bool need_bias_gate,
                                  bool need_bias_up);
 
-// The same for both halves in one: weight [2N, K] and bias [2N] are those of the gate and of up, or of up and the gate. So are
-// their gradients: dx, dweight, dbias.
+// The same for both halves in one: weight [2N, K], bias [2N] and the preactivations z [..., 2N] are those of the gate and of up,
+// or of up and the gate.
+at::Tensor linear_glu_packed_forward(const Device&, const at::Tensor& x, const at::Tensor& weight,
+                                     const OptionalTensor& bias, int64_t act, double slope, bool gate_first);
+
+// y, z
+std::tuple<at::Tensor, at::Tensor> linear_glu_packed_forward_z(const Device&, const at::Tensor& x,
+                                                               const at::Tensor& weight, const OptionalTensor& bias,
+                                                               int64_t act, double slope, bool gate_first);
+
+// dx, dweight, dbias
 Gradients linear_glu_packed_backward(const Device&, const at::Tensor& grad_y, const OptionalTensor& x,
-                                     const OptionalTensor& weight, const OptionalTensor& gate, const OptionalTensor& up,
-                                     int64_t act, double slope, bool gate_first, bool need_x, bool need_weight,
-                                     bool need_bias);
+                                     const OptionalTensor& weight, const at::Tensor& z, int64_t act, double slope,
+                                     bool gate_first, bool need_x, bool need_weight, bool need_bias);
 
 }  // namespace dlk

@@ -10,7 +10,8 @@ namespace dlk {
 // shape.n is the out_features of one half.
 struct GluForwardProblem : Problem {
   View x, weight_gate, weight_up;
-  bool z;  // the preactivations are wanted beside y
+  bool z;       // the preactivations are wanted beside y
+  bool packed;  // the weights are the halves of one
 };
 
 struct GluBackwardProblem : Problem {
@@ -37,6 +38,8 @@ struct GluPlan {
   bool fused = false;
   // The products of the halves; of a fused forward `gate` is the one step. In backward they read what `pass` made.
   Plan gate, up;
+  // Forward of packed weights that is not fused: one product makes both preactivations, side by side.
+  Plan both;
   // Backward: dx as one product, where the weights are halves of one matrix.
   Halves halves = Halves::apart;
   Plan dgrad;
@@ -52,9 +55,16 @@ template <class PlanLayer>
 GluPlan plan_glu_forward(const GluForwardProblem& p, PlanLayer&& plan) {
   GluPlan made;
   if (p.is_empty()) return made;
-  const Problem half = {p.shape, p.dtype, {Act::none, 0}};
-  made.gate = plan(ForwardProblem{half, p.x, p.weight_gate, false, false});
-  made.up = plan(ForwardProblem{half, p.x, p.weight_up, false, false});
+  auto product = [&](int64_t n, const View& weight) {
+    const Problem layer = {{p.shape.m, n, p.shape.k}, p.dtype, {Act::none, 0}};
+    return plan(ForwardProblem{layer, p.x, weight, false, false});
+  };
+  if (p.packed) {
+    made.both = product(2 * p.shape.n, p.weight_gate);
+  } else {
+    made.gate = product(p.shape.n, p.weight_gate);
+    made.up = product(p.shape.n, p.weight_up);
+  }
   made.pass = {StepKind::activation_pass, Path::elementwise, kY, kElementwise, false, false, 1};
   return made;
 }

@@ -148,9 +148,12 @@ py::dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one
   const auto [m, n, k] = l.problem.shape;
   Problem c = l.problem;
   c.act.kind = act;
-  const GluPlan forward = half.glu_forward({c, l.x, l.weight, weight_up, true});
+  const GluPlan forward = half.glu_forward({c, l.x, l.weight, weight_up, true, packed});
   const GluPlan backward =
       half.glu_backward({c, l.x, l.weight, weight_up, one_memory, true, true, l.bias, true, l.bias});
+  Layer both = l;
+  both.problem.shape.n = 2 * n;
+  const Plans both_plans = half.with(both);
   py::dict out;
   GluSteps<Plans> steps{half, py::list()};
   if (forward.fused) {
@@ -159,15 +162,13 @@ py::dict glu_plan_of(const Plans& half, Act act, const View& weight_up, bool one
   } else {
     steps.add_half(forward.gate, kZ, 0, 0);
     steps.add_half(forward.up, kZUp, 0, 0);
+    GluSteps<Plans>{both_plans, steps.rows}.add_half(forward.both, kZ | kZUp, 0, 0);
     steps.add_pass(forward.pass);
   }
   out["fused"] = forward.fused;
   out["forward"] = steps.rows;
   steps.rows = py::list();
   steps.add_pass(backward.pass);
-  Layer both = l;
-  both.problem.shape.n = 2 * n;
-  const Plans both_plans = half.with(both);
   if (packed) {
     const View dz = contiguous_view(2 * n);
     const Plan products =

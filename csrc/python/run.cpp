@@ -56,13 +56,10 @@ at::Tensor run_gated(const at::Tensor& x, const at::Tensor& weight_gate, const a
 
 at::Tensor run_packed(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t act,
                       double slope, bool gate_first, bool recorded) {
-  using Recorded = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, double, bool);
-  static const auto with_gradients = dispatched<Recorded>("dlkernels::_linear_glu_packed");
-  if (recorded) return with_gradients.call(x, weight, bias, act, slope, gate_first);
-  const int64_t n = weight.size(0) / 2, gate = gate_first ? 0 : n, up = n - gate;
-  const auto half = [n](const at::Tensor& both, int64_t from) { return both.narrow(0, from, n); };
-  if (!bias) return run_gated(x, half(weight, gate), half(weight, up), {}, {}, act, slope, false);
-  return run_gated(x, half(weight, gate), half(weight, up), half(*bias, gate), half(*bias, up), act, slope, false);
+  using Packed = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, double, bool);
+  static const auto with_gradients = dispatched<Packed>("dlkernels::_linear_glu_packed");
+  static const auto forward = dispatched<Packed>("dlkernels::_linear_glu_packed_forward");
+  return (recorded ? with_gradients : forward).call(x, weight, bias, act, slope, gate_first);
 }
 
 }  // namespace dlk::python

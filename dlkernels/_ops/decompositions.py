@@ -50,10 +50,17 @@ def _glu_forward_z(
     return activation_of_code(act).value(gate, slope) * up, gate, up
 
 
-def _glu_packed(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float, gate_first: bool) -> Tensor:
-    first, second = F.linear(x, weight, bias).chunk(2, -1)
+def _glu_packed_forward_z(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float, gate_first: bool
+) -> tuple[Tensor, Tensor]:
+    z = F.linear(x, weight, bias)
+    first, second = z.chunk(2, -1)
     gate, up = (first, second) if gate_first else (second, first)
-    return activation_of_code(act).value(gate, slope) * up
+    return activation_of_code(act).value(gate, slope) * up, z
+
+
+def _glu_packed(*args: Any) -> Tensor:
+    return _glu_packed_forward_z(*args)[0]
 
 
 def _glu(*args: Any) -> Tensor:
@@ -123,6 +130,8 @@ LAYERS: Decompositions = {  # these return every output of the operator
     _ops._linear_glu_packed.default: _glu_packed,
     _ops._linear_glu_forward.default: _glu,
     _ops._linear_glu_forward_z.default: _glu_forward_z,
+    _ops._linear_glu_packed_forward.default: _glu_packed,
+    _ops._linear_glu_packed_forward_z.default: _glu_packed_forward_z,
 }
 DECOMPOSITIONS: Decompositions = {
     **LAYERS,

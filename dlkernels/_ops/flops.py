@@ -73,6 +73,11 @@ def _glu_forward(x: Shape, weight_gate: Shape, weight_up: Shape, *_: Any, **__: 
     return _product(x, weight_gate) + _product(x, weight_up)
 
 
+@register_flop_formula([_ops._linear_glu_packed_forward, _ops._linear_glu_packed_forward_z])
+def _glu_packed_forward(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return _product(x, weight)
+
+
 @register_flop_formula(_ops._linear_glu_backward)
 def _glu_backward(
     g: Shape, x: Shape | None, weight_gate: Shape | None, weight_up: Shape | None, *rest: Any, **__: Any
@@ -84,7 +89,7 @@ def _glu_backward(
 
 @register_flop_formula(_ops._linear_glu_packed_backward)
 def _glu_packed_backward(g: Shape, x: Shape | None, weight: Shape | None, *rest: Any, **__: Any) -> int:
-    _gate, _up, _act, _slope, _gate_first, need_x, need_weight, _need_bias = rest
+    _z, _act, _slope, _gate_first, need_x, need_weight, _need_bias = rest
     return _gradients((*g[:-1], 2 * g[-1]), x, weight, need_x, need_weight)
 
 

@@ -8,7 +8,7 @@ With g the gradient of y, the gradients of the preactivations are
 * dx = dz_gate Wg + dz_up Wu, dWg = dz_gateᵀ x, dWu = dz_upᵀ x, and both db the sums of a dz over its rows.
 
 The op ``_linear_glu`` (``csrc/ops/autograd/linear_glu.cpp``) serves eager, compile and export. It is a Function in C++,
-whose outputs are y, gate and up. Where its backward is itself differentiated, it calls the op in Python below, which is
+whose outputs are y, gate and up; of ``_linear_glu_packed`` they are y and the preactivations z [..., 2N]. Where its backward is itself differentiated, it calls the op in Python below, which is
 written in torch's operators, and the gradients of gate and up continue through the Function.
 
 Under ``torch.func`` transforms, in forward-mode AD and under ``torch.jit.trace``, and with DTensors, the layer runs as
@@ -29,6 +29,7 @@ from dlkernels._ops.modes import autocast_active, autocast_operands, under_trans
 _recorded = torch.ops.dlkernels._linear_glu.default
 _recorded_packed = torch.ops.dlkernels._linear_glu_packed.default
 _forward = torch.ops.dlkernels._linear_glu_forward.default
+_forward_packed = torch.ops.dlkernels._linear_glu_packed_forward.default
 
 GluGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -110,13 +111,33 @@ def _(
     )
 
 
+@torch.library.register_fake("dlkernels::_linear_glu_packed_forward")
+def _fake_y_packed(x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float, gate_first: bool) -> Tensor:
+    torch._check(
+        x.dim() >= 1 and weight.dim() == 2 and x.shape[-1] == weight.shape[1],
+        lambda: (
+            "linear_glu_packed: x must be [..., in_features] and weight [2 * out_features, in_features]; "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        ),
+    )
+    check_like("linear_glu_packed", "x", x, ("weight", weight), ("bias", bias))
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+@torch.library.register_fake("dlkernels::_linear_glu_packed_forward_z")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: int, slope: float, gate_first: bool
+) -> tuple[Tensor, Tensor]:
+    y = _fake_y_packed(x, weight, bias, act, slope, gate_first)
+    return y, x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 @torch.library.register_fake("dlkernels::_linear_glu_packed_backward")
 def _(
     grad_y: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    gate: Tensor | None,
-    up: Tensor | None,
+    z: Tensor,
     act: int,
     slope: float,
     gate_first: bool,
@@ -124,7 +145,7 @@ def _(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    check_like("linear_glu_packed", "grad_y", grad_y, ("x", x), ("weight", weight), ("gate", gate), ("up", up))
+    check_like("linear_glu_packed", "grad_y", grad_y, ("x", x), ("weight", weight), ("z", z))
     n = 2 * grad_y.shape[-1]
     return (
         grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])) if need_x and weight is not None else None,
@@ -215,16 +236,15 @@ def linear_glu_packed(
 ) -> Tensor:
     """The same with the rows of both weights in one weight [2N, K] and both biases in one bias [2N]."""
     check_packed(weight, bias)
-    tensors = (x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        plain = not under_transform() and not (type(x) is not Tensor and sharding.is_dtensor(x))
-        if plain and autocast_active(x):
-            x, weight, bias = autocast_operands(x, weight, bias)
-        if plain:
-            return _recorded_packed(x, weight, bias, act.code, slope, gate_first)
-    gate, up = (0, 1) if gate_first else (1, 0)
-    weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
-    return linear_glu(x, weights[gate], weights[up], biases[gate], biases[up], act, slope)
+    if under_transform() or (type(x) is not Tensor and sharding.is_dtensor(x)):
+        gate, up = (0, 1) if gate_first else (1, 0)
+        weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
+        return linear_glu(x, weights[gate], weights[up], biases[gate], biases[up], act, slope)
+    if autocast_active(x):
+        x, weight, bias = autocast_operands(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _recorded_packed(x, weight, bias, act.code, slope, gate_first)
+    return _forward_packed(x, weight, bias, act.code, slope, gate_first)
 
 
 def _as_two_layers(

@@ -44,6 +44,7 @@ SMALL: dict[str, str | None] = {
     "python -m bench --quick": f"python -m bench --quick {BENCH}",
     "python -m bench --activations none": f"python -m bench --activations none {BENCH}",
     "python -m bench.overhead": "python -m bench.overhead --seconds 0.01",
+    "python -m bench.sweep": "python -m bench.sweep --seconds 0.1",
     "python -m bench.trainer_loop": "python -m bench.trainer_loop --epochs 1 --threads 1",
     "python -m bench.readme_table bench/results/amd-epyc-2t.json": None,
     "python -m bench.readme_table bench/results/amd-epyc-zen3-2t.json": None,

@@ -141,27 +141,46 @@ def test_a_closed_gate_is_zero_even_of_infinity(kernels, dtype):
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_forward_pass(kernels, act, dtype):
     for count in (0, 1, 7, 8, 1000, 4099):  # memory ends at a page, so some of it is aligned to 16 bytes and some not
-        gate, up = (tensor(count, dtype=dtype, seed=seed) for seed in range(2))
+        gate, up = (tensor(1, count, dtype=dtype, seed=seed) for seed in range(2))
         call = Call(kernels)
-        pointer, y = call.output(count, dtype=dtype)
-        status = kernels.glu_pass(
-            DTYPES.index(dtype), ctypes.c_int64(count), call.pointer(gate), call.pointer(up),
-            list(ACTIVATIONS).index(act), ctypes.c_double(SLOPE), pointer,
-        )  # fmt: skip
-        assert status == 0
+        y = glu_pass(kernels, call, gate, call.pointer(gate), call.pointer(up), count, act)
         want = ACTIVATIONS[act][0](gate.double()) * up.double()
         assert_within(y, want, want.abs() + (gate.double() * up.double()).abs(), 4)
 
 
+def glu_pass(kernels, call, like, gate, up, pitch, act):
+    """Return y. The preactivations of like's shape lie at these addresses."""
+    pointer, y = call.output(*like.shape, dtype=like.dtype)
+    m, n = map(ctypes.c_int64, like.shape)
+    code, slope = list(ACTIVATIONS).index(act), ctypes.c_double(SLOPE)
+    status = kernels.glu_pass(DTYPES.index(like.dtype), m, n, gate, up, ctypes.c_int64(pitch), code, slope, pointer)
+    assert status == 0
+    return y
+
+
+@OF_DTYPES
+@pytest.mark.parametrize(("m", "n"), [(1, 8), (5, 16), (7, 24), (3, 5), (9, 1), (130, 33)])
+def test_forward_pass_over_halves_of_rows(kernels, m, n, dtype):
+    """Rows of both preactivations side by side: whole packs of 16 bytes where n is a multiple of a pack."""
+    both, call = tensor(m, 2 * n, dtype=dtype), Call(kernels)
+    first = call.pointer(both)
+    second = ctypes.c_void_p(first.value + n * both.element_size())
+    for gate, up, halves in ((first, second, (0, 1)), (second, first, (1, 0))):
+        y = glu_pass(kernels, call, both[:, :n], gate, up, 2 * n, "silu")
+        of_gate, of_up = (both.double().chunk(2, -1)[half] for half in halves)
+        want = ACTIVATIONS["silu"][0](of_gate) * of_up
+        assert_within(y, want, want.abs() + (of_gate * of_up).abs(), 4)
+
+
 @OF_DTYPES
 def test_y_may_be_the_memory_of_the_gate(kernels, dtype):
-    gate, up = (tensor(1003, dtype=dtype, seed=seed) for seed in range(2))
+    gate, up = (tensor(17, 59, dtype=dtype, seed=seed) for seed in range(2))
     call = Call(kernels)
-    pointer, y = call.output(1003, dtype=dtype)
-    arguments = list(ACTIVATIONS).index("silu"), ctypes.c_double(SLOPE)
-    count = ctypes.c_int64(1003)
-    assert kernels.glu_pass(DTYPES.index(dtype), count, call.pointer(gate), call.pointer(up), *arguments, pointer) == 0
-    place, other = call.output(1003, dtype=dtype)
+    y = glu_pass(kernels, call, gate, call.pointer(gate), call.pointer(up), 59, "silu")
+    place, other = call.output(17, 59, dtype=dtype)
     other.copy_(gate)
-    assert kernels.glu_pass(DTYPES.index(dtype), count, place, call.pointer(up), *arguments, place) == 0
+    sizes = (ctypes.c_int64(size) for size in (17, 59))
+    code, slope = list(ACTIVATIONS).index("silu"), ctypes.c_double(SLOPE)
+    arguments = (place, call.pointer(up), ctypes.c_int64(59), code, slope, place)
+    assert kernels.glu_pass(DTYPES.index(dtype), *sizes, *arguments) == 0
     assert torch.equal(other, y)

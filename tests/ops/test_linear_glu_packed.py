@@ -148,9 +148,11 @@ def test_compile(gate_first, dynamic, device):
 def test_opcheck(device):
     x, w, b = arguments((6,), device=device)
     torch.library.opcheck(ops._linear_glu_packed.default, (x, w, b, 6, 0.01, True))
-    g, gate, up = (torch.randn(6, 5, dtype=torch.float64, device=device) for _ in range(3))
+    for op in (ops._linear_glu_packed_forward, ops._linear_glu_packed_forward_z):
+        torch.library.opcheck(op.default, (*tuple(t.detach() for t in (x, w, b)), 6, 0.01, False))
+    g, z = (torch.randn(6, n, dtype=torch.float64, device=device) for n in (5, 10))
     for needs in product([False, True], repeat=3):
-        args = (g, x.detach(), w.detach(), gate, up, 6, 0.01, False, *needs)
+        args = (g, x.detach(), w.detach(), z, 6, 0.01, False, *needs)
         only = ("test_schema", "test_faketensor")
         torch.library.opcheck(ops._linear_glu_packed_backward.default, args, test_utils=only)
 

@@ -67,7 +67,7 @@ const char* text_of(const GluPlan& plan) {
   constexpr const char* kSums[] = {"apart", "rounded", "unrounded"};
   static std::string text;
   text = plan.fused ? "fused;" : ";";
-  for (const Plan* part : {&plan.gate, &plan.up, &plan.dgrad}) text += std::string(text_of(*part)) + ";";
+  for (const Plan* part : {&plan.gate, &plan.up, &plan.both, &plan.dgrad}) text += std::string(text_of(*part)) + ";";
   text += outputs_of(plan.pass.outputs) + ";" + kSums[static_cast<int>(plan.dx_sum)];
   return text.c_str();
 }
@@ -237,7 +237,8 @@ const char* cuda_forward(const char* path, int arch, int narrow, int64_t m, int6
 }
 
 // A gated layer of f32 or bf16. On CPU with the kernel set `isa`; on CUDA where it is empty.
-const char* glu_forward(const char* isa, int forced, int64_t m, int64_t n, int64_t k, int dtype, int z) {
+const char* glu_forward(const char* isa, int forced, int64_t m, int64_t n, int64_t k, int dtype, int z,
+                        int packed) {
   const cpu::Kernels set = kernels_of(isa, false);
   const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4, cpu_routes()};
   is_forced = false, given_arch = 90, given_narrow = 0;
@@ -245,7 +246,8 @@ const char* glu_forward(const char* isa, int forced, int64_t m, int64_t n, int64
                                {nullptr, k, 1},
                                {nullptr, k, 1},
                                {nullptr, k, 1},
-                               z != 0};
+                               z != 0,
+                               packed != 0};
   return text_of(*isa ? cpu::plan_glu_forward(p, machine) : cuda::plan_glu_forward(p, kDevice));
 }
 

@@ -409,10 +409,10 @@ def test_rows_for_a_gpu(planning, table):
 HALVES = 1 << 20, (1 << 20) + 4 * 300 * 200  # the addresses of the halves of one float32 [600, 200]
 
 
-def glu_forward(planning, shape, dtype="float32", *, isa="avx512", forced=NO, z=True):
-    text = planning.glu_forward(isa.encode(), forced, *sizes(shape), DTYPES.index(dtype), z)
-    fused, gate, up, _, makes, _ = text.decode().split(";")
-    return bool(fused), [*gate.split("|"), *up.split("|"), makes]
+def glu_forward(planning, shape, dtype="float32", *, isa="avx512", forced=NO, z=True, packed=False):
+    text = planning.glu_forward(isa.encode(), forced, *sizes(shape), DTYPES.index(dtype), z, packed)
+    fused, gate, up, both, _, makes, _ = text.decode().split(";")
+    return bool(fused), [*(both.split("|") if both else (*gate.split("|"), *up.split("|"))), makes]
 
 
 def glu_backward(
@@ -421,7 +421,7 @@ def glu_backward(
     text = planning.glu_backward(
         isa.encode(), forced, *sizes(shape), DTYPES.index(dtype), needs, *map(ctypes.c_int64, weights), together
     )
-    _, gate, up, dgrad, makes, dx_sum = text.decode().split(";")
+    _, gate, up, _, dgrad, makes, dx_sum = text.decode().split(";")
     return [part.split("|") if part else [] for part in (gate, up, dgrad)], makes, dx_sum
 
 
@@ -437,6 +437,15 @@ def test_a_gated_forward_is_one_step_where_it_is_packed(planning):
     assert glu_forward(planning, (64, 512, 256), "float64")[0] and glu_forward(planning, (64, 512, 256), isa="avx2")[0]
     fused, steps = glu_forward(planning, BIG, isa="")
     assert not fused and steps[-1] == "y" and len(steps) == 3
+
+
+def test_a_forward_of_packed_weights_is_one_product(planning):
+    assert glu_forward(planning, BIG, packed=True) == glu_forward(planning, BIG)  # one step already
+    assert glu_forward(planning, BIG, packed=True, forced=ATEN) == (False, ["forward aten y - - 1", "y"])
+    assert glu_forward(planning, FEW_ROWS, packed=True) == (False, ["forward few_rows y - - 1", "y"])
+    assert glu_forward(planning, (64, 512, 256), packed=True) == (False, ["forward packed y - - 1", "y"])
+    fused, steps = glu_forward(planning, BIG, packed=True, isa="")
+    assert not fused and steps[-1] == "y" and len(steps) == 2
 
 
 def test_a_gated_backward_makes_both_dz_in_one_pass(planning):

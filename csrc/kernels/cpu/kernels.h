@@ -122,7 +122,7 @@ struct KernelTable {
   void (*few_columns_forward)(const Gemm&, const Parallel&);
   void (*few_columns_backward)(const ColumnsBackward&, const Parallel&);
   void (*grad_pass)(const GradPass&, const Parallel&);
-  void (*glu_pass)(const GluPass&, const Parallel&);
+  void (*glu_pass)(GluPass, const Parallel&);
   void (*glu_grad_pass)(const GluGradPass&, const Parallel&);
   FusedMlpKernels fused_mlp;
   Losses losses;

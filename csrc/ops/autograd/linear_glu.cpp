@@ -84,11 +84,11 @@ struct LinearGlu : Function<LinearGlu> {
   }
 };
 
-// The halves of a packed weight, bias or gradient: the gate's, then up's.
-std::array<at::Tensor, 2> halves(const at::Tensor& both, bool gate_first) {
+// The halves of a packed weight, preactivation or gradient along this dimension: the gate's, then up's.
+std::array<at::Tensor, 2> halves(const at::Tensor& both, int64_t dim, bool gate_first) {
   if (!both.defined()) return {};
-  const int64_t n = both.size(0) / 2;
-  const at::Tensor first = both.narrow(0, 0, n), second = both.narrow(0, n, n);
+  const int64_t n = both.size(dim) / 2;
+  const at::Tensor first = both.narrow(dim, 0, n), second = both.narrow(dim, n, n);
   return gate_first ? std::array{first, second} : std::array{second, first};
 }
 
@@ -96,42 +96,44 @@ std::array<at::Tensor, 2> halves(const at::Tensor& both, bool gate_first) {
 struct LinearGluPacked : Function<LinearGluPacked> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
                                const OptionalTensor& bias, int64_t act, double slope, bool gate_first) {
-    const auto [weight_gate, weight_up] = halves(weight, gate_first);
-    const auto [bias_gate, bias_up] = halves(bias.value_or(at::Tensor()), gate_first);
-    auto [y, gate, up] = forward_z(x, weight_gate, weight_up, present(bias_gate), present(bias_up), act, slope);
+    using F = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t,
+                                                 double, bool);
+    static const auto op = dispatched<F>("dlkernels::_linear_glu_packed_forward_z");
+    auto [y, z] = op.call(x, weight, bias, act, slope, gate_first);
     const bool needs_x = x.requires_grad(), needs_weight = weight.requires_grad();
     const at::Tensor none;
-    ctx->save_for_backward({needs_weight ? x : none, needs_x ? with_its_memory(weight) : none, gate, up});
+    ctx->save_for_backward({needs_weight ? x : none, needs_x ? with_its_memory(weight) : none, z});
     ctx->set_materialize_grads(false);
     ctx->save("act", act);
     ctx->save("slope", slope);
     ctx->save("gate_first", gate_first);
     ctx->save("bias", bias.has_value());
-    return {y, gate, up};
+    return {y, z};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    using F = Three(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                    const OptionalTensor&, int64_t, double, bool, bool, bool, bool);
+    using F = Three(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const at::Tensor&, int64_t, double,
+                    bool, bool, bool, bool);
     static const auto op = dispatched<F>("dlkernels::_linear_glu_packed_backward");
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &g = grads[0], &grad_gate = grads[1], &grad_up = grads[2];
-    const OptionalTensor x = present(saved[0]), gate = present(saved[2]), up = present(saved[3]);
-    const at::Tensor& weight = saved[1];
+    const at::Tensor &g = grads[0], &grad_z = grads[1], &weight = saved[1], &z = saved[2];
+    const OptionalTensor x = present(saved[0]);
     const int64_t act = ctx->saved<int64_t>("act");
     const double slope = ctx->saved<double>("slope");
     const bool gate_first = ctx->saved<bool>("gate_first");
     const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1),
                need_bias = ctx->saved<bool>("bias") && ctx->needs_input_grad(2);
-    if (!grad_gate.defined() && !grad_up.defined() && is_opaque_backward(g)) {
+    if (!grad_z.defined() && is_opaque_backward(g)) {
       auto [dx, dweight, dbias] =
-          op.call(g, x, present(weight), gate, up, act, slope, gate_first, need_x, need_weight, need_bias);
+          op.call(g, x, present(weight), z, act, slope, gate_first, need_x, need_weight, need_bias);
       return {dx, dweight, dbias};
     }
-    const auto [weight_gate, weight_up] = halves(weight, gate_first);
+    const auto [weight_gate, weight_up] = halves(weight, 0, gate_first);
+    const auto [gate, up] = halves(z, -1, gate_first);
+    const auto [grad_gate, grad_up] = halves(grad_z, -1, gate_first);
     auto [dx, dweight_gate, dweight_up, dbias_gate, dbias_up] = differentiable_backward().call(
-        present(g), present(grad_gate), present(grad_up), x, present(weight_gate), present(weight_up), gate, up, act,
-        slope, need_x, need_weight, need_weight, need_bias, need_bias);
+        present(g), present(grad_gate), present(grad_up), x, present(weight_gate), present(weight_up), present(gate),
+        present(up), act, slope, need_x, need_weight, need_weight, need_bias, need_bias);
     return {dx, joined(dweight_gate, dweight_up, gate_first), joined(dbias_gate, dbias_up, gate_first)};
   }
 

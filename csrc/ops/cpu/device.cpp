@@ -89,7 +89,7 @@ void run_derivative_pass(const DerivativePass& p, DType dtype) {
 
 void run_glu_pass(const Problem& c, const GluPass& p) {
   const Machine machine = machine_for(c.dtype, false);
-  machine.table(c.dtype).glu_pass(p, threads_for_elements(machine, p.count));
+  machine.table(c.dtype).glu_pass(p, threads_for_elements(machine, p.m * p.n));
 }
 
 void run_glu_gradient_pass(GluGradPass p, const at::Tensor& like) {

@@ -49,11 +49,16 @@ Plan by_library(Machine machine, Make&& make) {
 }  // namespace
 
 GluPlan plan_glu_forward(const GluForwardProblem& p, const Machine& machine) {
-  GluPlan plan = dlk::plan_glu_forward(p, [&](const ForwardProblem& half) {
-    auto make = [&half](const Machine& m) { return plan_forward(half, m); };
-    return library_is_faster(Op::forward, half, !p.z, machine) ? by_library(machine, make) : make(machine);
-  });
-  if (!is_packed(plan.gate) || !is_packed(plan.up) || two_products_are_faster(p, machine)) return plan;
+  const bool library = library_is_faster(Op::forward, p, !p.z, machine);
+  auto product = [&](const ForwardProblem& layer) {
+    auto make = [&layer](const Machine& m) { return plan_forward(layer, m); };
+    return library ? by_library(machine, make) : make(machine);
+  };
+  GluForwardProblem halves = p;
+  halves.packed = false;
+  GluPlan plan = dlk::plan_glu_forward(halves, product);
+  if (!is_packed(plan.gate) || !is_packed(plan.up) || two_products_are_faster(p, machine))
+    return p.packed ? dlk::plan_glu_forward(p, product) : plan;
   plan.fused = true;
   plan.gate.steps[0].outputs = kY | (p.z ? kZ | kZUp : 0u);
   plan.gate.steps[0].why = kFused;

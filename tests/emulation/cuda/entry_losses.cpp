@@ -65,9 +65,10 @@ int64_t glu_grad_pass_partials(int dtype, int64_t m, int64_t n, int with_gate, i
   return dlk::cuda::glu_grad_pass_partials(p);
 }
 
-int glu_pass(int dtype, int64_t count, const void* gate, const void* up, int act, double slope, void* y) {
-  return dlk::cuda::glu_pass(static_cast<dlk::DType>(dtype), {count, gate, up, {static_cast<dlk::Act>(act), slope}, y},
-                             nullptr);
+int glu_pass(int dtype, int64_t m, int64_t n, const void* gate, const void* up, int64_t pitch, int act, double slope,
+             void* y) {
+  return dlk::cuda::glu_pass(static_cast<dlk::DType>(dtype),
+                             {m, n, gate, up, pitch, {static_cast<dlk::Act>(act), slope}, y}, nullptr);
 }
 
 int64_t loss_scratch() { return dlk::cuda::kLossScratch; }

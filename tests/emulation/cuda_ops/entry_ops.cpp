@@ -20,6 +20,8 @@ TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("_linear_glu_forward", &On<kCuda, dlk::linear_glu_forward>::call);
   m.impl("_linear_glu_forward_z", &On<kCuda, dlk::linear_glu_forward_z>::call);
   m.impl("_linear_glu_backward", &On<kCuda, dlk::linear_glu_backward>::call);
+  m.impl("_linear_glu_packed_forward", &On<kCuda, dlk::linear_glu_packed_forward>::call);
+  m.impl("_linear_glu_packed_forward_z", &On<kCuda, dlk::linear_glu_packed_forward_z>::call);
   m.impl("_linear_glu_packed_backward", &On<kCuda, dlk::linear_glu_packed_backward>::call);
   m.impl("_mlp_forward", &On<kCuda, dlk::mlp_forward>::call);
   m.impl("_mlp_backward", &On<kCuda, dlk::mlp_backward>::call);

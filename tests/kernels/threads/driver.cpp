@@ -171,7 +171,7 @@ int main() {
       });
 
   good &= same_on_any_number_of_threads("gate and up", {m * n}, [&](Results& r, const Parallel& parallel) {
-    table.glu_pass({m * n, g.data(), y.data(), {Act::gelu, 0}, r[0].data()}, parallel);
+    table.glu_pass({m, n, g.data(), y.data(), n, {Act::gelu, 0}, r[0].data()}, parallel);
   });
   good &= same_on_any_number_of_threads("both dz and dbias of a gated layer", {m * n, m * n, n, n},
                                         [&](Results& r, const Parallel& parallel) {

@@ -17,13 +17,19 @@ void glu_row(const T* gate, const T* up, T* y, int64_t n, double slope) {
 }
 
 template <class T>
-void glu_pass_with(const GluPass& p, const Parallel& parallel) {
-  constexpr int64_t kChunk = 16384;
-  parallel.run(ceil_div(p.count, kChunk), &p, [](const void* context, int64_t begin, int64_t end) {
-    const auto& p = *(const GluPass*)context;
-    const int64_t from = begin * kChunk, n = min(end * kChunk, p.count) - from;
+void glu_pass_with(GluPass p, const Parallel& parallel) {
+  constexpr int64_t kChunk = 16384;  // elements of a task
+  if (p.pitch == p.n) p.n *= p.m, p.pitch = p.n, p.m = 1;
+  parallel.run(ceil_div(p.m * p.n, kChunk), &p, [](const void* context, int64_t begin, int64_t end) {
+    const GluPass p = *(const GluPass*)context;
+    const int64_t last = min(end * kChunk, p.m * p.n);
     with_activation(p.act.kind, [&](auto functor) {
-      glu_row<T, decltype(functor)>((const T*)p.gate + from, (const T*)p.up + from, (T*)p.y + from, n, p.act.slope);
+      for (int64_t at = begin * kChunk; at < last;) {
+        const int64_t row = at / p.n, col = at - row * p.n, n = min(p.n - col, last - at);
+        const int64_t from = row * p.pitch + col;
+        glu_row<T, decltype(functor)>((const T*)p.gate + from, (const T*)p.up + from, (T*)p.y + at, n, p.act.slope);
+        at += n;
+      }
     });
   });
 }

@@ -60,21 +60,20 @@ void epilogue_glu(const Gemm& p, const Acc<T>* gate, const Acc<T>* up, int64_t l
     if constexpr (!kIsSame<Bias, T>) b = rounded<T>(b);
     return b;
   };
-  const int64_t pitch = p.n, first = i0 * pitch + j0;
-  T* const c = (T*)p.c + first;
-  T* const z_out = p.z ? (T*)p.z + first : nullptr;
-  T* const z_up_out = p.z ? (T*)p.z_up + first : nullptr;
+  const int64_t pitch = p.n, z_pitch = p.z_pitch, z_first = i0 * z_pitch + j0;
+  T* const c = (T*)p.c + i0 * pitch + j0;
+  T* const z_out = p.z ? (T*)p.z + z_first : nullptr;
+  T* const z_up_out = p.z ? (T*)p.z_up + z_first : nullptr;
   for (int64_t j = 0; j < cols; j += kVL) {
     const int64_t n = cols - j < kVL ? cols - j : kVL;
     const auto bias_gate = bias_at(p.bias, j0 + j, n), bias_up = bias_at(p.bias_up, j0 + j, n);
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = i * pitch + j;
       const auto z = load(gate + i * ld + j) + bias_gate, z_up = load(up + i * ld + j) + bias_up;
       if (z_out) {
-        store_partial(z_out + at, z, n);
-        store_partial(z_up_out + at, z_up, n);
+        store_partial(z_out + i * z_pitch + j, z, n);
+        store_partial(z_up_out + i * z_pitch + j, z_up, n);
       }
-      store_partial(c + at, Act::template value<O>(z, slope) * z_up, n);
+      store_partial(c + i * pitch + j, Act::template value<O>(z, slope) * z_up, n);
     }
   }
 }
