@@ -146,6 +146,23 @@ int64_t few_rows_backward(Op op, DType dtype, const Machine& machine) {
   return machine.runs_avx512() ? 4 : kFewRowsDgrad;
 }
 
+// The output has so few columns that packing the other operand costs about as much as multiplying it. In f32 MKL's code for
+// Intel has the edge there. Measured on a Xeon with AVX-512 at random sizes with `bench.sweep`'s ranges, medians of one and of two
+// threads. Forward over 17 to 63 features, torch's time over ours: k of 256 or more 0.83 and 0.84, of 128 to 255 0.95 and 0.89; 17
+// to 127 rows 1.0, but with two threads 0.72 at 17 to 31 features. Backward over 2 to 63 in_features, stock's time over that of our
+// products, of torch's, and of torch's dgrad with our wgrad: without an activation 0.87, 0.97, 0.93 and 1.02, 0.99, 1.06, where ours
+// had 0.82 to 1.0 below 2^19 elements of dz; with ReLU, which packing applies on its way, 1.03, 0.99, 0.84 and 1.20, 1.06, 1.03.
+// Over one in_feature, with ReLU or without, ours had 0.46 to 0.69, torch's 0.96 to 1.13.
+bool is_narrow_for_packing(Op op, const Problem& p, const Machine& machine) {
+  const auto [m, n, k] = p.shape;
+  if (p.dtype != DType::f32 || machine.bf16_products || machine.maker != Maker::intel || !machine.runs_avx512())
+    return false;
+  if (op == Op::forward) return n < 64 && k >= 128 && (m >= 128 || (n < 32 && machine.threads > 1));
+  const bool dz_is_given = p.act.kind == Act::none;
+  if (k == 1) return true;
+  return k < 64 && dz_is_given && (op == Op::dgrad || machine.threads == 1 || m * n < (int64_t{1} << 19));
+}
+
 Route autocast_route(Op op, const Shape& shape, bool contiguous, const Machine& machine) {
   const int64_t most_rows = op == Op::forward ? kFewRowsForward : few_rows_backward(op, DType::bf16, machine);
   if (takes_few_rows(op, shape, contiguous, most_rows)) return kFewRowsRoute;
@@ -232,6 +249,8 @@ Route route(Op op, const Problem& problem, bool contiguous, const Machine& machi
                                                       : few_rows_forward(shape, dtype, machine);
   if (fits_tiles(op, shape, table.tiles_forward) && takes_few_rows(op, shape, contiguous, most_rows))
     return kFewRowsRoute;
+  if (unforced && is_narrow_for_packing(op, problem, machine))
+    return {Path::aten, "a narrow output in float32: torch's GEMM measured faster, our elementwise passes around it"};
   return {Path::packed, "our packed GEMM with the fused epilogue"};
 }
 

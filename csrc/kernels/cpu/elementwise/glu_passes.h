@@ -6,28 +6,36 @@
 // Rows are cut as in grad_pass (passes.h), so that the bits are the same on any number of threads.
 namespace dlk::cpu::DLK_ISA {
 
+// y[0..n) of preactivations that lie `stride` apart.
 template <class T, class Act>
-void glu_row(const T* gate, const T* up, T* y, int64_t n, double slope) {
+void glu_row(const T* gate, const T* up, int64_t stride, T* y, int64_t n, double slope) {
   using O = Ops<Acc<T>>;
   const auto s = O::lit(slope);
   each_register<T>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
-    const auto z = load_partial(gate + i, 1, valid), z_up = load_partial(up + i, 1, valid);
+    const auto z = load_partial(gate + i * stride, stride, valid), z_up = load_partial(up + i * stride, stride, valid);
     store_partial(y + i, Act::template value<O>(z, s) * z_up, valid);
   });
 }
 
 template <class T>
-void glu_pass_with(GluPass p, const Parallel& parallel) {
-  constexpr int64_t kChunk = 16384;  // elements of a task
-  if (p.pitch == p.n) p.n *= p.m, p.pitch = p.n, p.m = 1;
-  parallel.run(ceil_div(p.m * p.n, kChunk), &p, [](const void* context, int64_t begin, int64_t end) {
-    const GluPass p = *(const GluPass*)context;
-    const int64_t last = min(end * kChunk, p.m * p.n);
+void glu_pass_with(const GluPass& p, const Parallel& parallel) {
+  struct Rows {
+    const GluPass* p;
+    int64_t n, pitch, stride;
+  };
+  // Rows behind each other are one long row. So are rows of one element, which lie a stride apart.
+  const bool one_row = p.pitch == p.n || p.n == 1;
+  const Rows rows = {&p, one_row ? p.m * p.n : p.n, p.pitch, p.n == 1 ? p.pitch : 1};
+  parallel.run(ceil_div(p.m * p.n, kPassChunk), &rows, [](const void* context, int64_t begin, int64_t end) {
+    const auto& [pass, row_n, pitch, stride] = *(const Rows*)context;
+    const GluPass& p = *pass;
+    const int64_t last = min(end * kPassChunk, p.m * p.n);
     with_activation(p.act.kind, [&](auto functor) {
-      for (int64_t at = begin * kChunk; at < last;) {
-        const int64_t row = at / p.n, col = at - row * p.n, n = min(p.n - col, last - at);
-        const int64_t from = row * p.pitch + col;
-        glu_row<T, decltype(functor)>((const T*)p.gate + from, (const T*)p.up + from, (T*)p.y + at, n, p.act.slope);
+      for (int64_t at = begin * kPassChunk; at < last;) {
+        const int64_t row = at / row_n, col = at - row * row_n, n = min(row_n - col, last - at);
+        const int64_t from = row * pitch + col * stride;
+        glu_row<T, decltype(functor)>((const T*)p.gate + from, (const T*)p.up + from, stride, (T*)p.y + at, n,
+                                      p.act.slope);
         at += n;
       }
     });
@@ -82,10 +90,10 @@ void glu_grad_pass_with(const GluGradPass& p, const Parallel& parallel) {
     ColumnSum<Convert<T>> of_gate{totals, blocks}, of_up{totals + width, blocks + width};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = tasks.slice(task), j = tasks.column(task), n = min(width, p.n - j);
-      const int64_t i1 = min((slice + 1) * kSliceRows, p.m);
+      const int64_t rows = slice_rows(p.m), i1 = min((slice + 1) * rows, p.m);
       if (p.dbias_gate) of_gate.clear(n);
       if (p.dbias_up) of_up.clear(n);
-      for (int64_t i = slice * kSliceRows; i < i1; ++i) {
+      for (int64_t i = slice * rows; i < i1; ++i) {
         row(p, dz_gate, dz_up, i, j, n);
         keep_row<T>(dz_gate, p.dz_gate, i * p.dz_pitch + j, p.dbias_gate ? &of_gate : nullptr, n);
         keep_row<T>(dz_up, p.dz_up, i * p.dz_pitch + j, p.dbias_up ? &of_up : nullptr, n);

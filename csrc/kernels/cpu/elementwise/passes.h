@@ -7,7 +7,7 @@
 //   bias_act_pass  y = act(z + bias): behind one without a bias. A library adds the bias by writing it to every row of C
 //                  first, which is another pass over C
 //
-// Rows are cut in slices of kSliceRows. One thread sums a slice, and the slices are summed in order, so that the bits
+// Rows are cut in slices (slice_rows). One thread sums a slice, and the slices are summed in order, so that the bits
 // are the same on any number of threads.
 namespace dlk::cpu::DLK_ISA {
 
@@ -21,7 +21,7 @@ struct ColumnTasks {
   static ColumnTasks of(int64_t m, int64_t n, int threads, int64_t widest) {
     constexpr int64_t kLeast = 128;  // columns of a panel
     const int64_t count = dlk::cpu::slices(m), all = ceil_div(n, widest);
-    const int64_t for_threads = count < 4 * threads ? min(threads, ceil_div(n, kLeast)) : 1;
+    const int64_t for_threads = count < 2 * threads ? min(threads, ceil_div(n, kLeast)) : 1;
     const int64_t width = round_up(ceil_div(n, max(all, for_threads)), kF32Lanes);
     return {count, width, ceil_div(n, width)};
   }
@@ -29,6 +29,29 @@ struct ColumnTasks {
   int64_t slice(int64_t task) const { return task % slices; }
   int64_t column(int64_t task) const { return task / slices * width; }
 };
+
+// Some rows of dz, columns j to j + n, and their sums where they are wanted. The buffer is one row long.
+template <class T>
+void grad_rows(const GradPass& p, const RowSource<Convert<T>>& g, Acc<T>* buffer, ColumnSum<Convert<T>>* sum,
+               int64_t i0, int64_t rows, int64_t j, int64_t n) {
+  T* const out = p.dz ? (T*)p.dz + i0 * p.n + j : nullptr;
+  if constexpr (kIsSame<T, Acc<T>>) {
+    // The rows are summed together where they lie in memory: in dz, or in g if that is dz already.
+    const bool g_is_dz = !out && !p.saved.data && p.g.col_stride == 1;
+    if (out)
+      for (int64_t i = 0; i < rows; ++i) RowSource<Convert<T>>::along_row(g, out + i * p.n, i0 + i, j, n);
+    if (sum && (out || g_is_dz)) {
+      const T* const first = out ? out : (const T*)p.g.data + i0 * p.g.row_stride + j;
+      sum->add_rows(first, out ? p.n : p.g.row_stride, rows, n);
+    }
+    if (out || g_is_dz) return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    RowSource<Convert<T>>::along_row(g, buffer, i0 + i, j, n);
+    if (sum) sum->add(buffer, n);
+    if (out) store_row(out + i * p.n, buffer, n);
+  }
+}
 
 template <class T>
 void grad_pass_with(const GradPass& p, const Parallel& parallel) {
@@ -47,17 +70,10 @@ void grad_pass_with(const GradPass& p, const Parallel& parallel) {
     ColumnSum<E> sum{total, block};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slice = tasks.slice(task), j = tasks.column(task), n = min(tasks.width, p.n - j);
-      const int64_t i1 = min((slice + 1) * kSliceRows, p.m);
+      const int64_t rows = slice_rows(p.m), i1 = min((slice + 1) * rows, p.m);
       if (p.dbias) sum.clear(n);
-      for (int64_t i = slice * kSliceRows; i < i1; ++i) {
-        T* const out = p.dz ? (T*)p.dz + i * p.n + j : nullptr;
-        Acc<T>* dz = buffer;
-        if constexpr (kIsSame<T, Acc<T>>)
-          if (out) dz = out;  // dz is made where it belongs
-        RowSource<E>::along_row(g, dz, i, j, n);
-        if (p.dbias) sum.add(dz, n);
-        if (out && (const void*)dz != out) store_row(out, dz, n);
-      }
+      for (int64_t i = slice * rows; i < i1; i += sum.kBlock)
+        grad_rows<T>(p, g, buffer, p.dbias ? &sum : nullptr, i, min(sum.kBlock, i1 - i), j, n);
       if (!p.dbias) continue;
       sum.flush(n);
       sum.store((Acc<T>*)p.partials + slice * p.n + j, n);
@@ -79,12 +95,14 @@ void act_row(const T* z, T* y, int64_t n, double slope) {
   });
 }
 
+// The elements of a task of a pass. Longer tasks leave threads idle: of two, one would have two thirds of 877x40.
+constexpr int64_t kPassChunk = 4096;
+
 template <class T>
 void act_pass_with(const ActPass& p, const Parallel& parallel) {
-  constexpr int64_t kChunk = 16384;
-  parallel.run(ceil_div(p.count, kChunk), &p, [](const void* context, int64_t begin, int64_t end) {
+  parallel.run(ceil_div(p.count, kPassChunk), &p, [](const void* context, int64_t begin, int64_t end) {
     const auto& p = *(const ActPass*)context;
-    const int64_t from = begin * kChunk, n = min(end * kChunk, p.count) - from;
+    const int64_t from = begin * kPassChunk, n = min(end * kPassChunk, p.count) - from;
     with_activation(p.act.kind, [&](auto functor) {
       act_row<T, decltype(functor)>((const T*)p.z + from, (T*)p.y + from, n, p.act.slope);
     });
@@ -115,22 +133,26 @@ DerivativeRow<T> derivative_row_of(int order) {
 
 template <class T>
 void derivative_pass_with(const DerivativePass& p, const Parallel& parallel) {
-  constexpr int64_t kChunk = 4096;
-  parallel.run(ceil_div(p.count, kChunk), &p, [](const void* context, int64_t begin, int64_t end) {
+  parallel.run(ceil_div(p.count, kPassChunk), &p, [](const void* context, int64_t begin, int64_t end) {
     const auto& p = *(const DerivativePass*)context;
-    const int64_t from = begin * kChunk, n = min(end * kChunk, p.count) - from;
+    const int64_t from = begin * kPassChunk, n = min(end * kPassChunk, p.count) - from;
     const auto row = with_activation(p.act, [&](auto act) { return derivative_row_of<T, decltype(act)>(p.order); });
     row((const T*)p.t + from, (const T*)p.s + from, (T*)p.out + from, n);
   });
 }
 
-// y = act(z + bias), one row
+// y = act(z + bias) for `count` elements, where the rows follow each other. The first one is in column j. `bias` goes on behind
+// its n elements, from the first one on, for a register more.
+//
+// So registers are whole up to the last one. A row of its own would end in part of a register. Where y is z, the next row's load
+// would overlap that masked store and wait for it: at 877x40 the pass took twice as long.
 template <class T, class Act>
-void bias_act_row(const T* z, const T* bias, T* y, T* z_sum, int64_t n, double slope) {
+void bias_act_row(const T* z, const Acc<T>* bias, int64_t j, int64_t n, T* y, T* z_sum, int64_t count, double slope) {
   using O = Ops<Acc<T>>;
   const auto s = O::lit(slope);
-  each_register<T>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
-    const auto sum = load_partial(z + i, 1, valid) + load_partial(bias + i, 1, valid);
+  each_register<T>(count, [&](int64_t i, int64_t valid) DLK_INLINED {
+    const auto sum = load_partial(z + i, 1, valid) + load(bias + j);
+    for (j += kLanes<T>; j >= n;) j -= n;
     if (z_sum) store_partial(z_sum + i, sum, valid);
     store_partial(y + i, Act::template value<O>(sum, s), valid);
   });
@@ -138,22 +160,21 @@ void bias_act_row(const T* z, const T* bias, T* y, T* z_sum, int64_t n, double s
 
 template <class T>
 void bias_act_pass_with(const BiasActPass& p, const Parallel& parallel) {
-  constexpr int64_t kChunk = 16384;  // elements
   struct Call {
     const BiasActPass* p;
-    int64_t rows;  // of a task
+    const Acc<T>* bias;
   };
-  const Call call = {&p, max(1, kChunk / p.n)};
-  parallel.run(ceil_div(p.m, call.rows), &call, [](const void* context, int64_t begin, int64_t end) {
-    const auto& [pass, rows] = *(const Call*)context;
+  auto* const bias = (Acc<T>*)scratch((p.n + kLanes<T>)*sizeof(Acc<T>));
+  copy_row<Convert<T>>(bias, (const T*)p.bias, 1, p.n);
+  for (int64_t j = 0; j < kLanes<T>; ++j) bias[p.n + j] = bias[j];  // of less than a register, again and again
+  const Call call = {&p, bias};
+  parallel.run(ceil_div(p.m * p.n, kPassChunk), &call, [](const void* context, int64_t begin, int64_t end) {
+    const auto& [pass, bias] = *(const Call*)context;
     const BiasActPass& p = *pass;
-    const int64_t last = min(end * rows, p.m);
-    with_activation(p.act.kind, [&, from = begin * rows](auto functor) {
-      for (int64_t i = from; i < last; ++i) {
-        const int64_t at = i * p.n;
-        bias_act_row<T, decltype(functor)>((const T*)p.z + at, (const T*)p.bias, (T*)p.y + at,
-                                           p.z_sum ? (T*)p.z_sum + at : nullptr, p.n, p.act.slope);
-      }
+    const int64_t from = begin * kPassChunk, count = min(end * kPassChunk, p.m * p.n) - from;
+    with_activation(p.act.kind, [&, bias = bias](auto functor) {
+      bias_act_row<T, decltype(functor)>((const T*)p.z + from, bias, from % p.n, p.n, (T*)p.y + from,
+                                         p.z_sum ? (T*)p.z_sum + from : nullptr, count, p.act.slope);
     });
   });
 }

@@ -101,6 +101,20 @@ struct ColumnSum {
     });
     if (++in_block == kBlock) flush(n);
   }
+  // Add `rows` rows that lie `pitch` apart, with the same sums as one after the other.
+  void add_rows(const typename E::Packed* first, int64_t pitch, int64_t rows, int64_t n) {
+    auto* const sums = block;
+    while (rows > 0) {
+      const int64_t count = rows < kBlock - in_block ? rows : kBlock - in_block;
+      each_register<typename E::Elem>(n, [&](int64_t i, int64_t valid) DLK_INLINED {
+        auto sum = load_partial(sums + i, 1, valid);
+        for (int64_t r = 0; r < count; ++r) sum += load_partial(first + r * pitch + i, 1, valid);
+        store_partial(sums + i, sum, valid);
+      });
+      first += count * pitch, rows -= count, in_block += count;
+      if (in_block == kBlock) flush(n);
+    }
+  }
   void flush(int64_t n) {
     for (int64_t i = 0; i < n; ++i) total[i] += block[i];
     for (int64_t i = 0; i < n; ++i) block[i] = 0;
