@@ -316,10 +316,13 @@ py::tuple explain_mlp(bool cuda, bool backward, const std::vector<std::array<int
   return py::make_tuple(route.slices, machine.table(type).ukernel, scratch, route.why);
 }
 
-bool explain_members(int64_t members, const std::vector<std::array<int64_t, 3>>& layers, const std::string& dtype,
-                     int threads, bool in_bf16) {
+bool explain_members(int64_t members, const std::vector<std::array<int64_t, 3>>& layers, const std::vector<int>& acts,
+                     const std::string& dtype, int threads, bool in_bf16) {
   std::vector<Problem> problems;
-  for (const auto& [m, n, k] : layers) problems.push_back({{m, n, k}, dtype_named(dtype), {}});
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const auto& [m, n, k] = layers[l];
+    problems.push_back({{m, n, k}, dtype_named(dtype), {static_cast<Act>(acts.at(l)), 0}});
+  }
   return cpu::members_in_parallel(members, problems, cpu::this_machine(threads, in_bf16));
 }
 
@@ -343,7 +346,8 @@ void add_explain(py::module_& m) {
         py::arg("in_bf16"));
   m.def("explain_members", &explain_members,
         "True if the members of an ensemble of such chains run at the same time on CPU, each on one thread.",
-        py::arg("members"), py::arg("layers"), py::arg("dtype"), py::arg("threads"), py::arg("in_bf16"));
+        py::arg("members"), py::arg("layers"), py::arg("acts"), py::arg("dtype"), py::arg("threads"),
+        py::arg("in_bf16"));
 #ifdef DLKERNELS_CUDA
   // The values of DLKERNELS_CUDA_GEMM.
   m.attr("cuda_paths") = py::make_tuple("simt", "mma", "hopper", "cublas", "fused_mlp");

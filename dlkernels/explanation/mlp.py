@@ -129,5 +129,6 @@ def _explain_ensemble(
     if not x.is_cuda:
         shapes = [(math.prod(x.shape[1:-1]), *w.shape[1:]) for w in weights]
         in_bf16 = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
-        plan.at_once = _C.explain_members(members, shapes, name_of(x.dtype), torch.get_num_threads(), in_bf16)
+        acts = [activation_named(name).code for name in (*hidden, last)]
+        plan.at_once = _C.explain_members(members, shapes, acts, name_of(x.dtype), torch.get_num_threads(), in_bf16)
     return plan

@@ -339,7 +339,7 @@ def unrolled(
 def _mark_of(stage: Stage) -> Any:
     """Return what a stage of another call is compared by."""
     which = key_of(stage.called)
-    return (which, stage.args, stage.kwargs) if stage.args or stage.kwargs else which
+    return (which, memory.given_of(stage.args, stage.kwargs)) if stage.args or stage.kwargs else which
 
 
 # By loop: the dropout that was active, or the module whose forward calls F.dropout. While it trains, the loop is no

@@ -55,7 +55,7 @@ def given_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
     for value in given:
         if type(value) not in (int, float, bool, str):
             return None
-    return len(args), *given
+    return len(args), *given, *map(type, given)  # True, 1 and 1.0 are equal, and a function may tell them apart
 
 
 _variants: dict[Any, int] = {}  # by place, the number of its decisions with different arguments

@@ -1,5 +1,6 @@
 """The arguments of ``fuse``: the selected layers, example inputs, and rules of the user."""
 
+import copy
 import re
 from unittest import mock
 
@@ -137,3 +138,42 @@ def test_rules_of_the_users_own(clean_rules):
         register_fusion(3, activation="relu")
     with pytest.raises(ValueError, match="activation must be one of"):
         register_fusion(Plus, activation="mish")
+
+
+def by_identity(h, mode):
+    return F.relu(h) if mode is True else F.gelu(h)
+
+
+class Moded(nn.Module):
+    """Its activation tells arguments apart that are equal."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.mode = True
+
+
+class OnePair(Moded):
+    def forward(self, x):
+        return by_identity(self.fc1(x), self.mode)
+
+
+class OneGate(Moded):
+    def forward(self, x):
+        return by_identity(self.fc1(x), self.mode) * self.fc1(x)
+
+
+class OneLoop(Moded):
+    def forward(self, x):
+        for fc in (self.fc1, self.fc2):
+            x = by_identity(fc(x), self.mode)
+        return x
+
+
+@pytest.mark.parametrize("cls", [OnePair, OneGate, OneLoop], ids=lambda c: c.__name__)
+def test_equal_arguments_of_other_types_are_other_arguments(cls):
+    stock = cls().double()
+    fused = fuse(copy.deepcopy(stock))
+    for mode in (True, True, 1, 1.0, True, 1, False, 0):
+        stock.mode = fused.mode = mode
+        torch.testing.assert_close(fused(X), stock(X), rtol=1e-12, atol=1e-12)

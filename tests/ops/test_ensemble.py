@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlkernels import _C
+from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.functional import explain_mlp, mlp
 from dlkernels.testing import STOCK
 from tests.ops.test_mlp import distance
@@ -225,7 +226,8 @@ def test_members_run_at_the_same_time_where_they_fill_the_threads():
         pytest.skip("torch's GEMM takes these layers: its bits depend on the number of threads")
 
     def at_once(members, layers, threads):
-        return _C.explain_members(members, layers, "float32", threads, False)
+        acts = [ACTIVATIONS["relu"].code] * len(layers)
+        return _C.explain_members(members, layers, acts, "float32", threads, False)
 
     assert at_once(16, small, 2) and at_once(3, [(256, 16, 16)], 8)
     assert not at_once(16, small, 1) and not at_once(1, small, 2) and not at_once(2, large, 8)

@@ -107,7 +107,7 @@ int main() {
   std::vector<float> z(m * n), z_up(m * n);
   Gemm gated = forward;
   gated.gated = true, gated.b_up = {y.data(), 1, k};
-  gated.bias_up = g.data(), gated.act = {Act::silu, 0}, gated.z = z.data(), gated.z_up = z_up.data();
+  gated.bias_up = g.data(), gated.act = {Act::silu, 0}, gated.z = z.data(), gated.z_up = z_up.data(), gated.z_pitch = n;
   product("gated forward", gated, false, 1, table.packed.gemm);
 
   forward.m = 20, dgrad.m = 8, wgrad.k = 8;
@@ -173,6 +173,10 @@ int main() {
   good &= same_on_any_number_of_threads("gate and up", {m * n}, [&](Results& r, const Parallel& parallel) {
     table.glu_pass({m, n, g.data(), y.data(), n, {Act::gelu, 0}, r[0].data()}, parallel);
   });
+  good &=
+      same_on_any_number_of_threads("gate and up side by side", {m * 30}, [&](Results& r, const Parallel& parallel) {
+        table.glu_pass({m, 30, g.data(), g.data() + 30, n, {Act::gelu, 0}, r[0].data()}, parallel);
+      });
   good &= same_on_any_number_of_threads("both dz and dbias of a gated layer", {m * n, m * n, n, n},
                                         [&](Results& r, const Parallel& parallel) {
                                           std::vector<float> partials(2 * slices(m) * n);
