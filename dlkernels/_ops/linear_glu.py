@@ -8,8 +8,9 @@ With g the gradient of y, the gradients of the preactivations are
 * dx = dz_gate Wg + dz_up Wu, dWg = dz_gateᵀ x, dWu = dz_upᵀ x, and both db the sums of a dz over its rows.
 
 The op ``_linear_glu`` (``csrc/ops/autograd/linear_glu.cpp``) serves eager, compile and export. It is a Function in C++,
-whose outputs are y, gate and up; of ``_linear_glu_packed`` they are y and the preactivations z [..., 2N]. Where its backward is itself differentiated, it calls the op in Python below, which is
-written in torch's operators, and the gradients of gate and up continue through the Function.
+whose outputs are y, gate and up; those of ``_linear_glu_packed`` are y and both preactivations in one tensor, z
+[..., 2N]. Where its backward is itself differentiated, it calls the op in Python below, which is written in torch's
+operators, and the gradients of the preactivations continue through the Function.
 
 Under ``torch.func`` transforms, in forward-mode AD and under ``torch.jit.trace``, and with DTensors, the layer runs as
 two layers and a product, which have their own rules there (``linear_act``).

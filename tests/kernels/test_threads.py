@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-KERNELS = 21
+KERNELS = 22
 
 
 def build(folder, *flags):

@@ -1,5 +1,7 @@
 """functional.mlp with stacked weights: each member has the bits of a call with its own weights, in every use."""
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -12,6 +14,7 @@ from dlkernels._ops.activations import ACTIVATIONS
 from dlkernels.functional import explain_mlp, mlp
 from dlkernels.testing import STOCK
 from tests.ops.test_mlp import distance
+from tests.support.paths import ROOT
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # members, rows, sizes: one member, fewer and more than threads, one row, chain kernels from 2,048 rows on, odd widths
@@ -232,6 +235,18 @@ def test_members_run_at_the_same_time_where_they_fill_the_threads():
     assert at_once(16, small, 2) and at_once(3, [(256, 16, 16)], 8)
     assert not at_once(16, small, 1) and not at_once(1, small, 2) and not at_once(2, large, 8)
     assert not at_once(16, [(1, 4, 4)], 2)  # waking a thread would cost more
+
+
+def test_members_by_torchs_products(monkeypatch):
+    """As on processors where nobody has measured our kernels: the library writes to parts of stacked tensors."""
+    code = (
+        "import torch; from tests.ops.test_ensemble import assert_bits_of_members, operands\n"
+        "assert_bits_of_members(*operands(3, 9, [5, 7, 4]))\n"
+        "assert_bits_of_members(*operands(3, 300, [20, 70, 40]))"
+    )
+    monkeypatch.setenv("DLKERNELS_CPU_GEMM", "aten")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 X, W, B = torch.ones(3, 5, 4), torch.ones(3, 6, 4), torch.ones(3, 6)

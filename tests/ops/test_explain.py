@@ -129,8 +129,8 @@ def test_explain_mlp_names_the_chain_where_it_runs():
 
     assert paths_of(4096, [64, 32, 10]) == [{"fused_mlp"}, {"fused_mlp"}]
     assert paths_of(4096, [64, 128, 10], dtype=torch.bfloat16) == [{"fused_mlp"}, {"fused_mlp"}]
-    assert paths_of(300, [300, 32, 10]) == [{"packed"}, {"few_columns"}]
-    assert paths_of(4096, [784, 32, 10]) == [{"packed"}, {"few_columns"}]
+    assert paths_of(300, [300, 100, 10]) == [{"packed"}, {"few_columns"}]
+    assert paths_of(4096, [784, 100, 10]) == [{"packed"}, {"few_columns"}]
     assert paths_of(4096, [64, 32]) == [{"packed"}]
     (rows,) = functional.explain_mlp(*(t := layer(300, 400, 500))[:1], t[1:])
     assert rows == functional.explain(*t)

@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 
 #include "ops/check.h"
 #include "planning/cpu/linear_glu.h"
@@ -129,6 +130,8 @@ void each_member(int64_t members, const std::vector<Problem>& layers, c10::funct
   const Machine machine = machine_for(layers[0].dtype);
   const int threads = members_in_parallel(members, layers, machine) ? machine.threads : 1;
   torch_threads(threads).run(members, &body, [](const void* context, int64_t begin, int64_t end) {
+    // member_of gives tensors without a version counter. A library's product may write to them below the key that counts.
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (int64_t e = begin; e < end; ++e) (*static_cast<const c10::function_ref<void(int64_t)>*>(context))(e);
   });
 }
