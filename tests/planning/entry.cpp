@@ -179,6 +179,16 @@ const char* cpu_forward(const char* isa, int maker, int pairs, int forced, int64
   return text_of(cpu::plan_forward({p, {nullptr, k, 1}, {nullptr, k, 1}, z != 0, false}, machine));
 }
 
+// The path of one product.
+const char* cpu_route(const char* isa, int maker, int threads, int op, int64_t m, int64_t n, int64_t k, int dtype,
+                      int act) {
+  const cpu::Kernels set = kernels_of(isa, false);
+  const cpu::Machine machine = {
+      &set, cpu::Forced::no, false, false, false, false, threads, cpu_routes(), static_cast<cpu::Maker>(maker)};
+  const Problem p = {{m, n, k}, static_cast<DType>(dtype), {static_cast<Act>(act), 0}};
+  return name(cpu::route(static_cast<Op>(op), p, true, machine).path);
+}
+
 // "4 the reason": slices, why.
 const char* cpu_mlp(const char* isa, int maker, int forced, int capped, int bf16_products, int threads, int direction,
                     int dtype, int64_t m, const int64_t* features, int count) {
@@ -237,8 +247,7 @@ const char* cuda_forward(const char* path, int arch, int narrow, int64_t m, int6
 }
 
 // A gated layer of f32 or bf16. On CPU with the kernel set `isa`; on CUDA where it is empty.
-const char* glu_forward(const char* isa, int forced, int64_t m, int64_t n, int64_t k, int dtype, int z,
-                        int packed) {
+const char* glu_forward(const char* isa, int forced, int64_t m, int64_t n, int64_t k, int dtype, int z, int packed) {
   const cpu::Kernels set = kernels_of(isa, false);
   const cpu::Machine machine = {&set, static_cast<cpu::Forced>(forced), false, false, false, false, 4, cpu_routes()};
   is_forced = false, given_arch = 90, given_narrow = 0;

@@ -21,7 +21,7 @@ def compiled(library: Path) -> ctypes.CDLL:
     subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     for name in ("cpu_forward", "cpu_backward", "cuda_forward", "cuda_backward", "glu_forward", "glu_backward",
-                 "found_route", "found_mlp", "cpu_mlp", "cuda_mlp"):  # fmt: skip
+                 "cpu_route", "found_route", "found_mlp", "cpu_mlp", "cuda_mlp"):  # fmt: skip
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 

@@ -65,6 +65,40 @@ def test_a_library_reads_dz_from_memory(planning):
     assert plain == ["gradient_pass elementwise dbias load - 1", "dgrad aten dx - - 1", "wgrad aten dweight - - 1"]
 
 
+def test_beside_tiles_a_pass_makes_dz_of_a_long_activation(planning):
+    plan = ["gradient_pass elementwise dz+dbias load - 1", "dgrad packed dx - - 1", "wgrad packed dweight - - 1"]
+    for act in ("gelu", "gelu_tanh", "silu"):
+        assert cpu_backward(planning, BIG, "bfloat16", act, isa="amx") == plan
+    in_load = ["dgrad packed dx load - 1", "wgrad packed dweight+dbias load - 1"]
+    assert cpu_backward(planning, BIG, "bfloat16", "tanh", isa="amx") == in_load
+    assert cpu_backward(planning, BIG, "float32", "gelu", isa="amx") == in_load
+    assert cpu_backward(planning, BIG, "bfloat16", "gelu", isa="avx512_bf16") == in_load
+    assert cpu_backward(planning, (300, 200, 200), "bfloat16", "gelu", isa="amx") == in_load  # dz is small
+    alone = cpu_backward(planning, BIG, "bfloat16", "gelu", isa="amx", wants=DWEIGHT | DBIAS)
+    assert alone == in_load[1:]
+
+
+def test_narrow_products_in_float32_go_to_mkl_on_intel(planning):
+    """``made``: the paths of forward, of dgrad and of wgrad."""
+
+    def made(shape, act="relu", maker=INTEL, isa="avx512", dtype="float32", threads=4):
+        m, n, k = sizes(shape)
+        kind = DTYPES.index(dtype), act_code(act)
+        return [planning.cpu_route(isa.encode(), maker, threads, op, m, n, k, *kind).decode() for op in range(3)]
+
+    assert made((128, 63, 128)) == ["aten", "packed", "packed"] and made((128, 64, 128))[0] == "packed"
+    assert made((128, 63, 127))[0] == made((127, 32, 128))[0] == "packed"
+    assert made((127, 31, 128))[0] == "aten" and made((127, 31, 128), threads=1)[0] == "packed"
+    assert made((300, 200, 1)) == ["packed", "aten", "aten"]
+    assert made((300, 200, 63)) == ["packed", "packed", "packed"]
+    assert made((300, 200, 63), "none") == ["packed", "aten", "aten"]
+    assert made((4000, 200, 63), "none") == ["packed", "aten", "packed"]
+    assert made((4000, 200, 63), "none", threads=1) == ["packed", "aten", "aten"]
+    assert made((300, 200, 64), "none") == ["packed", "packed", "packed"]
+    for other in ({"maker": AMD}, {"isa": "avx2", "maker": AMD}, {"dtype": "bfloat16"}, {"dtype": "float64"}):
+        assert "aten" not in made((300, 200, 1), "none", **other)
+
+
 @pytest.mark.parametrize("shape", [BIG, FEW_ROWS, FEW_COLUMNS, (0, 3, 4), (3, 0, 4), (3, 4, 0)], ids=str)
 @pytest.mark.parametrize("forced", [NO, OWN, ATEN])
 def test_every_wanted_gradient_is_made_once_and_no_other(planning, shape, forced):
