@@ -166,7 +166,8 @@ struct Group {
     update.lr_on_gpu = at::Tensor();
     if (!found || !is_exactly_tensor(found) || !python::unpack(found).is_cuda()) return read_number(found, update.lr);
     const at::Tensor& t = python::unpack(found);
-    if (t.numel() != 1 || t.scalar_type() != at::kFloat) return false;
+    const bool is_beside = !parameters.empty() && t.device() == python::unpack(parameters[0].ptr()).device();
+    if (t.numel() != 1 || t.scalar_type() != at::kFloat || !is_beside) return false;
     update.lr_on_gpu = t;
     return true;
   }

@@ -44,7 +44,8 @@ def dlkernels(graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: 
 def fuse_graph(graph: fx.GraphModule) -> int:
     """Replace every linear call whose only user is an activation, and return the number of replaced calls.
 
-    Of these, layers that follow one another become one ``mlp``. Gated layers become one ``linear_glu``.
+    Of these, layers that follow one another become one ``mlp``. Gated layers become one ``linear_glu`` or
+    ``linear_glu_packed``.
 
     The nodes must have example values in ``node.meta``, as Dynamo's nodes do.
     """

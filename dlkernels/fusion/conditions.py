@@ -105,8 +105,11 @@ class Harmless:
         if isinstance(node, ast.BoolOp):
             return all(self.value(v, True) for v in node.values)
         if isinstance(node, ast.Compare):
+            # Any object may be compared with None. Of two objects a decision could not note that they are the same.
+            sides = (node.left, *node.comparators)
             identity = all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops)
-            return all(self.value(v, not identity) for v in (node.left, *node.comparators))
+            with_none = len(sides) == 2 and any(isinstance(s, ast.Constant) and s.value is None for s in sides)
+            return all(self.value(s, not (identity and with_none)) for s in sides)
         if isinstance(node, ast.IfExp):
             return self.value(node.test, True) and self.value(node.body, operand) and self.value(node.orelse, operand)
         if isinstance(node, ast.JoinedStr):

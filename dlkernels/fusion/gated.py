@@ -25,6 +25,7 @@ from dlkernels.fusion.rules import identity
 from dlkernels.fusion.source import FunctionNode
 from dlkernels.fusion.stages import Stage, changes_nothing
 from dlkernels.fusion.syntax import (
+    Functional,
     Position,
     activation_call,
     further,
@@ -143,7 +144,9 @@ class _Rewrite(ast.NodeTransformer):
 
 
 def _takes_a_name(layer: ast.Call) -> bool:
-    return isinstance(layer_and_input(layer)[-1], ast.Name)
+    """Return True if neither the layer nor its input runs code; a look-up of ``F.linear``'s weight may."""
+    functional = isinstance(layer_call(layer)[0], Functional)  # type: ignore[index]
+    return not functional and isinstance(layer_and_input(layer)[-1], ast.Name)
 
 
 def _parts(number: int) -> str:
@@ -188,6 +191,8 @@ def gated(self: Any, x: Any, early: Callable[[], tuple[Any, ...]], /) -> Tensor 
     the functions of torch; or it returns something false if the product will not be reached. An error of it is raised
     where the source does the same.
     """
+    if not torch.compiler.is_dynamo_compiling() and "_fused_plan" not in vars(type(self)):
+        return None  # a parametrization made another class since: look-ups run its code, and only once as written
     found = _looked_up(early)
     if found is None:
         return None

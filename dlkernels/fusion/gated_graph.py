@@ -1,4 +1,4 @@
-"""Gated layers in a graph of Dynamo become one ``linear_glu``.
+"""Gated layers in a graph of Dynamo become one ``linear_glu``, or one ``linear_glu_packed``.
 
 A gated layer is ``linear_act(x, ...) * linear(x, ...)``, or ``act(g) * u`` with the halves g and u of one linear call's
 output, or ``F.glu`` of it. In the graph all sizes are known.

@@ -31,7 +31,6 @@ from dlkernels.fusion.stages import (
     after_identities,
     changes_nothing,
     decide,
-    has_plain_numbers,
     may_change_nothing,
     stage_of,
 )
@@ -314,7 +313,7 @@ def unrolled(
         return None
     stages = [stage_of(*one) for one in found]
     mark = [_mark_of(stage) for stage in stages]
-    comparable = all(has_plain_numbers((*args, *kwargs.values())) for _, args, kwargs in stages if args or kwargs)
+    comparable = all(memory.given_of(args, kwargs) is not None for _, args, kwargs in stages if args or kwargs)
     if comparable and memory.mark_of(key) == mark:
         given = parameters_given(*[stage.called for stage in stages])
         if (y := memory.run_again(key, self, x, *given)) is not None:

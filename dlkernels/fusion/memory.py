@@ -87,6 +87,11 @@ def _is_still(act: weakref.ref[Any], args: Any, kwargs: Any, known: Any) -> bool
     return called is not None and activation_of(called, args, kwargs) == known
 
 
+def _is_present(module: weakref.ref[nn.Module], name: str) -> bool:
+    owner = module()
+    return owner is not None and owner.__dict__["_parameters"].get(name) is not None
+
+
 class Reads(_decisions.Reads):
     """A list of all that a decision reads. The owner is the first module of the list."""
 
@@ -111,11 +116,14 @@ class Reads(_decisions.Reads):
         entries.append((None, name, own[name]))
         return own[name]
 
-    def parameter(self, place: Place) -> None:
-        """Note which parameter a module has under a name."""
+    def presence(self, place: Place) -> None:
+        """Note that a module has a parameter under a name.
+
+        Which one does not matter, and nothing may refer to it: ``torch.utils.swap_tensors`` would refuse it.
+        """
         module, name = place
-        own = module.__dict__["_parameters"][name]
-        self.module(module, calls_forward_alone=False).extend([(None, name, MISSING), ("_parameters", name, own)])
+        self.module(module, calls_forward_alone=False).append((None, name, MISSING))
+        self.checks.append(partial(_is_present, weakref.ref(module), name))
 
     def functional(self, linear: FunctionalLinear, weight: Place, bias: Place | None, is_given: bool = False) -> Layer:
         """Note a layer of ``F.linear`` with the parameters at these places."""

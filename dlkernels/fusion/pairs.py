@@ -46,12 +46,13 @@ def _remember(self: Any, act: Stage, linear: Any, x: Any, ready: calls.Ready, gi
     if torch.compiler.is_dynamo_compiling() or calls.watcher is not None:
         return
     key = id(self), id(act.called), key_of(linear), *given
-    if memory.is_unknown(key) or (given and memory.has_too_many_variants(key, key[:3])):
+    if memory.is_unknown(key) or not memory.may_be_kept(x):
         return
-    if memory.may_be_kept(x):
-        chain = Chain((ready,), (1,), 0, 1)
-        decided = memory.decided(memory.Reads(self), (Stage(linear), act), chain, (self,))
-        memory.keep_or_give_up(key, decided)
+    if given and memory.has_too_many_variants(key, key[:3]):
+        return
+    chain = Chain((ready,), (1,), 0, 1)
+    decided = memory.decided(memory.Reads(self), (Stage(linear), act), chain, (self,))
+    memory.keep_or_give_up(key, decided)
 
 
 def call(self: Any, act: Any, linear: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -205,8 +205,8 @@ def _decided(self: Any, place: _Place, groups: list[list[Stage]], chain: Chain) 
                 known.append(stage.called)
                 read += weight, bias
         for one in held.values():
-            if not any(one is other for other in read):  # a condition reads it
-                reads.parameter(one)
+            if not any(one is other for other in read):  # a condition compares it with None
+                reads.presence(one)
         if not all(
             any(stage.called is m for m in METHODS.values()) or any(v is stage.called for v in known)
             for stage in stages

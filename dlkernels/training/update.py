@@ -63,7 +63,10 @@ def _check_numbers(group: dict[str, Any], parameters: Sequence[Tensor], *names: 
         one = are_plain(value) and value.numel() == 1
         rate_on_gpu = name == "lr" and value.dtype == torch.float32 and parameters[0].device == value.device
         if not one or not (value.is_cpu or rate_on_gpu):
-            raise Ordinary(f"{name} of the optimizer is a tensor of another kind than one number on the CPU")
+            raise Ordinary(
+                f"{name} of the optimizer is a tensor of another kind than one number on the CPU"
+                + (", or in float32 beside the parameters" if name == "lr" else "")
+            )
 
 
 def _states(optimizer: optim.Optimizer, parameters: Sequence[Tensor], *names: str) -> list[list[Tensor]]:
@@ -76,7 +79,7 @@ def _states(optimizer: optim.Optimizer, parameters: Sequence[Tensor], *names: st
         for t, p in zip(tensors, parameters, strict=True):
             if name == "step":
                 if not (are_plain(t) and t.device == p.device and t.numel() == 1 and t.dtype in _STEP_DTYPES):
-                    raise Ordinary("on this device the optimizer needs fused=True")
+                    raise Ordinary("on this device the optimizer needs fused=True or capturable=True")
             elif not (are_plain(t) and t.is_contiguous() and _is_like(t, p)):
                 raise Ordinary("a state of the optimizer is not like its parameter")
     return found
