@@ -82,7 +82,7 @@ EXPORT int gated(int64_t m, int64_t n, int64_t k, const void* x, const void* gat
   p.gated = true;
   p.act = {static_cast<Act>(act), slope};
   p.bias = bias_gate, p.bias_up = bias_up;
-  p.c = y, p.z = z_gate, p.z_up = z_up;
+  p.c = y, p.z = z_gate, p.z_up = z_up, p.z_pitch = p.n;
   p.splits = 1;
   threads_in_use = threads;
   const int64_t panels = cpu::k_amx_bf16.panels_size(p, threads);
