@@ -313,7 +313,7 @@ def unrolled(
         return None
     stages = [stage_of(*one) for one in found]
     mark = [_mark_of(stage) for stage in stages]
-    comparable = all(memory.given_of(args, kwargs) is not None for _, args, kwargs in stages if args or kwargs)
+    comparable = all(one is not None for one in mark)
     if comparable and memory.mark_of(key) == mark:
         given = parameters_given(*[stage.called for stage in stages])
         if (y := memory.run_again(key, self, x, *given)) is not None:
@@ -336,9 +336,9 @@ def unrolled(
 
 
 def _mark_of(stage: Stage) -> Any:
-    """Return what a stage of another call is compared by."""
-    which = key_of(stage.called)
-    return (which, memory.given_of(stage.args, stage.kwargs)) if stage.args or stage.kwargs else which
+    """Return what a stage of another call is compared by; None if its arguments cannot be compared."""
+    given = memory.given_of(stage.args, stage.kwargs)
+    return None if given is None else (key_of(stage.called), given)
 
 
 # By loop: the dropout that was active, or the module whose forward calls F.dropout. While it trains, the loop is no
